@@ -1,0 +1,2 @@
+//! What kernel and user space share.
+#![no_std]

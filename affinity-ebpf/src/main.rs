@@ -1,0 +1,3 @@
+#![doc = "x"]
+#![no_std]
+#![no_main]

@@ -1,0 +1,2 @@
+//! The `affinity` command.
+fn main() {}
