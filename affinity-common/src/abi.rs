@@ -1,0 +1,295 @@
+//! The layout of every map: the contract between the programs, the agent, and a later version of either.
+//!
+//! All types are `repr(C)` without implicit padding; addresses and ports are byte arrays in network order behind typed
+//! getters; there is no bool, enum, Option or usize, so every bit pattern is a valid value. A change of any size or
+//! meaning raises [`VERSION`], which names the pin directory.
+#![expect(unsafe_code, reason = "bytemuck cannot derive Pod for a type with a parameter; see the assertions at the end")]
+
+mod backend;
+mod config;
+mod event;
+mod flow;
+mod frontend;
+mod reason;
+mod session;
+
+use core::fmt::Debug;
+
+use bytemuck::{Pod, Zeroable};
+
+pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey};
+pub use config::{CONFIG_MAGIC, Config};
+pub use event::{Event, EventKind};
+pub use flow::{Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, FlowKey};
+pub use frontend::{AFFINITY, FILTER_BITS, Frontend, FrontendKey, SHARED, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit};
+pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf};
+pub use session::{Session, SessionKey};
+
+/// Version of this layout.
+pub const VERSION: u32 = 1;
+
+/// An IPv4 or IPv6 address in network byte order; the one parameter of all that exists per family.
+pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
+    /// Length in bits: 32 or 128.
+    const BITS: u8;
+    /// The address as IPv6: itself, or IPv4-mapped (RFC 4291, section 2.5.5.2).
+    fn to_mapped(self) -> [u8; 16];
+    /// The inverse of [`Address::to_mapped`]; for IPv4, the last four bytes.
+    fn from_mapped(mapped: [u8; 16]) -> Self;
+    /// The first `prefix` bits; the rest zero. A prefix of [`Address::BITS`] or more keeps all.
+    fn masked(self, prefix: u8) -> Self;
+    /// The address folded to 32 bits, for hashing.
+    fn fold(self) -> u32;
+    /// One's complement sum of its 16-bit words (RFC 1071), not yet folded.
+    fn sum(self) -> u32;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::V4 {}
+    impl Sealed for super::V6 {}
+}
+
+/// An IPv4 address, network byte order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct V4(pub [u8; 4]);
+
+/// An IPv6 address, network byte order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct V6(pub [u8; 16]);
+
+impl Address for V4 {
+    const BITS: u8 = 32;
+
+    #[inline(always)]
+    fn to_mapped(self) -> [u8; 16] {
+        let [a, b, c, d] = self.0;
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    }
+
+    #[inline(always)]
+    fn from_mapped(mapped: [u8; 16]) -> Self {
+        let [.., a, b, c, d] = mapped;
+        Self([a, b, c, d])
+    }
+
+    #[inline(always)]
+    fn masked(self, prefix: u8) -> Self {
+        let drop = 32u32.saturating_sub(prefix as u32);
+        let mask = ((u32::MAX as u64) << drop) as u32;
+        Self((u32::from_be_bytes(self.0) & mask).to_be_bytes())
+    }
+
+    #[inline(always)]
+    fn fold(self) -> u32 {
+        u32::from_be_bytes(self.0)
+    }
+
+    #[inline(always)]
+    fn sum(self) -> u32 {
+        let word = u32::from_be_bytes(self.0);
+        (word >> 16) + (word & 0xffff)
+    }
+}
+
+impl V6 {
+    #[inline(always)]
+    fn halves(self) -> (u64, u64) {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
+        (u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes([i, j, k, l, m, n, o, p]))
+    }
+}
+
+impl Address for V6 {
+    const BITS: u8 = 128;
+
+    #[inline(always)]
+    fn to_mapped(self) -> [u8; 16] {
+        self.0
+    }
+
+    #[inline(always)]
+    fn from_mapped(mapped: [u8; 16]) -> Self {
+        Self(mapped)
+    }
+
+    #[inline(always)]
+    fn masked(self, prefix: u8) -> Self {
+        let (high, low) = self.halves();
+        let (high_mask, low_mask) = match prefix {
+            0 => (0, 0),
+            1..=63 => (u64::MAX << ((64 - prefix) & 63), 0),
+            64 => (u64::MAX, 0),
+            65..=127 => (u64::MAX, u64::MAX << ((128 - prefix) & 63)),
+            _ => (u64::MAX, u64::MAX),
+        };
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&(high & high_mask).to_be_bytes());
+        bytes[8..].copy_from_slice(&(low & low_mask).to_be_bytes());
+        Self(bytes)
+    }
+
+    #[inline(always)]
+    fn fold(self) -> u32 {
+        let (high, low) = self.halves();
+        // Multiplied, so that addresses which differ in both halves alike do not cancel out.
+        let mixed = high.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ low;
+        (mixed ^ (mixed >> 32)) as u32
+    }
+
+    #[inline(always)]
+    fn sum(self) -> u32 {
+        let (high, low) = self.halves();
+        let words = |half: u64| (half >> 48) + (half >> 32 & 0xffff) + (half >> 16 & 0xffff) + (half & 0xffff);
+        (words(high) + words(low)) as u32
+    }
+}
+
+/// A TCP, UDP or SCTP port, network byte order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Port(pub [u8; 2]);
+
+impl Port {
+    /// From the number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(number: u16) -> Self {
+        Self(number.to_be_bytes())
+    }
+
+    /// The number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn get(self) -> u16 {
+        u16::from_be_bytes(self.0)
+    }
+}
+
+/// Kind of a [`NameKey`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u32)]
+pub enum NameKind {
+    /// Service id -> `namespace/name`.
+    Service = 1,
+    /// Pool id -> `namespace/name:port/PROTOCOL` and the family.
+    Pool = 2,
+    /// Group id -> `namespace/group`.
+    Group = 3,
+    /// Backend index -> `namespace/pod`, or empty where the source names none.
+    Backend = 4,
+}
+
+/// Key of the `names` map.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct NameKey {
+    /// A [`NameKind`].
+    pub kind: u32,
+    /// The id, or the backend's index.
+    pub id: u32,
+}
+
+/// Value of the `names` map: UTF-8, `len` bytes of `bytes`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Name {
+    /// Bytes in use.
+    pub len: u16,
+    /// The name; longer ones are cut.
+    pub bytes: [u8; 318],
+}
+
+impl Name {
+    /// Cuts at a character boundary what does not fit.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let mut bytes = [0; 318];
+        let mut len = name.len().min(bytes.len());
+        while !name.is_char_boundary(len) {
+            len -= 1;
+        }
+        bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+        Self { len: len as u16, bytes }
+    }
+
+    /// The name; empty where the bytes are not UTF-8.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        let len = usize::from(self.len).min(self.bytes.len());
+        core::str::from_utf8(&self.bytes[..len]).unwrap_or("")
+    }
+}
+
+// SAFETY: `repr(C)`, all fields are Pod, and the sizes asserted below leave no room for padding.
+unsafe impl<A: Address> Pod for FrontendKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for SessionKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for FlowKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for Edit<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for Flow<A> {}
+
+/// Sum of the sizes of the fields: equal to the size of the type if and only if it has no padding.
+macro_rules! assert_no_padding {
+    ($($type:ty: $size:expr),+ $(,)?) => {
+        $(const _: () = assert!(size_of::<$type>() == $size, "padding or a size that the kernel would not expect");)+
+    };
+}
+
+assert_no_padding!(
+    FrontendKey<V4>: 4 + 2 + 1 + 1,
+    FrontendKey<V6>: 16 + 2 + 1 + 1,
+    Frontend: 8 + 7 * 4 + 4,
+    MemberKey: 4 + 4,
+    Member: 4 + 2 + 1 + 1,
+    Backend: 16 + 4 + 4,
+    SessionKey<V4>: 4 + 4,
+    SessionKey<V6>: 4 + 16,
+    Session: 8 + 8 + 6 * 4 + 8,
+    FlowKey<V4>: 4 + 4 + 2 + 2 + 1 + 1 + 2,
+    FlowKey<V6>: 16 + 16 + 2 + 2 + 1 + 1 + 2,
+    Edit<V4>: 4 + 4 + 2 + 2 + 2 + 2,
+    Edit<V6>: 16 + 16 + 2 + 2 + 2 + 2,
+    Flow<V4>: 8 + 8 + 8 + 16 + 5 * 4 + 4,
+    Flow<V6>: 8 + 8 + 8 + 40 + 5 * 4 + 4,
+    UsageKey: 4 + 4,
+    Usage: 8 * 8,
+    Event: 8 + 16 + 6 * 4 + 8,
+    NameKey: 4 + 4,
+    Name: 2 + 318,
+    Config: 5 * 8,
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_keeps_its_bits() {
+        assert_eq!(V4([10, 1, 2, 3]).masked(24), V4([10, 1, 2, 0]));
+        assert_eq!(V4([10, 1, 2, 3]).masked(32), V4([10, 1, 2, 3]));
+        assert_eq!(V4([10, 1, 2, 3]).masked(0), V4([0; 4]));
+        let all = V6([0xff; 16]);
+        for prefix in 0..=128u8 {
+            let ones: u32 = all.masked(prefix).0.iter().map(|b| b.count_ones()).sum();
+            assert_eq!(ones, u32::from(prefix));
+        }
+    }
+
+    #[test]
+    fn a_name_is_cut_at_a_character() {
+        let long = "ä".repeat(200);
+        assert_eq!(Name::new(&long).as_str().chars().count(), 159);
+        assert_eq!(Name::new("default/web").as_str(), "default/web");
+    }
+
+    #[test]
+    fn mapped_addresses_come_back() {
+        assert_eq!(V4::from_mapped(V4([1, 2, 3, 4]).to_mapped()), V4([1, 2, 3, 4]));
+    }
+}

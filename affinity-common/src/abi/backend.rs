@@ -1,0 +1,52 @@
+//! Backends, which are identities, and members, which are backends in a pool.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::Port;
+
+/// Value of `backends`, an array: a pod's address under a generation.
+///
+/// A record is in use while its generation is odd. Retiring a backend and using its index again each add one, so a
+/// session or flow that names an index and an odd generation can never reach another pod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Backend {
+    /// IPv6, or IPv4-mapped, network byte order.
+    pub address: [u8; 16],
+    /// Odd: in use; even: vacant.
+    pub generation: u32,
+    /// [`BACKEND_LOCAL`].
+    pub flags: u32,
+}
+
+/// [`Backend::flags`]: the pod runs on this node.
+pub const BACKEND_LOCAL: u32 = 1;
+
+/// Key of `members`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MemberKey {
+    /// A pool's id, or a group's where its frontends are [`super::SHARED`].
+    pub pool: u32,
+    /// Index in `backends`.
+    pub backend: u32,
+}
+
+/// Value of `members`: "may this backend serve here, and on which port?"
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Member {
+    /// The backend's generation.
+    pub generation: u32,
+    /// The port it serves in this pool; zero under a group's id.
+    pub port: Port,
+    /// [`MEMBER_READY`] or [`MEMBER_DRAINING`].
+    pub state: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// [`Member::state`]: takes new connections.
+pub const MEMBER_READY: u8 = 1;
+/// [`Member::state`]: keeps its established flows; takes no new connection, and no pin holds it.
+pub const MEMBER_DRAINING: u8 = 2;

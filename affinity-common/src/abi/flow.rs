@@ -1,0 +1,109 @@
+//! Flows: the translation of one connection, one record for each direction.
+
+use bytemuck::Zeroable;
+
+use super::{Address, Port};
+
+/// Which way a packet of a flow travels.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u8)]
+pub enum Direction {
+    /// Client to frontend.
+    Forward = 0,
+    /// Backend to client.
+    Reverse = 1,
+}
+
+/// Key of `flows_v4` and `flows_v6`: the packet's addresses and ports before translation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
+#[repr(C)]
+pub struct FlowKey<A> {
+    /// Source address.
+    pub saddr: A,
+    /// Destination address.
+    pub daddr: A,
+    /// Source port.
+    pub sport: Port,
+    /// Destination port.
+    pub dport: Port,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// A [`Direction`].
+    pub direction: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+impl<A: Address> FlowKey<A> {
+    /// The key of the other direction, given what this direction is translated to.
+    #[inline(always)]
+    #[must_use]
+    pub fn opposite(&self, edit: &Edit<A>) -> Self {
+        Self {
+            saddr: edit.daddr,
+            daddr: edit.saddr,
+            sport: edit.dport,
+            dport: edit.sport,
+            protocol: self.protocol,
+            direction: self.direction ^ 1,
+            pad: [0; 2],
+        }
+    }
+}
+
+/// What a packet becomes: its new addresses and ports, and what that adds to its checksums.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
+#[repr(C)]
+pub struct Edit<A> {
+    /// New source address.
+    pub saddr: A,
+    /// New destination address.
+    pub daddr: A,
+    /// New source port.
+    pub sport: Port,
+    /// New destination port.
+    pub dport: Port,
+    /// One's complement sum of what the addresses change: for the IPv4 header, and the pseudo-header.
+    pub addr_delta: u16,
+    /// One's complement sum of what the ports change.
+    pub port_delta: u16,
+}
+
+/// Value of `flows_v4` and `flows_v6`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
+#[repr(C)]
+pub struct Flow<A> {
+    /// When the flow began, monotonic nanoseconds.
+    pub created_ns: u64,
+    /// When a packet last passed, monotonic nanoseconds, to within [`crate::flow::REFRESH_NS`].
+    pub last_used_ns: u64,
+    /// The pin's timeout when the flow began, nanoseconds.
+    pub timeout_ns: u64,
+    /// The translation.
+    pub edit: Edit<A>,
+    /// Index in `backends`.
+    pub backend: u32,
+    /// The backend's generation.
+    pub generation: u32,
+    /// The pool that the backend was chosen from.
+    pub pool: u32,
+    /// Scope of the pin that this flow belongs to; zero: none.
+    pub scope: u32,
+    /// The service.
+    pub service: u32,
+    /// [`FLOW_FIN_CLIENT`], [`FLOW_FIN_SERVER`], [`FLOW_CLOSED`]; the same in both directions.
+    pub state: u8,
+    /// The pin's [`super::Timer`].
+    pub timer: u8,
+    /// The pin's prefix length.
+    pub prefix: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// [`Flow::state`]: the client has sent FIN.
+pub const FLOW_FIN_CLIENT: u8 = 1;
+/// [`Flow::state`]: the server has sent FIN.
+pub const FLOW_FIN_SERVER: u8 = 2;
+/// [`Flow::state`]: both have sent FIN, or one has sent RST.
+pub const FLOW_CLOSED: u8 = 4;

@@ -1,0 +1,133 @@
+//! Frontends: the addresses that clients dial, with all that a new connection needs to know inline.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Address, Port};
+
+/// Key of `frontends_v4` and `frontends_v6`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
+#[repr(C)]
+pub struct FrontendKey<A> {
+    /// The address that clients dial.
+    pub address: A,
+    /// The port that clients dial.
+    pub port: Port,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+impl<A: Address> FrontendKey<A> {
+    /// With the padding zero.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(address: A, port: Port, protocol: u8) -> Self {
+        Self { address, port, protocol, pad: 0 }
+    }
+}
+
+/// Value of `frontends_v4` and `frontends_v6`: the frontend, its pool and its service's affinity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Frontend {
+    /// How long a pin stays fresh, in nanoseconds; [`TIMEOUT_UNLIMITED`]: for ever.
+    pub timeout_ns: u64,
+    /// The service.
+    pub service: u32,
+    /// The pool: scope of the members' keys.
+    pub pool: u32,
+    /// Scope of the shared pin: the service itself, or the named group it belongs to.
+    pub group: u32,
+    /// Scope of the pin that this frontend keeps where the group's pinned pod is no member of its pool.
+    pub own: u32,
+    /// First entry of the pool in `slots`.
+    pub slot_first: u32,
+    /// Entries of the pool in `slots`; zero: the pool has no usable member.
+    pub slot_count: u32,
+    /// Seed of the `consistent` selection: the same on every node.
+    pub seed: u32,
+    /// A [`Selection`].
+    pub select: u8,
+    /// A [`Timer`].
+    pub timer: u8,
+    /// Prefix length that makes the client key.
+    pub prefix: u8,
+    /// [`AFFINITY`] and [`SHARED`].
+    pub flags: u8,
+}
+
+/// A timeout that never ends.
+pub const TIMEOUT_UNLIMITED: u64 = u64::MAX;
+/// [`Frontend::flags`]: connections are pinned.
+pub const AFFINITY: u8 = 1;
+/// [`Frontend::flags`]: the group spans pools with different members; `members` then also holds the group's union of
+/// members, under the group's id.
+pub const SHARED: u8 = 2;
+
+/// How a member is chosen for a connection without a usable pin.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[repr(u8)]
+pub enum Selection {
+    /// Uniform over the slots: one slot per ready member.
+    #[default]
+    Random = 0,
+    /// By the client key: the slots are a Maglev table, the same on every node.
+    Consistent = 1,
+    /// Two random slots; the backend with fewer live sessions.
+    Least = 2,
+}
+
+impl Selection {
+    /// Unknown bytes are `random`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_byte(byte: u8) -> Self {
+        match byte {
+            1 => Self::Consistent,
+            2 => Self::Least,
+            _ => Self::Random,
+        }
+    }
+}
+
+/// What restarts the timeout of a pin.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[repr(u8)]
+pub enum Timer {
+    /// Each new connection.
+    #[default]
+    Connection = 0,
+    /// Each packet of the client, written at most once a second per flow.
+    Packet = 1,
+    /// Nothing: it runs from the pin's creation.
+    Absolute = 2,
+    /// The end of the client's last connection; no pin expires while one lives.
+    Alive = 3,
+}
+
+impl Timer {
+    /// Unknown bytes are `connection`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_byte(byte: u8) -> Self {
+        match byte {
+            1 => Self::Packet,
+            2 => Self::Absolute,
+            3 => Self::Alive,
+            _ => Self::Connection,
+        }
+    }
+}
+
+/// Bits of the `filter` map in each of its two halves: frontends, then members.
+pub const FILTER_BITS: u32 = 1 << 19;
+
+/// The bit of an address and port in its half of the filter. Collisions cost a lookup, never a decision.
+#[inline(always)]
+#[must_use]
+pub fn filter_bit<A: Address>(address: A, port: Port, protocol: u8) -> u32 {
+    let port = (port.get() as u32) << 8 | protocol as u32;
+    let mixed = (address.fold() ^ port.wrapping_mul(0x85eb_ca6b)).wrapping_mul(0x9e37_79b1);
+    mixed >> (32 - FILTER_BITS.trailing_zeros())
+}

@@ -1,0 +1,113 @@
+//! Reasons: the named cause of every verdict, each with a counter; and what is counted per service and backend.
+
+use bytemuck::{Pod, Zeroable};
+
+macro_rules! reasons {
+    ($($variant:ident = $byte:literal, $name:literal, $text:literal;)+) => {
+        /// Why a packet got its verdict, or an incident beside it; index of the per-CPU array `counters`.
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+        #[repr(u8)]
+        pub enum Reason {
+            $(#[doc = $text] $variant = $byte,)+
+        }
+
+        /// Every reason, in the order of its counter.
+        pub const REASONS: &[Reason] = &[$(Reason::$variant,)+];
+
+        impl Reason {
+            /// The reason of a byte; `None` for a byte of a later version.
+            #[must_use]
+            pub const fn from_byte(byte: u8) -> Option<Self> {
+                match byte {
+                    $($byte => Some(Self::$variant),)+
+                    _ => None,
+                }
+            }
+
+            /// Its name in output.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+
+            /// What it means, in one sentence.
+            #[must_use]
+            pub const fn text(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text,)+
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    NotIp = 0, "not-ip", "Passed: neither IPv4 nor IPv6.";
+    Truncated = 1, "truncated", "Passed: the frame ends before its headers do.";
+    Malformed = 2, "malformed", "Passed: a header contradicts itself.";
+    Fragment = 3, "fragment", "Passed: a fragment of an IP packet.";
+    OtherProtocol = 4, "other-protocol", "Passed: neither TCP nor UDP.";
+    NotFrontend = 5, "not-frontend", "Passed: the destination is no frontend.";
+    NotReply = 6, "not-reply", "Passed: no flow that this packet would answer.";
+    Established = 7, "established", "Forwarded: a packet of a known flow.";
+    Reply = 8, "reply", "Forwarded: a reply of a known flow.";
+    Selected = 9, "selected", "Forwarded: a new connection to a service without affinity.";
+    Created = 10, "created", "Forwarded: a new client was pinned.";
+    Pinned = 11, "pinned", "Forwarded: a new connection followed its pin.";
+    Expired = 12, "expired", "Forwarded: the pin's timeout had passed; selected anew.";
+    BackendGone = 13, "backend-gone", "Forwarded: the pinned pod is gone; the pin moved.";
+    NotReady = 14, "not-ready", "Forwarded: the pinned pod takes no new connection; the pin moved.";
+    NotMember = 15, "not-member", "Forwarded: the pinned pod left the service; the pin moved.";
+    NoEndpoints = 16, "no-endpoints", "Rejected: the service has no usable endpoint.";
+    FlowGone = 17, "flow-gone", "Rejected: the flow's pod is gone; the client should connect again.";
+    NotAnswered = 18, "not-answered", "Dropped: would be rejected, but must not be answered (an RST, or a group address).";
+    NoReplyBuilt = 19, "no-reply-built", "Dropped: the rejection could not be written.";
+    NotRewritten = 20, "not-rewritten", "Dropped: the frame could not be rewritten.";
+    FlowNotStored = 21, "flow-not-stored", "Dropped: no room in the flow table for a new connection.";
+    SessionNotStored = 22, "session-not-stored", "Incident: a connection was forwarded, but its pin could not be stored.";
+    EventLost = 23, "event-lost", "Incident: the event ring was full.";
+    Inconsistent = 24, "inconsistent", "Dropped: a slot names no member; never expected.";
+    OperatorPinned = 25, "operator", "Not a packet: an operator set the pin.";
+}
+
+/// What a [`UsageKey`] counts for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u32)]
+pub enum UsageOf {
+    /// A service id.
+    Service = 1,
+    /// A backend index.
+    Backend = 2,
+}
+
+/// Key of the per-CPU hash `usage`. The agent makes the entries; the programs only add to them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct UsageKey {
+    /// A [`UsageOf`].
+    pub of: u32,
+    /// The service id, or the backend's index.
+    pub id: u32,
+}
+
+/// Value of `usage`, per CPU: how often each of [`USAGES`] happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Usage {
+    /// In the order of [`USAGES`]; the rest zero.
+    pub counts: [u64; 8],
+}
+
+/// The reasons that [`Usage`] counts, by position. For a backend they count the connections it received.
+pub const USAGES: [Reason; 8] = [
+    Reason::Selected,
+    Reason::Created,
+    Reason::Pinned,
+    Reason::Expired,
+    Reason::BackendGone,
+    Reason::NotReady,
+    Reason::NotMember,
+    Reason::NoEndpoints,
+];

@@ -1,0 +1,51 @@
+//! Sessions: the pins.
+
+use bytemuck::Zeroable;
+
+use super::Address;
+
+/// Key of `sessions_v4` and `sessions_v6`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
+#[repr(C)]
+pub struct SessionKey<A> {
+    /// A group's id; or a frontend's own scope where it cannot follow the group.
+    pub scope: u32,
+    /// The client's address, masked by the service's prefix.
+    pub client: A,
+}
+
+impl<A: Address> SessionKey<A> {
+    /// The key of `client` in `scope`.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(scope: u32, client: A, prefix: u8) -> Self {
+        Self { scope, client: client.masked(prefix) }
+    }
+}
+
+/// Value of `sessions_v4` and `sessions_v6`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bytemuck::Pod, Zeroable)]
+#[repr(C)]
+pub struct Session {
+    /// When the client was pinned to this backend, monotonic nanoseconds.
+    pub created_ns: u64,
+    /// When the timer was last restarted, monotonic nanoseconds.
+    pub last_used_ns: u64,
+    /// Index in `backends`.
+    pub backend: u32,
+    /// The backend's generation when pinned.
+    pub generation: u32,
+    /// The service whose connection made the pin: whose timeout a listing shows.
+    pub service: u32,
+    /// The next random number for this pin. Drawn from the pin and not from the processor, so that two processors which
+    /// re-pin one client at once choose the same backend.
+    pub draw: u32,
+    /// Live TCP connections, kept under [`super::Timer::Alive`] only.
+    pub connections: u32,
+    /// New connections that used this pin, the first one included; wraps.
+    pub uses: u32,
+    /// Why it was made: a [`super::Reason`].
+    pub reason: u8,
+    /// Zero.
+    pub pad: [u8; 7],
+}

@@ -1,0 +1,49 @@
+//! Names of the maps and programs: in the object, in the pin directory, and in `affinity dump`.
+
+/// `hash`: [`crate::abi::FrontendKey`] -> [`crate::abi::Frontend`], IPv4.
+pub const FRONTENDS_V4: &str = "frontends_v4";
+/// `hash`: [`crate::abi::FrontendKey`] -> [`crate::abi::Frontend`], IPv6.
+pub const FRONTENDS_V6: &str = "frontends_v6";
+/// `array`, mmapable: slot -> backend index, `u32`.
+pub const SLOTS: &str = "slots";
+/// `array`, mmapable: 64 bits of the filter a word; frontends, then members.
+pub const FILTER: &str = "filter";
+/// `hash`: [`crate::abi::MemberKey`] -> [`crate::abi::Member`].
+pub const MEMBERS: &str = "members";
+/// `array`: index -> [`crate::abi::Backend`].
+pub const BACKENDS: &str = "backends";
+/// `array`, mmapable: backend index -> live sessions, `u32`.
+pub const LOADS: &str = "loads";
+/// `lru_hash`: [`crate::abi::SessionKey`] -> [`crate::abi::Session`], IPv4.
+pub const SESSIONS_V4: &str = "sessions_v4";
+/// `lru_hash`: [`crate::abi::SessionKey`] -> [`crate::abi::Session`], IPv6.
+pub const SESSIONS_V6: &str = "sessions_v6";
+/// `lru_hash`: [`crate::abi::FlowKey`] -> [`crate::abi::Flow`], IPv4.
+pub const FLOWS_V4: &str = "flows_v4";
+/// `lru_hash`: [`crate::abi::FlowKey`] -> [`crate::abi::Flow`], IPv6.
+pub const FLOWS_V6: &str = "flows_v6";
+/// `percpu_array`: [`crate::abi::Reason`] -> packets, `u64`.
+pub const COUNTERS: &str = "counters";
+/// `percpu_hash`: [`crate::abi::UsageKey`] -> [`crate::abi::Usage`].
+pub const USAGE: &str = "usage";
+/// `ringbuf` of [`crate::abi::Event`].
+pub const EVENTS: &str = "events";
+/// `hash`: [`crate::abi::NameKey`] -> [`crate::abi::Name`].
+pub const NAMES: &str = "names";
+
+/// Every map, in the order of a dump.
+pub const MAPS: [&str; 15] = [
+    FRONTENDS_V4, FRONTENDS_V6, SLOTS, FILTER, MEMBERS, BACKENDS, LOADS, SESSIONS_V4, SESSIONS_V6, FLOWS_V4, FLOWS_V6,
+    COUNTERS, USAGE, EVENTS, NAMES,
+];
+
+/// XDP program: forward translation.
+pub const XDP_FORWARD: &str = "xdp_forward";
+/// TC program on ingress: forward translation.
+pub const TC_FORWARD: &str = "tc_forward";
+/// TC program on egress: reverse translation.
+pub const TC_REVERSE: &str = "tc_reverse";
+/// TC program run by the agent alone: writes the [`crate::abi::Event`] that is its packet to the ring buffer.
+pub const REPORT: &str = "report";
+/// TC program run by the loader alone: writes jiffies and the monotonic clock (two native `u64`) into its packet.
+pub const CLOCK: &str = "clock";

@@ -1,0 +1,28 @@
+//! What the pipeline needs of a frame. Three real implementations: an XDP frame, a socket buffer, and a byte vector.
+
+use crate::{
+    abi::{Address, Edit},
+    parse::Headers,
+    refuse::Answer,
+    rewrite,
+};
+
+/// A frame, from its Ethernet header on. Offsets are in bytes.
+pub trait Packet {
+    /// Copies `N` bytes at `offset`; `None` where the frame ends before.
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// Overwrites `N` bytes at `offset`; false, and no change, where the frame ends before.
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool;
+
+    /// Gives the frame the addresses and ports of `edit`, and checksums to match; false where it could not.
+    ///
+    /// A frame whose checksum the device completes later needs its own implementation.
+    #[inline(always)]
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        rewrite::in_place(self, headers, edit)
+    }
+
+    /// Replaces the frame by `answer`, to be sent out where it came in; false where it could not.
+    fn answer(&mut self, answer: &Answer) -> bool;
+}

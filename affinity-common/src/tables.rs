@@ -1,0 +1,68 @@
+//! What the pipeline needs of the maps. Two real implementations: BPF maps in the kernel programs, and
+//! [`crate::model`]. Lookups are by copy; nothing here blocks or loops.
+
+use crate::abi::{
+    Address, Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
+    SessionKey, UsageOf,
+};
+
+/// A value inside a table, found by a lookup.
+pub trait Entry<V: Copy> {
+    /// A copy of the value.
+    fn get(&self) -> V;
+    /// Changes fields in place.
+    fn update(&self, change: impl FnOnce(&mut V));
+}
+
+/// The tables that both families share, the clock, and randomness.
+pub trait Tables {
+    /// A value found in a table.
+    type Entry<V: Copy>: Entry<V>;
+
+    /// Monotonic time in nanoseconds, as coarse as a jiffy.
+    fn now_ns(&self) -> u64;
+    /// A random number.
+    fn random(&self) -> u32;
+    /// Whether a bit is set in the half of the filter that packets of `direction` consult.
+    fn filter(&self, direction: Direction, bit: u32) -> bool;
+    /// The backend index in a slot.
+    fn slot(&self, index: u32) -> Option<u32>;
+    /// A backend's record.
+    fn backend(&self, index: u32) -> Option<Backend>;
+    /// A member's record.
+    fn member(&self, key: &MemberKey) -> Option<Member>;
+    /// Live sessions of a backend, as far as known.
+    fn load(&self, backend: u32) -> u32;
+    /// Adds to the live sessions of a backend.
+    fn add_load(&self, backend: u32, sessions: i32);
+    /// Counts a reason.
+    fn count(&self, reason: Reason);
+    /// Counts a new connection of a service or backend.
+    fn count_usage(&self, of: UsageOf, id: u32, reason: Reason);
+    /// Reports a state change; counts [`Reason::EventLost`] where there is no room.
+    fn report(&self, event: &Event);
+}
+
+/// The tables of one family.
+pub trait FamilyTables<A: Address>: Tables {
+    /// A frontend's record.
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<Frontend>;
+    /// A session.
+    fn session(&self, key: &SessionKey<A>) -> Option<Self::Entry<Session>>;
+    /// Stores a session if there is none under its key.
+    ///
+    /// # Errors
+    /// [`NotStored`] where another was first, or where the kernel has no room.
+    fn add_session(&self, key: &SessionKey<A>, session: &Session) -> Result<(), NotStored>;
+    /// A flow.
+    fn flow(&self, key: &FlowKey<A>) -> Option<Self::Entry<Flow<A>>>;
+    /// Stores a flow, in place of any under its key.
+    ///
+    /// # Errors
+    /// [`NotStored`] where the kernel has no room.
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
+}
+
+/// A table did not take an entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NotStored;

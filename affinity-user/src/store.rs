@@ -1,0 +1,110 @@
+//! Where a plan goes: the kernel's maps, the model's tables, or a store that fails on purpose.
+//!
+//! A [`Store`] takes one [`Op`] at a time and can say what it holds ([`Observed`]). Every operation is idempotent:
+//! applied twice it leaves what once left.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use affinity_common::abi::{
+    Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, UsageKey, V4, V6,
+};
+
+pub mod faulty;
+pub mod kernel;
+pub mod memory;
+
+/// One step of publishing. The order of a plan's steps is its safety: see [`crate::plan`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Names an id or a backend index.
+    PutName(NameKey, String),
+    /// Forgets a name.
+    RemoveName(NameKey),
+    /// Writes a backend's record: new, changed, or retired (an even generation).
+    PutBackend(u32, Backend),
+    /// Adds a member to a pool (or a group's union), or changes it.
+    PutMember(MemberKey, Member),
+    /// Takes a member out.
+    RemoveMember(MemberKey),
+    /// Writes backend indices into the slots from `first` on.
+    WriteSlots {
+        /// First slot.
+        first: u32,
+        /// Backend indices.
+        backends: Vec<u32>,
+    },
+    /// Sets bits of one half of the filter. Bits are cleared by the agent's sweep alone, when no flow needs them.
+    SetFilter(Direction, Vec<u32>),
+    /// Makes room for counts of a service or backend; keeps counts that are there.
+    PutUsage(UsageKey),
+    /// Drops the counts of a service or backend.
+    RemoveUsage(UsageKey),
+    /// Publishes or switches an IPv4 frontend: one atomic update.
+    PutFrontendV4(FrontendKey<V4>, Frontend),
+    /// Publishes or switches an IPv6 frontend: one atomic update.
+    PutFrontendV6(FrontendKey<V6>, Frontend),
+    /// Withdraws an IPv4 frontend.
+    RemoveFrontendV4(FrontendKey<V4>),
+    /// Withdraws an IPv6 frontend.
+    RemoveFrontendV6(FrontendKey<V6>),
+    /// Waits until no packet uses what earlier steps replaced.
+    Grace,
+}
+
+/// What a store holds of all that plans write; sessions and flows are the kernel's own.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Observed {
+    /// Frontends, IPv4.
+    pub frontends_v4: BTreeMap<FrontendKey<V4>, Frontend>,
+    /// Frontends, IPv6.
+    pub frontends_v6: BTreeMap<FrontendKey<V6>, Frontend>,
+    /// The slots of every extent that a frontend names: first slot -> backend indices.
+    pub slots: BTreeMap<u32, Vec<u32>>,
+    /// Members by pool or group.
+    pub members: BTreeMap<MemberKey, Member>,
+    /// Every backend record that was ever used; vacant ones keep their generation.
+    pub backends: BTreeMap<u32, Backend>,
+    /// Names of ids and backends.
+    pub names: BTreeMap<NameKey, String>,
+    /// Entries of `usage`.
+    pub usage: BTreeSet<UsageKey>,
+}
+
+/// A limit of the store that a plan must respect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacity {
+    /// Entries of `backends`.
+    pub backends: u32,
+    /// Entries of `slots`.
+    pub slots: u32,
+}
+
+/// A step failed; the steps before it hold.
+#[derive(Debug, thiserror::Error)]
+#[error("{map}: {action}: {source}")]
+pub struct StoreError {
+    /// The map.
+    pub map: &'static str,
+    /// What was tried, naming the object.
+    pub action: String,
+    /// The system's answer.
+    pub source: std::io::Error,
+}
+
+/// Takes plans.
+pub trait Store {
+    /// Carries out one step.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the store refused; nothing of the step is visible then.
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError>;
+
+    /// Reads everything that plans write.
+    ///
+    /// # Errors
+    /// [`StoreError`] where a map could not be read.
+    fn observe(&self) -> Result<Observed, StoreError>;
+
+    /// The limits of its tables.
+    fn capacity(&self) -> Capacity;
+}
