@@ -3,7 +3,10 @@
 //! All types are `repr(C)` without implicit padding; addresses and ports are byte arrays in network order behind typed
 //! getters; there is no bool, enum, Option or usize, so every bit pattern is a valid value. A change of any size or
 //! meaning raises [`VERSION`], which names the pin directory.
-#![expect(unsafe_code, reason = "bytemuck cannot derive Pod for a type with a parameter; see the assertions at the end")]
+#![expect(
+    unsafe_code,
+    reason = "bytemuck cannot derive Pod for a type with a parameter; see the assertions at the end"
+)]
 
 mod backend;
 mod config;
@@ -21,7 +24,9 @@ pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member,
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
 pub use flow::{Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, FlowKey};
-pub use frontend::{AFFINITY, FILTER_BITS, Frontend, FrontendKey, SHARED, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit};
+pub use frontend::{
+    AFFINITY, FILTER_BITS, Frontend, FrontendKey, SHARED, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
+};
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf};
 pub use session::{Session, SessionKey};
 

@@ -33,8 +33,21 @@ pub const NAMES: &str = "names";
 
 /// Every map, in the order of a dump.
 pub const MAPS: [&str; 15] = [
-    FRONTENDS_V4, FRONTENDS_V6, SLOTS, FILTER, MEMBERS, BACKENDS, LOADS, SESSIONS_V4, SESSIONS_V6, FLOWS_V4, FLOWS_V6,
-    COUNTERS, USAGE, EVENTS, NAMES,
+    FRONTENDS_V4,
+    FRONTENDS_V6,
+    SLOTS,
+    FILTER,
+    MEMBERS,
+    BACKENDS,
+    LOADS,
+    SESSIONS_V4,
+    SESSIONS_V6,
+    FLOWS_V4,
+    FLOWS_V6,
+    COUNTERS,
+    USAGE,
+    EVENTS,
+    NAMES,
 ];
 
 /// XDP program: forward translation.

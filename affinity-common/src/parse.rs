@@ -100,7 +100,8 @@ pub fn network<P: Packet>(packet: &P) -> Result<Network, Reason> {
 #[inline(always)]
 pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<Headers<V4>, Reason> {
     let header: [u8; Ipv4Hdr::LEN] = packet.read(l3).ok_or(Reason::Truncated)?;
-    let [version_ihl, _, length_hi, length_lo, _, _, fragment_hi, fragment_lo, _, protocol, sum_hi, sum_lo, ..] = header;
+    let [version_ihl, _, length_hi, length_lo, _, _, fragment_hi, fragment_lo, _, protocol, sum_hi, sum_lo, ..] =
+        header;
     let header_len = usize::from(version_ihl & 0x0f) * 4;
     if version_ihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);

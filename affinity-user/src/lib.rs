@@ -1,17 +1,5 @@
 //! The agent and the CLI of affinity, as a library: the binary, the tests, the demo and the benchmarks use it.
 //!
-//! Data flows one way: [`source`] -> [`source::Snapshot`] -> [`desired`] -> [`plan`] -> [`store`]. The CLI reads only
-//! what the store holds ([`view`]).
+//! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what the store holds.
 
-pub mod agent;
-pub mod attach;
-pub mod cli;
-pub mod desired;
-pub mod events;
-pub mod load;
-pub mod plan;
-pub mod source;
 pub mod store;
-pub mod sweep;
-pub mod sys;
-pub mod view;

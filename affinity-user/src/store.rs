@@ -5,15 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use affinity_common::abi::{
-    Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, UsageKey, V4, V6,
-};
+use affinity_common::abi::{Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, UsageKey, V4, V6};
 
-pub mod faulty;
-pub mod kernel;
-pub mod memory;
-
-/// One step of publishing. The order of a plan's steps is its safety: see [`crate::plan`].
+/// One step of publishing. The order of a plan's steps is its safety: see the `plan` module.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Op {
     /// Names an id or a backend index.
