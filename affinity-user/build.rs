@@ -36,9 +36,7 @@ fn main() {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let root = variable("CARGO_MANIFEST_DIR")
-        .map(PathBuf::from)?
-        .join("..");
+    let root = variable("CARGO_MANIFEST_DIR").map(PathBuf::from)?.join("..");
     let out_dir = variable("OUT_DIR").map(PathBuf::from)?;
     for input in INPUTS {
         println!("cargo::rerun-if-changed={}", root.join(input).display());
@@ -127,9 +125,7 @@ fn require_tools() -> Result<(), Box<dyn Error>> {
     if !linker.is_ok_and(|output| output.status.success()) {
         return Err("bpf-linker is missing: run `cargo xtask setup`".into());
     }
-    let sysroot = Command::new(variable("RUSTC")?)
-        .args(["--print", "sysroot"])
-        .output()?;
+    let sysroot = Command::new(variable("RUSTC")?).args(["--print", "sysroot"]).output()?;
     let sysroot = String::from_utf8(sysroot.stdout)?;
     let core = Path::new(sysroot.trim_end()).join("lib/rustlib/src/rust/library/core");
     if !core.is_dir() {
