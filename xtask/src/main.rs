@@ -1,2 +1,114 @@
-//! Project tasks.
-fn main() {}
+//! `cargo xtask`: everything that is done with this repository, on a plain Debian with rustup.
+//!
+//! Each task first runs `setup`, which is quick when nothing is missing. A task stops at the first
+//! step that fails, and its exit code says so.
+
+mod check;
+mod fuzz;
+mod run;
+mod setup;
+mod steps;
+mod test;
+
+use std::{ffi::OsString, process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand};
+
+use crate::{run::cargo, steps::Steps};
+
+/// Sets up, builds, checks, tests and shows affinity.
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    disable_help_subcommand = true,
+    after_help = "Start with `cargo xtask demo`. Before a commit: `cargo xtask test`."
+)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing to build and test, or print how to
+    Setup,
+    /// Build the agent, with its kernel programs, and the lab
+    Build {
+        /// Optimised, as for `demo` and `bench`
+        #[arg(long)]
+        release: bool,
+    },
+    /// Formatting, lints, documentation and the rules of the source tree
+    Check,
+    /// All that must hold: check, unit and property tests, kernel tests (root), a minute of fuzzing
+    Test,
+    /// Show affinity at work in a lab of network namespaces (root, under a minute)
+    Demo {
+        /// Given to the demo: `--keep` leaves the lab up, `--help` tells more
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Measure on this machine (root); `packet` gives nanoseconds per packet
+    Bench {
+        /// What to measure
+        name: String,
+        /// Given to the benchmark: `--json` writes JSON, `--help` tells more
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Feed mutated frames and states to the parser and the pipeline
+    Fuzz {
+        /// How long, in seconds
+        #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+        seconds: u64,
+    },
+}
+
+fn main() -> ExitCode {
+    match perform(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> anyhow::Result<()> {
+    setup::run()?;
+    match task {
+        Task::Setup => {
+            println!("setup: nothing is missing");
+            Ok(())
+        }
+        Task::Build { release } => {
+            let profile = release.then_some("--release");
+            run::run(cargo(["build"]).args(profile))
+        }
+        Task::Check => Steps::report(check::run),
+        Task::Test => Steps::report(test::run),
+        Task::Demo { arguments } => run::replace_with(
+            cargo(["run", "--quiet", "--release", "--package", "affinity-tests"])
+                .args(["--bin", "demo", "--"])
+                .args(arguments),
+        ),
+        Task::Bench { name, arguments } => run::replace_with(
+            cargo(["run", "--quiet", "--release", "--package", "affinity-tests"])
+                .args(["--bin", "bench", "--"])
+                .arg(name)
+                .args(arguments),
+        ),
+        Task::Fuzz { seconds } => fuzz::run(Duration::from_secs(seconds)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

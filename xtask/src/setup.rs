@@ -1,0 +1,245 @@
+//! `cargo xtask setup`: what building and testing need beyond cargo itself.
+//!
+//! What counts is that a tool is there, not who brought it: commands are looked up on PATH and
+//! libraries by a file of theirs. Only what is missing is installed: system packages by apt-get, as
+//! root; parts of the toolchain by rustup; bpf-linker by cargo. Where packages may not be installed,
+//! nothing is: the commands to run are printed instead.
+
+use std::{env, fmt, path::Path, process::Command};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::run::{command, is_root, output, run as run_command};
+
+const BPF_LINKER_VERSION: &str = "0.13.0";
+
+/// The LLVM of the pinned rustc, whose bitcode bpf-linker reads.
+const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
+
+/// Where commands are looked up beyond PATH, which lacks these after a plain `su`.
+const ADMIN_DIRS: [&str; 2] = ["/usr/sbin", "/sbin"];
+
+/// What the lab, the tests and the fuzz target run.
+const TOOLS: [Need; 12] = [
+    Need::command("c++", "g++"),
+    Need::command("cc", "gcc"),
+    Need::command("ethtool", "ethtool"),
+    Need::command("git", "git"),
+    Need::command("ip", "iproute2"),
+    Need::command("iptables", "iptables"),
+    Need::command("nft", "nftables"),
+    Need::command("ps", "procps"),
+    Need::command("sysctl", "procps"),
+    Need::command("tc", "iproute2"),
+    Need::command("tcpdump", "tcpdump"),
+    Need::command("unshare", "util-linux"),
+];
+
+/// What building bpf-linker takes.
+const LINKER_LIBRARIES: [Need; 5] = [
+    Need::file("/usr/include/llvm-c-22/llvm-c/Core.h", "llvm-22-dev"),
+    Need::file("/usr/include/zlib.h", "zlib1g-dev"),
+    Need::file("/usr/include/zstd.h", "libzstd-dev"),
+    Need::file("/usr/lib/llvm-22/bin/llvm-config", "llvm-22-dev"),
+    Need::file("/usr/lib/llvm-22/lib/libPolly.a", "libpolly-22-dev"),
+];
+
+/// The components of rust-toolchain.toml, each with a file of it below the sysroot.
+const COMPONENTS: [(&str, &str); 3] = [
+    ("clippy", "bin/cargo-clippy"),
+    ("rust-src", "lib/rustlib/src/rust/library/core/Cargo.toml"),
+    ("rustfmt", "bin/cargo-fmt"),
+];
+
+/// Installs what is missing, with one line for each kind of thing; silent when nothing is.
+///
+/// # Errors
+/// When something may not be installed here, with the commands to run; when an installation fails.
+pub(crate) fn run() -> Result<()> {
+    let missing = missing()?;
+    let may_install = is_root()? && find_command("apt-get");
+    if missing.iter().any(|item| matches!(item, Item::Packages(_))) && !may_install {
+        let commands: Vec<_> = missing.iter().map(|item| format!("    {item}")).collect();
+        bail!("this needs root and apt-get. Please run, in this directory:\n{}", commands.join("\n"));
+    }
+    for item in missing {
+        // Its libraries may have been all that bpf-linker lacked.
+        if matches!(item, Item::Linker) && linker_version().as_deref() == Some(BPF_LINKER_VERSION) {
+            continue;
+        }
+        item.install()?;
+    }
+    Ok(())
+}
+
+/// Something that this machine has, or a Debian package to get it from.
+struct Need {
+    probe: Probe,
+    package: &'static str,
+}
+
+enum Probe {
+    Command(&'static str),
+    File(&'static str),
+}
+
+impl Need {
+    const fn command(name: &'static str, package: &'static str) -> Self {
+        Self { probe: Probe::Command(name), package }
+    }
+
+    const fn file(path: &'static str, package: &'static str) -> Self {
+        Self { probe: Probe::File(path), package }
+    }
+
+    fn is_met(&self) -> bool {
+        match self.probe {
+            Probe::Command(name) => find_command(name),
+            Probe::File(path) => Path::new(path).exists(),
+        }
+    }
+}
+
+/// One thing to install. Displayed as the shell command that does it.
+enum Item {
+    Packages(Vec<&'static str>),
+    Components(Vec<&'static str>),
+    Linker,
+}
+
+/// What is missing, in the order in which to install it.
+fn missing() -> Result<Vec<Item>> {
+    let linker_is_missing = linker_version().as_deref() != Some(BPF_LINKER_VERSION);
+    let libraries = LINKER_LIBRARIES.iter().filter(|_| linker_is_missing);
+    let needs = TOOLS.iter().chain(libraries).filter(|need| !need.is_met());
+    let mut packages: Vec<_> = needs.map(|need| need.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+
+    let sysroot = output(command("rustc").args(["--print", "sysroot"]))?;
+    let sysroot = Path::new(sysroot.trim_end());
+    let components = COMPONENTS.iter().filter(|(_, file)| !sysroot.join(file).exists());
+    let components: Vec<_> = components.map(|(name, _)| *name).collect();
+
+    let mut missing = Vec::new();
+    if !packages.is_empty() {
+        missing.push(Item::Packages(packages));
+    }
+    if !components.is_empty() {
+        missing.push(Item::Components(components));
+    }
+    if linker_is_missing {
+        missing.push(Item::Linker);
+    }
+    Ok(missing)
+}
+
+impl Item {
+    fn install(&self) -> Result<()> {
+        match self {
+            Self::Packages(packages) => install_packages(packages),
+            Self::Components(components) => {
+                println!("setup: adding to the toolchain: {}", components.join(", "));
+                run_command(command("rustup").args(["component", "add"]).args(components))
+            }
+            Self::Linker => install_linker(),
+        }
+    }
+}
+
+impl fmt::Display for Item {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Packages(packages) => {
+                write!(f, "apt-get install --no-install-recommends {}", packages.join(" "))?;
+                if packages.iter().any(|package| package.contains("-22")) {
+                    write!(f, "    # LLVM 22 is also at https://apt.llvm.org")?;
+                }
+                Ok(())
+            }
+            Self::Components(components) => write!(f, "rustup component add {}", components.join(" ")),
+            Self::Linker => write!(
+                f,
+                "LLVM_PREFIX={LLVM_PREFIX} PATH={LLVM_PREFIX}/bin:$PATH cargo {}",
+                linker_arguments().join(" ")
+            ),
+        }
+    }
+}
+
+/// Installs packages; apt's lists are refreshed only if they are too old for that.
+fn install_packages(packages: &[&str]) -> Result<()> {
+    println!("setup: installing packages: {}", packages.join(", "));
+    let install =
+        || run_command(apt_get().args(["install", "--yes", "--quiet", "--no-install-recommends"]).args(packages));
+    if unknown_to_apt(packages).is_empty() && install().is_ok() {
+        return Ok(());
+    }
+    println!("setup: refreshing apt's lists");
+    run_command(apt_get().args(["update", "--quiet"]))?;
+    let unknown = unknown_to_apt(packages);
+    ensure!(
+        unknown.is_empty(),
+        "apt knows no package {}; LLVM 22 for this release is at https://apt.llvm.org",
+        unknown.join(", ")
+    );
+    install()
+}
+
+fn apt_get() -> Command {
+    let mut apt_get = command("apt-get");
+    apt_get.env("DEBIAN_FRONTEND", "noninteractive");
+    apt_get
+}
+
+fn unknown_to_apt<'a>(packages: &[&'a str]) -> Vec<&'a str> {
+    let known = |package: &&str| output(command("apt-cache").args(["show", package])).is_ok();
+    packages.iter().copied().filter(|package| !known(package)).collect()
+}
+
+/// Builds bpf-linker against the LLVM of the pinned rustc.
+fn install_linker() -> Result<()> {
+    match linker_version() {
+        None => println!("setup: building bpf-linker {BPF_LINKER_VERSION} (about a minute)"),
+        Some(found) => {
+            println!("setup: building bpf-linker {BPF_LINKER_VERSION} in place of {found} (about a minute)");
+        }
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let dirs = [Path::new(LLVM_PREFIX).join("bin")].into_iter().chain(env::split_paths(&path));
+    let path = env::join_paths(dirs).context("PATH")?;
+    run_command(command("cargo").args(linker_arguments()).env("LLVM_PREFIX", LLVM_PREFIX).env("PATH", path))?;
+    let version = linker_version();
+    ensure!(
+        version.as_deref() == Some(BPF_LINKER_VERSION),
+        "cargo has installed bpf-linker {BPF_LINKER_VERSION}, but on PATH there is {}: put cargo's bin directory first",
+        version.as_deref().unwrap_or("none")
+    );
+    Ok(())
+}
+
+fn linker_arguments() -> [&'static str; 9] {
+    [
+        "install",
+        "--locked",
+        "--force",
+        "bpf-linker",
+        "--version",
+        BPF_LINKER_VERSION,
+        "--no-default-features",
+        "--features",
+        "llvm-22",
+    ]
+}
+
+/// The version of the bpf-linker on PATH; `None` where there is none, or where its LLVM is gone.
+fn linker_version() -> Option<String> {
+    let version = output(command("bpf-linker").arg("--version")).ok()?;
+    version.trim_end().strip_prefix("bpf-linker ").map(str::to_owned)
+}
+
+fn find_command(name: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let admin_dirs = ADMIN_DIRS.iter().map(Into::into);
+    env::split_paths(&path).chain(admin_dirs).any(|dir| dir.join(name).is_file())
+}

@@ -1,0 +1,74 @@
+//! A task as a sequence of named steps, with a table of their durations at the end.
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+/// The steps done so far, in order.
+#[derive(Default)]
+pub(crate) struct Steps {
+    done: Vec<Step>,
+}
+
+struct Step {
+    name: &'static str,
+    took: Duration,
+    succeeded: bool,
+}
+
+impl Steps {
+    /// Performs a task and prints its table, whether it fails or not.
+    pub(crate) fn report(task: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        let mut steps = Self::default();
+        let result = task(&mut steps);
+        print!("\n{steps}");
+        result
+    }
+
+    /// Performs one step under a heading.
+    pub(crate) fn step(&mut self, name: &'static str, action: impl FnOnce() -> Result<()>) -> Result<()> {
+        println!("\n== {name}");
+        let start = Instant::now();
+        let result = action();
+        self.done.push(Step { name, took: start.elapsed(), succeeded: result.is_ok() });
+        result.with_context(|| format!("step \"{name}\""))
+    }
+}
+
+impl fmt::Display for Steps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.done.iter().map(|step| step.name.len()).max().unwrap_or(0);
+        writeln!(f, "{:width$}  {:>9}  result", "step", "time")?;
+        for Step { name, took, succeeded } in &self.done {
+            let result = if *succeeded { "ok" } else { "FAILED" };
+            writeln!(f, "{name:width$}  {:>7.1} s  {result}", took.as_secs_f64())?;
+        }
+        let total: Duration = self.done.iter().map(|step| step.took).sum();
+        writeln!(f, "{:width$}  {:>7.1} s", "total", total.as_secs_f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_step_is_in_the_table_and_in_the_error() {
+        let mut steps = Steps::default();
+        steps.step("first", || Ok(())).expect("it succeeds");
+        let error = steps.step("second one", || bail!("no luck")).expect_err("it fails");
+
+        assert_eq!(format!("{error:#}"), "step \"second one\": no luck");
+        let table = steps.to_string();
+        let lines: Vec<_> = table.lines().map(str::trim_end).collect();
+        assert_eq!(lines[0], "step             time  result");
+        assert_eq!(lines[1], "first           0.0 s  ok");
+        assert_eq!(lines[2], "second one      0.0 s  FAILED");
+        assert_eq!(lines.len(), 4);
+    }
+}

@@ -1,0 +1,34 @@
+//! `cargo xtask test`: the ladder from the least powerful method of testing to the most.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    check, fuzz,
+    run::{cargo, is_root, run as run_command},
+    steps::Steps,
+};
+
+/// How long the fuzz target runs.
+const FUZZ: Duration = Duration::from_secs(60);
+
+/// Runs every check and test in the order of their cost.
+pub(crate) fn run(steps: &mut Steps) -> Result<()> {
+    check::run(steps)?;
+    steps.step("unit and property tests", || {
+        run_command(
+            cargo(["test", "--workspace"]).args(["--exclude", "affinity-ebpf"]).args(["--exclude", "affinity-tests"]),
+        )
+    })?;
+    steps.step("kernel tests", kernel_tests)?;
+    steps.step("fuzz", || fuzz::run(FUZZ))
+}
+
+/// The tests that make namespaces, load programs and send packets. They share the machine's
+/// kernel, so they run one after the other.
+fn kernel_tests() -> Result<()> {
+    ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
+    run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
+    run_command(&mut cargo(["test", "--package", "affinity-tests", "--", "--test-threads=1"]))
+}
