@@ -1,11 +1,21 @@
 //! What kernel and user space share: the layout of every map ([`abi`]) and every decision about a packet.
 //!
-//! The crate is `no_std`. The kernel programs implement `Packet` and [`tables::Tables`] on packet pointers
-//! and BPF maps; the `model` feature implements them on byte vectors and BTreeMaps. So the same pipeline runs in
+//! The crate is `no_std`. The kernel programs implement [`packet::Packet`] and [`tables::Tables`] on packet pointers
+//! and BPF maps; the `model` feature implements them on byte vectors and BTreeMaps. So the same [`pipeline`] runs in
 //! the kernel, in unit tests, in `affinity explain`, and as the reference of the differential tests.
 #![cfg_attr(not(any(test, feature = "model")), no_std)]
 
 pub mod abi;
 pub mod checksum;
+pub mod flow;
+#[cfg(any(test, feature = "model"))]
+pub mod model;
 pub mod names;
+pub mod packet;
+pub mod parse;
+pub mod pipeline;
+pub mod refuse;
+pub mod rewrite;
+pub mod select;
+pub mod session;
 pub mod tables;

@@ -3,7 +3,6 @@
 use crate::{
     abi::{Address, Edit},
     parse::Headers,
-    refuse::Answer,
     rewrite,
 };
 
@@ -23,6 +22,6 @@ pub trait Packet {
         rewrite::in_place(self, headers, edit)
     }
 
-    /// Replaces the frame by `answer`, to be sent out where it came in; false where it could not.
-    fn answer(&mut self, answer: &Answer) -> bool;
+    /// Gives the frame `len` bytes, cut or grown at its end; false, and no change, where that cannot be.
+    fn resize(&mut self, len: usize) -> bool;
 }

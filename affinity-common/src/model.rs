@@ -1,0 +1,280 @@
+//! The tables as ordered maps with a clock that is set by hand: the kernel's double in tests, and what `affinity
+//! explain` runs.
+//!
+//! Unlike the kernel's, its LRU is exact: a full table drops the entry that was looked up or written longest ago.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+    vec::Vec,
+};
+
+use crate::{
+    abi::{
+        Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
+        SessionKey, UsageKey, UsageOf, V4, V6,
+    },
+    packet::Packet,
+    tables::{Entry, FamilyTables, NotStored, Tables},
+};
+
+/// A map that forgets what was used longest ago once it is full.
+#[derive(Debug)]
+pub struct Lru<K, V: Copy> {
+    entries: BTreeMap<K, (u64, Rc<Cell<V>>)>,
+    by_use: BTreeMap<u64, K>,
+    clock: u64,
+    capacity: usize,
+}
+
+impl<K: Ord + Copy, V: Copy> Lru<K, V> {
+    /// Holds up to `capacity` entries.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        Self { entries: BTreeMap::new(), by_use: BTreeMap::new(), clock: 0, capacity }
+    }
+
+    fn touch(&mut self, key: &K) -> Option<Rc<Cell<V>>> {
+        self.clock += 1;
+        let (used, value) = self.entries.get_mut(key)?;
+        self.by_use.remove(used);
+        *used = self.clock;
+        self.by_use.insert(self.clock, *key);
+        Some(Rc::clone(value))
+    }
+
+    /// A copy of the value, without counting as a use.
+    pub fn get(&self, key: &K) -> Option<V> {
+        self.entries.get(key).map(|(_, value)| value.get())
+    }
+
+    /// Stores an entry.
+    pub fn insert(&mut self, key: K, value: V) {
+        if let Some(cell) = self.touch(&key) {
+            cell.set(value);
+            return;
+        }
+        if self.entries.len() >= self.capacity
+            && let Some((_, oldest)) = self.by_use.pop_first()
+        {
+            self.entries.remove(&oldest);
+        }
+        self.by_use.insert(self.clock, key);
+        self.entries.insert(key, (self.clock, Rc::new(Cell::new(value))));
+    }
+
+    /// Removes an entry.
+    pub fn remove(&mut self, key: &K) {
+        if let Some((used, _)) = self.entries.remove(key) {
+            self.by_use.remove(&used);
+        }
+    }
+
+    /// Every entry, by key.
+    pub fn iter(&self) -> impl Iterator<Item = (K, V)> + '_ {
+        self.entries.iter().map(|(key, (_, value))| (*key, value.get()))
+    }
+}
+
+/// A copy shares no value with what it was copied from.
+impl<K: Copy + Ord, V: Copy> Clone for Lru<K, V> {
+    fn clone(&self) -> Self {
+        let entries = self.entries.iter().map(|(key, (used, value))| (*key, (*used, Rc::new(Cell::new(value.get())))));
+        Self { entries: entries.collect(), by_use: self.by_use.clone(), clock: self.clock, capacity: self.capacity }
+    }
+}
+
+/// A value of an [`Lru`], shared with it as a pointer into a map would be.
+#[derive(Debug)]
+pub struct Shared<V: Copy>(Rc<Cell<V>>);
+
+impl<V: Copy> Entry<V> for Shared<V> {
+    fn get(&self) -> V {
+        self.0.get()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut V)) {
+        let mut value = self.0.get();
+        change(&mut value);
+        self.0.set(value);
+    }
+}
+
+/// Everything that the pipeline reads and writes.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// Monotonic time that the pipeline sees, in nanoseconds.
+    pub now_ns: Cell<u64>,
+    /// What the pipeline draws next; drawn numbers are replaced by their successors unless `fixed_random` is set.
+    pub random: Cell<u32>,
+    /// Every draw gives the same number, as the kernel programs do under a fixed clock.
+    pub fixed_random: bool,
+    /// Frontends, IPv4.
+    pub frontends_v4: BTreeMap<FrontendKey<V4>, Frontend>,
+    /// Frontends, IPv6.
+    pub frontends_v6: BTreeMap<FrontendKey<V6>, Frontend>,
+    /// Bits set in the filter, by half.
+    pub filter: BTreeSet<(Direction, u32)>,
+    /// Slots in use.
+    pub slots: BTreeMap<u32, u32>,
+    /// Members.
+    pub members: BTreeMap<MemberKey, Member>,
+    /// Backends.
+    pub backends: BTreeMap<u32, Backend>,
+    /// Live sessions by backend; wraps, as the kernel's does.
+    pub loads: RefCell<BTreeMap<u32, u32>>,
+    /// Sessions, IPv4.
+    pub sessions_v4: RefCell<Lru<SessionKey<V4>, Session>>,
+    /// Sessions, IPv6.
+    pub sessions_v6: RefCell<Lru<SessionKey<V6>, Session>>,
+    /// Flows, IPv4.
+    pub flows_v4: RefCell<Lru<FlowKey<V4>, Flow<V4>>>,
+    /// Flows, IPv6.
+    pub flows_v6: RefCell<Lru<FlowKey<V6>, Flow<V6>>>,
+    /// Packets by reason.
+    pub counters: RefCell<BTreeMap<Reason, u64>>,
+    /// Entries made for counting by service and backend.
+    pub usage: RefCell<BTreeMap<UsageKey, BTreeMap<Reason, u64>>>,
+    /// Events, oldest first.
+    pub events: RefCell<Vec<Event>>,
+}
+
+impl Model {
+    /// Empty tables; each LRU holds `capacity` entries.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            now_ns: Cell::new(0),
+            random: Cell::new(0),
+            fixed_random: false,
+            frontends_v4: BTreeMap::new(),
+            frontends_v6: BTreeMap::new(),
+            filter: BTreeSet::new(),
+            slots: BTreeMap::new(),
+            members: BTreeMap::new(),
+            backends: BTreeMap::new(),
+            loads: RefCell::default(),
+            sessions_v4: RefCell::new(Lru::new(capacity)),
+            sessions_v6: RefCell::new(Lru::new(capacity)),
+            flows_v4: RefCell::new(Lru::new(capacity)),
+            flows_v6: RefCell::new(Lru::new(capacity)),
+            counters: RefCell::default(),
+            usage: RefCell::default(),
+            events: RefCell::default(),
+        }
+    }
+}
+
+impl Tables for Model {
+    type Entry<V: Copy> = Shared<V>;
+
+    fn now_ns(&self) -> u64 {
+        self.now_ns.get()
+    }
+
+    fn random(&self) -> u32 {
+        let drawn = self.random.get();
+        if !self.fixed_random {
+            self.random.set(crate::select::next_draw(drawn));
+        }
+        drawn
+    }
+
+    fn filter(&self, direction: Direction, bit: u32) -> bool {
+        self.filter.contains(&(direction, bit))
+    }
+
+    fn slot(&self, index: u32) -> Option<u32> {
+        self.slots.get(&index).copied()
+    }
+
+    fn backend(&self, index: u32) -> Option<Backend> {
+        self.backends.get(&index).copied()
+    }
+
+    fn member(&self, key: &MemberKey) -> Option<Member> {
+        self.members.get(key).copied()
+    }
+
+    fn load(&self, backend: u32) -> u32 {
+        self.loads.borrow().get(&backend).copied().unwrap_or(0)
+    }
+
+    fn add_load(&self, backend: u32, sessions: i32) {
+        let mut loads = self.loads.borrow_mut();
+        let load = loads.entry(backend).or_default();
+        *load = load.wrapping_add_signed(sessions);
+    }
+
+    fn count(&self, reason: Reason) {
+        *self.counters.borrow_mut().entry(reason).or_default() += 1;
+    }
+
+    fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
+        if let Some(counts) = self.usage.borrow_mut().get_mut(&UsageKey { of: of as u32, id }) {
+            *counts.entry(reason).or_default() += 1;
+        }
+    }
+
+    fn report(&self, event: &Event) {
+        self.events.borrow_mut().push(*event);
+    }
+}
+
+macro_rules! family {
+    ($address:ty, $frontends:ident, $sessions:ident, $flows:ident) => {
+        impl FamilyTables<$address> for Model {
+            fn frontend(&self, key: &FrontendKey<$address>) -> Option<Frontend> {
+                self.$frontends.get(key).copied()
+            }
+
+            fn session(&self, key: &SessionKey<$address>) -> Option<Shared<Session>> {
+                self.$sessions.borrow_mut().touch(key).map(Shared)
+            }
+
+            fn add_session(&self, key: &SessionKey<$address>, session: &Session) -> Result<(), NotStored> {
+                let mut sessions = self.$sessions.borrow_mut();
+                if sessions.get(key).is_some() {
+                    return Err(NotStored);
+                }
+                sessions.insert(*key, *session);
+                Ok(())
+            }
+
+            fn flow(&self, key: &FlowKey<$address>) -> Option<Shared<Flow<$address>>> {
+                self.$flows.borrow_mut().touch(key).map(Shared)
+            }
+
+            fn put_flow(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> Result<(), NotStored> {
+                self.$flows.borrow_mut().insert(*key, *flow);
+                Ok(())
+            }
+        }
+    };
+}
+
+family!(V4, frontends_v4, sessions_v4, flows_v4);
+family!(V6, frontends_v6, sessions_v6, flows_v6);
+
+/// A frame is its bytes, with complete checksums.
+impl Packet for Vec<u8> {
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.get(offset..offset.checked_add(N)?)?.try_into().ok()
+    }
+
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        match offset.checked_add(N).and_then(|end| self.get_mut(offset..end)) {
+            Some(place) => {
+                place.copy_from_slice(&bytes);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn resize(&mut self, len: usize) -> bool {
+        Self::resize(self, len, 0);
+        true
+    }
+}

@@ -1,0 +1,153 @@
+//! Saying no at once: a TCP reset, or an ICMP or ICMPv6 "port unreachable", built from the packet that it answers.
+//!
+//! The answer takes the frame's place and leaves where the frame came in: link addresses swapped, VLAN tags kept. What
+//! ICMP quotes of the refused packet is its IP header without options or extensions, and the first eight bytes of its
+//! transport header: what a host needs to find the socket.
+
+use crate::{
+    abi::{Address, V4, V6},
+    checksum,
+    packet::Packet,
+    parse::{ACK, FIN, Headers, RST, SYN, TCP},
+};
+
+const HOP_LIMIT: u8 = 64;
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+/// ICMP type 3, code 3 (RFC 792).
+const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+/// ICMPv6 type 1, code 4 (RFC 4443).
+const PORT_UNREACHABLE_V6: [u8; 2] = [1, 4];
+
+/// Whether this packet may be answered: not a reset (RFC 9293, section 3.5.2), and from one host (RFC 1122, section
+/// 3.2.2).
+#[inline(always)]
+pub fn may_answer<A: Address>(headers: &Headers<A>) -> bool {
+    let source = headers.key.saddr.to_mapped();
+    let from_one_host = if A::BITS == V4::BITS {
+        (1..224).contains(&source[12])
+    } else {
+        source[0] != 0xff && headers.key.saddr.sum() != 0
+    };
+    from_one_host && !(headers.key.protocol == TCP && headers.flags & RST != 0)
+}
+
+/// Turns the frame into its refusal: RST for TCP, port unreachable for UDP. False where the frame could not be changed;
+/// it must be dropped then.
+#[inline(always)]
+pub fn refuse<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
+    let done = if headers.key.protocol == TCP { reset(packet, headers) } else { port_unreachable(packet, headers) };
+    done && swap_link_addresses(packet)
+}
+
+#[inline(always)]
+fn swap_link_addresses<P: Packet>(packet: &mut P) -> bool {
+    let Some([a, b, c, d, e, f, g, h, i, j, k, l]) = packet.read(0) else { return false };
+    packet.write(0, [g, h, i, j, k, l, a, b, c, d, e, f])
+}
+
+/// RST as of RFC 9293, section 3.10.7.1: with the sequence number that the packet acknowledges, or else acknowledging
+/// all that it occupies.
+#[inline(always)]
+fn reset<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
+    let Some(tcp) = packet.read::<20>(headers.l4) else { return false };
+    let [_, _, _, _, s0, s1, s2, s3, a0, a1, a2, a3, offset, ..] = tcp;
+    let (sequence, acknowledged, flags) = if headers.flags & ACK != 0 {
+        ([a0, a1, a2, a3], [0; 4], RST)
+    } else {
+        let Some(end) = segment_end(packet, headers) else { return false };
+        let header_len = usize::from(offset >> 4) * 4;
+        let data_len = end.saturating_sub(headers.l4 + header_len) as u32;
+        let occupied = data_len + u32::from(headers.flags & SYN != 0) + u32::from(headers.flags & FIN != 0);
+        ([0; 4], u32::from_be_bytes([s0, s1, s2, s3]).wrapping_add(occupied).to_be_bytes(), RST | ACK)
+    };
+    let (sport, dport) = (headers.key.dport.0, headers.key.sport.0);
+    let mut header = [0; 20];
+    header[..2].copy_from_slice(&sport);
+    header[2..4].copy_from_slice(&dport);
+    header[4..8].copy_from_slice(&sequence);
+    header[8..12].copy_from_slice(&acknowledged);
+    header[12] = 5 << 4;
+    header[13] = flags;
+    let sum = pseudo_header_sum(headers, TCP, 20) + checksum::sum(&header);
+    header[16..18].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+    start_answer(packet, headers, TCP, 20).is_some_and(|l4| packet.write(l4, header))
+}
+
+/// Offset in the frame behind the packet's last byte, by its IP header.
+#[inline(always)]
+fn segment_end<A: Address, P: Packet>(packet: &P, headers: &Headers<A>) -> Option<usize> {
+    let (field, base) = if A::BITS == V4::BITS { (2, 0) } else { (4, 40) };
+    let length = u16::from_be_bytes(packet.read(headers.l3 + field)?);
+    Some(headers.l3 + base + usize::from(length))
+}
+
+#[inline(always)]
+fn port_unreachable<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
+    let Some(transport) = packet.read::<8>(headers.l4) else { return false };
+    if A::BITS == V4::BITS {
+        let Some(mut quote) = packet.read::<20>(headers.l3) else { return false };
+        quote[0] = 0x45;
+        let mut head = [0; 8];
+        head[..2].copy_from_slice(&PORT_UNREACHABLE);
+        let sum = checksum::sum(&head) + checksum::sum(&quote) + checksum::sum(&transport);
+        head[2..4].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        let len = head.len() + quote.len() + transport.len();
+        start_answer(packet, headers, ICMP, len)
+            .is_some_and(|l4| packet.write(l4, head) && packet.write(l4 + 8, quote) && packet.write(l4 + 28, transport))
+    } else {
+        let Some(mut quote) = packet.read::<40>(headers.l3) else { return false };
+        quote[6] = headers.key.protocol;
+        let mut head = [0; 8];
+        head[..2].copy_from_slice(&PORT_UNREACHABLE_V6);
+        let len = head.len() + quote.len() + transport.len();
+        let sum = pseudo_header_sum(headers, ICMPV6, len)
+            + checksum::sum(&head)
+            + checksum::sum(&quote)
+            + checksum::sum(&transport);
+        head[2..4].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        start_answer(packet, headers, ICMPV6, len)
+            .is_some_and(|l4| packet.write(l4, head) && packet.write(l4 + 8, quote) && packet.write(l4 + 48, transport))
+    }
+}
+
+/// Sizes the frame for an answer of `len` transport bytes and writes its IP header; the offset behind that.
+#[inline(always)]
+fn start_answer<A: Address, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    protocol: u8,
+    len: usize,
+) -> Option<usize> {
+    let (from, to) = (headers.key.daddr.to_mapped(), headers.key.saddr.to_mapped());
+    let l3 = headers.l3;
+    if A::BITS == V4::BITS {
+        let mut header = [0; 20];
+        header[0] = 0x45;
+        header[2..4].copy_from_slice(&(20 + len as u16).to_be_bytes());
+        // Don't fragment; so an identification of zero is right (RFC 6864).
+        header[6] = 0x40;
+        header[8] = HOP_LIMIT;
+        header[9] = protocol;
+        header[12..16].copy_from_slice(&V4::from_mapped(from).0);
+        header[16..].copy_from_slice(&V4::from_mapped(to).0);
+        let sum = checksum::sum(&header);
+        header[10..12].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        (packet.resize(l3 + 20 + len) && packet.write(l3, header)).then_some(l3 + 20)
+    } else {
+        let mut header = [0; 40];
+        header[0] = 0x60;
+        header[4..6].copy_from_slice(&(len as u16).to_be_bytes());
+        header[6] = protocol;
+        header[7] = HOP_LIMIT;
+        header[8..24].copy_from_slice(&V6::from_mapped(from).0);
+        header[24..].copy_from_slice(&V6::from_mapped(to).0);
+        (packet.resize(l3 + 40 + len) && packet.write(l3, header)).then_some(l3 + 40)
+    }
+}
+
+/// Sum of the pseudo-header of an answer (RFC 9293, section 3.1; RFC 8200, section 8.1).
+#[inline(always)]
+fn pseudo_header_sum<A: Address>(headers: &Headers<A>, protocol: u8, len: usize) -> u32 {
+    headers.key.saddr.sum() + headers.key.daddr.sum() + u32::from(protocol) + len as u32
+}
