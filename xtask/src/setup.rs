@@ -56,11 +56,14 @@ const COMPONENTS: [(&str, &str); 3] = [
 /// # Errors
 /// When something may not be installed here, with the commands to run; when an installation fails.
 pub(crate) fn run() -> Result<()> {
-    let missing = missing()?;
+    let missing = find_missing()?;
     let may_install = is_root()? && find_command("apt-get");
     if missing.iter().any(|item| matches!(item, Item::Packages(_))) && !may_install {
         let commands: Vec<_> = missing.iter().map(|item| format!("    {item}")).collect();
         bail!("this needs root and apt-get. Please run, in this directory:\n{}", commands.join("\n"));
+    }
+    if missing.is_empty() {
+        return Ok(());
     }
     for item in missing {
         // Its libraries may have been all that bpf-linker lacked.
@@ -68,6 +71,9 @@ pub(crate) fn run() -> Result<()> {
             continue;
         }
         item.install()?;
+    }
+    if let Some(item) = find_missing()?.first() {
+        bail!("this was done, and something is still missing: {item}");
     }
     Ok(())
 }
@@ -108,7 +114,7 @@ enum Item {
 }
 
 /// What is missing, in the order in which to install it.
-fn missing() -> Result<Vec<Item>> {
+fn find_missing() -> Result<Vec<Item>> {
     let linker_is_missing = linker_version().as_deref() != Some(BPF_LINKER_VERSION);
     let libraries = LINKER_LIBRARIES.iter().filter(|_| linker_is_missing);
     let needs = TOOLS.iter().chain(libraries).filter(|need| !need.is_met());
@@ -176,7 +182,7 @@ fn install_packages(packages: &[&str]) -> Result<()> {
         return Ok(());
     }
     println!("setup: refreshing apt's lists");
-    run_command(apt_get().args(["update", "--quiet"]))?;
+    run_command(apt_get().args(["update", "-qq"]))?;
     let unknown = unknown_to_apt(packages);
     ensure!(
         unknown.is_empty(),
