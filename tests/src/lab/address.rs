@@ -1,0 +1,104 @@
+//! Who has which address in every lab. IPv4 and IPv6 side by side, so that a test is written once for both.
+//!
+//! | what | IPv4 | IPv6 |
+//! |---|---|---|
+//! | clients | 198.18.0.0/15 | 2001:db8:c::/64 |
+//! | the wire | 192.0.2.1 node, 192.0.2.2 client | 2001:db8::1 node, 2001:db8::2 client |
+//! | pods | 10.244.0.10 + index | fd00:244::10 + index |
+//! | services | 10.96.0.0/16 | fd00:96::/112 |
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// The prefix of all client addresses, for each family.
+pub(super) const CLIENTS: [&str; 2] = ["198.18.0.0/15", "2001:db8:c::/64"];
+/// The prefix of all pod addresses.
+pub(super) const PODS: [&str; 2] = ["10.244.0.0/16", "fd00:244::/64"];
+/// The prefix of all ClusterIPs.
+pub(super) const SERVICES: [&str; 2] = ["10.96.0.0/16", "fd00:96::/112"];
+/// The node's address on the wire.
+pub(super) const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+/// The client's address on the wire.
+pub(super) const WIRE_CLIENT: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
+/// The router that every pod sees.
+pub(super) const POD_ROUTER: [&str; 2] = ["169.254.1.1", "fe80::1"];
+
+/// How many client addresses a lab has.
+pub const CLIENT_COUNT: u32 = 1 << 17;
+
+/// IPv4 or IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both, in the order that the tables of this module have.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The address of the client with this number, below [`CLIENT_COUNT`].
+    pub fn client(self, number: u32) -> IpAddr {
+        assert!(number < CLIENT_COUNT, "client {number} of {CLIENT_COUNT}");
+        match self {
+            Self::V4 => Ipv4Addr::from_bits(Ipv4Addr::new(198, 18, 0, 0).to_bits() + number).into(),
+            Self::V6 => {
+                let base = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 0);
+                Ipv6Addr::from_bits(base.to_bits() + u128::from(number)).into()
+            }
+        }
+    }
+
+    /// The address of the pod with this index.
+    pub fn pod(self, index: usize) -> IpAddr {
+        let offset = u16::try_from(index).expect("fewer pods than ports");
+        match self {
+            Self::V4 => Ipv4Addr::from_bits(Ipv4Addr::new(10, 244, 0, 10).to_bits() + u32::from(offset)).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x244, 0, 0, 0, 0, 0, 0x10 + offset).into(),
+        }
+    }
+
+    /// The ClusterIP of the service with this number.
+    pub fn cluster_ip(self, number: u16) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::from_bits(Ipv4Addr::new(10, 96, 0, 0).to_bits() + u32::from(number)).into(),
+            Self::V6 => Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, number).into(),
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    /// As Kubernetes writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}
+
+/// TCP or UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Protocol {
+    /// TCP: HTTP is spoken over it.
+    Tcp,
+    /// UDP: one datagram asks, one answers.
+    Udp,
+}
+
+impl Protocol {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
+}
+
+impl fmt::Display for Protocol {
+    /// As Kubernetes writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}

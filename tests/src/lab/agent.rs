@@ -1,0 +1,168 @@
+//! The `affinity` command on a lab's node: once, or as an agent in the background.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::netns::output;
+use super::{Lab, NODE_NAME, eventually};
+
+/// How long the agent may take from its start to its readiness, and from SIGTERM to its end.
+const AGENT_PATIENCE: Duration = Duration::from_secs(15);
+
+impl Lab {
+    /// Runs `affinity ARGS` on the node and returns what it wrote to standard output.
+    ///
+    /// # Errors
+    /// When it fails: its standard error.
+    pub fn affinity(&self, args: &[&str]) -> Result<String> {
+        output(self.affinity_command()?.args(args))
+    }
+
+    /// The same, where standard output is JSON.
+    ///
+    /// # Errors
+    /// When it fails, or does not write JSON.
+    pub fn affinity_json(&self, args: &[&str]) -> Result<serde_json::Value> {
+        let text = self.affinity(&[args, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("affinity {args:?} wrote {text}"))
+    }
+
+    /// `affinity` on the node, with the global options of this lab.
+    pub fn affinity_command(&self) -> Result<Command> {
+        let mut command = self.node().command(binary()?);
+        command.arg("--pin-dir").arg(self.pin_dir()).args(["--node-name", NODE_NAME]);
+        Ok(command)
+    }
+
+    /// Starts `affinity run` over [`Lab::source`] with these further arguments, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it ends, or is not ready in time: what it wrote.
+    pub fn agent(&self, args: &[&str]) -> Result<Agent> {
+        let mut command = self.affinity_command()?;
+        command.arg("run").arg("--source").arg(self.source()).args(args);
+        Agent::start(command)
+    }
+}
+
+/// The command to test: `$AFFINITY_BIN`, or the one built beside the running program.
+fn binary() -> Result<PathBuf> {
+    let path = match std::env::var_os("AFFINITY_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => {
+            let mut directory = std::env::current_exe()?;
+            directory.pop();
+            if directory.file_name() == Some(OsStr::new("deps")) {
+                directory.pop();
+            }
+            directory.join("affinity")
+        }
+    };
+    ensure!(path.exists(), "{}: build it with `cargo build -p affinity-user`", path.display());
+    Ok(path)
+}
+
+/// A running agent. Dropping it kills it (the dataplane stays), and shows what it wrote if a test fails.
+#[derive(Debug)]
+pub struct Agent {
+    command: Command,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Agent {
+    fn start(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let log = Arc::default();
+        let child = spawn(&mut command, &log)?;
+        let mut agent = Self { command, child, log };
+        agent.wait_until_ready(0)?;
+        Ok(agent)
+    }
+
+    /// Kills it with SIGKILL: it can tidy up nothing.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Asks it to stop, with SIGTERM, and waits until it has.
+    ///
+    /// # Errors
+    /// When it does not stop in time, or its exit status is not success.
+    pub fn terminate(mut self) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM)?;
+        let mut status: Option<ExitStatus> = None;
+        eventually("the agent stops on SIGTERM", AGENT_PATIENCE, || {
+            status = self.child.try_wait()?;
+            Ok(status.is_some())
+        })?;
+        ensure!(status.is_some_and(|status| status.success()), "the agent ended with {status:?}");
+        Ok(())
+    }
+
+    /// Starts it again after [`Agent::kill`], as it was started first, and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`Lab::agent`].
+    pub fn restart(&mut self) -> Result<()> {
+        ensure!(self.child.try_wait()?.is_some(), "the agent still runs");
+        let written = self.log().len();
+        self.child = spawn(&mut self.command, &self.log)?;
+        self.wait_until_ready(written)
+    }
+
+    /// What it wrote so far, standard output and standard error as they came.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Waits for the line that says so, behind the first `written` lines of its log.
+    fn wait_until_ready(&mut self, written: usize) -> Result<()> {
+        let ready = eventually("the agent says that it is ready", AGENT_PATIENCE, || {
+            if self.log()[written..].iter().any(|line| line.starts_with("ready")) {
+                return Ok(true);
+            }
+            match self.child.try_wait()? {
+                Some(status) => bail!("the agent ended with {status}"),
+                None => Ok(false),
+            }
+        });
+        ready.with_context(|| format!("{:?}\n{}", self.command, self.log().join("\n")))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("the agent's log:\n{}", self.log().join("\n"));
+        }
+    }
+}
+
+/// Starts the command; threads of their own gather what it writes.
+fn spawn(command: &mut Command, log: &Arc<Mutex<Vec<String>>>) -> Result<Child> {
+    let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
+    gather(child.stdout.take().context("no standard output")?, Arc::clone(log));
+    gather(child.stderr.take().context("no standard error")?, Arc::clone(log));
+    Ok(child)
+}
+
+fn gather(stream: impl Read + Send + 'static, log: Arc<Mutex<Vec<String>>>) {
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            log.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(line);
+        }
+    });
+}

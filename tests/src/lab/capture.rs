@@ -1,0 +1,115 @@
+//! What really went over a device: `tcpdump` writes it down, [`read_pcap`] reads it.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::netns::Namespace;
+
+/// Longer than it takes the kernel to hand over the last frames.
+const LAST_FRAMES: Duration = Duration::from_millis(200);
+
+/// Which frames of a device to capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Those it receives: native XDP has seen them, TC has not.
+    In,
+    /// Those it sends: TC has seen them.
+    Out,
+}
+
+/// A running capture. Dropping it stops it.
+#[derive(Debug)]
+pub struct Capture {
+    tcpdump: Child,
+    file: PathBuf,
+}
+
+impl Capture {
+    /// Starts to capture in `file`, and returns when frames are being captured.
+    ///
+    /// # Errors
+    /// When tcpdump is missing, or says why it cannot.
+    pub fn start(namespace: &Namespace, device: &str, direction: Direction, file: &Path) -> Result<Self> {
+        let direction = match direction {
+            Direction::In => "in",
+            Direction::Out => "out",
+        };
+        let mut tcpdump = namespace
+            .command("tcpdump")
+            .args(["-n", "--immediate-mode", "-U", "-s", "0", "-Z", "root"])
+            .args(["-i", device, "-Q", direction, "-w"])
+            .arg(file)
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start tcpdump")?;
+        let mut lines = BufReader::new(tcpdump.stderr.take().context("no standard error")?).lines();
+        let mut said = Vec::new();
+        loop {
+            match lines.next() {
+                Some(Ok(line)) if line.contains("listening on") => break,
+                Some(Ok(line)) => said.push(line),
+                Some(Err(_)) | None => {
+                    tcpdump.wait()?;
+                    bail!("tcpdump: {}", said.join("; "));
+                }
+            }
+        }
+        // It writes its totals at its end: somebody has to read them.
+        std::thread::spawn(move || lines.for_each(drop));
+        Ok(Self { tcpdump, file: file.to_owned() })
+    }
+
+    /// Stops, and returns the frames.
+    ///
+    /// # Errors
+    /// When what was written is not a capture.
+    pub fn stop(mut self) -> Result<Vec<Vec<u8>>> {
+        std::thread::sleep(LAST_FRAMES);
+        self.end()?;
+        read_pcap(&fs::read(&self.file).with_context(|| self.file.display().to_string())?)
+    }
+
+    fn end(&mut self) -> Result<()> {
+        if self.tcpdump.try_wait()?.is_none() {
+            kill_process(Pid::from_child(&self.tcpdump), Signal::INT)?;
+            self.tcpdump.wait()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+/// The frames of a capture file as this machine writes it: classic pcap, native byte order, Ethernet.
+///
+/// # Errors
+/// When it is another format, or ends in the middle of a frame.
+pub fn read_pcap(bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+    const MAGIC_MICROSECONDS: u32 = 0xa1b2_c3d4;
+    const HEADER_LENGTH: usize = 24;
+    const RECORD_HEADER_LENGTH: usize = 16;
+    let word = |at: usize| -> Result<u32> {
+        let word = bytes.get(at..at + 4).context("a capture that ends early")?;
+        Ok(u32::from_ne_bytes(word.try_into()?))
+    };
+    ensure!(word(0)? == MAGIC_MICROSECONDS && word(20)? == 1, "not a capture of Ethernet frames");
+    let mut frames = Vec::new();
+    let mut at = HEADER_LENGTH;
+    while at < bytes.len() {
+        let length = usize::try_from(word(at + 8)?)?;
+        let start = at + RECORD_HEADER_LENGTH;
+        frames.push(bytes.get(start..start + length).context("a capture that ends early")?.to_vec());
+        at = start + length;
+    }
+    Ok(frames)
+}

@@ -1,0 +1,95 @@
+//! A pod: a namespace joined to the node by a veth with host routes, as common network plugins do it, and the
+//! servers in it.
+
+use anyhow::{Result, ensure};
+
+use super::address::{Family, POD_ROUTER};
+use super::netns::{Namespace, run};
+use super::server::Server;
+use super::yaml::pod_name;
+
+/// A pod, alive or dead.
+pub struct Pod {
+    index: usize,
+    namespace_name: String,
+    checksum_offload: bool,
+    life: Option<Life>,
+}
+
+/// What a living pod has. The sockets close before the namespace goes.
+struct Life {
+    _server: Server,
+    namespace: Namespace,
+}
+
+impl Pod {
+    /// Makes the pod's namespace, joins it to the node and starts its servers.
+    pub(super) fn start(
+        index: usize,
+        namespace_name: String,
+        node: &Namespace,
+        checksum_offload: bool,
+    ) -> Result<Self> {
+        let mut pod = Self { index, namespace_name, checksum_offload, life: None };
+        pod.revive(node)?;
+        Ok(pod)
+    }
+
+    /// The pod's name: what its servers answer.
+    pub fn name(&self) -> String {
+        pod_name(self.index)
+    }
+
+    /// The node's end of the pod's veth.
+    pub fn device(&self) -> String {
+        format!("pod{}", self.index)
+    }
+
+    /// Where it lives, if it does.
+    pub fn namespace(&self) -> Option<&Namespace> {
+        self.life.as_ref().map(|life| &life.namespace)
+    }
+
+    /// The device goes first, so that no goodbye of the closing sockets gets out.
+    pub(super) fn kill(&mut self, node: &Namespace) -> Result<()> {
+        ensure!(self.life.is_some(), "{} is dead already", self.name());
+        node.ip(&format!("link del {}", self.device()))?;
+        self.life = None;
+        Ok(())
+    }
+
+    pub(super) fn revive(&mut self, node: &Namespace) -> Result<()> {
+        ensure!(self.life.is_none(), "{} lives", self.name());
+        let namespace = Namespace::create(self.namespace_name.clone())?;
+        namespace.sysctl(&[("ipv6/conf/default/accept_dad", "0"), ("core/somaxconn", "4096")])?;
+        let device = self.device();
+        let mut on_node = format!("link add {device} type veth peer name eth0 netns {}\n", namespace.name());
+        on_node += &format!("addr add {}/32 dev {device} scope link\n", POD_ROUTER[0]);
+        on_node += &format!("addr add {}/64 dev {device}\nlink set {device} up\n", POD_ROUTER[1]);
+        let mut on_pod = "link set lo up\nlink set eth0 up\n".to_owned();
+        for family in Family::BOTH {
+            let address = family.pod(self.index);
+            on_node += &format!("route add {address} dev {device}\n");
+            on_pod += &format!("addr add {address} dev eth0\n");
+        }
+        on_pod += &format!("route add {} dev eth0 scope link\n", POD_ROUTER[0]);
+        for router in POD_ROUTER {
+            on_pod += &format!("route add default via {router} dev eth0\n");
+        }
+        node.ip(&on_node)?;
+        namespace.ip(&on_pod)?;
+        if !self.checksum_offload {
+            run(node.command("ethtool").args(["-K", &device, "tx", "off"]))?;
+            run(namespace.command("ethtool").args(["-K", "eth0", "tx", "off"]))?;
+        }
+        let server = Server::start(namespace.door(), &self.name())?;
+        self.life = Some(Life { _server: server, namespace });
+        Ok(())
+    }
+
+    pub(super) fn keep(&mut self) {
+        if let Some(life) = &mut self.life {
+            life.namespace.keep();
+        }
+    }
+}

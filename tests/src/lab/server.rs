@@ -1,0 +1,153 @@
+//! What runs in a pod: HTTP/1.1 and UDP servers which answer their name.
+//!
+//! | asked for | answer |
+//! |---|---|
+//! | `/` | the pod's name |
+//! | `/port` | the port that was reached |
+//! | `/client` | the client's address, as the server sees it |
+//! | `/bytes/N` | N bytes |
+//!
+//! Over UDP the datagram is the path. Each answer but the last ends in a newline.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::runtime::Runtime;
+
+use super::netns::Door;
+
+/// A pod's ports for HTTP.
+pub const HTTP_PORTS: [u16; 2] = [8080, 8443];
+/// A pod's ports for UDP.
+pub const UDP_PORTS: [u16; 2] = [5353, 5354];
+
+/// A request's head may not be longer than this.
+const HEAD_MAX: usize = 8192;
+/// Connections that may wait for the server: more than a burst of clients brings at once.
+const BACKLOG: i32 = 4096;
+
+/// The servers of one pod. Dropping it closes every socket.
+pub(super) struct Server {
+    runtime: Option<Runtime>,
+}
+
+impl Server {
+    /// Starts the servers of the pod `name`, behind `door`, on all their ports and both families.
+    pub(super) fn start(door: &Door, name: &str) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let name: Arc<str> = name.into();
+        let context = runtime.enter();
+        for port in HTTP_PORTS {
+            let listener = std::net::TcpListener::from(door.run(|| listen_on(port))??);
+            let listener = TcpListener::from_std(listener)?;
+            runtime.spawn(accept(listener, Arc::clone(&name)));
+        }
+        for port in UDP_PORTS {
+            let socket = StdUdpSocket::from(door.run(|| socket_on(SocketType::DGRAM, port))??);
+            runtime.spawn(echo(UdpSocket::from_std(socket)?, port, Arc::clone(&name)));
+        }
+        drop(context);
+        Ok(Self { runtime: Some(runtime) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_secs(5));
+        }
+    }
+}
+
+/// A bound socket for both families that does not block.
+fn socket_on(kind: SocketType, port: u16) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET6, kind, flags, None)?;
+    sockopt::set_ipv6_v6only(&socket, false)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port)))?;
+    Ok(socket)
+}
+
+fn listen_on(port: u16) -> io::Result<OwnedFd> {
+    let socket = socket_on(SocketType::STREAM, port)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+async fn accept(listener: TcpListener, name: Arc<str>) {
+    loop {
+        // A client that has gone before it was accepted is no concern of the others.
+        if let Ok((stream, peer)) = listener.accept().await {
+            let name = Arc::clone(&name);
+            tokio::spawn(async move { converse(stream, peer, &name).await });
+        }
+    }
+}
+
+/// Answers request after request on one connection, until the client closes it or asks for that.
+async fn converse(mut stream: TcpStream, peer: SocketAddr, name: &str) -> io::Result<()> {
+    let port = stream.local_addr()?.port();
+    stream.set_nodelay(true)?;
+    let mut input = Vec::new();
+    loop {
+        let Some(head) = read_head(&mut stream, &mut input).await? else { return Ok(()) };
+        let mut words = head.split_ascii_whitespace();
+        let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        let (status, body) = match answer(path, name, port, peer) {
+            _ if method != "GET" => ("405 Method Not Allowed", Vec::new()),
+            Some(body) => ("200 OK", body),
+            None => ("404 Not Found", Vec::new()),
+        };
+        let close = head.to_ascii_lowercase().contains("\r\nconnection: close");
+        let connection = if close { "close" } else { "keep-alive" };
+        let mut response =
+            format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n", body.len())
+                .into_bytes();
+        response.extend(body);
+        stream.write_all(&response).await?;
+        if close {
+            return Ok(());
+        }
+    }
+}
+
+/// Reads up to the empty line and leaves in `input` what came after it. None: no further request.
+async fn read_head(stream: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<Option<String>> {
+    loop {
+        if let Some(end) = input.windows(4).position(|window| window == b"\r\n\r\n") {
+            let head = input.drain(..end + 4).collect();
+            return Ok(String::from_utf8(head).ok());
+        }
+        if input.len() > HEAD_MAX || stream.read_buf(input).await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+async fn echo(socket: UdpSocket, port: u16, name: Arc<str>) {
+    let mut datagram = [0; 128];
+    loop {
+        // Errors here tell of clients that no longer listen.
+        let Ok((length, peer)) = socket.recv_from(&mut datagram).await else { continue };
+        let path = String::from_utf8_lossy(&datagram[..length]);
+        let body = answer(&path, &name, port, peer).unwrap_or_default();
+        let _ = socket.send_to(&body, peer).await;
+    }
+}
+
+fn answer(path: &str, name: &str, port: u16, peer: SocketAddr) -> Option<Vec<u8>> {
+    match path {
+        "/" => Some(format!("{name}\n").into_bytes()),
+        "/port" => Some(format!("{port}\n").into_bytes()),
+        "/client" => Some(format!("{}\n", peer.ip().to_canonical()).into_bytes()),
+        _ => path.strip_prefix("/bytes/")?.parse().ok().map(|count| vec![b'x'; count]),
+    }
+}
