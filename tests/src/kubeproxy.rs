@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
-use crate::lab::{Family, Lab, Protocol, Service, feed};
+use crate::lab::{Family, Lab, PODS, Protocol, Service, WIRE_CLIENT, feed};
 
 /// Which of kube-proxy's modes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +55,14 @@ impl Mode {
                 nft
             }
         };
-        feed(&mut command, &self.rules(services))
+        feed(&mut command, &self.rules(services))?;
+        // The rules see a packet only if the node knows where it would go without them.
+        lab.node().ip(&format!("route replace default via {}", WIRE_CLIENT[0]))
     }
 }
 
 /// The part of the cluster's addresses that are pods': traffic from elsewhere is masqueraded.
-const POD_CIDR: &str = "10.244.0.0/16";
+const POD_CIDR: &str = PODS[0];
 /// The mark of packets to masquerade.
 const MASQUERADE_MARK: &str = "0x4000";
 

@@ -55,6 +55,7 @@ pub use server::{HTTP_PORTS, UDP_PORTS};
 pub use sweep::sweep_stale;
 pub use yaml::{EndpointState, Service, pod_name};
 
+pub(crate) use address::{PODS, WIRE_CLIENT};
 pub(crate) use netns::feed;
 
 /// The node's end of the wire to the clients.

@@ -13,13 +13,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// The prefix of all client addresses, for each family.
 pub(super) const CLIENTS: [&str; 2] = ["198.18.0.0/15", "2001:db8:c::/64"];
 /// The prefix of all pod addresses.
-pub(super) const PODS: [&str; 2] = ["10.244.0.0/16", "fd00:244::/64"];
+pub(crate) const PODS: [&str; 2] = ["10.244.0.0/16", "fd00:244::/64"];
 /// The prefix of all ClusterIPs.
 pub(super) const SERVICES: [&str; 2] = ["10.96.0.0/16", "fd00:96::/112"];
 /// The node's address on the wire.
 pub(super) const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 /// The client's address on the wire.
-pub(super) const WIRE_CLIENT: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
+pub(crate) const WIRE_CLIENT: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
 /// The router that every pod sees.
 pub(super) const POD_ROUTER: [&str; 2] = ["169.254.1.1", "fe80::1"];
 

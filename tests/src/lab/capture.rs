@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +14,11 @@ use super::netns::Namespace;
 
 /// Longer than it takes the kernel to hand over the last frames.
 const LAST_FRAMES: Duration = Duration::from_millis(200);
+
+/// Longer than any frame of a lab: the kernel reserves that much for each.
+const FRAME_MAX: &str = "9216";
+/// Room for a few thousand frames.
+const BUFFER_KIB: &str = "32768";
 
 /// Which frames of a device to capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +34,8 @@ pub enum Direction {
 pub struct Capture {
     tcpdump: Child,
     file: PathBuf,
+    /// Gathers what it says, since it says at its end how many frames it has missed.
+    words: Option<JoinHandle<String>>,
 }
 
 impl Capture {
@@ -42,7 +50,7 @@ impl Capture {
         };
         let mut tcpdump = namespace
             .command("tcpdump")
-            .args(["-n", "--immediate-mode", "-U", "-s", "0", "-Z", "root"])
+            .args(["-n", "--immediate-mode", "-U", "-Z", "root", "-s", FRAME_MAX, "-B", BUFFER_KIB])
             .args(["-i", device, "-Q", direction, "-w"])
             .arg(file)
             .stderr(Stdio::piped())
@@ -60,18 +68,19 @@ impl Capture {
                 }
             }
         }
-        // It writes its totals at its end: somebody has to read them.
-        std::thread::spawn(move || lines.for_each(drop));
-        Ok(Self { tcpdump, file: file.to_owned() })
+        let words = thread::spawn(move || lines.map_while(Result::ok).collect::<Vec<_>>().join("; "));
+        Ok(Self { tcpdump, file: file.to_owned(), words: Some(words) })
     }
 
     /// Stops, and returns the frames.
     ///
     /// # Errors
-    /// When what was written is not a capture.
+    /// When frames are missing, or what was written is not a capture.
     pub fn stop(mut self) -> Result<Vec<Vec<u8>>> {
-        std::thread::sleep(LAST_FRAMES);
+        thread::sleep(LAST_FRAMES);
         self.end()?;
+        let words = self.words.take().and_then(|words| words.join().ok()).unwrap_or_default();
+        ensure!(words.contains("; 0 packets dropped by kernel"), "tcpdump: {words}");
         read_pcap(&fs::read(&self.file).with_context(|| self.file.display().to_string())?)
     }
 

@@ -96,7 +96,7 @@ impl Namespace {
     }
 
     /// Runs a few `ip` commands inside, one a line.
-    pub(super) fn ip(&self, script: &str) -> Result<()> {
+    pub(crate) fn ip(&self, script: &str) -> Result<()> {
         let mut ip = Command::new("ip");
         ip.args(["-n", &self.name, "-batch", "-"]);
         feed(&mut ip, script).with_context(|| format!("in {}:\n{script}", self.name))
