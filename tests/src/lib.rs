@@ -3,6 +3,7 @@
 //!
 //! * [`lab`] brings up clients, a node and pods, and runs the `affinity` command on the node.
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
+//! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
 //! * [`packet`] builds frames, and checks the checksums of any frame.
 //!
 //! Everything here needs root, and Debian's iproute2, util-linux, ethtool and tcpdump. Nothing leaves the
@@ -11,3 +12,4 @@
 pub mod kubeproxy;
 pub mod lab;
 pub mod packet;
+pub mod story;

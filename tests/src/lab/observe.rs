@@ -1,0 +1,119 @@
+//! What the `affinity` command says of a lab, as values.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::address::{Family, Protocol};
+use super::yaml::{Service, pod_name};
+use super::{Lab, eventually};
+
+/// How long a change of the YAML may take until packets meet it.
+const SYNC_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A pin, as `affinity get sessions -o json` shows it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Session {
+    /// `namespace/name` of the service.
+    pub service: String,
+    /// The client's address, or prefix.
+    pub client: String,
+    /// Where it is pinned.
+    pub backend: Backend,
+    /// When it was pinned: RFC 3339.
+    pub created: String,
+    /// When its timer was last restarted: RFC 3339.
+    pub last_used: String,
+    /// Seconds left; None: it never expires.
+    pub expires_in_seconds: Option<f64>,
+    /// Why it was pinned there.
+    pub reason: String,
+}
+
+/// A backend, as sessions show it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Backend {
+    /// The pod's address.
+    pub address: IpAddr,
+    /// The pod's name.
+    pub name: String,
+}
+
+/// What `affinity explain -o json` says of the next packet.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Explanation {
+    /// forward, reject, drop or pass.
+    pub verdict: String,
+    /// Why.
+    pub reason: String,
+    /// The client's session, if it has one.
+    pub pinned: Option<serde_json::Value>,
+    /// The backends that it could reach.
+    pub candidates: Vec<Candidate>,
+}
+
+/// A backend that an explanation names.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Candidate {
+    /// The pod's address.
+    pub address: IpAddr,
+    /// The pod's port.
+    pub port: u16,
+    /// The pod's name.
+    pub name: String,
+}
+
+impl Lab {
+    /// The pins of a service, of one client or of all.
+    ///
+    /// # Errors
+    /// When the command fails, or its JSON has not the documented fields.
+    pub fn sessions(&self, service: &Service, client: Option<IpAddr>) -> Result<Vec<Session>> {
+        let (service, client) = (service.full_name(), client.map(|client| client.to_string()));
+        let mut args = vec!["get", "sessions", "--service", &service];
+        if let Some(client) = &client {
+            args.extend(["--client", client]);
+        }
+        let json = self.affinity_json(&args)?;
+        serde_json::from_value(json.clone()).with_context(|| format!("sessions as documented, not {json}"))
+    }
+
+    /// What the next packet of this client to this frontend would meet.
+    ///
+    /// # Errors
+    /// As [`Lab::sessions`].
+    pub fn explain(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> Result<Explanation> {
+        let to = match protocol {
+            Protocol::Tcp => to.to_string(),
+            Protocol::Udp => format!("{to}/udp"),
+        };
+        let json = self.affinity_json(&["explain", "--from", &from.to_string(), "--to", &to])?;
+        serde_json::from_value(json.clone()).with_context(|| format!("an explanation as documented, not {json}"))
+    }
+
+    /// Writes the service's YAML as [`Lab::publish`] does, and waits until every frontend of it has exactly its
+    /// ready endpoints as candidates. A change of affinity alone cannot be seen so.
+    ///
+    /// # Errors
+    /// When that does not come about.
+    pub fn publish_and_settle(&self, service: &Service) -> Result<()> {
+        self.publish(service)?;
+        let wanted: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
+        for family in Family::BOTH {
+            for (port, protocol, to, _) in service.frontends(family) {
+                let what = format!("{} {family} {port} has {wanted:?}", service.full_name());
+                eventually(&what, SYNC_PATIENCE, || {
+                    let said = self.explain(protocol, family.client(0), to)?;
+                    let is_known = said.verdict != "pass";
+                    let names: BTreeSet<String> = said.candidates.into_iter().map(|pod| pod.name).collect();
+                    Ok(is_known && names == wanted)
+                })?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,202 @@
+//! The agent's life: what it leaves in place when it ends, however it ends; and what it makes of its input.
+
+use std::fs;
+use std::time::Duration;
+
+use affinity_tests::kubeproxy::Mode;
+use affinity_tests::lab::{Agent, Family, Lab, Load, Protocol, Service, eventually};
+use affinity_tests::story::{Hook, Route, tell, web};
+use anyhow::{Result, ensure};
+
+const SYNC_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Clients on new and on kept connections by both families and protocols, while something happens to the agent.
+fn nobody_notices(hook: Hook, event: impl FnOnce(&mut Lab, &mut Agent) -> Result<()>) -> Result<()> {
+    let web = web().client_ip();
+    tell(hook, &[&web], |lab, agent| {
+        let loads = Route::all_to(&web).map(|route| {
+            let first = if route.protocol == Protocol::Tcp { 0 } else { 1000 };
+            Load::start(&lab.client(), route.protocol, first..first + 50, route.to)
+        });
+        loads.iter().try_for_each(|load| load.wait_for(300))?;
+        event(lab, agent)?;
+        loads.iter().try_for_each(|load| load.wait_for(300))?;
+        loads.into_iter().try_for_each(|load| load.stop()?.undisturbed())
+    })
+}
+
+#[test]
+fn nobody_notices_that_the_agent_is_killed_and_started_again() -> Result<()> {
+    for hook in Hook::ALL {
+        nobody_notices(hook, |_, agent| {
+            agent.kill()?;
+            std::thread::sleep(Duration::from_millis(500));
+            agent.restart()
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nobody_notices_that_the_programs_are_put_in_place_again() -> Result<()> {
+    for hook in Hook::ALL {
+        nobody_notices(hook, |lab, agent| {
+            agent.kill()?;
+            let source = lab.source().display().to_string();
+            for _ in 0..3 {
+                lab.affinity(&[["attach", "--source", &source].as_slice(), &hook.args()].concat())?;
+            }
+            agent.restart()
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pins_and_their_ids_outlive_the_agent() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::XdpNative, &[&web], |lab, agent| {
+        let routes = Route::all_to(&web);
+        let before: Vec<_> = routes.iter().map(|route| route.dial_all(lab, 0..200)).collect::<Result<_>>()?;
+        agent.kill()?;
+        // A service that sorts first would take the first ids, if ids were not restored.
+        lab.publish(&Service::new("a", 5).tcp("http", 80, 8080).client_ip().on([2, 1]))?;
+        agent.restart()?;
+        let after: Vec<_> = routes.iter().map(|route| route.dial_all(lab, 0..200)).collect::<Result<_>>()?;
+        assert_eq!(before, after);
+        Ok(())
+    })
+}
+
+#[test]
+fn on_sigterm_the_dataplane_stays_and_detach_takes_it_away() -> Result<()> {
+    let (lab, web) = (Lab::with_pods(3)?, web().client_ip());
+    lab.publish(&web)?;
+    lab.agent(&Hook::XdpNative.args())?.terminate()?;
+    for route in Route::all_to(&web) {
+        let pods = route.dial(&lab, 1, 5)?;
+        assert!(pods.iter().all(|pod| *pod == pods[0]), "{pods:?}");
+    }
+    lab.affinity(&["detach"])?;
+    assert_not_served(&lab, &web);
+    Ok(())
+}
+
+#[test]
+fn detach_on_exit_leaves_nothing_attached() -> Result<()> {
+    let (lab, web) = (Lab::with_pods(3)?, web().client_ip());
+    lab.publish(&web)?;
+    let agent = lab.agent(&[Hook::XdpGeneric.args().as_slice(), &["--detach-on-exit"]].concat())?;
+    Route::all_to(&web)[0].dial(&lab, 1, 1)?;
+    agent.terminate()?;
+    assert_not_served(&lab, &web);
+    Ok(())
+}
+
+#[test]
+fn attach_syncs_once_and_leaves_the_dataplane_running() -> Result<()> {
+    let (lab, web) = (Lab::with_pods(3)?, web().client_ip());
+    lab.publish(&web)?;
+    let source = lab.source().display().to_string();
+    lab.affinity(&[["attach", "--source", &source].as_slice(), &Hook::Tc.args()].concat())?;
+    for route in Route::all_to(&web) {
+        route.dial(&lab, 1, 3)?;
+    }
+    lab.affinity(&["detach", "--device", affinity_tests::lab::WIRE])?;
+    assert_not_served(&lab, &web);
+    Ok(())
+}
+
+#[test]
+fn a_device_that_appears_later_is_attached() -> Result<()> {
+    let (mut lab, web) = (Lab::with_pods(4)?, web().client_ip());
+    lab.publish(&web)?;
+    let _agent = lab.agent(&["--device", "pod*", "--xdp", "off"])?;
+    lab.kill_pod(3)?;
+    lab.return_pod(3)?;
+    let to = web.frontend(Family::V4, "http");
+    eventually("the new pod reaches the service", SYNC_PATIENCE, || {
+        Ok(lab.pod_client(3).http_get(Family::V4.pod(3), to, "/").is_ok())
+    })
+}
+
+#[test]
+fn bad_files_are_named_and_take_nothing_down() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::XdpNative, &[&web], |lab, agent| {
+        let load = Load::start(&lab.client(), Protocol::Tcp, 0..20, web.frontend(Family::V4, "http"));
+        lab.publish_text("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: [not, a, mapping\n")?;
+        let odd = Service::new("odd", 12).tcp("http", 80, 8080).client_ip().on(0..3).annotated("timer", "sometimes");
+        lab.publish(&odd)?;
+        for name in ["broken.yaml", "affinity.dev/timer"] {
+            eventually(&format!("the log names {name}"), SYNC_PATIENCE, || {
+                Ok(agent.log().iter().any(|line| line.contains(name)))
+            })?;
+        }
+        lab.publish_and_settle(&Service::new("later", 13).tcp("http", 80, 8080).on(0..3))?;
+        fs::remove_file(lab.source().join("broken.yaml"))?;
+        load.wait_for(100)?;
+        load.stop()?.undisturbed()
+    })
+}
+
+#[test]
+fn a_withdrawn_service_is_served_no_longer() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::Tc, &[&web], |lab, _| {
+        lab.withdraw(&web)?;
+        let route = Route::all_to(&web)[0];
+        eventually("the frontend is gone", SYNC_PATIENCE, || {
+            Ok(lab.explain(route.protocol, route.client(1), route.to)?.verdict == "pass")
+        })?;
+        assert_not_served(lab, &web);
+        Ok(())
+    })
+}
+
+/// The comparison that the README quotes: clients that stay on one pod in five rounds, over three pods.
+#[test]
+fn affinity_holds_where_xt_recent_has_forgotten() -> Result<()> {
+    const ROUNDS: usize = 5;
+    let web = web().client_ip();
+    let to = web.frontend(Family::V4, "http");
+    let stay = |lab: &Lab, clients: u32| -> Result<usize> {
+        let first = lab.client().ask_all(Protocol::Tcp, 0..clients, to)?;
+        let mut stayed = vec![true; first.len()];
+        for _ in 1..ROUNDS {
+            let again = lab.client().ask_all(Protocol::Tcp, 0..clients, to)?;
+            stayed.iter_mut().zip(first.iter().zip(&again)).for_each(|(stayed, (first, again))| {
+                *stayed &= first == again;
+            });
+        }
+        Ok(stayed.into_iter().filter(|stayed| *stayed).count())
+    };
+    let sizes = [100, 400, 1_000, 5_000];
+    tell(Hook::XdpNative, &[&web], |lab, _| {
+        for clients in sizes {
+            let stayed = stay(lab, clients)?;
+            println!("affinity: {stayed} of {clients} clients stay");
+            ensure!(stayed == usize::try_from(clients)?, "{stayed} of {clients}");
+        }
+        Ok(())
+    })?;
+    if !Mode::Iptables.is_available() {
+        println!("iptables: not on this machine, so there is nothing to compare with");
+        return Ok(());
+    }
+    for clients in sizes {
+        let lab = Lab::with_pods(3)?;
+        Mode::Iptables.install(&lab, std::slice::from_ref(&web))?;
+        let stayed = stay(&lab, clients)?;
+        println!("iptables: {stayed} of {clients} clients stay");
+        ensure!(clients < 400 || stayed < usize::try_from(clients / 2)?, "{stayed} of {clients}");
+    }
+    Ok(())
+}
+
+/// No pod answers at any frontend of the service.
+fn assert_not_served(lab: &Lab, service: &Service) {
+    for route in Route::all_to(service) {
+        assert!(route.dial(lab, 1, 1).is_err(), "by {route:?}");
+    }
+}

@@ -1,0 +1,146 @@
+//! What the commands say about pins, and what they do to them, while traffic flows.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use affinity_tests::lab::{Family, Lab, Protocol};
+use affinity_tests::story::{Hook, Route, tell, web};
+use anyhow::{Context, Result, ensure};
+
+#[test]
+fn sessions_name_client_service_pod_and_time_left() -> Result<()> {
+    let web = web().client_ip_for(600);
+    tell(Hook::XdpNative, &[&web], |lab, _| {
+        for route in Route::all_to(&web) {
+            let from = route.client(7);
+            let pod = route.dial(lab, 7, 1)?.remove(0);
+            let sessions = lab.sessions(&web, Some(from))?;
+            let [session] = sessions.as_slice() else { panic!("one session of {from}, not {sessions:?}") };
+            assert_eq!(session.service, web.full_name());
+            assert_eq!(session.client, from.to_string());
+            assert_eq!(session.backend.name, pod);
+            let index = lab.pods().iter().position(|candidate| candidate.name() == pod).context("a pod of ours")?;
+            assert_eq!(session.backend.address, route.family.pod(index));
+            let left = session.expires_in_seconds.context("it expires")?;
+            assert!((590.0..=600.0).contains(&left), "{left} s left");
+            assert!(session.created <= session.last_used && session.created.ends_with('Z'), "{session:?}");
+            assert!(!session.reason.is_empty());
+        }
+        let table = lab.affinity(&["get", "sessions", "--service", &web.full_name()])?;
+        for route in Route::all_to(&web) {
+            assert!(table.contains(&route.client(7).to_string()), "{table}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn explain_tells_the_next_packet_and_changes_nothing() -> Result<()> {
+    let (web, empty) = (web().client_ip(), affinity_tests::lab::Service::new("empty", 11).tcp("http", 80, 8080));
+    tell(Hook::XdpNative, &[&web, &empty], |lab, _| {
+        for route in Route::all_to(&web) {
+            let said = lab.explain(route.protocol, route.client(1), route.to)?;
+            assert_eq!((said.verdict.as_str(), said.pinned.is_none()), ("forward", true), "{said:?}");
+            assert_eq!(said.candidates.len(), 3, "{said:?}");
+            assert!(lab.sessions(&web, Some(route.client(1)))?.is_empty(), "explain has pinned the client");
+
+            let pod = route.dial(lab, 1, 1)?.remove(0);
+            let said = lab.explain(route.protocol, route.client(1), route.to)?;
+            let pinned = said.pinned.context("a pinned client")?.to_string();
+            assert!(pinned.contains(&format!("\"{pod}\"")), "{pinned} names {pod}");
+        }
+        let said = lab.explain(Protocol::Tcp, Family::V4.client(1), empty.frontend(Family::V4, "http"))?;
+        assert_eq!(said.verdict, "reject", "{said:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn explain_needs_no_kernel_where_it_is_given_yaml() -> Result<()> {
+    let (lab, web) = (Lab::with_pods(0)?, web().client_ip());
+    lab.publish(&web)?;
+    let (source, to) = (lab.source().display().to_string(), web.frontend(Family::V6, "dns"));
+    let from = Family::V6.client(1).to_string();
+    let said = lab.affinity_json(&["explain", "--source", &source, "--from", &from, "--to", &format!("{to}/udp")])?;
+    assert_eq!(said["verdict"], "forward", "{said}");
+    let candidates = said["candidates"].as_array().context("candidates")?;
+    let ports: BTreeSet<_> = candidates.iter().filter_map(|candidate| candidate["port"].as_u64()).collect();
+    assert_eq!((candidates.len(), ports), (3, BTreeSet::from([5353])), "{said}");
+    ensure!(!lab.pin_dir().exists(), "nothing was loaded");
+    Ok(())
+}
+
+#[test]
+fn pin_and_unpin_say_where_the_next_connection_goes() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::Tc, &[&web], |lab, _| {
+        let service = web.full_name();
+        for route in Route::all_to(&web) {
+            let client = route.client(1).to_string();
+            for pod in ["pod-2", "pod-0", "pod-1"] {
+                lab.affinity(&["pin", "--service", &service, "--client", &client, "--backend", pod])?;
+                assert_eq!(route.dial(lab, 1, 5)?, [pod; 5], "by {route:?}");
+            }
+            lab.affinity(&["unpin", "--service", &service, "--client", &client])?;
+            assert!(lab.sessions(&web, Some(route.client(1)))?.is_empty());
+        }
+        let route = Route::all_to(&web)[0];
+        route.dial_all(lab, 0..60)?;
+        lab.affinity(&["unpin", "--service", &service, "--backend", "pod-0"])?;
+        let left = lab.sessions(&web, None)?;
+        assert!(!left.is_empty() && left.iter().all(|session| session.backend.name != "pod-0"), "{left:?}");
+        lab.affinity(&["unpin", "--service", &service, "--all"])?;
+        assert!(lab.sessions(&web, None)?.is_empty());
+        Ok(())
+    })
+}
+
+#[test]
+fn events_tell_of_new_and_of_moved_pins() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::XdpNative, &[&web], |lab, _| {
+        let mut follow = lab.affinity_command()?;
+        follow.args(["events", "--follow", "-o", "json"]).stdout(Stdio::piped());
+        let mut follow = follow.spawn()?;
+        let stream = BufReader::new(follow.stdout.take().context("its standard output")?);
+        let (lines_out, lines) = mpsc::channel();
+        let reader =
+            thread::spawn(move || stream.lines().map_while(Result::ok).try_for_each(|line| lines_out.send(line)));
+        let told = expect_events(lab, &lines);
+        follow.kill()?;
+        follow.wait()?;
+        drop(lines);
+        let _ = reader.join();
+        told
+    })
+}
+
+/// Makes pins, moves one, and looks for a line about each.
+fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
+    let web = web().client_ip();
+    let route = Route::all_to(&web)[0];
+    let line_about = |kind: &str, client: u32| -> Result<()> {
+        let client = format!("\"{}\"", route.client(client));
+        let mut seen = Vec::new();
+        loop {
+            let line = lines.recv_timeout(Duration::from_secs(5));
+            let line = line.with_context(|| format!("no event {kind} of {client} among {seen:#?}"))?;
+            if line.contains(kind) && line.contains(&client) {
+                return Ok(());
+            }
+            seen.push(line);
+        }
+    };
+    // It takes a moment to begin to follow.
+    thread::sleep(Duration::from_millis(500));
+    let pod = route.dial(lab, 1, 1)?.remove(0);
+    line_about("created", 1)?;
+    let others: Vec<usize> = (0..3).filter(|index| lab.pods()[*index].name() != pod).collect();
+    lab.publish_and_settle(&web.clone().on(others))?;
+    route.dial(lab, 1, 1)?;
+    line_about("moved", 1)
+}
