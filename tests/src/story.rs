@@ -1,5 +1,6 @@
 //! Scenes for tests: the same story is told for every hook that can translate, and for every family and protocol.
 
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
@@ -125,4 +126,11 @@ pub fn tell_in(
         .try_for_each(|service| lab.publish_and_settle(service))
         .and_then(|()| story(&mut lab, &mut agent));
     told.with_context(|| format!("the agent's log:\n{}", agent.log().join("\n")))
+}
+
+/// Writes a line for whoever runs the tests: a figure, or why there is nothing to compare with. It shows also where the
+/// test passes, when the harness keeps back what was printed.
+pub fn report(line: &str) {
+    // Nobody to read it: no reason to fail.
+    let _ = writeln!(io::stderr(), "{line}");
 }

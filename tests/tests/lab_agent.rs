@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use affinity_tests::kubeproxy::Mode;
 use affinity_tests::lab::{Agent, Family, Lab, Load, Protocol, Service, eventually};
-use affinity_tests::story::{Hook, Route, tell, web};
+use affinity_tests::story::{Hook, Route, report, tell, web};
 use anyhow::{Result, ensure};
 
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
@@ -175,20 +175,20 @@ fn affinity_holds_where_xt_recent_has_forgotten() -> Result<()> {
     tell(Hook::XdpNative, &[&web], |lab, _| {
         for clients in sizes {
             let stayed = stay(lab, clients)?;
-            println!("affinity: {stayed} of {clients} clients stay");
+            report(&format!("affinity: {stayed} of {clients} clients stay"));
             ensure!(stayed == usize::try_from(clients)?, "{stayed} of {clients}");
         }
         Ok(())
     })?;
     if !Mode::Iptables.is_available() {
-        println!("iptables: not on this machine, so there is nothing to compare with");
+        report("iptables: not on this machine, so there is nothing to compare with");
         return Ok(());
     }
     for clients in sizes {
         let lab = Lab::with_pods(3)?;
         Mode::Iptables.install(&lab, std::slice::from_ref(&web))?;
         let stayed = stay(&lab, clients)?;
-        println!("iptables: {stayed} of {clients} clients stay");
+        report(&format!("iptables: {stayed} of {clients} clients stay"));
         ensure!(clients < 400 || stayed < usize::try_from(clients / 2)?, "{stayed} of {clients}");
     }
     Ok(())

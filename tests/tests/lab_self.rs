@@ -12,6 +12,7 @@ use affinity_tests::lab::{
     Capture, Direction, Family, HTTP_PORTS, Lab, Load, Options, Protocol, Service, UDP_PORTS, WIRE, eventually,
 };
 use affinity_tests::packet::{Verified, verify_checksums};
+use affinity_tests::story::report;
 use anyhow::{Context, Result, ensure};
 
 #[test]
@@ -184,7 +185,7 @@ fn what_a_killed_process_left_is_swept_away() -> Result<()> {
 fn kube_proxys_rules_balance_and_pin() -> Result<()> {
     for mode in [Mode::Iptables, Mode::Nftables] {
         if !mode.is_available() {
-            println!("{mode:?}: not on this machine, so there is nothing to compare with");
+            report(&format!("{mode:?}: not on this machine, so there is nothing to compare with"));
             continue;
         }
         let lab = Lab::with_pods(3)?;
@@ -203,7 +204,7 @@ fn kube_proxys_rules_balance_and_pin() -> Result<()> {
             // Other clients each time, so that the lists start with nobody of theirs.
             let first = clients * 10;
             let stayed = clients_that_stay(&lab, first..first + clients, to)?;
-            println!("{mode:?}: {stayed} of {clients} clients stay on one pod");
+            report(&format!("{mode:?}: {stayed} of {clients} clients stay on one pod"));
             match (mode, clients) {
                 (Mode::Iptables, 400) => assert!(stayed < 200, "{stayed}"),
                 _ => assert_eq!(stayed, clients),
