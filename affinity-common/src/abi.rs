@@ -1,7 +1,8 @@
 //! The layout of every map: the contract between the programs, the agent, and a later version of either.
 //!
 //! All types are `repr(C)` without implicit padding; addresses and ports are byte arrays in network order behind typed
-//! getters; there is no bool, enum, Option or usize, so every bit pattern is a valid value. A change of any size or
+//! getters; there is no bool, enum, Option or usize, so every bit pattern is a valid value. Keys and values are aligned
+//! to what the machine loads at once: on the programs' stacks the verifier accepts nothing else. A change of any size or
 //! meaning raises [`VERSION`], which names the pin directory.
 #![expect(
     unsafe_code,
@@ -27,7 +28,7 @@ pub use flow::{Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, F
 pub use frontend::{
     AFFINITY, FILTER_BITS, Frontend, FrontendKey, SHARED, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
 };
-pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf};
+pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};
 
 /// Version of this layout.
@@ -37,6 +38,8 @@ pub const VERSION: u32 = 1;
 pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
     /// Length in bits: 32 or 128.
     const BITS: u8;
+    /// What fills a key of one address and four bytes to a multiple of eight bytes.
+    type Fill: Copy + Eq + Ord + Debug + Pod;
     /// The address as IPv6: itself, or IPv4-mapped (RFC 4291, section 2.5.5.2).
     fn to_mapped(self) -> [u8; 16];
     /// The inverse of [`Address::to_mapped`]; for IPv4, the last four bytes.
@@ -45,7 +48,7 @@ pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
     fn masked(self, prefix: u8) -> Self;
     /// The address folded to 32 bits, for hashing.
     fn fold(self) -> u32;
-    /// One's complement sum of its 16-bit words (RFC 1071), not yet folded.
+    /// The sum of its 16-bit words, as [`crate::checksum`] takes it.
     fn sum(self) -> u32;
 }
 
@@ -57,16 +60,17 @@ mod sealed {
 
 /// An IPv4 address, network byte order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
-#[repr(transparent)]
+#[repr(C, align(4))]
 pub struct V4(pub [u8; 4]);
 
 /// An IPv6 address, network byte order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
-#[repr(transparent)]
+#[repr(C, align(8))]
 pub struct V6(pub [u8; 16]);
 
 impl Address for V4 {
     const BITS: u8 = 32;
+    type Fill = [u8; 0];
 
     #[inline(always)]
     fn to_mapped(self) -> [u8; 16] {
@@ -82,8 +86,8 @@ impl Address for V4 {
 
     #[inline(always)]
     fn masked(self, prefix: u8) -> Self {
-        let drop = 32u32.saturating_sub(prefix as u32);
-        let mask = ((u32::MAX as u64) << drop) as u32;
+        let drop = 32u8.saturating_sub(prefix);
+        let mask = (u64::from(u32::MAX) << drop) as u32;
         Self((u32::from_be_bytes(self.0) & mask).to_be_bytes())
     }
 
@@ -94,21 +98,22 @@ impl Address for V4 {
 
     #[inline(always)]
     fn sum(self) -> u32 {
-        let word = u32::from_be_bytes(self.0);
+        let word = u32::from_ne_bytes(self.0);
         (word >> 16) + (word & 0xffff)
     }
 }
 
 impl V6 {
+    /// Both halves as they lie in memory.
     #[inline(always)]
-    fn halves(self) -> (u64, u64) {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
-        (u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes([i, j, k, l, m, n, o, p]))
+    fn halves(self) -> [u64; 2] {
+        bytemuck::must_cast(self)
     }
 }
 
 impl Address for V6 {
     const BITS: u8 = 128;
+    type Fill = [u8; 4];
 
     #[inline(always)]
     fn to_mapped(self) -> [u8; 16] {
@@ -122,23 +127,14 @@ impl Address for V6 {
 
     #[inline(always)]
     fn masked(self, prefix: u8) -> Self {
-        let (high, low) = self.halves();
-        let (high_mask, low_mask) = match prefix {
-            0 => (0, 0),
-            1..=63 => (u64::MAX << ((64 - prefix) & 63), 0),
-            64 => (u64::MAX, 0),
-            65..=127 => (u64::MAX, u64::MAX << ((128 - prefix) & 63)),
-            _ => (u64::MAX, u64::MAX),
-        };
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&(high & high_mask).to_be_bytes());
-        bytes[8..].copy_from_slice(&(low & low_mask).to_be_bytes());
-        Self(bytes)
+        let [high, low] = self.halves();
+        let ones = |count: u8| if count == 0 { 0 } else { (u64::MAX << (64 - count)).to_be() };
+        bytemuck::must_cast([high & ones(prefix.min(64)), low & ones(prefix.clamp(64, 128) - 64)])
     }
 
     #[inline(always)]
     fn fold(self) -> u32 {
-        let (high, low) = self.halves();
+        let [high, low] = self.halves().map(u64::from_be);
         // Multiplied, so that addresses which differ in both halves alike do not cancel out.
         let mixed = high.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ low;
         (mixed ^ (mixed >> 32)) as u32
@@ -146,15 +142,17 @@ impl Address for V6 {
 
     #[inline(always)]
     fn sum(self) -> u32 {
-        let (high, low) = self.halves();
-        let words = |half: u64| (half >> 48) + (half >> 32 & 0xffff) + (half >> 16 & 0xffff) + (half & 0xffff);
-        (words(high) + words(low)) as u32
+        let [high, low] = self.halves();
+        let words = |half: u64| (half >> 32) + (half & 0xffff_ffff);
+        let sum = words(high) + words(low);
+        let sum = (sum >> 32) + (sum & 0xffff_ffff);
+        (sum >> 16) as u32 + (sum & 0xffff) as u32
     }
 }
 
 /// A TCP, UDP or SCTP port, network byte order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
-#[repr(transparent)]
+#[repr(C, align(2))]
 pub struct Port(pub [u8; 2]);
 
 impl Port {
@@ -163,6 +161,12 @@ impl Port {
     #[must_use]
     pub const fn new(number: u16) -> Self {
         Self(number.to_be_bytes())
+    }
+
+    /// The port as a word, as [`crate::checksum`] takes it.
+    #[inline(always)]
+    pub(crate) const fn sum(self) -> u32 {
+        u16::from_ne_bytes(self.0) as u32
     }
 
     /// The number.
@@ -248,13 +252,13 @@ macro_rules! assert_no_padding {
 
 assert_no_padding!(
     FrontendKey<V4>: 4 + 2 + 1 + 1,
-    FrontendKey<V6>: 16 + 2 + 1 + 1,
+    FrontendKey<V6>: 16 + 2 + 1 + 1 + 4,
     Frontend: 8 + 7 * 4 + 4,
     MemberKey: 4 + 4,
     Member: 4 + 2 + 1 + 1,
     Backend: 16 + 4 + 4,
     SessionKey<V4>: 4 + 4,
-    SessionKey<V6>: 4 + 16,
+    SessionKey<V6>: 16 + 4 + 4,
     Session: 8 + 8 + 6 * 4 + 8,
     FlowKey<V4>: 4 + 4 + 2 + 2 + 1 + 1 + 2,
     FlowKey<V6>: 16 + 16 + 2 + 2 + 1 + 1 + 2,

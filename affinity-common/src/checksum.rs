@@ -1,6 +1,6 @@
 //! The Internet checksum (RFC 1071) and its incremental update (RFC 1624).
 //!
-//! Sums are over 16-bit words read big-endian. A *delta* is the one's complement sum of what replaces words of a packet
+//! Sums are over 16-bit words as they lie in memory, which RFC 1071 shows to be as good as any order. A *delta* is the one's complement sum of what replaces words of a packet
 //! minus what they were; it is the same for every packet of a flow.
 
 /// Folds a sum of up to 2^16 words to 16 bits, with end-around carry.
@@ -29,20 +29,34 @@ pub const fn join(one: u16, other: u16) -> u16 {
 #[inline(always)]
 #[must_use]
 pub const fn update(field: [u8; 2], delta: u16) -> [u8; 2] {
-    (!fold(!u16::from_be_bytes(field) as u32 + delta as u32)).to_be_bytes()
+    (!fold(!u16::from_ne_bytes(field) as u32 + delta as u32)).to_ne_bytes()
 }
 
-/// The sum of `bytes`; an odd last byte counts as the high byte of a word.
+/// The checksum field for packets summing to `sum`, where the field itself was zero.
+#[inline(always)]
+#[must_use]
+pub const fn field(sum: u32) -> [u8; 2] {
+    (!fold(sum)).to_ne_bytes()
+}
+
+/// A number of the pseudo-header, as a word.
+#[inline(always)]
+#[must_use]
+pub const fn word(number: u16) -> u32 {
+    number.to_be() as u32
+}
+
+/// The sum of `bytes`; an odd last byte is followed by a zero.
 #[inline(always)]
 #[must_use]
 pub fn sum(bytes: &[u8]) -> u32 {
     let mut total = 0;
     let mut chunks = bytes.chunks_exact(2);
     for pair in &mut chunks {
-        total += u32::from(pair[0]) << 8 | u32::from(pair[1]);
+        total += u32::from(u16::from_ne_bytes([pair[0], pair[1]]));
     }
     if let [last] = chunks.remainder() {
-        total += u32::from(*last) << 8;
+        total += u32::from(u16::from_ne_bytes([*last, 0]));
     }
     total
 }
@@ -55,13 +69,13 @@ mod tests {
 
     #[test]
     fn rfc_1071_example() {
-        assert_eq!(fold(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7])), 0xddf2);
+        assert_eq!(fold(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7])).to_ne_bytes(), [0xdd, 0xf2]);
     }
 
     #[test]
     fn rfc_1624_example() {
         // Section 4: m = 0x5555 becomes m' = 0x3285 under HC = 0xDD2F; the right answer is 0x0000.
-        assert_eq!(update([0xdd, 0x2f], delta(0x5555, 0x3285)), [0, 0]);
+        assert_eq!(update([0xdd, 0x2f], delta(0x5555, 0x3285u16.to_be())), [0, 0]);
     }
 
     proptest! {
@@ -71,7 +85,7 @@ mod tests {
             let at = at.index(words.len());
             let mut changed = words.clone();
             changed[at] = new;
-            let updated = u16::from_be_bytes(update(full(&words).to_be_bytes(), delta(words[at], new)));
+            let updated = u16::from_ne_bytes(update(full(&words).to_ne_bytes(), delta(words[at], new)));
             // Zero has two forms in one's complement; either is a right checksum.
             prop_assert!(updated == full(&changed) || (updated | full(&changed) == 0xffff && updated & full(&changed) == 0));
         }

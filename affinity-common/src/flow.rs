@@ -2,12 +2,12 @@
 
 use crate::{
     abi::{
-        Address, Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, Frontend, MEMBER_READY,
-        MemberKey, SessionKey, Timer,
+        Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, MEMBER_READY, MemberKey, Reason,
+        SessionKey, Timer,
     },
     parse::{FIN, Headers, RST, TCP, UDP},
     rewrite,
-    session::{Resolved, is_fresh},
+    session::{Opening, Resolved, is_fresh},
     tables::{Entry, FamilyTables, NotStored},
 };
 
@@ -27,41 +27,53 @@ pub enum Admission {
 
 /// Judges a packet from the client against its flow.
 #[inline(always)]
-pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &Flow<A>) -> Admission {
-    let lives = if headers.key.protocol == UDP {
+pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> Admission {
+    let is_datagram = headers.key.protocol == UDP;
+    let (pool, backend, generation, state) = flow.with(|flow| (flow.pool, flow.backend, flow.generation, flow.state));
+    let lives = if is_datagram {
         // A datagram has no connection to lose: it goes where new ones would be allowed to go.
         tables
-            .member(&MemberKey { pool: flow.pool, backend: flow.backend })
-            .is_some_and(|member| member.generation == flow.generation && member.state == MEMBER_READY)
+            .member(&MemberKey { pool, backend })
+            .is_some_and(|member| member.generation == generation && member.state == MEMBER_READY)
     } else {
-        tables.backend(flow.backend).is_some_and(|backend| backend.generation == flow.generation)
+        tables.backend(backend).is_some_and(|backend| backend.generation == generation)
     };
-    match (lives, headers.is_opening()) {
-        (true, true) if flow.state != 0 => Admission::Afresh,
-        (true, _) => Admission::Established,
-        (false, true) => Admission::Afresh,
-        (false, false) if headers.key.protocol == UDP => Admission::Afresh,
-        (false, false) => Admission::Gone,
+    if lives {
+        if headers.is_opening() && state != 0 { Admission::Afresh } else { Admission::Established }
+    } else if is_datagram || headers.is_opening() {
+        Admission::Afresh
+    } else {
+        Admission::Gone
     }
 }
 
 /// Notes that a packet passed: time of last use, the pin's timer where packets restart it, and the connection's end.
 #[inline(always)]
-pub fn note_packet<A: Address, T: FamilyTables<A>>(
+pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
+    let now_ns = tables.now_ns();
+    let is_stale = now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS;
+    if is_stale || headers.flags & (FIN | RST) != 0 {
+        note_change(tables, headers, entry, now_ns);
+    }
+}
+
+/// The seldom part of [`note_packet`].
+#[inline(never)]
+fn note_change<A: Address, T: FamilyTables<A>>(
     tables: &T,
     headers: &Headers<A>,
     entry: &T::Entry<Flow<A>>,
-    flow: &Flow<A>,
+    now_ns: u64,
 ) {
-    let now_ns = tables.now_ns();
-    if now_ns.saturating_sub(flow.last_used_ns) >= REFRESH_NS {
+    let from_client = headers.key.direction == Direction::Forward as u8;
+    if now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS {
         entry.update(|flow| flow.last_used_ns = now_ns);
-        if headers.key.direction == Direction::Forward as u8 {
-            renew_pin(tables, headers, flow, now_ns);
+        if from_client {
+            entry.with(|flow| renew_pin(tables, headers, flow, now_ns));
         }
     }
     if headers.flags & (FIN | RST) != 0 {
-        note_end(tables, headers, entry, flow, now_ns);
+        note_end(tables, headers, entry, now_ns);
     }
 }
 
@@ -75,43 +87,45 @@ fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
         return;
     }
     let key = SessionKey::new(flow.scope, headers.key.saddr, flow.prefix);
-    if let Some(entry) = tables.session(&key) {
-        let session = entry.get();
-        if session.backend == flow.backend && is_fresh(&session, timer, flow.timeout_ns, now_ns) {
-            entry.update(|session| session.last_used_ns = now_ns);
-        }
+    if let Some(entry) = tables.session(&key)
+        && entry.with(|pin| pin.backend == flow.backend && is_fresh(pin, timer, flow.timeout_ns, now_ns))
+    {
+        entry.update(|session| session.last_used_ns = now_ns);
     }
 }
 
 /// Follows a connection's end in both directions' records.
 #[inline(always)]
-fn note_end<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    headers: &Headers<A>,
-    entry: &T::Entry<Flow<A>>,
-    flow: &Flow<A>,
-    now_ns: u64,
-) {
-    let state = after_end(flow.state, headers);
-    if state == flow.state {
+fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
+    let before = entry.with(|flow| flow.state);
+    let state = after_end(before, headers);
+    if state == before {
         return;
     }
     entry.update(|flow| flow.state = state);
-    if let Some(other) = tables.flow(&headers.key.opposite(&flow.edit)) {
+    if let Some(other) = tables.flow(&entry.with(|flow| headers.key.opposite(&flow.edit))) {
         other.update(|flow| flow.state = state);
     }
-    if state & !flow.state & FLOW_CLOSED != 0 && flow.timer == Timer::Alive as u8 && flow.scope != 0 {
-        let from_client = headers.key.direction == Direction::Forward as u8;
-        let client = if from_client { headers.key.saddr } else { headers.key.daddr };
-        if let Some(entry) = tables.session(&SessionKey::new(flow.scope, client, flow.prefix)) {
-            let session = entry.get();
-            if session.backend == flow.backend && session.generation == flow.generation {
-                entry.update(|session| {
-                    session.connections = session.connections.saturating_sub(1);
-                    session.last_used_ns = now_ns;
-                });
-            }
-        }
+    if state & !before & FLOW_CLOSED != 0 {
+        entry.with(|flow| end_of_connection(tables, headers, flow, now_ns));
+    }
+}
+
+/// Under `alive`, the end of a connection restarts its pin's timeout.
+#[inline(always)]
+fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &Flow<A>, now_ns: u64) {
+    if flow.timer != Timer::Alive as u8 || flow.scope == 0 {
+        return;
+    }
+    let from_client = headers.key.direction == Direction::Forward as u8;
+    let client = if from_client { headers.key.saddr } else { flow.edit.daddr };
+    if let Some(entry) = tables.session(&SessionKey::new(flow.scope, client, flow.prefix))
+        && entry.with(|session| session.backend == flow.backend && session.generation == flow.generation)
+    {
+        entry.update(|session| {
+            session.connections = session.connections.saturating_sub(1);
+            session.last_used_ns = now_ns;
+        });
     }
 }
 
@@ -129,19 +143,18 @@ const fn after_end<A>(state: u8, headers: &Headers<A>) -> u8 {
 /// Stores the two records of a new connection; the reverse one first, so that no reply finds it missing.
 ///
 /// # Errors
-/// [`NotStored`] where the kernel has no room.
-#[inline(always)]
+/// [`Reason::FlowNotStored`] where the kernel has no room; [`Reason::Inconsistent`] where the backend has no record.
+#[inline(never)]
 pub fn begin<A: Address, T: FamilyTables<A>>(
     tables: &T,
-    headers: &Headers<A>,
-    frontend: &Frontend,
+    opening: &Opening<'_, A>,
     resolved: &Resolved,
-    backend_address: A,
-    now_ns: u64,
-) -> Result<Edit<A>, NotStored> {
+) -> Result<(), Reason> {
+    let &Opening { headers, frontend, now_ns } = opening;
     let key = &headers.key;
+    let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
     let port = resolved.chosen.member.port;
-    let edit = rewrite::edit(key, key.saddr, backend_address, key.sport, port);
+    let edit = rewrite::edit(key, key.saddr, A::from_mapped(backend.address), key.sport, port);
     let mut flow = Flow {
         created_ns: now_ns,
         last_used_ns: now_ns,
@@ -160,8 +173,7 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     };
     let reverse_key = key.opposite(&edit);
     flow.edit = rewrite::edit(&reverse_key, key.daddr, key.saddr, key.dport, key.sport);
-    tables.put_flow(&reverse_key, &flow)?;
+    tables.put_flow(&reverse_key, &flow).map_err(|NotStored| Reason::FlowNotStored)?;
     flow.edit = edit;
-    tables.put_flow(key, &flow)?;
-    Ok(edit)
+    tables.put_flow(key, &flow).map_err(|NotStored| Reason::FlowNotStored)
 }

@@ -94,6 +94,10 @@ impl<V: Copy> Entry<V> for Shared<V> {
         self.0.get()
     }
 
+    fn with<R>(&self, read: impl FnOnce(&V) -> R) -> R {
+        read(&self.0.get())
+    }
+
     fn update(&self, change: impl FnOnce(&mut V)) {
         let mut value = self.0.get();
         change(&mut value);
@@ -123,7 +127,7 @@ pub struct Model {
     /// Backends.
     pub backends: BTreeMap<u32, Backend>,
     /// Live sessions by backend; wraps, as the kernel's does.
-    pub loads: RefCell<BTreeMap<u32, u32>>,
+    pub loads: RefCell<BTreeMap<u32, u64>>,
     /// Sessions, IPv4.
     pub sessions_v4: RefCell<Lru<SessionKey<V4>, Session>>,
     /// Sessions, IPv6.
@@ -197,11 +201,11 @@ impl Tables for Model {
         self.members.get(key).copied()
     }
 
-    fn load(&self, backend: u32) -> u32 {
+    fn load(&self, backend: u32) -> u64 {
         self.loads.borrow().get(&backend).copied().unwrap_or(0)
     }
 
-    fn add_load(&self, backend: u32, sessions: i32) {
+    fn add_load(&self, backend: u32, sessions: i64) {
         let mut loads = self.loads.borrow_mut();
         let load = loads.entry(backend).or_default();
         *load = load.wrapping_add_signed(sessions);
@@ -225,8 +229,8 @@ impl Tables for Model {
 macro_rules! family {
     ($address:ty, $frontends:ident, $sessions:ident, $flows:ident) => {
         impl FamilyTables<$address> for Model {
-            fn frontend(&self, key: &FrontendKey<$address>) -> Option<Frontend> {
-                self.$frontends.get(key).copied()
+            fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
+                self.$frontends.get(key)
             }
 
             fn session(&self, key: &SessionKey<$address>) -> Option<Shared<Session>> {

@@ -12,7 +12,7 @@ pub const FILTER: &str = "filter";
 pub const MEMBERS: &str = "members";
 /// `array`: index -> [`crate::abi::Backend`].
 pub const BACKENDS: &str = "backends";
-/// `array`, mmapable: backend index -> live sessions, `u32`.
+/// `array`, mmapable: backend index -> live sessions, `u64`.
 pub const LOADS: &str = "loads";
 /// `lru_hash`: [`crate::abi::SessionKey`] -> [`crate::abi::Session`], IPv4.
 pub const SESSIONS_V4: &str = "sessions_v4";

@@ -43,9 +43,9 @@ pub struct Headers<A> {
     /// Addresses, ports and protocol, and the direction they were parsed for.
     pub key: FlowKey<A>,
     /// Offset of the IP header.
-    pub l3: usize,
+    pub l3: u16,
     /// Offset of the TCP or UDP header.
-    pub l4: usize,
+    pub l4: u16,
     /// The IPv4 header's checksum; zero for IPv6.
     pub l3_checksum: [u8; 2],
     /// The TCP or UDP checksum.
@@ -55,6 +55,18 @@ pub struct Headers<A> {
 }
 
 impl<A> Headers<A> {
+    /// Offset of the IP header.
+    #[inline(always)]
+    pub const fn l3(&self) -> usize {
+        self.l3 as usize
+    }
+
+    /// Offset of the TCP or UDP header.
+    #[inline(always)]
+    pub const fn l4(&self) -> usize {
+        self.l4 as usize
+    }
+
     /// A TCP packet that opens a connection.
     #[inline(always)]
     pub const fn is_opening(&self) -> bool {
@@ -117,8 +129,8 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let transport = ports.read(packet, total_len == 0)?;
     Ok(Headers {
         key: transport.key(V4([a, b, c, d]), V4([e, f, g, h]), protocol, direction),
-        l3,
-        l4: l3 + header_len,
+        l3: l3 as u16,
+        l4: (l3 + header_len) as u16,
         l3_checksum: [sum_hi, sum_lo],
         l4_checksum: transport.checksum,
         flags: transport.flags,
@@ -146,8 +158,8 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let transport = ports.read(packet, payload_len == 0)?;
     Ok(Headers {
         key: transport.key(saddr, daddr, protocol, direction),
-        l3,
-        l4,
+        l3: l3 as u16,
+        l4: l4 as u16,
         l3_checksum: [0; 2],
         l4_checksum: transport.checksum,
         flags: transport.flags,

@@ -5,23 +5,22 @@
 //! the resulting [`Verdict`] into its hook's return code in one `match`.
 
 use crate::{
-    abi::{AFFINITY, Address, Direction, Edit, FrontendKey, Reason, UsageOf, V4, V6, filter_bit},
+    abi::{AFFINITY, Address, Direction, Flow, FrontendKey, Reason, UsageOf, V4, V6, filter_bit},
     flow::{self, Admission},
     packet::Packet,
     parse::{self, Headers, Network},
     refuse,
-    select::select,
-    session::{self, Opening, Resolved},
+    session::{self, Opening},
     tables::{Entry, FamilyTables, Tables},
 };
 
-/// What happens to a packet.
+/// What happens to a packet. `F` is its flow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Decision<A> {
+pub enum Decision<F> {
     /// It goes on as it is.
     Pass,
-    /// It goes on with these addresses and ports.
-    Forward(Edit<A>),
+    /// It goes on with the addresses and ports of its flow's edit.
+    Forward(F),
     /// Its sender is told that nobody is there.
     Reject,
     /// It vanishes.
@@ -30,11 +29,17 @@ pub enum Decision<A> {
 
 /// A decision and its cause.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Outcome<A> {
+pub struct Outcome<F> {
     /// What happens.
-    pub decision: Decision<A>,
+    pub decision: Decision<F>,
     /// Why.
     pub reason: Reason,
+}
+
+impl<F> Outcome<F> {
+    const fn new(decision: Decision<F>, reason: Reason) -> Self {
+        Self { decision, reason }
+    }
 }
 
 /// What has become of the frame: what a hook returns.
@@ -82,82 +87,93 @@ pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     }
 }
 
-/// Decides about a client's packet: filter, flow, then a new connection.
+/// Decides about a client's packet: filter, flow, else a new connection, which then is a flow.
 #[inline(always)]
-pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<A> {
+pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<T::Entry<Flow<A>>> {
     let key = &headers.key;
     if !tables.filter(Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol)) {
-        return Outcome { decision: Decision::Pass, reason: Reason::NotFrontend };
+        return Outcome::new(Decision::Pass, Reason::NotFrontend);
     }
-    if let Some(entry) = tables.flow(key) {
-        let flow = entry.get();
+    if let Some(flow) = tables.flow(key) {
         match flow::admit(tables, headers, &flow) {
             Admission::Established => {
-                flow::note_packet(tables, headers, &entry, &flow);
-                return Outcome { decision: Decision::Forward(flow.edit), reason: Reason::Established };
+                flow::note_packet(tables, headers, &flow);
+                return Outcome::new(Decision::Forward(flow), Reason::Established);
             }
-            Admission::Gone => return reject(headers, Reason::FlowGone),
+            Admission::Gone => return rejected(headers, Reason::FlowGone),
             Admission::Afresh => {}
         }
     }
-    open(tables, headers)
+    let opened = open(tables, headers);
+    match opened {
+        Opened::As(reason) => match tables.flow(key) {
+            Some(flow) => Outcome::new(Decision::Forward(flow), reason),
+            None => Outcome::new(Decision::Drop, Reason::FlowNotStored),
+        },
+        Opened::NotAFrontend => Outcome::new(Decision::Pass, Reason::NotFrontend),
+        Opened::NobodyThere => rejected(headers, Reason::NoEndpoints),
+        Opened::Failed(reason) => Outcome::new(Decision::Drop, reason),
+    }
 }
 
-/// Decides about a new connection: frontend, session or selection, and remembers it.
-#[inline(always)]
-pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<A> {
+/// What came of a new connection.
+enum Opened {
+    /// It is a flow now, for this reason.
+    As(Reason),
+    NotAFrontend,
+    NobodyThere,
+    Failed(Reason),
+}
+
+/// Opens a new connection: frontend, session or selection, and remembers it as a flow.
+#[inline(never)]
+fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let key = &headers.key;
     let Some(frontend) = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol)) else {
-        return Outcome { decision: Decision::Pass, reason: Reason::NotFrontend };
+        return Opened::NotAFrontend;
     };
     if frontend.slot_count == 0 {
         tables.count_usage(UsageOf::Service, frontend.service, Reason::NoEndpoints);
-        return reject(headers, Reason::NoEndpoints);
+        return Opened::NobodyThere;
     }
-    let now_ns = tables.now_ns();
-    let opening = Opening { frontend: &frontend, client: key.saddr, protocol: key.protocol, now_ns };
+    let opening = Opening { headers, frontend, now_ns: tables.now_ns() };
     let resolved = if frontend.flags & AFFINITY != 0 {
         session::resolve(tables, &opening)
     } else {
-        select(tables, &frontend, key.saddr.masked(frontend.prefix), tables.random())
-            .map(|chosen| Resolved { chosen, reason: Reason::Selected, scope: 0 })
-            .ok_or(Reason::Inconsistent)
+        session::choose(tables, &opening)
     };
     let resolved = match resolved {
         Ok(resolved) => resolved,
-        Err(reason) => return Outcome { decision: Decision::Drop, reason },
+        Err(reason) => return Opened::Failed(reason),
     };
-    let Some(backend) = tables.backend(resolved.chosen.backend) else {
-        return Outcome { decision: Decision::Drop, reason: Reason::Inconsistent };
-    };
-    session::count_usage(tables, &frontend, &resolved);
-    match flow::begin(tables, headers, &frontend, &resolved, A::from_mapped(backend.address), now_ns) {
-        Ok(edit) => Outcome { decision: Decision::Forward(edit), reason: resolved.reason },
-        Err(_) => Outcome { decision: Decision::Drop, reason: Reason::FlowNotStored },
+    tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
+    tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
+    match flow::begin(tables, &opening, &resolved) {
+        Ok(()) => Opened::As(resolved.reason),
+        Err(reason) => Opened::Failed(reason),
     }
 }
 
 /// Decides about a packet that leaves: filter, then flow. It is translated for as long as its flow is known, even if
-/// its pod has just gone: what the client was sent must be from whom it asked.
+/// its pod has just gone: what the client is sent must be from whom it asked.
 #[inline(always)]
-pub fn from_backend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<A> {
+pub fn from_backend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<T::Entry<Flow<A>>> {
     let key = &headers.key;
-    if tables.filter(Direction::Reverse, filter_bit(key.saddr, key.sport, key.protocol)) {
-        if let Some(entry) = tables.flow(key) {
-            let flow = entry.get();
-            flow::note_packet(tables, headers, &entry, &flow);
-            return Outcome { decision: Decision::Forward(flow.edit), reason: Reason::Reply };
-        }
+    if tables.filter(Direction::Reverse, filter_bit(key.saddr, key.sport, key.protocol))
+        && let Some(flow) = tables.flow(key)
+    {
+        flow::note_packet(tables, headers, &flow);
+        return Outcome::new(Decision::Forward(flow), Reason::Reply);
     }
-    Outcome { decision: Decision::Pass, reason: Reason::NotReply }
+    Outcome::new(Decision::Pass, Reason::NotReply)
 }
 
 #[inline(always)]
-fn reject<A: Address>(headers: &Headers<A>, reason: Reason) -> Outcome<A> {
+fn rejected<A: Address, F>(headers: &Headers<A>, reason: Reason) -> Outcome<F> {
     if refuse::may_answer(headers) {
-        Outcome { decision: Decision::Reject, reason }
+        Outcome::new(Decision::Reject, reason)
     } else {
-        Outcome { decision: Decision::Drop, reason: Reason::NotAnswered }
+        Outcome::new(Decision::Drop, Reason::NotAnswered)
     }
 }
 
@@ -167,12 +183,14 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     packet: &mut P,
     tables: &T,
     headers: &Headers<A>,
-    outcome: &Outcome<A>,
+    outcome: &Outcome<T::Entry<Flow<A>>>,
 ) -> Verdict {
-    let (verdict, reason) = match outcome.decision {
+    let (verdict, reason) = match &outcome.decision {
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
-        Decision::Forward(edit) if packet.rewrite(headers, &edit) => (Verdict::Forward, outcome.reason),
+        Decision::Forward(flow) if flow.with(|flow| packet.rewrite(headers, &flow.edit)) => {
+            (Verdict::Forward, outcome.reason)
+        }
         Decision::Forward(_) => (Verdict::Drop, Reason::NotRewritten),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),

@@ -34,7 +34,7 @@ pub fn may_answer<A: Address>(headers: &Headers<A>) -> bool {
 
 /// Turns the frame into its refusal: RST for TCP, port unreachable for UDP. False where the frame could not be changed;
 /// it must be dropped then.
-#[inline(always)]
+#[inline(never)]
 pub fn refuse<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
     let done = if headers.key.protocol == TCP { reset(packet, headers) } else { port_unreachable(packet, headers) };
     done && swap_link_addresses(packet)
@@ -50,14 +50,14 @@ fn swap_link_addresses<P: Packet>(packet: &mut P) -> bool {
 /// all that it occupies.
 #[inline(always)]
 fn reset<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
-    let Some(tcp) = packet.read::<20>(headers.l4) else { return false };
+    let Some(tcp) = packet.read::<20>(headers.l4()) else { return false };
     let [_, _, _, _, s0, s1, s2, s3, a0, a1, a2, a3, offset, ..] = tcp;
     let (sequence, acknowledged, flags) = if headers.flags & ACK != 0 {
         ([a0, a1, a2, a3], [0; 4], RST)
     } else {
         let Some(end) = segment_end(packet, headers) else { return false };
         let header_len = usize::from(offset >> 4) * 4;
-        let data_len = end.saturating_sub(headers.l4 + header_len) as u32;
+        let data_len = end.saturating_sub(headers.l4() + header_len) as u32;
         let occupied = data_len + u32::from(headers.flags & SYN != 0) + u32::from(headers.flags & FIN != 0);
         ([0; 4], u32::from_be_bytes([s0, s1, s2, s3]).wrapping_add(occupied).to_be_bytes(), RST | ACK)
     };
@@ -70,7 +70,7 @@ fn reset<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
     header[12] = 5 << 4;
     header[13] = flags;
     let sum = pseudo_header_sum(headers, TCP, 20) + checksum::sum(&header);
-    header[16..18].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+    header[16..18].copy_from_slice(&checksum::field(sum));
     start_answer(packet, headers, TCP, 20).is_some_and(|l4| packet.write(l4, header))
 }
 
@@ -78,25 +78,25 @@ fn reset<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
 #[inline(always)]
 fn segment_end<A: Address, P: Packet>(packet: &P, headers: &Headers<A>) -> Option<usize> {
     let (field, base) = if A::BITS == V4::BITS { (2, 0) } else { (4, 40) };
-    let length = u16::from_be_bytes(packet.read(headers.l3 + field)?);
-    Some(headers.l3 + base + usize::from(length))
+    let length = u16::from_be_bytes(packet.read(headers.l3() + field)?);
+    Some(headers.l3() + base + usize::from(length))
 }
 
 #[inline(always)]
 fn port_unreachable<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
-    let Some(transport) = packet.read::<8>(headers.l4) else { return false };
+    let Some(transport) = packet.read::<8>(headers.l4()) else { return false };
     if A::BITS == V4::BITS {
-        let Some(mut quote) = packet.read::<20>(headers.l3) else { return false };
+        let Some(mut quote) = packet.read::<20>(headers.l3()) else { return false };
         quote[0] = 0x45;
         let mut head = [0; 8];
         head[..2].copy_from_slice(&PORT_UNREACHABLE);
         let sum = checksum::sum(&head) + checksum::sum(&quote) + checksum::sum(&transport);
-        head[2..4].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        head[2..4].copy_from_slice(&checksum::field(sum));
         let len = head.len() + quote.len() + transport.len();
         start_answer(packet, headers, ICMP, len)
             .is_some_and(|l4| packet.write(l4, head) && packet.write(l4 + 8, quote) && packet.write(l4 + 28, transport))
     } else {
-        let Some(mut quote) = packet.read::<40>(headers.l3) else { return false };
+        let Some(mut quote) = packet.read::<40>(headers.l3()) else { return false };
         quote[6] = headers.key.protocol;
         let mut head = [0; 8];
         head[..2].copy_from_slice(&PORT_UNREACHABLE_V6);
@@ -105,7 +105,7 @@ fn port_unreachable<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>)
             + checksum::sum(&head)
             + checksum::sum(&quote)
             + checksum::sum(&transport);
-        head[2..4].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        head[2..4].copy_from_slice(&checksum::field(sum));
         start_answer(packet, headers, ICMPV6, len)
             .is_some_and(|l4| packet.write(l4, head) && packet.write(l4 + 8, quote) && packet.write(l4 + 48, transport))
     }
@@ -120,7 +120,7 @@ fn start_answer<A: Address, P: Packet>(
     len: usize,
 ) -> Option<usize> {
     let (from, to) = (headers.key.daddr.to_mapped(), headers.key.saddr.to_mapped());
-    let l3 = headers.l3;
+    let l3 = headers.l3();
     if A::BITS == V4::BITS {
         let mut header = [0; 20];
         header[0] = 0x45;
@@ -132,7 +132,7 @@ fn start_answer<A: Address, P: Packet>(
         header[12..16].copy_from_slice(&V4::from_mapped(from).0);
         header[16..].copy_from_slice(&V4::from_mapped(to).0);
         let sum = checksum::sum(&header);
-        header[10..12].copy_from_slice(&(!checksum::fold(sum)).to_be_bytes());
+        header[10..12].copy_from_slice(&checksum::field(sum));
         (packet.resize(l3 + 20 + len) && packet.write(l3, header)).then_some(l3 + 20)
     } else {
         let mut header = [0; 40];
@@ -149,5 +149,5 @@ fn start_answer<A: Address, P: Packet>(
 /// Sum of the pseudo-header of an answer (RFC 9293, section 3.1; RFC 8200, section 8.1).
 #[inline(always)]
 fn pseudo_header_sum<A: Address>(headers: &Headers<A>, protocol: u8, len: usize) -> u32 {
-    headers.key.saddr.sum() + headers.key.daddr.sum() + u32::from(protocol) + len as u32
+    headers.key.saddr.sum() + headers.key.daddr.sum() + checksum::word(u16::from(protocol)) + checksum::word(len as u16)
 }

@@ -21,8 +21,8 @@ pub const IPV6_ADDRESSES: usize = 8;
 pub fn edit<A: Address>(key: &FlowKey<A>, saddr: A, daddr: A, sport: Port, dport: Port) -> Edit<A> {
     let old_addresses = checksum::fold(key.saddr.sum() + key.daddr.sum());
     let new_addresses = checksum::fold(saddr.sum() + daddr.sum());
-    let old_ports = checksum::fold(u32::from(key.sport.get()) + u32::from(key.dport.get()));
-    let new_ports = checksum::fold(u32::from(sport.get()) + u32::from(dport.get()));
+    let old_ports = checksum::fold(key.sport.sum() + key.dport.sum());
+    let new_ports = checksum::fold(sport.sum() + dport.sum());
     Edit {
         saddr,
         daddr,
@@ -37,7 +37,7 @@ pub fn edit<A: Address>(key: &FlowKey<A>, saddr: A, daddr: A, sport: Port, dport
 #[inline(always)]
 #[must_use]
 pub const fn l4_checksum_offset<A>(headers: &Headers<A>) -> usize {
-    headers.l4 + if headers.key.protocol == TCP { TCP_CHECKSUM } else { UDP_CHECKSUM }
+    headers.l4() + if headers.key.protocol == TCP { TCP_CHECKSUM } else { UDP_CHECKSUM }
 }
 
 /// The transport checksum after `edit`. A UDP checksum of zero means "none" and stays; one that becomes zero is sent as
@@ -72,10 +72,10 @@ pub fn write_addresses<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: 
         let [c, d] = checksum::update(headers.l3_checksum, edit.addr_delta);
         let (V4([e, f, g, h]), V4([i, j, k, l])) =
             (V4::from_mapped(edit.saddr.to_mapped()), V4::from_mapped(edit.daddr.to_mapped()));
-        packet.write(headers.l3 + IPV4_CHECKSUM, [c, d, e, f, g, h, i, j, k, l])
+        packet.write(headers.l3() + IPV4_CHECKSUM, [c, d, e, f, g, h, i, j, k, l])
     } else {
         let (V6(saddr), V6(daddr)) = (V6(edit.saddr.to_mapped()), V6(edit.daddr.to_mapped()));
-        packet.write(headers.l3 + IPV6_ADDRESSES, saddr) && packet.write(headers.l3 + IPV6_ADDRESSES + 16, daddr)
+        packet.write(headers.l3() + IPV6_ADDRESSES, saddr) && packet.write(headers.l3() + IPV6_ADDRESSES + 16, daddr)
     }
 }
 
@@ -83,5 +83,5 @@ pub fn write_addresses<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: 
 #[inline(always)]
 pub fn write_ports<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Headers<A>, edit: &Edit<A>) -> bool {
     let (Port([a, b]), Port([c, d])) = (edit.sport, edit.dport);
-    packet.write(headers.l4, [a, b, c, d])
+    packet.write(headers.l4(), [a, b, c, d])
 }

@@ -3,9 +3,9 @@
 use crate::{
     abi::{
         Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Reason, SHARED, Session, SessionKey,
-        TIMEOUT_UNLIMITED, Timer, UsageOf,
+        TIMEOUT_UNLIMITED, Timer,
     },
-    parse::TCP,
+    parse::{Headers, TCP},
     select::{Chosen, next_draw, select},
     tables::{Entry, FamilyTables, NotStored, Tables},
 };
@@ -25,12 +25,10 @@ pub fn is_fresh(session: &Session, timer: Timer, timeout_ns: u64, now_ns: u64) -
 /// A client's new connection to a frontend.
 #[derive(Clone, Copy)]
 pub struct Opening<'a, A> {
+    /// The client's packet.
+    pub headers: &'a Headers<A>,
     /// The frontend.
     pub frontend: &'a Frontend,
-    /// The client's address, not masked.
-    pub client: A,
-    /// IANA protocol number.
-    pub protocol: u8,
     /// Monotonic time.
     pub now_ns: u64,
 }
@@ -56,13 +54,24 @@ enum Found<E> {
     Elsewhere,
 }
 
-/// Follows the client's pin, or makes one.
+/// Chooses a member for a connection to a service without affinity.
 ///
 /// # Errors
 /// [`Reason::Inconsistent`] where the pool's slots name no ready member.
 #[inline(always)]
+pub fn choose<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
+    let client = opening.headers.key.saddr.masked(opening.frontend.prefix);
+    let chosen = select(tables, opening.frontend, client, tables.random()).ok_or(Reason::Inconsistent)?;
+    Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 })
+}
+
+/// Follows the client's pin, or makes one.
+///
+/// # Errors
+/// [`Reason::Inconsistent`] where the pool's slots name no ready member.
+#[inline(never)]
 pub fn resolve<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
-    let mut key = SessionKey::new(opening.frontend.group, opening.client, opening.frontend.prefix);
+    let mut key = SessionKey::new(opening.frontend.group, opening.headers.key.saddr, opening.frontend.prefix);
     let mut found = find(tables, opening, &key);
     if let Found::Elsewhere = found {
         key.scope = opening.frontend.own;
@@ -82,14 +91,20 @@ fn find<A: Address, T: FamilyTables<A>>(
     key: &SessionKey<A>,
 ) -> Found<T::Entry<Session>> {
     let Some(entry) = tables.session(key) else { return Found::Absent };
-    let session = entry.get();
     let frontend = opening.frontend;
-    if !is_fresh(&session, Timer::from_byte(frontend.timer), frontend.timeout_ns, opening.now_ns) {
+    let timer = Timer::from_byte(frontend.timer);
+    if !entry.with(|session| is_fresh(session, timer, frontend.timeout_ns, opening.now_ns)) {
         return Found::Stale(entry, Reason::Expired);
     }
-    match usable(tables, frontend.pool, &session) {
-        Ok(member) => Found::Usable(entry, Chosen { backend: session.backend, member }),
-        Err(reason) if reason != Reason::BackendGone && serves_the_group(tables, frontend, key, &session) => {
+    let (backend, generation) = entry.with(|session| (session.backend, session.generation));
+    match usable(tables, frontend.pool, backend, generation) {
+        Ok(member) => Found::Usable(entry, Chosen { backend, member }),
+        Err(reason)
+            if reason != Reason::BackendGone
+                && frontend.flags & SHARED != 0
+                && key.scope == frontend.group
+                && usable(tables, frontend.group, backend, generation).is_ok() =>
+        {
             Found::Elsewhere
         }
         Err(reason) => Found::Stale(entry, reason),
@@ -98,35 +113,20 @@ fn find<A: Address, T: FamilyTables<A>>(
 
 /// The pinned backend's member record in `pool`, or why it cannot take a connection there.
 #[inline(always)]
-fn usable<T: Tables>(tables: &T, pool: u32, session: &Session) -> Result<Member, Reason> {
-    match tables.member(&MemberKey { pool, backend: session.backend }) {
-        Some(member) if member.generation == session.generation => {
+fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Result<Member, Reason> {
+    match tables.member(&MemberKey { pool, backend }) {
+        Some(member) if member.generation == generation => {
             if member.state == MEMBER_READY {
                 Ok(member)
             } else {
                 Err(Reason::NotReady)
             }
         }
-        _ => match tables.backend(session.backend) {
-            Some(backend) if backend.generation == session.generation => Err(Reason::NotMember),
+        _ => match tables.backend(backend) {
+            Some(record) if record.generation == generation => Err(Reason::NotMember),
             _ => Err(Reason::BackendGone),
         },
     }
-}
-
-/// Whether a pin that this pool cannot follow serves other pools of its group, and so must stay as it is.
-#[inline(always)]
-fn serves_the_group<A: Address, T: Tables>(
-    tables: &T,
-    frontend: &Frontend,
-    key: &SessionKey<A>,
-    session: &Session,
-) -> bool {
-    frontend.flags & SHARED != 0
-        && key.scope == frontend.group
-        && tables
-            .member(&MemberKey { pool: frontend.group, backend: session.backend })
-            .is_some_and(|member| member.generation == session.generation && member.state == MEMBER_READY)
 }
 
 #[inline(always)]
@@ -148,14 +148,13 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     entry: &T::Entry<Session>,
     reason: Reason,
 ) -> Result<Resolved, Reason> {
-    let old = entry.get();
-    let chosen = select(tables, opening.frontend, key.client, old.draw).ok_or(Reason::Inconsistent)?;
-    let new = fresh_session(opening, &chosen, next_draw(old.draw), reason);
-    entry.update(|session| *session = new);
-    tables.add_load(old.backend, -1);
+    let (from, draw) = entry.with(|session| ((session.backend, session.generation), session.draw));
+    let chosen = select(tables, opening.frontend, key.client, draw).ok_or(Reason::Inconsistent)?;
+    entry.update(|session| *session = new_session(opening, &chosen, next_draw(draw), reason));
+    tables.add_load(from.0, -1);
     tables.add_load(chosen.backend, 1);
     let kind = if reason == Reason::Expired { EventKind::Expired } else { EventKind::Moved };
-    tables.report(&event(key, &new, Some(&old), kind));
+    report(tables, opening, key, from, &chosen, (kind, reason));
     Ok(Resolved { chosen, reason, scope: key.scope })
 }
 
@@ -167,7 +166,7 @@ fn pin<A: Address, T: FamilyTables<A>>(
 ) -> Result<Resolved, Reason> {
     let draw = tables.random();
     let chosen = select(tables, opening.frontend, key.client, draw).ok_or(Reason::Inconsistent)?;
-    let new = fresh_session(opening, &chosen, next_draw(draw), Reason::Created);
+    let new = new_session(opening, &chosen, next_draw(draw), Reason::Created);
     if let Err(NotStored) = tables.add_session(key, &new) {
         // Another processor was first with this client: do as it did.
         if let Found::Usable(entry, chosen) = find(tables, opening, key) {
@@ -177,12 +176,12 @@ fn pin<A: Address, T: FamilyTables<A>>(
         return Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 });
     }
     tables.add_load(chosen.backend, 1);
-    tables.report(&event(key, &new, None, EventKind::Created));
+    report(tables, opening, key, (0, 0), &chosen, (EventKind::Created, Reason::Created));
     Ok(Resolved { chosen, reason: Reason::Created, scope: key.scope })
 }
 
 #[inline(always)]
-fn fresh_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32, reason: Reason) -> Session {
+fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32, reason: Reason) -> Session {
     Session {
         created_ns: opening.now_ns,
         last_used_ns: opening.now_ns,
@@ -200,29 +199,30 @@ fn fresh_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u3
 /// Connections are counted where a pin lives as long as they do, and where their end can be seen.
 #[inline(always)]
 fn counted_connections<A: Address>(opening: &Opening<'_, A>) -> u32 {
-    u32::from(opening.frontend.timer == Timer::Alive as u8 && opening.protocol == TCP)
+    u32::from(opening.frontend.timer == Timer::Alive as u8 && opening.headers.key.protocol == TCP)
 }
 
+/// Reports what became of a pin; `from` is the backend and generation that it had.
 #[inline(always)]
-fn event<A: Address>(key: &SessionKey<A>, new: &Session, old: Option<&Session>, kind: EventKind) -> Event {
-    Event {
-        time_ns: new.created_ns,
+fn report<A: Address, T: Tables>(
+    tables: &T,
+    opening: &Opening<'_, A>,
+    key: &SessionKey<A>,
+    from: (u32, u32),
+    to: &Chosen,
+    (kind, reason): (EventKind, Reason),
+) {
+    tables.report(&Event {
+        time_ns: opening.now_ns,
         client: key.client.to_mapped(),
-        service: new.service,
+        service: opening.frontend.service,
         scope: key.scope,
-        from_backend: old.map_or(0, |session| session.backend),
-        from_generation: old.map_or(0, |session| session.generation),
-        to_backend: new.backend,
-        to_generation: new.generation,
+        from_backend: from.0,
+        from_generation: from.1,
+        to_backend: to.backend,
+        to_generation: to.member.generation,
         kind: kind as u8,
-        reason: new.reason,
+        reason: reason as u8,
         pad: [0; 6],
-    }
-}
-
-/// Counts a new connection for its service and backend.
-#[inline(always)]
-pub fn count_usage<T: Tables>(tables: &T, frontend: &Frontend, resolved: &Resolved) {
-    tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
-    tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
+    });
 }

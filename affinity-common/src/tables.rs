@@ -1,5 +1,5 @@
 //! What the pipeline needs of the maps. Two real implementations: BPF maps in the kernel programs, and
-//! [`crate::model`]. Lookups are by copy; nothing here blocks or loops.
+//! [`crate::model`]. Lookups are by copy, but for records that are never changed in place; nothing here blocks or loops.
 
 use crate::abi::{
     Address, Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
@@ -10,6 +10,8 @@ use crate::abi::{
 pub trait Entry<V: Copy> {
     /// A copy of the value.
     fn get(&self) -> V;
+    /// Reads the value where it lies.
+    fn with<R>(&self, read: impl FnOnce(&V) -> R) -> R;
     /// Changes fields in place.
     fn update(&self, change: impl FnOnce(&mut V));
 }
@@ -32,9 +34,9 @@ pub trait Tables {
     /// A member's record.
     fn member(&self, key: &MemberKey) -> Option<Member>;
     /// Live sessions of a backend, as far as known.
-    fn load(&self, backend: u32) -> u32;
+    fn load(&self, backend: u32) -> u64;
     /// Adds to the live sessions of a backend.
-    fn add_load(&self, backend: u32, sessions: i32);
+    fn add_load(&self, backend: u32, sessions: i64);
     /// Counts a reason.
     fn count(&self, reason: Reason);
     /// Counts a new connection of a service or backend.
@@ -45,8 +47,8 @@ pub trait Tables {
 
 /// The tables of one family.
 pub trait FamilyTables<A: Address>: Tables {
-    /// A frontend's record.
-    fn frontend(&self, key: &FrontendKey<A>) -> Option<Frontend>;
+    /// A frontend's record: replaced as a whole, never changed in place.
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
     /// A session.
     fn session(&self, key: &SessionKey<A>) -> Option<Self::Entry<Session>>;
     /// Stores a session if there is none under its key.

@@ -9,7 +9,7 @@ use super::Port;
 /// A record is in use while its generation is odd. Retiring a backend and using its index again each add one, so a
 /// session or flow that names an index and an odd generation can never reach another pod.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Backend {
     /// IPv6, or IPv4-mapped, network byte order.
     pub address: [u8; 16],
@@ -24,7 +24,7 @@ pub const BACKEND_LOCAL: u32 = 1;
 
 /// Key of `members`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct MemberKey {
     /// A pool's id, or a group's where its frontends are [`super::SHARED`].
     pub pool: u32,
@@ -34,7 +34,7 @@ pub struct MemberKey {
 
 /// Value of `members`: "may this backend serve here, and on which port?"
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Member {
     /// The backend's generation.
     pub generation: u32,

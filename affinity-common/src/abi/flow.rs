@@ -16,7 +16,7 @@ pub enum Direction {
 
 /// Key of `flows_v4` and `flows_v6`: the packet's addresses and ports before translation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct FlowKey<A> {
     /// Source address.
     pub saddr: A,
@@ -53,7 +53,7 @@ impl<A: Address> FlowKey<A> {
 
 /// What a packet becomes: its new addresses and ports, and what that adds to its checksums.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Edit<A> {
     /// New source address.
     pub saddr: A,

@@ -6,8 +6,8 @@ use super::{Address, Port};
 
 /// Key of `frontends_v4` and `frontends_v6`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
-#[repr(C)]
-pub struct FrontendKey<A> {
+#[repr(C, align(8))]
+pub struct FrontendKey<A: Address> {
     /// The address that clients dial.
     pub address: A,
     /// The port that clients dial.
@@ -16,14 +16,16 @@ pub struct FrontendKey<A> {
     pub protocol: u8,
     /// Zero.
     pub pad: u8,
+    /// Zero.
+    pub fill: A::Fill,
 }
 
 impl<A: Address> FrontendKey<A> {
     /// With the padding zero.
     #[inline(always)]
     #[must_use]
-    pub const fn new(address: A, port: Port, protocol: u8) -> Self {
-        Self { address, port, protocol, pad: 0 }
+    pub fn new(address: A, port: Port, protocol: u8) -> Self {
+        Self { address, port, protocol, pad: 0, fill: A::Fill::zeroed() }
     }
 }
 
@@ -127,7 +129,7 @@ pub const FILTER_BITS: u32 = 1 << 19;
 #[inline(always)]
 #[must_use]
 pub fn filter_bit<A: Address>(address: A, port: Port, protocol: u8) -> u32 {
-    let port = (port.get() as u32) << 8 | protocol as u32;
+    let port = u32::from(port.get()) << 8 | u32::from(protocol);
     let mixed = (address.fold() ^ port.wrapping_mul(0x85eb_ca6b)).wrapping_mul(0x9e37_79b1);
     mixed >> (32 - FILTER_BITS.trailing_zeros())
 }

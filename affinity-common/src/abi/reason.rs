@@ -84,7 +84,7 @@ pub enum UsageOf {
 
 /// Key of the per-CPU hash `usage`. The agent makes the entries; the programs only add to them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct UsageKey {
     /// A [`UsageOf`].
     pub of: u32,
@@ -100,7 +100,7 @@ pub struct Usage {
     pub counts: [u64; 8],
 }
 
-/// The reasons that [`Usage`] counts, by position. For a backend they count the connections it received.
+/// The reasons that [`Usage`] counts, by position: adjacent ones. For a backend they count the connections it received.
 pub const USAGES: [Reason; 8] = [
     Reason::Selected,
     Reason::Created,
@@ -111,3 +111,25 @@ pub const USAGES: [Reason; 8] = [
     Reason::NotMember,
     Reason::NoEndpoints,
 ];
+
+/// The position of a reason in [`USAGES`].
+#[inline(always)]
+#[must_use]
+pub fn usage_index(reason: Reason) -> Option<usize> {
+    let index = usize::from((reason as u8).wrapping_sub(USAGES[0] as u8));
+    (index < USAGES.len()).then_some(index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_is_where_its_byte_says() {
+        for (byte, reason) in REASONS.iter().enumerate() {
+            assert_eq!(*reason as usize, byte);
+            assert_eq!(Reason::from_byte(byte as u8), Some(*reason));
+            assert_eq!(usage_index(*reason), USAGES.iter().position(|counted| counted == reason));
+        }
+    }
+}

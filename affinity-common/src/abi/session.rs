@@ -6,12 +6,14 @@ use super::Address;
 
 /// Key of `sessions_v4` and `sessions_v6`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
-#[repr(C)]
-pub struct SessionKey<A> {
-    /// A group's id; or a frontend's own scope where it cannot follow the group.
-    pub scope: u32,
+#[repr(C, align(8))]
+pub struct SessionKey<A: Address> {
     /// The client's address, masked by the service's prefix.
     pub client: A,
+    /// A group's id; or a frontend's own scope where it cannot follow the group.
+    pub scope: u32,
+    /// Zero.
+    pub fill: A::Fill,
 }
 
 impl<A: Address> SessionKey<A> {
@@ -19,7 +21,7 @@ impl<A: Address> SessionKey<A> {
     #[inline(always)]
     #[must_use]
     pub fn new(scope: u32, client: A, prefix: u8) -> Self {
-        Self { scope, client: client.masked(prefix) }
+        Self { client: client.masked(prefix), scope, fill: A::Fill::zeroed() }
     }
 }
 

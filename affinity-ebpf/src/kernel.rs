@@ -1,0 +1,330 @@
+//! The one file that touches raw pointers and calls helpers; everything above it is safe.
+#![expect(unsafe_code, reason = "packets, map values and helpers are pointers; each block says why its use holds")]
+
+use core::{
+    arch::asm,
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    mem::MaybeUninit,
+    ptr,
+};
+
+use affinity_common::{
+    abi::{CONFIG_MAGIC, Config, Event},
+    packet::Packet,
+    tables::Entry,
+};
+use aya_ebpf::{
+    bindings::{__sk_buff, xdp_md},
+    helpers,
+};
+
+/// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// No code here panics in the kernel: the verifier would have to accept this loop, and does not.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// Offsets into a frame that the verifier is asked to follow.
+const MAX_OFFSET: usize = 0x3fff;
+
+/// Read-only data that the loader sets.
+#[repr(transparent)]
+pub struct Rodata<T>(MaybeUninit<T>);
+
+impl<T: Copy> Rodata<T> {
+    /// The value that the loader finds.
+    pub const fn new(value: T) -> Self {
+        Self(MaybeUninit::new(value))
+    }
+
+    /// The `u64` at `offset`, as the loader left it.
+    #[inline(always)]
+    pub fn word(&self, offset: usize) -> u64 {
+        const { assert!(align_of::<T>() == align_of::<u64>()) };
+        // SAFETY: the value is initialised, and callers name a field by `offset_of!`. Volatile, because the loader
+        // changes what the compiler takes for constant.
+        unsafe { ptr::read_volatile(self.0.as_ptr().byte_add(offset).cast()) }
+    }
+}
+
+/// Set by the loader before the programs are verified.
+#[unsafe(no_mangle)]
+pub static CONFIG: Rodata<Config> =
+    Rodata::new(Config { magic: CONFIG_MAGIC, tick_ns: 0, tick_base: 0, fixed_now_ns: 0, fixed_random: 0 });
+
+/// A value inside a map.
+#[derive(Clone, Copy)]
+pub struct MapValue<V>(*mut V);
+
+impl<V> MapValue<V> {
+    /// `pointer` is the result of a lookup in a map of this value type.
+    #[inline(always)]
+    pub fn new(pointer: *mut V) -> Self {
+        Self(pointer)
+    }
+}
+
+impl<V: Copy> Entry<V> for MapValue<V> {
+    #[inline(always)]
+    fn get(&self) -> V {
+        // SAFETY: a lookup gave this pointer and the program has not ended since, so the memory is the map's and is
+        // not freed (RCU). Every bit pattern is a valid `V`; an element used again meanwhile gives a stale copy.
+        unsafe { *self.0 }
+    }
+
+    #[inline(always)]
+    fn with<R>(&self, read: impl FnOnce(&V) -> R) -> R {
+        // SAFETY: as above.
+        read(unsafe { &*self.0 })
+    }
+
+    #[inline(always)]
+    fn update(&self, change: impl FnOnce(&mut V)) {
+        // SAFETY: as above. Another processor may write at the same time: fields are independent words, and each
+        // decision taken from them tolerates either value.
+        change(unsafe { &mut *self.0 });
+    }
+}
+
+/// A copy of an array's value.
+#[inline(always)]
+pub fn copied<V: Copy>(pointer: Option<*const V>) -> Option<V> {
+    // SAFETY: a lookup gave this pointer, see `MapValue::get`.
+    pointer.map(|pointer| unsafe { *pointer })
+}
+
+/// A value of a map whose elements are replaced as a whole and freed only when no program runs (`BPF_F_NO_PREALLOC`).
+#[inline(always)]
+pub fn borrowed<M, V>(_maps: &M, pointer: Option<*const V>) -> Option<&V> {
+    // SAFETY: a lookup gave this pointer; the element is neither changed nor freed before the program ends.
+    pointer.map(|pointer| unsafe { &*pointer })
+}
+
+/// Adds to a word that other processors add to.
+#[inline(always)]
+pub fn add(pointer: *mut u64, amount: i64) {
+    // SAFETY: a lookup gave this pointer, see `MapValue::get`; a map's value is aligned to eight bytes.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(pointer, amount as u64) };
+}
+
+/// Jiffies: a load, not a call, once the verifier has inlined it (kernel 5.6).
+#[inline(always)]
+pub fn jiffies() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { helpers::bpf_jiffies64() }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+#[inline(always)]
+pub fn monotonic_ns() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { helpers::bpf_ktime_get_ns() }
+}
+
+/// A random number.
+#[inline(always)]
+pub fn random() -> u32 {
+    // SAFETY: no arguments.
+    unsafe { helpers::bpf_get_prandom_u32() }
+}
+
+/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte, or, told
+/// not to, would also write to the stack unaligned, which the verifier refuses.
+macro_rules! load {
+    ($width:literal, $place:expr) => {{
+        let value: u64;
+        // SAFETY: the caller has checked that the bytes lie in the frame, and so does the verifier.
+        unsafe {
+            asm!(concat!("{value} = *(", $width, " *)({place} + 0)"), place = in(reg) $place, value = lateout(reg) value,
+                options(pure, readonly, nostack, preserves_flags));
+        }
+        value
+    }};
+}
+
+/// Stores to a frame; see [`load`].
+macro_rules! store {
+    ($width:literal, $place:expr, $value:expr) => {{
+        let (place, value): (usize, u64) = ($place, $value);
+        // SAFETY: as for `load`; the program alone owns the frame.
+        unsafe {
+            asm!(concat!("*(", $width, " *)({place} + 0) = {value}"), place = in(reg) place, value = in(reg) value,
+                options(nostack, preserves_flags));
+        }
+    }};
+}
+
+/// `N` bytes of an array.
+#[inline(always)]
+fn chunk<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut chunk = [0; N];
+    chunk.copy_from_slice(&bytes[at..at + N]);
+    chunk
+}
+
+/// The memory of a frame between two pointers that the kernel gave.
+#[derive(Clone, Copy)]
+pub struct Bytes {
+    start: usize,
+    end: usize,
+}
+
+impl Bytes {
+    /// Copies `N` bytes at `offset`.
+    #[inline(always)]
+    pub fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let place = self.place::<N>(offset)?;
+        let mut bytes = [0; N];
+        let mut at = 0;
+        while at + 8 <= N {
+            bytes[at..at + 8].copy_from_slice(&load!("u64", place + at).to_ne_bytes());
+            at += 8;
+        }
+        if at + 4 <= N {
+            bytes[at..at + 4].copy_from_slice(&(load!("u32", place + at) as u32).to_ne_bytes());
+            at += 4;
+        }
+        if at + 2 <= N {
+            bytes[at..at + 2].copy_from_slice(&(load!("u16", place + at) as u16).to_ne_bytes());
+            at += 2;
+        }
+        if at < N {
+            bytes[at] = load!("u8", place + at) as u8;
+        }
+        Some(bytes)
+    }
+
+    /// Overwrites `N` bytes at `offset`.
+    #[inline(always)]
+    pub fn write<const N: usize>(&self, offset: usize, bytes: [u8; N]) -> bool {
+        let Some(place) = self.place::<N>(offset) else { return false };
+        let mut at = 0;
+        while at + 8 <= N {
+            store!("u64", place + at, u64::from_ne_bytes(chunk(&bytes, at)));
+            at += 8;
+        }
+        if at + 4 <= N {
+            store!("u32", place + at, u64::from(u32::from_ne_bytes(chunk(&bytes, at))));
+            at += 4;
+        }
+        if at + 2 <= N {
+            store!("u16", place + at, u64::from(u16::from_ne_bytes(chunk(&bytes, at))));
+            at += 2;
+        }
+        if at < N {
+            store!("u8", place + at, u64::from(bytes[at]));
+        }
+        true
+    }
+
+    /// Bytes between the two pointers.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    #[inline(always)]
+    fn place<const N: usize>(&self, offset: usize) -> Option<usize> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let place = self.start + offset;
+        (place + N <= self.end).then_some(place)
+    }
+}
+
+/// The context of an XDP program.
+#[derive(Clone, Copy)]
+pub struct Xdp(*mut xdp_md);
+
+impl Xdp {
+    /// `ctx` is the program's own context.
+    #[inline(always)]
+    pub fn new(ctx: *mut xdp_md) -> Self {
+        Self(ctx)
+    }
+
+    /// The linear part of the frame, valid until it is resized.
+    #[inline(always)]
+    pub fn bytes(self) -> Bytes {
+        // SAFETY: the kernel gave the context; it lives as long as the program runs.
+        unsafe { Bytes { start: (*self.0).data as usize, end: (*self.0).data_end as usize } }
+    }
+
+    /// Cuts or grows the frame at its end.
+    #[inline(always)]
+    pub fn resize(self, len: usize) -> bool {
+        // SAFETY: as above; the helpers check the length.
+        unsafe {
+            let delta = len as i32 - helpers::bpf_xdp_get_buff_len(self.0) as i32;
+            helpers::bpf_xdp_adjust_tail(self.0, delta) == 0
+        }
+    }
+}
+
+/// The context of a TC program.
+#[derive(Clone, Copy)]
+pub struct SkBuff(*mut __sk_buff);
+
+impl SkBuff {
+    /// `ctx` is the program's own context.
+    #[inline(always)]
+    pub fn new(ctx: *mut __sk_buff) -> Self {
+        Self(ctx)
+    }
+
+    /// The linear part of the frame, valid until it is resized or a checksum is replaced.
+    #[inline(always)]
+    pub fn bytes(self) -> Bytes {
+        // SAFETY: the kernel gave the context; it lives as long as the program runs.
+        unsafe { Bytes { start: (*self.0).data as usize, end: (*self.0).data_end as usize } }
+    }
+
+    /// The frame's length in bytes.
+    #[inline(always)]
+    pub fn len(self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.0).len as usize }
+    }
+
+    /// Makes the first `len` bytes linear.
+    #[inline(always)]
+    pub fn pull(self, len: usize) {
+        // SAFETY: as above. Where it fails the frame is as it was, and reads beyond its linear part fail.
+        unsafe { helpers::bpf_skb_pull_data(self.0, len as u32) };
+    }
+
+    /// Cuts or grows the frame at its end.
+    #[inline(always)]
+    pub fn resize(self, len: usize) -> bool {
+        // SAFETY: as above; the helper checks the length.
+        unsafe { helpers::bpf_skb_change_tail(self.0, len as u32, 0) == 0 }
+    }
+
+    /// Updates the transport checksum at `offset`, however far it has been computed.
+    #[inline(always)]
+    pub fn replace_l4_checksum(self, offset: usize, difference: u64, flags: u64) -> bool {
+        // SAFETY: as above; the helper checks the offset.
+        unsafe { helpers::bpf_l4_csum_replace(self.0, offset as u32, 0, difference, flags) == 0 }
+    }
+
+    /// Sends the frame out of the device that it came in by: the action to return.
+    #[inline(always)]
+    pub fn send_back(self) -> i32 {
+        // SAFETY: as above.
+        unsafe { helpers::bpf_redirect((*self.0).ifindex, 0) as i32 }
+    }
+}
+
+/// The event that the agent wrote into a packet, behind the room of a link header.
+#[inline(always)]
+pub fn event_of(packet: &impl Packet) -> Option<Event> {
+    let bytes: [u8; size_of::<Event>()] = packet.read(14)?;
+    // SAFETY: an event is plain data of this size, for which every bit pattern is valid.
+    Some(unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) })
+}

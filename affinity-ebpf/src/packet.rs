@@ -1,0 +1,119 @@
+//! A frame as each hook has it.
+
+use affinity_common::{
+    abi::{Address, Edit, V6},
+    packet::Packet,
+    parse::{Headers, UDP},
+    rewrite,
+};
+use aya_ebpf::{
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    programs::{TcContext, XdpContext},
+};
+
+use crate::kernel::{Bytes, SkBuff, Xdp};
+
+/// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel
+/// 6.16; older ones refuse it).
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// Headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
+const LINEAR: usize = 192;
+
+/// A frame before a socket buffer exists. Its headers lie in its first buffer, also where there are several.
+pub struct XdpFrame {
+    xdp: Xdp,
+    bytes: Bytes,
+}
+
+impl XdpFrame {
+    #[inline(always)]
+    pub fn new(ctx: &XdpContext) -> Self {
+        let xdp = Xdp::new(ctx.ctx);
+        Self { xdp, bytes: xdp.bytes() }
+    }
+}
+
+impl Packet for XdpFrame {
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.read(offset)
+    }
+
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        self.bytes.write(offset, bytes)
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: usize) -> bool {
+        let done = self.xdp.resize(len);
+        self.bytes = self.xdp.bytes();
+        done
+    }
+}
+
+/// A socket buffer: its checksum may be complete, partial, or known by the device.
+pub struct Skb<'a> {
+    skb: SkBuff,
+    bytes: Bytes,
+    _ctx: core::marker::PhantomData<&'a TcContext>,
+}
+
+impl<'a> Skb<'a> {
+    #[inline(always)]
+    pub fn new(ctx: &'a TcContext) -> Self {
+        let skb = SkBuff::new(ctx.skb.skb);
+        let mut bytes = skb.bytes();
+        if bytes.len() < LINEAR && skb.len() > bytes.len() {
+            skb.pull(skb.len().min(LINEAR));
+            bytes = skb.bytes();
+        }
+        Self { skb, bytes, _ctx: core::marker::PhantomData }
+    }
+
+    /// Sends the frame out of the device that it came in by: the action to return.
+    #[inline(always)]
+    pub fn send_back(&self) -> i32 {
+        self.skb.send_back()
+    }
+
+    #[inline(always)]
+    fn replace_checksum<A: Address>(&self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        let offset = rewrite::l4_checksum_offset(headers);
+        let (addresses, ports) = (u64::from(edit.addr_delta), u64::from(edit.port_delta));
+        let zero_is_none = if headers.key.protocol == UDP { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        let pseudo = zero_is_none | u64::from(BPF_F_PSEUDO_HDR);
+        let done = A::BITS == V6::BITS && self.skb.replace_l4_checksum(offset, addresses, pseudo | BPF_F_IPV6)
+            || self.skb.replace_l4_checksum(offset, addresses, pseudo);
+        done && self.skb.replace_l4_checksum(offset, ports, zero_is_none)
+    }
+}
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.read(offset)
+    }
+
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        self.bytes.write(offset, bytes)
+    }
+
+    /// Addresses and ports directly, the transport checksum by the helper that knows how far it has been computed; the
+    /// helper comes last because it invalidates the pointers.
+    #[inline(always)]
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        rewrite::write_addresses(self, headers, edit)
+            && rewrite::write_ports(self, headers, edit)
+            && self.replace_checksum(headers, edit)
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: usize) -> bool {
+        let done = self.skb.resize(len);
+        self.bytes = self.skb.bytes();
+        done
+    }
+}

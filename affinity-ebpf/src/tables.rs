@@ -1,0 +1,149 @@
+//! The pipeline's tables on BPF maps.
+
+use core::mem::offset_of;
+
+use affinity_common::{
+    abi::{
+        Backend, Config, Direction, Event, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey,
+        Reason, Session, SessionKey, UsageKey, UsageOf, V4, V6, usage_index,
+    },
+    tables::{Entry, FamilyTables, NotStored, Tables},
+};
+use aya_ebpf::bindings::BPF_NOEXIST;
+
+use crate::{
+    kernel::{self, CONFIG, MapValue},
+    maps::{
+        BACKENDS, COUNTERS, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS,
+        SESSIONS_V4, SESSIONS_V6, SLOTS, USAGE,
+    },
+};
+
+/// Readers poll: waking one for every event would cost more than the event.
+const BPF_RB_NO_WAKEUP: u64 = 1;
+
+/// A word of the configuration; the verifier knows its value.
+#[inline(always)]
+fn config(offset: usize) -> u64 {
+    CONFIG.word(offset)
+}
+
+/// The maps of this object.
+pub struct Maps;
+
+impl Tables for Maps {
+    type Entry<V: Copy> = MapValue<V>;
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        match config(offset_of!(Config, fixed_now_ns)) {
+            0 => kernel::jiffies()
+                .wrapping_sub(config(offset_of!(Config, tick_base)))
+                .wrapping_mul(config(offset_of!(Config, tick_ns))),
+            fixed => fixed,
+        }
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        if config(offset_of!(Config, fixed_now_ns)) == 0 {
+            kernel::random()
+        } else {
+            config(offset_of!(Config, fixed_random)) as u32
+        }
+    }
+
+    #[inline(always)]
+    fn filter(&self, direction: Direction, bit: u32) -> bool {
+        let word = direction as u32 * (FILTER_BITS / 64) + bit / 64;
+        kernel::copied(FILTER.get_ptr(word)).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<u32> {
+        kernel::copied(SLOTS.get_ptr(index))
+    }
+
+    #[inline(always)]
+    fn backend(&self, index: u32) -> Option<Backend> {
+        kernel::copied(BACKENDS.get_ptr(index))
+    }
+
+    #[inline(always)]
+    fn member(&self, key: &MemberKey) -> Option<Member> {
+        kernel::copied(MEMBERS.get_ptr(key))
+    }
+
+    #[inline(always)]
+    fn load(&self, backend: u32) -> u64 {
+        kernel::copied(LOADS.get_ptr(backend)).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn add_load(&self, backend: u32, sessions: i64) {
+        if let Some(load) = LOADS.get_ptr_mut(backend) {
+            kernel::add(load, sessions);
+        }
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason) {
+        if let Some(count) = COUNTERS.get_ptr_mut(reason as u32) {
+            MapValue::new(count).update(|count| *count += 1);
+        }
+    }
+
+    #[inline(always)]
+    fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
+        if let Some(usage) = USAGE.get_ptr_mut(UsageKey { of: of as u32, id })
+            && let Some(index) = usage_index(reason)
+        {
+            MapValue::new(usage).update(|usage| usage.counts[index] += 1);
+        }
+    }
+
+    #[inline(always)]
+    fn report(&self, event: &Event) {
+        match EVENTS.reserve::<Event>(0) {
+            Some(mut place) => {
+                place.write(*event);
+                place.submit(BPF_RB_NO_WAKEUP);
+            }
+            None => self.count(Reason::EventLost),
+        }
+    }
+}
+
+macro_rules! family {
+    ($address:ty, $frontends:ident, $sessions:ident, $flows:ident) => {
+        impl FamilyTables<$address> for Maps {
+            #[inline(always)]
+            fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
+                kernel::borrowed(self, $frontends.get_ptr(key))
+            }
+
+            #[inline(always)]
+            fn session(&self, key: &SessionKey<$address>) -> Option<MapValue<Session>> {
+                $sessions.get_ptr_mut(key).map(MapValue::new)
+            }
+
+            #[inline(always)]
+            fn add_session(&self, key: &SessionKey<$address>, session: &Session) -> Result<(), NotStored> {
+                $sessions.insert(key, session, u64::from(BPF_NOEXIST)).map_err(|_| NotStored)
+            }
+
+            #[inline(always)]
+            fn flow(&self, key: &FlowKey<$address>) -> Option<MapValue<Flow<$address>>> {
+                $flows.get_ptr_mut(key).map(MapValue::new)
+            }
+
+            #[inline(always)]
+            fn put_flow(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> Result<(), NotStored> {
+                $flows.insert(key, flow, 0).map_err(|_| NotStored)
+            }
+        }
+    };
+}
+
+family!(V4, FRONTENDS_V4, SESSIONS_V4, FLOWS_V4);
+family!(V6, FRONTENDS_V6, SESSIONS_V6, FLOWS_V6);
