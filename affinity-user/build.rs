@@ -91,11 +91,8 @@ fn build(root: &Path, target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
 
 /// The flags that shape the objects.
 ///
-/// `v3` brings 32-bit registers and atomics that return the old value. Without
-/// `allows-misaligned-mem-access` a `[u8; 4]` of a packet would be read in four loads; the kernel
-/// sets `CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS` on the architectures that this runs on.
-/// The features go to the linker, which generates the code: rustc does not know them and would warn.
-fn rustflags() -> Result<[String; 5], Box<dyn Error>> {
+/// `v3` brings 32-bit registers and atomics that return the old value.
+fn rustflags() -> Result<[String; 4], Box<dyn Error>> {
     let arch = match variable("CARGO_CFG_TARGET_ARCH")? {
         riscv if riscv.starts_with("riscv64") => "riscv64".to_owned(),
         arch => arch,
@@ -104,7 +101,6 @@ fn rustflags() -> Result<[String; 5], Box<dyn Error>> {
         "-Cdebuginfo=2".to_owned(),
         "-Clink-arg=--btf".to_owned(),
         "-Ctarget-cpu=v3".to_owned(),
-        "-Clink-arg=--cpu-features=+allows-misaligned-mem-access,+alu32".to_owned(),
         format!("--cfg=bpf_target_arch=\"{arch}\""),
     ])
 }
