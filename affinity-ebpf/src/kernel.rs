@@ -14,8 +14,10 @@ use affinity_common::{
     tables::Entry,
 };
 use aya_ebpf::{
+    EbpfContext,
     bindings::{__sk_buff, xdp_md},
     helpers,
+    maps::ProgramArray,
 };
 
 /// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.
@@ -319,6 +321,13 @@ impl SkBuff {
         // SAFETY: as above.
         unsafe { helpers::bpf_redirect((*self.0).ifindex, 0) as i32 }
     }
+}
+
+/// Goes on with another program; comes back only where there is none at `index`.
+#[inline(always)]
+pub fn tail_call<C: EbpfContext>(programs: &ProgramArray, ctx: &C, index: u32) {
+    // SAFETY: the loader puts only programs of the caller's type into the array; the kernel checks it too.
+    let _ = unsafe { programs.tail_call(ctx, index) };
 }
 
 /// The event that the agent wrote into a packet, behind the room of a link header.

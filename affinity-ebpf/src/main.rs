@@ -1,14 +1,10 @@
 //! The kernel programs of affinity: each gives the shared pipeline its frame and the maps, and turns the verdict into
 //! its hook's return code.
 #![no_std]
-#![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(missing_docs, unreachable_pub, reason = "the program macros export without documentation")]
-#![expect(internal_features, reason = "the target has no atomic types with fetch_add, but the instruction")]
 #![no_main]
 
-mod kernel;
 mod maps;
-mod packet;
 mod tables;
 
 use affinity_common::pipeline::{self, Verdict};
@@ -18,9 +14,10 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 
-use crate::{
-    packet::{Skb, XdpFrame},
-    tables::Maps,
+use crate::tables::Maps;
+use affinity_ebpf::{
+    frame::{Skb, XdpFrame},
+    kernel,
 };
 
 /// Forward translation where a client's frame enters the node, before a socket buffer exists.

@@ -11,13 +11,11 @@ use affinity_common::{
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 
-use crate::{
-    kernel::{self, CONFIG, MapValue},
-    maps::{
-        BACKENDS, COUNTERS, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS,
-        SESSIONS_V4, SESSIONS_V6, SLOTS, USAGE,
-    },
+use crate::maps::{
+    BACKENDS, COUNTERS, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, SESSIONS_V4,
+    SESSIONS_V6, SLOTS, USAGE,
 };
+use affinity_ebpf::kernel::{self, CONFIG, MapValue};
 
 /// Readers poll: waking one for every event would cost more than the event.
 const BPF_RB_NO_WAKEUP: u64 = 1;

@@ -27,7 +27,9 @@ pub struct XdpFrame {
 }
 
 impl XdpFrame {
+    /// The frame of a program's own context.
     #[inline(always)]
+    #[must_use]
     pub fn new(ctx: &XdpContext) -> Self {
         let xdp = Xdp::new(ctx.ctx);
         Self { xdp, bytes: xdp.bytes() }
@@ -61,7 +63,9 @@ pub struct Skb<'a> {
 }
 
 impl<'a> Skb<'a> {
+    /// The frame of a program's own context, its headers made linear.
     #[inline(always)]
+    #[must_use]
     pub fn new(ctx: &'a TcContext) -> Self {
         let skb = SkBuff::new(ctx.skb.skb);
         let mut bytes = skb.bytes();

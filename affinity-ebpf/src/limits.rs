@@ -1,0 +1,251 @@
+//! What `cargo xtask bench packet` measures the programs against: the least that any program could do, and the wrapper
+//! that feeds both.
+//!
+//! BPF_PROG_TEST_RUN gives a program its own output again. So a `drive` program writes the next packet's addresses and
+//! ports over the last one's and goes on with the program under test; the time of `drive` before `pass` is subtracted.
+#![no_std]
+#![no_main]
+#![expect(missing_docs, unreachable_pub, reason = "the program macros export without documentation")]
+
+use affinity_common::{
+    abi::{Address, Direction, FlowKey, Port, V4, V6},
+    checksum,
+    packet::Packet,
+    parse::{self, Headers, Network},
+    rewrite,
+    tables::Entry,
+};
+use affinity_ebpf::{
+    frame::{Skb, XdpFrame},
+    kernel::{self, MapValue},
+};
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, TC_ACT_UNSPEC, xdp_action},
+    macros::{classifier, map, xdp},
+    maps::{Array, LruHashMap, ProgramArray},
+    programs::{TcContext, XdpContext},
+};
+
+/// What `drive` writes: words of the one entry of `course`, set by the benchmark.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Course {
+    /// Packets so far.
+    packets: u64,
+    /// Number of different flows.
+    flows: u64,
+    /// 0: one flow after another; 1: at random.
+    random: u64,
+    /// Bits of the flow's number that choose the client; the others choose its port.
+    client_bits: u64,
+    /// Destination port.
+    dport: u64,
+    /// TCP flags.
+    tcp_flags: u64,
+}
+
+/// Where the least work sends a flow.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+pub struct Target<A> {
+    address: A,
+    port: Port,
+}
+
+#[map(name = "course")]
+static COURSE: Array<Course> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "under_test")]
+static UNDER_TEST: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map(name = "least_v4")]
+static LEAST_V4: LruHashMap<FlowKey<V4>, Target<V4>> = LruHashMap::with_max_entries(1 << 18, 0);
+#[map(name = "least_v6")]
+static LEAST_V6: LruHashMap<FlowKey<V6>, Target<V6>> = LruHashMap::with_max_entries(1 << 18, 0);
+
+/// The first client, and the frontend that all dial.
+const CLIENT_V4: u32 = 0x0a40_0000;
+const FRONTEND_V4: [u8; 4] = [10, 96, 0, 10];
+const CLIENT_V6: [u8; 8] = [0xfd, 0, 0, 0x64, 0, 0, 0, 0];
+const FRONTEND_V6: [u8; 16] = [0xfd, 0, 0, 0x96, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10];
+
+/// Offsets in frames without options or tags.
+const L3: usize = 14;
+const L4_V4: usize = L3 + 20;
+const L4_V6: usize = L3 + 40;
+
+/// The client number and port of the next packet.
+#[inline(always)]
+fn next(course: &MapValue<Course>) -> (u32, [u8; 2]) {
+    course.update(|course| course.packets += 1);
+    let (count, flows, random, bits) =
+        course.with(|course| (course.packets, course.flows, course.random, course.client_bits));
+    let number = if random == 0 {
+        if count >= flows {
+            course.update(|course| course.packets = 0);
+        }
+        count
+    } else {
+        let mixed = (count as u32).wrapping_mul(0x9e37_79b9);
+        let mixed = (mixed ^ mixed >> 15).wrapping_mul(0x85eb_ca6b);
+        u64::from(mixed ^ mixed >> 13).wrapping_mul(flows) >> 32
+    };
+    let bits = bits & 31;
+    ((number & ((1 << bits) - 1)) as u32, (1024 + (number >> bits) as u16 % 60_000).to_be_bytes())
+}
+
+#[inline(always)]
+fn drive<P: Packet>(packet: &mut P) {
+    let Some(course) = COURSE.get_ptr_mut(0).map(MapValue::new) else { return };
+    let (client, [a, b]) = next(&course);
+    let ([c, d], flags) = course.with(|course| ((course.dport as u16).to_be_bytes(), course.tcp_flags as u8));
+    if packet.read(L3) == Some([0x45]) {
+        let [e, f, g, h] = (CLIENT_V4 + client).to_be_bytes();
+        let [i, j, k, l] = FRONTEND_V4;
+        packet.write(L3 + rewrite::IPV4_CHECKSUM, [0x12, 0x34, e, f, g, h, i, j, k, l]);
+        packet.write(L4_V4, [a, b, c, d]);
+        packet.write(L4_V4 + 13, [flags]);
+        packet.write(L4_V4 + rewrite::TCP_CHECKSUM, [0x56, 0x78]);
+    } else {
+        packet.write(L3 + rewrite::IPV6_ADDRESSES, CLIENT_V6);
+        packet.write(L3 + rewrite::IPV6_ADDRESSES + 8, u64::from(client).to_be_bytes());
+        packet.write(L3 + rewrite::IPV6_ADDRESSES + 16, FRONTEND_V6);
+        packet.write(L4_V6, [a, b, c, d]);
+        packet.write(L4_V6 + 13, [flags]);
+        packet.write(L4_V6 + rewrite::TCP_CHECKSUM, [0x56, 0x78]);
+    }
+}
+
+/// Parses and swaps the link addresses: what any answer costs.
+#[inline(always)]
+fn swap<P: Packet>(packet: &mut P) {
+    let parsed = match parse::network(packet) {
+        Ok(Network::V4(l3)) => parse::ipv4(packet, l3, Direction::Forward).is_ok(),
+        Ok(Network::V6(l3)) => parse::ipv6(packet, l3, Direction::Forward).is_ok(),
+        Err(_) => false,
+    };
+    if parsed && let Some([a, b, c, d, e, f, g, h, i, j, k, l]) = packet.read(0) {
+        packet.write(0, [g, h, i, j, k, l, a, b, c, d, e, f]);
+    }
+}
+
+/// A table of flows for one family.
+trait Least: Address {
+    const BACKEND: Self;
+    fn table() -> &'static LruHashMap<FlowKey<Self>, Target<Self>>;
+    /// Writes the destination address and, for IPv4, the header checksum.
+    fn write<P: Packet>(packet: &mut P, headers: &Headers<Self>, address: Self, delta: u16);
+}
+
+impl Least for V4 {
+    const BACKEND: Self = V4([10, 244, 0, 1]);
+
+    #[inline(always)]
+    fn table() -> &'static LruHashMap<FlowKey<V4>, Target<V4>> {
+        &LEAST_V4
+    }
+
+    #[inline(always)]
+    fn write<P: Packet>(packet: &mut P, headers: &Headers<V4>, address: V4, delta: u16) {
+        packet.write(headers.l3() + rewrite::IPV4_CHECKSUM, checksum::update(headers.l3_checksum, delta));
+        packet.write(headers.l3() + 16, address.0);
+    }
+}
+
+impl Least for V6 {
+    const BACKEND: Self = V6([0xfd, 0, 0, 0xf4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+
+    #[inline(always)]
+    fn table() -> &'static LruHashMap<FlowKey<V6>, Target<V6>> {
+        &LEAST_V6
+    }
+
+    #[inline(always)]
+    fn write<P: Packet>(packet: &mut P, headers: &Headers<V6>, address: V6, _delta: u16) {
+        packet.write(headers.l3() + rewrite::IPV6_ADDRESSES + 16, address.0);
+    }
+}
+
+/// Parses, looks the flow up, and gives the packet its destination and checksums: the least work of a load balancer
+/// that remembers flows. A flow that is not known is remembered where `remember` says so.
+#[inline(always)]
+fn least<P: Packet>(packet: &mut P, remember: bool) {
+    match parse::network(packet) {
+        Ok(Network::V4(l3)) => {
+            if let Ok(headers) = parse::ipv4(packet, l3, Direction::Forward) {
+                least_of(packet, &headers, remember);
+            }
+        }
+        Ok(Network::V6(l3)) => {
+            if let Ok(headers) = parse::ipv6(packet, l3, Direction::Forward) {
+                least_of(packet, &headers, remember);
+            }
+        }
+        Err(_) => {}
+    }
+}
+
+#[inline(always)]
+fn least_of<A: Least, P: Packet>(packet: &mut P, headers: &Headers<A>, remember: bool) {
+    let target = match A::table().get_ptr_mut(headers.key) {
+        Some(target) => MapValue::new(target).get(),
+        None if remember => {
+            let target = Target { address: A::BACKEND, port: Port::new(8080) };
+            let _ = A::table().insert(headers.key, target, 0);
+            target
+        }
+        None => return,
+    };
+    let addresses = checksum::delta(checksum::fold(headers.key.daddr.sum()), checksum::fold(target.address.sum()));
+    let port = checksum::delta(u16::from_ne_bytes(headers.key.dport.0), u16::from_ne_bytes(target.port.0));
+    A::write(packet, headers, target.address, addresses);
+    packet.write(headers.l4() + 2, target.port.0);
+    let sum = checksum::update(headers.l4_checksum, checksum::join(addresses, port));
+    packet.write(rewrite::l4_checksum_offset(headers), sum);
+}
+
+macro_rules! both_hooks {
+    ($($xdp:ident, $tc:ident: $work:ident($($argument:expr)?);)+) => {
+        $(
+            #[xdp(frags)]
+            pub fn $xdp(ctx: XdpContext) -> u32 {
+                $work(&mut XdpFrame::new(&ctx) $(, $argument)?);
+                xdp_action::XDP_PASS
+            }
+
+            #[classifier]
+            pub fn $tc(ctx: TcContext) -> i32 {
+                $work(&mut Skb::new(&ctx) $(, $argument)?);
+                TC_ACT_UNSPEC
+            }
+        )+
+    };
+}
+
+both_hooks! {
+    xdp_swap, tc_swap: swap();
+    xdp_least, tc_least: least(false);
+    xdp_remember, tc_remember: least(true);
+}
+
+#[xdp(frags)]
+pub fn xdp_pass(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+#[classifier]
+pub fn tc_pass(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
+}
+
+#[xdp(frags)]
+pub fn xdp_drive(ctx: XdpContext) -> u32 {
+    drive(&mut XdpFrame::new(&ctx));
+    kernel::tail_call(&UNDER_TEST, &ctx, 0);
+    xdp_action::XDP_ABORTED
+}
+
+#[classifier]
+pub fn tc_drive(ctx: TcContext) -> i32 {
+    drive(&mut Skb::new(&ctx));
+    kernel::tail_call(&UNDER_TEST, &ctx, 0);
+    TC_ACT_UNSPEC
+}
