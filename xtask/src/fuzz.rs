@@ -2,13 +2,12 @@
 //!
 //! Coverage comes from LLVM's sanitizer passes, switched on by stable code generation flags; the
 //! address sanitizer would need nightly, and there is no `unsafe` in what is fuzzed. What is learnt
-//! is kept in the target directory from run to run. `tests/fuzz/cases` holds the inputs that once
-//! crashed: they seed every run, and the tests of `affinity-fuzz` replay them.
+//! is kept in the target directory from run to run. A run starts from seeds that meet every reason,
+//! and from `tests/fuzz/cases`: inputs that once crashed, which the tests of `affinity-fuzz` replay.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -36,20 +35,35 @@ const MAX_INPUT_BYTES: u32 = 512;
 pub(crate) fn run(duration: Duration) -> Result<()> {
     let dir = target_dir()?.join("fuzz");
     let program = build(&dir)?;
-    let (corpus, crashes) = (dir.join("corpus"), dir.join("crashes"));
+    let [corpus, crashes, seeds] = ["corpus", "crashes", "seeds"].map(|name| dir.join(name));
+    run_command(cargo(["run", "--quiet", "--package", "affinity-fuzz", "--bin", "seeds", "--"]).arg(&seeds))?;
     for dir in [&corpus, &crashes] {
         fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     }
 
-    let mut fuzz = command(program);
-    fuzz.arg(format!("-max_total_time={}", duration.as_secs()))
+    let log = dir.join("log");
+    println!("fuzzing for {} s", duration.as_secs());
+    let status = command(program)
+        .arg(format!("-max_total_time={}", duration.as_secs()))
         .arg(format!("-max_len={MAX_INPUT_BYTES}"))
         .arg(format!("-artifact_prefix={}/", crashes.display()))
         .args(["-verbosity=0", "-print_final_stats=1", "-timeout=5"])
-        .arg(corpus)
-        .arg(root().join("tests/fuzz/cases"));
-    println!("fuzzing for {} s", duration.as_secs());
-    explain(&mut fuzz, &crashes)
+        .args([&corpus, &seeds])
+        .arg(root().join("tests/fuzz/cases"))
+        .stderr(fs::File::create(&log)?)
+        .status()
+        .context("the fuzz target does not start")?;
+    let log = fs::read(log)?;
+    let log = String::from_utf8_lossy(&log);
+    if !status.success() {
+        bail!(
+            "the fuzz target failed ({status}):\n{log}\nIts input is in {}. Copy it to tests/fuzz/cases under a name \
+             that says what it shows: `cargo test --package affinity-fuzz` replays it",
+            crashes.display()
+        );
+    }
+    log.lines().filter_map(|line| line.strip_prefix("stat::")).for_each(|line| println!("{line}"));
+    Ok(())
 }
 
 /// Builds in a target directory of its own: the flags would otherwise rebuild everything else.
@@ -58,7 +72,8 @@ fn build(dir: &Path) -> Result<PathBuf> {
     let host = output(command("rustc").args(["--print", "host-tuple"]))?;
     let host = host.trim_end();
     run_command(
-        cargo(["build", "--quiet", "--release", "--package", "affinity-fuzz"])
+        cargo(["build", "--quiet", "--release", "--package", "affinity-fuzz", "--features", "libfuzzer"])
+            .args(["--bin", "affinity-fuzz"])
             .args(["--target", host, "--target-dir"])
             .arg(dir)
             .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"))
@@ -66,17 +81,4 @@ fn build(dir: &Path) -> Result<PathBuf> {
             .env("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "true"),
     )?;
     Ok(dir.join(host).join("release/affinity-fuzz"))
-}
-
-/// Runs the fuzzer; says where its finding is and what to do with it.
-fn explain(fuzz: &mut Command, crashes: &Path) -> Result<()> {
-    let status = fuzz.status().context("the fuzz target does not start")?;
-    if status.success() {
-        return Ok(());
-    }
-    bail!(
-        "the fuzz target failed ({status}). Its input is in {}: copy it to tests/fuzz/cases under a name that \
-         says what it shows, and `cargo test --package affinity-fuzz` replays it",
-        crashes.display()
-    )
 }

@@ -1,0 +1,175 @@
+//! A second reading of frames, to judge the pipeline by: slow, plain, and written from the RFCs rather than from the
+//! parser under test. Where both read a frame, they must read the same.
+
+/// IANA number of ICMP.
+pub const ICMP: u8 = 1;
+/// IANA number of TCP.
+pub const TCP: u8 = 6;
+/// IANA number of UDP.
+pub const UDP: u8 = 17;
+/// IANA number of ICMPv6.
+pub const ICMPV6: u8 = 58;
+
+/// TCP flag: no more data.
+pub const FIN: u8 = 0x01;
+/// TCP flag: a connection begins.
+pub const SYN: u8 = 0x02;
+/// TCP flag: the connection is void.
+pub const RST: u8 = 0x04;
+/// TCP flag: the acknowledgement number counts.
+pub const ACK: u8 = 0x10;
+
+/// With more extension headers a packet is not translated.
+const MAX_EXTENSIONS: usize = 6;
+
+/// A packet in a frame: IPv4 or IPv6, whole, over a known transport.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// IPv6, not IPv4.
+    pub is_v6: bool,
+    /// Offset of the IP header.
+    pub l3: usize,
+    /// Offset of the transport header.
+    pub l4: usize,
+    /// Offset behind the last byte of the packet that the frame holds.
+    pub end: usize,
+    /// The packet ends where its IP header says: the frame is not cut short, and the header says something.
+    pub is_complete: bool,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// Source, then destination.
+    pub addresses: [Vec<u8>; 2],
+    /// Source, then destination; zeros for ICMP.
+    pub ports: [u16; 2],
+}
+
+/// Reads a frame; `None` where no whole packet over a known transport is in it.
+pub fn read(frame: &[u8]) -> Option<Reading> {
+    let mut l3 = 14;
+    let mut tags = 0;
+    while tags < 2 && matches!(word(frame, l3 - 2)?, 0x8100 | 0x88a8) {
+        l3 += 4;
+        tags += 1;
+    }
+    match word(frame, l3 - 2)? {
+        0x0800 => read_v4(frame, l3),
+        0x86dd => read_v6(frame, l3),
+        _ => None,
+    }
+}
+
+fn read_v4(frame: &[u8], l3: usize) -> Option<Reading> {
+    let header = frame.get(l3..l3 + 20)?;
+    let is_fragment = word(header, 6)? & 0x3fff != 0;
+    if header[0] >> 4 != 4 || header[0] & 0xf < 5 || is_fragment {
+        return None;
+    }
+    let l4 = l3 + usize::from(header[0] & 0xf) * 4;
+    let (end, is_complete) = end_of(frame, l3, word(header, 2)?);
+    let addresses = [header[12..16].to_vec(), header[16..20].to_vec()];
+    with_ports(frame, Reading { is_v6: false, l3, l4, end, is_complete, protocol: header[9], addresses, ports: [0; 2] })
+}
+
+fn read_v6(frame: &[u8], l3: usize) -> Option<Reading> {
+    let header = frame.get(l3..l3 + 40)?;
+    if header[0] >> 4 != 6 {
+        return None;
+    }
+    let mut protocol = header[6];
+    let mut l4 = l3 + 40;
+    let mut extensions = 0;
+    while let 0 | 43 | 44 | 60 = protocol {
+        extensions += 1;
+        let extension = frame.get(l4..l4 + 4)?;
+        let is_whole = match protocol {
+            43 => extension[3] == 0,
+            44 => word(extension, 2)? & 0xfff9 == 0,
+            _ => true,
+        };
+        if !is_whole || extensions > MAX_EXTENSIONS {
+            return None;
+        }
+        l4 += if protocol == 44 { 8 } else { 8 + 8 * usize::from(extension[1]) };
+        protocol = extension[0];
+    }
+    let (end, is_complete) = end_of(frame, l3 + 40, word(header, 4)?);
+    let addresses = [header[8..24].to_vec(), header[24..40].to_vec()];
+    with_ports(frame, Reading { is_v6: true, l3, l4, end, is_complete, protocol, addresses, ports: [0; 2] })
+}
+
+/// Where a packet ends, and whether that is where its header says. What is behind it is padding. A length field of zero
+/// leaves the length to the frame.
+fn end_of(frame: &[u8], start: usize, length_field: u16) -> (usize, bool) {
+    let end = start + usize::from(length_field);
+    if length_field == 0 || end > frame.len() { (frame.len(), false) } else { (end, true) }
+}
+
+fn with_ports(frame: &[u8], reading: Reading) -> Option<Reading> {
+    let header_len = match reading.protocol {
+        TCP => 20,
+        UDP | ICMP | ICMPV6 => 8,
+        _ => return None,
+    };
+    let header = frame.get(reading.l4..reading.l4 + header_len)?;
+    if reading.end < reading.l4 + header_len || reading.protocol == TCP && header[12] >> 4 < 5 {
+        return None;
+    }
+    let ports = match reading.protocol {
+        TCP | UDP => [word(frame, reading.l4)?, word(frame, reading.l4 + 2)?],
+        _ => [0; 2],
+    };
+    Some(Reading { ports, ..reading })
+}
+
+impl Reading {
+    /// Whether the packet carries ports.
+    pub fn has_ports(&self) -> bool {
+        matches!(self.protocol, TCP | UDP)
+    }
+
+    /// Offset of the transport checksum.
+    pub fn checksum_at(&self) -> usize {
+        self.l4
+            + match self.protocol {
+                TCP => 16,
+                UDP => 6,
+                _ => 2,
+            }
+    }
+
+    /// What the IPv4 header's checksum is off by, in one's complement; zero for a right one, and for IPv6.
+    pub fn network_error(&self, frame: &[u8]) -> u16 {
+        if self.is_v6 { 0 } else { residue(sum(&frame[self.l3..self.l4])) }
+    }
+
+    /// What the transport checksum is off by, in one's complement; zero for a right one. `length` is what the
+    /// pseudo-header says, which a cut frame cannot tell.
+    pub fn transport_error(&self, frame: &[u8], length: usize) -> u16 {
+        let payload = sum(&frame[self.l4..self.end]);
+        if self.protocol == ICMP {
+            return residue(payload);
+        }
+        let [source, destination] = &self.addresses;
+        residue(payload + sum(source) + sum(destination) + u64::from(self.protocol) + length as u64)
+    }
+
+    /// Where the frame keeps its addresses and ports, as ranges: source address, destination address, ports.
+    pub fn places(&self) -> [std::ops::Range<usize>; 3] {
+        let (first, len) = if self.is_v6 { (self.l3 + 8, 16) } else { (self.l3 + 12, 4) };
+        [first..first + len, first + len..first + 2 * len, self.l4..self.l4 + 4]
+    }
+}
+
+/// One's complement sum of 16-bit words, not folded.
+fn sum(bytes: &[u8]) -> u64 {
+    bytes.chunks(2).map(|pair| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0))).sum()
+}
+
+/// A sum as the error that it shows: both zeros of one's complement are none.
+fn residue(sum: u64) -> u16 {
+    (sum % 0xffff) as u16
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?]))
+}

@@ -1,0 +1,136 @@
+//! What must hold of every frame in every state, however hostile.
+//!
+//! An input is twelve bytes that choose a [`state`], and a frame. The frame passes through the pipeline as a client's
+//! and as a pod's packet, with follow-ups made from it: its repetition, the reply, further connections of the same
+//! client, and itself once more after pods have gone or time has passed. Each passage is judged by a second, plain
+//! reading of the [`frame`].
+//!
+//! `cases` holds inputs that have told a wrong pipeline from a right one, named after what they show.
+
+pub mod frame;
+mod passage;
+mod pins;
+pub mod seeds;
+pub mod state;
+
+use std::collections::BTreeSet;
+
+use affinity_common::{
+    abi::{Direction, Reason},
+    model::Model,
+    pipeline::Verdict,
+};
+
+use crate::{
+    frame::{RST, SYN, TCP, read},
+    passage::Passage,
+    state::{PORTS, State, send_to},
+};
+
+/// Runs one input and returns the reasons that it met.
+///
+/// # Panics
+/// When something does not hold that must.
+pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
+    let Some((state, frame)) = State::split(input) else { return BTreeSet::new() };
+    let frame = state.aimed(frame);
+    let mut model = state.tables(read(&frame).as_ref());
+
+    let first = Passage::new(&model, Direction::Forward, &frame);
+    if first.verdict == Verdict::Forward {
+        repeat(&model, &first);
+        reply(&model, &first);
+        further_connections(&model, &first);
+    }
+    state.change(&mut model);
+    Passage::new(&model, Direction::Forward, &frame);
+    Passage::new(&model, Direction::Reverse, &frame);
+    let counters = model.counters.borrow();
+    counters.keys().copied().collect()
+}
+
+/// A flow's next packet takes the same way.
+fn repeat(model: &Model, first: &Passage) {
+    let reading = first.reading();
+    let flags = if reading.protocol == TCP { first.before[reading.l4 + 13] } else { 0 };
+    if flags & (SYN | RST) == SYN | RST {
+        // It opens and ends a connection, so the next one is another.
+        return;
+    }
+    let again = Passage::new(model, Direction::Forward, &first.before);
+    assert_eq!(again.reason, Reason::Established);
+    assert_eq!(again.after, first.after);
+}
+
+/// What the pod answers comes from whom the client asked.
+fn reply(model: &Model, first: &Passage) {
+    let asked = first.reading();
+    let reading = read(&first.after).expect("a translated frame is as whole as before");
+    let mut frame = first.after.clone();
+    let [source, destination, ports] = reading.places();
+    frame[source].copy_from_slice(&reading.addresses[1]);
+    frame[destination].copy_from_slice(&reading.addresses[0]);
+    frame[ports].rotate_left(2);
+
+    let reply = Passage::new(model, Direction::Reverse, &frame);
+    assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));
+    let reading = read(&reply.after).expect("a translated frame is as whole as before");
+    let [client, frontend] = asked.addresses;
+    assert_eq!(reading.addresses, [frontend, client]);
+    assert_eq!(reading.ports, [asked.ports[1], asked.ports[0]]);
+}
+
+/// The client's next connections, one to each port. A passage judges itself what becomes of the pins.
+fn further_connections(model: &Model, first: &Passage) {
+    let reading = first.reading();
+    for (port, _) in PORTS {
+        let mut frame = first.before.clone();
+        send_to(&mut frame, &reading, port);
+        let [.., ports] = reading.places();
+        frame[ports.start + 1] ^= 1;
+        Passage::new(model, Direction::Forward, &frame);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use affinity_common::abi::REASONS;
+
+    use super::*;
+
+    /// The reasons that only the kernel can give, or the agent.
+    const NOT_OF_THE_MODEL: [Reason; 6] = [
+        Reason::NoReplyBuilt,
+        Reason::NotRewritten,
+        Reason::FlowNotStored,
+        Reason::SessionNotStored,
+        Reason::EventLost,
+        Reason::OperatorPinned,
+    ];
+
+    #[test]
+    fn the_seeds_meet_every_reason_in_both_families() {
+        for family in ["-v4-", "-v6-"] {
+            let seeds = seeds::seeds().into_iter().filter(|(name, _)| name.contains(family));
+            let met: BTreeSet<_> = seeds.flat_map(|(_, input)| examine(&input)).collect();
+            let expected = REASONS.iter().copied().filter(|reason| !NOT_OF_THE_MODEL.contains(reason));
+            assert_eq!(met, expected.collect(), "{family}");
+        }
+    }
+
+    #[test]
+    fn the_cases_stay_solved() {
+        let mut replayed = 0;
+        for case in
+            fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cases")).expect("the cases are in the repository")
+        {
+            let path = case.expect("it can be listed").path();
+            println!("{}", path.display());
+            examine(&fs::read(path).expect("it can be read"));
+            replayed += 1;
+        }
+        assert!(replayed > 0);
+    }
+}

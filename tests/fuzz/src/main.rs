@@ -1,0 +1,6 @@
+//! The fuzz target: libFuzzer calls [`affinity_fuzz::examine`] with input after input.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    affinity_fuzz::examine(input);
+});
