@@ -2,4 +2,5 @@
 //!
 //! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what the store holds.
 
+pub mod source;
 pub mod store;

@@ -1,0 +1,63 @@
+//! Where services come from: a [`Snapshot`] of the Kubernetes objects of interest, and what is wrong with them.
+//!
+//! A source never fails as a whole. What cannot be used becomes a [`Problem`], and the rest goes on.
+
+pub mod annotations;
+pub mod directory;
+mod documents;
+mod problem;
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+
+pub use problem::{Object, Origin, Problem, Severity};
+
+/// Namespace and name of an object.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub struct ObjectName {
+    /// The namespace; `default` where the object names none.
+    pub namespace: String,
+    /// The name.
+    pub name: String,
+}
+
+impl ObjectName {
+    /// From its parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.to_owned(), name: name.to_owned() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// An object and the place that it was read from; cheap to clone.
+#[derive(Debug, PartialEq)]
+pub struct Sourced<T> {
+    /// The place; none where it came from a cluster's API.
+    pub origin: Option<Origin>,
+    /// The object.
+    pub object: Arc<T>,
+}
+
+impl<T> Clone for Sourced<T> {
+    fn clone(&self) -> Self {
+        Self { origin: self.origin.clone(), object: Arc::clone(&self.object) }
+    }
+}
+
+/// The objects of interest at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Snapshot {
+    /// Services.
+    pub services: BTreeMap<ObjectName, Sourced<Service>>,
+    /// Endpoint slices.
+    pub slices: BTreeMap<ObjectName, Sourced<EndpointSlice>>,
+    /// What could not be used.
+    pub problems: Vec<Problem>,
+}

@@ -1,0 +1,182 @@
+//! A file, or a directory of files, with Kubernetes YAML or JSON.
+//!
+//! Of a directory, every `*.yaml`, `*.yml` and `*.json` counts, in the order of their names; not hidden files, and not
+//! subdirectories. So a mounted ConfigMap reads as it looks: its files are links through the hidden `..data`.
+//!
+//! A bad file never takes down what runs: a [`Reader`] keeps the objects that a file held when it was last good, as far
+//! as the damaged file does not give them anew, until the file is good again or gone.
+
+mod watch;
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    ObjectName, Origin, Problem, Severity, Snapshot, Sourced,
+    documents::{self, Entry, Loaded},
+};
+
+pub use watch::watch;
+
+/// Reads `path` once.
+#[must_use]
+pub fn read(path: &Path) -> Snapshot {
+    Reader::new(path).read()
+}
+
+/// Reads a path again and again, and remembers what was good.
+#[derive(Debug)]
+pub struct Reader {
+    path: PathBuf,
+    files: BTreeMap<PathBuf, Content>,
+}
+
+/// What a file gives.
+#[derive(Debug, Default)]
+struct Content {
+    /// Objects that the file holds now.
+    fresh: Vec<Entry>,
+    /// Objects that it held when it was last good, and that its damaged parts may still mean.
+    kept: Vec<Entry>,
+    problems: Vec<Problem>,
+}
+
+impl Reader {
+    /// A reader of `path`, a file or a directory, that has read nothing yet.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), files: BTreeMap::new() }
+    }
+
+    /// Reads everything. Where the path itself cannot be read, everything stays as it was.
+    pub fn read(&mut self) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        match list(&self.path) {
+            Ok(files) => {
+                if files.is_empty() {
+                    let message = "no *.yaml, *.yml or *.json file in this directory";
+                    snapshot.problems.push(Problem::new(Severity::Info, Some(whole(&self.path)), message));
+                }
+                self.read_files(files);
+            }
+            Err(error) => {
+                let message = format!("cannot be read ({error}); what it gave before stays in use");
+                snapshot.problems.push(Problem::new(Severity::Error, Some(whole(&self.path)), message));
+            }
+        }
+        for content in self.files.values() {
+            snapshot.problems.extend(content.problems.iter().cloned());
+            content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
+        }
+        // After all that is fresh: an object that moved to another file is not a duplicate.
+        for entry in self.files.values().flat_map(|content| &content.kept) {
+            insert(&mut snapshot, entry, false);
+        }
+        snapshot
+    }
+
+    fn read_files(&mut self, files: Vec<PathBuf>) {
+        let mut former = std::mem::take(&mut self.files);
+        for file in files {
+            let former = former.remove(&file);
+            let content = match fs::read_to_string(&file) {
+                Ok(text) => Content::parse(&file, &text, former),
+                Err(error) => Content::unreadable(&file, &error, former),
+            };
+            self.files.insert(file, content);
+        }
+    }
+}
+
+impl Content {
+    fn parse(file: &Path, text: &str, former: Option<Self>) -> Self {
+        let documents = documents::parse(file, text);
+        let mut content = Self { fresh: documents.entries, kept: Vec::new(), problems: documents.problems };
+        if documents.damaged {
+            content.keep(file, former);
+        }
+        content
+    }
+
+    fn unreadable(file: &Path, error: &io::Error, former: Option<Self>) -> Self {
+        let problem = Problem::new(Severity::Error, Some(whole(file)), format!("cannot be read: {error}"));
+        let mut content = Self { problems: vec![problem], ..Self::default() };
+        content.keep(file, former);
+        content
+    }
+
+    /// Keeps of the former content what the present one does not give.
+    fn keep(&mut self, file: &Path, former: Option<Self>) {
+        let Some(former) = former else { return };
+        let given = |entry: &Entry| {
+            self.fresh.iter().any(|fresh| fresh.name == entry.name && fresh.loaded.kind() == entry.loaded.kind())
+        };
+        self.kept = former.fresh.into_iter().chain(former.kept).filter(|entry| !given(entry)).collect();
+        if !self.kept.is_empty() {
+            let names: Vec<String> =
+                self.kept.iter().map(|entry| format!("{} {}", entry.loaded.kind(), entry.name)).collect();
+            let message = format!("stays in use as last read, until the file is good or gone: {}", names.join(", "));
+            self.problems.push(Problem::new(Severity::Warning, Some(whole(file)), message));
+        }
+    }
+}
+
+fn whole(file: &Path) -> Origin {
+    Origin { file: file.to_owned(), document: None }
+}
+
+/// The files that count, in order; `path` itself where it is a file.
+fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
+    if !fs::metadata(path)?.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let file = entry?.path();
+        let hidden = file.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        let known = file.extension().is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|e| extension == *e));
+        // A link that leads nowhere counts: its file cannot be read, but is not gone either. A pipe would block.
+        let usable = fs::metadata(&file).map_or(true, |metadata| metadata.is_file());
+        if known && usable && !hidden {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Adds an object; the first of a name wins, and a `fresh` one that comes later is reported.
+fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
+    let Entry { name, origin, loaded } = entry;
+    let first = match loaded {
+        Loaded::Service(object) => put(&mut snapshot.services, name, origin, object),
+        Loaded::Slice(object) => put(&mut snapshot.slices, name, origin, object),
+    };
+    if let (Some(first), true) = (first, fresh) {
+        let message = format!("given twice; the one in {first} is used, this one is ignored");
+        let problem = Problem::new(Severity::Error, Some(origin.clone()), message);
+        snapshot.problems.push(problem.of(loaded.kind(), name));
+    }
+}
+
+/// Stores an object unless its name is taken: then, by what.
+fn put<T>(
+    objects: &mut BTreeMap<ObjectName, Sourced<T>>,
+    name: &ObjectName,
+    origin: &Origin,
+    object: &Arc<T>,
+) -> Option<Origin> {
+    if let Some(first) = objects.get(name) {
+        return first.origin.clone();
+    }
+    let sourced = Sourced { origin: Some(origin.clone()), object: Arc::clone(object) };
+    objects.insert(name.clone(), sourced);
+    None
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,255 @@
+use std::{
+    os::unix::fs::symlink,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use super::*;
+
+/// A directory that goes when the test ends, however it ends.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("affinity-source-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).expect("a new directory");
+        Self(path)
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        fs::write(self.0.join(file), text).expect("written");
+    }
+
+    /// Objects and problems as lines, with the directory's own name left out.
+    fn show(&self, snapshot: &Snapshot) -> String {
+        let services = snapshot.services.iter().map(|(name, service)| {
+            let ip = service.object.spec.as_ref().and_then(|spec| spec.cluster_ip.clone()).unwrap_or_default();
+            format!("service {name} {ip}").trim_end().to_owned()
+        });
+        let slices = snapshot.slices.keys().map(|name| format!("slice {name}"));
+        let problems = snapshot.problems.iter().map(|problem| format!("{}: {problem}", problem.severity.name()));
+        let lines: Vec<String> = services.chain(slices).chain(problems).collect();
+        lines.join("\n").replace(&format!("{}/", self.0.display()), "")
+    }
+
+    fn read(&self) -> String {
+        self.show(&read(&self.0))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn service(name: &str, ip: &str) -> String {
+    format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {ip}}}\n")
+}
+
+#[test]
+fn several_documents_lists_and_json() {
+    let scratch = Scratch::new();
+    scratch.write(
+        "a.yaml",
+        &format!(
+            "# comment\n---\n{}---\n\n--- # none\n---\n{}...\n",
+            service("a", "10.0.0.1"),
+            service("b", "10.0.0.2")
+        ),
+    );
+    scratch.write(
+        "b.yml",
+        "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Service, metadata: {name: c, namespace: shop}}\n\
+         - {apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: c-1}, addressType: IPv4, endpoints: []}\n\
+         - {apiVersion: v1, kind: Pod, metadata: {name: p}}\n- {apiVersion: v1, kind: Pod, metadata: {name: q}}\n",
+    );
+    scratch.write("c.json", r#"{"apiVersion": "v1", "kind": "ServiceList", "items": [{"metadata": {"name": "d"}}]}"#);
+    scratch.write(".hidden.yaml", "}");
+    scratch.write("README.md", "}");
+    scratch.write("empty.yaml", "");
+    fs::create_dir(scratch.0.join("sub.yaml")).expect("a directory");
+    insta::assert_snapshot!(scratch.read(), @r"
+    service default/a 10.0.0.1
+    service default/b 10.0.0.2
+    service default/d
+    service shop/c
+    slice default/c-1
+    info: b.yml: 2 of kind Pod ignored: only Service and EndpointSlice are used
+    ");
+}
+
+#[test]
+fn a_bad_document_spoils_no_other() {
+    let scratch = Scratch::new();
+    let bad = [
+        "kind: Service\nmetadata: [",
+        "kind: Service\nmetadata: {name: x}",
+        "apiVersion: v1\nkind: Service\nmetadata: {namespace: shop}",
+        "apiVersion: v2\nkind: Service\nmetadata: {name: x}",
+        "apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {name: x}",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: x}\nspec: {ports: [{port: 80}, {port: \"81\"}]}",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: y}\nspec: {sessionAfinity: ClientIP, ports: [{prot: 80}]}",
+        "- 1",
+        "apiVersion: v1\nkind: Service\nkind: Service\nmetadata: {name: x}",
+    ];
+    scratch.write(
+        "a.yaml",
+        &format!("{}---\n{}\n---\n{}", service("a", "10.0.0.1"), bad.join("\n---\n"), service("z", "10.0.0.9")),
+    );
+    scratch.write("b.json", "{\"apiVersion\":");
+    scratch.write("c.yaml", &service("a", "10.0.0.3"));
+    insta::assert_snapshot!(scratch.read(), @r#"
+    service default/a 10.0.0.1
+    service default/y
+    service default/z 10.0.0.9
+    error: a.yaml, document 2: not valid YAML: unclosed bracket '[' at line 7, column 11
+    error: a.yaml, document 3: not a Kubernetes object: apiVersion or kind is missing
+    error: a.yaml, document 4: Service: metadata.name: missing
+    error: a.yaml, document 5: Service default/x: apiVersion: v2 is not supported; use v1
+    error: a.yaml, document 6: EndpointSlice default/x: apiVersion: discovery.k8s.io/v1beta1 is not supported; use discovery.k8s.io/v1
+    error: a.yaml, document 7: Service default/x: spec.ports[1].port: invalid type: string "81", expected i32
+    warning: a.yaml, document 8: Service default/y: spec.ports[0].prot: unknown field; it is ignored
+    warning: a.yaml, document 8: Service default/y: spec.sessionAfinity: unknown field; it is ignored
+    error: a.yaml, document 9: not an object: expected a mapping with apiVersion, kind and metadata
+    error: a.yaml, document 10: not valid YAML: duplicate mapping key `kind` is not allowed here at line 38, column 1
+    error: b.json: not valid JSON: EOF while parsing a value at line 1 column 14
+    error: c.yaml: Service default/a: given twice; the one in a.yaml, document 1 is used, this one is ignored
+    "#);
+}
+
+#[test]
+fn a_damaged_file_keeps_what_it_gave() {
+    let scratch = Scratch::new();
+    let mut reader = Reader::new(&scratch.0);
+    scratch.write("a.yaml", &format!("{}---\n{}", service("a", "10.0.0.1"), service("b", "10.0.0.2")));
+    scratch.write("b.yaml", &service("c", "10.0.0.3"));
+    reader.read();
+
+    scratch.write("a.yaml", &format!("{}---\n{}:", service("a", "10.0.0.11"), service("b", "10.0.0.12")));
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    service default/a 10.0.0.11
+    service default/b 10.0.0.2
+    service default/c 10.0.0.3
+    error: a.yaml, document 2: not valid YAML: null is not allowed here at line 10, column 1
+    warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/b
+    ");
+    scratch.write("a.yaml", "{");
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    service default/a 10.0.0.11
+    service default/b 10.0.0.2
+    service default/c 10.0.0.3
+    error: a.yaml: not valid YAML: unclosed bracket '{' at line 1, column 1
+    warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/a, Service default/b
+    ");
+
+    // An object that moved to another file is there, and is no duplicate.
+    scratch.write("b.yaml", &service("b", "10.0.0.22"));
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    service default/a 10.0.0.11
+    service default/b 10.0.0.22
+    error: a.yaml: not valid YAML: unclosed bracket '{' at line 1, column 1
+    warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/a, Service default/b
+    ");
+
+    scratch.write("a.yaml", &service("a", "10.0.0.31"));
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    service default/a 10.0.0.31
+    service default/b 10.0.0.22
+    ");
+    fs::remove_file(scratch.0.join("a.yaml")).expect("removed");
+    insta::assert_snapshot!(scratch.show(&reader.read()), @"service default/b 10.0.0.22");
+}
+
+#[test]
+fn a_path_that_cannot_be_read_changes_nothing() {
+    let scratch = Scratch::new();
+    let inner = scratch.0.join("inner");
+    let mut reader = Reader::new(&inner);
+    insta::assert_snapshot!(scratch.show(&reader.read()), @"error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use");
+    fs::create_dir(&inner).expect("a directory");
+    insta::assert_snapshot!(scratch.show(&reader.read()), @"info: inner: no *.yaml, *.yml or *.json file in this directory");
+    scratch.write("inner/a.yaml", &service("a", "10.0.0.1"));
+    symlink("nowhere", inner.join("b.yaml")).expect("a link");
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    service default/a 10.0.0.1
+    error: inner/b.yaml: cannot be read: No such file or directory (os error 2)
+    ");
+    fs::remove_dir_all(&inner).expect("removed");
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    service default/a 10.0.0.1
+    error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use
+    error: inner/b.yaml: cannot be read: No such file or directory (os error 2)
+    ");
+}
+
+/// Receives until the services are those; fails after a time that a loaded machine should not need.
+async fn until(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &[&str]) {
+    let wait = async {
+        loop {
+            let snapshot = receiver.recv().await.expect("the thread lives");
+            let names: Vec<String> = snapshot.services.keys().map(|name| name.name.clone()).collect();
+            if names == services {
+                return;
+            }
+        }
+    };
+    // Shorter than the poll: it is the notification that is tested.
+    tokio::time::timeout(Duration::from_secs(4), wait).await.unwrap_or_else(|_| panic!("never saw {services:?}"));
+}
+
+#[tokio::test]
+async fn changes_of_files_are_seen() {
+    let scratch = Scratch::new();
+    scratch.write("a.yaml", &service("a", "10.0.0.1"));
+    let mut receiver = watch(&scratch.0).expect("watching");
+    until(&mut receiver, &["a"]).await;
+    scratch.write("a.yaml", &service("b", "10.0.0.1"));
+    until(&mut receiver, &["b"]).await;
+    scratch.write(".new", &service("c", "10.0.0.1"));
+    fs::rename(scratch.0.join(".new"), scratch.0.join("a.yaml")).expect("renamed");
+    until(&mut receiver, &["c"]).await;
+    scratch.write("d.yaml", &service("d", "10.0.0.2"));
+    until(&mut receiver, &["c", "d"]).await;
+    fs::remove_file(scratch.0.join("a.yaml")).expect("removed");
+    until(&mut receiver, &["d"]).await;
+}
+
+#[tokio::test]
+async fn the_swap_of_a_mounted_config_map_is_seen() {
+    let scratch = Scratch::new();
+    let publish = |version: &str, name: &str| {
+        fs::create_dir(scratch.0.join(version)).expect("a directory");
+        scratch.write(&format!("{version}/a.yaml"), &service(name, "10.0.0.1"));
+        symlink(version, scratch.0.join("..data_tmp")).expect("a link");
+        fs::rename(scratch.0.join("..data_tmp"), scratch.0.join("..data")).expect("renamed");
+    };
+    publish("..1", "a");
+    symlink("..data/a.yaml", scratch.0.join("a.yaml")).expect("a link");
+    let mut directory = watch(&scratch.0).expect("watching");
+    let mut file = watch(&scratch.0.join("a.yaml")).expect("watching");
+    until(&mut directory, &["a"]).await;
+    until(&mut file, &["a"]).await;
+    publish("..2", "b");
+    until(&mut directory, &["b"]).await;
+    until(&mut file, &["b"]).await;
+}
+
+#[tokio::test]
+async fn a_link_to_another_directory_is_followed() {
+    let scratch = Scratch::new();
+    for name in ["a", "b"] {
+        fs::create_dir(scratch.0.join(name)).expect("a directory");
+        scratch.write(&format!("{name}/x.yaml"), &service(name, "10.0.0.1"));
+    }
+    symlink("a", scratch.0.join("current")).expect("a link");
+    let mut receiver = watch(&scratch.0.join("current")).expect("watching");
+    until(&mut receiver, &["a"]).await;
+    symlink("b", scratch.0.join("next")).expect("a link");
+    fs::rename(scratch.0.join("next"), scratch.0.join("current")).expect("renamed");
+    until(&mut receiver, &["b"]).await;
+    scratch.write("b/x.yaml", &service("c", "10.0.0.1"));
+    until(&mut receiver, &["c"]).await;
+}

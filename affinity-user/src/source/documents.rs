@@ -1,0 +1,253 @@
+//! The text of one file -> its documents -> objects and problems.
+//!
+//! A stream of YAML is cut at its `---` lines before it is parsed, as `kubectl` does, so that a bad document spoils no
+//! other. JSON needs no marker between documents; there, what follows a bad one is lost.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use serde::de::DeserializeOwned;
+use serde_ignored::Path as FieldPath;
+use serde_json::{Map, Value};
+use serde_saphyr::UserMessageFormatter;
+
+use super::{ObjectName, Origin, Problem, Severity};
+
+/// An object of interest.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Loaded {
+    Service(Arc<Service>),
+    Slice(Arc<EndpointSlice>),
+}
+
+impl Loaded {
+    pub(super) const fn kind(&self) -> &'static str {
+        match self {
+            Self::Service(_) => SERVICE,
+            Self::Slice(_) => SLICE,
+        }
+    }
+}
+
+/// An object, its name, and its place.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Entry {
+    pub(super) name: ObjectName,
+    pub(super) origin: Origin,
+    pub(super) loaded: Loaded,
+}
+
+/// What a file holds.
+#[derive(Debug, Default)]
+pub(super) struct Documents {
+    /// The objects of its good documents.
+    pub(super) entries: Vec<Entry>,
+    pub(super) problems: Vec<Problem>,
+    /// Whether some document could not be used, so that objects may be missing from `entries`.
+    pub(super) damaged: bool,
+    /// How many objects of each other kind were passed over.
+    others: BTreeMap<String, u32>,
+}
+
+const SERVICE: &str = "Service";
+const SLICE: &str = "EndpointSlice";
+
+/// Reads the text of `file`; JSON if its name says so.
+pub(super) fn parse(file: &Path, text: &str) -> Documents {
+    let json = file.extension().is_some_and(|extension| extension == "json");
+    let values = if json { json_values(text) } else { yaml_values(text) };
+    let single = values.len() == 1;
+
+    let mut documents = Documents::default();
+    for (number, value) in (1..).zip(values) {
+        let origin = Origin { file: file.to_owned(), document: (!single).then_some(number) };
+        match value {
+            Ok(Value::Null) => {}
+            Ok(value) => documents.add(&origin, value, None),
+            Err(message) => documents.reject(Problem::new(Severity::Error, Some(origin), message)),
+        }
+    }
+    documents.report_others(file);
+    documents
+}
+
+impl Documents {
+    fn reject(&mut self, problem: Problem) {
+        self.damaged = true;
+        self.problems.push(problem);
+    }
+
+    /// Takes an object, or the items of a list. Items of a typed list may leave out the kind that the list implies.
+    fn add(&mut self, origin: &Origin, value: Value, implied: Option<(&str, &str)>) {
+        let Value::Object(mut map) = value else {
+            self.reject(problem(origin, "not an object: expected a mapping with apiVersion, kind and metadata"));
+            return;
+        };
+        if let Some((version, kind)) = implied {
+            map.entry("apiVersion").or_insert_with(|| version.into());
+            map.entry("kind").or_insert_with(|| kind.into());
+        }
+        let (Some(version), Some(kind)) = (text(&map, "apiVersion"), text(&map, "kind")) else {
+            self.reject(problem(origin, "not a Kubernetes object: apiVersion or kind is missing"));
+            return;
+        };
+        if let (Some(item_kind), Some(Value::Array(items))) = (kind.strip_suffix("List"), map.get_mut("items")) {
+            let implied = (!item_kind.is_empty()).then_some((version.as_str(), item_kind));
+            for item in std::mem::take(items) {
+                self.add(origin, item, implied);
+            }
+            return;
+        }
+        match (version.as_str(), kind.as_str()) {
+            ("v1", SERVICE) => self.decode(origin, SERVICE, map, Loaded::Service),
+            ("discovery.k8s.io/v1", SLICE) => self.decode(origin, SLICE, map, Loaded::Slice),
+            (version, SERVICE) if !version.contains('/') => self.reject_version(origin, SERVICE, &map, version, "v1"),
+            (version, SLICE) if version.starts_with("discovery.k8s.io/") => {
+                self.reject_version(origin, SLICE, &map, version, "discovery.k8s.io/v1");
+            }
+            (_, other) => *self.others.entry(other.to_owned()).or_default() += 1,
+        }
+    }
+
+    fn decode<T: DeserializeOwned>(
+        &mut self,
+        origin: &Origin,
+        kind: &str,
+        map: Map<String, Value>,
+        wrap: fn(Arc<T>) -> Loaded,
+    ) {
+        let Some(name) = object_name(&map) else {
+            self.reject(problem(origin, format!("{kind}: metadata.name: missing")));
+            return;
+        };
+        let mut unknown = Vec::new();
+        let mut track = serde_path_to_error::Track::new();
+        let tracked = serde_path_to_error::Deserializer::new(Value::Object(map), &mut track);
+        let decoded = serde_ignored::deserialize(tracked, |path| unknown.push(field_path(&path)));
+        match decoded {
+            Ok(object) => {
+                for field in unknown {
+                    let problem = Problem::new(Severity::Warning, Some(origin.clone()), "unknown field; it is ignored");
+                    self.problems.push(problem.of(kind, &name).field(field));
+                }
+                self.entries.push(Entry { name, origin: origin.clone(), loaded: wrap(Arc::new(object)) });
+            }
+            Err(error) => {
+                let path = track.path().to_string();
+                let field = if path == "." { String::new() } else { path };
+                self.reject(problem(origin, error.to_string()).of(kind, &name).field(field));
+            }
+        }
+    }
+
+    fn reject_version(
+        &mut self,
+        origin: &Origin,
+        kind: &str,
+        map: &Map<String, Value>,
+        version: &str,
+        supported: &str,
+    ) {
+        let problem = problem(origin, format!("{version} is not supported; use {supported}")).field("apiVersion");
+        self.reject(match object_name(map) {
+            Some(name) => problem.of(kind, &name),
+            None => problem,
+        });
+    }
+
+    /// One line for each kind, however many there are.
+    fn report_others(&mut self, file: &Path) {
+        for (kind, count) in &self.others {
+            let origin = Origin { file: file.to_owned(), document: None };
+            let message = format!("{count} of kind {kind} ignored: only {SERVICE} and {SLICE} are used");
+            self.problems.push(Problem::new(Severity::Info, Some(origin), message));
+        }
+    }
+}
+
+fn problem(origin: &Origin, message: impl Into<String>) -> Problem {
+    Problem::new(Severity::Error, Some(origin.clone()), message)
+}
+
+fn text(map: &Map<String, Value>, key: &str) -> Option<String> {
+    map.get(key).and_then(Value::as_str).map(str::to_owned)
+}
+
+fn object_name(map: &Map<String, Value>) -> Option<ObjectName> {
+    let metadata = map.get("metadata")?;
+    let field = |name: &str| metadata.get(name).and_then(Value::as_str).filter(|value| !value.is_empty());
+    Some(ObjectName::new(field("namespace").unwrap_or("default"), field("name")?))
+}
+
+/// The path of an unknown field, in the notation of `serde_path_to_error`.
+fn field_path(path: &FieldPath<'_>) -> String {
+    match path {
+        FieldPath::Root => String::new(),
+        FieldPath::Seq { parent, index } => format!("{}[{index}]", field_path(parent)),
+        FieldPath::Map { parent, key } => match field_path(parent) {
+            parent if parent.is_empty() => key.clone(),
+            parent => format!("{parent}.{key}"),
+        },
+        FieldPath::Some { parent } | FieldPath::NewtypeStruct { parent } | FieldPath::NewtypeVariant { parent } => {
+            field_path(parent)
+        }
+    }
+}
+
+fn json_values(text: &str) -> Vec<Result<Value, String>> {
+    let stream = serde_json::Deserializer::from_str(text).into_iter();
+    stream.map(|value| value.map_err(|error| format!("not valid JSON: {error}"))).collect()
+}
+
+fn yaml_values(text: &str) -> Vec<Result<Value, String>> {
+    let chunks = chunks(text);
+    chunks.iter().filter(|(_, chunk)| !is_blank(chunk)).map(|(line, chunk)| yaml_value(*line, chunk)).collect()
+}
+
+/// The documents of a YAML stream, each with the number of lines before it. A line that begins with `---` begins a
+/// document, even inside a block scalar (YAML 1.2.2, section 9.1.2).
+fn chunks(text: &str) -> Vec<(usize, String)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut chunks = Vec::new();
+    let mut chunk = (0, String::new());
+    for (number, line) in text.split_inclusive('\n').enumerate() {
+        match line.strip_prefix("---") {
+            Some(rest) if rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']) => {
+                // What follows the marker in its line keeps its column.
+                chunks.push(std::mem::replace(&mut chunk, (number, format!("   {rest}"))));
+            }
+            _ => chunk.1.push_str(line),
+        }
+    }
+    chunks.push(chunk);
+    chunks
+}
+
+/// Whether a chunk is only comments, directives, blank lines, and the marker of a document's end.
+fn is_blank(chunk: &str) -> bool {
+    chunk.lines().all(|line| {
+        line.trim().is_empty() || line.trim_start().starts_with('#') || line.starts_with('%') || line.trim() == "..."
+    })
+}
+
+fn yaml_value(line: usize, chunk: &str) -> Result<Value, String> {
+    serde_saphyr::from_str_with_options(chunk, options()).or_else(|_| {
+        // Once more with the lines before it, so that the message counts lines as the reader's editor does.
+        let padded = "\n".repeat(line) + chunk;
+        serde_saphyr::from_str_with_options(&padded, options())
+            .map_err(|error| format!("not valid YAML: {}", error.render_with_formatter(&UserMessageFormatter)))
+    })
+}
+
+/// No bound on the size of a document, which its owner chooses; those on aliases stay.
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        with_snippet: false,
+        strict_booleans: true,
+        budget: serde_saphyr::budget! {
+            max_events: usize::MAX,
+            max_nodes: usize::MAX,
+            max_total_scalar_bytes: usize::MAX,
+        },
+    }
+}
