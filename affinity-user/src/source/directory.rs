@@ -28,6 +28,15 @@ pub fn read(path: &Path) -> Snapshot {
     Reader::new(path).read()
 }
 
+/// Reads the text of one file that is called `file`.
+#[must_use]
+pub fn parse(file: &Path, text: &str) -> Snapshot {
+    let content = Content::parse(file, text, None);
+    let mut snapshot = Snapshot { problems: content.problems, ..Snapshot::default() };
+    content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
+    snapshot
+}
+
 /// Reads a path again and again, and remembers what was good.
 #[derive(Debug)]
 pub struct Reader {

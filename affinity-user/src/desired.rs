@@ -1,0 +1,302 @@
+//! What the dataplane should hold for a [`Snapshot`]: a pure function of the snapshot and this node's options.
+//!
+//! Everything here goes by name. Numbers - ids, backend indices, slots - are given by the `plan` module, which knows
+//! what is there already.
+//!
+//! Frontends are the cluster IPs of services. Each service port has one pool for each IP family; a pool's members are
+//! the endpoints that its service's slices list for that port. Ready ones take connections; if there are none, those
+//! that are terminating but still serve do. All others are kept as draining members, so that their established
+//! connections go on for as long as a slice lists them.
+
+mod endpoints;
+mod groups;
+mod hash;
+mod service;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+};
+
+use affinity_common::abi::{Selection, Timer};
+use k8s_openapi::{api::core::v1::Service, jiff::Timestamp};
+
+use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
+use endpoints::Endpoints;
+use service::ServiceSpec;
+
+pub(crate) use hash::hash32;
+
+/// What depends on the node.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// This node's name; endpoints on it are local.
+    pub node_name: Option<String>,
+}
+
+/// An IP family.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The family of an address.
+    #[must_use]
+    pub const fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// The IANA protocol number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+
+    /// Its name in Kubernetes.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        }
+    }
+}
+
+/// What clients dial.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct FrontendAddress {
+    /// The address.
+    pub ip: IpAddr,
+    /// The port.
+    pub port: u16,
+    /// The protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", std::net::SocketAddr::new(self.ip, self.port), self.protocol.name())
+    }
+}
+
+/// Name of a pool: `namespace/service:port/PROTOCOL/family`, the port by name where it has one.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PoolName {
+    /// The service.
+    pub service: ObjectName,
+    /// Name or number of the service port.
+    pub port: String,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The family of its members.
+    pub family: Family,
+}
+
+impl fmt::Display for PoolName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = match self.family {
+            Family::V4 => "v4",
+            Family::V6 => "v6",
+        };
+        write!(f, "{}:{}/{}/{family}", self.service, self.port, self.protocol.name())
+    }
+}
+
+/// Identity of a backend. An address that passes to another pod is another backend.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct BackendName {
+    /// The pod's address.
+    pub address: IpAddr,
+    /// `namespace/pod`; empty where the slices name none.
+    pub pod: String,
+}
+
+/// The scope within which a client has one pin.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Scope {
+    /// One service.
+    Service(ObjectName),
+    /// A named group of services.
+    Group(ObjectName),
+}
+
+impl Scope {
+    /// The name of the service or group.
+    #[must_use]
+    pub const fn name(&self) -> &ObjectName {
+        match self {
+            Self::Service(name) | Self::Group(name) => name,
+        }
+    }
+}
+
+/// How a service pins its clients.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Affinity {
+    /// What restarts the timeout.
+    pub timer: Timer,
+    /// The timeout in nanoseconds, or [`affinity_common::abi::TIMEOUT_UNLIMITED`].
+    pub timeout_ns: u64,
+}
+
+/// A backend in a pool.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Member {
+    /// The port that it serves there.
+    pub port: u16,
+    /// Whether it takes new connections; if not, it drains.
+    pub ready: bool,
+}
+
+/// The members that a frontend may use, and how.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pool {
+    /// Scope of its clients' pins.
+    pub scope: Scope,
+    /// How clients are pinned; none: they are not.
+    pub affinity: Option<Affinity>,
+    /// How a member is chosen.
+    pub select: Selection,
+    /// Seed of the `consistent` selection: the same on every node.
+    pub seed: u32,
+    /// Prefix length of the client key.
+    pub prefix: u8,
+    /// The members.
+    pub members: BTreeMap<BackendName, Member>,
+}
+
+/// What the dataplane should hold.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Desired {
+    /// Frontends, each with its pool.
+    pub frontends: BTreeMap<FrontendAddress, PoolName>,
+    /// The pools of these frontends.
+    pub pools: BTreeMap<PoolName, Pool>,
+    /// The members of all pools of a scope, and whether each is ready in any: only for scopes whose pools differ.
+    pub unions: BTreeMap<Scope, BTreeMap<BackendName, bool>>,
+    /// The backends of these pools, and whether each is on this node.
+    pub backends: BTreeMap<BackendName, bool>,
+}
+
+/// Decides what the dataplane should hold.
+#[must_use]
+pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>) {
+    let mut problems = Vec::new();
+    let endpoints = Endpoints::read(snapshot, options, &mut problems);
+    let mut specs = BTreeMap::new();
+    for (name, service) in &snapshot.services {
+        let mut report = Report::new("Service", name, service, &mut problems);
+        if let Some(spec) = service::read(name, &service.object, &mut report) {
+            specs.insert(name, spec);
+        }
+    }
+    groups::report_disagreement(snapshot, &specs, &mut problems);
+
+    let mut desired = Desired::default();
+    for (name, spec) in by_seniority(snapshot, &specs) {
+        let mut report = Report::new("Service", name, &snapshot.services[name], &mut problems);
+        desired.add(name, spec, &endpoints, &mut report);
+    }
+    desired.unions = groups::unions(&desired.pools);
+    for backend in desired.pools.values().flat_map(|pool| pool.members.keys()) {
+        desired.backends.insert(backend.clone(), endpoints.is_local(backend));
+    }
+    (desired, problems)
+}
+
+/// Services in the order in which they may claim frontends: the oldest first, those without a date last; then by name.
+fn by_seniority<'a>(
+    snapshot: &Snapshot,
+    specs: &'a BTreeMap<&'a ObjectName, ServiceSpec>,
+) -> Vec<(&'a ObjectName, &'a ServiceSpec)> {
+    let created = |name: &ObjectName| -> Option<Timestamp> {
+        let service: &Service = &snapshot.services[name].object;
+        service.metadata.creation_timestamp.as_ref().map(|time| time.0)
+    };
+    let mut order: Vec<_> = specs.iter().map(|(name, spec)| (*name, spec)).collect();
+    order.sort_by_key(|(name, _)| (created(name).is_none(), created(name)));
+    order
+}
+
+impl Desired {
+    fn add(&mut self, name: &ObjectName, spec: &ServiceSpec, endpoints: &Endpoints, report: &mut Report<'_>) {
+        for (index, port) in spec.ports.iter() {
+            let mut families = BTreeSet::new();
+            for ip in &spec.addresses {
+                let pool = PoolName {
+                    service: name.clone(),
+                    port: port.label(),
+                    protocol: port.protocol,
+                    family: Family::of(*ip),
+                };
+                let frontend = FrontendAddress { ip: *ip, port: port.number, protocol: port.protocol };
+                if let Some(taken) = self.frontends.get(&frontend) {
+                    let message = format!("{frontend} is taken by service {}; this one does not get it", taken.service);
+                    report.error(format!("spec.ports[{index}]"), message);
+                    continue;
+                }
+                self.frontends.insert(frontend, pool.clone());
+                if families.insert(pool.family) {
+                    let members = endpoints.members(&pool, port.name.as_deref().unwrap_or(""), report);
+                    self.pools.insert(pool, spec.pool(Family::of(*ip), members));
+                }
+            }
+        }
+    }
+}
+
+/// Collects the problems of one object.
+struct Report<'a> {
+    kind: &'static str,
+    name: &'a ObjectName,
+    origin: Option<&'a Origin>,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl<'a> Report<'a> {
+    fn new<T>(kind: &'static str, name: &'a ObjectName, of: &'a Sourced<T>, problems: &'a mut Vec<Problem>) -> Self {
+        Self { kind, name, origin: of.origin.as_ref(), problems }
+    }
+
+    fn add(&mut self, severity: Severity, field: impl Into<String>, message: impl Into<String>) {
+        let problem = Problem::new(severity, self.origin.cloned(), message).of(self.kind, self.name).field(field);
+        self.problems.push(problem);
+    }
+
+    fn info(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.add(Severity::Info, field, message);
+    }
+
+    fn warning(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.add(Severity::Warning, field, message);
+    }
+
+    fn error(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.add(Severity::Error, field, message);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,240 @@
+//! A Service -> what we need of it, checked.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use affinity_common::abi::Selection;
+use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec as ApiSpec};
+
+use super::{Affinity, BackendName, Family, Member, Pool, Protocol, Report, Scope, hash32};
+use crate::source::{
+    ObjectName,
+    annotations::{self, Annotations, PREFIX, SECOND_NS, is_dns_label},
+};
+
+/// `timeoutSeconds` where it is not given.
+const TIMEOUT_DEFAULT_S: i32 = 10_800;
+/// The largest `timeoutSeconds`.
+const TIMEOUT_MAX_S: i32 = 86_400;
+
+/// A port of a service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Port {
+    pub(super) name: Option<String>,
+    pub(super) number: u16,
+    pub(super) protocol: Protocol,
+}
+
+impl Port {
+    /// Its name, or its number where it has none.
+    pub(super) fn label(&self) -> String {
+        self.name.clone().unwrap_or_else(|| self.number.to_string())
+    }
+}
+
+/// A service that has frontends.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct ServiceSpec {
+    pub(super) addresses: Vec<IpAddr>,
+    /// By position in `spec.ports`.
+    pub(super) ports: Vec<(usize, Port)>,
+    pub(super) scope: Scope,
+    pub(super) affinity: Option<Affinity>,
+    pub(super) annotations: Annotations,
+}
+
+impl ServiceSpec {
+    /// The prefix length of a client key.
+    pub(super) fn prefix(&self, family: Family) -> u8 {
+        match family {
+            Family::V4 => self.annotations.prefix_v4.unwrap_or(32),
+            Family::V6 => self.annotations.prefix_v6.unwrap_or(128),
+        }
+    }
+
+    /// A pool of this service.
+    pub(super) fn pool(&self, family: Family, members: BTreeMap<BackendName, Member>) -> Pool {
+        Pool {
+            scope: self.scope.clone(),
+            affinity: self.affinity,
+            select: self.annotations.select,
+            seed: hash32(&self.scope.name().to_string()),
+            prefix: self.prefix(family),
+            members,
+        }
+    }
+}
+
+/// Reads a service; none where it has no frontends: headless, `ExternalName`, or without a usable address.
+pub(super) fn read(name: &ObjectName, service: &Service, report: &mut Report<'_>) -> Option<ServiceSpec> {
+    let Some(spec) = &service.spec else {
+        report.error("spec", "missing");
+        return None;
+    };
+    if spec.type_.as_deref() == Some("ExternalName") || is_headless(spec) {
+        return None;
+    }
+    if !is_dns_label(&name.name) || !is_dns_label(&name.namespace) {
+        report.error("metadata.name", "no DNS label (a-z, 0-9, '-', at most 63)");
+        return None;
+    }
+    report_not_handled(spec, report);
+    let addresses = addresses(spec, report);
+    let ports = ports(spec, report);
+    let none = BTreeMap::new();
+    let (annotations, affinity) = affinity(spec, service.metadata.annotations.as_ref().unwrap_or(&none), report);
+    let scope = match &annotations.group {
+        Some(group) => Scope::Group(ObjectName::new(&name.namespace, group)),
+        None => Scope::Service(name.clone()),
+    };
+    Some(ServiceSpec { addresses, ports, scope, affinity, annotations })
+}
+
+fn is_headless(spec: &ApiSpec) -> bool {
+    spec.cluster_ip.as_deref() == Some("None")
+        || spec.cluster_ips.as_ref().is_some_and(|ips| ips.first().is_some_and(|ip| ip == "None"))
+}
+
+/// Says what this version leaves to others.
+fn report_not_handled(spec: &ApiSpec, report: &mut Report<'_>) {
+    match spec.type_.as_deref() {
+        None | Some("ClusterIP") => {}
+        Some(kind @ ("NodePort" | "LoadBalancer")) => {
+            report.info("spec.type", format!("of a {kind} service only the cluster IP is handled yet"));
+        }
+        Some(other) => report.warning("spec.type", format!("{other:?} is unknown; only the cluster IP is handled")),
+    }
+    if spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty()) {
+        report.info("spec.externalIPs", "not handled yet; only the cluster IP is");
+    }
+    if spec.internal_traffic_policy.as_deref() == Some("Local") {
+        report.warning("spec.internalTrafficPolicy", "Local is not handled yet; endpoints of all nodes are used");
+    }
+}
+
+fn addresses(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
+    let single = spec.cluster_ip.iter().filter(|ip| !ip.is_empty());
+    let listed = match &spec.cluster_ips {
+        Some(ips) if !ips.is_empty() => {
+            if let Some(other) = single.clone().find(|ip| **ip != ips[0]) {
+                let message = format!("{other:?} differs from spec.clusterIPs[0], {:?}; that one is used", ips[0]);
+                report.warning("spec.clusterIP", message);
+            }
+            ips.iter().enumerate().map(|(index, ip)| (format!("spec.clusterIPs[{index}]"), ip)).collect::<Vec<_>>()
+        }
+        _ => single.map(|ip| ("spec.clusterIP".to_owned(), ip)).collect(),
+    };
+    if listed.is_empty() {
+        report.error("spec.clusterIP", "missing: nothing gives this service an address; state one");
+    }
+    let mut addresses = Vec::new();
+    for (field, text) in listed {
+        match text.parse::<IpAddr>() {
+            Ok(ip) if !is_frontend(ip) => report.error(field, format!("{ip} cannot be the address of a service")),
+            Ok(ip) if addresses.contains(&ip) => report.warning(field, format!("{ip} is given twice")),
+            Ok(ip) => addresses.push(ip),
+            Err(_) => report.error(field, format!("{text:?} is no IP address")),
+        }
+    }
+    addresses
+}
+
+fn is_frontend(ip: IpAddr) -> bool {
+    !(ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.to_canonical() != ip)
+}
+
+fn ports(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<(usize, Port)> {
+    let all = spec.ports.as_deref().unwrap_or_default();
+    if all.is_empty() {
+        report.error("spec.ports", "missing: the service has no port");
+    }
+    let mut ports: Vec<(usize, Port)> = Vec::new();
+    for (index, api) in all.iter().enumerate() {
+        let Some(port) = port(index, api, report) else { continue };
+        if api.name.is_none() && all.len() > 1 {
+            report.warning(format!("spec.ports[{index}].name"), "missing: a service with several ports must name them");
+        }
+        let twin = |other: &Port| {
+            other.protocol == port.protocol && (other.number == port.number || other.label() == port.label())
+        };
+        match ports.iter().find(|(_, other)| twin(other)) {
+            Some((first, _)) => report.error(
+                format!("spec.ports[{index}]"),
+                format!("has the name or number of spec.ports[{first}]; it is ignored"),
+            ),
+            None => ports.push((index, port)),
+        }
+    }
+    ports
+}
+
+fn port(index: usize, port: &ServicePort, report: &mut Report<'_>) -> Option<Port> {
+    let field = |name: &str| format!("spec.ports[{index}].{name}");
+    let protocol = match port.protocol.as_deref() {
+        None | Some("TCP") => Protocol::Tcp,
+        Some("UDP") => Protocol::Udp,
+        Some("SCTP") => {
+            report.warning(field("protocol"), "SCTP is not handled yet; the port is left out");
+            return None;
+        }
+        Some(other) => {
+            report.error(field("protocol"), format!("{other:?} is none of TCP, UDP; the port is left out"));
+            return None;
+        }
+    };
+    let number = u16::try_from(port.port).ok().filter(|number| *number > 0);
+    if number.is_none() {
+        report.error(field("port"), format!("{} is no port from 1 to 65535; the port is left out", port.port));
+    }
+    let name = port.name.clone().filter(|name| !name.is_empty());
+    if name.as_ref().is_some_and(|name| !is_dns_label(name)) {
+        report.error(field("name"), "no DNS label (a-z, 0-9, '-', at most 63); the port is left out");
+        return None;
+    }
+    Some(Port { name, number: number?, protocol })
+}
+
+/// The annotations as far as they have an effect, and how clients are pinned.
+fn affinity(
+    spec: &ApiSpec,
+    annotations: &BTreeMap<String, String>,
+    report: &mut Report<'_>,
+) -> (Annotations, Option<Affinity>) {
+    let (parsed, unknown) = annotations::parse(annotations);
+    let field = |key: &str| format!("metadata.annotations[{key}]");
+    for annotations::Unknown { key, message } in &unknown {
+        report.warning(field(key), message);
+    }
+    match spec.session_affinity.as_deref() {
+        Some("ClientIP") => {
+            let timeout_ns = parsed.timeout_ns.unwrap_or_else(|| timeout_s(spec, report) * SECOND_NS);
+            let affinity = Affinity { timer: parsed.timer, timeout_ns };
+            return (parsed, Some(affinity));
+        }
+        None | Some("None" | "") => {}
+        Some(other) => {
+            let message = format!("{other:?} is none of ClientIP, None; None is used");
+            report.error("spec.sessionAffinity", message);
+        }
+    }
+    for key in annotations.keys().filter(|key| key.starts_with(PREFIX)) {
+        if unknown.iter().all(|unknown| unknown.key != *key) {
+            report.warning(field(key), "has no effect without spec.sessionAffinity: ClientIP");
+        }
+    }
+    (Annotations { select: Selection::Random, ..Annotations::default() }, None)
+}
+
+fn timeout_s(spec: &ApiSpec, report: &mut Report<'_>) -> u64 {
+    let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+    let given = config.and_then(|config| config.timeout_seconds).unwrap_or(TIMEOUT_DEFAULT_S);
+    let timeout_s = if (1..=TIMEOUT_MAX_S).contains(&given) {
+        given
+    } else {
+        let message = format!(
+            "{given} is not within 1 to {TIMEOUT_MAX_S}; {TIMEOUT_DEFAULT_S} is used (for longer: annotation {PREFIX}timeout)"
+        );
+        report.warning("spec.sessionAffinityConfig.clientIP.timeoutSeconds", message);
+        TIMEOUT_DEFAULT_S
+    };
+    u64::from(timeout_s.unsigned_abs())
+}

@@ -1,0 +1,393 @@
+use std::path::Path;
+
+use affinity_common::abi::TIMEOUT_UNLIMITED;
+
+use super::*;
+use crate::source::directory;
+
+/// YAML in, the desired state and the problems out, one line each.
+fn case(yaml: &str) -> String {
+    let snapshot = directory::parse(Path::new("case.yaml"), yaml);
+    let (desired, problems) = desired(&snapshot, &Options { node_name: Some("here".to_owned()) });
+    let mut lines = text(&desired);
+    let all = snapshot.problems.iter().chain(&problems);
+    lines.extend(all.map(|problem| format!("{}: {problem}", problem.severity.name())));
+    lines.join("\n")
+}
+
+fn text(desired: &Desired) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (frontend, pool) in &desired.frontends {
+        lines.push(format!("{frontend} -> {pool}"));
+    }
+    for (name, pool) in &desired.pools {
+        lines.push(format!("{name} {}", pool_text(pool)));
+        for (backend, member) in &pool.members {
+            let local = if desired.backends[backend] { " local" } else { "" };
+            let state = if member.ready { "ready" } else { "draining" };
+            lines.push(format!("  {} {} port {} {state}{local}", backend.address, backend.pod, member.port));
+        }
+    }
+    for (scope, union) in &desired.unions {
+        lines.push(format!("union {}", scope.name()));
+        for (backend, ready) in union {
+            lines.push(format!("  {} {}", backend.address, if *ready { "ready" } else { "draining" }));
+        }
+    }
+    lines
+}
+
+fn pool_text(pool: &Pool) -> String {
+    let Some(affinity) = pool.affinity else {
+        return format!("{:?}", pool.select);
+    };
+    let timeout = match affinity.timeout_ns {
+        TIMEOUT_UNLIMITED => "unlimited".to_owned(),
+        ns => format!("{}s", ns / 1_000_000_000),
+    };
+    let group = match &pool.scope {
+        Scope::Service(_) => String::new(),
+        Scope::Group(name) => format!(" group {name}"),
+    };
+    format!("{:?} /{} {:?} {timeout}{group}", pool.select, pool.prefix, affinity.timer)
+}
+
+/// A service, with `more` lines of its spec.
+fn service(name: &str, ip: &str, more: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec:\n  clusterIP: {ip}\n  {}\n",
+        more.trim().replace("; ", "\n  ")
+    )
+}
+
+/// A service with client-IP affinity, one port, and annotations (`key: value`, without the prefix).
+fn pinned(name: &str, ip: &str, annotations: &[&str]) -> String {
+    let annotations: Vec<String> = annotations.iter().map(|annotation| format!("affinity.dev/{annotation}")).collect();
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, annotations: {{{}}}}}\n\
+         spec: {{clusterIP: {ip}, sessionAffinity: ClientIP, ports: [{{port: 80}}]}}\n",
+        annotations.join(", ")
+    )
+}
+
+/// A slice with ports (`name:number`) and endpoints (`address` or `address=conditions`, of a pod named after it).
+fn slice(name: &str, service: &str, ports: &[&str], endpoints: &[&str]) -> String {
+    let family = if endpoints.iter().any(|endpoint| endpoint.contains(':')) { "IPv6" } else { "IPv4" };
+    let ports: Vec<String> = ports
+        .iter()
+        .map(|port| {
+            let (name, number) = port.split_once(':').expect("name:number");
+            format!("{{name: \"{name}\", port: {number}}}")
+        })
+        .collect();
+    let endpoints: Vec<String> = endpoints
+        .iter()
+        .map(|endpoint| {
+            let (address, conditions) = endpoint.split_once('=').unwrap_or((endpoint, ""));
+            let conditions: Vec<String> = conditions
+                .split_terminator(',')
+                .map(|condition| match condition.strip_prefix('!') {
+                    Some(condition) => format!("{condition}: false"),
+                    None => format!("{condition}: true"),
+                })
+                .collect();
+            let pod = address.replace(['.', ':'], "-");
+            format!(
+                "{{addresses: [\"{address}\"], conditions: {{{}}}, targetRef: {{kind: Pod, name: p{pod}}}}}",
+                conditions.join(", ")
+            )
+        })
+        .collect();
+    format!(
+        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {{name: {name}, labels: {{kubernetes.io/service-name: {service}}}}}\naddressType: {family}\n\
+         ports: [{}]\nendpoints: [{}]\n",
+        ports.join(", "),
+        endpoints.join(", ")
+    )
+}
+
+#[test]
+fn a_service_as_people_write_it() {
+    let yaml = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10, 'fd00::10']
+  sessionAffinity: ClientIP
+  sessionAffinityConfig: {clientIP: {timeoutSeconds: 3600}}
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: http}
+  - {name: dns, port: 53, targetPort: 5353, protocol: UDP}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-abc, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080, protocol: TCP}, {name: dns, port: 5353, protocol: UDP}]
+endpoints:
+- {addresses: [10.244.0.5], nodeName: here, targetRef: {kind: Pod, name: web-0, namespace: shop}}
+- {addresses: [10.244.1.5], nodeName: there, conditions: {ready: true}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-def, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: http, port: 8080}, {name: dns, port: 5353, protocol: UDP}]
+endpoints: [{addresses: ['fd00:1::5']}]
+";
+    insta::assert_snapshot!(case(yaml), @r"
+    10.96.0.10:53/UDP -> shop/web:dns/UDP/v4
+    10.96.0.10:80/TCP -> shop/web:http/TCP/v4
+    [fd00::10]:53/UDP -> shop/web:dns/UDP/v6
+    [fd00::10]:80/TCP -> shop/web:http/TCP/v6
+    shop/web:dns/UDP/v4 Random /32 Connection 3600s
+      10.244.0.5 shop/web-0 port 5353 ready local
+      10.244.1.5  port 5353 ready
+    shop/web:dns/UDP/v6 Random /128 Connection 3600s
+      fd00:1::5  port 5353 ready
+    shop/web:http/TCP/v4 Random /32 Connection 3600s
+      10.244.0.5 shop/web-0 port 8080 ready local
+      10.244.1.5  port 8080 ready
+    shop/web:http/TCP/v6 Random /128 Connection 3600s
+      fd00:1::5  port 8080 ready
+    ");
+}
+
+#[test]
+fn named_target_ports_differ_between_slices() {
+    let yaml = service("web", "10.0.0.1", "ports: [{name: http, port: 80, targetPort: http}]")
+        + &slice("a", "web", &["http:8080"], &["10.1.0.1"])
+        + &slice("b", "web", &["http:9090", "other:1"], &["10.1.0.2"])
+        + &slice("c", "web", &["other:1"], &["10.1.0.3"]);
+    insta::assert_snapshot!(case(&yaml), @r"
+    10.0.0.1:80/TCP -> default/web:http/TCP/v4
+    default/web:http/TCP/v4 Random
+      10.1.0.1 default/p10-1-0-1 port 8080 ready
+      10.1.0.2 default/p10-1-0-2 port 9090 ready
+    ");
+}
+
+#[test]
+fn conditions_decide_who_is_ready() {
+    let of = |endpoints: &[&str]| {
+        let yaml = service("web", "10.0.0.1", "ports: [{port: 80}]") + &slice("a", "web", &[":80"], endpoints);
+        case(&yaml).lines().skip(2).collect::<Vec<_>>().join("\n")
+    };
+    let unready = "10.1.0.2=!ready,!serving";
+    let leaving = "10.1.0.3=!ready,serving,terminating";
+    let gone = "10.1.0.4=!ready,!serving,terminating";
+    // publishNotReadyAddresses: terminating, but published as ready.
+    let published = "10.1.0.5=ready,!serving,terminating";
+    insta::assert_snapshot!(of(&["10.1.0.1", unready, leaving, gone, published]), @r"
+    10.1.0.1 default/p10-1-0-1 port 80 ready
+    10.1.0.2 default/p10-1-0-2 port 80 draining
+    10.1.0.3 default/p10-1-0-3 port 80 draining
+    10.1.0.4 default/p10-1-0-4 port 80 draining
+    10.1.0.5 default/p10-1-0-5 port 80 ready
+    ");
+    insta::assert_snapshot!(of(&[unready, leaving, gone]), @r"
+    10.1.0.2 default/p10-1-0-2 port 80 draining
+    10.1.0.3 default/p10-1-0-3 port 80 ready
+    10.1.0.4 default/p10-1-0-4 port 80 draining
+    ");
+    insta::assert_snapshot!(of(&[unready, gone]), @r"
+    10.1.0.2 default/p10-1-0-2 port 80 draining
+    10.1.0.4 default/p10-1-0-4 port 80 draining
+    ");
+    insta::assert_snapshot!(of(&[]), @"");
+}
+
+#[test]
+fn an_endpoint_in_two_slices_counts_once_as_its_better_self() {
+    let yaml = service("web", "10.0.0.1", "ports: [{port: 80}]")
+        + &slice("a", "web", &[":80"], &["10.1.0.1=!ready,!serving", "10.1.0.2"])
+        + &slice("b", "web", &[":80"], &["10.1.0.1"])
+        + &slice("c", "web", &[":81"], &["10.1.0.2"]);
+    insta::assert_snapshot!(case(&yaml), @r"
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4
+    default/web:80/TCP/v4 Random
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+      10.1.0.2 default/p10-1-0-2 port 80 ready
+    warning: case.yaml, document 1: Service default/web: endpoint 10.1.0.2 has two ports for default/web:80/TCP/v4, 80 and 81; 80 is used
+    ");
+}
+
+#[test]
+fn pools_of_one_service_that_differ_share_a_union() {
+    let ports = "sessionAffinity: ClientIP; ports: [{name: a, port: 80}, {name: b, port: 81}]";
+    let both = service("web", "10.0.0.1", ports)
+        + &slice("a", "web", &["a:80", "b:81"], &["10.1.0.1"])
+        + &slice("b", "web", &["a:80"], &["10.1.0.2", "10.1.0.3=!ready"]);
+    insta::assert_snapshot!(case(&both), @r"
+    10.0.0.1:80/TCP -> default/web:a/TCP/v4
+    10.0.0.1:81/TCP -> default/web:b/TCP/v4
+    default/web:a/TCP/v4 Random /32 Connection 10800s
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+      10.1.0.2 default/p10-1-0-2 port 80 ready
+      10.1.0.3 default/p10-1-0-3 port 80 draining
+    default/web:b/TCP/v4 Random /32 Connection 10800s
+      10.1.0.1 default/p10-1-0-1 port 81 ready
+    union default/web
+      10.1.0.1 ready
+      10.1.0.2 ready
+      10.1.0.3 draining
+    ");
+    // A member that drains in one pool and is absent from the other makes no difference to any pin.
+    let drains = service("web", "10.0.0.1", ports)
+        + &slice("a", "web", &["a:80", "b:81"], &["10.1.0.1"])
+        + &slice("b", "web", &["a:80"], &["10.1.0.3=!ready"]);
+    assert!(!case(&drains).contains("union"));
+    // Neither does the other family.
+    let dual =
+        service("web", "10.0.0.1", "clusterIPs: [10.0.0.1, 'fd00::1']; sessionAffinity: ClientIP; ports: [{port: 80}]")
+            + &slice("a", "web", &[":80"], &["10.1.0.1"])
+            + &slice("b", "web", &[":80"], &["fd01::1", "fd01::2"]);
+    assert!(!case(&dual).contains("union"));
+}
+
+#[test]
+fn annotations_and_groups() {
+    let yaml =
+        pinned("a", "10.0.0.1", &["timer: packet", "select: consistent", "client-prefix-v4: '24'", "timeout: 7d"])
+            + &pinned("b", "10.0.0.2", &["group: shop", "timeout: unlimited"])
+            + &pinned("c", "10.0.0.3", &["group: shop", "timer: alive"])
+            + &slice("a", "a", &[":80"], &["10.1.0.1"])
+            + &slice("b", "b", &[":80"], &["10.1.0.1", "10.1.0.2"])
+            + &slice("c", "c", &[":80"], &["10.1.0.1"]);
+    insta::assert_snapshot!(case(&yaml), @r"
+    10.0.0.1:80/TCP -> default/a:80/TCP/v4
+    10.0.0.2:80/TCP -> default/b:80/TCP/v4
+    10.0.0.3:80/TCP -> default/c:80/TCP/v4
+    default/a:80/TCP/v4 Consistent /24 Packet 604800s
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+    default/b:80/TCP/v4 Random /32 Connection unlimited group default/shop
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+      10.1.0.2 default/p10-1-0-2 port 80 ready
+    default/c:80/TCP/v4 Random /32 Alive 10800s group default/shop
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+    union default/shop
+      10.1.0.1 ready
+      10.1.0.2 ready
+    warning: case.yaml, document 3: Service default/c: metadata.annotations: in group default/shop, not as in service default/b: timer, timeout; each service keeps its own
+    ");
+}
+
+#[test]
+fn a_group_of_equal_pools_needs_no_union() {
+    let yaml = pinned("b", "10.0.0.2", &["group: shop"])
+        + &pinned("c", "10.0.0.3", &["group: shop"])
+        + &slice("b", "b", &[":80"], &["10.1.0.1"])
+        + &slice("c", "c", &[":80"], &["10.1.0.1"]);
+    insta::assert_snapshot!(case(&yaml), @r"
+    10.0.0.2:80/TCP -> default/b:80/TCP/v4
+    10.0.0.3:80/TCP -> default/c:80/TCP/v4
+    default/b:80/TCP/v4 Random /32 Connection 10800s group default/shop
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+    default/c:80/TCP/v4 Random /32 Connection 10800s group default/shop
+      10.1.0.1 default/p10-1-0-1 port 80 ready
+    ");
+}
+
+#[test]
+fn a_clash_is_won_by_the_older_service_and_then_by_name() {
+    let dated = |name: &str, date: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, creationTimestamp: {date}}}\n\
+             spec: {{clusterIP: 10.0.0.1, ports: [{{port: 80}}]}}\n"
+        )
+    };
+    insta::assert_snapshot!(case(&(dated("a", "2025-01-02T00:00:00Z") + &dated("b", "2025-01-01T00:00:00Z"))), @r"
+    10.0.0.1:80/TCP -> default/b:80/TCP/v4
+    default/b:80/TCP/v4 Random
+    error: case.yaml, document 1: Service default/a: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/b; this one does not get it
+    ");
+    insta::assert_snapshot!(case(&(dated("a", "null") + &dated("b", "2025-01-01T00:00:00Z"))), @r"
+    10.0.0.1:80/TCP -> default/b:80/TCP/v4
+    default/b:80/TCP/v4 Random
+    error: case.yaml, document 1: Service default/a: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/b; this one does not get it
+    ");
+    insta::assert_snapshot!(case(&(dated("b", "null") + &dated("a", "null"))), @r"
+    10.0.0.1:80/TCP -> default/a:80/TCP/v4
+    default/a:80/TCP/v4 Random
+    error: case.yaml, document 1: Service default/b: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/a; this one does not get it
+    ");
+}
+
+#[test]
+fn services_without_frontends() {
+    let yaml = service("headless", "None", "ports: [{port: 80}]")
+        + &service("elsewhere", "''", "type: ExternalName; externalName: example.org")
+        + &service("unassigned", "''", "ports: [{port: 80}]")
+        + &service("empty", "10.0.0.1", "type: ClusterIP")
+        + &slice("a", "nobody", &[":80"], &["10.1.0.1"]);
+    insta::assert_snapshot!(case(&yaml), @r"
+    error: case.yaml, document 4: Service default/empty: spec.ports: missing: the service has no port
+    error: case.yaml, document 3: Service default/unassigned: spec.clusterIP: missing: nothing gives this service an address; state one
+    ");
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let yaml = service(
+        "web",
+        "10.0.0.1",
+        "sessionAffinity: ClientIp; type: NodePort; internalTrafficPolicy: Local; externalIPs: [192.0.2.1]; \
+            ports: [{name: a, port: 80, protocol: SCTP}, {name: b, port: 0}, {name: c, port: 1, protocol: tcp}, {name: d, port: 2}, {name: e, port: 2}, {port: 3}, {name: D, port: 4}]",
+    ) + &service("v6", "'fd00::x'", "ports: [{port: 80}]")
+        + &service("both", "10.0.0.2", "clusterIPs: [10.0.0.3, 10.0.0.3, 127.0.0.1]; ports: [{port: 80}]")
+        + &service("Upper", "10.0.0.4", "ports: [{port: 80}]")
+        + &service(
+            "long",
+            "10.0.0.5",
+            "sessionAffinity: ClientIP; sessionAffinityConfig: {clientIP: {timeoutSeconds: 86401}}; ports: [{port: 80}]",
+        )
+        + &pinned("typo", "10.0.0.6", &["timer: connect", "tiemout: 3s"])
+        + &pinned("none", "10.0.0.7", &["timer: packet", "selekt: least"]).replace("ClientIP", "None")
+        + &slice("s", "v6", &[":80"], &["10.1.0.1", "127.0.0.1", "10.1.0.300", "10.1.0.4"]).replace("IPv4", "IPv6")
+        + &slice("t", "v6", &[":0", "x:70000"], &["127.0.0.1", "0.0.0.0", "169.254.0.1", "10.1.0.300"])
+        + &slice("u", "v6", &[], &[]).replace("IPv4", "FQDN")
+        + "---\n{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: v}, addressType: IPv4, endpoints: [{addresses: []}]}";
+    let problems: Vec<String> = case(&yaml)
+        .lines()
+        .filter(|line| line.contains("case.yaml"))
+        .map(|line| line.replace("case.yaml, ", ""))
+        .collect();
+    insta::assert_snapshot!(problems.join("\n"), @r#"
+    error: document 8: EndpointSlice default/s: endpoints[0].addresses[0]: 10.1.0.1 is not of the slice's addressType
+    error: document 8: EndpointSlice default/s: endpoints[1].addresses[0]: 127.0.0.1 is not of the slice's addressType
+    error: document 8: EndpointSlice default/s: endpoints[2].addresses[0]: "10.1.0.300" is no IP address; the endpoint is ignored
+    error: document 8: EndpointSlice default/s: endpoints[3].addresses[0]: 10.1.0.4 is not of the slice's addressType
+    error: document 9: EndpointSlice default/t: endpoints[0].addresses[0]: 127.0.0.1 cannot be the address of an endpoint
+    error: document 9: EndpointSlice default/t: endpoints[1].addresses[0]: 0.0.0.0 cannot be the address of an endpoint
+    error: document 9: EndpointSlice default/t: endpoints[2].addresses[0]: 169.254.0.1 cannot be the address of an endpoint
+    error: document 9: EndpointSlice default/t: endpoints[3].addresses[0]: "10.1.0.300" is no IP address; the endpoint is ignored
+    error: document 9: EndpointSlice default/t: ports[0].port: not within 1 to 65535; the port is ignored
+    error: document 9: EndpointSlice default/t: ports[1].port: not within 1 to 65535; the port is ignored
+    warning: document 10: EndpointSlice default/u: addressType: "FQDN" is none of IPv4, IPv6; the slice is ignored
+    info: document 11: EndpointSlice default/v: metadata.labels: kubernetes.io/service-name is missing; the slice serves no service
+    error: document 4: Service default/Upper: metadata.name: no DNS label (a-z, 0-9, '-', at most 63)
+    warning: document 3: Service default/both: spec.clusterIP: "10.0.0.2" differs from spec.clusterIPs[0], "10.0.0.3"; that one is used
+    warning: document 3: Service default/both: spec.clusterIPs[1]: 10.0.0.3 is given twice
+    error: document 3: Service default/both: spec.clusterIPs[2]: 127.0.0.1 cannot be the address of a service
+    warning: document 5: Service default/long: spec.sessionAffinityConfig.clientIP.timeoutSeconds: 86401 is not within 1 to 86400; 10800 is used (for longer: annotation affinity.dev/timeout)
+    warning: document 7: Service default/none: metadata.annotations[affinity.dev/selekt]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
+    warning: document 7: Service default/none: metadata.annotations[affinity.dev/timer]: has no effect without spec.sessionAffinity: ClientIP
+    warning: document 6: Service default/typo: metadata.annotations[affinity.dev/tiemout]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
+    warning: document 6: Service default/typo: metadata.annotations[affinity.dev/timer]: "connect" is none of connection, packet, absolute, alive; connection is used
+    error: document 2: Service default/v6: spec.clusterIP: "fd00::x" is no IP address
+    info: document 1: Service default/web: spec.type: of a NodePort service only the cluster IP is handled yet
+    info: document 1: Service default/web: spec.externalIPs: not handled yet; only the cluster IP is
+    warning: document 1: Service default/web: spec.internalTrafficPolicy: Local is not handled yet; endpoints of all nodes are used
+    warning: document 1: Service default/web: spec.ports[0].protocol: SCTP is not handled yet; the port is left out
+    error: document 1: Service default/web: spec.ports[1].port: 0 is no port from 1 to 65535; the port is left out
+    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is none of TCP, UDP; the port is left out
+    error: document 1: Service default/web: spec.ports[4]: has the name or number of spec.ports[3]; it is ignored
+    warning: document 1: Service default/web: spec.ports[5].name: missing: a service with several ports must name them
+    error: document 1: Service default/web: spec.ports[6].name: no DNS label (a-z, 0-9, '-', at most 63); the port is left out
+    error: document 1: Service default/web: spec.sessionAffinity: "ClientIp" is none of ClientIP, None; None is used
+    "#);
+}
