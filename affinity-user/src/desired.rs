@@ -26,7 +26,7 @@ use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use endpoints::Endpoints;
 use service::ServiceSpec;
 
-pub(crate) use hash::hash32;
+pub(crate) use hash::{hash32, hash64};
 
 /// What depends on the node.
 #[derive(Clone, Debug, Default)]

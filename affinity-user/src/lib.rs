@@ -3,5 +3,6 @@
 //! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what the store holds.
 
 pub mod desired;
+pub mod plan;
 pub mod source;
 pub mod store;

@@ -3,6 +3,10 @@
 //! A [`Store`] takes one [`Op`] at a time and can say what it holds ([`Observed`]). Every operation is idempotent:
 //! applied twice it leaves what once left.
 
+pub mod faulty;
+pub mod memory;
+mod observed;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::abi::{Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, UsageKey, V4, V6};

@@ -1,0 +1,200 @@
+//! The difference between what a store holds and what it should hold, as steps in a safe order. Pure.
+//!
+//! First [`target`] gives numbers to what [`Desired`] knows by name, keeping every id, backend index and extent of slots
+//! that is in use already. Then the two states are compared, and the steps come in this order:
+//!
+//! 1. what nothing refers to yet: names, usage entries, filter bits, new backends, new or better members;
+//! 2. `SHARED`, on frontends whose group's pools come to differ: before any of them does;
+//! 3. slots, into free extents;
+//! 4. frontends: published or switched, each in one atomic update, then withdrawn;
+//! 5. [`Op::Grace`]: from here no packet uses what step 4 replaced;
+//! 6. what nothing refers to any more: members drain or leave, backends are retired, usage entries and names go.
+//!
+//! So after every prefix of a plan, a slot that a frontend names holds a ready member of its pool, and a client whose
+//! pod is ready before and after finds it ready throughout.
+//!
+//! A plan that fails in the middle leaves such a state too: observe again, plan again. (Wait a moment first: a failed
+//! plan did not reach its grace period.) A second plan may also use the room that the first one freed.
+
+mod backends;
+mod extents;
+mod ids;
+mod maglev;
+mod target;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use affinity_common::abi::{
+    Address, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, SHARED, V4, V6, filter_bit,
+};
+
+use crate::{
+    desired::Desired,
+    source::Problem,
+    store::{Capacity, Observed, Op},
+};
+
+/// The steps from `observed` to `desired`; none where nothing is to be done. What does not fit is reported, and what
+/// could not be published for lack of room stays as it is.
+#[must_use]
+pub fn plan(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Vec<Op>, Vec<Problem>) {
+    let (target, problems) = target::target(observed, desired, capacity);
+    (steps(observed, &target), problems)
+}
+
+/// What happens to the frontends of one family.
+#[derive(Default)]
+struct Switch {
+    share: Vec<Op>,
+    put: Vec<Op>,
+    remove: Vec<Op>,
+    /// Whether a record was replaced, so that packets may still use the old one.
+    replaced: bool,
+}
+
+fn steps(observed: &Observed, target: &Observed) -> Vec<Op> {
+    let v4 = switch(&observed.frontends_v4, &target.frontends_v4, Op::PutFrontendV4, Op::RemoveFrontendV4);
+    let v6 = switch(&observed.frontends_v6, &target.frontends_v6, Op::PutFrontendV6, Op::RemoveFrontendV6);
+    let mut late = retire_members(observed, target);
+    late.extend(retire_rest(observed, target));
+    let grace = !late.is_empty() || [&v4, &v6].iter().any(|family| family.replaced || !family.remove.is_empty());
+
+    let mut steps = prepare(observed, target);
+    steps.extend(v4.share.into_iter().chain(v6.share));
+    steps.extend(new_slots(observed, target));
+    steps.extend(v4.put.into_iter().chain(v6.put));
+    steps.extend(v4.remove.into_iter().chain(v6.remove));
+    steps.extend(grace.then_some(Op::Grace));
+    steps.extend(late);
+    steps
+}
+
+/// Step 1: what nothing refers to yet.
+fn prepare(observed: &Observed, target: &Observed) -> Vec<Op> {
+    let mut steps = Vec::new();
+    for (key, name) in changed(&observed.names, &target.names) {
+        steps.push(Op::PutName(*key, name.clone()));
+    }
+    steps.extend(target.usage.difference(&observed.usage).map(|key| Op::PutUsage(*key)));
+    for (direction, bits) in filter_bits(observed, target) {
+        if !bits.is_empty() {
+            steps.push(Op::SetFilter(direction, bits.into_iter().collect()));
+        }
+    }
+    for (index, backend) in changed(&observed.backends, &target.backends) {
+        if backend.generation % 2 == 1 {
+            steps.push(Op::PutBackend(*index, *backend));
+        }
+    }
+    for (key, member) in changed(&observed.members, &target.members) {
+        if !is_demotion(observed.members.get(key), member) {
+            steps.push(Op::PutMember(*key, *member));
+        }
+    }
+    steps
+}
+
+/// Bits of what is new in either half of the filter. A record that is there has set its bit.
+fn filter_bits(observed: &Observed, target: &Observed) -> [(Direction, BTreeSet<u32>); 2] {
+    let mut forward = BTreeSet::new();
+    forward.extend(frontend_bits(&observed.frontends_v4, &target.frontends_v4));
+    forward.extend(frontend_bits(&observed.frontends_v6, &target.frontends_v6));
+    let protocols: BTreeMap<u32, u8> =
+        (target.frontends_v4.iter().map(|(key, frontend)| (frontend.pool, key.protocol)))
+            .chain(target.frontends_v6.iter().map(|(key, frontend)| (frontend.pool, key.protocol)))
+            .collect();
+
+    let mut reverse = BTreeSet::new();
+    for (key, member) in changed(&observed.members, &target.members) {
+        let same = |other: &Member| (other.port, other.generation) == (member.port, member.generation);
+        // Members under a group's id serve no port of their own.
+        let (Some(protocol), Some(backend)) = (protocols.get(&key.pool), target.backends.get(&key.backend)) else {
+            continue;
+        };
+        if !observed.members.get(key).is_some_and(same) {
+            reverse.insert(member_bit(backend.address, member, *protocol));
+        }
+    }
+    [(Direction::Forward, forward), (Direction::Reverse, reverse)]
+}
+
+fn frontend_bits<A: Address>(
+    observed: &BTreeMap<FrontendKey<A>, Frontend>,
+    target: &BTreeMap<FrontendKey<A>, Frontend>,
+) -> impl Iterator<Item = u32> {
+    let new = target.keys().filter(|key| !observed.contains_key(key));
+    new.map(|key| filter_bit(key.address, key.port, key.protocol))
+}
+
+/// The bit that replies of a member meet: its address is hashed in its own family.
+fn member_bit(mapped: [u8; 16], member: &Member, protocol: u8) -> u32 {
+    let v4 = V4::from_mapped(mapped);
+    if v4.to_mapped() == mapped {
+        filter_bit(v4, member.port, protocol)
+    } else {
+        filter_bit(V6::from_mapped(mapped), member.port, protocol)
+    }
+}
+
+/// Steps 2 and 4 of one family.
+fn switch<A: Address>(
+    observed: &BTreeMap<FrontendKey<A>, Frontend>,
+    target: &BTreeMap<FrontendKey<A>, Frontend>,
+    put: fn(FrontendKey<A>, Frontend) -> Op,
+    remove: fn(FrontendKey<A>) -> Op,
+) -> Switch {
+    let mut switch = Switch::default();
+    for (key, new) in changed(observed, target) {
+        if let Some(old) = observed.get(key) {
+            switch.replaced = true;
+            let shared = Frontend { flags: old.flags | SHARED, ..*old };
+            if new.flags & SHARED != 0 && old.group == new.group && shared != *old && shared != *new {
+                switch.share.push(put(*key, shared));
+            }
+        }
+        switch.put.push(put(*key, *new));
+    }
+    switch.remove = observed.keys().filter(|key| !target.contains_key(key)).map(|key| remove(*key)).collect();
+    switch
+}
+
+/// Step 3. Slots that are named already are never written again.
+fn new_slots(observed: &Observed, target: &Observed) -> Vec<Op> {
+    let changed = changed(&observed.slots, &target.slots);
+    changed.map(|(first, backends)| Op::WriteSlots { first: *first, backends: backends.clone() }).collect()
+}
+
+/// Step 6, members.
+fn retire_members(observed: &Observed, target: &Observed) -> Vec<Op> {
+    let demoted = changed(&observed.members, &target.members)
+        .filter(|(key, member)| is_demotion(observed.members.get(key), member))
+        .map(|(key, member)| Op::PutMember(*key, *member));
+    let gone = observed.members.keys().filter(|key| !target.members.contains_key(key));
+    demoted.chain(gone.map(|key: &MemberKey| Op::RemoveMember(*key))).collect()
+}
+
+/// Step 6, all but the members.
+fn retire_rest(observed: &Observed, target: &Observed) -> Vec<Op> {
+    let retired = changed(&observed.backends, &target.backends).filter(|(_, backend)| backend.generation % 2 == 0);
+    let mut steps: Vec<Op> = retired.map(|(index, backend)| Op::PutBackend(*index, *backend)).collect();
+    steps.extend(observed.usage.difference(&target.usage).map(|key| Op::RemoveUsage(*key)));
+    let names = observed.names.keys().filter(|key| !target.names.contains_key(key));
+    steps.extend(names.map(|key| Op::RemoveName(*key)));
+    steps
+}
+
+/// Whether a member that takes connections now will not: slots may name it until they are switched.
+fn is_demotion(old: Option<&Member>, new: &Member) -> bool {
+    old.is_some_and(|old| old.state == MEMBER_READY) && new.state != MEMBER_READY
+}
+
+/// What is new or different in `target`.
+fn changed<'a, K: Ord, V: PartialEq>(
+    observed: &'a BTreeMap<K, V>,
+    target: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
+    target.iter().filter(|(key, value)| observed.get(key) != Some(value))
+}
+
+#[cfg(test)]
+mod tests;

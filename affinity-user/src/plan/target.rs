@@ -1,0 +1,249 @@
+//! What the store should hold: [`Desired`], with numbers.
+//!
+//! What is in the store keeps its numbers. Where there is no room, a pool keeps the slots that it has, and the members
+//! that these name stay ready; a pool that has none is not published. Either is reported.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use affinity_common::abi::{
+    AFFINITY, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port, SHARED,
+    Selection, UsageKey, UsageOf, V4, V6,
+};
+
+use super::{backends::Backends, extents::Extents, ids::Ids, maglev};
+use crate::{
+    desired::{BackendName, Desired, FrontendAddress, Pool, PoolName, Scope},
+    source::{Problem, Severity},
+    store::{Capacity, Observed},
+};
+
+/// The state that `observed` is to become.
+pub(super) fn target(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Observed, Vec<Problem>) {
+    let mut numbering = Numbering {
+        observed,
+        desired,
+        capacity,
+        ids: Ids::restore(observed),
+        backends: Backends::restore(observed, capacity.backends),
+        extents: Extents::new(extents(observed).map(|(_, extent)| extent), capacity.slots),
+        extents_by_pool: BTreeMap::new(),
+        target: Observed::default(),
+        problems: Vec::new(),
+    };
+    for (pool, extent) in extents(observed).filter(|(_, (_, count))| *count > 0) {
+        numbering.extents_by_pool.entry(pool).or_default().insert(extent);
+    }
+    let indices = numbering.claim_backends();
+    let mut records = BTreeMap::new();
+    for (name, pool) in &desired.pools {
+        if let Some(record) = numbering.pool(name, pool, &indices) {
+            records.insert(name, record);
+        }
+    }
+    numbering.unions(&indices);
+    numbering.frontends(&records);
+    numbering.finish()
+}
+
+/// Every observed frontend's pool and extent (first slot, count).
+fn extents(observed: &Observed) -> impl Iterator<Item = (u32, (u32, u32))> {
+    let frontends = observed.frontends_v4.values().chain(observed.frontends_v6.values());
+    frontends.map(|frontend| (frontend.pool, (frontend.slot_first, frontend.slot_count)))
+}
+
+struct Numbering<'a> {
+    observed: &'a Observed,
+    desired: &'a Desired,
+    capacity: Capacity,
+    ids: Ids,
+    backends: Backends,
+    extents: Extents,
+    extents_by_pool: BTreeMap<u32, BTreeSet<(u32, u32)>>,
+    target: Observed,
+    problems: Vec<Problem>,
+}
+
+/// A pool's extent.
+#[derive(Default)]
+struct Slots<'a> {
+    first: u32,
+    count: u32,
+    /// What it holds, where that is not what is wanted.
+    held: &'a [u32],
+}
+
+type Indices<'a> = BTreeMap<&'a BackendName, u32>;
+
+impl<'a> Numbering<'a> {
+    /// Gives each backend its index; who has one keeps it, and where there is no room, newcomers get none.
+    fn claim_backends(&mut self) -> Indices<'a> {
+        let mut indices = BTreeMap::new();
+        for (name, local) in &self.desired.backends {
+            if let Some(index) = self.backends.claim(name, *local) {
+                indices.insert(name, index);
+            }
+        }
+        indices
+    }
+
+    fn id(&mut self, kind: NameKind, name: &str) -> u32 {
+        let key = self.ids.get(kind, name);
+        self.target.names.insert(key, name.to_owned());
+        key.id
+    }
+
+    fn scope(&mut self, scope: &Scope) -> u32 {
+        match scope {
+            Scope::Service(name) => self.id(NameKind::Service, &name.to_string()),
+            Scope::Group(name) => self.id(NameKind::Group, &name.to_string()),
+        }
+    }
+
+    /// The record of a pool's frontends; none where there is no room for its slots.
+    fn pool(&mut self, name: &PoolName, pool: &Pool, indices: &Indices<'_>) -> Option<Frontend> {
+        let service = self.id(NameKind::Service, &name.service.to_string());
+        let id = self.id(NameKind::Pool, &name.to_string());
+        let group = self.scope(&pool.scope);
+        let Slots { first: slot_first, count: slot_count, held } =
+            self.slots(name, id, &wanted_slots(pool, indices))?;
+        self.members(name, id, pool, indices);
+        self.hold(id, held);
+        self.target.usage.insert(UsageKey { of: UsageOf::Service as u32, id: service });
+
+        let shared = pool.affinity.is_some() && self.desired.unions.contains_key(&pool.scope);
+        Some(Frontend {
+            timeout_ns: pool.affinity.map_or(0, |affinity| affinity.timeout_ns),
+            service,
+            pool: id,
+            group,
+            own: if group == service { id } else { service },
+            slot_first,
+            slot_count,
+            seed: pool.seed,
+            select: pool.select as u8,
+            timer: pool.affinity.map_or(0, |affinity| affinity.timer as u8),
+            prefix: pool.prefix,
+            flags: if pool.affinity.is_some() { AFFINITY } else { 0 } | if shared { SHARED } else { 0 },
+        })
+    }
+
+    fn members(&mut self, name: &PoolName, id: u32, pool: &Pool, indices: &Indices<'_>) {
+        let mut left_out = 0;
+        for (backend, member) in &pool.members {
+            match indices.get(backend) {
+                Some(index) => self.member(id, *index, member.port, member.ready),
+                None => left_out += 1,
+            }
+        }
+        if left_out > 0 {
+            let all = self.capacity.backends;
+            self.report(name, format!("{left_out} endpoints of {name} left out: all {all} backends are in use"));
+        }
+    }
+
+    fn member(&mut self, pool: u32, backend: u32, port: u16, ready: bool) {
+        let state = if ready { MEMBER_READY } else { MEMBER_DRAINING };
+        let member = Member { generation: self.backends.generation(backend), port: Port::new(port), state, pad: 0 };
+        self.target.members.insert(MemberKey { pool, backend }, member);
+    }
+
+    /// The extent that holds `wanted`: the pool's own where it is the same, or a new one.
+    fn slots(&mut self, name: &PoolName, pool: u32, wanted: &[u32]) -> Option<Slots<'a>> {
+        if wanted.is_empty() {
+            return Some(Slots::default());
+        }
+        let observed = self.observed;
+        let own: Vec<Slots<'a>> = (self.extents_by_pool.get(&pool).into_iter().flatten())
+            .filter_map(|(first, count)| {
+                let held = observed.slots.get(first)?.get(..*count as usize)?;
+                Some(Slots { first: *first, count: *count, held })
+            })
+            .collect();
+        let count = u32::try_from(wanted.len()).ok()?;
+        let first = match own.iter().find(|slots| slots.held == wanted) {
+            Some(same) => Some(same.first),
+            None => self.extents.allocate(count),
+        };
+        if let Some(first) = first {
+            self.target.slots.insert(first, wanted.to_vec());
+            return Some(Slots { first, count, held: &[] });
+        }
+        let outcome = if own.is_empty() { "it is not published" } else { "its former members stay in use" };
+        let all = self.capacity.slots;
+        self.report(name, format!("no room for {count} slots of {name} among {all}; {outcome}"));
+        let kept = own.into_iter().next()?;
+        self.target.slots.insert(kept.first, kept.held.to_vec());
+        Some(kept)
+    }
+
+    /// Keeps the members that slots name as they are.
+    fn hold(&mut self, pool: u32, slots: &[u32]) {
+        for backend in slots.iter().copied().collect::<BTreeSet<u32>>() {
+            let key = MemberKey { pool, backend };
+            if let Some(member) = self.observed.members.get(&key) {
+                let port = self.target.members.get(&key).map_or(member.port, |wanted| wanted.port);
+                self.target.members.insert(key, Member { port, ..*member });
+                self.backends.keep(backend);
+            }
+        }
+    }
+
+    fn unions(&mut self, indices: &Indices<'_>) {
+        for (scope, union) in &self.desired.unions {
+            let group = self.scope(scope);
+            for (backend, ready) in union {
+                if let Some(index) = indices.get(backend) {
+                    self.member(group, *index, 0, *ready);
+                }
+            }
+        }
+    }
+
+    fn frontends(&mut self, records: &BTreeMap<&PoolName, Frontend>) {
+        for (FrontendAddress { ip, port, protocol }, pool) in &self.desired.frontends {
+            let Some(record) = records.get(pool) else { continue };
+            let (port, protocol) = (Port::new(*port), protocol.number());
+            match ip {
+                IpAddr::V4(ip) => {
+                    let key = FrontendKey::new(V4(ip.octets()), port, protocol);
+                    self.target.frontends_v4.insert(key, *record);
+                }
+                IpAddr::V6(ip) => {
+                    let key = FrontendKey::new(V6(ip.octets()), port, protocol);
+                    self.target.frontends_v6.insert(key, *record);
+                }
+            }
+        }
+    }
+
+    fn report(&mut self, pool: &PoolName, message: String) {
+        self.problems.push(Problem::new(Severity::Error, None, message).of("Service", &pool.service));
+    }
+
+    fn finish(mut self) -> (Observed, Vec<Problem>) {
+        let (records, names) = self.backends.finish();
+        self.target.backends = records;
+        for (id, name) in names {
+            self.target.names.insert(NameKey { kind: NameKind::Backend as u32, id }, name.pod);
+            self.target.usage.insert(UsageKey { of: UsageOf::Backend as u32, id });
+        }
+        (self.target, self.problems)
+    }
+}
+
+/// The slots of a pool: one for each ready member by address, or a Maglev table of them.
+fn wanted_slots(pool: &Pool, indices: &Indices<'_>) -> Vec<u32> {
+    let ready: Vec<(IpAddr, u32)> = (pool.members.iter().filter(|(_, member)| member.ready))
+        .filter_map(|(backend, _)| indices.get(backend).map(|index| (backend.address, *index)))
+        .collect();
+    match pool.select {
+        Selection::Random | Selection::Least => ready.into_iter().map(|(_, index)| index).collect(),
+        Selection::Consistent => {
+            let addresses: Vec<IpAddr> = ready.iter().map(|(address, _)| *address).collect();
+            maglev::table(&addresses).into_iter().map(|member| ready[member].1).collect()
+        }
+    }
+}

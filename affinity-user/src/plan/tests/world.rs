@@ -1,0 +1,225 @@
+//! Random worlds of services and pods, and clients that dial them.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use affinity_common::{
+    abi::{Address, Direction, FlowKey, FrontendKey, Port},
+    model::Model,
+    parse::Headers,
+    pipeline::{Decision, Outcome, to_frontend},
+    tables::FamilyTables,
+};
+use k8s_openapi::api::{
+    core::v1::{ObjectReference, Service, ServicePort, ServiceSpec},
+    discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
+};
+use proptest::prelude::*;
+
+use crate::{
+    desired::{Desired, Options, desired},
+    source::{ObjectName, Snapshot, Sourced},
+};
+
+/// How a pod is in a service.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum State {
+    Ready,
+    Leaving,
+    Unready,
+}
+
+/// A pod's part in a service: its number, its state, and whether it serves the second port too.
+pub(super) type Part = (u8, State, bool);
+
+/// A service of two ports.
+#[derive(Clone, Debug)]
+pub(super) struct World {
+    services: Vec<Option<Spec>>,
+}
+
+#[derive(Clone, Debug)]
+struct Spec {
+    affinity: bool,
+    dual: bool,
+    select: usize,
+    grouped: bool,
+    target_port: u16,
+    parts: BTreeMap<u8, (State, bool)>,
+}
+
+/// Up to `services` services over six pods.
+pub(super) fn world(services: usize) -> impl Strategy<Value = World> {
+    let state = prop_oneof![4 => Just(State::Ready), 1 => Just(State::Leaving), 1 => Just(State::Unready)];
+    let parts = prop::collection::btree_map(1u8..7, (state, prop::bool::weighted(0.8)), 0..6);
+    let flags = (prop::bool::weighted(0.9), any::<bool>(), prop::bool::weighted(0.5));
+    // Selection seldom changes: a Maglev table is large, and every state is looked at many times.
+    let select = prop_oneof![4 => Just(0usize), 1 => Just(1), 2 => Just(2)];
+    let port = prop_oneof![5 => Just(8080u16), 1 => Just(9090)];
+    let spec = (flags, select, port, parts).prop_map(|((affinity, dual, grouped), select, target_port, parts)| Spec {
+        affinity,
+        dual,
+        select,
+        grouped,
+        target_port,
+        parts,
+    });
+    prop::collection::vec(prop::option::weighted(0.85, spec), services).prop_map(|services| World { services })
+}
+
+impl World {
+    /// Every service present, with these parts, ungrouped and with affinity.
+    pub(super) fn of(services: &[&[Part]]) -> Self {
+        let spec = |parts: &&[Part]| {
+            let parts = parts.iter().map(|(pod, state, second)| (*pod, (*state, *second))).collect();
+            Some(Spec { affinity: true, dual: false, select: 0, grouped: false, target_port: 8080, parts })
+        };
+        Self { services: services.iter().map(spec).collect() }
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        for (number, spec) in (1u8..).zip(&self.services) {
+            let Some(spec) = spec else { continue };
+            let name = ObjectName::new("default", &format!("s{number}"));
+            snapshot.services.insert(name.clone(), sourced(service(number, spec)));
+            for (pod, (state, second)) in &spec.parts {
+                for v6 in [false, true] {
+                    let slice = slice(&name.name, spec.target_port, *pod, *state, *second, v6);
+                    let name = ObjectName::new("default", &format!("s{number}-{pod}-{v6}"));
+                    snapshot.slices.insert(name, sourced(slice));
+                }
+            }
+        }
+        snapshot
+    }
+
+    pub(super) fn desired(&self) -> Desired {
+        desired(&self.snapshot(), &Options::default()).0
+    }
+}
+
+fn sourced<T>(object: T) -> Sourced<T> {
+    Sourced { origin: None, object: Arc::new(object) }
+}
+
+fn service(number: u8, spec: &Spec) -> Service {
+    let port = |name: &str, port, protocol: &str| ServicePort {
+        name: Some(name.to_owned()),
+        port,
+        protocol: Some(protocol.to_owned()),
+        ..ServicePort::default()
+    };
+    let mut ips = vec![format!("10.0.0.{number}")];
+    ips.extend(spec.dual.then(|| format!("fd00::{number}")));
+    let mut service = Service {
+        spec: Some(ServiceSpec {
+            cluster_ips: Some(ips),
+            ports: Some(vec![port("a", 80, "TCP"), port("b", 81, "UDP")]),
+            session_affinity: spec.affinity.then(|| "ClientIP".to_owned()),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    };
+    let annotations = service.metadata.annotations.get_or_insert_default();
+    annotations.insert("affinity.dev/select".to_owned(), ["random", "consistent", "least"][spec.select].to_owned());
+    if spec.grouped {
+        annotations.insert("affinity.dev/group".to_owned(), "g".to_owned());
+    }
+    service
+}
+
+fn slice(service: &str, target_port: u16, pod: u8, state: State, second: bool, v6: bool) -> EndpointSlice {
+    let port = |name: &str, port, protocol: &str| EndpointPort {
+        name: Some(name.to_owned()),
+        port: Some(port),
+        protocol: Some(protocol.to_owned()),
+        ..EndpointPort::default()
+    };
+    let mut ports = vec![port("a", i32::from(target_port), "TCP")];
+    ports.extend(second.then(|| port("b", 5353, "UDP")));
+    let mut slice = EndpointSlice {
+        address_type: if v6 { "IPv6" } else { "IPv4" }.to_owned(),
+        endpoints: Some(vec![Endpoint {
+            addresses: vec![if v6 { format!("fd01::{pod}") } else { format!("10.1.0.{pod}") }],
+            conditions: Some(EndpointConditions {
+                ready: Some(matches!(state, State::Ready)),
+                serving: Some(matches!(state, State::Ready | State::Leaving)),
+                terminating: Some(matches!(state, State::Leaving)),
+            }),
+            target_ref: Some(ObjectReference { name: Some(format!("p{pod}")), ..ObjectReference::default() }),
+            ..Endpoint::default()
+        }]),
+        ports: Some(ports),
+        ..EndpointSlice::default()
+    };
+    let labels = slice.metadata.labels.get_or_insert_default();
+    labels.insert("kubernetes.io/service-name".to_owned(), service.to_owned());
+    slice
+}
+
+/// An address in whichever family.
+pub(super) trait TestAddress: Address {
+    /// A client's address.
+    fn client(number: u8) -> Self;
+    /// As the standard library has it.
+    fn ip(self) -> IpAddr;
+}
+
+impl TestAddress for affinity_common::abi::V4 {
+    fn client(number: u8) -> Self {
+        Self([192, 0, 2, number])
+    }
+
+    fn ip(self) -> IpAddr {
+        self.0.into()
+    }
+}
+
+impl TestAddress for affinity_common::abi::V6 {
+    fn client(number: u8) -> Self {
+        let mut address = [0; 16];
+        address[..4].copy_from_slice(&[0x20, 0x01, 0x0d, 0xb8]);
+        address[15] = number;
+        Self(address)
+    }
+
+    fn ip(self) -> IpAddr {
+        self.0.into()
+    }
+}
+
+/// A packet of `client` to a frontend, and what becomes of it.
+pub(super) fn send<A: TestAddress>(
+    model: &Model,
+    frontend: &FrontendKey<A>,
+    client: u8,
+    sport: u16,
+    flags: u8,
+) -> Outcome<A>
+where
+    Model: FamilyTables<A>,
+{
+    to_frontend(model, &headers(frontend, client, sport, flags))
+}
+
+/// Where it went.
+pub(super) fn destination<A: TestAddress>(outcome: &Outcome<A>) -> Option<(IpAddr, u16)> {
+    match outcome.decision {
+        Decision::Forward(edit) => Some((edit.daddr.ip(), edit.dport.get())),
+        Decision::Pass | Decision::Reject | Decision::Drop => None,
+    }
+}
+
+fn headers<A: TestAddress>(frontend: &FrontendKey<A>, client: u8, sport: u16, flags: u8) -> Headers<A> {
+    let key = FlowKey {
+        saddr: A::client(client),
+        daddr: frontend.address,
+        sport: Port::new(sport),
+        dport: frontend.port,
+        protocol: frontend.protocol,
+        direction: Direction::Forward as u8,
+        pad: [0; 2],
+    };
+    let flags = if frontend.protocol == affinity_common::parse::TCP { flags } else { 0 };
+    Headers { key, l3: 14, l4: 34, l3_checksum: [0; 2], l4_checksum: [0; 2], flags }
+}

@@ -1,0 +1,42 @@
+//! A store whose chosen steps fail: what remains must be good enough to go on from.
+
+use std::{collections::BTreeSet, io};
+
+use super::{Capacity, Observed, Op, Store, StoreError};
+
+/// Passes steps on to another store, except those that are to fail.
+#[derive(Debug, Clone)]
+pub struct FaultyStore<S> {
+    /// The store behind it.
+    pub inner: S,
+    failing: BTreeSet<usize>,
+    applied: usize,
+}
+
+impl<S: Store> FaultyStore<S> {
+    /// Fails the steps of these numbers, counted from 0 over the life of the store.
+    #[must_use]
+    pub fn new(inner: S, failing: impl IntoIterator<Item = usize>) -> Self {
+        Self { inner, failing: failing.into_iter().collect(), applied: 0 }
+    }
+}
+
+impl<S: Store> Store for FaultyStore<S> {
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        let number = self.applied;
+        self.applied += 1;
+        if self.failing.contains(&number) {
+            let source = io::Error::new(io::ErrorKind::StorageFull, "chosen to fail");
+            return Err(StoreError { map: "faulty", action: format!("step {number}, {op:?}"), source });
+        }
+        self.inner.apply(op)
+    }
+
+    fn observe(&self) -> Result<Observed, StoreError> {
+        self.inner.observe()
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.inner.capacity()
+    }
+}
