@@ -3,6 +3,8 @@
 mod code;
 mod rules;
 
+use std::process::Command;
+
 use anyhow::Result;
 
 use crate::{
@@ -13,34 +15,40 @@ use crate::{
 /// The flags that affinity-user/build.rs gives the kernel programs, as far as lints see them.
 const EBPF_RUSTFLAGS: &str = "-Ctarget-cpu=v3\x1f--cfg=bpf_target_arch=\"x86_64\"";
 
-/// Checks format, lints, documentation and the rules of the source tree, cheapest first.
+/// The documentation is for who works on the code: it shows what is private, and may link to it.
+const RUSTDOCFLAGS: &str = "-Dwarnings -Arustdoc::private-intra-doc-links";
+
+/// Checks format, the rules of the source tree, lints and documentation, cheapest first.
 pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     steps.step("format", || run_command(&mut cargo(["fmt", "--all", "--check"])))?;
     steps.step("source rules", rules::check)?;
     steps.step("lints", || {
-        run_command(cargo(["clippy", "--workspace", "--exclude", "affinity-ebpf"]).args([
-            "--all-targets",
-            "--",
-            "--deny",
-            "warnings",
-        ]))
+        run_command(
+            cargo(["clippy", "--workspace", "--exclude", "affinity-ebpf", "--all-targets"])
+                .args(["--", "--deny", "warnings"]),
+        )
     })?;
     steps.step("lints of the kernel programs", || {
-        run_command(
-            cargo(["clippy", "--package", "affinity-ebpf", "--bins", "--release"])
-                .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core"])
-                .arg("--target-dir")
-                .arg(target_dir()?.join("clippy-ebpf"))
-                .args(["--", "--deny", "warnings"])
-                .env("RUSTC_BOOTSTRAP", "1")
-                .env("CARGO_ENCODED_RUSTFLAGS", EBPF_RUSTFLAGS),
-        )
+        run_command(on_ebpf(&mut cargo(["clippy", "--bins"]))?.args(["--", "--deny", "warnings"]))
     })?;
     steps.step("documentation", || {
-        run_command(
-            cargo(["doc", "--no-deps", "--document-private-items", "--workspace"])
-                .args(["--exclude", "affinity-ebpf"])
-                .env("RUSTDOCFLAGS", "-Dwarnings"),
-        )
+        let mut doc = cargo(["doc", "--no-deps", "--document-private-items"]);
+        doc.env("RUSTDOCFLAGS", RUSTDOCFLAGS).args(["--workspace", "--exclude", "affinity-ebpf"]);
+        run_command(&mut doc)?;
+
+        let mut doc = cargo(["doc", "--no-deps", "--document-private-items"]);
+        let flags = format!("{RUSTDOCFLAGS} --cfg=bpf_target_arch=\"x86_64\"");
+        run_command(on_ebpf(&mut doc)?.env("RUSTDOCFLAGS", flags))
     })
+}
+
+/// Turns a cargo command to the kernel programs: their target has no prebuilt `core`.
+fn on_ebpf(cargo: &mut Command) -> Result<&mut Command> {
+    Ok(cargo
+        .args(["--package", "affinity-ebpf", "--release"])
+        .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core"])
+        .arg("--target-dir")
+        .arg(target_dir()?.join("ebpf-checks"))
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", EBPF_RUSTFLAGS))
 }
