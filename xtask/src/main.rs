@@ -88,19 +88,22 @@ fn perform(task: Task) -> anyhow::Result<()> {
         }
         Task::Check => Steps::report(check::run),
         Task::Test => Steps::report(test::run),
-        Task::Demo { arguments } => run::replace_with(
-            cargo(["run", "--quiet", "--release", "--package", "affinity-tests"])
-                .args(["--bin", "demo", "--"])
-                .args(arguments),
-        ),
-        Task::Bench { name, arguments } => run::replace_with(
-            cargo(["run", "--quiet", "--release", "--package", "affinity-tests"])
-                .args(["--bin", "bench", "--"])
-                .arg(name)
-                .args(arguments),
-        ),
+        Task::Demo { arguments } => in_the_lab("demo", arguments),
+        Task::Bench { name, arguments } => in_the_lab("bench", [name.into()].into_iter().chain(arguments)),
         Task::Fuzz { seconds } => fuzz::run(Duration::from_secs(seconds)),
     }
+}
+
+/// Builds a program of the lab, and the agent that it starts, and becomes that program.
+fn in_the_lab(program: &str, arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
+    run::run(cargo(["build", "--release", "--package", "affinity-user", "--bin", "affinity"]).args([
+        "--package",
+        "affinity-tests",
+        "--bin",
+        program,
+    ]))?;
+    let program = run::target_dir()?.join("release").join(program);
+    run::replace_with(run::command(program).args(arguments))
 }
 
 #[cfg(test)]

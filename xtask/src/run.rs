@@ -54,7 +54,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("`{}`", shell_line(command)))
 }
 
-/// Becomes the command: signals reach it, and nothing, directly. Returns only on failure.
+/// Becomes the command, so that signals reach it directly. Returns only on failure.
 pub(crate) fn replace_with(command: &mut Command) -> Result<()> {
     let error = command.exec();
     Err(error).with_context(|| format!("`{}`", shell_line(command)))
