@@ -10,7 +10,11 @@ mod setup;
 mod steps;
 mod test;
 
-use std::{ffi::OsString, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString,
+    process::{Command, ExitCode},
+    time::Duration,
+};
 
 use clap::{Parser, Subcommand};
 
@@ -96,14 +100,13 @@ fn perform(task: Task) -> anyhow::Result<()> {
 
 /// Builds a program of the lab, and the agent that it starts, and becomes that program.
 fn in_the_lab(program: &str, arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
-    run::run(cargo(["build", "--release", "--package", "affinity-user", "--bin", "affinity"]).args([
-        "--package",
-        "affinity-tests",
-        "--bin",
-        program,
-    ]))?;
+    let mut build = cargo(["build", "--release"]);
+    build.args(["--package", "affinity-user", "--bin", "affinity"]);
+    build.args(["--package", "affinity-tests", "--bin", program]);
+    run::run(&mut build)?;
+    // Not in the repository's root: paths among the arguments are relative to where the user is.
     let program = run::target_dir()?.join("release").join(program);
-    run::replace_with(run::command(program).args(arguments))
+    run::replace_with(Command::new(program).args(arguments))
 }
 
 #[cfg(test)]
