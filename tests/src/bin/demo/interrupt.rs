@@ -1,0 +1,79 @@
+//! Ctrl-C, and its relatives, as something to ask for: so that the lab is taken away first.
+
+use std::{
+    cell::Cell,
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use tokio::{
+    runtime::Builder,
+    select,
+    signal::unix::{SignalKind, signal},
+};
+
+/// Whether somebody wants the program to end.
+pub(crate) struct Interrupt {
+    signals: Receiver<()>,
+    came: Cell<bool>,
+}
+
+impl Interrupt {
+    /// From here on the signals no longer end the program by themselves.
+    pub(crate) fn listen() -> Result<Self> {
+        let (sender, signals) = channel();
+        let runtime = Builder::new_current_thread().enable_io().build()?;
+        let entered = runtime.enter();
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        drop(entered);
+        thread::spawn(move || {
+            runtime.block_on(async {
+                select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hangup.recv() => {} }
+            });
+            // Nobody listens any more: the program is about to end anyway.
+            let _ = sender.send(());
+            // The handlers stay, so that a second signal does not cut the cleaning short.
+            runtime.block_on(std::future::pending::<()>());
+        });
+        Ok(Self { signals, came: Cell::new(false) })
+    }
+
+    /// Whether a signal has come.
+    pub(crate) fn came(&self) -> bool {
+        self.pause(Duration::ZERO).is_err()
+    }
+
+    /// # Errors
+    /// When a signal has come.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.pause(Duration::ZERO)
+    }
+
+    /// Waits for this long.
+    ///
+    /// # Errors
+    /// When a signal comes meanwhile, or has come.
+    pub(crate) fn pause(&self, duration: Duration) -> Result<()> {
+        if !self.came.get() {
+            let timed_out = self.signals.recv_timeout(duration) == Err(RecvTimeoutError::Timeout);
+            self.came.set(!timed_out);
+        }
+        if self.came.get() {
+            bail!("interrupted");
+        }
+        Ok(())
+    }
+
+    /// Waits for a signal.
+    pub(crate) fn wait(&self) {
+        if !self.came.get() {
+            // An error means that no signal can come any more.
+            let _ = self.signals.recv();
+            self.came.set(true);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! `cargo xtask demo`: what affinity does, shown with real packets in a lab of network namespaces, in under a minute.
+//!
+//! Each act of the story states what should hold, shows it, and judges what it saw. The last line says which acts held;
+//! the exit code is 0 only if all did. Whatever happens, the lab is gone when the program has ended.
+
+mod acts;
+mod interrupt;
+mod scene;
+mod stage;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    acts::{ACTS, Act},
+    interrupt::Interrupt,
+    scene::Scene,
+    stage::Stage,
+};
+
+const HELP: &str = "\
+Shows affinity at work in a lab of network namespaces. Needs root.
+
+Usage: cargo xtask demo [--keep]
+
+Options:
+      --keep  Leave the lab up afterwards, to play with, until Ctrl-C
+  -h, --help  Print this help
+
+Exit codes: 0 all held, 1 something did not, 2 the command line makes no sense.";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let keep = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => false,
+        ["--keep"] => true,
+        ["-h" | "--help"] => {
+            println!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprintln!("error: {} makes no sense\n\n{HELP}", arguments.join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    match perform(keep) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The whole evening; whether everything held.
+fn perform(keep: bool) -> Result<bool> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "the demo makes network namespaces and loads programs: run it as root"
+    );
+    let mut stage = Stage::new();
+    let mut scene = Scene::set(&stage, Interrupt::listen()?)?;
+    let told = ACTS.iter().try_for_each(|act| tell(act, &mut scene, &mut stage));
+    if let Err(error) = &told {
+        stage.trouble(error);
+    }
+    if keep && !scene.interrupt.came() {
+        scene.invite(&stage);
+        scene.interrupt.wait();
+    }
+    drop(scene);
+    Ok(stage.close(ACTS.iter().map(|act| act.name)) && told.is_ok())
+}
+
+fn tell(act: &Act, scene: &mut Scene, stage: &mut Stage) -> Result<()> {
+    scene.interrupt.check()?;
+    stage.open(act.title);
+    let finding = (act.tell)(scene, stage)?;
+    stage.judge(act.name, finding.holds, &finding.evidence);
+    Ok(())
+}
