@@ -4,6 +4,7 @@
 //! applied twice it leaves what once left.
 
 pub mod faulty;
+pub mod kernel;
 pub mod memory;
 mod observed;
 

@@ -1,0 +1,386 @@
+//! Puts the pinned programs onto devices, and takes them off.
+//!
+//! An attachment is a link pinned as `links/IFINDEX-HOOK`: it lives without the agent, and says itself which device and
+//! program it joins. Where the kernel has no tcx the pin holds the program instead, as a note of the clsact filter
+//! that runs it. On each device there is one hook for packets from clients, and one for replies to them.
+
+pub mod devices;
+mod hook;
+
+use std::{
+    fmt, io, mem,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
+
+use aya::programs::{
+    ProgramError, SchedClassifier, TcAttachType,
+    links::Link,
+    tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact},
+};
+
+pub use self::{
+    devices::{Device, Devices, Framing},
+    hook::{Hook, UnknownHook, UnknownPolicy, XdpPolicy},
+};
+use crate::{
+    load::{PinDir, PinError},
+    sys::{self, SysError},
+};
+
+/// Kinds of devices that lead to pods or guests of this machine: their frames may carry partial checksums, which
+/// programs at TC can handle and XDP cannot.
+const INTERNAL_KINDS: [&str; 10] =
+    ["veth", "bridge", "tun", "netkit", "dummy", "ifb", "macvlan", "macvtap", "ipvlan", "ipvtap"];
+
+/// Where our clsact filters are: first.
+const CLSACT_PRIORITY: u16 = 1;
+const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 0xaff);
+
+/// A device cannot be attached, or taken off.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Its frames are not what the programs read.
+    #[error("{0}: its frames have no Ethernet header")]
+    NotEthernet(String),
+    /// The kernel refused.
+    #[error("{device}: {hook}: {source}{}", hint(*hook, source))]
+    Refused {
+        /// The device.
+        device: String,
+        /// Where.
+        hook: Hook,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// The clsact filter could not be changed.
+    #[error("{device}: {hook}: {source}")]
+    Clsact {
+        /// The device.
+        device: String,
+        /// Where.
+        hook: Hook,
+        /// Why.
+        source: Box<ProgramError>,
+    },
+    /// A pin could not be made or read.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+}
+
+/// What to do about the usual refusals.
+fn hint(hook: Hook, source: &io::Error) -> &'static str {
+    match (hook, source.raw_os_error()) {
+        (Hook::XdpNative, Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
+            ": the driver cannot; use --xdp generic, --xdp auto or --xdp off"
+        }
+        (Hook::XdpNative | Hook::XdpGeneric, Some(libc::EBUSY | libc::EEXIST)) => {
+            ": another XDP program is there; use --xdp off"
+        }
+        _ => "",
+    }
+}
+
+/// How to attach.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// How XDP is to be used.
+    pub xdp: XdpPolicy,
+    /// Whether tcx may be used where the kernel has it; otherwise clsact.
+    pub tcx: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { xdp: XdpPolicy::default(), tcx: true }
+    }
+}
+
+/// A program on a device.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Attachment {
+    /// The device's index.
+    pub ifindex: u32,
+    /// Where on it.
+    pub hook: Hook,
+    /// The program's id.
+    pub prog_id: u32,
+    /// The pin.
+    pub path: PathBuf,
+}
+
+impl Attachment {
+    /// The device's name in this network namespace; none where it has gone.
+    #[must_use]
+    pub fn device(&self) -> Option<String> {
+        device_name(self.ifindex)
+    }
+}
+
+/// The name of a device in this network namespace.
+#[must_use]
+pub fn device_name(ifindex: u32) -> Option<String> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
+    rustix::net::netdevice::index_to_name(socket, ifindex).ok()
+}
+
+/// What is attached to a device after [`attach`], and what was tried in vain before.
+#[derive(Debug)]
+pub struct Attached {
+    /// Its hooks: ingress, then egress.
+    pub hooks: Vec<Hook>,
+    /// Why better hooks could not be had.
+    pub refused: Vec<AttachError>,
+}
+
+impl fmt::Display for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = self.hooks.iter().map(|hook| hook.name()).collect();
+        f.write_str(&names.join(" and "))
+    }
+}
+
+/// Attaches the forward and the reverse program to a device, at the best hooks that it has. What is attached already
+/// stays; what another policy had attached is taken off once its successor is there.
+///
+/// # Errors
+/// [`AttachError`], the last one where no hook can be had.
+pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attached, AttachError> {
+    if device.framing == Framing::Other {
+        return Err(AttachError::NotEthernet(device.name.clone()));
+    }
+    let old = attachments(pins)?.into_iter().filter(|old| old.ifindex == device.index);
+    let old: Vec<_> = old.collect();
+    let mut attached = Attached { hooks: Vec::new(), refused: Vec::new() };
+    for candidates in [ingress_hooks(device, options), egress_hooks(options)] {
+        let refused = &mut attached.refused;
+        attached.hooks.push(attach_first(pins, device, &candidates, &old, refused)?);
+    }
+    for stale in old.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
+        detach_one(pins, stale)?;
+    }
+    Ok(attached)
+}
+
+/// Hooks for packets from clients, best first.
+fn ingress_hooks(device: &Device, options: Options) -> Vec<Hook> {
+    let internal = device.framing == Framing::Loopback
+        || device.kind.as_deref().is_some_and(|kind| INTERNAL_KINDS.contains(&kind));
+    let mut hooks = match options.xdp {
+        XdpPolicy::Native => return vec![Hook::XdpNative],
+        XdpPolicy::Generic => return vec![Hook::XdpGeneric],
+        XdpPolicy::Auto if !internal => vec![Hook::XdpNative, Hook::XdpGeneric],
+        XdpPolicy::Auto | XdpPolicy::Off => Vec::new(),
+    };
+    hooks.extend(options.tcx.then_some(Hook::TcxIngress));
+    hooks.push(Hook::ClsactIngress);
+    hooks
+}
+
+/// Hooks for replies to clients, best first.
+fn egress_hooks(options: Options) -> Vec<Hook> {
+    options.tcx.then_some(Hook::TcxEgress).into_iter().chain([Hook::ClsactEgress]).collect()
+}
+
+fn attach_first(
+    pins: &PinDir,
+    device: &Device,
+    candidates: &[Hook],
+    old: &[Attachment],
+    refused: &mut Vec<AttachError>,
+) -> Result<Hook, AttachError> {
+    let mut last = None;
+    for &hook in candidates {
+        if old.iter().any(|old| old.hook == hook) {
+            return Ok(hook);
+        }
+        match attach_at(pins, device, hook) {
+            Ok(()) => {
+                refused.extend(last);
+                return Ok(hook);
+            }
+            Err(error @ (AttachError::Pin(_) | AttachError::Sys(_))) => return Err(error),
+            Err(error) => refused.extend(last.replace(error)),
+        }
+    }
+    Err(last.unwrap_or_else(|| AttachError::NotEthernet(device.name.clone())))
+}
+
+fn attach_at(pins: &PinDir, device: &Device, hook: Hook) -> Result<(), AttachError> {
+    let program = pins.prog(hook.program());
+    let pin = pins.links().join(format!("{}-{hook}", device.index));
+    // A pin of the same name can only be that of a link whose device has gone.
+    pins.unpin(&pin)?;
+    let Some((attach_type, flags)) = hook.link() else {
+        set_filter(pins, &device.name, hook, true)?;
+        return Ok(sys::obj_pin(sys::obj_get(&program)?.as_fd(), &pin)?);
+    };
+    let link = sys::link_create(sys::obj_get(&program)?.as_fd(), device.index, attach_type, flags)
+        .map_err(|error| AttachError::Refused { device: device.name.clone(), hook, source: error.source })?;
+    Ok(sys::obj_pin(link.as_fd(), &pin)?)
+}
+
+/// Everything that is attached, by device and hook. Pins of devices that have gone are left out.
+///
+/// # Errors
+/// [`AttachError`] where a pin cannot be read.
+pub fn attachments(pins: &PinDir) -> Result<Vec<Attachment>, AttachError> {
+    let mut attachments = Vec::new();
+    for (pin, fd) in open_pins(pins)? {
+        let (ifindex, prog_id) = if pin.hook.link().is_some() {
+            let info = sys::link_info(fd.as_fd())?;
+            (info.ifindex, info.prog_id)
+        } else {
+            (pin.ifindex, sys::prog_info(fd.as_fd())?.id)
+        };
+        if ifindex == pin.ifindex {
+            attachments.push(Attachment { prog_id, ..pin });
+        }
+    }
+    attachments.sort();
+    Ok(attachments)
+}
+
+/// The pins that follow the naming of this module, not yet asked what they are.
+fn open_pins(pins: &PinDir) -> Result<Vec<(Attachment, OwnedFd)>, AttachError> {
+    let mut open = Vec::new();
+    for path in pins.list_links()? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let Some((ifindex, hook)) = name.split_once('-') else { continue };
+        let (Ok(ifindex), Ok(hook)) = (ifindex.parse(), hook.parse::<Hook>()) else { continue };
+        match sys::obj_get(&path) {
+            // Another process took it off meanwhile.
+            Err(error) if error.is_not_found() => {}
+            fd => open.push((Attachment { ifindex, hook, prog_id: 0, path }, fd?)),
+        }
+    }
+    Ok(open)
+}
+
+/// Puts the programs that are pinned now into every attachment; each packet meets the old one or the new one. Removes
+/// the pins of devices that have gone. Returns the number of attachments.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn upgrade(pins: &PinDir) -> Result<usize, AttachError> {
+    let mut upgraded = 0;
+    for (pin, fd) in open_pins(pins)? {
+        let program = pins.prog(pin.hook.program());
+        let updated = if pin.hook.link().is_some() {
+            match sys::link_update(fd.as_fd(), sys::obj_get(&program)?.as_fd()) {
+                // A link whose device has gone cannot be updated.
+                Err(_) if sys::link_info(fd.as_fd())?.ifindex == 0 => false,
+                updated => updated.map(|()| true)?,
+            }
+        } else {
+            upgrade_filter(pins, &pin)?
+        };
+        if updated {
+            upgraded += 1;
+        } else {
+            pins.unpin(&pin.path)?;
+        }
+    }
+    Ok(upgraded)
+}
+
+/// Removes the pins of devices that have gone, and returns how many there were.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn prune(pins: &PinDir) -> Result<usize, AttachError> {
+    let live: Vec<_> = attachments(pins)?.into_iter().map(|attachment| attachment.path).collect();
+    let mut pruned = 0;
+    for (pin, _) in open_pins(pins)? {
+        let gone = if pin.hook.link().is_some() { !live.contains(&pin.path) } else { pin.device().is_none() };
+        if gone {
+            pins.unpin(&pin.path)?;
+            pruned += 1;
+        }
+    }
+    Ok(pruned)
+}
+
+/// Takes the programs off one device, or off all, and returns what was taken off.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, AttachError> {
+    let attachments: Vec<_> = attachments(pins)?
+        .into_iter()
+        .filter(|attachment| ifindex.is_none_or(|ifindex| attachment.ifindex == ifindex))
+        .collect();
+    for attachment in &attachments {
+        detach_one(pins, attachment)?;
+    }
+    Ok(attachments)
+}
+
+fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {
+    if attachment.hook.link().is_none()
+        && let Some(device) = attachment.device()
+    {
+        remove_filter(&device, attachment.hook)?;
+    }
+    // The pin is the last reference of a link: the kernel detaches it.
+    Ok(pins.unpin(&attachment.path)?)
+}
+
+// ---- clsact: kernels before 6.6 ----
+
+const fn clsact_side(hook: Hook) -> TcAttachType {
+    if hook.is_ingress() { TcAttachType::Ingress } else { TcAttachType::Egress }
+}
+
+fn clsact_failed(device: &str, hook: Hook) -> impl FnOnce(ProgramError) -> AttachError {
+    move |source| AttachError::Clsact { device: device.to_owned(), hook, source: Box::new(source) }
+}
+
+/// Makes a device run the pinned program of `hook` by a filter: a new one, or in place of the one that is there.
+fn set_filter(pins: &PinDir, device: &str, hook: Hook, new: bool) -> Result<(), AttachError> {
+    let failed = |source| clsact_failed(device, hook)(source);
+    let mut program = SchedClassifier::from_pin(pins.prog(hook.program())).map_err(failed)?;
+    let id = if new {
+        match qdisc_add_clsact(device) {
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            added => added.map_err(|error| failed(error.into()))?,
+        }
+        let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
+        program.attach_with_options(device, clsact_side(hook), TcAttachOptions::Netlink(options))
+    } else {
+        program.attach_to_link(filter(device, hook)?)
+    };
+    let link = id.and_then(|id| program.take_link(id)).map_err(failed)?;
+    // Dropped, it would take the filter away again.
+    mem::forget(link);
+    Ok(())
+}
+
+fn filter(device: &str, hook: Hook) -> Result<SchedClassifierLink, AttachError> {
+    SchedClassifierLink::attached(device, clsact_side(hook), CLSACT_PRIORITY, CLSACT_HANDLE, None)
+        .map_err(|source| AttachError::Refused { device: device.to_owned(), hook, source })
+}
+
+fn remove_filter(device: &str, hook: Hook) -> Result<(), AttachError> {
+    match filter(device, hook)?.detach() {
+        // Someone has removed it, or the whole qdisc.
+        Err(ProgramError::NetlinkError(error)) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {
+            Ok(())
+        }
+        detached => detached.map_err(clsact_failed(device, hook)),
+    }
+}
+
+/// As [`upgrade`], for one filter; false where its device has gone.
+fn upgrade_filter(pins: &PinDir, pin: &Attachment) -> Result<bool, AttachError> {
+    let Some(device) = pin.device() else { return Ok(false) };
+    set_filter(pins, &device, pin.hook, false)?;
+    // The pin is a note of the program that the filter runs.
+    let program = sys::obj_get(&pins.prog(pin.hook.program()))?;
+    pins.unpin(&pin.path)?;
+    sys::obj_pin(program.as_fd(), &pin.path)?;
+    Ok(true)
+}

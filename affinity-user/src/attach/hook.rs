@@ -1,0 +1,164 @@
+//! The places of a device where a program can be.
+
+use std::{fmt, str::FromStr};
+
+use affinity_common::names;
+use aya_obj::generated::{
+    BPF_F_BEFORE, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE,
+    bpf_attach_type::{BPF_TCX_EGRESS, BPF_TCX_INGRESS, BPF_XDP},
+};
+
+/// A place in a device's path of packets, and the kind of attachment. Its name is the second half of a pin's.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Hook {
+    /// Ingress, in the driver.
+    XdpNative,
+    /// Ingress, before traffic control.
+    XdpGeneric,
+    /// Ingress, by a tcx link.
+    TcxIngress,
+    /// Ingress, by a filter of the clsact qdisc: where the kernel has no tcx.
+    ClsactIngress,
+    /// Egress, by a tcx link.
+    TcxEgress,
+    /// Egress, by a filter of the clsact qdisc.
+    ClsactEgress,
+}
+
+impl Hook {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::XdpNative,
+        Self::XdpGeneric,
+        Self::TcxIngress,
+        Self::ClsactIngress,
+        Self::TcxEgress,
+        Self::ClsactEgress,
+    ];
+
+    /// Its name in pins and output.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::XdpNative => "xdp-native",
+            Self::XdpGeneric => "xdp-generic",
+            Self::TcxIngress => "tcx-ingress",
+            Self::ClsactIngress => "clsact-ingress",
+            Self::TcxEgress => "tcx-egress",
+            Self::ClsactEgress => "clsact-egress",
+        }
+    }
+
+    /// The program that belongs there.
+    #[must_use]
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::XdpNative | Self::XdpGeneric => names::XDP_FORWARD,
+            Self::TcxIngress | Self::ClsactIngress => names::TC_FORWARD,
+            Self::TcxEgress | Self::ClsactEgress => names::TC_REVERSE,
+        }
+    }
+
+    /// Whether packets from clients meet it: the forward translation.
+    #[must_use]
+    pub const fn is_ingress(self) -> bool {
+        !matches!(self, Self::TcxEgress | Self::ClsactEgress)
+    }
+
+    /// The attach type and flags of its link; none for clsact, which has no link.
+    ///
+    /// tcx programs go first, so that no other program's verdict keeps packets from ours.
+    pub(super) const fn link(self) -> Option<(u32, u32)> {
+        match self {
+            Self::XdpNative => Some((BPF_XDP as u32, XDP_FLAGS_DRV_MODE)),
+            Self::XdpGeneric => Some((BPF_XDP as u32, XDP_FLAGS_SKB_MODE)),
+            Self::TcxIngress => Some((BPF_TCX_INGRESS as u32, BPF_F_BEFORE)),
+            Self::TcxEgress => Some((BPF_TCX_EGRESS as u32, BPF_F_BEFORE)),
+            Self::ClsactIngress | Self::ClsactEgress => None,
+        }
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The name of no hook.
+#[derive(Debug, thiserror::Error)]
+#[error("no hook is called {0:?}")]
+pub struct UnknownHook(String);
+
+impl FromStr for Hook {
+    type Err = UnknownHook;
+
+    fn from_str(name: &str) -> Result<Self, UnknownHook> {
+        Self::ALL.into_iter().find(|hook| hook.name() == name).ok_or_else(|| UnknownHook(name.to_owned()))
+    }
+}
+
+/// How XDP is to be used: `--xdp`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum XdpPolicy {
+    /// Native, else generic, else TC; and TC on devices that lead to pods, where frames carry partial checksums.
+    #[default]
+    Auto,
+    /// Native or not at all.
+    Native,
+    /// Generic or not at all.
+    Generic,
+    /// TC.
+    Off,
+}
+
+impl XdpPolicy {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Native, Self::Generic, Self::Off];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Native => "native",
+            Self::Generic => "generic",
+            Self::Off => "off",
+        }
+    }
+}
+
+impl fmt::Display for XdpPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The name of no policy.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is none of auto, native, generic, off")]
+pub struct UnknownPolicy(String);
+
+impl FromStr for XdpPolicy {
+    type Err = UnknownPolicy;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPolicy> {
+        Self::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| UnknownPolicy(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back() {
+        for hook in Hook::ALL {
+            assert_eq!(hook.name().parse::<Hook>().unwrap(), hook);
+        }
+        for policy in XdpPolicy::ALL {
+            assert_eq!(policy.name().parse::<XdpPolicy>().unwrap(), policy);
+        }
+        assert!("xdp".parse::<Hook>().is_err());
+    }
+}

@@ -1,0 +1,325 @@
+//! Loads the programs and the maps, and puts them where they outlive this process.
+//!
+//! A load over a dataplane that runs is an upgrade: pinned maps of the same layout are used again, maps of another size
+//! are carried over, and the new programs take the place of the old ones inside the links that are attached, so
+//! that each packet meets the one or the other. A load that fails leaves what ran as it was.
+
+mod carry;
+mod clock;
+mod pins;
+mod sizes;
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use affinity_common::{
+    abi::{CONFIG_MAGIC, Config},
+    flow::REFRESH_NS,
+    names,
+};
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    programs::{Program, ProgramError},
+};
+use aya_log::Level;
+use aya_obj::Object;
+use rustix::time::{ClockId, clock_gettime};
+
+pub use self::{
+    carry::CarryError,
+    clock::{ClockError, Ticks},
+    pins::{PinDir, PinError},
+    sizes::{Sizes, cost, mib},
+};
+use crate::{
+    attach::{self, AttachError},
+    sys::{self, Map, MapInfo, SysError},
+};
+
+/// The object with all programs, as `affinity-user/build.rs` left it.
+pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/affinity"));
+
+/// The programs that stay loaded; [`names::CLOCK`] is needed only to load them.
+const PINNED: [&str; 4] = [names::XDP_FORWARD, names::TC_FORWARD, names::TC_REVERSE, names::REPORT];
+
+/// The dataplane cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// This binary was built with `AFFINITY_SKIP_EBPF=1`.
+    #[error("this build has no kernel programs: build it without AFFINITY_SKIP_EBPF")]
+    NoPrograms,
+    /// The pin directory cannot be used.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The object cannot be read.
+    #[error("the kernel programs cannot be read: {0}")]
+    Object(#[from] aya_obj::ParseError),
+    /// The maps cannot be made.
+    #[error("the maps cannot be made: {0}")]
+    Maps(#[from] EbpfError),
+    /// A map that is pinned is of another layout.
+    #[error(
+        "map {name} is pinned at {path} as {pinned}, and this version needs {needed}: take the old dataplane away with \
+         `affinity detach` (it forgets all pins and connections), or use another --pin-dir"
+    )]
+    Layout {
+        /// The map.
+        name: &'static str,
+        /// Where it is pinned.
+        path: String,
+        /// Its layout.
+        pinned: String,
+        /// The layout of this version.
+        needed: String,
+    },
+    /// Entries of a map cannot be carried over.
+    #[error(transparent)]
+    Carry(#[from] CarryError),
+    /// The kernel refused a program.
+    #[error("program {name}: {source}")]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// Why.
+        source: Box<ProgramError>,
+    },
+    /// The object lacks a program or map that it should have.
+    #[error("the kernel programs lack {0}")]
+    Missing(&'static str),
+    /// The clock could not be measured.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
+    /// The programs could not be put into the links.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+}
+
+/// How to load.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Sizes of the maps.
+    pub sizes: Sizes,
+    /// What the programs log; none costs nothing.
+    pub log_level: Option<Level>,
+    /// For tests: the programs' time in nanoseconds and random number, in place of the kernel's.
+    pub fixed: Option<(u64, u64)>,
+}
+
+/// What was loaded and pinned.
+pub struct Loaded {
+    /// Where.
+    pub pins: PinDir,
+    /// The maps as they are now.
+    pub maps: Vec<(&'static str, MapInfo)>,
+    /// The kernel's jiffies as a clock.
+    pub ticks: Ticks,
+    /// The maps that changed their size.
+    pub resized: Vec<&'static str>,
+    /// Links of devices that met a new program.
+    pub upgraded: usize,
+    /// The object: its log ring is read by `aya_log::EbpfLogger`.
+    pub ebpf: Ebpf,
+}
+
+impl Loaded {
+    /// What the kernel allocated for the maps, in bytes.
+    #[must_use]
+    pub fn cost(&self) -> u64 {
+        self.maps.iter().map(|(_, info)| cost(info)).sum()
+    }
+}
+
+/// What becomes of a map.
+enum Plan {
+    /// Made, or opened where one like it is pinned.
+    Keep,
+    /// Made beside the one that is pinned, which it will replace.
+    Replace(Map),
+}
+
+/// Loads everything under a pin directory. The caller holds the directory's lock.
+///
+/// # Errors
+/// [`LoadError`].
+pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
+    if PROGRAMS.is_empty() {
+        return Err(LoadError::NoPrograms);
+    }
+    pins.create()?;
+    let plans = plan(pins, &options.sizes)?;
+    let ticks = measure_clock()?;
+    let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
+    let loaded = load_beside(pins, options, &plans, ticks);
+    if loaded.is_err() {
+        for name in plans.keys() {
+            pins.unpin(&pins.next_map(name))?;
+        }
+    }
+    let (ebpf, programs) = loaded?;
+    let upgraded = switch(pins, &plans, &programs, since_ns)?;
+    let maps = names::MAPS.iter().map(|&name| Ok((name, *Map::open(&pins.map(name))?.info())));
+    let maps = maps.collect::<Result<_, SysError>>()?;
+    let resized = plans.iter().filter(|(_, plan)| matches!(plan, Plan::Replace(_))).map(|(&name, _)| name).collect();
+    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, upgraded, ebpf })
+}
+
+/// The layout that each map must have.
+fn needed(sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, LoadError> {
+    let object = Object::parse(PROGRAMS)?;
+    let maps = names::MAPS.iter().map(|&name| {
+        let map = object.maps.get(name).ok_or(LoadError::Missing(name))?;
+        let info = MapInfo {
+            kind: map.map_type(),
+            id: 0,
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: sizes.entries(name).unwrap_or(map.max_entries()),
+            flags: map.map_flags(),
+        };
+        Ok((name, info))
+    });
+    maps.collect()
+}
+
+/// Compares what is pinned with what is needed: aya would use any map that it finds, whatever its layout.
+fn plan(pins: &PinDir, sizes: &Sizes) -> Result<BTreeMap<&'static str, Plan>, LoadError> {
+    let mut plans = BTreeMap::new();
+    for (name, needed) in needed(sizes)? {
+        let path = pins.map(name);
+        let plan = match Map::open(&path) {
+            Err(error) if error.is_not_found() => Plan::Keep,
+            Err(error) => return Err(error.into()),
+            Ok(map) if layout(map.info()) != layout(&needed) => {
+                let (path, pinned) = (path.display().to_string(), describe(map.info()));
+                return Err(LoadError::Layout { name, path, pinned, needed: describe(&needed) });
+            }
+            Ok(map) if map.info().max_entries == needed.max_entries => Plan::Keep,
+            Ok(map) => Plan::Replace(map),
+        };
+        plans.insert(name, plan);
+    }
+    Ok(plans)
+}
+
+/// All that must be equal for programs to use a map.
+const fn layout(info: &MapInfo) -> (u32, u32, u32, u32) {
+    (info.kind, info.key_size, info.value_size, info.flags)
+}
+
+fn describe(info: &MapInfo) -> String {
+    let MapInfo { kind, key_size, value_size, flags, .. } = info;
+    format!("type {kind} with keys of {key_size} bytes, values of {value_size} bytes and flags {flags:#x}")
+}
+
+/// Loads the clock program alone, with the smallest maps that there are, and runs it.
+fn measure_clock() -> Result<Ticks, LoadError> {
+    let mut loader = EbpfLoader::new();
+    for name in names::MAPS {
+        loader.map_max_entries(name, 1);
+    }
+    let mut ebpf = loader.load(PROGRAMS)?;
+    let clock = load_program(&mut ebpf, names::CLOCK)?;
+    Ok(clock::measure(clock.as_fd())?)
+}
+
+type Programs = BTreeMap<&'static str, OwnedFd>;
+
+/// Loads the programs with the maps that they will use, beside what runs: no packet meets them yet.
+fn load_beside(
+    pins: &PinDir,
+    options: &Options,
+    plans: &BTreeMap<&'static str, Plan>,
+    ticks: Ticks,
+) -> Result<(Ebpf, Programs), LoadError> {
+    let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
+    let Ticks { tick_ns, tick_base } = ticks;
+    let config = Config { magic: CONFIG_MAGIC, tick_ns, tick_base, fixed_now_ns, fixed_random };
+    let log_level = options.log_level.map_or(0, |level| level as u8);
+
+    let mut loader = EbpfLoader::new();
+    loader.override_global("CONFIG", bytemuck::bytes_of(&config), true);
+    loader.override_global("AYA_LOG_LEVEL", &log_level, false);
+    for (&name, plan) in plans {
+        if let Some(entries) = options.sizes.entries(name) {
+            loader.map_max_entries(name, entries);
+        }
+        loader.map_pin_path(name, match plan {
+            Plan::Keep => pins.map(name),
+            Plan::Replace(_) => pins.next_map(name),
+        });
+    }
+    let mut ebpf = loader.load(PROGRAMS)?;
+    let mut programs = Programs::new();
+    for name in PINNED {
+        programs.insert(name, load_program(&mut ebpf, name)?);
+    }
+    for (name, plan) in plans {
+        if let Plan::Replace(old) = plan {
+            carry::carry(old, &Map::open(&pins.next_map(name))?)?;
+        }
+    }
+    Ok((ebpf, programs))
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, LoadError> {
+    let failed = |source: ProgramError| LoadError::Program { name, source: Box::new(source) };
+    let program = ebpf.program_mut(name).ok_or(LoadError::Missing(name))?;
+    match program {
+        Program::Xdp(xdp) => xdp.load(),
+        Program::SchedClassifier(classifier) => classifier.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+    .map_err(failed)?;
+    let fd = program.fd().map_err(failed)?.as_fd().try_clone_to_owned();
+    fd.map_err(|error| SysError::new("dup", name, error).into())
+}
+
+/// Puts the new programs into the links and the new maps and programs at their places; returns the number of links.
+fn switch(
+    pins: &PinDir,
+    plans: &BTreeMap<&'static str, Plan>,
+    programs: &Programs,
+    since_ns: u64,
+) -> Result<usize, LoadError> {
+    for (&name, program) in programs {
+        let next = pins.prog(&format!("{name}-next"));
+        pins.unpin(&next)?;
+        sys::obj_pin(program.as_fd(), &next)?;
+        pins.rename(&next, &pins.prog(name))?;
+    }
+    let upgraded = attach::upgrade(pins)?;
+    for (&name, plan) in plans {
+        let Plan::Replace(old) = plan else { continue };
+        let next = pins.next_map(name);
+        if [names::SESSIONS_V4, names::SESSIONS_V6, names::FLOWS_V4, names::FLOWS_V6].contains(&name) {
+            carry::carry_late(old, &Map::open(&next)?, since_ns)?;
+        }
+        pins.rename(&next, &pins.map(name))?;
+    }
+    Ok(upgraded)
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds: the clock of every time in the maps.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+impl std::fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { pins, maps, ticks, resized, upgraded, ebpf: _ } = self;
+        f.debug_struct("Loaded")
+            .field("pins", pins)
+            .field("maps", maps)
+            .field("ticks", ticks)
+            .field("resized", resized)
+            .field("upgraded", upgraded)
+            .finish()
+    }
+}

@@ -1,0 +1,105 @@
+//! Carries the entries of a map over to one of another size.
+//!
+//! The programs go on writing sessions and flows to the old map until they use the new one; so [`carry`] copies
+//! everything first, and [`carry_late`], after the switch, what changed meanwhile.
+
+use affinity_common::abi::{Flow, Session, V4, V6};
+use aya_obj::generated::bpf_map_type;
+
+use crate::{
+    store::kernel::Walk,
+    sys::{Map, SysError, Write},
+};
+
+/// Entries do not fit.
+#[derive(Debug, thiserror::Error)]
+pub enum CarryError {
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The configuration needs more than the new size.
+    #[error("{map}: its entries do not fit into {max_entries}: choose a larger size")]
+    Full {
+        /// The map.
+        map: String,
+        /// The new size.
+        max_entries: u32,
+    },
+}
+
+const ARRAYS: [u32; 2] = [bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32];
+
+/// Copies all entries. An LRU map that is too small keeps a part, as it does under load.
+///
+/// A ring buffer starts afresh: its records are history, which only programs can write.
+///
+/// # Errors
+/// [`CarryError::Full`] where a hash or an array is too small for what is in it.
+pub fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
+    if old.info().kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
+        return Ok(());
+    }
+    let full = || CarryError::Full { map: new.name().to_owned(), max_entries: new.info().max_entries };
+    let mut walk = Walk::new(old);
+    while let Some((keys, values)) = walk.next_batch()? {
+        let fitting = if ARRAYS.contains(&old.info().kind) { fitting(keys, new.info().max_entries) } else { keys.len() };
+        let (keys, (values, beyond)) = (&keys[..fitting], values.split_at(fitting / new.key_len() * new.value_len()));
+        if beyond.iter().any(|&byte| byte != 0) {
+            return Err(full());
+        }
+        if keys.is_empty() {
+            continue;
+        }
+        new.update_batch(keys, values).map_err(|error| match error.source.raw_os_error() {
+            Some(libc::E2BIG) => full(),
+            _ => error.into(),
+        })?;
+    }
+    Ok(())
+}
+
+/// Bytes of the indices that an array of `max_entries` has. Indices are native `u32` in rising order.
+fn fitting(keys: &[u8], max_entries: u32) -> usize {
+    let index = |key: &[u8; 4]| u32::from_ne_bytes(*key);
+    let (indices, _) = keys.as_chunks::<4>();
+    4 * indices.iter().take_while(|key| index(key) < max_entries).count()
+}
+
+/// Sessions and flows begin alike: when created and when last used, `u64` nanoseconds each.
+const _: () = assert!(
+    std::mem::offset_of!(Session, created_ns) == 0
+        && std::mem::offset_of!(Flow<V4>, created_ns) == 0
+        && std::mem::offset_of!(Flow<V6>, created_ns) == 0
+        && std::mem::offset_of!(Session, last_used_ns) == 8
+        && std::mem::offset_of!(Flow<V4>, last_used_ns) == 8
+        && std::mem::offset_of!(Flow<V6>, last_used_ns) == 8
+);
+
+/// Copies the sessions or flows that were used since `since_ns`, where the new map does not know better: of two entries
+/// under one key the older one wins, since its client went there first; of two readings of one, the later.
+///
+/// # Errors
+/// [`SysError`].
+pub fn carry_late(old: &Map, new: &Map, since_ns: u64) -> Result<(), SysError> {
+    let mut current = vec![0; new.value_len()];
+    let mut walk = Walk::new(old);
+    while let Some(entry) = walk.next() {
+        let (key, value) = entry?;
+        let (created_ns, last_used_ns) = times(value);
+        if last_used_ns < since_ns {
+            continue;
+        }
+        let better = !new.lookup(key, &mut current)? || {
+            let (its_created_ns, its_last_used_ns) = times(&current);
+            created_ns < its_created_ns || created_ns == its_created_ns && last_used_ns > its_last_used_ns
+        };
+        if better {
+            new.update(key, value, Write::Any)?;
+        }
+    }
+    Ok(())
+}
+
+fn times(value: &[u8]) -> (u64, u64) {
+    (bytemuck::pod_read_unaligned(&value[..8]), bytemuck::pod_read_unaligned(&value[8..16]))
+}

@@ -1,0 +1,216 @@
+//! The pin directory: where the dataplane lives while no agent runs.
+//!
+//! `DIR/v1/maps/NAME`, `DIR/v1/progs/NAME`, `DIR/v1/links/IFINDEX-HOOK`. The version is the map layout's
+//! ([`abi::VERSION`]): programs of another layout never see these maps.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use affinity_common::abi;
+use rustix::{
+    fs::statfs,
+    mount::{MountFlags, mount},
+};
+
+/// `f_type` of a BPF filesystem: `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS: u32 = 0xcafe_4a11;
+/// Where distributions mount it.
+const BPF_MOUNT: &str = "/sys/fs/bpf";
+
+/// The pin directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// The default filesystem could not be mounted.
+    #[error("no BPF filesystem at {BPF_MOUNT}, and it cannot be mounted: {0}")]
+    Mount(io::Error),
+    /// A directory elsewhere.
+    #[error(
+        "{0} is not on a BPF filesystem: choose a directory under {BPF_MOUNT}, or `mount -t bpf bpf DIR` one that holds it"
+    )]
+    NotBpf(PathBuf),
+    /// A file operation failed.
+    #[error("{path}: {source}")]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl PinError {
+    fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File { path: path.to_owned(), source }
+    }
+}
+
+/// The paths of all that is pinned.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PinDir {
+    root: PathBuf,
+    version: PathBuf,
+}
+
+impl PinDir {
+    /// Where pins are unless the user says otherwise.
+    pub const DEFAULT: &str = "/sys/fs/bpf/affinity";
+
+    /// The paths under `root`. Nothing is created.
+    #[must_use]
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned(), version: root.join(format!("v{}", abi::VERSION)) }
+    }
+
+    /// The directory that the user named.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of the maps.
+    #[must_use]
+    pub fn maps(&self) -> PathBuf {
+        self.version.join("maps")
+    }
+
+    /// A map.
+    #[must_use]
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// A map that is about to take the place of [`PinDir::map`].
+    pub(super) fn next_map(&self, name: &str) -> PathBuf {
+        self.maps().join(format!("{name}{NEXT}"))
+    }
+
+    /// A program.
+    #[must_use]
+    pub fn prog(&self, name: &str) -> PathBuf {
+        self.version.join("progs").join(name)
+    }
+
+    /// The directory of the links.
+    #[must_use]
+    pub fn links(&self) -> PathBuf {
+        self.version.join("links")
+    }
+
+    /// Whether a dataplane of this layout is there.
+    ///
+    /// # Errors
+    /// The system's answer where it cannot be told: no permission, above all.
+    pub fn exists(&self) -> io::Result<bool> {
+        self.maps().try_exists()
+    }
+
+    /// Creates the directories; mounts the BPF filesystem at its usual place where it is not, as in a container or
+    /// right after boot.
+    ///
+    /// # Errors
+    /// [`PinError`].
+    pub fn create(&self) -> Result<(), PinError> {
+        if !on_bpf_filesystem(&self.root)? {
+            if !self.root.starts_with(BPF_MOUNT) {
+                return Err(PinError::NotBpf(self.root.clone()));
+            }
+            mount("bpf", BPF_MOUNT, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
+                .map_err(|error| PinError::Mount(error.into()))?;
+        }
+        for dir in [self.maps(), self.version.join("progs"), self.links()] {
+            fs::create_dir_all(&dir).map_err(PinError::at(&dir))?;
+        }
+        self.remove_leftovers()
+    }
+
+    /// Removes what a load that was cut short left behind: no program uses it.
+    fn remove_leftovers(&self) -> Result<(), PinError> {
+        for path in list(&self.maps())? {
+            if path.to_string_lossy().ends_with(NEXT) {
+                fs::remove_file(&path).map_err(PinError::at(&path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything pinned under `links/`.
+    ///
+    /// # Errors
+    /// [`PinError`] where the directory cannot be read; none where it is not there.
+    pub fn list_links(&self) -> Result<Vec<PathBuf>, PinError> {
+        list(&self.links())
+    }
+
+    /// Removes a pin.
+    ///
+    /// # Errors
+    /// [`PinError`]; none where it is not there.
+    pub fn unpin(&self, path: &Path) -> Result<(), PinError> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(PinError::at(path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts what is pinned at `from` to `to`, in place of what was there: nobody finds `to` missing.
+    pub(super) fn rename(&self, from: &Path, to: &Path) -> Result<(), PinError> {
+        fs::rename(from, to).map_err(PinError::at(to))
+    }
+
+    /// Removes every pin of this layout, links first, and the directories.
+    ///
+    /// # Errors
+    /// [`PinError`]; none where nothing is there.
+    pub fn remove(&self) -> Result<(), PinError> {
+        for dir in [self.links(), self.version.join("progs"), self.maps()] {
+            for path in list(&dir)? {
+                self.unpin(&path)?;
+            }
+        }
+        for dir in [self.links(), self.version.join("progs"), self.maps(), self.version.clone(), self.root.clone()] {
+            match fs::remove_dir(&dir) {
+                // The user's directory may hold what is not ours, or be where the filesystem is mounted.
+                Err(_) if dir == self.root => {}
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(PinError::at(&dir)(error)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// BPF filesystems allow no dot in a name.
+const NEXT: &str = "-next";
+
+/// The entries of a directory, sorted; none where it is not there.
+fn list(dir: &Path) -> Result<Vec<PathBuf>, PinError> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(PinError::at(dir))?,
+    };
+    let paths: io::Result<Vec<_>> = entries.map(|entry| entry.map(|entry| entry.path())).collect();
+    let mut paths = paths.map_err(PinError::at(dir))?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Whether a directory, or the nearest one above it that exists, is on a BPF filesystem.
+fn on_bpf_filesystem(dir: &Path) -> Result<bool, PinError> {
+    let existing = dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+    let stat = statfs(existing).map_err(|error| PinError::at(existing)(error.into()))?;
+    Ok(stat.f_type as u32 == BPF_FS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_elsewhere_is_refused() {
+        let dir = PinDir::new(Path::new("/proc/affinity"));
+        let error = dir.create().unwrap_err().to_string();
+        assert!(error.starts_with("/proc/affinity is not on a BPF filesystem"), "{error}");
+    }
+}

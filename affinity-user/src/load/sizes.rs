@@ -1,0 +1,186 @@
+//! How large the maps are, and what that costs.
+//!
+//! An LRU map is allocated in full when it is made, so the defaults follow the machine: the four large tables together
+//! take a small share of its memory ([`SHARE`]). The other maps are bounded by the configuration, and their sizes are
+//! limits that cost little.
+
+use std::{fmt, fs, path::Path};
+
+use affinity_common::{abi::FILTER_BITS, names};
+use aya_obj::generated::{BPF_F_NO_PREALLOC, bpf_map_type};
+
+use crate::sys::{self, MapInfo};
+
+/// The large tables take this part of the memory, ...
+pub const SHARE: u64 = 64;
+/// ... and no more than this part of a limit that the agent's cgroup has: the kernel charges maps to it.
+pub const SHARE_OF_LIMIT: u64 = 4;
+/// Sessions of a family, at least: by default.
+pub const MIN_SESSIONS: u32 = 1 << 14;
+/// Sessions of a family, at most: by default. Options may ask for more.
+pub const MAX_SESSIONS: u32 = 1 << 21;
+
+/// Bytes of one session of each family and of the two records of one flow of each.
+const BYTES_PER_SESSION: u64 = 1024;
+
+/// Entries of the maps; the default is [`Sizes::of_this_machine`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sizes {
+    /// Sessions of each family.
+    pub sessions: u32,
+    /// Flow records of each family: two for each connection.
+    pub flows: u32,
+    /// Frontends of each family.
+    pub frontends: u32,
+    /// Members of all pools and groups.
+    pub members: u32,
+    /// Backends.
+    pub backends: u32,
+    /// Slots of all pools.
+    pub slots: u32,
+    /// Names of services, pools, groups and backends.
+    pub names: u32,
+    /// Services and backends that are counted.
+    pub usage: u32,
+    /// Bytes of the event ring: a power of two, and a multiple of the page size.
+    pub events_bytes: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self::of_this_machine()
+    }
+}
+
+impl Sizes {
+    /// For the memory of this machine, or the limit of the agent's cgroup where that is tighter.
+    #[must_use]
+    pub fn of_this_machine() -> Self {
+        let info = rustix::system::sysinfo();
+        Self::of_memory(info.totalram as u64 * u64::from(info.mem_unit), cgroup_limit())
+    }
+
+    /// For a machine of so many bytes, and a limit of the cgroup in bytes.
+    #[must_use]
+    pub fn of_memory(total: u64, limit: Option<u64>) -> Self {
+        let budget = limit.map_or(total / SHARE, |limit| (total / SHARE).min(limit / SHARE_OF_LIMIT));
+        // A power of two, as the kernel's number of buckets is; so that a little more memory changes nothing.
+        let affordable = (budget / BYTES_PER_SESSION).max(1).ilog2().min(31);
+        let sessions = (1u32 << affordable).clamp(MIN_SESSIONS, MAX_SESSIONS);
+        Self {
+            sessions,
+            flows: 2 * sessions,
+            frontends: 1 << 16,
+            members: 1 << 18,
+            backends: 1 << 17,
+            slots: 1 << 20,
+            names: 1 << 18,
+            usage: 1 << 18,
+            events_bytes: 1 << 20,
+        }
+    }
+
+    /// The entries of a map; none for one whose size is fixed.
+    #[must_use]
+    pub fn entries(&self, map: &str) -> Option<u32> {
+        Some(match map {
+            names::SESSIONS_V4 | names::SESSIONS_V6 => self.sessions,
+            names::FLOWS_V4 | names::FLOWS_V6 => self.flows,
+            names::FRONTENDS_V4 | names::FRONTENDS_V6 => self.frontends,
+            names::MEMBERS => self.members,
+            names::BACKENDS | names::LOADS => self.backends,
+            names::SLOTS => self.slots,
+            names::NAMES => self.names,
+            names::USAGE => self.usage,
+            names::EVENTS => self.events_bytes,
+            names::FILTER => 2 * FILTER_BITS / 64,
+            _ => return None,
+        })
+    }
+}
+
+/// What the kernel allocates for a map when it is made, in bytes: as in `kernel/bpf/hashtab.c` and `arraymap.c`.
+#[must_use]
+pub fn cost(map: &MapInfo) -> u64 {
+    /// `struct bucket` and `struct htab_elem` without its key and value, on a 64-bit machine.
+    const BUCKET: u64 = 16;
+    const ELEMENT: u64 = 48;
+
+    let entries = u64::from(map.max_entries);
+    let key = u64::from(map.key_size).next_multiple_of(8);
+    let value = u64::from(map.value_size).next_multiple_of(8);
+    const ARRAY: u32 = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
+    const PERCPU_ARRAY: u32 = bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32;
+    const RINGBUF: u32 = bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32;
+    match map.kind {
+        ARRAY => entries * value,
+        PERCPU_ARRAY => entries * (value * sys::possible_cpus() as u64 + 8),
+        RINGBUF => entries,
+        _ if map.flags & BPF_F_NO_PREALLOC != 0 => entries.next_power_of_two() * BUCKET,
+        _ => entries.next_power_of_two() * BUCKET + entries * (ELEMENT + key + value),
+    }
+}
+
+/// Bytes as MiB, rounded up.
+#[must_use]
+pub const fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
+}
+
+impl fmt::Display for Sizes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sessions, flows, frontends, members, backends, slots, names, usage, events_bytes } = self;
+        write!(
+            f,
+            "{sessions} sessions and {flows} flow records a family, {frontends} frontends a family, {backends} \
+             backends, {members} members, {slots} slots, {names} names, {usage} usage counts, {} KiB of events",
+            events_bytes / 1024
+        )
+    }
+}
+
+/// The memory limit of this process's cgroup (version 2); none where it has none.
+fn cgroup_limit() -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].iter().find_map(|root| {
+        let limit = Path::new(root).join(group.trim_start_matches('/')).join("memory.max");
+        fs::read_to_string(limit).ok()?.trim().parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn the_default_is_a_small_share_between_bounds() {
+        assert_eq!(Sizes::of_memory(GIB / 2, None).sessions, MIN_SESSIONS);
+        assert_eq!(Sizes::of_memory(4 * GIB, None).sessions, 1 << 16);
+        assert_eq!(Sizes::of_memory(24 * GIB, None).sessions, 1 << 18);
+        assert_eq!(Sizes::of_memory(4096 * GIB, None).sessions, MAX_SESSIONS);
+        assert_eq!(Sizes::of_memory(24 * GIB, Some(GIB / 4)).sessions, 1 << 16);
+    }
+
+    #[test]
+    fn a_session_costs_what_the_budget_takes_it_for() {
+        use affinity_common::abi::{Flow, FlowKey, Session, SessionKey, V4, V6};
+        let lru = |key_size: usize, value_size: usize, max_entries| MapInfo {
+            kind: bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32,
+            id: 0,
+            key_size: key_size as u32,
+            value_size: value_size as u32,
+            max_entries,
+            flags: 0,
+        };
+        let sessions = 1 << 16;
+        let bytes = cost(&lru(size_of::<SessionKey<V4>>(), size_of::<Session>(), sessions))
+            + cost(&lru(size_of::<SessionKey<V6>>(), size_of::<Session>(), sessions))
+            + cost(&lru(size_of::<FlowKey<V4>>(), size_of::<Flow<V4>>(), 2 * sessions))
+            + cost(&lru(size_of::<FlowKey<V6>>(), size_of::<Flow<V6>>(), 2 * sessions));
+        let of_one = bytes / u64::from(sessions);
+        assert!((BYTES_PER_SESSION * 3 / 4..=BYTES_PER_SESSION).contains(&of_one), "{of_one}");
+    }
+}

@@ -1,0 +1,379 @@
+//! The store that is the kernel: the pinned maps of a running dataplane.
+//!
+//! Everything but the slots, the filter and the loads goes through bpf(2); those three are arrays shared by mmap. The
+//! store holds no state of its own, so any number of them may be open at once: the agent's, and one in each CLI
+//! command. Only the agent applies plans.
+
+mod table;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use affinity_common::{
+    abi::{
+        Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member,
+        MemberKey, Name, NameKey, Reason, Session, SessionKey, Usage, UsageKey, V4, V6,
+    },
+    names,
+};
+use bytemuck::Pod;
+
+pub use self::table::{BATCH, Entries, PerCpu, Table, Walk};
+use super::{Capacity, Observed, Op, Store, StoreError};
+use crate::{
+    load::PinDir,
+    sys::{self, MapInfo, Words},
+};
+
+/// The dataplane cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Nothing is pinned.
+    #[error("no dataplane at {0}: run `affinity run` or `affinity attach`")]
+    None(String),
+    /// It cannot even be seen.
+    #[error("{0}: permission denied: affinity needs root, or CAP_BPF and CAP_NET_ADMIN and access to this directory")]
+    NotAllowed(String),
+    /// A map or program is missing or of another layout.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The tables of one family.
+#[derive(Debug)]
+pub struct FamilyTables<A: Address> {
+    /// Frontends.
+    pub frontends: Table<FrontendKey<A>, Frontend>,
+    /// Sessions.
+    pub sessions: Table<SessionKey<A>, Session>,
+    /// Flows, both directions.
+    pub flows: Table<FlowKey<A>, Flow<A>>,
+}
+
+impl<A: Address> FamilyTables<A> {
+    fn open(maps: &Path, names: [&'static str; 3]) -> Result<Self, StoreError> {
+        let [frontends, sessions, flows] = names;
+        Ok(Self {
+            frontends: Table::open(maps, frontends)?,
+            sessions: Table::open(maps, sessions)?,
+            flows: Table::open(maps, flows)?,
+        })
+    }
+}
+
+/// An address family: what is the same for both is written once over this.
+pub trait Family: Address {
+    /// The family's tables.
+    fn tables(store: &KernelStore) -> &FamilyTables<Self>;
+}
+
+impl Family for V4 {
+    fn tables(store: &KernelStore) -> &FamilyTables<Self> {
+        &store.v4
+    }
+}
+
+impl Family for V6 {
+    fn tables(store: &KernelStore) -> &FamilyTables<Self> {
+        &store.v6
+    }
+}
+
+/// The pinned maps.
+#[derive(Debug)]
+pub struct KernelStore {
+    /// IPv4.
+    pub v4: FamilyTables<V4>,
+    /// IPv6.
+    pub v6: FamilyTables<V6>,
+    /// Members of pools.
+    pub members: Table<MemberKey, Member>,
+    /// Backends by index; one that was never used is zero.
+    pub backends: Table<u32, Backend>,
+    /// Names of ids and backends.
+    pub names: Table<NameKey, Name>,
+    /// Counts by reason.
+    pub counters: PerCpu<u32, u64>,
+    /// Counts by service and backend.
+    pub usage: PerCpu<UsageKey, Usage>,
+    /// Slot -> backend index, `u32`.
+    pub slots: Words,
+    /// The filter's words, `u64`: frontends, then members.
+    pub filter: Words,
+    /// Backend index -> live sessions, `u64`.
+    pub loads: Words,
+    /// The event ring.
+    pub events: sys::Map,
+    report: OwnedFd,
+    maps: Vec<(&'static str, MapInfo)>,
+}
+
+impl KernelStore {
+    /// Opens the dataplane that is pinned at a directory.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(dir: &Path) -> Result<Self, OpenError> {
+        let pins = PinDir::new(dir);
+        match pins.exists() {
+            Ok(true) => {}
+            Ok(false) => return Err(OpenError::None(dir.display().to_string())),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(OpenError::NotAllowed(dir.display().to_string()));
+            }
+            Err(source) => {
+                let action = format!("open {}", pins.maps().display());
+                return Err(StoreError { map: "maps", action, source }.into());
+            }
+        }
+        Ok(Self::open_pins(&pins)?)
+    }
+
+    fn open_pins(pins: &PinDir) -> Result<Self, StoreError> {
+        let maps = &pins.maps();
+        let words = |name| table::open(maps, name)?.words().map_err(|error| failed(name, "share", error));
+        let infos = names::MAPS.iter().map(|&name| Ok((name, *table::open(maps, name)?.info())));
+        Ok(Self {
+            v4: FamilyTables::open(maps, [names::FRONTENDS_V4, names::SESSIONS_V4, names::FLOWS_V4])?,
+            v6: FamilyTables::open(maps, [names::FRONTENDS_V6, names::SESSIONS_V6, names::FLOWS_V6])?,
+            members: Table::open(maps, names::MEMBERS)?,
+            backends: Table::open(maps, names::BACKENDS)?,
+            names: Table::open(maps, names::NAMES)?,
+            counters: PerCpu::open(maps, names::COUNTERS)?,
+            usage: PerCpu::open(maps, names::USAGE)?,
+            slots: words(names::SLOTS)?,
+            filter: words(names::FILTER)?,
+            loads: words(names::LOADS)?,
+            events: table::open(maps, names::EVENTS)?,
+            report: sys::obj_get(&pins.prog(names::REPORT)).map_err(|error| failed(names::EVENTS, "report", error))?,
+            maps: infos.collect::<Result<_, StoreError>>()?,
+        })
+    }
+
+    /// Every map with what the kernel tells about it, in the order of [`names::MAPS`].
+    #[must_use]
+    pub fn maps(&self) -> &[(&'static str, MapInfo)] {
+        &self.maps
+    }
+
+    /// The tables of one family.
+    #[must_use]
+    pub fn family<A: Family>(&self) -> &FamilyTables<A> {
+        A::tables(self)
+    }
+
+    /// How often each reason was met, by its number, over all CPUs.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn counter_sums(&self) -> Result<Vec<u64>, StoreError> {
+        self.counters.iter().map(|entry| entry.map(|(_, counts)| counts.iter().sum())).collect()
+    }
+
+    /// What was counted for each service and backend, over all CPUs.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn usage_sums(&self) -> Result<BTreeMap<UsageKey, Usage>, StoreError> {
+        self.usage.iter().map(|entry| entry.map(|(key, counts)| (key, sum(&counts)))).collect()
+    }
+
+    /// Whether a backend's index still means the pod that it meant under `generation`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn is_alive(&self, backend: u32, generation: u32) -> Result<bool, StoreError> {
+        Ok(self.backends.get(&backend)?.is_some_and(|record| record.generation == generation))
+    }
+
+    /// Removes a pin, and reports why. Returns what was removed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn remove_session<A: Family>(
+        &self,
+        key: &SessionKey<A>,
+        kind: EventKind,
+        reason: Reason,
+        now_ns: u64,
+    ) -> Result<Option<Session>, StoreError> {
+        let sessions = &self.family::<A>().sessions;
+        let Some(session) = sessions.get(key)? else { return Ok(None) };
+        if !sessions.remove(key)? {
+            return Ok(None);
+        }
+        self.add_load(&session, -1)?;
+        self.report(&Event {
+            time_ns: now_ns,
+            client: key.client.to_mapped(),
+            service: session.service,
+            scope: key.scope,
+            from_backend: session.backend,
+            from_generation: session.generation,
+            to_backend: 0,
+            to_generation: 0,
+            kind: kind as u8,
+            reason: reason as u8,
+            pad: [0; 6],
+        })?;
+        Ok(Some(session))
+    }
+
+    /// Sets a pin, in place of any under its key, and reports that an operator did.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn put_session<A: Family>(&self, key: &SessionKey<A>, session: &Session) -> Result<(), StoreError> {
+        let sessions = &self.family::<A>().sessions;
+        let old = sessions.get(key)?;
+        sessions.put(key, session)?;
+        if let Some(old) = &old {
+            self.add_load(old, -1)?;
+        }
+        self.add_load(session, 1)?;
+        self.report(&Event {
+            time_ns: session.last_used_ns,
+            client: key.client.to_mapped(),
+            service: session.service,
+            scope: key.scope,
+            from_backend: old.map_or(0, |old| old.backend),
+            from_generation: old.map_or(0, |old| old.generation),
+            to_backend: session.backend,
+            to_generation: session.generation,
+            kind: EventKind::Pinned as u8,
+            reason: session.reason,
+            pad: [0; 6],
+        })
+    }
+
+    /// Counts a session in or out of its backend's load, unless its backend has gone: the index may be another's.
+    fn add_load(&self, session: &Session, sessions: i64) -> Result<(), StoreError> {
+        if session.backend < self.loads.len() && self.is_alive(session.backend, session.generation)? {
+            self.loads.add_u64(session.backend, sessions);
+        }
+        Ok(())
+    }
+
+    /// Writes an event to the ring, by the program that can: user space itself may not.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn report(&self, event: &Event) -> Result<(), StoreError> {
+        /// The kernel takes no shorter frame than an Ethernet header.
+        const HEADER: usize = 14;
+        let mut frame = [0; HEADER + size_of::<Event>()];
+        frame[HEADER..].copy_from_slice(bytemuck::bytes_of(event));
+        sys::test_run(self.report.as_fd(), &frame, 1).map_err(|error| failed(names::EVENTS, "report", error))?;
+        Ok(())
+    }
+
+    fn write_slots(&self, first: u32, backends: &[u32]) -> Result<(), StoreError> {
+        let end = u64::from(first) + backends.len() as u64;
+        if end > u64::from(self.slots.len()) {
+            let source = io::Error::from_raw_os_error(libc::E2BIG);
+            return Err(StoreError { map: names::SLOTS, action: format!("write slots {first}..{end}"), source });
+        }
+        for (slot, &backend) in (first..).zip(backends) {
+            self.slots.store_u32(slot, backend);
+        }
+        Ok(())
+    }
+
+    /// Sets bits in one half of the filter.
+    fn set_filter(&self, direction: Direction, bits: &[u32]) {
+        for &bit in bits {
+            let (word, mask) = filter_word(direction, bit);
+            self.filter.set_bits(word, mask);
+        }
+    }
+}
+
+/// The word of the filter that holds a bit of one half, and the bit in it.
+#[must_use]
+pub fn filter_word(direction: Direction, bit: u32) -> (u32, u64) {
+    let bit = direction as u32 * FILTER_BITS + bit % FILTER_BITS;
+    (bit / 64, 1 << (bit % 64))
+}
+
+fn sum(counts: &[Usage]) -> Usage {
+    let mut sum = Usage::default();
+    for of_cpu in counts {
+        for (total, count) in sum.counts.iter_mut().zip(of_cpu.counts) {
+            *total += count;
+        }
+    }
+    sum
+}
+
+fn failed(map: &'static str, action: &str, error: sys::SysError) -> StoreError {
+    StoreError { map, action: format!("{action}: {} {}", error.call, error.object), source: error.source }
+}
+
+/// A whole table in memory: for what plans write, whose number the configuration bounds.
+fn collect<K: Pod + Debug + Ord, V: Pod>(table: &Table<K, V>) -> Result<BTreeMap<K, V>, StoreError> {
+    table.iter().collect()
+}
+
+impl Store for KernelStore {
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        match op {
+            Op::PutName(key, name) => self.names.put(key, &Name::new(name)),
+            Op::RemoveName(key) => self.names.remove(key).map(drop),
+            Op::PutBackend(index, backend) => self.backends.put(index, backend),
+            Op::PutMember(key, member) => self.members.put(key, member),
+            Op::RemoveMember(key) => self.members.remove(key).map(drop),
+            Op::WriteSlots { first, backends } => self.write_slots(*first, backends),
+            Op::SetFilter(direction, bits) => {
+                self.set_filter(*direction, bits);
+                Ok(())
+            }
+            Op::PutUsage(key) => self.usage.make(key),
+            Op::RemoveUsage(key) => self.usage.remove(key).map(drop),
+            Op::PutFrontendV4(key, frontend) => self.v4.frontends.put(key, frontend),
+            Op::PutFrontendV6(key, frontend) => self.v6.frontends.put(key, frontend),
+            Op::RemoveFrontendV4(key) => self.v4.frontends.remove(key).map(drop),
+            Op::RemoveFrontendV6(key) => self.v6.frontends.remove(key).map(drop),
+            Op::Grace => sys::synchronize().map_err(|error| failed("grace", "wait", error)),
+        }
+    }
+
+    fn observe(&self) -> Result<Observed, StoreError> {
+        let frontends_v4 = collect(&self.v4.frontends)?;
+        let frontends_v6 = collect(&self.v6.frontends)?;
+        let extents = frontends_v4.values().chain(frontends_v6.values());
+        let slots = extents
+            .filter(|frontend| frontend.slot_count > 0)
+            .map(|frontend| {
+                let end = frontend.slot_first.saturating_add(frontend.slot_count).min(self.slots.len());
+                let slots = (frontend.slot_first..end).map(|slot| self.slots.load_u32(slot));
+                (frontend.slot_first, slots.collect())
+            })
+            .collect();
+        let backends = self.backends.iter().filter(|entry| !matches!(entry, Ok((_, backend)) if is_unused(backend)));
+        let names = self.names.iter().map(|entry| entry.map(|(key, name)| (key, name.as_str().to_owned())));
+        let usage = self.usage.iter().map(|entry| entry.map(|(key, _)| key));
+        Ok(Observed {
+            frontends_v4,
+            frontends_v6,
+            slots,
+            members: collect(&self.members)?,
+            backends: backends.collect::<Result<_, _>>()?,
+            names: names.collect::<Result<_, _>>()?,
+            usage: usage.collect::<Result<BTreeSet<_>, _>>()?,
+        })
+    }
+
+    fn capacity(&self) -> Capacity {
+        Capacity { backends: self.backends.info().max_entries, slots: self.slots.len() }
+    }
+}
+
+/// A record that no backend ever had.
+fn is_unused(backend: &Backend) -> bool {
+    backend.generation == 0
+}

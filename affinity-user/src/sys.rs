@@ -1,0 +1,854 @@
+//! The one file of user space with `unsafe`: bpf(2) and the memory that it shares, behind safe functions.
+//!
+//! aya has no batch operations, falls back from link to netlink silently, and reuses pinned maps unchecked; so what
+//! the store, the loader and the attachments need is here, on file descriptors and byte slices. Every function
+//! checks the lengths of its slices against what the kernel said about the object: that is why each call is sound.
+//! Errors name the call and the object.
+#![expect(unsafe_code, reason = "bpf(2) takes pointers in a union; maps are shared with the kernel by mmap")]
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    ptr,
+    sync::{
+        LazyLock,
+        atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    },
+};
+
+use aya_obj::generated::{
+    BPF_NOEXIST, bpf_cmd,
+    bpf_map_type::{
+        BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_ARRAY_OF_MAPS, BPF_MAP_TYPE_LRU_PERCPU_HASH, BPF_MAP_TYPE_PERCPU_ARRAY,
+        BPF_MAP_TYPE_PERCPU_HASH, BPF_MAP_TYPE_RINGBUF,
+    },
+};
+use bytemuck::{Pod, Zeroable};
+use memmap2::{MmapOptions, MmapRaw};
+
+/// A call failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} {object}: {source}")]
+pub struct SysError {
+    /// The command or system call.
+    pub call: &'static str,
+    /// What it was about.
+    pub object: String,
+    /// The kernel's answer.
+    pub source: io::Error,
+}
+
+impl SysError {
+    /// From a call, its object and the kernel's answer.
+    pub fn new(call: &'static str, object: impl Into<String>, source: io::Error) -> Self {
+        Self { call, object: object.into(), source }
+    }
+
+    /// Whether there is no such object.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        self.source.kind() == io::ErrorKind::NotFound
+    }
+}
+
+/// What the functions of this module return.
+pub type Result<T> = std::result::Result<T, SysError>;
+
+/// CPUs that could ever be online: the number of values in an entry of a per-CPU map.
+#[must_use]
+pub fn possible_cpus() -> usize {
+    static CPUS: LazyLock<usize> = LazyLock::new(|| {
+        aya::util::nr_cpus().expect("/sys/devices/system/cpu/possible says how much the kernel writes for each value")
+    });
+    *CPUS
+}
+
+/// bpf(2) with the attributes of one command.
+///
+/// # Safety
+/// The pointers in `attr` must be valid for what `command` reads and writes.
+unsafe fn bpf<A: Pod>(command: bpf_cmd, attr: &mut A) -> io::Result<i64> {
+    // SAFETY: `attr` is plain data, valid for its whole size; the pointers in it are the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command as u32, ptr::from_mut(attr), size_of::<A>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// bpf(2) with a command that returns a new file descriptor.
+///
+/// # Safety
+/// As [`bpf`]; and `command` returns a descriptor.
+unsafe fn bpf_fd<A: Pod>(command: bpf_cmd, attr: &mut A) -> io::Result<OwnedFd> {
+    // SAFETY: the caller's promise.
+    let fd = unsafe { bpf(command, attr) }?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn address(bytes: &[u8]) -> u64 {
+    bytes.as_ptr().expose_provenance() as u64
+}
+
+fn address_mut(bytes: &mut [u8]) -> u64 {
+    bytes.as_mut_ptr().expose_provenance() as u64
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd() as u32
+}
+
+fn c_path(call: &'static str, path: &Path) -> Result<CString> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|error| SysError::new(call, path.display().to_string(), io::Error::other(error)))
+}
+
+// ---- objects and pins ----
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ObjAttr {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct InfoAttr {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// Opens what is pinned at `path`: a map, a program or a link.
+///
+/// # Errors
+/// [`SysError::is_not_found`] where nothing is.
+pub fn obj_get(path: &Path) -> Result<OwnedFd> {
+    let name = c_path("BPF_OBJ_GET", path)?;
+    let mut attr = ObjAttr { pathname: address(name.as_bytes_with_nul()), ..Zeroable::zeroed() };
+    // SAFETY: `pathname` is a string that ends in NUL and outlives the call.
+    unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr) }
+        .map_err(|error| SysError::new("BPF_OBJ_GET", path.display().to_string(), error))
+}
+
+/// Pins a map, a program or a link at `path`, which must not exist yet.
+///
+/// # Errors
+/// [`SysError`], also where something is pinned there already.
+pub fn obj_pin(fd: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let name = c_path("BPF_OBJ_PIN", path)?;
+    let mut attr = ObjAttr { pathname: address(name.as_bytes_with_nul()), bpf_fd: raw(fd), ..Zeroable::zeroed() };
+    // SAFETY: `pathname` is a string that ends in NUL and outlives the call.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }
+        .map_err(|error| SysError::new("BPF_OBJ_PIN", path.display().to_string(), error))?;
+    Ok(())
+}
+
+/// Fills the first `size_of::<T>()` bytes of what the kernel tells about an object; the rest of `T` stays zero.
+fn info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    let mut info = T::zeroed();
+    let mut attr = InfoAttr {
+        bpf_fd: raw(fd),
+        info_len: size_of::<T>() as u32,
+        info: address_mut(bytemuck::bytes_of_mut(&mut info)),
+    };
+    // SAFETY: `info` is valid for `info_len` bytes, and any bytes make a valid `T`.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info)
+}
+
+// ---- maps ----
+
+/// What the kernel tells about a map: the start of `struct bpf_map_info`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MapInfo {
+    /// A `bpf_map_type`.
+    pub kind: u32,
+    /// Its id.
+    pub id: u32,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value, of one CPU in a per-CPU map.
+    pub value_size: u32,
+    /// Entries; bytes in a ring buffer.
+    pub max_entries: u32,
+    /// `BPF_F_*`.
+    pub flags: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; 16],
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    /// The value; or the next key.
+    value: u64,
+    flags: u64,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// When an update may write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Write {
+    /// Always.
+    Any,
+    /// Only where there is no entry.
+    New,
+}
+
+impl Write {
+    const fn flags(self) -> u64 {
+        match self {
+            Self::Any => 0,
+            Self::New => BPF_NOEXIST as u64,
+        }
+    }
+}
+
+/// How far one step of [`Map::lookup_batch`] came.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Batch {
+    /// So many entries were read, and there are more.
+    More(usize),
+    /// So many entries were read, and these were the last.
+    Last(usize),
+    /// One bucket has more entries than the slices have room for: nothing was read, come with more room.
+    NoRoom,
+}
+
+/// An open map.
+#[derive(Debug)]
+pub struct Map {
+    fd: OwnedFd,
+    name: String,
+    info: MapInfo,
+}
+
+impl AsFd for Map {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Map {
+    /// Creates a map; `spec.id` is not used. The kernel keeps the first 15 bytes of the name.
+    ///
+    /// # Errors
+    /// [`SysError`] where the kernel refuses it.
+    pub fn create(name: &str, spec: &MapInfo) -> Result<Self> {
+        Self::create_with_inner(name, spec, None)
+    }
+
+    fn create_with_inner(name: &str, spec: &MapInfo, inner: Option<&Self>) -> Result<Self> {
+        let mut attr = CreateAttr {
+            map_type: spec.kind,
+            key_size: spec.key_size,
+            value_size: spec.value_size,
+            max_entries: spec.max_entries,
+            map_flags: spec.flags,
+            inner_map_fd: inner.map_or(0, |map| raw(map.as_fd())),
+            ..Zeroable::zeroed()
+        };
+        let len = name.len().min(attr.map_name.len() - 1);
+        attr.map_name[..len].copy_from_slice(&name.as_bytes()[..len]);
+        // SAFETY: the attributes of this command hold no pointer.
+        let fd = unsafe { bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr) }
+            .map_err(|error| SysError::new("BPF_MAP_CREATE", name, error))?;
+        Self::from_fd(fd, name)
+    }
+
+    /// Opens a pinned map. Its name is the file's.
+    ///
+    /// # Errors
+    /// [`SysError::is_not_found`] where nothing is pinned there.
+    pub fn open(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        Self::from_fd(obj_get(path)?, &name)
+    }
+
+    /// Takes a map's descriptor.
+    ///
+    /// # Errors
+    /// [`SysError`] where it is not a map's.
+    pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self> {
+        let target = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())
+            .map_err(|error| SysError::new("readlink", name, error.into()))?;
+        if !target.as_bytes().windows(7).any(|part| part == b"bpf-map") {
+            return Err(SysError::new("BPF_OBJ_GET", name, io::Error::other("not a map")));
+        }
+        let info = info::<MapInfo>(fd.as_fd()).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", name, error))?;
+        Ok(Self { fd, name: name.to_owned(), info })
+    }
+
+    /// What the kernel tells about it.
+    #[must_use]
+    pub const fn info(&self) -> &MapInfo {
+        &self.info
+    }
+
+    /// The name it was opened by.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of a key.
+    #[must_use]
+    pub const fn key_len(&self) -> usize {
+        self.info.key_size as usize
+    }
+
+    /// Bytes of a value: in a per-CPU map, those of all CPUs, each rounded up to eight.
+    #[must_use]
+    pub fn value_len(&self) -> usize {
+        const PER_CPU: [u32; 3] =
+            [BPF_MAP_TYPE_PERCPU_HASH as u32, BPF_MAP_TYPE_PERCPU_ARRAY as u32, BPF_MAP_TYPE_LRU_PERCPU_HASH as u32];
+        let size = self.info.value_size as usize;
+        if PER_CPU.contains(&self.info.kind) { size.next_multiple_of(8) * possible_cpus() } else { size }
+    }
+
+    fn error(&self, call: &'static str, source: io::Error) -> SysError {
+        SysError::new(call, self.name.clone(), source)
+    }
+
+    /// Panics unless the slices have the lengths that the kernel will read and write.
+    fn check(&self, entries: usize, keys: &[u8], values: Option<&[u8]>) {
+        assert_eq!(keys.len(), entries * self.key_len(), "length of the keys of {}", self.name);
+        if let Some(values) = values {
+            assert_eq!(values.len(), entries * self.value_len(), "length of the values of {}", self.name);
+        }
+    }
+
+    fn element(&self, key: &[u8], value: u64, flags: u64) -> ElementAttr {
+        ElementAttr { map_fd: raw(self.as_fd()), pad: 0, key: address(key), value, flags }
+    }
+
+    /// Reads one value; false where there is no entry.
+    ///
+    /// # Errors
+    /// [`SysError`].
+    pub fn lookup(&self, key: &[u8], value: &mut [u8]) -> Result<bool> {
+        self.check(1, key, Some(value));
+        let mut attr = self.element(key, address_mut(value), 0);
+        // SAFETY: `check` has seen that both slices have the map's lengths.
+        found(unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) })
+            .map_err(|error| self.error("BPF_MAP_LOOKUP_ELEM", error))
+    }
+
+    /// Writes one value; false where [`Write::New`] met an entry.
+    ///
+    /// # Errors
+    /// [`SysError`], `E2BIG` where a hash is full.
+    pub fn update(&self, key: &[u8], value: &[u8], write: Write) -> Result<bool> {
+        self.check(1, key, Some(value));
+        let mut attr = self.element(key, address(value), write.flags());
+        // SAFETY: `check` has seen that both slices have the map's lengths; the kernel only reads them.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) } {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(self.error("BPF_MAP_UPDATE_ELEM", error)),
+        }
+    }
+
+    /// Removes an entry; false where there was none.
+    ///
+    /// # Errors
+    /// [`SysError`].
+    pub fn delete(&self, key: &[u8]) -> Result<bool> {
+        self.check(1, key, None);
+        let mut attr = self.element(key, 0, 0);
+        // SAFETY: `check` has seen that the key has the map's length; the kernel only reads it.
+        found(unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) })
+            .map_err(|error| self.error("BPF_MAP_DELETE_ELEM", error))
+    }
+
+    /// Writes the key after `key` (the first one after none) into `next`; false at the end.
+    ///
+    /// # Errors
+    /// [`SysError`].
+    pub fn next_key(&self, key: Option<&[u8]>, next: &mut [u8]) -> Result<bool> {
+        self.check(1, next, None);
+        let mut attr = self.element(&[], address_mut(next), 0);
+        attr.key = key.map_or(0, |key| {
+            self.check(1, key, None);
+            address(key)
+        });
+        // SAFETY: `check` has seen that both keys have the map's length; a null key asks for the first.
+        found(unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) })
+            .map_err(|error| self.error("BPF_MAP_GET_NEXT_KEY", error))
+    }
+
+    /// Bytes of the position in a batched walk: an index of a bucket, or a key.
+    #[must_use]
+    pub fn position_len(&self) -> usize {
+        self.key_len().max(size_of::<u32>())
+    }
+
+    /// Reads the entries after `from` (all from the start on after none) and writes the new position into `to`.
+    /// Entries that come and go meanwhile may be read or not; none that stays is missed or read twice.
+    ///
+    /// # Errors
+    /// [`SysError`]; `ENOTSUPP` (524) or `EINVAL` where the kernel cannot do it for this type of map.
+    pub fn lookup_batch(
+        &self,
+        from: Option<&[u8]>,
+        to: &mut [u8],
+        keys: &mut [u8],
+        values: &mut [u8],
+    ) -> Result<Batch> {
+        let entries = keys.len() / self.key_len();
+        self.check(entries, keys, Some(values));
+        assert!(
+            to.len() >= self.position_len() && from.is_none_or(|from| from.len() >= self.position_len()),
+            "length of a position in {}",
+            self.name
+        );
+        let mut attr = BatchAttr {
+            in_batch: from.map_or(0, address),
+            out_batch: address_mut(to),
+            keys: address_mut(keys),
+            values: address_mut(values),
+            count: entries as u32,
+            map_fd: raw(self.as_fd()),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: keys and values have room for `count` entries, the positions for what the kernel keeps in them.
+        let result = unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) };
+        let count = attr.count as usize;
+        match result {
+            Ok(_) => Ok(Batch::More(count)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Batch::Last(count)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Ok(Batch::NoRoom),
+            Err(error) => Err(self.error("BPF_MAP_LOOKUP_BATCH", error)),
+        }
+    }
+
+    /// Writes entries, in place of any under their keys, and returns how many were written.
+    ///
+    /// # Errors
+    /// [`SysError`]; the entries before the one that failed are written.
+    pub fn update_batch(&self, keys: &[u8], values: &[u8]) -> Result<usize> {
+        let entries = keys.len() / self.key_len();
+        self.check(entries, keys, Some(values));
+        let mut attr = BatchAttr {
+            keys: address(keys),
+            values: address(values),
+            count: entries as u32,
+            map_fd: raw(self.as_fd()),
+            ..Zeroable::zeroed()
+        };
+        // SAFETY: keys and values hold `count` entries; the kernel only reads them.
+        unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }
+            .map_err(|error| self.error("BPF_MAP_UPDATE_BATCH", error))?;
+        Ok(attr.count as usize)
+    }
+
+    /// Maps the values of an array made with `BPF_F_MMAPABLE`, to read and write.
+    ///
+    /// # Errors
+    /// [`SysError`] where the map is not of that kind.
+    pub fn words(&self) -> Result<Words> {
+        let stride = (self.info.value_size as usize).next_multiple_of(8);
+        let len = stride * self.info.max_entries as usize;
+        if self.info.kind != BPF_MAP_TYPE_ARRAY as u32 {
+            return Err(self.error("mmap", io::Error::other("not an array")));
+        }
+        let map = MmapOptions::new().len(len).map_raw(&self.fd).map_err(|error| self.error("mmap", error))?;
+        Ok(Words { map, stride, entries: self.info.max_entries })
+    }
+
+    /// Maps a ring buffer to read it.
+    ///
+    /// # Errors
+    /// [`SysError`] where the map is no ring buffer.
+    pub fn ring(&self) -> Result<Ring> {
+        if self.info.kind != BPF_MAP_TYPE_RINGBUF as u32 {
+            return Err(self.error("mmap", io::Error::other("not a ring buffer")));
+        }
+        let page = rustix::param::page_size();
+        let size = self.info.max_entries as usize;
+        // The producer's page, and the data twice in a row, so that a record never ends at the buffer's end.
+        let shared = MmapOptions::new().offset(page as u64).len(page + 2 * size).map_raw_read_only(&self.fd);
+        let shared = shared.map_err(|error| self.error("mmap", error))?;
+        Ok(Ring { shared, page, size })
+    }
+
+    /// Maps the page of a ring buffer that says how far it was consumed.
+    ///
+    /// # Errors
+    /// [`SysError`] where the map is no ring buffer.
+    pub fn ring_consumer(&self) -> Result<RingConsumer> {
+        if self.info.kind != BPF_MAP_TYPE_RINGBUF as u32 {
+            return Err(self.error("mmap", io::Error::other("not a ring buffer")));
+        }
+        let page = MmapOptions::new().len(rustix::param::page_size()).map_raw(&self.fd);
+        Ok(RingConsumer { page: page.map_err(|error| self.error("mmap", error))? })
+    }
+}
+
+fn found(result: io::Result<i64>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits until every program that runs now has ended.
+///
+/// An update of a map of maps does that before it returns: the kernel promises its caller that no program still uses
+/// the old inner map (`maybe_wait_bpf_programs` in
+/// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/syscall.c#L148>). A sleep would only hope for it.
+///
+/// # Errors
+/// [`SysError`] where such a map cannot be made.
+pub fn synchronize() -> Result<()> {
+    let inner = MapInfo {
+        kind: BPF_MAP_TYPE_ARRAY as u32,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        ..Zeroable::zeroed()
+    };
+    let outer = MapInfo { kind: BPF_MAP_TYPE_ARRAY_OF_MAPS as u32, ..inner };
+    let inner = Map::create("grace_inner", &inner)?;
+    let outer = Map::create_with_inner("grace", &outer, Some(&inner))?;
+    outer.update(&[0; 4], &inner.as_fd().as_raw_fd().to_ne_bytes(), Write::Any)?;
+    Ok(())
+}
+
+// ---- memory shared with the kernel ----
+
+/// The values of an array, shared with the programs. Every access is one atomic load or store.
+#[derive(Debug)]
+pub struct Words {
+    map: MmapRaw,
+    stride: usize,
+    entries: u32,
+}
+
+impl Words {
+    /// Number of values.
+    #[must_use]
+    pub const fn len(&self) -> u32 {
+        self.entries
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.entries == 0
+    }
+
+    /// Panics where `index` is not one of the array's.
+    fn at(&self, index: u32) -> *mut u8 {
+        assert!(index < self.entries, "index {index} of {} values", self.entries);
+        self.map.as_mut_ptr().wrapping_add(index as usize * self.stride)
+    }
+
+    fn u32_at(&self, index: u32) -> &AtomicU32 {
+        // SAFETY: within the mapping by the check in `at`; aligned, since the stride is a multiple of eight; and all
+        // of this process access it atomically.
+        unsafe { AtomicU32::from_ptr(self.at(index).cast()) }
+    }
+
+    fn u64_at(&self, index: u32) -> &AtomicU64 {
+        // SAFETY: as in `u32_at`.
+        unsafe { AtomicU64::from_ptr(self.at(index).cast()) }
+    }
+
+    /// A value of four bytes.
+    #[must_use]
+    pub fn load_u32(&self, index: u32) -> u32 {
+        self.u32_at(index).load(Ordering::Acquire)
+    }
+
+    /// Writes a value of four bytes.
+    pub fn store_u32(&self, index: u32, value: u32) {
+        self.u32_at(index).store(value, Ordering::Release);
+    }
+
+    /// A value of eight bytes.
+    #[must_use]
+    pub fn load_u64(&self, index: u32) -> u64 {
+        self.u64_at(index).load(Ordering::Acquire)
+    }
+
+    /// Writes a value of eight bytes.
+    pub fn store_u64(&self, index: u32, value: u64) {
+        self.u64_at(index).store(value, Ordering::Release);
+    }
+
+    /// Adds to a value of eight bytes; wraps.
+    pub fn add_u64(&self, index: u32, difference: i64) {
+        self.u64_at(index).fetch_add(difference as u64, Ordering::AcqRel);
+    }
+
+    /// Sets bits of a value of eight bytes.
+    pub fn set_bits(&self, index: u32, bits: u64) {
+        self.u64_at(index).fetch_or(bits, Ordering::AcqRel);
+    }
+
+    /// Clears bits of a value of eight bytes.
+    pub fn clear_bits(&self, index: u32, bits: u64) {
+        self.u64_at(index).fetch_and(!bits, Ordering::AcqRel);
+    }
+}
+
+/// A ring buffer, read only: <https://docs.kernel.org/bpf/ringbuf.html>.
+#[derive(Debug)]
+pub struct Ring {
+    shared: MmapRaw,
+    page: usize,
+    size: usize,
+}
+
+impl Ring {
+    /// Bytes of the buffer.
+    #[must_use]
+    pub const fn size(&self) -> usize {
+        self.size
+    }
+
+    /// How many bytes were ever produced.
+    #[must_use]
+    pub fn produced(&self) -> u64 {
+        // SAFETY: the producer's position is the first word of the first page of this mapping.
+        unsafe { load_read_only(self.shared.as_mut_ptr().cast()) }
+    }
+
+    /// The eight bytes at a position, which must be a multiple of eight.
+    ///
+    /// The kernel may write over them meanwhile: compare [`Ring::produced`] after reading.
+    #[must_use]
+    pub fn word(&self, position: u64) -> u64 {
+        assert_eq!(position % 8, 0, "a position in the ring is a multiple of eight");
+        let offset = self.page + (position as usize & (self.size - 1));
+        // SAFETY: behind the first page lie the data, `size` bytes (a power of two) twice; the mask keeps the offset
+        // within the first of them, and it is aligned.
+        unsafe { load_read_only(self.shared.as_mut_ptr().add(offset).cast()) }
+    }
+}
+
+/// An acquiring load from memory that this process may not write: of all atomic accesses only a relaxed load of at
+/// most a machine word is defined there.
+///
+/// # Safety
+/// `word` is aligned and valid to read, and all of this process access it atomically.
+unsafe fn load_read_only(word: *mut u64) -> u64 {
+    // SAFETY: the caller's promise.
+    let value = unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Relaxed);
+    fence(Ordering::Acquire);
+    value
+}
+
+/// How far a ring buffer was consumed: what the kernel may write over.
+#[derive(Debug)]
+pub struct RingConsumer {
+    page: MmapRaw,
+}
+
+impl RingConsumer {
+    fn position(&self) -> &AtomicU64 {
+        // SAFETY: the consumer's position is the first word of the buffer's first page; all access is atomic.
+        unsafe { AtomicU64::from_ptr(self.page.as_mut_ptr().cast()) }
+    }
+
+    /// How many bytes were consumed.
+    #[must_use]
+    pub fn consumed(&self) -> u64 {
+        self.position().load(Ordering::Acquire)
+    }
+
+    /// Gives everything before `position` back to the kernel.
+    pub fn consume(&self, position: u64) {
+        self.position().store(position, Ordering::Release);
+    }
+}
+
+// ---- programs and links ----
+
+/// What the kernel tells about a program: the start of `struct bpf_prog_info`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ProgInfo {
+    /// A `bpf_prog_type`.
+    pub kind: u32,
+    /// Its id.
+    pub id: u32,
+    /// Hash of its instructions.
+    pub tag: [u8; 8],
+}
+
+/// What the kernel tells about a link: the start of `struct bpf_link_info`, as XDP and tcx links fill it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct LinkInfo {
+    /// A `bpf_link_type`.
+    pub kind: u32,
+    /// Its id.
+    pub id: u32,
+    /// The program.
+    pub prog_id: u32,
+    pad: u32,
+    /// The device; zero once it has gone.
+    pub ifindex: u32,
+    /// A `bpf_attach_type`; zero for XDP.
+    pub attach_type: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct LinkCreateAttr {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    relative_fd: u32,
+    pad: u32,
+    expected_revision: u64,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct LinkUpdateAttr {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct TestRunAttr {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    pad: u32,
+}
+
+/// What the kernel tells about a program.
+///
+/// # Errors
+/// [`SysError`] where the descriptor is no program's.
+pub fn prog_info(prog: BorrowedFd<'_>) -> Result<ProgInfo> {
+    info(prog).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", "program", error))
+}
+
+/// What the kernel tells about a link.
+///
+/// # Errors
+/// [`SysError`] where the descriptor is no link's.
+pub fn link_info(link: BorrowedFd<'_>) -> Result<LinkInfo> {
+    info(link).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", "link", error))
+}
+
+/// Attaches a program to a device. The attachment lives as long as the link: its descriptor or its pin.
+///
+/// `flags` are `XDP_FLAGS_*`, or for tcx `BPF_F_BEFORE` and its kin.
+///
+/// # Errors
+/// [`SysError`]; unlike aya, never an attachment by netlink in its place.
+pub fn link_create(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32, flags: u32) -> Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        prog_fd: raw(prog),
+        target_ifindex: ifindex,
+        attach_type,
+        flags,
+        ..Zeroable::zeroed()
+    };
+    // SAFETY: the attributes of this command hold no pointer.
+    unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+        .map_err(|error| SysError::new("BPF_LINK_CREATE", format!("device {ifindex}"), error))
+}
+
+/// Puts another program into a link: each packet meets the old one or the new one.
+///
+/// # Errors
+/// [`SysError`] where the programs are of different types, or the device has gone (`ENOLINK`).
+pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<()> {
+    let mut attr = LinkUpdateAttr { link_fd: raw(link), new_prog_fd: raw(prog), ..Zeroable::zeroed() };
+    // SAFETY: the attributes of this command hold no pointer.
+    unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }
+        .map_err(|error| SysError::new("BPF_LINK_UPDATE", "link", error))?;
+    Ok(())
+}
+
+/// What a program made of a frame.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TestRun {
+    /// What the program returned.
+    pub retval: u32,
+    /// The frame as it left the program; after several runs, as it left the last.
+    pub data_out: Vec<u8>,
+    /// Nanoseconds of a run, the mean of all.
+    pub duration_ns: u32,
+}
+
+/// Runs a program on a frame of at least 14 bytes, `repeat` times. Each run starts from what the one before left.
+///
+/// # Errors
+/// [`SysError`] where the kernel refuses the frame or the program's type.
+pub fn test_run(prog: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<TestRun> {
+    // Room for what a program may add: headers, or a tail.
+    let mut data_out = vec![0; frame.len() + 512];
+    let mut attr = TestRunAttr {
+        prog_fd: raw(prog),
+        data_size_in: frame.len() as u32,
+        data_size_out: data_out.len() as u32,
+        data_in: address(frame),
+        data_out: address_mut(&mut data_out),
+        repeat,
+        ..Zeroable::zeroed()
+    };
+    // SAFETY: `data_in` and `data_out` are valid for the sizes beside them.
+    unsafe { bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr) }
+        .map_err(|error| SysError::new("BPF_PROG_TEST_RUN", format!("frame of {} bytes", frame.len()), error))?;
+    data_out.truncate(attr.data_size_out as usize);
+    Ok(TestRun { retval: attr.retval, data_out, duration_ns: attr.duration })
+}
