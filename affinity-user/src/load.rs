@@ -7,7 +7,7 @@
 mod carry;
 mod clock;
 mod pins;
-mod sizes;
+pub mod sizes;
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use affinity_common::{
 };
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    programs::{Program, ProgramError},
+    programs::{Program, ProgramError, SchedClassifier},
 };
 use aya_log::Level;
 use aya_obj::Object;
@@ -31,7 +31,7 @@ pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
     pins::{PinDir, PinError},
-    sizes::{Sizes, cost, mib},
+    sizes::Sizes,
 };
 use crate::{
     attach::{self, AttachError},
@@ -130,7 +130,7 @@ impl Loaded {
     /// What the kernel allocated for the maps, in bytes.
     #[must_use]
     pub fn cost(&self) -> u64 {
-        self.maps.iter().map(|(_, info)| cost(info)).sum()
+        self.maps.iter().map(|(_, info)| sizes::cost(info)).sum()
     }
 }
 
@@ -248,10 +248,13 @@ fn load_beside(
         if let Some(entries) = options.sizes.entries(name) {
             loader.map_max_entries(name, entries);
         }
-        loader.map_pin_path(name, match plan {
-            Plan::Keep => pins.map(name),
-            Plan::Replace(_) => pins.next_map(name),
-        });
+        loader.map_pin_path(
+            name,
+            match plan {
+                Plan::Keep => pins.map(name),
+                Plan::Replace(_) => pins.next_map(name),
+            },
+        );
     }
     let mut ebpf = loader.load(PROGRAMS)?;
     let mut programs = Programs::new();
@@ -269,12 +272,12 @@ fn load_beside(
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, LoadError> {
     let failed = |source: ProgramError| LoadError::Program { name, source: Box::new(source) };
     let program = ebpf.program_mut(name).ok_or(LoadError::Missing(name))?;
-    match program {
-        Program::Xdp(xdp) => xdp.load(),
-        Program::SchedClassifier(classifier) => classifier.load(),
-        _ => Err(ProgramError::UnexpectedProgramType),
-    }
-    .map_err(failed)?;
+    let loaded = if let Program::Xdp(xdp) = program {
+        xdp.load()
+    } else {
+        <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
+    };
+    loaded.map_err(failed)?;
     let fd = program.fd().map_err(failed)?.as_fd().try_clone_to_owned();
     fd.map_err(|error| SysError::new("dup", name, error).into())
 }

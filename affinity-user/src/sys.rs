@@ -536,13 +536,8 @@ fn found(result: io::Result<i64>) -> io::Result<bool> {
 /// # Errors
 /// [`SysError`] where such a map cannot be made.
 pub fn synchronize() -> Result<()> {
-    let inner = MapInfo {
-        kind: BPF_MAP_TYPE_ARRAY as u32,
-        key_size: 4,
-        value_size: 4,
-        max_entries: 1,
-        ..Zeroable::zeroed()
-    };
+    let inner =
+        MapInfo { kind: BPF_MAP_TYPE_ARRAY as u32, key_size: 4, value_size: 4, max_entries: 1, ..Zeroable::zeroed() };
     let outer = MapInfo { kind: BPF_MAP_TYPE_ARRAY_OF_MAPS as u32, ..inner };
     let inner = Map::create("grace_inner", &inner)?;
     let outer = Map::create_with_inner("grace", &outer, Some(&inner))?;
@@ -795,13 +790,8 @@ pub fn link_info(link: BorrowedFd<'_>) -> Result<LinkInfo> {
 /// # Errors
 /// [`SysError`]; unlike aya, never an attachment by netlink in its place.
 pub fn link_create(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32, flags: u32) -> Result<OwnedFd> {
-    let mut attr = LinkCreateAttr {
-        prog_fd: raw(prog),
-        target_ifindex: ifindex,
-        attach_type,
-        flags,
-        ..Zeroable::zeroed()
-    };
+    let mut attr =
+        LinkCreateAttr { prog_fd: raw(prog), target_ifindex: ifindex, attach_type, flags, ..Zeroable::zeroed() };
     // SAFETY: the attributes of this command hold no pointer.
     unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
         .map_err(|error| SysError::new("BPF_LINK_CREATE", format!("device {ifindex}"), error))

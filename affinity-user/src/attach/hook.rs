@@ -27,14 +27,8 @@ pub enum Hook {
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::XdpNative,
-        Self::XdpGeneric,
-        Self::TcxIngress,
-        Self::ClsactIngress,
-        Self::TcxEgress,
-        Self::ClsactEgress,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::XdpNative, Self::XdpGeneric, Self::TcxIngress, Self::ClsactIngress, Self::TcxEgress, Self::ClsactEgress];
 
     /// Its name in pins and output.
     #[must_use]

@@ -35,14 +35,15 @@ const ARRAYS: [u32; 2] = [bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, bpf_map_type:
 ///
 /// # Errors
 /// [`CarryError::Full`] where a hash or an array is too small for what is in it.
-pub fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
+pub(super) fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
     if old.info().kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
         return Ok(());
     }
     let full = || CarryError::Full { map: new.name().to_owned(), max_entries: new.info().max_entries };
     let mut walk = Walk::new(old);
     while let Some((keys, values)) = walk.next_batch()? {
-        let fitting = if ARRAYS.contains(&old.info().kind) { fitting(keys, new.info().max_entries) } else { keys.len() };
+        let fitting =
+            if ARRAYS.contains(&old.info().kind) { fitting(keys, new.info().max_entries) } else { keys.len() };
         let (keys, (values, beyond)) = (&keys[..fitting], values.split_at(fitting / new.key_len() * new.value_len()));
         if beyond.iter().any(|&byte| byte != 0) {
             return Err(full());
@@ -80,7 +81,7 @@ const _: () = assert!(
 ///
 /// # Errors
 /// [`SysError`].
-pub fn carry_late(old: &Map, new: &Map, since_ns: u64) -> Result<(), SysError> {
+pub(super) fn carry_late(old: &Map, new: &Map, since_ns: u64) -> Result<(), SysError> {
     let mut current = vec![0; new.value_len()];
     let mut walk = Walk::new(old);
     while let Some(entry) = walk.next() {

@@ -59,7 +59,7 @@ type Reading = (u64, u64);
 ///
 /// # Errors
 /// [`ClockError`].
-pub fn measure(clock: BorrowedFd<'_>) -> Result<Ticks, ClockError> {
+pub(super) fn measure(clock: BorrowedFd<'_>) -> Result<Ticks, ClockError> {
     let mut read = || read(clock);
     let mut last = 0.0;
     for _ in 0..ATTEMPTS {

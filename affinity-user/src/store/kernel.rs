@@ -23,7 +23,7 @@ use affinity_common::{
 };
 use bytemuck::Pod;
 
-pub use self::table::{BATCH, Entries, PerCpu, Table, Walk};
+pub use self::table::{BATCH, Bytes, Entries, PerCpu, Table, Walk};
 use super::{Capacity, Observed, Op, Store, StoreError};
 use crate::{
     load::PinDir,

@@ -125,9 +125,10 @@ impl<K: Pod, V: Pod> Iterator for Entries<'_, K, V> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let name = self.name;
-        let entry = self.walk.next()?.map(|(key, value)| {
-            (bytemuck::pod_read_unaligned::<K>(key), bytemuck::pod_read_unaligned::<V>(value))
-        });
+        let entry = self
+            .walk
+            .next()?
+            .map(|(key, value)| (bytemuck::pod_read_unaligned::<K>(key), bytemuck::pod_read_unaligned::<V>(value)));
         Some(entry.map_err(|error| walk_failed(name, error)))
     }
 }
@@ -205,6 +206,9 @@ fn walk_failed(map: &'static str, error: SysError) -> StoreError {
     StoreError { map, action: "walk".to_owned(), source: error.source }
 }
 
+/// Keys and values as bytes, of equal number.
+pub type Bytes<'a> = (&'a [u8], &'a [u8]);
+
 /// A walk over the bytes of any hash or array: in batches where the kernel has them for this type of map, else key by
 /// key.
 pub struct Walk<'a> {
@@ -250,7 +254,7 @@ impl<'a> Walk<'a> {
 
     /// The next entry: the bytes of its key and its value.
     #[expect(clippy::should_implement_trait, reason = "lends its buffers, which an Iterator cannot")]
-    pub fn next(&mut self) -> Option<Result<(&[u8], &[u8]), SysError>> {
+    pub fn next(&mut self) -> Option<Result<Bytes<'_>, SysError>> {
         while self.given == self.filled {
             let filled = match self.state {
                 State::Batches => self.fill(),
@@ -270,11 +274,11 @@ impl<'a> Walk<'a> {
         Some(Ok((nth(&self.keys, entry, self.map.key_len()), nth(&self.values, entry, self.map.value_len()))))
     }
 
-    /// The rest of the batch at hand, or the next one: keys and values of equal number; none at the end.
+    /// The rest of the batch at hand, or the next one; none at the end.
     ///
     /// # Errors
     /// [`SysError`] where the map could not be read.
-    pub fn next_batch(&mut self) -> Result<Option<(&[u8], &[u8])>, SysError> {
+    pub fn next_batch(&mut self) -> Result<Option<Bytes<'_>>, SysError> {
         match self.next() {
             None => return Ok(None),
             Some(Err(error)) => return Err(error),
