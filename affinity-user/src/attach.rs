@@ -152,17 +152,21 @@ pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attach
     if device.framing == Framing::Other {
         return Err(AttachError::NotEthernet(device.name.clone()));
     }
-    let old = attachments(pins)?.into_iter().filter(|old| old.ifindex == device.index);
-    let old: Vec<_> = old.collect();
     let mut attached = Attached { hooks: Vec::new(), refused: Vec::new() };
     for candidates in [ingress_hooks(device, options), egress_hooks(options)] {
-        let refused = &mut attached.refused;
-        attached.hooks.push(attach_first(pins, device, &candidates, &old, refused)?);
+        let hook = attach_first(pins, device, &candidates, &mut attached.refused)?;
+        attached.hooks.push(hook);
     }
-    for stale in old.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
+    for stale in attachments_of(pins, device)?.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
         detach_one(pins, stale)?;
     }
     Ok(attached)
+}
+
+fn attachments_of(pins: &PinDir, device: &Device) -> Result<Vec<Attachment>, AttachError> {
+    let mut attachments = attachments(pins)?;
+    attachments.retain(|attachment| attachment.ifindex == device.index);
+    Ok(attachments)
 }
 
 /// Hooks for packets from clients, best first.
@@ -189,13 +193,21 @@ fn attach_first(
     pins: &PinDir,
     device: &Device,
     candidates: &[Hook],
-    old: &[Attachment],
     refused: &mut Vec<AttachError>,
 ) -> Result<Hook, AttachError> {
     let mut last = None;
     for &hook in candidates {
+        let old = attachments_of(pins, device)?;
         if old.iter().any(|old| old.hook == hook) {
+            refused.extend(last);
             return Ok(hook);
+        }
+        if let Some(rival) = old.iter().find(|old| hook.is_xdp() && old.hook.is_xdp()) {
+            // Where native was tried before, and refused, generic is not taken away to try again.
+            if candidates.contains(&rival.hook) {
+                continue;
+            }
+            make_way(pins, device, rival)?;
         }
         match attach_at(pins, device, hook) {
             Ok(()) => {
@@ -207,6 +219,13 @@ fn attach_first(
         }
     }
     Err(last.unwrap_or_else(|| AttachError::NotEthernet(device.name.clone())))
+}
+
+/// A device runs XDP in one mode at a time: takes the other mode off. TC does its work meanwhile; once XDP is there
+/// again it is taken off as any hook that is not wanted.
+fn make_way(pins: &PinDir, device: &Device, rival: &Attachment) -> Result<(), AttachError> {
+    attach_first(pins, device, &[Hook::TcxIngress, Hook::ClsactIngress], &mut Vec::new())?;
+    detach_one(pins, rival)
 }
 
 fn attach_at(pins: &PinDir, device: &Device, hook: Hook) -> Result<(), AttachError> {
@@ -320,12 +339,15 @@ pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, At
 }
 
 fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {
-    if attachment.hook.link().is_none()
-        && let Some(device) = attachment.device()
-    {
+    if attachment.hook.link().is_some() {
+        // The kernel would detach a link that nobody holds, but only some time after the pin has gone.
+        match sys::obj_get(&attachment.path) {
+            Err(error) if error.is_not_found() => {}
+            link => sys::link_detach(link?.as_fd())?,
+        }
+    } else if let Some(device) = attachment.device() {
         remove_filter(&device, attachment.hook)?;
     }
-    // The pin is the last reference of a link: the kernel detaches it.
     Ok(pins.unpin(&attachment.path)?)
 }
 

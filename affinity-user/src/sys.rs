@@ -809,6 +809,18 @@ pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Takes a link's program off its device, at once; the link stays, without effect.
+///
+/// # Errors
+/// [`SysError`].
+pub fn link_detach(link: BorrowedFd<'_>) -> Result<()> {
+    let mut attr = raw(link);
+    // SAFETY: the attribute of this command is the descriptor.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }
+        .map_err(|error| SysError::new("BPF_LINK_DETACH", "link", error))?;
+    Ok(())
+}
+
 /// What a program made of a frame.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TestRun {

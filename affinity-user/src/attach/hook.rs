@@ -59,6 +59,12 @@ impl Hook {
         !matches!(self, Self::TcxEgress | Self::ClsactEgress)
     }
 
+    /// Whether it is one of the two modes of XDP.
+    #[must_use]
+    pub const fn is_xdp(self) -> bool {
+        matches!(self, Self::XdpNative | Self::XdpGeneric)
+    }
+
     /// The attach type and flags of its link; none for clsact, which has no link.
     ///
     /// tcx programs go first, so that no other program's verdict keeps packets from ours.

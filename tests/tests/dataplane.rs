@@ -1,0 +1,517 @@
+//! The kernel half of user space against a real kernel: loading, pinning, carrying over, attaching, and the store.
+//!
+//! Each test has a pin directory and, where it needs devices, a network namespace of its own; both are gone at its end.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use affinity_common::{
+    abi::{
+        Backend, Direction, FILTER_BITS, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey,
+        NameKind, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6, filter_bit,
+    },
+    names,
+};
+use affinity_tests::packet::{Frame, tcp_flags};
+use affinity_user::{
+    attach::{self, Device, Devices, Framing, Hook, XdpPolicy},
+    load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
+    store::{
+        Op, Store,
+        kernel::{KernelStore, OpenError},
+    },
+    sys::{self, Map, MapInfo, Write},
+};
+use anyhow::{Context, Result, ensure};
+use bytemuck::Zeroable;
+
+/// What is the same in every test: small maps that are quick to make.
+const SIZES: Sizes = Sizes {
+    sessions: 4096,
+    flows: 8192,
+    frontends: 256,
+    members: 256,
+    backends: 128,
+    slots: 1024,
+    names: 256,
+    usage: 256,
+    events_bytes: 1 << 16,
+};
+
+/// A pin directory of its own.
+struct Pins(PinDir);
+
+impl Pins {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("affinity-dp-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Self(PinDir::new(&Path::new("/sys/fs/bpf").join(name)))
+    }
+
+    fn load(&self, sizes: Sizes) -> Result<Loaded> {
+        Ok(load::load(&self.0, &Options { sizes, ..Options::default() })?)
+    }
+
+    fn store(&self) -> Result<KernelStore> {
+        Ok(KernelStore::open(self.0.root())?)
+    }
+
+    fn ids(&self) -> Result<Vec<u32>> {
+        Ok(self.store()?.maps().iter().map(|(_, info)| info.id).collect())
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        self.0.remove().expect("the pins go away");
+    }
+}
+
+/// A network namespace with one end of a veth pair, `wire`, and the other, `peer`.
+struct Wire {
+    namespace: String,
+}
+
+impl Wire {
+    fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let namespace = format!("aff-dp-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        ip(&["netns", "add", &namespace])?;
+        let wire = Self { namespace };
+        wire.ip(&["link", "add", "wire", "type", "veth", "peer", "name", "peer"])?;
+        Ok(wire)
+    }
+
+    fn ip(&self, args: &[&str]) -> Result<()> {
+        ip(&[&["-n", &self.namespace], args].concat())
+    }
+
+    /// Runs `work` inside, on a thread of its own, with a runtime for netlink.
+    fn inside<T: Send>(&self, work: impl AsyncFnOnce() -> Result<T> + Send) -> Result<T> {
+        let path = PathBuf::from("/run/netns").join(&self.namespace);
+        let enter = || -> Result<T> {
+            let file = fs::File::open(path)?;
+            let network = rustix::thread::LinkNameSpaceType::Network;
+            rustix::thread::move_into_link_name_space(file.as_fd(), Some(network))?;
+            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())
+        };
+        thread::scope(|scope| scope.spawn(enter).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        ip(&["netns", "del", &self.namespace]).expect("the namespace goes away");
+    }
+}
+
+fn ip(args: &[&str]) -> Result<()> {
+    let done = Command::new("ip").args(args).output()?;
+    ensure!(done.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}
+
+fn session_key(client: u32) -> SessionKey<V4> {
+    SessionKey::new(7, V4(client.to_be_bytes()), 32)
+}
+
+fn session(client: u32) -> Session {
+    Session { created_ns: 5, last_used_ns: 6, backend: client % 3, generation: 1, uses: client, ..Zeroable::zeroed() }
+}
+
+fn put_sessions(store: &KernelStore, clients: std::ops::Range<u32>) -> Result<()> {
+    clients.into_iter().try_for_each(|client| Ok(store.v4.sessions.put(&session_key(client), &session(client))?))
+}
+
+fn clients(store: &KernelStore) -> Result<Vec<u32>> {
+    let mut clients = Vec::new();
+    for entry in &store.v4.sessions {
+        let (key, value) = entry?;
+        let client = u32::from_be_bytes(key.client.0);
+        assert_eq!((key.scope, value), (7, session(client)));
+        clients.push(client);
+    }
+    clients.sort_unstable();
+    Ok(clients)
+}
+
+const SERVICE: V4 = V4([10, 96, 0, 10]);
+const POD: V4 = V4([10, 244, 0, 10]);
+const HTTP: Port = Port::new(80);
+const SERVED: Port = Port::new(8080);
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+fn frontend() -> Frontend {
+    Frontend {
+        timeout_ns: 60_000_000_000,
+        service: 1,
+        pool: 2,
+        group: 1,
+        own: 2,
+        slot_first: 16,
+        slot_count: 1,
+        seed: 0,
+        select: 0,
+        timer: 0,
+        prefix: 32,
+        flags: affinity_common::abi::AFFINITY,
+    }
+}
+
+/// A service of one pod, as a plan would publish it.
+fn publish() -> Vec<Op> {
+    let key = FrontendKey::new(SERVICE, HTTP, TCP);
+    let address = affinity_common::abi::Address::to_mapped(POD);
+    let member = Member { generation: 1, port: SERVED, state: MEMBER_READY, pad: 0 };
+    vec![
+        Op::PutName(NameKey { kind: NameKind::Service as u32, id: 1 }, "default/web".to_owned()),
+        Op::PutUsage(UsageKey { of: UsageOf::Service as u32, id: 1 }),
+        Op::PutUsage(UsageKey { of: UsageOf::Backend as u32, id: 3 }),
+        Op::PutBackend(3, Backend { address, generation: 1, flags: 0 }),
+        Op::PutMember(MemberKey { pool: 2, backend: 3 }, member),
+        Op::WriteSlots { first: 16, backends: vec![3] },
+        Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, TCP)]),
+        Op::SetFilter(Direction::Reverse, vec![filter_bit(POD, SERVED, TCP)]),
+        Op::PutFrontendV4(key, frontend()),
+        Op::Grace,
+    ]
+}
+
+fn syn(client: u8) -> Vec<u8> {
+    let from = format!("198.18.0.{client}:40000").parse().expect("an address");
+    Frame::tcp(from, "10.96.0.10:80".parse().expect("an address"), tcp_flags::SYN).build()
+}
+
+#[test]
+fn what_is_not_there_is_said_in_one_line() {
+    let pins = Pins::new();
+    let error = KernelStore::open(pins.0.root()).unwrap_err();
+    assert!(matches!(error, OpenError::None(_)));
+    assert!(error.to_string().ends_with("run `affinity run` or `affinity attach`"), "{error}");
+}
+
+#[test]
+fn a_loaded_dataplane_is_pinned_in_full_and_translates_by_the_kernels_own_clock() -> Result<()> {
+    let pins = Pins::new();
+    let loaded = pins.load(SIZES)?;
+    assert!(loaded.resized.is_empty() && loaded.upgraded == 0);
+    for (name, info) in &loaded.maps {
+        if let Some(entries) = SIZES.entries(name) {
+            assert_eq!(info.max_entries, entries, "{name}");
+        }
+    }
+    let mut store = pins.store()?;
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    for program in [names::XDP_FORWARD, names::TC_FORWARD] {
+        let program = sys::obj_get(&pins.0.prog(program))?;
+        let run = sys::test_run(program.as_fd(), &syn(1), 1)?;
+        assert_eq!(run.data_out[30..34], POD.0, "the destination is the pod");
+    }
+    let key = SessionKey::new(1, V4([198, 18, 0, 1]), 32);
+    let session = store.v4.sessions.get(&key)?.context("the client was pinned")?;
+    let age = Duration::from_nanos(monotonic_ns() - session.created_ns);
+    assert!(age < Duration::from_secs(2), "never early, and late by two ticks at most: {age:?}");
+    assert_eq!((session.backend, session.uses, store.loads.load_u64(3)), (3, 1, 1));
+    Ok(())
+}
+
+#[test]
+fn the_store_holds_what_was_applied_and_applying_twice_changes_nothing() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(SIZES)?;
+    let mut store = pins.store()?;
+    assert_eq!(store.observe()?, affinity_user::store::Observed::default());
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    let observed = store.observe()?;
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    assert_eq!(store.observe()?, observed);
+    assert_eq!(observed.frontends_v4, [(FrontendKey::new(SERVICE, HTTP, TCP), frontend())].into());
+    assert_eq!(observed.slots, [(16, vec![3])].into());
+    assert_eq!(observed.members.len(), 1);
+    assert_eq!(observed.backends.keys().collect::<Vec<_>>(), [&3]);
+    assert_eq!(observed.names.values().collect::<Vec<_>>(), ["default/web"]);
+    assert_eq!(observed.usage.len(), 2);
+    assert_eq!(store.capacity().slots, SIZES.slots);
+
+    let beyond = Op::WriteSlots { first: SIZES.slots - 1, backends: vec![1, 2] };
+    assert!(store.apply(&beyond).unwrap_err().to_string().contains("write slots 1023..1025"));
+    for op in [
+        Op::RemoveFrontendV4(FrontendKey::new(SERVICE, HTTP, TCP)),
+        Op::RemoveFrontendV6(FrontendKey::new(V6([0; 16]), HTTP, TCP)),
+        Op::RemoveMember(MemberKey { pool: 2, backend: 3 }),
+        Op::RemoveUsage(UsageKey { of: UsageOf::Service as u32, id: 1 }),
+        Op::RemoveName(NameKey { kind: NameKind::Service as u32, id: 1 }),
+    ] {
+        store.apply(&op)?;
+        store.apply(&op)?;
+    }
+    let observed = store.observe()?;
+    assert!(observed.frontends_v4.is_empty() && observed.members.is_empty() && observed.names.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_filter_bit_is_where_the_programs_look() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(SIZES)?;
+    let mut store = pins.store()?;
+    let last = FILTER_BITS - 1;
+    store.apply(&Op::SetFilter(Direction::Reverse, vec![0, last]))?;
+    let words: Vec<_> = (0..store.filter.len()).filter(|&word| store.filter.load_u64(word) != 0).collect();
+    assert_eq!(words, [FILTER_BITS / 64, 2 * FILTER_BITS / 64 - 1]);
+    assert_eq!(store.filter.load_u64(words[1]), 1 << 63);
+    Ok(())
+}
+
+#[test]
+fn a_large_table_is_walked_without_a_gap_or_a_repetition() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(Sizes { sessions: 1 << 18, ..SIZES })?;
+    let store = pins.store()?;
+    put_sessions(&store, 0..100_000)?;
+    let start = Instant::now();
+    assert_eq!(clients(&store)?, (0..100_000).collect::<Vec<_>>());
+    assert!(start.elapsed() < Duration::from_secs(5), "batches, not a call for each entry: {:?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
+fn a_second_load_keeps_every_map_and_entry() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(SIZES)?;
+    put_sessions(&pins.store()?, 0..2000)?;
+    let ids = pins.ids()?;
+    let loaded = pins.load(SIZES)?;
+    assert!(loaded.resized.is_empty());
+    assert_eq!(pins.ids()?, ids);
+    assert_eq!(clients(&pins.store()?)?, (0..2000).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
+fn another_size_carries_the_entries_over() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(SIZES)?;
+    let mut store = pins.store()?;
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    put_sessions(&store, 0..2000)?;
+    let flow = FlowKey { saddr: V6([1; 16]), daddr: V6([2; 16]), direction: 1, ..Zeroable::zeroed() };
+    store.v6.flows.put(&flow, &Zeroable::zeroed())?;
+    let observed = store.observe()?;
+
+    let larger = Sizes { sessions: 10_000, flows: 20_000, backends: 256, slots: 2048, usage: 300, names: 300, ..SIZES };
+    let loaded = pins.load(larger)?;
+    let resized = [
+        names::BACKENDS,
+        names::FLOWS_V4,
+        names::FLOWS_V6,
+        names::LOADS,
+        names::NAMES,
+        names::SESSIONS_V4,
+        names::SESSIONS_V6,
+        names::SLOTS,
+        names::USAGE,
+    ];
+    assert_eq!(loaded.resized, resized);
+    let store = pins.store()?;
+    assert_eq!(clients(&store)?, (0..2000).collect::<Vec<_>>());
+    assert!(store.v6.flows.get(&flow)?.is_some());
+    assert_eq!(store.observe()?, observed);
+
+    pins.load(Sizes { sessions: 3000, ..SIZES })?;
+    let store = pins.store()?;
+    assert_eq!(store.v4.sessions.info().max_entries, 3000);
+    assert_eq!(clients(&store)?, (0..2000).collect::<Vec<_>>());
+    assert_eq!(store.observe()?, observed);
+    let pinned = fs::read_dir(pins.0.maps())?.count();
+    assert_eq!(pinned, names::MAPS.len(), "nothing is left behind");
+    Ok(())
+}
+
+#[test]
+fn a_size_that_holds_too_little_is_refused_and_changes_nothing() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(SIZES)?;
+    let mut store = pins.store()?;
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    store.apply(&Op::PutBackend(100, Backend { generation: 1, ..Backend::default() }))?;
+    let (observed, ids) = (store.observe()?, pins.ids()?);
+    let error = pins.load(Sizes { backends: 64, ..SIZES }).unwrap_err().to_string();
+    assert_eq!(error, "backends-next: its entries do not fit into 64: choose a larger size");
+    assert_eq!((pins.store()?.observe()?, pins.ids()?), (observed, ids));
+    assert_eq!(fs::read_dir(pins.0.maps())?.count(), names::MAPS.len(), "nothing is left behind");
+    Ok(())
+}
+
+#[test]
+fn a_map_of_another_layout_is_never_used() -> Result<()> {
+    let pins = Pins::new();
+    pins.0.create()?;
+    let other = MapInfo { kind: 9, key_size: 12, value_size: 64, max_entries: 16, ..Zeroable::zeroed() };
+    sys::obj_pin(Map::create("flows_v4", &other)?.as_fd(), &pins.0.map(names::FLOWS_V4))?;
+    let error = pins.load(SIZES).unwrap_err().to_string();
+    for part in ["map flows_v4", "keys of 12 bytes", "keys of 16 bytes", "affinity detach"] {
+        assert!(error.contains(part), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn raw_maps_do_what_they_say() -> Result<()> {
+    const HASH: u32 = 1;
+    let spec = MapInfo { kind: HASH, key_size: 4, value_size: 8, max_entries: 4, ..Zeroable::zeroed() };
+    let map = Map::create("raw", &spec)?;
+    let (key, mut value) = ([1, 2, 3, 4], [0; 8]);
+    assert!(!map.lookup(&key, &mut value)?);
+    assert!(map.update(&key, &[7; 8], Write::New)?);
+    assert!(!map.update(&key, &[8; 8], Write::New)?);
+    assert!(map.lookup(&key, &mut value)? && value == [7; 8]);
+    assert!(map.update(&key, &[8; 8], Write::Any)?);
+    assert!(map.lookup(&key, &mut value)? && value == [8; 8]);
+    let mut next = [0; 4];
+    assert!(map.next_key(None, &mut next)? && next == key);
+    assert!(!map.next_key(Some(&key), &mut next)?);
+    assert!(map.delete(&key)? && !map.delete(&key)?);
+    assert_eq!(map.update_batch(&[0, 0, 0, 1, 0, 0, 0, 2], &[9; 16])?, 2);
+    sys::synchronize()?;
+    let error = Map::open(Path::new("/sys/fs/bpf/affinity-dp-nothing")).unwrap_err();
+    assert!(error.is_not_found() && error.to_string().starts_with("BPF_OBJ_GET /sys/fs/bpf/affinity-dp-nothing: "));
+    Ok(())
+}
+
+#[test]
+#[should_panic(expected = "length of the values of raw")]
+fn a_value_of_the_wrong_length_never_reaches_the_kernel() {
+    let spec = MapInfo { kind: 1, key_size: 4, value_size: 8, max_entries: 4, ..Zeroable::zeroed() };
+    let map = Map::create("raw", &spec).expect("a map");
+    let _ = map.lookup(&[0; 4], &mut [0; 4]);
+}
+
+async fn device(name: &str) -> Result<Device> {
+    let devices = Devices::new()?.list().await?;
+    devices.into_iter().find(|device| device.name == name).with_context(|| format!("{name} is not listed"))
+}
+
+#[test]
+fn each_policy_has_its_hooks_and_switching_leaves_no_other() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    pins.load(SIZES)?;
+    let cases = [
+        (XdpPolicy::Native, true, [Hook::XdpNative, Hook::TcxEgress]),
+        (XdpPolicy::Off, true, [Hook::TcxIngress, Hook::TcxEgress]),
+        (XdpPolicy::Generic, false, [Hook::XdpGeneric, Hook::ClsactEgress]),
+        (XdpPolicy::Native, false, [Hook::XdpNative, Hook::ClsactEgress]),
+        (XdpPolicy::Auto, false, [Hook::ClsactIngress, Hook::ClsactEgress]),
+        (XdpPolicy::Auto, true, [Hook::TcxIngress, Hook::TcxEgress]),
+    ];
+    wire.inside(async || {
+        let device = device("wire").await?;
+        assert_eq!((device.kind.as_deref(), device.framing), (Some("veth"), Framing::Ethernet));
+        for (xdp, tcx, hooks) in cases {
+            for _ in 0..2 {
+                let attached = attach::attach(&pins.0, &device, attach::Options { xdp, tcx })?;
+                assert_eq!(attached.hooks, hooks, "{:?}", attached.refused);
+                let attachments = attach::attachments(&pins.0)?;
+                assert_eq!(attachments.iter().map(|attachment| attachment.hook).collect::<Vec<_>>(), hooks);
+                assert!(attachments.iter().all(|attachment| attachment.device().as_deref() == Some("wire")));
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn an_upgrade_reaches_every_hook_and_detach_every_program() -> Result<()> {
+    for tcx in [true, false] {
+        let (pins, wire) = (Pins::new(), Wire::new()?);
+        pins.load(SIZES)?;
+        wire.inside(async || {
+            let options = [("wire", XdpPolicy::Native), ("peer", XdpPolicy::Off)];
+            for (name, xdp) in options {
+                attach::attach(&pins.0, &device(name).await?, attach::Options { xdp, tcx })?;
+            }
+            let before = attach::attachments(&pins.0)?;
+            assert_eq!(before.len(), 4);
+            assert_eq!(pins.load(SIZES)?.upgraded, 4);
+            let after = attach::attachments(&pins.0)?;
+            for (old, new) in before.iter().zip(&after) {
+                assert_eq!((old.ifindex, old.hook), (new.ifindex, new.hook));
+                assert_ne!(old.prog_id, new.prog_id, "{}", old.hook);
+                assert_eq!(new.prog_id, program_id(&pins, new.hook)?);
+            }
+            assert_eq!(attach::detach(&pins.0, Some(device("peer").await?.index))?.len(), 2);
+            assert_eq!(attach::attachments(&pins.0)?.len(), 2);
+            assert_eq!(attach::detach(&pins.0, None)?.len(), 2);
+            Ok(())
+        })?;
+        assert!(!wire.runs_a_program()?, "tcx: {tcx}");
+    }
+    Ok(())
+}
+
+fn program_id(pins: &Pins, hook: Hook) -> Result<u32> {
+    Ok(sys::prog_info(sys::obj_get(&pins.0.prog(hook.program()))?.as_fd())?.id)
+}
+
+impl Wire {
+    /// Whether any program is attached to `wire` or `peer`, by the kernel's own listing of devices and filters.
+    fn runs_a_program(&self) -> Result<bool> {
+        let mut listing = Vec::new();
+        for args in [["-d", "link", "show"].as_slice(), &["-d", "-s", "link", "show"]] {
+            listing.extend(Command::new("ip").args(["-n", &self.namespace]).args(args).output()?.stdout);
+        }
+        for device in ["wire", "peer"] {
+            for side in ["ingress", "egress"] {
+                let filters =
+                    Command::new("tc").args(["-n", &self.namespace, "filter", "show", "dev", device, side]).output()?;
+                listing.extend(filters.stdout);
+            }
+        }
+        let listing = String::from_utf8(listing)?;
+        Ok(["prog/xdp", "tc_forward", "tc_reverse"].iter().any(|trace| listing.contains(trace)))
+    }
+}
+
+#[test]
+fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    pins.load(SIZES)?;
+    let mut store = pins.store()?;
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, UDP), frontend()))?;
+    store.apply(&Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
+    wire.ip(&["link", "set", "wire", "up", "address", "02:00:00:00:00:01"])?;
+    wire.ip(&["link", "set", "peer", "up"])?;
+    wire.ip(&["address", "add", "198.18.0.0/24", "dev", "peer"])?;
+    wire.ip(&["route", "add", "local", "198.18.0.0/24", "dev", "peer"])?;
+    wire.ip(&["route", "add", "10.96.0.0/16", "dev", "peer"])?;
+    wire.ip(&["neighbour", "add", "10.96.0.10", "lladdr", "02:00:00:00:00:01", "dev", "peer"])?;
+    wire.inside(async || {
+        let device = device("wire").await?;
+        for (client, (xdp, tcx)) in (1..).zip([
+            (XdpPolicy::Native, true),
+            (XdpPolicy::Generic, true),
+            (XdpPolicy::Off, true),
+            (XdpPolicy::Off, false),
+        ]) {
+            attach::attach(&pins.0, &device, attach::Options { xdp, tcx })?;
+            UdpSocket::bind((Ipv4Addr::new(198, 18, 0, client), 0))?.send_to(b"hello", "10.96.0.10:80")?;
+            let key = SessionKey::new(1, V4([198, 18, 0, client]), 32);
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while store.v4.sessions.get(&key)?.is_none() {
+                ensure!(Instant::now() < deadline, "no pin by {xdp}, tcx: {tcx}");
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+        Ok(())
+    })
+}
