@@ -3,9 +3,11 @@
 //! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what the store holds.
 
 pub mod attach;
+pub mod cli;
 pub mod desired;
 pub mod load;
 pub mod plan;
 pub mod source;
 pub mod store;
 pub mod sys;
+pub mod view;

@@ -31,7 +31,7 @@ pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
     pins::{PinDir, PinError},
-    sizes::Sizes,
+    sizes::{Sizes, cost, mib},
 };
 use crate::{
     attach::{self, AttachError},
@@ -130,7 +130,7 @@ impl Loaded {
     /// What the kernel allocated for the maps, in bytes.
     #[must_use]
     pub fn cost(&self) -> u64 {
-        self.maps.iter().map(|(_, info)| sizes::cost(info)).sum()
+        self.maps.iter().map(|(_, info)| cost(info)).sum()
     }
 }
 

@@ -1,2 +1,5 @@
 //! The `affinity` command.
-fn main() {}
+
+fn main() -> impl std::process::Termination {
+    affinity_user::cli::main()
+}

@@ -1,0 +1,211 @@
+//! The `affinity` command line.
+//!
+//! Output is designed and stable: tables for people, JSON and YAML for programs (`-o`), one clear line on standard error
+//! where something fails, and the exit codes that `affinity --help` lists. Every command but `run` and `attach` only reads
+//! what a running dataplane has pinned; the agent need not be there.
+
+mod check;
+mod dump;
+mod error;
+mod explain;
+mod get;
+mod output;
+mod pin;
+mod progress;
+mod reading;
+mod rows;
+mod sizes;
+mod source;
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use error::{Error, Exit};
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  done; also where the reader of the output had enough of it
+  1  failed: one line on standard error says what, and what to do
+  2  the command line makes no sense
+  3  what it names (a service, a pod) does not exist
+
+Examples:
+  affinity run --source ./services --device eth0
+  affinity get sessions --service default/web
+  affinity explain --from 192.0.2.1 --to 10.96.0.10:80";
+
+/// Client-IP session affinity for Kubernetes Services, in eBPF
+#[derive(Parser, Debug)]
+#[command(name = "affinity", version, after_help = AFTER_HELP, max_term_width = 120, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Where programs and maps are pinned: a directory on a BPF filesystem
+    #[arg(long, global = true, value_name = "DIR", env = "AFFINITY_PIN_DIR", default_value = "/sys/fs/bpf/affinity")]
+    pub(crate) pin_dir: PathBuf,
+    /// This node's name in Kubernetes; without it, the host name
+    #[arg(long, global = true, value_name = "NAME", env = "NODE_NAME")]
+    node_name: Option<String>,
+}
+
+impl Global {
+    /// The name that was given, or the host's.
+    pub(crate) fn node_name(&self) -> String {
+        let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+        self.node_name.clone().unwrap_or_else(host)
+    }
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// List services, pods, pins, connections, devices or counters
+    #[command(after_help = "\
+Examples:
+  affinity get services
+  affinity get sessions --service default/web -o wide
+  affinity get sessions --client 192.0.2.1 -o json
+  affinity get backends --service default/web --watch
+  affinity get sessions -o json | jq -r '.[] | select(.expiresInSeconds == null) | .client'
+
+JSON is an array with one object a line; large tables are streamed, in the kernel's order.")]
+    Get(get::GetArgs),
+    /// Tell what the next packet of a client would meet, step by step, and change nothing
+    #[command(after_help = "\
+Examples:
+  affinity explain --from 192.0.2.1 --to 10.96.0.10:80
+  affinity explain --from 192.0.2.1:40000 --to 10.96.0.10:53/udp
+  affinity explain --from 2001:db8::1 --to '[2001:db8:1::10]:80' --source ./services -o json
+
+JSON has `frontend`, `verdict` (forward, reject, drop, pass), `reason`, `pinned` (the session that is followed, or null),
+`candidates` (address, port, name, namespace, probability), `masquerade`, `flow` and `steps`.")]
+    Explain(explain::ExplainArgs),
+    /// Pin a client to a pod
+    #[command(after_help = "\
+Examples:
+  affinity pin --service default/web --client 192.0.2.1 --backend web-0
+  affinity pin --service default/web --client 2001:db8::1 --backend fd00:10:244::5
+
+The client's next connection goes there; connections that it has stay where they are.")]
+    Pin(pin::PinArgs),
+    /// Remove pins: the clients' next connections select anew
+    #[command(after_help = "\
+Examples:
+  affinity unpin --service default/web --client 192.0.2.1
+  affinity unpin --service default/web --backend web-0
+  affinity unpin --service default/web --all
+
+Connections that the clients have stay where they are.")]
+    Unpin(pin::UnpinArgs),
+    /// Write every map, or one, in canonical text: sorted, with names
+    #[command(after_help = "\
+Examples:
+  affinity dump
+  affinity dump sessions_v4 --times
+  affinity dump slots --slots
+  affinity dump --source ./services
+
+One line an entry, `map key -> value`; without --times two dumps of the same state are equal.")]
+    Dump(dump::DumpArgs),
+    /// Tell whether affinity can run here, what it would use, and what is missing
+    #[command(after_help = "\
+Examples:
+  affinity check
+  affinity check --device eth0 --max-sessions 1000000
+
+Exits with 1 if affinity cannot run here.")]
+    Check(check::CheckArgs),
+    /// Write a completion script for a shell
+    #[command(after_help = "\
+Examples:
+  affinity completions bash > /etc/bash_completion.d/affinity
+  affinity completions zsh > \"${fpath[1]}/_affinity\"
+  affinity completions fish > ~/.config/fish/completions/affinity.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// Runs the command line of this process.
+pub fn main() -> impl std::process::Termination {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            error.print();
+            error.exit()
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Error> {
+    let pin_dir = &cli.global.pin_dir;
+    match &cli.command {
+        Command::Get(args) => args.run(pin_dir),
+        Command::Explain(args) => args.run(pin_dir, &cli.global.node_name()),
+        Command::Pin(args) => args.run(pin_dir),
+        Command::Unpin(args) => args.run(pin_dir),
+        Command::Dump(args) => args.run(pin_dir, &cli.global.node_name()),
+        Command::Check(args) => args.run(pin_dir),
+        Command::Completions { shell } => completions(*shell),
+    }
+}
+
+fn completions(shell: Shell) -> Result<(), Error> {
+    // Written in one piece, because the generator panics where it cannot write.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "affinity", &mut script);
+    Ok(io::stdout().write_all(&script)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_examples() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(&format!("affinity {}", command.get_name())), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn examples_parse() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines().filter_map(|line| line.strip_prefix("  affinity ")) {
+                let words = line.split(['|', '>']).next().unwrap_or_default().split_whitespace();
+                let words = words.map(|word| word.trim_matches(['\'', '"']));
+                let parsed = Cli::try_parse_from(std::iter::once("affinity").chain(words));
+                assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+            }
+        }
+    }
+
+    #[test]
+    fn unpin_wants_to_know_which() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["affinity", "unpin", "--service", "a/b"], args].concat());
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--all", "--client", "192.0.2.1"]).is_err());
+        assert!(parse(&["--all"]).is_ok());
+    }
+}

@@ -1,0 +1,118 @@
+//! `affinity check`: what this kernel offers, what would be used, what is missing and how to get it.
+
+mod netdev;
+mod probes;
+
+use std::{
+    io::{self, BufWriter},
+    path::Path,
+};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{
+    error::Error,
+    output::{Cell, Column, Format, Row, Tone, list, wants_colour},
+    sizes::SizeArgs,
+};
+
+/// Options of `affinity check`.
+#[derive(Args, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct CheckArgs {
+    /// Also look at this device; may be repeated
+    #[arg(long = "device", value_name = "NAME")]
+    devices: Vec<String>,
+    #[command(flatten)]
+    sizes: SizeArgs,
+    /// The form of output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+impl CheckArgs {
+    pub(crate) fn run(&self, pin_dir: &Path) -> Result<(), Error> {
+        let mut findings = vec![
+            probes::programs(),
+            probes::kernel(),
+            probes::permissions(),
+            probes::pin_directory(pin_dir),
+            probes::jit(),
+            probes::btf(),
+            probes::tc(),
+        ];
+        findings.extend(self.devices.iter().map(|device| probes::xdp(device)));
+        findings.extend([
+            probes::memory(&self.sizes.sizes()),
+            probes::memlock(),
+            probes::cgroup(),
+            probes::clock(),
+            probes::dataplane(pin_dir),
+        ]);
+        list(BufWriter::new(io::stdout().lock()), self.output, wants_colour(), &findings)?;
+        let missing: Vec<_> =
+            findings.iter().filter(|finding| finding.state == State::Missing).map(|finding| finding.check).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Failed(format!("affinity cannot run here: see {}", missing.join(", "))))
+    }
+}
+
+/// What a finding means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum State {
+    /// As it should be.
+    Ok,
+    /// It works, but not as well as it could.
+    Limited,
+    /// It does not work without.
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub(crate) struct Finding {
+    /// What.
+    check: &'static str,
+    /// Whether that is good enough.
+    state: State,
+    /// What is there, and what of it is used.
+    found: String,
+    /// What to do; null: nothing.
+    advice: Option<String>,
+}
+
+impl Finding {
+    fn ok(check: &'static str, found: impl Into<String>) -> Self {
+        Self { check, state: State::Ok, found: found.into(), advice: None }
+    }
+
+    fn limited(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { check, state: State::Limited, found: found.into(), advice: Some(advice.into()) }
+    }
+
+    fn missing(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { check, state: State::Missing, found: found.into(), advice: Some(advice.into()) }
+    }
+}
+
+impl Row for Finding {
+    const COLUMNS: &'static [Column] =
+        &[Column::text("CHECK"), Column::text("STATE"), Column::text("FOUND"), Column::text("ADVICE")];
+
+    fn cells(&self) -> Vec<Cell> {
+        let (state, tone) = match self.state {
+            State::Ok => ("ok", Tone::Good),
+            State::Limited => ("limited", Tone::Attention),
+            State::Missing => ("missing", Tone::Bad),
+        };
+        vec![
+            Cell::new(self.check),
+            Cell::toned(state, tone),
+            Cell::new(&*self.found),
+            Cell::toned(self.advice.as_deref().unwrap_or("-"), tone),
+        ]
+    }
+}

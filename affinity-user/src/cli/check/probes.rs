@@ -1,0 +1,268 @@
+//! The single checks. Each looks and changes nothing.
+
+use std::{fs, io, path::Path};
+
+use affinity_common::names;
+use aya_obj::Object;
+use rustix::{process::Resource, system::uname};
+
+use super::{
+    Finding,
+    netdev::{XdpFeatures, xdp_features},
+};
+use crate::{
+    attach,
+    load::{PROGRAMS, PinDir, Sizes, cost, mib},
+    store::kernel::KernelStore,
+    sys::MapInfo,
+};
+
+/// XDP programs that take frames of several buffers; everything else is older.
+const KERNEL_NEEDED: (u32, u32) = (5, 18);
+/// tcx links.
+const KERNEL_TCX: (u32, u32) = (6, 6);
+/// Maps are charged to the cgroup and no longer to the locked memory.
+const KERNEL_MEMCG: (u32, u32) = (5, 11);
+
+/// Bits of `CapEff`, from `linux/capability.h`.
+const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF")];
+const CAP_SYS_ADMIN: u32 = 21;
+
+fn release() -> String {
+    uname().release().to_string_lossy().into_owned()
+}
+
+/// Major and minor version of a release such as `6.18.44-generic`.
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+fn read(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+pub(super) fn programs() -> Finding {
+    if PROGRAMS.is_empty() {
+        let advice = "build it without AFFINITY_SKIP_EBPF=1";
+        return Finding::missing("programs", "this build has no kernel programs", advice);
+    }
+    Finding::ok("programs", format!("built in, {} KiB", PROGRAMS.len().div_ceil(1024)))
+}
+
+pub(super) fn kernel() -> Finding {
+    let release = release();
+    let (major, minor) = KERNEL_NEEDED;
+    if version(&release) >= KERNEL_NEEDED {
+        return Finding::ok("kernel", format!("Linux {release}"));
+    }
+    Finding::missing("kernel", format!("Linux {release}"), format!("Linux {major}.{minor} or later"))
+}
+
+pub(super) fn permissions() -> Finding {
+    let status = read("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let lacking: Vec<_> =
+        CAPABILITIES.iter().filter(|&&(bit, _)| !has(bit) && !has(CAP_SYS_ADMIN)).map(|&(_, name)| name).collect();
+    if !lacking.is_empty() {
+        let advice = "run it as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
+        return Finding::missing("permissions", format!("no {}", lacking.join(", no ")), advice);
+    }
+    let names: Vec<_> = CAPABILITIES.iter().map(|&(_, name)| name).collect();
+    Finding::ok("permissions", if has(CAP_SYS_ADMIN) { "CAP_SYS_ADMIN".to_owned() } else { names.join(", ") })
+}
+
+pub(super) fn pin_directory(pin_dir: &Path) -> Finding {
+    let mount = Path::new("/sys/fs/bpf");
+    let existing = pin_dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+    let is_bpf = rustix::fs::statfs(existing).is_ok_and(|stat| stat.f_type as u32 == libc::BPF_FS_MAGIC as u32);
+    let shown = pin_dir.display();
+    if is_bpf {
+        return Finding::ok("pin-dir", format!("{shown}, on a BPF filesystem"));
+    }
+    if pin_dir.starts_with(mount) {
+        return Finding::ok("pin-dir", format!("{shown}; the BPF filesystem will be mounted at {}", mount.display()));
+    }
+    let advice = "choose a directory under /sys/fs/bpf, or mount one: mount -t bpf bpf DIR";
+    Finding::missing("pin-dir", format!("{shown}, not on a BPF filesystem"), advice)
+}
+
+pub(super) fn jit() -> Finding {
+    match read("/proc/sys/net/core/bpf_jit_enable").as_deref() {
+        Some("0") => Finding::limited("jit", "off: programs are interpreted", "sysctl -w net.core.bpf_jit_enable=1"),
+        Some(_) => Finding::ok("jit", "on"),
+        None => Finding::limited("jit", "cannot be told: /proc/sys/net is not readable", "mount /proc"),
+    }
+}
+
+pub(super) fn btf() -> Finding {
+    if Path::new("/sys/kernel/btf/vmlinux").exists() {
+        return Finding::ok("btf", "/sys/kernel/btf/vmlinux");
+    }
+    // The programs need no kernel types.
+    Finding::ok("btf", "none; not needed")
+}
+
+pub(super) fn tc() -> Finding {
+    if version(&release()) >= KERNEL_TCX {
+        return Finding::ok("tc", "tcx links will be used");
+    }
+    let (major, minor) = KERNEL_TCX;
+    let advice = format!("Linux {major}.{minor} has tcx links, which no other program can remove");
+    Finding::limited("tc", "clsact filters will be used", advice)
+}
+
+pub(super) fn xdp(device: &str) -> Finding {
+    let Some(index) = read(&format!("/sys/class/net/{device}/ifindex")).and_then(|index| index.parse().ok()) else {
+        return Finding::missing("xdp", format!("{device}: no such device"), "`ip link` lists all");
+    };
+    let driver = fs::read_link(format!("/sys/class/net/{device}/device/driver")).ok();
+    let driver = driver
+        .as_deref()
+        .and_then(Path::file_name)
+        .map_or_else(|| "virtual".to_owned(), |name| name.to_string_lossy().into_owned());
+    match xdp_features(index) {
+        Ok(XdpFeatures { native: true, multi_buffer: true }) => {
+            Finding::ok("xdp", format!("{device} ({driver}): native, jumbo frames too"))
+        }
+        Ok(XdpFeatures { native: true, multi_buffer: false }) => {
+            Finding::ok("xdp", format!("{device} ({driver}): native, at an MTU that fits one buffer"))
+        }
+        Ok(XdpFeatures { native: false, .. }) => {
+            let found = format!("{device} ({driver}): the driver has no native XDP");
+            Finding::limited("xdp", found, "generic XDP or TC will be used, which cost more per packet")
+        }
+        Err(error) => {
+            let found = format!("{device} ({driver}): this kernel does not tell ({error})");
+            Finding::limited("xdp", found, "`--xdp auto` tries native, then generic, then TC")
+        }
+    }
+}
+
+/// What the maps would cost: the layout is in the object.
+fn cost_of(sizes: &Sizes) -> Option<u64> {
+    let object = Object::parse(PROGRAMS).ok()?;
+    let costs = names::MAPS.iter().map(|&name| {
+        let map = object.maps.get(name)?;
+        Some(cost(&MapInfo {
+            kind: map.map_type(),
+            id: 0,
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: sizes.entries(name).unwrap_or(map.max_entries()),
+            flags: map.map_flags(),
+        }))
+    });
+    costs.sum()
+}
+
+pub(super) fn memory(sizes: &Sizes) -> Finding {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit);
+    let (total, free) = (info.totalram as u64 * unit, available().unwrap_or(info.freeram as u64 * unit));
+    let Some(cost) = cost_of(sizes) else { return Finding::ok("memory", format!("{sizes}")) };
+    let found = format!(
+        "{} sessions and {} connections a family: {} MiB of {} MiB",
+        sizes.sessions,
+        sizes.flows / 2,
+        mib(cost),
+        mib(total)
+    );
+    if cost > free {
+        let advice = format!("only {} MiB are free: lower --max-sessions and --max-flows", mib(free));
+        return Finding::missing("memory", found, advice);
+    }
+    Finding::ok("memory", found)
+}
+
+/// Memory that could be had without swapping, bytes.
+fn available() -> Option<u64> {
+    let info = read("/proc/meminfo")?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+pub(super) fn memlock() -> Finding {
+    if version(&release()) >= KERNEL_MEMCG {
+        return Finding::ok("memlock", "maps are charged to the cgroup, not to RLIMIT_MEMLOCK");
+    }
+    match rustix::process::getrlimit(Resource::Memlock).current {
+        None => Finding::ok("memlock", "unlimited"),
+        Some(bytes) => Finding::missing(
+            "memlock",
+            format!("{} KiB", bytes / 1024),
+            "ulimit -l unlimited, or LimitMEMLOCK=infinity",
+        ),
+    }
+}
+
+pub(super) fn cgroup() -> Finding {
+    let mounts = read("/proc/self/mountinfo").unwrap_or_default();
+    let mounted = mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        after.starts_with("cgroup2 ").then(|| before.split(' ').nth(4)).flatten()
+    });
+    match mounted {
+        Some(path) => Finding::ok("cgroup", format!("version 2 at {path}; its memory limit bounds the default sizes")),
+        None => Finding::ok("cgroup", "no version 2: its memory limit cannot bound the default sizes"),
+    }
+}
+
+pub(super) fn clock() -> Finding {
+    let source = read("/sys/devices/system/clocksource/clocksource0/current_clocksource");
+    let source = source.unwrap_or_else(|| "unknown".to_owned());
+    // The programs read jiffies; only the agent reads this clock.
+    Finding::ok("clock", format!("{source}; the programs read the timer tick, which costs nothing"))
+}
+
+pub(super) fn dataplane(pin_dir: &Path) -> Finding {
+    let pins = PinDir::new(pin_dir);
+    match pins.exists() {
+        Ok(false) => return Finding::ok("dataplane", "none yet"),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Finding::ok("dataplane", "cannot be seen without root");
+        }
+        _ => {}
+    }
+    match (KernelStore::open(pin_dir), attach::attachments(&pins)) {
+        (Ok(store), Ok(attachments)) => {
+            let bytes: u64 = store.maps().iter().map(|(_, info)| cost(info)).sum();
+            let mut devices: Vec<_> = attachments.iter().map(|attachment| attachment.ifindex).collect();
+            devices.dedup();
+            Finding::ok("dataplane", format!("running on {} devices, {} MiB", devices.len(), mib(bytes)))
+        }
+        (Err(error), _) => Finding::missing("dataplane", error.to_string(), "affinity detach, then attach again"),
+        (_, Err(error)) => Finding::missing("dataplane", error.to_string(), "affinity detach, then attach again"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::check::State;
+
+    #[test]
+    fn versions_of_releases() {
+        for (release, expected) in
+            [("6.18.44-fc-v669", (6, 18)), ("5.10.0-28-amd64", (5, 10)), ("6.6-rc1", (6, 6)), ("garbage", (0, 0))]
+        {
+            assert_eq!(version(release), expected, "{release}");
+        }
+    }
+
+    #[test]
+    fn a_directory_on_disk_cannot_hold_pins() {
+        let finding = pin_directory(Path::new("/proc/self/affinity"));
+        assert_eq!(finding.state, State::Missing, "{finding:?}");
+        assert!(finding.advice.is_some());
+    }
+
+    #[test]
+    fn what_is_missing_says_what_to_do() {
+        let finding = xdp("no-such-device");
+        assert_eq!((finding.state, finding.advice.is_some()), (State::Missing, true));
+    }
+}

@@ -1,0 +1,94 @@
+//! `affinity dump`: every map, or one, in canonical text.
+
+use std::{
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use affinity_common::names;
+use clap::{Args, builder::PossibleValuesParser};
+
+use super::{error::Error, reading::Reading, source};
+use crate::{
+    store::{
+        StoreError,
+        kernel::{Family, KernelStore},
+    },
+    view::{Dump, DumpOptions},
+};
+
+/// Options of `affinity dump`.
+#[derive(Args, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct DumpArgs {
+    /// One map; without it, all of them
+    #[arg(value_parser = PossibleValuesParser::new(names::MAPS))]
+    map: Option<String>,
+    /// Also the ages of sessions, flows and events, which differ from one dump to the next
+    #[arg(long)]
+    times: bool,
+    /// Every slot of a pool, in order, and not only how many each pod has
+    #[arg(long)]
+    slots: bool,
+    /// What this YAML would publish on an empty node, instead of what the kernel holds: needs no root
+    #[arg(long, value_name = "PATH")]
+    source: Option<PathBuf>,
+}
+
+impl DumpArgs {
+    pub(crate) fn run(&self, pin_dir: &Path, node_name: &str) -> Result<(), Error> {
+        let options = DumpOptions { times: self.times, slots: self.slots };
+        if let Some(source) = &self.source {
+            let catalog = source::catalog(&source::read(source, node_name)?)?;
+            let dump = Dump::new(&catalog, options);
+            return self.print(|map| Ok(dump.small(map).unwrap_or_default()));
+        }
+        let Reading { store, catalog } = Reading::open(pin_dir)?;
+        let dump = Dump::new(&catalog, options);
+        self.print(|map| lines(&dump, &store, map))
+    }
+
+    fn print(&self, lines: impl Fn(&str) -> Result<Vec<String>, Error>) -> Result<(), Error> {
+        let mut out = BufWriter::new(io::stdout().lock());
+        let wanted = |map: &&str| self.map.as_ref().is_none_or(|wanted| wanted == map);
+        for map in names::MAPS.into_iter().filter(wanted) {
+            for line in lines(map)? {
+                out.write_all(line.as_bytes())?;
+                out.write_all(b"\n")?;
+            }
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// The lines of one map. Sorting needs all of its entries in memory at once.
+fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>, Error> {
+    if let Some(lines) = dump.small(map) {
+        return Ok(lines);
+    }
+    Ok(match map {
+        names::FILTER => {
+            let words: Vec<_> = (0..store.filter.len()).map(|index| store.filter.load_u64(index)).collect();
+            dump.filter(&words)
+        }
+        names::LOADS => {
+            let loads: Vec<_> = (0..store.loads.len()).map(|index| store.loads.load_u64(index)).collect();
+            dump.loads(&loads)
+        }
+        names::SESSIONS_V4 => sessions::<affinity_common::abi::V4>(dump, store)?,
+        names::SESSIONS_V6 => sessions::<affinity_common::abi::V6>(dump, store)?,
+        names::FLOWS_V4 => flows::<affinity_common::abi::V4>(dump, store)?,
+        names::FLOWS_V6 => flows::<affinity_common::abi::V6>(dump, store)?,
+        names::COUNTERS => dump.counters(&store.counter_sums()?),
+        _ => Vec::new(),
+    })
+}
+
+fn sessions<A: Family>(dump: &Dump<'_>, store: &KernelStore) -> Result<Vec<String>, StoreError> {
+    let entries: Result<Vec<_>, _> = store.family::<A>().sessions.iter().collect();
+    Ok(dump.sessions(entries?))
+}
+
+fn flows<A: Family>(dump: &Dump<'_>, store: &KernelStore) -> Result<Vec<String>, StoreError> {
+    let entries: Result<Vec<_>, _> = store.family::<A>().flows.iter().collect();
+    Ok(dump.flows(entries?))
+}

@@ -1,0 +1,110 @@
+//! What can go wrong in a command, in one line each, and the exit code that it means.
+
+use std::{
+    io,
+    process::{ExitCode, Termination},
+};
+
+use crate::{
+    attach::AttachError,
+    store::{StoreError, kernel::OpenError},
+};
+
+/// Exit codes, as `affinity --help` documents them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// Done.
+    Done = 0,
+    /// It could not be done.
+    Failed = 1,
+    /// The command line makes no sense; clap uses the same code.
+    Usage = 2,
+    /// What the command line names does not exist.
+    NotFound = 3,
+}
+
+impl Termination for Exit {
+    fn report(self) -> ExitCode {
+        ExitCode::from(self as u8)
+    }
+}
+
+/// Why a command ends early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The dataplane cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A map cannot be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The devices cannot be attached or read.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Standard output.
+    #[error("writing to standard output: {0}")]
+    Output(#[from] io::Error),
+    /// Something else failed: what, and what to do.
+    #[error("{0}")]
+    Failed(String),
+    /// Options that contradict each other or the state of things.
+    #[error("{0}")]
+    Usage(String),
+    /// A service, pod or client that does not exist, and where to look.
+    #[error("{what} not found: {hint}")]
+    NotFound {
+        /// The kind of object, and its name.
+        what: String,
+        /// What to do.
+        hint: &'static str,
+    },
+}
+
+impl Error {
+    /// The code that it exits with. A reader that has had enough (`| head`) is no error.
+    pub(crate) fn exit(&self) -> Exit {
+        match self {
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
+            Self::Open(_) | Self::Store(_) | Self::Attach(_) | Self::Output(_) | Self::Failed(_) => Exit::Failed,
+            Self::Usage(_) => Exit::Usage,
+            Self::NotFound { .. } => Exit::NotFound,
+        }
+    }
+
+    /// Says why on standard error, in one line.
+    pub(crate) fn print(&self) {
+        if self.exit() != Exit::Done {
+            let text = self.to_string();
+            let line: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+            eprintln!("error: {}", line.join(" "));
+        }
+    }
+
+    pub(crate) fn no_service(name: &str) -> Self {
+        Self::NotFound { what: format!("service {name}"), hint: "`affinity get services` lists all" }
+    }
+
+    pub(crate) fn no_backend(name: &str) -> Self {
+        Self::NotFound { what: format!("pod {name}"), hint: "`affinity get backends` lists all" }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_left_is_no_error() {
+        let left = Error::Output(io::ErrorKind::BrokenPipe.into());
+        assert_eq!(left.exit(), Exit::Done);
+        assert_eq!(Error::Output(io::ErrorKind::StorageFull.into()).exit(), Exit::Failed);
+    }
+
+    #[test]
+    fn errors_say_what_and_what_to_do() {
+        let error = Error::no_service("default/nope");
+        assert_eq!(error.exit(), Exit::NotFound);
+        assert_eq!(error.to_string(), "service default/nope not found: `affinity get services` lists all");
+    }
+}

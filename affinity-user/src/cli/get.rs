@@ -1,0 +1,177 @@
+//! `affinity get`: what there is, as a listing.
+
+use std::{
+    io::{self, BufWriter, IsTerminal, Write},
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use clap::{Args, ValueEnum};
+
+use super::{
+    error::Error,
+    output::{Format, Listing, Row, list, wants_colour},
+    progress::Progress,
+    reading::{Filter, FilterArgs, Reading},
+};
+use crate::{
+    attach::{self, device_name},
+    load::PinDir,
+    view::{BackendView, Catalog, CounterView, DeviceView, FlowView, ServiceView, SessionView},
+};
+
+/// How often `--watch` looks again.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What to list.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Resource {
+    /// What clients dial, who answers, and how pins are kept
+    #[value(alias = "service")]
+    Services,
+    /// Pods, and how many clients and connections each has
+    #[value(alias = "backend")]
+    Backends,
+    /// Pins: which client's connections go to which pod, and for how long
+    #[value(alias = "session")]
+    Sessions,
+    /// Connections that are being translated
+    #[value(alias = "flow")]
+    Flows,
+    /// Network devices that the programs are attached to
+    #[value(alias = "device")]
+    Devices,
+    /// How often packets met each verdict, and why
+    #[value(alias = "counter")]
+    Counters,
+}
+
+impl Resource {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::Backends => "backends",
+            Self::Sessions => "sessions",
+            Self::Flows => "flows",
+            Self::Devices => "devices",
+            Self::Counters => "counters",
+        }
+    }
+}
+
+/// Options of `affinity get`.
+#[derive(Args, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct GetArgs {
+    /// What to list
+    resource: Resource,
+    /// The form of output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+    #[command(flatten)]
+    filter: FilterArgs,
+    /// Look again every second, until interrupted
+    #[arg(short, long)]
+    watch: bool,
+}
+
+impl GetArgs {
+    pub(crate) fn run(&self, pin_dir: &Path) -> Result<(), Error> {
+        self.check_filter()?;
+        let out = io::stdout().lock();
+        let terminal = out.is_terminal();
+        let mut out = BufWriter::with_capacity(1 << 16, out);
+        loop {
+            if self.watch && terminal {
+                out.write_all(b"\x1b[H\x1b[2J\x1b[3J")?;
+            }
+            let rows = self.print(pin_dir, &mut out)?;
+            out.flush()?;
+            if rows == 0 && matches!(self.output, Format::Table | Format::Wide) {
+                eprintln!("no {}", self.resource.name());
+            }
+            if !self.watch {
+                return Ok(());
+            }
+            thread::sleep(WATCH_INTERVAL);
+        }
+    }
+
+    /// A filter that could not have any effect is a mistake.
+    fn check_filter(&self) -> Result<(), Error> {
+        let FilterArgs { service, client, backend } = &self.filter;
+        let (by_service, by_client, by_backend) = match self.resource {
+            Resource::Sessions | Resource::Flows => (true, true, true),
+            Resource::Backends => (true, false, true),
+            Resource::Services => (true, false, false),
+            Resource::Devices | Resource::Counters => (false, false, false),
+        };
+        let given = [
+            ("--service", service.is_some() && !by_service),
+            ("--client", client.is_some() && !by_client),
+            ("--backend", backend.is_some() && !by_backend),
+        ];
+        match given.iter().find(|(_, useless)| *useless) {
+            Some((option, _)) => {
+                Err(Error::Usage(format!("{option} does not apply to `affinity get {}`", self.resource.name())))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Says how many rows there were.
+    fn print(&self, pin_dir: &Path, out: &mut impl Write) -> Result<u64, Error> {
+        let reading = Reading::open(pin_dir)?;
+        let catalog = &reading.catalog;
+        let filter = Filter::new(&self.filter, catalog)?;
+        match self.resource {
+            Resource::Sessions => self.sessions(&reading, &filter, out),
+            Resource::Flows => {
+                let mut listing = self.listing::<FlowView<'_>, _>(catalog, out);
+                reading.flows(&filter, &mut |flow| Ok(listing.push(flow)?))?;
+                Ok(listing.finish()?)
+            }
+            Resource::Services => {
+                let mut services = ServiceView::all(catalog, &reading.live_sessions()?);
+                services.retain(|view| self.filter.service.as_ref().is_none_or(|wanted| *wanted == view.service));
+                self.list(out, &services)
+            }
+            Resource::Backends => {
+                let mut backends = BackendView::all(catalog, &reading.live_sessions()?);
+                let FilterArgs { service, backend, .. } = &self.filter;
+                backends.retain(|view| {
+                    service.as_ref().is_none_or(|wanted| view.services.contains(wanted))
+                        && backend.as_ref().is_none_or(|wanted| view.backend.is_called(wanted))
+                });
+                self.list(out, &backends)
+            }
+            Resource::Counters => self.list(out, &CounterView::all(&reading.store.counter_sums()?)),
+            Resource::Devices => self.list(out, &devices(pin_dir)?),
+        }
+    }
+
+    fn sessions(&self, reading: &Reading, filter: &Filter, out: &mut impl Write) -> Result<u64, Error> {
+        let mut listing = self.listing::<SessionView<'_>, _>(&reading.catalog, out);
+        // On a terminal the rows themselves show that something goes on.
+        let mut progress = (!io::stdout().is_terminal()).then(|| Progress::new("reading sessions"));
+        reading.sessions(filter, &mut |_, session| {
+            if let Some(progress) = &mut progress {
+                progress.step();
+            }
+            Ok(listing.push(session)?)
+        })?;
+        Ok(listing.finish()?)
+    }
+
+    fn listing<R: Row, W: Write>(&self, catalog: &Catalog, out: W) -> Listing<W> {
+        Listing::new::<R>(out, self.output, wants_colour()).with_known_widths(vec![catalog.longest_service_name()])
+    }
+
+    fn list<R: Row>(&self, out: &mut impl Write, rows: &[R]) -> Result<u64, Error> {
+        Ok(list(out, self.output, wants_colour(), rows)?)
+    }
+}
+
+fn devices(pin_dir: &Path) -> Result<Vec<DeviceView>, Error> {
+    Ok(DeviceView::all(&attach::attachments(&PinDir::new(pin_dir))?, device_name))
+}

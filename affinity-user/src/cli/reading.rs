@@ -1,0 +1,198 @@
+//! Reading a running dataplane: its small tables at once, sessions and flows one at a time.
+
+use std::{collections::BTreeSet, path::Path};
+
+use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6};
+use clap::Args;
+
+use super::{error::Error, progress::Progress};
+use crate::{
+    store::{
+        Store,
+        kernel::{Family, KernelStore},
+    },
+    view::{Catalog, Client, Clock, FlowView, LiveSessions, SessionView},
+};
+
+/// Which objects to list.
+#[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct FilterArgs {
+    /// Only of this service
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub(crate) service: Option<String>,
+    /// Only of this client, or of all clients in a network
+    #[arg(long, value_name = "IP[/PREFIX]")]
+    pub(crate) client: Option<Client>,
+    /// Only to this pod
+    #[arg(long, value_name = "IP|NAME")]
+    pub(crate) backend: Option<String>,
+}
+
+/// [`FilterArgs`] with names looked up.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Filter {
+    service: Option<(u32, BTreeSet<u32>)>,
+    client: Option<Client>,
+    backends: Option<BTreeSet<u32>>,
+}
+
+impl Filter {
+    /// Fails where a name is not known.
+    pub(crate) fn new(args: &FilterArgs, catalog: &Catalog) -> Result<Self, Error> {
+        let service = args.service.as_ref().map(|name| {
+            let id = catalog.service_id(name).ok_or_else(|| Error::no_service(name))?;
+            Ok::<_, Error>((id, catalog.scopes(id)))
+        });
+        let backends = args.backend.as_ref().map(|name| {
+            let called = catalog.backends_called(name);
+            if called.is_empty() { Err(Error::no_backend(name)) } else { Ok(called) }
+        });
+        Ok(Self { service: service.transpose()?, client: args.client, backends: backends.transpose()? })
+    }
+
+    /// A pin belongs to the service whose connection made it, and to those that share its scope.
+    fn takes_session(&self, scope: u32, session: &Session) -> bool {
+        let service = &self.service;
+        service.as_ref().is_none_or(|(id, scopes)| session.service == *id || scopes.contains(&scope))
+            && self.takes_backend(session.backend)
+    }
+
+    fn takes_flow<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
+        let client = || Client::new(crate::view::ip(key.saddr), A::BITS);
+        self.service.as_ref().is_none_or(|(id, _)| flow.service == *id)
+            && self.takes_backend(flow.backend)
+            && self.client.is_none_or(|wanted| wanted.contains(&client()))
+    }
+
+    fn takes_backend(&self, backend: u32) -> bool {
+        self.backends.as_ref().is_none_or(|backends| backends.contains(&backend))
+    }
+}
+
+/// The key of a pin of either family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum AnyKey {
+    V4(SessionKey<V4>),
+    V6(SessionKey<V6>),
+}
+
+impl From<SessionKey<V4>> for AnyKey {
+    fn from(key: SessionKey<V4>) -> Self {
+        Self::V4(key)
+    }
+}
+
+impl From<SessionKey<V6>> for AnyKey {
+    fn from(key: SessionKey<V6>) -> Self {
+        Self::V6(key)
+    }
+}
+
+/// A running dataplane and its small tables, as they were when it was opened.
+pub(crate) struct Reading {
+    pub(crate) store: KernelStore,
+    pub(crate) catalog: Catalog,
+}
+
+/// What a visit of sessions is given.
+type VisitSession<'v> = &'v mut dyn FnMut(AnyKey, &SessionView<'_>) -> Result<(), Error>;
+
+impl Reading {
+    /// Opens what is pinned at `pin_dir`.
+    pub(crate) fn open(pin_dir: &Path) -> Result<Self, Error> {
+        let store = KernelStore::open(pin_dir)?;
+        let catalog = Catalog::new(store.observe()?, store.usage_sums()?, Clock::now());
+        Ok(Self { store, catalog })
+    }
+
+    /// Visits the pins that pass the filter, in the order of the maps. One client's pins are looked up, not searched.
+    pub(crate) fn sessions(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error> {
+        match filter.client {
+            Some(client) if client.is_address() && client.address.is_ipv4() => {
+                self.sessions_of::<V4>(filter, client, visit)
+            }
+            Some(client) if client.is_address() => self.sessions_of::<V6>(filter, client, visit),
+            _ => {
+                self.all_sessions::<V4>(filter, visit)?;
+                self.all_sessions::<V6>(filter, visit)
+            }
+        }
+    }
+
+    fn all_sessions<A: Family>(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error>
+    where
+        AnyKey: From<SessionKey<A>>,
+    {
+        for entry in self.store.family::<A>().sessions.iter() {
+            let (key, session) = entry?;
+            if !filter.takes_session(key.scope, &session) {
+                continue;
+            }
+            let view = SessionView::new(&self.catalog, &key, &session);
+            if filter.client.is_none_or(|wanted| wanted.contains(&view.client)) {
+                visit(key.into(), &view)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sessions_of<A: Family>(&self, filter: &Filter, client: Client, visit: VisitSession<'_>) -> Result<(), Error>
+    where
+        AnyKey: From<SessionKey<A>>,
+    {
+        let address = A::from_mapped(crate::view::mapped(client.address));
+        let frontends = self.catalog.frontend_records(client.address.is_ipv4());
+        let key = |scope, frontend: &Frontend| SessionKey::new(scope, address, frontend.prefix);
+        let keys: BTreeSet<_> =
+            frontends.flat_map(|frontend| [key(frontend.group, frontend), key(frontend.own, frontend)]).collect();
+        for key in keys {
+            let Some(session) = self.store.family::<A>().sessions.get(&key)? else { continue };
+            if filter.takes_session(key.scope, &session) {
+                visit(key.into(), &SessionView::new(&self.catalog, &key, &session))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Visits the connections that pass the filter, in the order of the maps.
+    pub(crate) fn flows(
+        &self,
+        filter: &Filter,
+        visit: &mut dyn FnMut(&FlowView<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.flows_of::<V4>(filter, visit)?;
+        self.flows_of::<V6>(filter, visit)
+    }
+
+    fn flows_of<A: Family>(
+        &self,
+        filter: &Filter,
+        visit: &mut dyn FnMut(&FlowView<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for entry in self.store.family::<A>().flows.iter() {
+            let (key, flow) = entry?;
+            if !filter.takes_flow(&key, &flow) {
+                continue;
+            }
+            if let Some(view) = FlowView::new(&self.catalog, &key, &flow) {
+                visit(&view)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the live pins of every service and pod.
+    pub(crate) fn live_sessions(&self) -> Result<LiveSessions, Error> {
+        let mut live = LiveSessions::default();
+        let mut progress = Progress::new("counting sessions");
+        for entry in self.store.v4.sessions.iter() {
+            live.add(&self.catalog, &entry?.1);
+            progress.step();
+        }
+        for entry in self.store.v6.sessions.iter() {
+            live.add(&self.catalog, &entry?.1);
+            progress.step();
+        }
+        Ok(live)
+    }
+}

@@ -1,0 +1,40 @@
+//! What the maps hold, as objects with names: the only thing that `affinity get`, `dump` and `explain` print.
+//!
+//! A [`Catalog`] is one reading of the small tables. With it, entries of the large ones (sessions, flows) become views one
+//! at a time, so a listing needs no more memory for a million rows than for one. Ids become names, monotonic nanoseconds
+//! become wall-clock times, masked client addresses become CIDRs. Views borrow from their catalog.
+//!
+//! The JSON form of a view is stable: fields may be added, none is renamed or removed within an ABI version.
+
+mod address;
+mod backend;
+mod catalog;
+mod clock;
+mod counter;
+mod device;
+mod dump;
+mod event;
+mod explanation;
+mod flow;
+mod service;
+mod session;
+
+pub use address::{Client, Endpoint, protocol_name};
+pub(crate) use address::{ip, mapped};
+pub use backend::{BackendRef, BackendState, BackendView};
+pub use catalog::{Catalog, Policy};
+pub use clock::{Clock, Moment, short_duration};
+pub use counter::CounterView;
+pub use device::DeviceView;
+pub use dump::{Dump, DumpOptions};
+pub use event::EventView;
+pub use explanation::{
+    Candidate, ExplainedFrontend, Explanation, FrontendTables, Question, Situation, Step, explain, pool_backends,
+    session_keys,
+};
+pub use flow::{FlowState, FlowView};
+pub use service::{Endpoints, FrontendView, LiveSessions, ServiceView};
+pub use session::{SessionView, expires_in_s};
+
+#[cfg(test)]
+pub(crate) mod fixture;

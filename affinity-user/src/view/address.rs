@@ -1,0 +1,179 @@
+//! Addresses, ports and client keys as people write them.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    str::FromStr,
+};
+
+use affinity_common::{
+    abi::{Address, Port, V4, V6},
+    parse,
+};
+use serde::{Serialize, Serializer};
+
+/// From the form that both families share in `backends` and in events: IPv6, or IPv4-mapped.
+pub(crate) fn from_mapped(mapped: [u8; 16]) -> IpAddr {
+    Ipv6Addr::from(mapped).to_canonical()
+}
+
+/// From a key's address.
+pub(crate) fn ip<A: Address>(address: A) -> IpAddr {
+    if A::BITS == V4::BITS { from_mapped(address.to_mapped()) } else { Ipv6Addr::from(address.to_mapped()).into() }
+}
+
+/// To the form that both families share.
+pub(crate) fn mapped(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// An address in the family that a map is for.
+pub(crate) enum Family {
+    V4(V4),
+    V6(V6),
+}
+
+impl From<IpAddr> for Family {
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(address) => Self::V4(V4(address.octets())),
+            IpAddr::V6(address) => Self::V6(V6(address.octets())),
+        }
+    }
+}
+
+/// The name of an IANA protocol number, as Kubernetes writes it.
+#[must_use]
+pub fn protocol_name(protocol: u8) -> &'static str {
+    match protocol {
+        parse::TCP => "TCP",
+        parse::UDP => "UDP",
+        132 => "SCTP",
+        _ => "?",
+    }
+}
+
+/// An address and a port: `10.0.0.1:80`, `[fd00::1]:80`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+pub struct Endpoint {
+    /// The address.
+    pub address: IpAddr,
+    /// The port.
+    pub port: u16,
+}
+
+impl Endpoint {
+    /// From a key's parts.
+    pub(crate) fn new<A: Address>(address: A, port: Port) -> Self {
+        Self { address: ip(address), port: port.get() }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::new(self.address, self.port).fmt(f)
+    }
+}
+
+/// A client key: an address, or the network that shares a pin, as CIDR.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Client {
+    /// The address, or the network's first.
+    pub address: IpAddr,
+    /// Leading bits that count: 32 or 128 for one address.
+    pub prefix: u8,
+}
+
+impl Client {
+    /// The client key of `address` under a prefix length; longer ones count as the family's longest.
+    #[must_use]
+    pub fn new(address: IpAddr, prefix: u8) -> Self {
+        match address.into() {
+            Family::V4(v4) => Self { address: ip(v4.masked(prefix)), prefix: prefix.min(V4::BITS) },
+            Family::V6(v6) => Self { address: ip(v6.masked(prefix)), prefix: prefix.min(V6::BITS) },
+        }
+    }
+
+    /// Whether this is one address and not a network.
+    #[must_use]
+    pub fn is_address(&self) -> bool {
+        self.prefix == if self.address.is_ipv4() { V4::BITS } else { V6::BITS }
+    }
+
+    /// Whether `other` lies within.
+    #[must_use]
+    pub fn contains(&self, other: &Self) -> bool {
+        self.address.is_ipv4() == other.address.is_ipv4()
+            && self.prefix <= other.prefix
+            && Self::new(other.address, self.prefix) == *self
+    }
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)?;
+        if self.is_address() { Ok(()) } else { write!(f, "/{}", self.prefix) }
+    }
+}
+
+impl Serialize for Client {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl FromStr for Client {
+    type Err = String;
+
+    /// An address, or a CIDR as listings print it.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
+        let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is no IP address"))?;
+        let longest = if address.is_ipv4() { V4::BITS } else { V6::BITS };
+        let prefix = match prefix {
+            None => longest,
+            Some(prefix) => prefix
+                .parse()
+                .ok()
+                .filter(|&bits| bits <= longest)
+                .ok_or_else(|| format!("`/{prefix}` is no prefix length from 0 to {longest}"))?,
+        };
+        Ok(Self::new(address, prefix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_are_addresses_or_networks() {
+        for text in ["192.0.2.1", "192.0.2.0/24", "2001:db8::1", "2001:db8::/64", "0.0.0.0/0"] {
+            assert_eq!(text.parse::<Client>().unwrap().to_string(), text);
+        }
+        assert_eq!("192.0.2.77/24".parse::<Client>().unwrap().to_string(), "192.0.2.0/24");
+        for text in ["192.0.2.1/33", "2001:db8::/129", "web", "192.0.2.1/", "192.0.2"] {
+            assert!(text.parse::<Client>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_network_contains_its_addresses_and_no_other_family() {
+        let network: Client = "192.0.2.0/24".parse().unwrap();
+        assert!(network.contains(&"192.0.2.9".parse().unwrap()));
+        assert!(network.contains(&network));
+        assert!(!network.contains(&"192.0.3.9".parse().unwrap()));
+        assert!(!network.contains(&"192.0.0.0/16".parse().unwrap()));
+        assert!(!"0.0.0.0/0".parse::<Client>().unwrap().contains(&"2001:db8::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_mapped_address_in_an_ipv6_key_stays_ipv6() {
+        let mapped = V4([192, 0, 2, 1]).to_mapped();
+        assert_eq!(from_mapped(mapped).to_string(), "192.0.2.1");
+        assert_eq!(ip(V6(mapped)).to_string(), "::ffff:192.0.2.1");
+    }
+}

@@ -1,0 +1,160 @@
+//! Pods: as part of another view, and on their own.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr};
+
+use affinity_common::abi::{BACKEND_LOCAL, UsageKey, UsageOf};
+use serde::Serialize;
+
+use super::{Catalog, LiveSessions};
+
+/// A pod, as other objects name it. All fields are empty for one that is gone without trace.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize)]
+pub struct BackendRef<'a> {
+    /// Its address.
+    pub address: Option<IpAddr>,
+    /// The pod's name, where the source gave one.
+    pub name: Option<&'a str>,
+    /// The pod's namespace, where the source gave a name.
+    pub namespace: Option<&'a str>,
+}
+
+impl<'a> BackendRef<'a> {
+    /// `full_name` is `namespace/pod`, or empty.
+    pub(crate) fn new(address: Option<IpAddr>, full_name: &'a str) -> Self {
+        match full_name.split_once('/') {
+            Some((namespace, name)) => Self { address, name: Some(name), namespace: Some(namespace) },
+            None => Self { address, name: Some(full_name).filter(|name| !name.is_empty()), namespace: None },
+        }
+    }
+
+    /// `namespace/name`, else as it displays.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        match (self.namespace, self.name) {
+            (Some(namespace), Some(name)) => format!("{namespace}/{name}"),
+            _ => self.to_string(),
+        }
+    }
+
+    /// Whether `wanted` is its address, its name, or `namespace/name`.
+    #[must_use]
+    pub fn is_called(&self, wanted: &str) -> bool {
+        if self.name == Some(wanted) || wanted.parse().is_ok_and(|wanted: IpAddr| self.address == Some(wanted)) {
+            return true;
+        }
+        wanted
+            .split_once('/')
+            .is_some_and(|(namespace, name)| self.namespace == Some(namespace) && self.name == Some(name))
+    }
+}
+
+/// The name, else the address, else `(gone)`.
+impl fmt::Display for BackendRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.name, self.address) {
+            (Some(name), _) => f.write_str(name),
+            (None, Some(address)) => address.fmt(f),
+            (None, None) => f.write_str("(gone)"),
+        }
+    }
+}
+
+/// Whether a pod takes connections.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendState {
+    /// New ones, in at least one service port.
+    Ready,
+    /// Only the packets of connections that it has.
+    Draining,
+    /// None: it belongs to no service any more.
+    Unused,
+}
+
+impl BackendState {
+    /// As in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Unused => "unused",
+        }
+    }
+}
+
+/// A pod.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct BackendView<'a> {
+    /// Address and name.
+    #[serde(flatten)]
+    pub backend: BackendRef<'a>,
+    /// Services that it serves, by name.
+    pub services: Vec<String>,
+    /// Whether it takes connections.
+    pub state: BackendState,
+    /// It runs on this node.
+    pub local: bool,
+    /// Live pins.
+    pub sessions: u64,
+    /// New connections that it was given since it became known.
+    pub connections: u64,
+}
+
+impl<'a> BackendView<'a> {
+    /// Every pod in use, by name and address.
+    #[must_use]
+    pub fn all(catalog: &'a Catalog, live: &LiveSessions) -> Vec<Self> {
+        let mut members: BTreeMap<u32, (Vec<String>, bool)> = BTreeMap::new();
+        for (pool, service) in catalog.pools() {
+            for (backend, ready) in catalog.members(pool) {
+                let (services, any_ready) = members.entry(backend).or_default();
+                services.push(catalog.service_name(service).into_owned());
+                *any_ready |= ready;
+            }
+        }
+        let in_use = catalog.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
+        let mut views: Vec<Self> = in_use
+            .map(|(&index, record)| {
+                let (mut services, any_ready) = members.remove(&index).unwrap_or_default();
+                services.sort_unstable();
+                services.dedup();
+                let state = match (services.is_empty(), any_ready) {
+                    (true, _) => BackendState::Unused,
+                    (false, true) => BackendState::Ready,
+                    (false, false) => BackendState::Draining,
+                };
+                let usage = catalog.usage.get(&UsageKey { of: UsageOf::Backend as u32, id: index });
+                Self {
+                    backend: catalog.backend(index, record.generation),
+                    services,
+                    state,
+                    local: record.flags & BACKEND_LOCAL != 0,
+                    sessions: live.of_backend(index),
+                    connections: usage.map_or(0, |usage| usage.counts.iter().sum()),
+                }
+            })
+            .collect();
+        views.sort_by_key(|view| (view.backend.namespace, view.backend.name, view.backend.address));
+        views
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_answers_to_its_address_its_name_and_its_full_name() {
+        let pod = BackendRef::new(Some("10.1.0.1".parse().unwrap()), "default/web-0");
+        for wanted in ["10.1.0.1", "web-0", "default/web-0"] {
+            assert!(pod.is_called(wanted), "{wanted}");
+        }
+        for wanted in ["10.1.0.2", "web-1", "other/web-0", "default", ""] {
+            assert!(!pod.is_called(wanted), "{wanted}");
+        }
+        assert_eq!(pod.to_string(), "web-0");
+        assert_eq!(BackendRef::new(pod.address, "").to_string(), "10.1.0.1");
+        assert_eq!(BackendRef::default().to_string(), "(gone)");
+    }
+}

@@ -1,0 +1,246 @@
+//! One reading of the small tables, and the names found there.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+};
+
+use affinity_common::abi::{
+    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, Selection, Timer, Usage,
+    UsageKey, V4,
+};
+
+use super::{BackendRef, Clock, Endpoint, address::from_mapped, protocol_name};
+use crate::store::Observed;
+
+/// A frontend of either family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct CatalogFrontend {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) protocol: u8,
+    pub(crate) record: Frontend,
+}
+
+impl CatalogFrontend {
+    fn new<A: Address>(key: &FrontendKey<A>, record: &Frontend) -> Self {
+        Self { endpoint: Endpoint::new(key.address, key.port), protocol: key.protocol, record: *record }
+    }
+
+    /// `10.96.0.10:80/TCP`.
+    pub(crate) fn text(&self) -> String {
+        format!("{}/{}", self.endpoint, protocol_name(self.protocol))
+    }
+}
+
+/// How a service keeps its pins: the same in all its frontends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Policy {
+    /// Whether connections are pinned at all.
+    pub affinity: bool,
+    /// What restarts the timeout.
+    pub timer: Timer,
+    /// Nanoseconds, or [`affinity_common::abi::TIMEOUT_UNLIMITED`].
+    pub timeout_ns: u64,
+    /// How members are chosen.
+    pub select: Selection,
+    /// Prefix length of IPv4 client keys; `None`: the service has no IPv4 frontend.
+    pub prefix_v4: Option<u8>,
+    /// Prefix length of IPv6 client keys; `None`: the service has no IPv6 frontend.
+    pub prefix_v6: Option<u8>,
+    /// Scope of the shared pin.
+    pub group: u32,
+}
+
+/// The small tables, with what listings need by service.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    pub(crate) observed: Observed,
+    /// Counts of services and backends, summed over CPUs.
+    pub(crate) usage: BTreeMap<UsageKey, Usage>,
+    pub(crate) clock: Clock,
+    /// By family and address.
+    pub(crate) frontends: Vec<CatalogFrontend>,
+    policies: BTreeMap<u32, Policy>,
+}
+
+impl Catalog {
+    /// From one reading of the maps; `usage` is summed over CPUs.
+    #[must_use]
+    pub fn new(observed: Observed, usage: BTreeMap<UsageKey, Usage>, clock: Clock) -> Self {
+        let v4 = observed.frontends_v4.iter().map(|(key, record)| CatalogFrontend::new(key, record));
+        let v6 = observed.frontends_v6.iter().map(|(key, record)| CatalogFrontend::new(key, record));
+        let frontends: Vec<_> = v4.chain(v6).collect();
+        let mut policies = BTreeMap::new();
+        for frontend in &frontends {
+            let record = &frontend.record;
+            let policy = policies.entry(record.service).or_insert_with(|| Policy {
+                affinity: record.flags & AFFINITY != 0,
+                timer: Timer::from_byte(record.timer),
+                timeout_ns: record.timeout_ns,
+                select: Selection::from_byte(record.select),
+                prefix_v4: None,
+                prefix_v6: None,
+                group: record.group,
+            });
+            if frontend.endpoint.address.is_ipv4() {
+                policy.prefix_v4 = Some(record.prefix);
+            } else {
+                policy.prefix_v6 = Some(record.prefix);
+            }
+        }
+        Self { observed, usage, clock, frontends, policies }
+    }
+
+    /// What was read.
+    #[must_use]
+    pub fn observed(&self) -> &Observed {
+        &self.observed
+    }
+
+    /// When it was read.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// How a service keeps its pins; `None` for one that has no frontend any more.
+    #[must_use]
+    pub fn policy(&self, service: u32) -> Option<&Policy> {
+        self.policies.get(&service)
+    }
+
+    /// Every service with a frontend, by name.
+    #[must_use]
+    pub fn services(&self) -> BTreeMap<Cow<'_, str>, u32> {
+        self.policies.keys().map(|&id| (self.service_name(id), id)).collect()
+    }
+
+    /// Of all services, in characters: how wide a column must be.
+    #[must_use]
+    pub fn longest_service_name(&self) -> usize {
+        self.services().keys().map(|name| name.chars().count()).max().unwrap_or(0)
+    }
+
+    /// The id of the service `namespace/name`.
+    #[must_use]
+    pub fn service_id(&self, name: &str) -> Option<u32> {
+        self.policies.keys().copied().find(|&id| self.service_name(id) == name)
+    }
+
+    /// `namespace/name`, or `#id` for a service that the `names` map does not know.
+    #[must_use]
+    pub fn service_name(&self, id: u32) -> Cow<'_, str> {
+        self.name(NameKind::Service, id)
+    }
+
+    /// `namespace/name:port/PROTOCOL` and family, or `#id`.
+    #[must_use]
+    pub fn pool_name(&self, id: u32) -> Cow<'_, str> {
+        self.name(NameKind::Pool, id)
+    }
+
+    /// Scopes in which pins of a service may lie.
+    #[must_use]
+    pub fn scopes(&self, service: u32) -> BTreeSet<u32> {
+        let ours = self.frontends.iter().filter(|frontend| frontend.record.service == service);
+        ours.flat_map(|frontend| [frontend.record.group, frontend.record.own]).collect()
+    }
+
+    /// The named group whose pins a service shares; `None` where it has its own.
+    #[must_use]
+    pub fn group_name(&self, service: u32) -> Option<&str> {
+        let policy = self.policies.get(&service)?;
+        self.known(NameKind::Group, policy.group)
+    }
+
+    /// What a scope is: a group, a service, or the pins that a service keeps beside its group's.
+    #[must_use]
+    pub fn scope_name(&self, scope: u32) -> Cow<'_, str> {
+        if let Some(group) = self.known(NameKind::Group, scope) {
+            return format!("{group}(group)").into();
+        }
+        let of = |pick: fn(&Frontend) -> u32| {
+            self.frontends.iter().find(|frontend| pick(&frontend.record) == scope).map(|found| found.record.service)
+        };
+        if let Some(service) = of(|record| record.group) {
+            return self.service_name(service);
+        }
+        match of(|record| record.own) {
+            Some(service) => format!("{}(own)", self.service_name(service)).into(),
+            None => self.service_name(scope),
+        }
+    }
+
+    /// A backend under a generation. A pod that is gone keeps its address and name until its index is used again.
+    #[must_use]
+    pub fn backend(&self, index: u32, generation: u32) -> BackendRef<'_> {
+        let record = self.observed.backends.get(&index).filter(|record| {
+            let retired = generation.wrapping_add(1);
+            record.generation == generation || record.generation == retired && retired.is_multiple_of(2)
+        });
+        let Some(record) = record else { return BackendRef::default() };
+        let address = Some(from_mapped(record.address)).filter(|address| !address.is_unspecified());
+        BackendRef::new(address, self.known(NameKind::Backend, index).unwrap_or(""))
+    }
+
+    /// A backend as its record is now.
+    #[must_use]
+    pub fn backend_now(&self, index: u32) -> BackendRef<'_> {
+        self.observed
+            .backends
+            .get(&index)
+            .map_or_else(BackendRef::default, |record| self.backend(index, record.generation))
+    }
+
+    /// The generation under which a backend's index is in use.
+    #[must_use]
+    pub fn generation(&self, index: u32) -> Option<u32> {
+        self.observed.backends.get(&index).map(|record| record.generation).filter(|generation| generation % 2 == 1)
+    }
+
+    /// Indices of backends by address, name, or `namespace/name`; those of pods that have just gone among them.
+    #[must_use]
+    pub fn backends_called(&self, wanted: &str) -> BTreeSet<u32> {
+        let indices = self.observed.backends.keys().copied();
+        indices.filter(|&index| self.backend_now(index).is_called(wanted)).collect()
+    }
+
+    /// The frontends of one family.
+    pub(crate) fn frontend_records(&self, ipv4: bool) -> impl Iterator<Item = &Frontend> {
+        let frontends = self.frontends.iter().filter(move |frontend| frontend.endpoint.address.is_ipv4() == ipv4);
+        frontends.map(|frontend| &frontend.record)
+    }
+
+    /// Pools of each service's frontends, each with its service. Groups' unions are not among them.
+    pub(crate) fn pools(&self) -> BTreeMap<u32, u32> {
+        self.frontends.iter().map(|frontend| (frontend.record.pool, frontend.record.service)).collect()
+    }
+
+    /// Backend indices in a pool, and whether each is ready; members of an earlier generation are not in it any more.
+    pub(crate) fn members(&self, pool: u32) -> impl Iterator<Item = (u32, bool)> + '_ {
+        let range = MemberKey { pool, backend: 0 }..=MemberKey { pool, backend: u32::MAX };
+        self.observed.members.range(range).filter_map(|(key, member)| {
+            let backend = self.observed.backends.get(&key.backend)?;
+            (backend.generation == member.generation).then_some((key.backend, member.state == MEMBER_READY))
+        })
+    }
+
+    /// The prefix length of a service's client keys in one family.
+    pub(crate) fn prefix<A: Address>(&self, service: u32) -> u8 {
+        let policy = self.policies.get(&service);
+        let prefix = if A::BITS == V4::BITS {
+            policy.and_then(|policy| policy.prefix_v4)
+        } else {
+            policy.and_then(|policy| policy.prefix_v6)
+        };
+        prefix.unwrap_or(A::BITS)
+    }
+
+    fn name(&self, kind: NameKind, id: u32) -> Cow<'_, str> {
+        self.known(kind, id).map_or_else(|| format!("#{id}").into(), Cow::from)
+    }
+
+    fn known(&self, kind: NameKind, id: u32) -> Option<&str> {
+        self.observed.names.get(&NameKey { kind: kind as u32, id }).map(String::as_str).filter(|name| !name.is_empty())
+    }
+}

@@ -1,0 +1,399 @@
+//! The canonical text of every map: one line an entry, `map key -> value`, sorted, with names for ids.
+//!
+//! It is the oracle of the tests that go from YAML to maps, so what depends on history or on the clock stays out unless
+//! asked for: times, generations, and where an extent of slots happens to lie.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use affinity_common::{
+    abi::{
+        AFFINITY, Address, BACKEND_LOCAL, Event, FILTER_BITS, Flow, FlowKey, Frontend, MEMBER_READY, MemberKey,
+        NameKind, REASONS, SHARED, Session, SessionKey, USAGES, UsageOf, V4,
+    },
+    names,
+};
+
+use super::{
+    Catalog, Endpoint, EventView, FlowState, SessionView, protocol_name, service::policy_text, short_duration,
+};
+
+/// What a dump shows beside what never changes by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DumpOptions {
+    /// Ages of sessions, flows and events.
+    pub times: bool,
+    /// Every slot, and not only the share of each backend.
+    pub slots: bool,
+}
+
+/// Writes maps as lines.
+#[derive(Clone, Copy, Debug)]
+pub struct Dump<'a> {
+    catalog: &'a Catalog,
+    options: DumpOptions,
+}
+
+impl<'a> Dump<'a> {
+    /// Names come from `catalog`.
+    #[must_use]
+    pub fn new(catalog: &'a Catalog, options: DumpOptions) -> Self {
+        Self { catalog, options }
+    }
+
+    /// A map that the catalog holds; `None` for any other.
+    #[must_use]
+    pub fn small(&self, map: &str) -> Option<Vec<String>> {
+        Some(match map {
+            names::FRONTENDS_V4 => self.frontends(map, true),
+            names::FRONTENDS_V6 => self.frontends(map, false),
+            names::SLOTS => self.slots(),
+            names::MEMBERS => self.members(),
+            names::BACKENDS => self.backends(),
+            names::USAGE => self.usage(),
+            names::NAMES => self.names(),
+            _ => return None,
+        })
+    }
+
+    fn frontends(&self, map: &str, ipv4: bool) -> Vec<String> {
+        let ours = self.catalog.frontends.iter().filter(|frontend| frontend.endpoint.address.is_ipv4() == ipv4);
+        ours.map(|frontend| format!("{map} {} -> {}", frontend.text(), self.frontend(&frontend.record))).collect()
+    }
+
+    fn frontend(&self, record: &Frontend) -> String {
+        let mut text = format!(
+            "service={} pool={} slots={}",
+            self.catalog.service_name(record.service),
+            self.catalog.pool_name(record.pool),
+            record.slot_count
+        );
+        if record.flags & AFFINITY == 0 {
+            return format!("{text} affinity=none {}", policy_text(record));
+        }
+        text += &format!(" affinity={} {}", self.catalog.scope_name(record.group), policy_text(record));
+        text += &format!(" prefix={}", record.prefix);
+        if record.flags & SHARED != 0 {
+            text += &format!(" own={}", self.catalog.scope_name(record.own));
+        }
+        text
+    }
+
+    /// By pool: an extent's place is no part of its meaning.
+    fn slots(&self) -> Vec<String> {
+        let mut lines = BTreeMap::new();
+        for frontend in &self.catalog.frontends {
+            let record = &frontend.record;
+            // A pool without slots may name an extent that is another's.
+            let extent = self.catalog.observed.slots.get(&record.slot_first).filter(|_| record.slot_count > 0);
+            let Some(backends) = extent else { continue };
+            let names = backends.iter().map(|&index| self.catalog.backend_now(index).full_name());
+            let text = if self.options.slots { names.collect::<Vec<_>>().join(" ") } else { shares(names) };
+            lines.insert(self.catalog.pool_name(record.pool), format!("{} slots: {text}", backends.len()));
+        }
+        lines.into_iter().map(|(pool, text)| format!("{} {pool} -> {text}", names::SLOTS)).collect()
+    }
+
+    fn members(&self) -> Vec<String> {
+        let pools = self.catalog.pools();
+        let lines: BTreeSet<_> = self
+            .catalog
+            .observed
+            .members
+            .iter()
+            .map(|(key, member)| {
+                let MemberKey { pool, backend } = *key;
+                let scope = if pools.contains_key(&pool) || !self.is_scope(pool) {
+                    self.catalog.pool_name(pool)
+                } else {
+                    self.catalog.scope_name(pool)
+                };
+                let state = if member.state == MEMBER_READY { "ready" } else { "draining" };
+                let current = self.catalog.observed.backends.get(&backend).map(|backend| backend.generation);
+                let stale = if current == Some(member.generation) { "" } else { " stale" };
+                let backend = self.catalog.backend(backend, member.generation).full_name();
+                format!("{} {scope} {backend} -> port={} state={state}{stale}", names::MEMBERS, member.port.get())
+            })
+            .collect();
+        lines.into_iter().collect()
+    }
+
+    fn is_scope(&self, id: u32) -> bool {
+        self.catalog.frontends.iter().any(|frontend| frontend.record.group == id)
+    }
+
+    /// Those in use.
+    fn backends(&self) -> Vec<String> {
+        let in_use = self.catalog.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
+        let lines: BTreeMap<_, _> = in_use
+            .map(|(&index, record)| {
+                let backend = self.catalog.backend(index, record.generation);
+                let address = backend.address.map_or_else(|| "(none)".to_owned(), |address| address.to_string());
+                let local = if record.flags & BACKEND_LOCAL == 0 { "" } else { " local" };
+                let line = format!("{} {address} -> name={}{local}", names::BACKENDS, backend.full_name());
+                ((backend.address, index), line)
+            })
+            .collect();
+        lines.into_values().collect()
+    }
+
+    fn usage(&self) -> Vec<String> {
+        let zero = affinity_common::abi::Usage::default();
+        let lines: BTreeSet<_> = self
+            .catalog
+            .observed
+            .usage
+            .iter()
+            .map(|key| {
+                let name = match key.of {
+                    of if of == UsageOf::Service as u32 => format!("service {}", self.catalog.service_name(key.id)),
+                    of if of == UsageOf::Backend as u32 => {
+                        format!("backend {}", self.catalog.backend_now(key.id).full_name())
+                    }
+                    of => format!("{of} #{}", key.id),
+                };
+                let usage = self.catalog.usage.get(key).unwrap_or(&zero);
+                let counts = USAGES.iter().zip(usage.counts).filter(|&(_, count)| count > 0);
+                let counts: Vec<_> = counts.map(|(reason, count)| format!("{}={count}", reason.name())).collect();
+                let counts = if counts.is_empty() { "none".to_owned() } else { counts.join(" ") };
+                format!("{} {name} -> {counts}", names::USAGE)
+            })
+            .collect();
+        lines.into_iter().collect()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let line = |kind: u32, id: u32, name: &str| format!("{} {} {id} -> {name}", names::NAMES, name_kind(kind));
+        self.catalog.observed.names.iter().map(|(key, name)| line(key.kind, key.id, name)).collect()
+    }
+
+    /// How full each half of the filter is.
+    #[must_use]
+    pub fn filter(&self, words: &[u64]) -> Vec<String> {
+        let half = (FILTER_BITS / u64::BITS) as usize;
+        let bits = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
+        let (frontends, members) = words.split_at(half.min(words.len()));
+        [("frontends", bits(frontends)), ("members", bits(members))]
+            .map(|(name, bits)| format!("{} {name} -> {bits} of {FILTER_BITS} bits", names::FILTER))
+            .to_vec()
+    }
+
+    /// Backends with live sessions; `loads` is the map, by backend index.
+    #[must_use]
+    pub fn loads(&self, loads: &[u64]) -> Vec<String> {
+        let loaded = (0u32..).zip(loads).filter(|&(_, &load)| load != 0);
+        let lines: BTreeSet<_> = loaded
+            .map(|(index, load)| format!("{} {} -> {load}", names::LOADS, self.catalog.backend_now(index).full_name()))
+            .collect();
+        lines.into_iter().collect()
+    }
+
+    /// Sessions of one family, by scope and client.
+    #[must_use]
+    pub fn sessions<A: Address>(&self, entries: impl IntoIterator<Item = (SessionKey<A>, Session)>) -> Vec<String> {
+        let map = if A::BITS == V4::BITS { names::SESSIONS_V4 } else { names::SESSIONS_V6 };
+        let lines: BTreeMap<_, _> = entries
+            .into_iter()
+            .map(|(key, session)| {
+                let view = SessionView::new(self.catalog, &key, &session);
+                let scope = self.catalog.scope_name(key.scope);
+                let mut line = format!(
+                    "{map} {scope} {} -> {} service={} reason={} uses={}",
+                    view.client,
+                    view.backend.full_name(),
+                    view.service,
+                    view.reason,
+                    view.uses
+                );
+                if let Some(connections) = view.connections {
+                    line += &format!(" connections={connections}");
+                }
+                if self.options.times {
+                    let left = view.expires_in_seconds.map_or_else(|| "never".to_owned(), short_duration);
+                    let (age, idle) = (view.created.age.as_secs(), view.last_used.age.as_secs());
+                    line += &format!(" age={} idle={} expires={left}", short_duration(age), short_duration(idle));
+                }
+                ((scope, view.client, key), line)
+            })
+            .collect();
+        lines.into_values().collect()
+    }
+
+    /// Flows of one family in both directions, by protocol, source and destination.
+    #[must_use]
+    pub fn flows<A: Address>(&self, entries: impl IntoIterator<Item = (FlowKey<A>, Flow<A>)>) -> Vec<String> {
+        let map = if A::BITS == V4::BITS { names::FLOWS_V4 } else { names::FLOWS_V6 };
+        let lines: BTreeMap<_, _> = entries
+            .into_iter()
+            .map(|(key, flow)| {
+                let direction = if key.direction == 0 { "forward" } else { "reverse" };
+                let edit = &flow.edit;
+                let mut line = format!(
+                    "{map} {direction} {} {} > {} -> {} > {} backend={} service={} state={}",
+                    protocol_name(key.protocol),
+                    Endpoint::new(key.saddr, key.sport),
+                    Endpoint::new(key.daddr, key.dport),
+                    Endpoint::new(edit.saddr, edit.sport),
+                    Endpoint::new(edit.daddr, edit.dport),
+                    self.catalog.backend(flow.backend, flow.generation).full_name(),
+                    self.catalog.service_name(flow.service),
+                    FlowState::new(flow.state).name()
+                );
+                if self.options.times {
+                    let moment = |time_ns| short_duration(self.catalog.clock.moment(time_ns).age.as_secs());
+                    line += &format!(" age={} idle={}", moment(flow.created_ns), moment(flow.last_used_ns));
+                }
+                ((key.direction, key.protocol, key), line)
+            })
+            .collect();
+        lines.into_values().collect()
+    }
+
+    /// Reasons that occurred; `packets` is the map, summed over CPUs.
+    #[must_use]
+    pub fn counters(&self, packets: &[u64]) -> Vec<String> {
+        let counted = REASONS.iter().zip(packets).filter(|&(_, &packets)| packets > 0);
+        counted.map(|(reason, packets)| format!("{} {} -> {packets}", names::COUNTERS, reason.name())).collect()
+    }
+
+    /// What the ring still holds, oldest first.
+    #[must_use]
+    pub fn events(&self, events: &[Event]) -> Vec<String> {
+        let views = events.iter().filter_map(|event| EventView::new(self.catalog, event));
+        views
+            .map(|view| {
+                let time = if self.options.times {
+                    format!(" age={}", short_duration(view.time.age.as_secs()))
+                } else {
+                    String::new()
+                };
+                format!("{} {}{time}", names::EVENTS, view.line())
+            })
+            .collect()
+    }
+}
+
+/// `name x count`, in the order of names.
+fn shares(backends: impl Iterator<Item = String>) -> String {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for backend in backends {
+        *counts.entry(backend).or_default() += 1;
+    }
+    let texts: Vec<_> = counts.iter().map(|(backend, count)| format!("{backend} x{count}")).collect();
+    texts.join(" ")
+}
+
+fn name_kind(kind: u32) -> &'static str {
+    const KINDS: [(NameKind, &str); 4] = [
+        (NameKind::Service, "service"),
+        (NameKind::Pool, "pool"),
+        (NameKind::Group, "group"),
+        (NameKind::Backend, "backend"),
+    ];
+    KINDS.iter().find(|&&(known, _)| known as u32 == kind).map_or("?", |&(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use affinity_common::abi::V6;
+
+    use super::*;
+    use crate::view::fixture;
+
+    fn dump(options: DumpOptions) -> String {
+        let catalog = fixture::catalog();
+        let dump = Dump::new(&catalog, options);
+        let (key, flow) = fixture::flow();
+        let mut lines = Vec::new();
+        for map in names::MAPS {
+            lines.extend(dump.small(map).unwrap_or_default());
+        }
+        let mut filter = vec![0; (2 * FILTER_BITS / u64::BITS) as usize];
+        (filter[0], filter[(FILTER_BITS / u64::BITS) as usize]) = (0b1011, 1 << 63);
+        lines.extend(dump.filter(&filter));
+        lines.extend(dump.loads(&[0, 3, 0, 9]));
+        lines.extend(dump.sessions(fixture::sessions_v4()));
+        lines.extend(dump.sessions::<V6>(fixture::sessions_v6()));
+        lines.extend(dump.flows([(key.opposite(&flow.edit), flow), (key, flow)]));
+        lines.extend(dump.counters(&[0, 2, 0, 0, 0, 70]));
+        lines.extend(dump.events(&fixture::events()));
+        lines.join("\n")
+    }
+
+    #[test]
+    fn every_map_in_canonical_text() {
+        insta::assert_snapshot!(dump(DumpOptions::default()), @r"
+        frontends_v4 10.96.0.10:80/TCP -> service=default/web pool=default/web:http/TCP/v4 slots=2 affinity=default/web timer=connection timeout=10800s select=random prefix=32
+        frontends_v4 10.96.0.10:443/TCP -> service=default/web pool=default/web:https/TCP/v4 slots=2 affinity=default/web timer=connection timeout=10800s select=random prefix=32
+        frontends_v4 10.96.0.53:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v4 slots=0 affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=24
+        frontends_v6 [2001:db8::53]:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
+        slots default/web:http/TCP/v4 -> 2 slots: default/web-0 x1 default/web-1 x1
+        slots default/web:https/TCP/v4 -> 2 slots: default/web-0 x2
+        members default/web:http/TCP/v4 default/web-0 -> port=8080 state=ready
+        members default/web:http/TCP/v4 default/web-1 -> port=8080 state=ready
+        members default/web:https/TCP/v4 default/web-0 -> port=8443 state=ready
+        members default/web:https/TCP/v4 default/web-1 -> port=8443 state=draining
+        members kube-system/dns:dns/UDP/v4 10.244.0.3 -> port=5353 state=draining
+        members kube-system/infra(group) 10.244.0.3 -> port=0 state=draining
+        backends 10.244.0.1 -> name=default/web-0 local
+        backends 10.244.0.2 -> name=default/web-1
+        backends 10.244.0.3 -> name=10.244.0.3
+        names service 1 -> default/web
+        names service 2 -> kube-system/dns
+        names pool 1 -> default/web:http/TCP/v4
+        names pool 2 -> default/web:https/TCP/v4
+        names pool 3 -> kube-system/dns:dns/UDP/v4
+        names pool 4 -> kube-system/dns:dns/UDP/v6
+        names group 9 -> kube-system/infra
+        names backend 1 -> default/web-0
+        names backend 2 -> default/web-1
+        names backend 4 -> default/web-9
+        filter frontends -> 3 of 524288 bits
+        filter members -> 1 of 524288 bits
+        loads 10.244.0.3 -> 9
+        loads default/web-0 -> 3
+        sessions_v4 #77 203.0.113.9 -> default/web-1 service=#77 reason=created uses=3
+        sessions_v4 default/web 192.0.2.1 -> default/web-0 service=default/web reason=created uses=3
+        sessions_v4 default/web 192.0.2.20 -> default/web-1 service=default/web reason=backend-gone uses=3
+        sessions_v4 default/web 198.51.100.7 -> default/web-9 service=default/web reason=created uses=3
+        sessions_v4 default/web 198.51.100.8 -> (gone) service=default/web reason=created uses=3
+        sessions_v4 kube-system/infra(group) 203.0.113.0/24 -> 10.244.0.3 service=kube-system/dns reason=created uses=3 connections=2
+        sessions_v6 kube-system/infra(group) 2001:db8::/64 -> 10.244.0.3 service=kube-system/dns reason=operator uses=3 connections=0
+        flows_v4 forward TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
+        flows_v4 reverse TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
+        counters truncated -> 2
+        counters not-frontend -> 70
+        events created default/web 192.0.2.1 -> default/web-0
+        events moved default/web 192.0.2.1 -> default/web-9 > default/web-1 reason=backend-gone
+        events expired default/web 192.0.2.1 -> default/web-1 > default/web-0
+        events unpinned default/web 192.0.2.1 -> default/web-0 > (none) reason=operator
+        events pinned default/web 192.0.2.1 -> default/web-1 reason=operator
+        events evicted -> 42 pins
+        ");
+    }
+
+    #[test]
+    fn times_and_slots_are_there_for_the_asking() {
+        let plain = dump(DumpOptions::default());
+        let detailed = dump(DumpOptions { times: true, slots: true });
+        let lines: Vec<_> = detailed.lines().filter(|line| !plain.lines().any(|plain| plain == *line)).collect();
+        insta::assert_snapshot!(lines.join("\n"), @r"
+        slots default/web:http/TCP/v4 -> 2 slots: default/web-0 default/web-1
+        slots default/web:https/TCP/v4 -> 2 slots: default/web-0 default/web-0
+        sessions_v4 #77 203.0.113.9 -> default/web-1 service=#77 reason=created uses=3 age=2h46m idle=2h46m expires=0s
+        sessions_v4 default/web 192.0.2.1 -> default/web-0 service=default/web reason=created uses=3 age=16m40s idle=10s expires=2h59m
+        sessions_v4 default/web 192.0.2.20 -> default/web-1 service=default/web reason=backend-gone uses=3 age=45s idle=45s expires=2h59m
+        sessions_v4 default/web 198.51.100.7 -> default/web-9 service=default/web reason=created uses=3 age=2h45m idle=2h44m expires=15m50s
+        sessions_v4 default/web 198.51.100.8 -> (gone) service=default/web reason=created uses=3 age=16m40s idle=16m39s expires=2h43m
+        sessions_v4 kube-system/infra(group) 203.0.113.0/24 -> 10.244.0.3 service=kube-system/dns reason=created uses=3 connections=2 age=16m40s idle=10s expires=never
+        sessions_v6 kube-system/infra(group) 2001:db8::/64 -> 10.244.0.3 service=kube-system/dns reason=operator uses=3 connections=0 age=16m40s idle=10m expires=never
+        flows_v4 forward TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing age=16m40s idle=1s
+        flows_v4 reverse TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing age=16m40s idle=1s
+        events created default/web 192.0.2.1 -> default/web-0 age=16m40s
+        events moved default/web 192.0.2.1 -> default/web-9 > default/web-1 reason=backend-gone age=15m
+        events expired default/web 192.0.2.1 -> default/web-1 > default/web-0 age=13m20s
+        events unpinned default/web 192.0.2.1 -> default/web-0 > (none) reason=operator age=11m40s
+        events pinned default/web 192.0.2.1 -> default/web-1 reason=operator age=10m
+        events evicted -> 42 pins age=50s
+        ");
+    }
+}

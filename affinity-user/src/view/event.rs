@@ -1,0 +1,92 @@
+//! What happened to pins.
+
+use std::borrow::Cow;
+
+use affinity_common::abi::{Event, EventKind, Reason};
+use serde::Serialize;
+
+use super::{BackendRef, Catalog, Client, Moment, address::from_mapped};
+
+/// A change of a pin.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct EventView<'a> {
+    /// When.
+    pub time: Moment,
+    /// What: the name of an [`EventKind`].
+    pub kind: &'static str,
+    /// The service whose packet caused it; null for what concerns all.
+    pub service: Option<Cow<'a, str>>,
+    /// The client; null for what concerns many.
+    pub client: Option<Client>,
+    /// The pod before; null: none.
+    pub from: Option<BackendRef<'a>>,
+    /// The pod after; null: none.
+    pub to: Option<BackendRef<'a>>,
+    /// Why: the name of a [`Reason`]; null for evictions.
+    pub reason: Option<&'static str>,
+    /// Pins dropped for want of room; null for other kinds.
+    pub evicted: Option<u32>,
+}
+
+impl<'a> EventView<'a> {
+    /// A record of the ring; `None` for a kind of a later version.
+    #[must_use]
+    pub fn new(catalog: &'a Catalog, event: &Event) -> Option<Self> {
+        let kind = EventKind::from_byte(event.kind)?;
+        let time = catalog.clock.moment(event.time_ns);
+        let service = Some(catalog.service_name(event.service)).filter(|_| event.service != 0);
+        if kind == EventKind::Evicted {
+            let evicted = Some(event.from_backend);
+            return Some(Self {
+                time,
+                kind: kind.name(),
+                service,
+                client: None,
+                from: None,
+                to: None,
+                reason: None,
+                evicted,
+            });
+        }
+        let address = from_mapped(event.client);
+        let policy = catalog.policy(event.service);
+        let prefix =
+            if address.is_ipv4() { policy.and_then(|p| p.prefix_v4) } else { policy.and_then(|p| p.prefix_v6) };
+        let backend = |index, generation| (generation != 0).then(|| catalog.backend(index, generation));
+        Some(Self {
+            time,
+            kind: kind.name(),
+            service,
+            client: Some(Client::new(address, prefix.unwrap_or(u8::MAX))),
+            from: backend(event.from_backend, event.from_generation),
+            to: backend(event.to_backend, event.to_generation),
+            reason: Reason::from_byte(event.reason).map(Reason::name),
+            evicted: None,
+        })
+    }
+
+    /// `kind service client -> from > to (reason)`, with what does not apply left out.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let mut line = self.kind.to_owned();
+        if let Some(service) = &self.service {
+            line += &format!(" {service}");
+        }
+        if let Some(client) = self.client {
+            line += &format!(" {client}");
+        }
+        if let Some(evicted) = self.evicted {
+            line += &format!(" -> {evicted} pins");
+        }
+        line += &match (&self.from, &self.to) {
+            (Some(from), Some(to)) => format!(" -> {} > {}", from.full_name(), to.full_name()),
+            (Some(from), None) => format!(" -> {} > (none)", from.full_name()),
+            (None, Some(to)) => format!(" -> {}", to.full_name()),
+            (None, None) => String::new(),
+        };
+        if let Some(reason) = self.reason.filter(|&reason| reason != self.kind) {
+            line += &format!(" reason={reason}");
+        }
+        line
+    }
+}
