@@ -2,12 +2,15 @@
 //!
 //! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what the store holds.
 
+pub mod agent;
 pub mod attach;
 pub mod cli;
 pub mod desired;
+pub mod events;
 pub mod load;
 pub mod plan;
 pub mod source;
 pub mod store;
+pub mod sweep;
 pub mod sys;
 pub mod view;

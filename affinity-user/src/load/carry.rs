@@ -41,7 +41,7 @@ pub(super) fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
     }
     let full = || CarryError::Full { map: new.name().to_owned(), max_entries: new.info().max_entries };
     let mut walk = Walk::new(old);
-    while let Some((keys, values)) = walk.next_batch()? {
+    while let Some((keys, values)) = walk.next_batch(old)? {
         let fitting =
             if ARRAYS.contains(&old.info().kind) { fitting(keys, new.info().max_entries) } else { keys.len() };
         let (keys, (values, beyond)) = (&keys[..fitting], values.split_at(fitting / new.key_len() * new.value_len()));
@@ -84,7 +84,7 @@ const _: () = assert!(
 pub(super) fn carry_late(old: &Map, new: &Map, since_ns: u64) -> Result<(), SysError> {
     let mut current = vec![0; new.value_len()];
     let mut walk = Walk::new(old);
-    while let Some(entry) = walk.next() {
+    while let Some(entry) = walk.next(old) {
         let (key, value) = entry?;
         let (created_ns, last_used_ns) = times(value);
         if last_used_ns < since_ns {

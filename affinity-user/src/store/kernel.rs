@@ -202,8 +202,23 @@ impl KernelStore {
         reason: Reason,
         now_ns: u64,
     ) -> Result<Option<Session>, StoreError> {
+        self.remove_session_if(key, kind, reason, now_ns, |_| true)
+    }
+
+    /// As [`KernelStore::remove_session`], unless `condition` finds that the pin, looked up anew, has changed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn remove_session_if<A: Family>(
+        &self,
+        key: &SessionKey<A>,
+        kind: EventKind,
+        reason: Reason,
+        now_ns: u64,
+        condition: impl FnOnce(&Session) -> bool,
+    ) -> Result<Option<Session>, StoreError> {
         let sessions = &self.family::<A>().sessions;
-        let Some(session) = sessions.get(key)? else { return Ok(None) };
+        let Some(session) = sessions.get(key)?.filter(condition) else { return Ok(None) };
         if !sessions.remove(key)? {
             return Ok(None);
         }

@@ -96,7 +96,25 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
 
     /// Walks all entries. Those that come and go meanwhile may be seen or not.
     pub fn iter(&self) -> Entries<'_, K, V> {
-        Entries { walk: Walk::new(&self.map), name: self.name, types: PhantomData }
+        Entries { table: self, walk: self.walk() }
+    }
+
+    /// A walk to be taken in steps by [`Table::next_batch`].
+    #[must_use]
+    pub fn walk(&self) -> Walk {
+        Walk::new(&self.map)
+    }
+
+    /// The next entries of a walk, [`BATCH`] or about as many; none at its end.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn next_batch(&self, walk: &mut Walk) -> Result<Option<Vec<(K, V)>>, StoreError> {
+        let batch = walk.next_batch(&self.map).map_err(|error| walk_failed(self.name, error))?;
+        Ok(batch.map(|(keys, values)| {
+            let keys = keys.chunks_exact(size_of::<K>()).map(bytemuck::pod_read_unaligned);
+            keys.zip(values.chunks_exact(size_of::<V>()).map(bytemuck::pod_read_unaligned)).collect()
+        }))
     }
 
     fn error(&self, action: &str, key: &K, error: SysError) -> StoreError {
@@ -115,19 +133,18 @@ impl<'a, K: Pod + Debug, V: Pod> IntoIterator for &'a Table<K, V> {
 
 /// The walk of [`Table::iter`].
 pub struct Entries<'a, K, V> {
-    walk: Walk<'a>,
-    name: &'static str,
-    types: PhantomData<(K, V)>,
+    table: &'a Table<K, V>,
+    walk: Walk,
 }
 
 impl<K: Pod, V: Pod> Iterator for Entries<'_, K, V> {
     type Item = Result<(K, V), StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let name = self.name;
+        let Table { map, name, .. } = self.table;
         let entry = self
             .walk
-            .next()?
+            .next(map)?
             .map(|(key, value)| (bytemuck::pod_read_unaligned::<K>(key), bytemuck::pod_read_unaligned::<V>(value)));
         Some(entry.map_err(|error| walk_failed(name, error)))
     }
@@ -183,7 +200,7 @@ impl<K: Pod + Debug, V: Pod> PerCpu<K, V> {
     pub fn iter(&self) -> impl Iterator<Item = Result<(K, Vec<V>), StoreError>> {
         let mut walk = Walk::new(&self.table.map);
         std::iter::from_fn(move || {
-            let entry = walk.next()?.map(|(key, values)| {
+            let entry = walk.next(&self.table.map)?.map(|(key, values)| {
                 let values = values.chunks_exact(Self::STRIDE);
                 let values = values.map(|value| bytemuck::pod_read_unaligned(&value[..size_of::<V>()]));
                 (bytemuck::pod_read_unaligned(key), values.collect())
@@ -211,8 +228,10 @@ pub type Bytes<'a> = (&'a [u8], &'a [u8]);
 
 /// A walk over the bytes of any hash or array: in batches where the kernel has them for this type of map, else key by
 /// key.
-pub struct Walk<'a> {
-    map: &'a Map,
+///
+/// It holds its place and a batch, but not the map: the caller gives the same one each time.
+#[derive(Debug)]
+pub struct Walk {
     keys: Vec<u8>,
     values: Vec<u8>,
     /// Where the next batch begins; none at the start.
@@ -223,7 +242,7 @@ pub struct Walk<'a> {
     state: State,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Batches,
     /// Key by key: so many more steps at most. Where an entry vanishes under the walk the kernel starts over, so that
@@ -232,17 +251,12 @@ enum State {
     Done,
 }
 
-impl<'a> Walk<'a> {
+impl Walk {
     /// At the start of `map`.
     #[must_use]
-    pub fn new(map: &'a Map) -> Self {
-        Self::with_batch(map, BATCH)
-    }
-
-    fn with_batch(map: &'a Map, batch: usize) -> Self {
-        let room = batch.min(map.info().max_entries as usize).max(1);
+    pub fn new(map: &Map) -> Self {
+        let room = BATCH.min(map.info().max_entries as usize).max(1);
         Self {
-            map,
             keys: vec![0; room * map.key_len()],
             values: vec![0; room * map.value_len()],
             position: None,
@@ -253,12 +267,11 @@ impl<'a> Walk<'a> {
     }
 
     /// The next entry: the bytes of its key and its value.
-    #[expect(clippy::should_implement_trait, reason = "lends its buffers, which an Iterator cannot")]
-    pub fn next(&mut self) -> Option<Result<Bytes<'_>, SysError>> {
+    pub fn next(&mut self, map: &Map) -> Option<Result<Bytes<'_>, SysError>> {
         while self.given == self.filled {
             let filled = match self.state {
-                State::Batches => self.fill(),
-                State::Keys(steps) => self.step(steps),
+                State::Batches => self.fill(map),
+                State::Keys(steps) => self.step(map, steps),
                 State::Done => return None,
             };
             match filled {
@@ -271,29 +284,29 @@ impl<'a> Walk<'a> {
         }
         let entry = self.given;
         self.given += 1;
-        Some(Ok((nth(&self.keys, entry, self.map.key_len()), nth(&self.values, entry, self.map.value_len()))))
+        Some(Ok((nth(&self.keys, entry, map.key_len()), nth(&self.values, entry, map.value_len()))))
     }
 
     /// The rest of the batch at hand, or the next one; none at the end.
     ///
     /// # Errors
     /// [`SysError`] where the map could not be read.
-    pub fn next_batch(&mut self) -> Result<Option<Bytes<'_>>, SysError> {
-        match self.next() {
+    pub fn next_batch(&mut self, map: &Map) -> Result<Option<Bytes<'_>>, SysError> {
+        match self.next(map) {
             None => return Ok(None),
             Some(Err(error)) => return Err(error),
             Some(Ok(_)) => {}
         }
         let (from, to) = (self.given - 1, self.filled);
         self.given = self.filled;
-        let (key, value) = (self.map.key_len(), self.map.value_len());
+        let (key, value) = (map.key_len(), map.value_len());
         Ok(Some((&self.keys[from * key..to * key], &self.values[from * value..to * value])))
     }
 
-    fn fill(&mut self) -> Result<usize, SysError> {
-        let mut next = vec![0; self.map.position_len()];
+    fn fill(&mut self, map: &Map) -> Result<usize, SysError> {
+        let mut next = vec![0; map.position_len()];
         loop {
-            let read = self.map.lookup_batch(self.position.as_deref(), &mut next, &mut self.keys, &mut self.values);
+            let read = map.lookup_batch(self.position.as_deref(), &mut next, &mut self.keys, &mut self.values);
             match read {
                 Ok(Batch::More(count)) => {
                     self.position = Some(next);
@@ -308,7 +321,7 @@ impl<'a> Walk<'a> {
                     self.values.resize(self.values.len() * 2, 0);
                 }
                 Err(error) if self.position.is_none() && is_unsupported(&error) => {
-                    self.state = State::Keys(2 * u64::from(self.map.info().max_entries));
+                    self.state = State::Keys(2 * u64::from(map.info().max_entries));
                     return Ok(0);
                 }
                 Err(error) => return Err(error),
@@ -316,16 +329,15 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn step(&mut self, steps: u64) -> Result<usize, SysError> {
-        let (key_len, value_len) = (self.map.key_len(), self.map.value_len());
-        let next = &mut self.keys[..key_len];
-        if steps == 0 || !self.map.next_key(self.position.as_deref(), next)? {
+    fn step(&mut self, map: &Map, steps: u64) -> Result<usize, SysError> {
+        let next = &mut self.keys[..map.key_len()];
+        if steps == 0 || !map.next_key(self.position.as_deref(), next)? {
             self.state = State::Done;
             return Ok(0);
         }
         self.state = State::Keys(steps - 1);
         self.position = Some(next.to_vec());
-        Ok(usize::from(self.map.lookup(next, &mut self.values[..value_len])?))
+        Ok(usize::from(map.lookup(next, &mut self.values[..map.value_len()])?))
     }
 }
 

@@ -1,0 +1,388 @@
+//! The agent: keeps the dataplane in step with its source and its devices, and tidies up after it.
+//!
+//! The dataplane goes on without the agent; so it may be stopped, killed and started again at any time. It owns its pin
+//! directory by a lock, publishes before it attaches, and on SIGTERM leaves everything in place.
+
+mod attacher;
+mod lock;
+mod problems;
+mod publish;
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aya_log::EbpfLogger;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc::Receiver,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use tracing::{error, info, warn};
+
+use self::{
+    attacher::Attacher,
+    publish::{Publisher, count},
+};
+pub use self::{
+    attacher::PatternError,
+    lock::{Lock, LockError},
+};
+use crate::{
+    attach::{self, AttachError, Attachment, Devices},
+    desired,
+    events::Consumer,
+    load::{self, LoadError, Loaded, PinDir, PinError, mib},
+    source::{Snapshot, directory},
+    store::{
+        StoreError,
+        kernel::{KernelStore, OpenError},
+    },
+    sweep::Sweeper,
+    sys::SysError,
+};
+
+/// The agent cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Another agent has the pin directory.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A device pattern makes no sense.
+    #[error(transparent)]
+    Pattern(#[from] PatternError),
+    /// The dataplane cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The dataplane cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The maps cannot be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A device cannot be attached or taken off.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// A pin cannot be removed.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The process lacks something that it needs: a thread, a socket, a signal.
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
+    /// `attach` was told of a device that is not there.
+    #[error("--device {0}: there is no such device")]
+    NoDevice(String),
+    /// `detach` was told of a device that nothing is attached to.
+    #[error("{0}: nothing is attached to it")]
+    NotAttached(String),
+}
+
+/// What `affinity run` and `affinity attach` are told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The directory or file of Kubernetes YAML.
+    pub source: PathBuf,
+    /// Names and glob patterns of devices.
+    pub devices: Vec<String>,
+    /// How to attach them.
+    pub attach: attach::Options,
+    /// How to load.
+    pub load: load::Options,
+    /// Where to pin.
+    pub pin_dir: PathBuf,
+    /// This node's name in Kubernetes.
+    pub node_name: Option<String>,
+    /// `run`: take the dataplane away at the end.
+    pub detach_on_exit: bool,
+}
+
+impl Options {
+    fn desired(&self) -> desired::Options {
+        desired::Options { node_name: self.node_name.clone() }
+    }
+}
+
+/// Runs until SIGTERM or SIGINT. Prints one line on standard output once the dataplane is in step: `ready: ...`.
+///
+/// # Errors
+/// [`AgentError`] where the dataplane cannot be brought up. Once it is, failures are logged and tried again.
+pub fn run(options: &Options) -> Result<(), AgentError> {
+    runtime()?.block_on(async {
+        // From here on a signal no longer ends the process, but waits until the dataplane is up.
+        let signals = Signals::new().map_err(|error| AgentError::System("signals", error))?;
+        let mut agent = Agent::start(options).await?;
+        let outcome = agent.run(signals).await;
+        if options.detach_on_exit {
+            take_away(&agent.pins)?;
+        }
+        outcome
+    })
+}
+
+/// Brings the dataplane up, in step with the source as it is now, and leaves it to itself.
+///
+/// # Errors
+/// [`AgentError`], also where no device matches a pattern.
+pub fn attach(options: &Options) -> Result<(), AgentError> {
+    runtime()?.block_on(async {
+        let _lock = Lock::take(&options.pin_dir)?;
+        let pins = PinDir::new(&options.pin_dir);
+        let mut attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
+        let devices = Devices::new().map_err(no_netlink)?.list().await.map_err(no_netlink)?;
+        if let Some(missing) = attacher.without_device(&devices).pop() {
+            return Err(AgentError::NoDevice(missing));
+        }
+        log_loaded(&load::load(&pins, &options.load)?, options);
+        let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired());
+        publisher.take(&directory::read(&options.source));
+        publisher.publish()?;
+        let failure = attacher.reconcile(&devices)?;
+        say("attached", &publisher, &attacher, &pins)?;
+        failure.map_or(Ok(()), |failure| Err(failure.into()))
+    })
+}
+
+/// Takes the programs off one device; or off all, and every pin away. Returns what was attached.
+///
+/// # Errors
+/// [`AgentError`], also where an agent is at work: it would attach again.
+pub fn detach(pin_dir: &Path, device: Option<&str>) -> Result<Vec<Attachment>, AgentError> {
+    let _lock = Lock::take(pin_dir)?;
+    let pins = PinDir::new(pin_dir);
+    let Some(device) = device else { return take_away(&pins) };
+    let mut attachments = attach::attachments(&pins)?;
+    attachments.retain(|attachment| attachment.device().as_deref() == Some(device));
+    let Some(first) = attachments.first() else { return Err(AgentError::NotAttached(device.to_owned())) };
+    Ok(attach::detach(&pins, Some(first.ifindex))?)
+}
+
+fn take_away(pins: &PinDir) -> Result<Vec<Attachment>, AgentError> {
+    let detached = attach::detach(pins, None)?;
+    pins.remove()?;
+    Ok(detached)
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, AgentError> {
+    // One thread: devices belong to its network namespace, and one thing happens at a time.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| AgentError::System("runtime", error))
+}
+
+fn no_netlink(error: io::Error) -> AgentError {
+    AgentError::System("network devices cannot be listed", error)
+}
+
+fn log_loaded(loaded: &Loaded, options: &Options) {
+    let Loaded { pins, resized, upgraded, ticks, .. } = loaded;
+    info!("maps for {}: {} MiB", options.load.sizes, mib(loaded.cost()));
+    info!(tick_ns = ticks.tick_ns, "programs loaded, pinned at {}", pins.root().display());
+    if !resized.is_empty() {
+        info!("carried over to another size: {}", resized.join(", "));
+    }
+    if *upgraded > 0 {
+        info!("{} run the new programs", count(*upgraded, "attachment"));
+    }
+}
+
+/// The line that tells whoever started this that it is done.
+fn say(word: &str, publisher: &Publisher, attacher: &Attacher, pins: &PinDir) -> Result<(), AgentError> {
+    let (number, names) = attacher.summary();
+    let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
+    let line = format!(
+        "{word}: {}, {}{names}, pins at {}",
+        publisher.summary(),
+        count(number, "device"),
+        pins.root().display()
+    );
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| AgentError::System("standard output", error))
+}
+
+/// What runs between readiness and the end.
+struct Agent {
+    pins: PinDir,
+    devices: Devices,
+    attacher: Attacher,
+    publisher: Publisher,
+    snapshots: Receiver<Snapshot>,
+    sweeper: Sweeper,
+    consumer: Consumer,
+    /// What the programs log goes to this process's log; none where they log nothing.
+    flush_log: Option<Box<dyn FnMut()>>,
+    _lock: Lock,
+}
+
+/// How often the event ring, and the log, are emptied: they hold many times what happens meanwhile.
+const CONSUME_EVERY: Duration = Duration::from_millis(50);
+/// How often devices are looked at without being told.
+const DEVICES_EVERY: Duration = Duration::from_secs(30);
+/// How long to wait after a failed step: at first, and at most.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+const RETRY_AT_MOST: Duration = Duration::from_secs(5);
+
+impl Agent {
+    /// Loads, publishes, attaches.
+    async fn start(options: &Options) -> Result<Self, AgentError> {
+        let lock = Lock::take(&options.pin_dir)?;
+        let pins = PinDir::new(&options.pin_dir);
+        let attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
+        let devices = Devices::new().map_err(no_netlink)?;
+        let mut loaded = load::load(&pins, &options.load)?;
+        log_loaded(&loaded, options);
+        let store = KernelStore::open(&options.pin_dir)?;
+        let mut agent = Self {
+            consumer: Consumer::new(&store.events)?,
+            flush_log: log_reader(&mut loaded),
+            sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
+            publisher: Publisher::new(store, options.desired()),
+            snapshots: directory::watch(&options.source).map_err(|error| AgentError::System("source", error))?,
+            pins,
+            devices,
+            attacher,
+            _lock: lock,
+        };
+        let snapshot = agent.snapshots.recv().await.ok_or_else(source_ended)?;
+        agent.publisher.take(&snapshot);
+        agent.publisher.publish()?;
+        let list = agent.devices.list().await.map_err(no_netlink)?;
+        for pattern in agent.attacher.without_device(&list) {
+            warn!("--device {pattern}: no such device yet; it will be attached when it appears");
+        }
+        if let Some(failure) = agent.attacher.reconcile(&list)? {
+            return Err(failure.into());
+        }
+        say("ready", &agent.publisher, &agent.attacher, &agent.pins)?;
+        Ok(agent)
+    }
+
+    /// Until a signal comes.
+    async fn run(&mut self, mut signals: Signals) -> Result<(), AgentError> {
+        let mut consume = every(CONSUME_EVERY);
+        let mut look = every(DEVICES_EVERY);
+        let mut retry = Retry::default();
+        let mut sweep_at = Instant::now();
+        loop {
+            tokio::select! {
+                           () = signals.any() => break,
+                           snapshot = self.snapshots.recv() => {
+                               self.publisher.take(&snapshot.ok_or_else(source_ended)?);
+                               self.publish(&mut retry);
+                           }
+                           () = sleep_until(retry.at()), if retry.is_due() => self.publish(&mut retry),
+                           changed = self.devices.changed() => {
+                               if let Err(error) = changed {
+                                   warn!("{error}; listening again");
+                                   self.devices = Devices::new().map_err(no_netlink)?;
+                               }
+                               self.reconcile().await;
+                           }
+                           _ = look.tick() => self.reconcile().await,
+                           _ = consume.tick() => {
+                               self.consumer.keep_up();
+                               if let Some(flush_log) = &mut self.flush_log {
+            flush_log();
+            }
+                           }
+                           () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweeper.step(),
+                       }
+        }
+        info!("stopping; the dataplane stays in place unless told otherwise");
+        Ok(())
+    }
+
+    fn publish(&mut self, retry: &mut Retry) {
+        match self.publisher.publish() {
+            Ok(published) => {
+                retry.succeeded();
+                if published.filter {
+                    self.sweeper.filter_changed();
+                }
+            }
+            Err(error) => {
+                let after = retry.failed();
+                error!("{error}; trying again in {after:?}");
+                // It may have come as far as the filter.
+                self.sweeper.filter_changed();
+            }
+        }
+    }
+
+    async fn reconcile(&mut self) {
+        match self.devices.list().await {
+            Ok(devices) => {
+                if let Err(error) = self.attacher.reconcile(&devices) {
+                    error!("{error}");
+                }
+            }
+            Err(error) => error!("network devices cannot be listed: {error}"),
+        }
+    }
+}
+
+fn source_ended() -> AgentError {
+    AgentError::System("source", io::Error::other("its thread has ended"))
+}
+
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// When to try again: later after each failure.
+#[derive(Debug, Default)]
+struct Retry {
+    due: Option<(Instant, Duration)>,
+}
+
+impl Retry {
+    const fn is_due(&self) -> bool {
+        self.due.is_some()
+    }
+
+    fn at(&self) -> Instant {
+        self.due.map_or_else(Instant::now, |(at, _)| at)
+    }
+
+    const fn succeeded(&mut self) {
+        self.due = None;
+    }
+
+    fn failed(&mut self) -> Duration {
+        let after = self.due.map_or(RETRY_AFTER, |(_, after)| (after * 2).min(RETRY_AT_MOST));
+        self.due = Some((Instant::now() + after, after));
+        after
+    }
+}
+
+/// What brings the programs' log records to this process's log; none where they write none.
+fn log_reader(loaded: &mut Loaded) -> Option<Box<dyn FnMut()>> {
+    let mut logger = EbpfLogger::init(&mut loaded.ebpf).ok()?;
+    Some(Box::new(move || logger.flush()))
+}

@@ -1,0 +1,89 @@
+//! One agent on one pin directory.
+
+use std::{
+    fs::{self, File, TryLockError},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    process,
+};
+
+/// Where locks are: gone after a reboot, as the pins are.
+const DIRECTORY: &str = "/run/affinity";
+
+/// The lock cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process has it.
+    #[error("{pins}: an affinity agent is at work here (process {pid}): stop it first, or use another --pin-dir")]
+    Taken {
+        /// The pin directory.
+        pins: String,
+        /// Its process id, as it wrote it.
+        pid: String,
+    },
+    /// The lock file cannot be used.
+    #[error("{path}: {source}")]
+    File {
+        /// The lock file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// Held while this lives; the kernel lets go of it when the process ends, however that happens.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock of a pin directory.
+    ///
+    /// # Errors
+    /// [`LockError`].
+    pub fn take(pins: &Path) -> Result<Self, LockError> {
+        let path = Path::new(DIRECTORY).join(format!("{}.lock", file_name(pins)));
+        let failed = |source| LockError::File { path: path.clone(), source };
+        fs::create_dir_all(DIRECTORY).map_err(failed)?;
+        let mut options = File::options();
+        let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                file.read_to_string(&mut pid).map_err(failed)?;
+                return Err(LockError::Taken { pins: pins.display().to_string(), pid: pid.trim().to_owned() });
+            }
+            Err(TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        file.set_len(0).and_then(|()| writeln!(file, "{}", process::id())).map_err(failed)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// A pin directory as one file name: other characters than letters and digits by their code.
+fn file_name(pins: &Path) -> String {
+    let mut name = String::new();
+    for byte in pins.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'/' if name.is_empty() => {}
+            b'/' => name.push('-'),
+            byte if byte.is_ascii_alphanumeric() => name.push(char::from(*byte)),
+            byte => name.push_str(&format!("%{byte:02x}")),
+        }
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn different_directories_have_different_locks() {
+        assert_eq!(file_name(Path::new("/sys/fs/bpf/affinity")), "sys-fs-bpf-affinity");
+        assert_ne!(file_name(Path::new("/a/b-c")), file_name(Path::new("/a/b/c")));
+        assert_eq!(file_name(Path::new("/a/b-c")), "a-b%2dc");
+    }
+}

@@ -1,0 +1,457 @@
+//! Tidies up what the kernel leaves behind, in bounded slices.
+//!
+//! The programs neither expire nor report by themselves: they look at a pin's age when its client comes back, and an LRU
+//! map drops the oldest without a word. So the agent walks the flows and then the sessions, again and again, a batch at
+//! a time:
+//!
+//! * sessions that have expired are removed and reported. Sessions whose backend has gone are left: their client's
+//!   next connection moves them, and reports that;
+//! * flows that are over are removed, both directions at once;
+//! * at the end of a pass the live sessions of each backend are written to `loads`, evictions are counted and reported,
+//!   and bits of the filter that nobody needs are cleared.
+//!
+//! Nothing here decides about packets. What is removed is looked up once more right before, so that a pin or flow that
+//! a packet has just used stays.
+
+mod evictions;
+mod fate;
+mod filter;
+mod scopes;
+
+use std::{
+    collections::BTreeMap,
+    mem,
+    time::{Duration, Instant},
+};
+
+use affinity_common::{
+    abi::{
+        Direction, Event, EventKind, FLOW_CLOSED, Flow, FlowKey, FrontendKey, Reason, Session, SessionKey, Timer,
+        USAGES, UsageKey, UsageOf, V4, V6,
+    },
+    parse::TCP,
+};
+use bytemuck::Zeroable;
+use tracing::{debug, error, warn};
+
+pub use self::fate::{
+    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, ORPHANED_SESSION, Policy, flow_is_over,
+    is_expired,
+};
+use self::{
+    evictions::{Counts, Evictions, Found},
+    filter::FilterUse,
+    scopes::Scopes,
+};
+use crate::{
+    events::EventReader,
+    load::monotonic_ns,
+    store::{
+        StoreError,
+        kernel::{Family, KernelStore, Walk},
+    },
+    sys::SysError,
+};
+
+/// Between two slices; a slice is one batch of entries.
+pub const PAUSE: Duration = Duration::from_millis(5);
+/// Between two passes, at least and at most: in between, so many times as long as the pass took.
+pub const REST: Duration = Duration::from_secs(2);
+/// See [`REST`].
+pub const REST_AT_MOST: Duration = Duration::from_secs(60);
+const REST_FACTOR: u32 = 4;
+/// After a failed slice.
+const AFTER_FAILURE: Duration = Duration::from_secs(5);
+
+/// What the sweep did, since it began.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Totals {
+    /// Whole passes.
+    pub passes: u64,
+    /// Sessions removed because they had expired, or because nothing led to them any more.
+    pub expired: u64,
+    /// Flow records removed.
+    pub flows: u64,
+    /// Sessions that the kernel evicted.
+    pub evicted: u64,
+    /// Bits of the filter cleared.
+    pub filter_bits: u64,
+}
+
+/// Walks the tables of one dataplane.
+#[derive(Debug)]
+pub struct Sweeper {
+    store: KernelStore,
+    operators: EventReader,
+    stage: Stage,
+    pass: Pass,
+    filter: FilterUse,
+    evictions: Evictions,
+    /// By group, since the sweep began: what the agent and operators did to its pins.
+    counts: BTreeMap<u32, Counts>,
+    totals: Totals,
+}
+
+/// Where a pass is. Flows come first: sessions need to know their connections.
+#[derive(Debug)]
+enum Stage {
+    Begin,
+    FlowsV4(Walk),
+    FlowsV6(Walk),
+    SessionsV4(Walk),
+    SessionsV6(Walk),
+    End,
+}
+
+/// What one pass has gathered.
+#[derive(Debug)]
+struct Pass {
+    began: Instant,
+    began_ns: u64,
+    scopes: Scopes,
+    /// Backend -> its generation.
+    generations: Vec<u32>,
+    connections: Connections,
+    /// Backend -> live sessions.
+    loads: BTreeMap<u32, u64>,
+    /// Group -> what was counted when the pass began.
+    before: BTreeMap<u32, Counts>,
+    /// Group -> live sessions.
+    live: BTreeMap<u32, u64>,
+}
+
+impl Pass {
+    fn lives(&self, backend: u32, generation: u32) -> bool {
+        self.generations.get(backend as usize) == Some(&generation)
+    }
+}
+
+/// Open TCP connections of sessions under the timer `alive`: client, scope, and the backend with its generation.
+type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
+
+impl Sweeper {
+    /// Of a dataplane.
+    ///
+    /// # Errors
+    /// [`SysError`] where the event ring cannot be read.
+    pub fn new(store: KernelStore) -> Result<Self, SysError> {
+        Ok(Self {
+            operators: EventReader::from_now(&store.events)?,
+            stage: Stage::Begin,
+            pass: Pass::begin(),
+            filter: FilterUse::new(),
+            evictions: Evictions::default(),
+            counts: BTreeMap::new(),
+            totals: Totals::default(),
+            store,
+        })
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub const fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// A plan has set bits of the filter: what seemed idle may be in use.
+    pub fn filter_changed(&mut self) {
+        self.filter.disturb();
+    }
+
+    /// Takes one slice, and says how long to wait before the next. A failure is logged, and the pass begins anew.
+    pub fn step(&mut self) -> Duration {
+        self.slice(monotonic_ns()).unwrap_or_else(|error| {
+            error!("sweep: {error}");
+            self.stage = Stage::Begin;
+            AFTER_FAILURE
+        })
+    }
+
+    fn slice(&mut self, now_ns: u64) -> Result<Duration, StoreError> {
+        self.follow_operators();
+        self.stage = match mem::replace(&mut self.stage, Stage::Begin) {
+            Stage::Begin => {
+                self.begin(now_ns)?;
+                Stage::FlowsV4(self.store.v4.flows.walk())
+            }
+            Stage::FlowsV4(mut walk) => match self.flows::<V4>(&mut walk, now_ns)? {
+                true => Stage::FlowsV4(walk),
+                false => Stage::FlowsV6(self.store.v6.flows.walk()),
+            },
+            Stage::FlowsV6(mut walk) => match self.flows::<V6>(&mut walk, now_ns)? {
+                true => Stage::FlowsV6(walk),
+                false => Stage::SessionsV4(self.store.v4.sessions.walk()),
+            },
+            Stage::SessionsV4(mut walk) => match self.sessions::<V4>(&mut walk, now_ns)? {
+                true => Stage::SessionsV4(walk),
+                false => Stage::SessionsV6(self.store.v6.sessions.walk()),
+            },
+            Stage::SessionsV6(mut walk) => match self.sessions::<V6>(&mut walk, now_ns)? {
+                true => Stage::SessionsV6(walk),
+                false => Stage::End,
+            },
+            Stage::End => {
+                self.end(now_ns)?;
+                return Ok((self.pass.began.elapsed() * REST_FACTOR).clamp(REST, REST_AT_MOST));
+            }
+        };
+        Ok(PAUSE)
+    }
+}
+
+impl Pass {
+    fn begin() -> Self {
+        Self {
+            began: Instant::now(),
+            began_ns: 0,
+            scopes: Scopes::default(),
+            generations: Vec::new(),
+            connections: Connections::new(),
+            loads: BTreeMap::new(),
+            before: BTreeMap::new(),
+            live: BTreeMap::new(),
+        }
+    }
+}
+
+// ---- the beginning and the end of a pass ----
+
+impl Sweeper {
+    fn begin(&mut self, now_ns: u64) -> Result<(), StoreError> {
+        self.pass = Pass { began_ns: now_ns, ..Pass::begin() };
+        for entry in &self.store.backends {
+            self.pass.generations.push(entry?.1.generation);
+        }
+        for entry in &self.store.v4.frontends {
+            self.pass.scopes.add(&entry?.1);
+        }
+        for entry in &self.store.v6.frontends {
+            self.pass.scopes.add(&entry?.1);
+        }
+        self.pass.before = self.count()?;
+        self.filter.begin();
+        Ok(())
+    }
+
+    fn end(&mut self, now_ns: u64) -> Result<(), StoreError> {
+        for backend in 0..self.store.loads.len() {
+            let live = self.pass.loads.get(&backend).copied().unwrap_or(0);
+            if self.store.loads.load_u64(backend) != live {
+                self.store.loads.store_u64(backend, live);
+            }
+        }
+        self.report_evictions(now_ns)?;
+        self.need_published()?;
+        self.totals.filter_bits += u64::from(self.filter.finish(&self.store.filter));
+        self.totals.passes += 1;
+        debug!(totals = ?self.totals, took = ?self.pass.began.elapsed(), "sweep: end of a pass");
+        Ok(())
+    }
+
+    /// Notes the bits of all frontends and members that are published now.
+    fn need_published(&mut self) -> Result<(), StoreError> {
+        let mut protocols: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+        let mut note = |pool, protocol| protocols.entry(pool).or_default().push(protocol);
+        for entry in &self.store.v4.frontends {
+            let (key, frontend) = entry?;
+            self.filter.need_frontend(&key);
+            note(frontend.pool, key.protocol);
+        }
+        for entry in &self.store.v6.frontends {
+            let (key, frontend) = entry?;
+            self.filter.need_frontend(&key);
+            note(frontend.pool, key.protocol);
+        }
+        for entry in &self.store.members {
+            let (key, member) = entry?;
+            let Some(backend) = self.store.backends.get(&key.backend)? else { continue };
+            for &protocol in protocols.get(&key.pool).into_iter().flatten() {
+                self.filter.need_member(backend.address, member.port, protocol);
+            }
+        }
+        Ok(())
+    }
+
+    /// What was counted for each group up to now.
+    fn count(&self) -> Result<BTreeMap<u32, Counts>, StoreError> {
+        let created_at = USAGES.iter().position(|&reason| reason == Reason::Created);
+        let usage = self.store.usage_sums()?;
+        let created = |service: &u32| {
+            let usage = usage.get(&UsageKey { of: UsageOf::Service as u32, id: *service });
+            created_at.and_then(|at| usage.map(|usage| usage.counts[at])).unwrap_or(0)
+        };
+        let groups = self.pass.scopes.groups().map(|(group, services)| {
+            let ours = self.counts.get(&group).copied().unwrap_or_default();
+            let by_packets: u64 = services.iter().map(created).sum();
+            (group, Counts { created: ours.created + by_packets, ..ours })
+        });
+        Ok(groups.collect())
+    }
+
+    fn report_evictions(&mut self, now_ns: u64) -> Result<(), StoreError> {
+        let after = self.count()?;
+        self.evictions.retain(|group| after.contains_key(&group));
+        for (&group, &after) in &after {
+            let Some(&before) = self.pass.before.get(&group) else { continue };
+            let live = self.pass.live.get(&group).copied().unwrap_or(0);
+            let evicted = self.evictions.update(group, &Found { before, after, live });
+            if evicted == 0 {
+                continue;
+            }
+            self.totals.evicted += evicted;
+            let services = self.pass.scopes.groups().find(|(of, _)| *of == group).map(|(_, services)| services);
+            let service = services.and_then(|services| services.first().copied()).unwrap_or(0);
+            warn!(service, evicted, "the session table is full: pins were evicted");
+            self.store.report(&Event {
+                time_ns: now_ns,
+                service,
+                scope: group,
+                from_backend: u32::try_from(evicted).unwrap_or(u32::MAX),
+                kind: EventKind::Evicted as u8,
+                // What drops a pin from a full table is another one's creation.
+                reason: Reason::Created as u8,
+                ..Event::zeroed()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Notes the pins that operators set and removed: no counter of the programs knows of them.
+    fn follow_operators(&mut self) {
+        let missed = self.operators.missed();
+        for event in self.operators.by_ref() {
+            let counts = self.counts.entry(self.pass.scopes.group(event.scope)).or_default();
+            match EventKind::from_byte(event.kind) {
+                Some(EventKind::Pinned) if event.from_generation == 0 => counts.created += 1,
+                Some(EventKind::Unpinned) => counts.removed += 1,
+                Some(
+                    EventKind::Pinned | EventKind::Created | EventKind::Moved | EventKind::Expired | EventKind::Evicted,
+                )
+                | None => {}
+            }
+        }
+        if self.operators.missed() != missed {
+            self.evictions.restart();
+        }
+    }
+}
+
+// ---- flows ----
+
+impl Sweeper {
+    /// One batch of a family's flows; false at their end.
+    fn flows<A: Family>(&mut self, walk: &mut Walk, now_ns: u64) -> Result<bool, StoreError> {
+        let Some(batch) = self.store.family::<A>().flows.next_batch(walk)? else { return Ok(false) };
+        for (key, flow) in batch {
+            if self.is_over(&key, &flow, now_ns)? {
+                self.remove_flow(&key, &flow, now_ns)?;
+            } else {
+                self.note_flow(&key, &flow);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether neither direction of a flow is of use any more. Each direction's packets renew only their own record.
+    fn is_over<A: Family>(&self, key: &FlowKey<A>, flow: &Flow<A>, now_ns: u64) -> Result<bool, StoreError> {
+        let lives = self.pass.lives(flow.backend, flow.generation);
+        let over =
+            |flow: &Flow<A>| flow_is_over(key.protocol, flow.state, now_ns.saturating_sub(flow.last_used_ns), lives);
+        if !over(flow) {
+            return Ok(false);
+        }
+        let other = self.store.family::<A>().flows.get(&key.opposite(&flow.edit))?;
+        // Under the same key there may be another flow by now: it has another backend.
+        let other = other.filter(|other| (other.backend, other.generation) == (flow.backend, flow.generation));
+        Ok(other.is_none_or(|other| over(&other)))
+    }
+
+    fn remove_flow<A: Family>(&mut self, key: &FlowKey<A>, flow: &Flow<A>, now_ns: u64) -> Result<(), StoreError> {
+        let flows = &self.store.family::<A>().flows;
+        let opposite = key.opposite(&flow.edit);
+        for key in [*key, opposite] {
+            let Some(again) = flows.get(&key)? else { continue };
+            if self.is_over(&key, &again, now_ns)? && flows.remove(&key)? {
+                self.totals.flows += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn note_flow<A: Family>(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
+        if key.direction == Direction::Reverse as u8 {
+            self.filter.need_source(key.saddr, key.sport, key.protocol);
+            return;
+        }
+        self.filter.need_frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
+        let is_open = key.protocol == TCP && flow.state & FLOW_CLOSED == 0;
+        if is_open && flow.scope != 0 && flow.timer == Timer::Alive as u8 {
+            let client = key.saddr.masked(flow.prefix).to_mapped();
+            let session = (client, flow.scope, flow.backend, flow.generation);
+            *self.pass.connections.entry(session).or_default() += 1;
+        }
+    }
+}
+
+// ---- sessions ----
+
+impl Sweeper {
+    /// One batch of a family's sessions; false at their end.
+    fn sessions<A: Family>(&mut self, walk: &mut Walk, now_ns: u64) -> Result<bool, StoreError> {
+        let Some(batch) = self.store.family::<A>().sessions.next_batch(walk)? else { return Ok(false) };
+        for (key, session) in batch {
+            let group = self.pass.scopes.group(key.scope);
+            let policy = self.pass.scopes.policy(key.scope, session.service);
+            let session = self.correct_connections(&key, session, policy)?;
+            if is_expired(&session, policy, now_ns) && self.expire(&key, policy, now_ns)? {
+                self.counts.entry(group).or_default().removed += 1;
+                self.totals.expired += 1;
+                continue;
+            }
+            *self.pass.live.entry(group).or_default() += 1;
+            if self.pass.lives(session.backend, session.generation) {
+                *self.pass.loads.entry(session.backend).or_default() += 1;
+            }
+        }
+        Ok(true)
+    }
+
+    fn expire<A: Family>(&self, key: &SessionKey<A>, policy: Option<Policy>, now_ns: u64) -> Result<bool, StoreError> {
+        let still = |session: &Session| is_expired(session, policy, now_ns);
+        let removed = self.store.remove_session_if(key, EventKind::Expired, Reason::Expired, now_ns, still)?;
+        Ok(removed.is_some())
+    }
+
+    /// Corrects the number of connections of a pin under `alive`: a connection that ended without a packet of its own (its
+    /// flow was removed or evicted) would keep the pin for ever. Only of pins that no connection of theirs has touched
+    /// since the pass began: for the others the flows tell of another moment.
+    fn correct_connections<A: Family>(
+        &self,
+        key: &SessionKey<A>,
+        session: Session,
+        policy: Option<Policy>,
+    ) -> Result<Session, StoreError> {
+        if policy.is_none_or(|policy| policy.timer != Timer::Alive) || session.last_used_ns >= self.settled_ns() {
+            return Ok(session);
+        }
+        let client = key.client.to_mapped();
+        let of_session = (client, key.scope, session.backend, session.generation);
+        let connections = self.pass.connections.get(&of_session).copied().unwrap_or(0);
+        if connections == session.connections {
+            return Ok(session);
+        }
+        let sessions = &self.store.family::<A>().sessions;
+        if sessions.get(key)? != Some(session) {
+            return Ok(session);
+        }
+        let corrected = Session { connections, ..session };
+        sessions.put(key, &corrected)?;
+        Ok(corrected)
+    }
+
+    /// What was last used before this has not been touched since the pass began: the programs' clock runs late.
+    const fn settled_ns(&self) -> u64 {
+        const CLOCK_LATE_NS: u64 = 100_000_000;
+        self.pass.began_ns.saturating_sub(CLOCK_LATE_NS)
+    }
+}

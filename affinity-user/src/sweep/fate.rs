@@ -1,0 +1,116 @@
+//! What becomes of a session or a flow that the sweep meets. Pure.
+
+use std::time::Duration;
+
+use affinity_common::{
+    abi::{FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Session, Timer},
+    parse::UDP,
+    session::is_fresh,
+};
+
+/// A TCP connection that both ends have closed, or one has reset: late packets of it may still come.
+pub const CLOSED_FLOW: Duration = Duration::from_secs(10);
+/// A TCP connection that one end has closed.
+pub const CLOSING_FLOW: Duration = Duration::from_secs(120);
+/// An open TCP connection: nobody has said a word for a day.
+pub const IDLE_TCP_FLOW: Duration = Duration::from_hours(24);
+/// Datagrams: as long as the kernel's connection tracking keeps a stream of them.
+pub const IDLE_UDP_FLOW: Duration = Duration::from_secs(180);
+/// A flow whose backend has gone: its client was told, or moved on.
+pub const DEAD_FLOW: Duration = Duration::from_secs(60);
+/// A session that no frontend leads to: its service has gone, or pins no more. If the service comes back soon, so do its pins.
+pub const ORPHANED_SESSION: Duration = Duration::from_secs(60);
+
+/// How a service's pins expire.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Policy {
+    /// What restarts the timeout.
+    pub timer: Timer,
+    /// The timeout, or [`affinity_common::abi::TIMEOUT_UNLIMITED`].
+    pub timeout_ns: u64,
+}
+
+/// Whether nobody will follow a pin any more. Under no policy at all it is an orphan.
+#[must_use]
+pub fn is_expired(session: &Session, policy: Option<Policy>, now_ns: u64) -> bool {
+    match policy {
+        Some(Policy { timer, timeout_ns }) => !is_fresh(session, timer, timeout_ns, now_ns),
+        None => now_ns.saturating_sub(session.last_used_ns) >= nanoseconds(ORPHANED_SESSION),
+    }
+}
+
+/// Whether a flow is over that no packet has used for `idle_ns`, in either direction.
+#[must_use]
+pub fn flow_is_over(protocol: u8, state: u8, idle_ns: u64, backend_lives: bool) -> bool {
+    let limit = if protocol == UDP {
+        IDLE_UDP_FLOW
+    } else if state & FLOW_CLOSED != 0 {
+        CLOSED_FLOW
+    } else if state & (FLOW_FIN_CLIENT | FLOW_FIN_SERVER) != 0 {
+        CLOSING_FLOW
+    } else {
+        IDLE_TCP_FLOW
+    };
+    let limit = if backend_lives { limit } else { limit.min(DEAD_FLOW) };
+    idle_ns >= nanoseconds(limit)
+}
+
+const fn nanoseconds(duration: Duration) -> u64 {
+    duration.as_nanos() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use affinity_common::{abi::TIMEOUT_UNLIMITED, parse::TCP};
+    use bytemuck::Zeroable;
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const NOW: u64 = 1_000_000 * SECOND;
+
+    fn session(created_ago_s: u64, used_ago_s: u64, connections: u32) -> Session {
+        let created_ns = NOW - created_ago_s * SECOND;
+        Session { created_ns, last_used_ns: NOW - used_ago_s * SECOND, connections, ..Zeroable::zeroed() }
+    }
+
+    #[test]
+    fn a_session_expires_by_its_services_policy() {
+        let expired = |session: &Session, timer, timeout_s: u64| {
+            is_expired(session, Some(Policy { timer, timeout_ns: timeout_s * SECOND }), NOW)
+        };
+        assert!(!expired(&session(100, 9, 0), Timer::Connection, 10));
+        assert!(expired(&session(100, 10, 0), Timer::Connection, 10));
+        assert!(expired(&session(100, 10, 0), Timer::Packet, 10));
+        assert!(expired(&session(10, 0, 0), Timer::Absolute, 10));
+        assert!(!expired(&session(9, 9, 0), Timer::Absolute, 10));
+        assert!(!expired(&session(1000, 1000, 1), Timer::Alive, 10));
+        assert!(expired(&session(1000, 1000, 0), Timer::Alive, 10));
+        let for_ever = Policy { timer: Timer::Connection, timeout_ns: TIMEOUT_UNLIMITED };
+        assert!(!is_expired(&session(1000, 1000, 0), Some(for_ever), NOW));
+    }
+
+    #[test]
+    fn an_orphan_waits_for_its_service_to_come_back() {
+        assert!(!is_expired(&session(1000, 59, 0), None, NOW));
+        assert!(is_expired(&session(1000, 60, 0), None, NOW));
+    }
+
+    #[test]
+    fn a_flow_is_over_after_the_time_of_its_state() {
+        for (protocol, state, backend_lives, limit_s) in [
+            (TCP, FLOW_CLOSED | FLOW_FIN_CLIENT | FLOW_FIN_SERVER, true, 10),
+            (TCP, FLOW_CLOSED, false, 10),
+            (TCP, FLOW_FIN_SERVER, true, 120),
+            (TCP, FLOW_FIN_CLIENT, false, 60),
+            (TCP, 0, true, 24 * 3600),
+            (TCP, 0, false, 60),
+            (UDP, 0, true, 180),
+            (UDP, 0, false, 60),
+        ] {
+            let over = |idle_ns| flow_is_over(protocol, state, idle_ns, backend_lives);
+            assert!(!over(limit_s * SECOND - 1), "{protocol} {state} {backend_lives}");
+            assert!(over(limit_s * SECOND), "{protocol} {state} {backend_lives}");
+        }
+    }
+}
