@@ -1,0 +1,3 @@
+//! Benchmarks: ratios measured side by side in one run, rounds interleaved.
+
+pub mod packet;
