@@ -35,11 +35,9 @@ pub use self::{
 };
 use crate::{
     attach::{self, AttachError},
+    objects::PROGRAMS,
     sys::{self, Map, MapInfo, SysError},
 };
-
-/// The object with all programs, as `affinity-user/build.rs` left it.
-pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/affinity"));
 
 /// The programs that stay loaded; [`names::CLOCK`] is needed only to load them.
 const PINNED: [&str; 4] = [names::XDP_FORWARD, names::TC_FORWARD, names::TC_REVERSE, names::REPORT];
