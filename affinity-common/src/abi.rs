@@ -232,6 +232,10 @@ impl Name {
     }
 }
 
+// SAFETY: all fields may be zero.
+unsafe impl<A: Address> Zeroable for FrontendKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Zeroable for SessionKey<A> {}
 // SAFETY: `repr(C)`, all fields are Pod, and the sizes asserted below leave no room for padding.
 unsafe impl<A: Address> Pod for FrontendKey<A> {}
 // SAFETY: as above.

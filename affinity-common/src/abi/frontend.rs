@@ -5,9 +5,8 @@ use bytemuck::{Pod, Zeroable};
 use super::{Address, Port};
 
 /// Key of `frontends_v4` and `frontends_v6`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(C, align(8))]
-#[expect(clippy::multiple_bound_locations, reason = "the derived trait repeats the bound")]
 pub struct FrontendKey<A: Address> {
     /// The address that clients dial.
     pub address: A,

@@ -5,9 +5,8 @@ use bytemuck::Zeroable;
 use super::Address;
 
 /// Key of `sessions_v4` and `sessions_v6`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(C, align(8))]
-#[expect(clippy::multiple_bound_locations, reason = "the derived trait repeats the bound")]
 pub struct SessionKey<A: Address> {
     /// The client's address, masked by the service's prefix.
     pub client: A,

@@ -12,7 +12,8 @@ use super::{
 };
 use crate::{
     attach,
-    load::{PROGRAMS, PinDir, Sizes, cost, mib},
+    load::{PinDir, Sizes, cost, mib},
+    objects::PROGRAMS,
     store::kernel::KernelStore,
     sys::MapInfo,
 };
