@@ -11,9 +11,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// The repository's root.
-pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this package is a directory of the repository")
+/// The repository's root, as cargo names it when it runs this program: where two checkouts share a
+/// target directory, the program may have been built from the other.
+pub(crate) fn root() -> PathBuf {
+    let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).parent().expect("this package is a directory of the repository").to_owned()
 }
 
 /// Cargo's target directory: this program runs from one of its profiles.
