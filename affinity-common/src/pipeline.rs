@@ -195,12 +195,12 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
     };
-    tables.count(reason);
+    tables.conclude(reason);
     verdict
 }
 
 #[inline(always)]
 fn pass<T: Tables>(tables: &T, reason: Reason) -> Verdict {
-    tables.count(reason);
+    tables.conclude(reason);
     Verdict::Pass
 }

@@ -39,6 +39,11 @@ pub trait Tables {
     fn add_load(&self, backend: u32, sessions: i64);
     /// Counts a reason.
     fn count(&self, reason: Reason);
+    /// Counts the reason of a packet's verdict, once a packet.
+    #[inline(always)]
+    fn conclude(&self, reason: Reason) {
+        self.count(reason);
+    }
     /// Counts a new connection of a service or backend.
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason);
     /// Reports a state change; counts [`Reason::EventLost`] where there is no room.

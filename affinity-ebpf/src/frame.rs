@@ -17,6 +17,9 @@ use crate::kernel::{Bytes, SkBuff, Xdp};
 /// 6.16; older ones refuse it).
 const BPF_F_IPV6: u64 = 1 << 7;
 
+/// The delta of ports that stay as they are: zero, in the form that arithmetic gives it.
+const NO_CHANGE: u16 = 0xffff;
+
 /// Headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
 const LINEAR: usize = 192;
 
@@ -69,8 +72,8 @@ impl<'a> Skb<'a> {
     pub fn new(ctx: &'a TcContext) -> Self {
         let skb = SkBuff::new(ctx.skb.skb);
         let mut bytes = skb.bytes();
-        if bytes.len() < LINEAR && skb.len() > bytes.len() {
-            skb.pull(skb.len().min(LINEAR));
+        if bytes.size() < LINEAR && skb.size() > bytes.size() {
+            skb.pull(skb.size().min(LINEAR));
             bytes = skb.bytes();
         }
         Self { skb, bytes, _ctx: core::marker::PhantomData }
@@ -90,7 +93,7 @@ impl<'a> Skb<'a> {
         let pseudo = zero_is_none | u64::from(BPF_F_PSEUDO_HDR);
         let done = A::BITS == V6::BITS && self.skb.replace_l4_checksum(offset, addresses, pseudo | BPF_F_IPV6)
             || self.skb.replace_l4_checksum(offset, addresses, pseudo);
-        done && self.skb.replace_l4_checksum(offset, ports, zero_is_none)
+        done && (edit.port_delta == NO_CHANGE || self.skb.replace_l4_checksum(offset, ports, zero_is_none))
     }
 }
 

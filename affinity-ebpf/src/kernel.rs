@@ -107,11 +107,13 @@ pub fn borrowed<M, V>(_maps: &M, pointer: Option<*const V>) -> Option<&V> {
     pointer.map(|pointer| unsafe { &*pointer })
 }
 
-/// Adds to a word that other processors add to.
-#[inline(always)]
-pub fn add(pointer: *mut u64, amount: i64) {
-    // SAFETY: a lookup gave this pointer, see `MapValue::get`; a map's value is aligned to eight bytes.
-    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(pointer, amount as u64) };
+impl MapValue<u64> {
+    /// Adds to a word that other processors add to.
+    #[inline(always)]
+    pub fn add(self, amount: i64) {
+        // SAFETY: see `MapValue::get`; a map's value is aligned to eight bytes.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, amount as u64) };
+    }
 }
 
 /// Jiffies: a load, not a call, once the verifier has inlined it (kernel 5.6).
@@ -226,7 +228,7 @@ impl Bytes {
 
     /// Bytes between the two pointers.
     #[inline(always)]
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.end - self.start
     }
 
@@ -289,7 +291,7 @@ impl SkBuff {
 
     /// The frame's length in bytes.
     #[inline(always)]
-    pub fn len(self) -> usize {
+    pub fn size(self) -> usize {
         // SAFETY: as above.
         unsafe { (*self.0).len as usize }
     }
@@ -327,7 +329,7 @@ impl SkBuff {
 #[inline(always)]
 pub fn tail_call<C: EbpfContext>(programs: &ProgramArray, ctx: &C, index: u32) {
     // SAFETY: the loader puts only programs of the caller's type into the array; the kernel checks it too.
-    let _ = unsafe { programs.tail_call(ctx, index) };
+    unsafe { programs.tail_call(ctx, index) };
 }
 
 /// The event that the agent wrote into a packet, behind the room of a link header.

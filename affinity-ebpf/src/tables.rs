@@ -10,6 +10,7 @@ use affinity_common::{
     tables::{Entry, FamilyTables, NotStored, Tables},
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_log_ebpf::{debug, trace};
 
 use crate::maps::{
     BACKENDS, COUNTERS, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, SESSIONS_V4,
@@ -19,6 +20,9 @@ use affinity_ebpf::kernel::{self, CONFIG, MapValue};
 
 /// Readers poll: waking one for every event would cost more than the event.
 const BPF_RB_NO_WAKEUP: u64 = 1;
+
+/// Log records name no context: the ring that takes them needs none.
+const NO_CONTEXT: () = ();
 
 /// A word of the configuration; the verifier knows its value.
 #[inline(always)]
@@ -80,7 +84,7 @@ impl Tables for Maps {
     #[inline(always)]
     fn add_load(&self, backend: u32, sessions: i64) {
         if let Some(load) = LOADS.get_ptr_mut(backend) {
-            kernel::add(load, sessions);
+            MapValue::new(load).add(sessions);
         }
     }
 
@@ -89,6 +93,17 @@ impl Tables for Maps {
         if let Some(count) = COUNTERS.get_ptr_mut(reason as u32) {
             MapValue::new(count).update(|count| *count += 1);
         }
+    }
+
+    #[inline(always)]
+    fn conclude(&self, reason: Reason) {
+        // By number: the verifier would have to follow the copy of a name.
+        if matches!(reason, Reason::Established | Reason::Reply | Reason::NotFrontend | Reason::NotReply) {
+            trace!(NO_CONTEXT, "packet: reason {}", reason as u8);
+        } else {
+            debug!(NO_CONTEXT, "packet: reason {}", reason as u8);
+        }
+        self.count(reason);
     }
 
     #[inline(always)]
