@@ -14,7 +14,8 @@
 //! pod is ready before and after finds it ready throughout.
 //!
 //! A plan that fails in the middle leaves such a state too: observe again, plan again. (Wait a moment first: a failed
-//! plan did not reach its grace period.) A second plan may also use the room that the first one freed.
+//! plan did not reach its grace period.) And where room was short, the next plan may use what this one freed: plan until
+//! there is nothing to do.
 
 mod backends;
 mod extents;
@@ -145,14 +146,18 @@ fn switch<A: Address>(
 ) -> Switch {
     let mut switch = Switch::default();
     for (key, new) in changed(observed, target) {
-        if let Some(old) = observed.get(key) {
-            switch.replaced = true;
-            let shared = Frontend { flags: old.flags | SHARED, ..*old };
-            if new.flags & SHARED != 0 && old.group == new.group && shared != *old && shared != *new {
-                switch.share.push(put(*key, shared));
-            }
+        let Some(old) = observed.get(key) else {
+            switch.put.push(put(*key, *new));
+            continue;
+        };
+        switch.replaced = true;
+        let shared = Frontend { flags: old.flags | SHARED, ..*old };
+        if new.flags & SHARED != 0 && old.group == new.group && shared != *old {
+            switch.share.push(put(*key, shared));
         }
-        switch.put.push(put(*key, *new));
+        if shared != *new {
+            switch.put.push(put(*key, *new));
+        }
     }
     switch.remove = observed.keys().filter(|key| !target.contains_key(key)).map(|key| remove(*key)).collect();
     switch

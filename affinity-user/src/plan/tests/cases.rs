@@ -1,1 +1,227 @@
+//! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
+use affinity_common::abi::{MEMBER_DRAINING, MEMBER_READY, SHARED};
+
+use super::{
+    properties::check_prefixes,
+    world::{
+        State::{Leaving, Ready, Unready},
+        World,
+    },
+};
+use crate::{
+    plan::plan,
+    source::Problem,
+    store::{Capacity, Observed, Op},
+};
+
+const CAPACITY: Capacity = Capacity { backends: 64, slots: 4_096 };
+
+/// Brings `observed` to `world`, and tells the steps.
+fn bring(observed: &mut Observed, world: &World) -> Vec<String> {
+    let (steps, problems) = plan(observed, &world.desired(), CAPACITY);
+    assert_eq!(problems, []);
+    steps.iter().for_each(|step| observed.apply(step));
+    steps.iter().map(tell).collect()
+}
+
+/// A step, without its ids, which are hashes.
+fn tell(step: &Op) -> String {
+    let state = |state| match state {
+        MEMBER_READY => "ready",
+        MEMBER_DRAINING => "draining",
+        _ => "?",
+    };
+    let frontend = |port: u16, first: u32, count: u32, flags: u8| {
+        format!("put frontend :{port} slots {first}+{count}{}", if flags & SHARED == 0 { "" } else { " shared" })
+    };
+    match step {
+        Op::PutName(_, name) => format!("name {name}"),
+        Op::RemoveName(_) => "remove a name".to_owned(),
+        Op::PutBackend(index, backend) => format!("put backend {index} generation {}", backend.generation),
+        Op::PutMember(key, member) => {
+            format!("put member {} port {} {}", key.backend, member.port.get(), state(member.state))
+        }
+        Op::RemoveMember(key) => format!("remove member {}", key.backend),
+        Op::WriteSlots { first, backends } => format!("write slots {first}: {backends:?}"),
+        Op::SetFilter(direction, bits) => format!("set {} bits {direction:?}", bits.len()),
+        Op::PutUsage(_) => "put usage".to_owned(),
+        Op::RemoveUsage(_) => "remove usage".to_owned(),
+        Op::PutFrontendV4(key, record) => frontend(key.port.get(), record.slot_first, record.slot_count, record.flags),
+        Op::PutFrontendV6(key, record) => frontend(key.port.get(), record.slot_first, record.slot_count, record.flags),
+        Op::RemoveFrontendV4(key) => format!("remove frontend :{}", key.port.get()),
+        Op::RemoveFrontendV6(key) => format!("remove frontend :{}", key.port.get()),
+        Op::Grace => "grace".to_owned(),
+    }
+}
+
+#[test]
+fn the_life_of_a_service() {
+    let mut observed = Observed::default();
+    let mut bring = |parts: &[_]| bring(&mut observed, &World::of(&[parts])).join("\n");
+    insta::assert_snapshot!(bring(&[(1, Ready, true), (2, Ready, true)]), @r"
+    name default/s1
+    name default/s1:b/UDP/v4
+    name default/s1:a/TCP/v4
+    name default/p1
+    name default/p2
+    put usage
+    put usage
+    put usage
+    set 2 bits Forward
+    set 4 bits Reverse
+    put backend 0 generation 1
+    put backend 1 generation 1
+    put member 0 port 5353 ready
+    put member 1 port 5353 ready
+    put member 0 port 8080 ready
+    put member 1 port 8080 ready
+    write slots 0: [0, 1]
+    write slots 2: [0, 1]
+    put frontend :80 slots 0+2
+    put frontend :81 slots 2+2
+    ");
+    // A pod comes, and one drains.
+    insta::assert_snapshot!(bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]), @r"
+    name default/p3
+    put usage
+    set 2 bits Reverse
+    put backend 2 generation 1
+    put member 2 port 5353 ready
+    put member 2 port 8080 ready
+    write slots 4: [1, 2]
+    write slots 6: [1, 2]
+    put frontend :80 slots 4+2
+    put frontend :81 slots 6+2
+    grace
+    put member 0 port 5353 draining
+    put member 0 port 8080 draining
+    ");
+    // The one that drained is gone.
+    insta::assert_snapshot!(bring(&[(2, Ready, true), (3, Ready, true)]), @r"
+    grace
+    remove member 0
+    remove member 0
+    put backend 0 generation 2
+    remove usage
+    remove a name
+    ");
+    // Nobody is ready, but one still serves.
+    insta::assert_snapshot!(bring(&[(2, Leaving, true)]), @r"
+    write slots 0: [1]
+    write slots 1: [1]
+    put frontend :80 slots 0+1
+    put frontend :81 slots 1+1
+    grace
+    remove member 2
+    remove member 2
+    put backend 2 generation 2
+    remove usage
+    remove a name
+    ");
+    insta::assert_snapshot!(bring(&[]), @r"
+    put frontend :80 slots 0+0
+    put frontend :81 slots 0+0
+    grace
+    remove member 1
+    remove member 1
+    put backend 1 generation 2
+    remove usage
+    remove a name
+    ");
+    insta::assert_snapshot!(bring(&[]), @"");
+}
+
+#[test]
+fn the_end_of_a_service() {
+    let mut observed = Observed::default();
+    bring(&mut observed, &World::of(&[&[(1, Ready, true)]]));
+    insta::assert_snapshot!(bring(&mut observed, &World::of(&[])).join("\n"), @r"
+    remove frontend :80
+    remove frontend :81
+    grace
+    remove member 0
+    remove member 0
+    put backend 0 generation 2
+    remove usage
+    remove usage
+    remove a name
+    remove a name
+    remove a name
+    remove a name
+    ");
+    assert!(observed.names.is_empty() && observed.members.is_empty() && observed.slots.is_empty());
+}
+
+/// The pools of a service come to differ, and then to be alike again: a client that meets the new pod on one port must
+/// not lose it by dialling the other port, which does not have it.
+#[test]
+fn pools_come_to_differ_and_to_agree() {
+    let alike: &[_] = &[(1, Ready, true), (2, Ready, true)];
+    let differ: &[_] = &[(1, Ready, true), (2, Ready, true), (3, Ready, false), (4, Ready, false), (5, Ready, false)];
+    let mut observed = Observed::default();
+    bring(&mut observed, &World::of(&[alike]));
+    let steps = bring(&mut observed, &World::of(&[differ]));
+    insta::assert_snapshot!(steps.join("\n"), @r"
+    name default/p3
+    name default/p4
+    name default/p5
+    put usage
+    put usage
+    put usage
+    set 3 bits Reverse
+    put backend 2 generation 1
+    put backend 3 generation 1
+    put backend 4 generation 1
+    put member 2 port 8080 ready
+    put member 3 port 8080 ready
+    put member 4 port 8080 ready
+    put member 0 port 0 ready
+    put member 1 port 0 ready
+    put member 2 port 0 ready
+    put member 3 port 0 ready
+    put member 4 port 0 ready
+    put frontend :80 slots 0+2 shared
+    put frontend :81 slots 2+2 shared
+    write slots 4: [0, 1, 2, 3, 4]
+    put frontend :80 slots 4+5 shared
+    grace
+    ");
+    check_prefixes(&[World::of(&[alike]), World::of(&[differ]), World::of(&[alike])]);
+}
+
+#[test]
+fn what_does_not_fit_is_named_and_the_rest_goes_on() {
+    let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(3, Ready, true)]]);
+    let lines = |problems: Vec<Problem>| problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n");
+
+    let few_slots = Capacity { backends: 64, slots: 5 };
+    let (steps, problems) = plan(&Observed::default(), &world.desired(), few_slots);
+    insta::assert_snapshot!(lines(problems), @"Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published");
+    let mut observed = Observed::default();
+    steps.iter().for_each(|step| observed.apply(step));
+    assert_eq!(observed.frontends_v4.len(), 3);
+
+    // Full: the pool that would change keeps what it has.
+    let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(4, Ready, true)]]);
+    let (steps, problems) = plan(&observed, &world.desired(), few_slots);
+    insta::assert_snapshot!(lines(problems), @r"
+    Service default/s2: no room for 1 slots of default/s2:a/TCP/v4 among 5; its former members stay in use
+    Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published
+    ");
+    insta::assert_snapshot!(steps.iter().map(tell).collect::<Vec<_>>().join("\n"), @r"
+    name default/p4
+    put usage
+    set 1 bits Reverse
+    put backend 3 generation 1
+    put member 3 port 8080 ready
+    ");
+
+    let few_backends = Capacity { backends: 2, slots: 64 };
+    let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(2, Ready, true), (3, Ready, true)]]);
+    let (_, problems) = plan(&Observed::default(), &world.desired(), few_backends);
+    insta::assert_snapshot!(lines(problems), @r"
+    Service default/s2: 1 endpoints of default/s2:a/TCP/v4 left out: all 2 backends are in use
+    Service default/s2: 1 endpoints of default/s2:b/UDP/v4 left out: all 2 backends are in use
+    ");
+}

@@ -1,1 +1,370 @@
+//! What holds of every plan, whatever the worlds before and after, and after each of its steps.
 
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv6Addr},
+};
+
+use affinity_common::{
+    abi::{
+        AFFINITY, Backend, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Reason,
+        SessionKey, V4, V6,
+    },
+    model::Model,
+    parse::{ACK, SYN, UDP},
+    tables::{Entry, FamilyTables, Tables},
+};
+use proptest::prelude::*;
+
+use super::world::{TestAddress, World, send, world};
+use crate::{
+    plan::plan,
+    store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
+};
+
+const ROOMY: Capacity = Capacity { backends: 64, slots: 65_536 };
+const TIGHT: Capacity = Capacity { backends: 8, slots: 24 };
+const CLIENTS: u8 = 6;
+/// Source port of the residents' connections, and of all later ones.
+const OLD_PORT: u16 = 1_000;
+const NEW_PORT: u16 = 20_000;
+
+fn store(capacity: Capacity) -> MemoryStore {
+    MemoryStore::new(capacity, 65_536)
+}
+
+fn observe(store: &impl Store) -> Observed {
+    store.observe().expect("memory can be read")
+}
+
+/// Applies what is to be done, until nothing is: where room is short, a plan may use what the one before it freed.
+fn settle(store: &mut impl Store, world: &World) {
+    for _ in 0..16 {
+        let (steps, _) = plan(&observe(store), &world.desired(), store.capacity());
+        if steps.is_empty() {
+            return;
+        }
+        steps.iter().for_each(|step| store.apply(step).expect("memory takes every step"));
+    }
+    panic!("plans go on for ever");
+}
+
+/// Slots name ready members of the frontend's pool, whose backends are in use under the same generation, and no two
+/// pools share a slot.
+fn assert_consistent(observed: &Observed) {
+    let mut extents = BTreeSet::new();
+    for frontend in observed.frontends_v4.values().chain(observed.frontends_v6.values()) {
+        let Frontend { pool, slot_first, slot_count, .. } = *frontend;
+        if slot_count == 0 {
+            continue;
+        }
+        extents.insert((slot_first, slot_count, pool));
+        let slots = &observed.slots[&slot_first];
+        assert_eq!(slots.len(), slot_count as usize);
+        for backend in slots.iter().copied().collect::<BTreeSet<u32>>() {
+            let member = observed.members.get(&MemberKey { pool, backend }).expect("a slot names a member");
+            assert_eq!(member.state, MEMBER_READY);
+            assert_eq!(member.generation % 2, 1);
+            assert_eq!(member.generation, observed.backends[&backend].generation);
+        }
+    }
+    let firsts = extents.iter().map(|(first, ..)| *first);
+    let ends = extents.iter().map(|(first, count, _)| first + count);
+    assert!(ends.zip(firsts.skip(1)).all(|(end, next)| end <= next), "extents overlap: {extents:?}");
+}
+
+/// Who has had an index under a generation.
+type History = BTreeMap<(u32, u32), (IpAddr, String)>;
+
+/// No index under one odd generation ever means another pod.
+fn assert_generations(observed: &Observed, history: &mut History) {
+    for (index, backend) in observed.backends.iter().filter(|(_, backend)| backend.generation % 2 == 1) {
+        let key = NameKey { kind: NameKind::Backend as u32, id: *index };
+        let identity = (Ipv6Addr::from(backend.address).to_canonical(), observed.names[&key].clone());
+        let known = history.entry((*index, backend.generation)).or_insert_with(|| identity.clone());
+        assert_eq!(*known, identity);
+    }
+}
+
+/// What is in both states keeps its id or index.
+fn assert_ids_stay(before: &Observed, after: &Observed) {
+    let ids = |observed: &Observed| -> BTreeMap<(u32, String), u32> {
+        observed.names.iter().map(|(key, name)| ((key.kind, name.clone()), key.id)).collect()
+    };
+    let (before, after) = (ids(before), ids(after));
+    for (name, id) in after.iter().filter(|((kind, _), _)| *kind != NameKind::Backend as u32) {
+        assert!(before.get(name).is_none_or(|former| former == id), "{name:?} has another id");
+    }
+    let distinct: BTreeSet<&u32> =
+        after.iter().filter(|((kind, _), _)| *kind != NameKind::Backend as u32).map(|(_, id)| id).collect();
+    let ids = after.keys().filter(|(kind, _)| *kind != NameKind::Backend as u32).count();
+    assert_eq!(distinct.len(), ids, "one space of ids");
+    assert!(!distinct.contains(&0));
+}
+
+fn check_structure(worlds: &[World], capacity: Capacity) {
+    let mut store = store(capacity);
+    let mut mirror = Observed::default();
+    let mut history = History::new();
+    for world in worlds {
+        let before = observe(&store);
+        assert_eq!(mirror, before, "what was applied is what is read");
+        let (steps, problems) = plan(&before, &world.desired(), capacity);
+        for step in &steps {
+            store.apply(step).expect("memory takes every step");
+            mirror.apply(step);
+            assert_consistent(&mirror);
+        }
+        let after = observe(&store);
+        assert_generations(&after, &mut history);
+        assert_ids_stay(&before, &after);
+        if problems.is_empty() {
+            let (again, _) = plan(&after, &world.desired(), capacity);
+            assert_eq!(again, [], "planned twice");
+        }
+        settle(&mut store, world);
+        mirror = observe(&store);
+        assert_generations(&mirror, &mut history);
+    }
+}
+
+/// A client's pin at a frontend.
+#[derive(Clone, Copy)]
+struct Pin {
+    to: (IpAddr, u16),
+    backend: u32,
+    generation: u32,
+    /// Whether it is the group's; if not, it is the frontend's own, or there is none.
+    shared: bool,
+}
+
+type Frontends<A> = BTreeMap<FrontendKey<A>, Frontend>;
+type Pins<A> = BTreeMap<(FrontendKey<A>, u8), (Frontend, Pin)>;
+
+/// Connects a client to a frontend.
+fn connect<A: TestAddress>(
+    model: &Model,
+    key: &FrontendKey<A>,
+    frontend: &Frontend,
+    client: u8,
+    sport: u16,
+) -> Option<Pin>
+where
+    Model: FamilyTables<A>,
+{
+    let fate = send(model, key, client, sport, SYN);
+    assert_eq!(fate.to.is_none(), frontend.slot_count == 0, "{fate:?}");
+    let to = fate.to?;
+    let in_pool = |(index, backend): &(&u32, &Backend)| {
+        backend.address == mapped(to.0) && model.member(&MemberKey { pool: frontend.pool, backend: **index }).is_some()
+    };
+    let (backend, record) = model.backends.iter().find(in_pool).expect("a member has this address");
+    let group = SessionKey::new(frontend.group, A::client(client), frontend.prefix);
+    let shared = frontend.flags & AFFINITY != 0
+        && FamilyTables::<A>::session(model, &group).is_some_and(|pin| pin.get().backend == *backend);
+    Some(Pin { to, backend: *backend, generation: record.generation, shared })
+}
+
+/// Whether a pin is bound to hold: both records pin alike, and its pod is ready in the end.
+fn must_hold(pin: &Pin, before: &Frontend, after: &Frontend, new: &Observed) -> bool {
+    let scope = |frontend: &Frontend| (frontend.group, frontend.own, frontend.flags & AFFINITY, frontend.prefix);
+    let key = MemberKey { pool: after.pool, backend: pin.backend };
+    let ready = |member: &Member| member.state == MEMBER_READY && member.generation == pin.generation;
+    pin.shared && scope(before) == scope(after) && new.members.get(&key).is_some_and(ready)
+}
+
+/// Clients that were there before a plan.
+struct Residents<A: TestAddress> {
+    /// Source port of the connections that stay open.
+    sport: u16,
+    pins: Pins<A>,
+}
+
+impl<A: TestAddress> Residents<A>
+where
+    Model: FamilyTables<A>,
+{
+    /// Lets each client connect to each frontend twice: the second time, its pins have come to rest.
+    fn arrive(model: &Model, sport: u16, frontends: &Frontends<A>) -> Self {
+        let mut pins = Pins::new();
+        for sport in [sport - 1, sport] {
+            for (key, frontend) in frontends {
+                for client in 0..CLIENTS {
+                    if let Some(pin) = connect(model, key, frontend, client, sport) {
+                        pins.insert((*key, client), (*frontend, pin));
+                    }
+                }
+            }
+        }
+        Self { sport, pins }
+    }
+
+    /// Everybody, and one who was never there, connects in the middle of the plan from `old` to `new`.
+    fn check(&self, model: &Model, old: &Observed, new: &Observed, tables: [&Frontends<A>; 2], reversed: bool) {
+        let mut both: Vec<(&FrontendKey<A>, &Frontend, &Frontend)> = Vec::new();
+        for (key, before) in tables[0] {
+            both.extend(tables[1].get(key).map(|after| (key, before, after)));
+        }
+        both.retain(|(_, before, after)| before.slot_count > 0 && after.slot_count > 0);
+        if reversed {
+            both.reverse();
+        }
+        for (key, before, after) in both {
+            for client in 0..=CLIENTS {
+                let fate = send(model, key, client, NEW_PORT, SYN);
+                let to = fate.to.unwrap_or_else(|| panic!("client {client} has nobody: {fate:?}"));
+                let usable = is_usable(old, before, to) || is_usable(new, after, to);
+                assert!(usable, "client {client} is sent to {to:?}, which is ready neither before nor after");
+                let Some((_, pin)) = self.pins.get(&(*key, client)) else { continue };
+                self.check_connection(model, key, client, pin, new);
+                if must_hold(pin, before, after, new) {
+                    assert_eq!((to.0, fate.reason), (pin.to.0, Reason::Pinned), "client {client} was moved");
+                }
+            }
+        }
+    }
+
+    /// An established TCP connection stays where it is for as long as the backend is known.
+    fn check_connection(&self, model: &Model, key: &FrontendKey<A>, client: u8, pin: &Pin, new: &Observed) {
+        if new.backends[&pin.backend].generation == pin.generation && key.protocol != UDP {
+            let fate = send(model, key, client, self.sport, ACK);
+            assert_eq!((fate.to, fate.reason), (Some(pin.to), Reason::Established), "client {client} was cut off");
+        }
+    }
+}
+
+fn is_usable(observed: &Observed, frontend: &Frontend, (ip, port): (IpAddr, u16)) -> bool {
+    let at_address = observed.backends.iter().filter(|(_, backend)| backend.address == mapped(ip));
+    let members =
+        at_address.filter_map(|(index, _)| observed.members.get(&MemberKey { pool: frontend.pool, backend: *index }));
+    members.into_iter().any(|member| member.state == MEMBER_READY && member.port.get() == port)
+}
+
+/// The pools that share a pin.
+fn pools_of(observed: &Observed, group: u32) -> BTreeSet<u32> {
+    let frontends = observed.frontends_v4.values().chain(observed.frontends_v6.values());
+    frontends.filter(|frontend| frontend.group == group).map(|frontend| frontend.pool).collect()
+}
+
+/// Clients that arrive in the middle of a plan, connect everywhere, and stay. (While services join or leave their group,
+/// a pin made in that moment may follow.)
+struct Newcomers<A: TestAddress> {
+    clients: std::ops::Range<u8>,
+    sport: u16,
+    pins: Pins<A>,
+}
+
+impl<A: TestAddress> Newcomers<A>
+where
+    Model: FamilyTables<A>,
+{
+    fn new() -> Self {
+        Self { clients: CLIENTS + 1..CLIENTS + 1, sport: NEW_PORT + 1, pins: Pins::new() }
+    }
+
+    /// A new plan: those of the last one are forgotten, and their addresses are not used again.
+    fn begin(&mut self) {
+        self.clients.start = self.clients.end;
+        self.pins.clear();
+    }
+
+    /// Some more arrive, and everybody connects twice to all that is there.
+    fn check(&mut self, model: &Model, frontends: &Frontends<A>, old: &Observed, new: &Observed) {
+        self.clients.end = self.clients.end.checked_add(3).expect("few plans");
+        for _ in 0..2 {
+            self.sport += 1;
+            for (client, (key, frontend)) in
+                self.clients.clone().flat_map(|client| frontends.iter().map(move |f| (client, f)))
+            {
+                let Some(pin) = connect(model, key, frontend, client, self.sport) else { continue };
+                if let Some((before, former)) = self.pins.insert((*key, client), (*frontend, pin))
+                    && must_hold(&former, &before, frontend, new)
+                    && pools_of(old, frontend.group) == pools_of(new, frontend.group)
+                {
+                    assert_eq!(pin.to.0, former.to.0, "newcomer {client} was moved");
+                }
+            }
+        }
+    }
+}
+
+fn mapped(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+/// DESIGN invariant: no prefix of a plan loses or re-homes a client.
+pub(super) fn check_prefixes(worlds: &[World]) {
+    let mut store = store(ROOMY);
+    let (mut new_v4, mut new_v6) = (Newcomers::<V4>::new(), Newcomers::<V6>::new());
+    for (sport, world) in (OLD_PORT..).step_by(2).zip(worlds) {
+        let old = observe(&store);
+        let v4 = Residents::<V4>::arrive(&store.model, sport, &old.frontends_v4);
+        let v6 = Residents::<V6>::arrive(&store.model, sport, &old.frontends_v6);
+        new_v4.begin();
+        new_v6.begin();
+        let (steps, _) = plan(&old, &world.desired(), ROOMY);
+        let mut new = old.clone();
+        steps.iter().for_each(|step| new.apply(step));
+        for done in 0..=steps.len() {
+            for reversed in [false, true] {
+                let model = store.model.clone();
+                v4.check(&model, &old, &new, [&old.frontends_v4, &new.frontends_v4], reversed);
+                v6.check(&model, &old, &new, [&old.frontends_v6, &new.frontends_v6], reversed);
+            }
+            let Some(step) = steps.get(done) else { continue };
+            store.apply(step).expect("memory takes every step");
+            if matches!(step, Op::PutFrontendV4(..) | Op::PutFrontendV6(..)) {
+                new_v4.check(&store.model, &store.model.frontends_v4, &old, &new);
+                new_v6.check(&store.model, &store.model.frontends_v6, &old, &new);
+            }
+        }
+        new_v4.check(&store.model, &store.model.frontends_v4, &old, &new);
+        new_v6.check(&store.model, &store.model.frontends_v6, &old, &new);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn plans_are_exact_and_keep_what_is_there(worlds in prop::collection::vec(world(3), 1..6)) {
+        check_structure(&worlds, ROOMY);
+    }
+
+    #[test]
+    fn plans_stay_within_their_room(worlds in prop::collection::vec(world(3), 1..6)) {
+        check_structure(&worlds, TIGHT);
+    }
+
+    #[test]
+    fn a_failed_step_is_made_good(
+        worlds in prop::collection::vec(world(3), 1..5),
+        failing in prop::collection::btree_set(0usize..120, 0..8),
+    ) {
+        let mut store = FaultyStore::new(store(ROOMY), failing);
+        for world in &worlds {
+            // As the agent does: up to the first failure, then from what is there.
+            while let Some(()) = {
+                let (steps, _) = plan(&observe(&store), &world.desired(), ROOMY);
+                let failed = steps.iter().any(|step| store.apply(step).is_err());
+                assert_consistent(&observe(&store));
+                failed.then_some(())
+            } {}
+            let (again, problems) = plan(&observe(&store), &world.desired(), ROOMY);
+            prop_assert_eq!(again, []);
+            prop_assert_eq!(problems, []);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 20, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_prefix_of_a_plan_loses_or_re_homes_a_client(worlds in prop::collection::vec(world(2), 2..5)) {
+        check_prefixes(&worlds);
+    }
+}

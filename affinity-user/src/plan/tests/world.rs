@@ -3,11 +3,11 @@
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use affinity_common::{
-    abi::{Address, Direction, FlowKey, FrontendKey, Port},
+    abi::{Address, Direction, FlowKey, FrontendKey, Port, Reason},
     model::Model,
     parse::Headers,
-    pipeline::{Decision, Outcome, to_frontend},
-    tables::FamilyTables,
+    pipeline::{Decision, from_backend, to_frontend},
+    tables::{Entry, FamilyTables},
 };
 use k8s_openapi::api::{
     core::v1::{ObjectReference, Service, ServicePort, ServiceSpec},
@@ -188,26 +188,33 @@ impl TestAddress for affinity_common::abi::V6 {
     }
 }
 
-/// A packet of `client` to a frontend, and what becomes of it.
-pub(super) fn send<A: TestAddress>(
-    model: &Model,
-    frontend: &FrontendKey<A>,
-    client: u8,
-    sport: u16,
-    flags: u8,
-) -> Outcome<A>
+/// What became of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Fate {
+    /// Where it went.
+    pub(super) to: Option<(IpAddr, u16)>,
+    /// Why.
+    pub(super) reason: Reason,
+}
+
+/// A packet of `client` to a frontend. A reply, if there can be one, must come back translated.
+pub(super) fn send<A: TestAddress>(model: &Model, frontend: &FrontendKey<A>, client: u8, sport: u16, flags: u8) -> Fate
 where
     Model: FamilyTables<A>,
 {
-    to_frontend(model, &headers(frontend, client, sport, flags))
-}
-
-/// Where it went.
-pub(super) fn destination<A: TestAddress>(outcome: &Outcome<A>) -> Option<(IpAddr, u16)> {
-    match outcome.decision {
-        Decision::Forward(edit) => Some((edit.daddr.ip(), edit.dport.get())),
+    let headers = headers(frontend, client, sport, flags);
+    let outcome = to_frontend(model, &headers);
+    let to = match outcome.decision {
+        Decision::Forward(flow) => {
+            let edit = flow.with(|flow| flow.edit);
+            let reply = Headers { key: headers.key.opposite(&edit), ..headers };
+            let answer = from_backend(model, &reply).decision;
+            assert!(matches!(answer, Decision::Forward(_)), "the filter or the flows know nothing of the reply");
+            Some((edit.daddr.ip(), edit.dport.get()))
+        }
         Decision::Pass | Decision::Reject | Decision::Drop => None,
-    }
+    };
+    Fate { to, reason: outcome.reason }
 }
 
 fn headers<A: TestAddress>(frontend: &FrontendKey<A>, client: u8, sport: u16, flags: u8) -> Headers<A> {
