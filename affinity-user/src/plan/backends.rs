@@ -17,8 +17,7 @@ pub(super) struct Backends {
     records: BTreeMap<u32, Backend>,
     by_name: BTreeMap<BackendName, u32>,
     claimed: BTreeSet<u32>,
-    /// Indices to give away, the next one last.
-    free: Vec<u32>,
+    free: Free,
 }
 
 impl Backends {
@@ -31,7 +30,12 @@ impl Backends {
             let address = Ipv6Addr::from(record.address).to_canonical();
             by_name.entry(BackendName { address, pod }).or_insert(*index);
         }
-        Self { records: observed.backends.clone(), by_name, claimed: BTreeSet::new(), free: free(observed, capacity) }
+        Self {
+            records: observed.backends.clone(),
+            by_name,
+            claimed: BTreeSet::new(),
+            free: Free::new(observed, capacity),
+        }
     }
 
     /// The index of a backend: its own, or a free one; none where all are in use.
@@ -41,7 +45,7 @@ impl Backends {
             self.records.get_mut(index)?.flags = flags;
             *index
         } else {
-            let index = self.free.pop()?;
+            let index = self.free.take()?;
             let former = self.records.get(&index).map_or(0, |record| record.generation);
             let record = Backend { address: mapped(name.address), generation: former.wrapping_add(1), flags };
             self.records.insert(index, record);
@@ -75,16 +79,36 @@ impl Backends {
     }
 }
 
-/// Free indices, in reverse order of use: never-used ones first while less than half have been used, so that what a
-/// stale session or a captured dump says of an index stays true for long.
-fn free(observed: &Observed, capacity: u32) -> Vec<u32> {
-    let generation = |index: &u32| observed.backends.get(index).map_or(0, |record| record.generation);
-    let unused: Vec<u32> = (0..capacity).filter(|index| generation(index) == 0).collect();
-    let vacant: Vec<u32> = (0..capacity).filter(|index| generation(index) != 0 && generation(index) % 2 == 0).collect();
-    let half = (capacity / 2) as usize;
-    let fresh = half.saturating_sub(capacity as usize - unused.len()).min(unused.len());
-    let (first, last) = unused.split_at(fresh);
-    [first, &vacant, last].concat().into_iter().rev().collect()
+/// Indices to give away: those never used while less than half have been, so that what a stale session or a captured
+/// dump says of an index stays true for long; then vacant ones; then the rest.
+struct Free {
+    /// Used once, or in use.
+    used: BTreeSet<u32>,
+    vacant: BTreeSet<u32>,
+    /// No index below was never used.
+    unused_from: u32,
+    capacity: u32,
+}
+
+impl Free {
+    fn new(observed: &Observed, capacity: u32) -> Self {
+        let within = observed.backends.range(..capacity).filter(|(_, record)| record.generation != 0);
+        let vacant = within.clone().filter(|(_, record)| record.generation % 2 == 0).map(|(index, _)| *index).collect();
+        Self { used: within.map(|(index, _)| *index).collect(), vacant, unused_from: 0, capacity }
+    }
+
+    fn take(&mut self) -> Option<u32> {
+        let seldom_used = self.used.len() < (self.capacity / 2) as usize;
+        let index = if seldom_used { self.take_unused() } else { self.vacant.pop_first() };
+        index.or_else(|| self.take_unused())
+    }
+
+    fn take_unused(&mut self) -> Option<u32> {
+        let index = (self.unused_from..self.capacity).find(|index| !self.used.contains(index))?;
+        self.unused_from = index + 1;
+        self.used.insert(index);
+        Some(index)
+    }
 }
 
 /// As IPv6, or IPv4-mapped, in network byte order.
