@@ -26,6 +26,7 @@ use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use endpoints::Endpoints;
 use service::ServiceSpec;
 
+pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
 
 /// What depends on the node.
@@ -124,6 +125,26 @@ impl fmt::Display for PoolName {
     }
 }
 
+impl PoolName {
+    /// The inverse of its `Display`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let (service, rest) = text.split_once(':')?;
+        let (namespace, name) = service.split_once('/')?;
+        let mut parts = rest.split('/');
+        let port = parts.next()?.to_owned();
+        let protocol = [Protocol::Tcp, Protocol::Udp]
+            .into_iter()
+            .find(|protocol| Some(protocol.name()) == parts.clone().next())?;
+        let family = match parts.nth(1)? {
+            "v4" => Family::V4,
+            "v6" => Family::V6,
+            _ => return None,
+        };
+        parts.next().is_none().then(|| Self { service: ObjectName::new(namespace, name), port, protocol, family })
+    }
+}
+
 /// Identity of a backend. An address that passes to another pod is another backend.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct BackendName {
@@ -198,6 +219,17 @@ pub struct Desired {
     pub unions: BTreeMap<Scope, BTreeMap<BackendName, bool>>,
     /// The backends of these pools, and whether each is on this node.
     pub backends: BTreeMap<BackendName, bool>,
+    /// Present where the source was read in part only: the plan then keeps what is there of everything else.
+    pub known: Option<Known>,
+}
+
+/// What a source that was read in part is sure about.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Known {
+    /// Services that were read.
+    pub services: BTreeSet<ObjectName>,
+    /// Services of which some endpoint slice was read.
+    pub with_slices: BTreeSet<ObjectName>,
 }
 
 /// Decides what the dataplane should hold.
@@ -219,10 +251,13 @@ pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>
         let mut report = Report::new("Service", name, &snapshot.services[name], &mut problems);
         desired.add(name, spec, &endpoints, &mut report);
     }
-    desired.unions = groups::unions(&desired.pools);
+    desired.unions = unions(&desired.pools);
     for backend in desired.pools.values().flat_map(|pool| pool.members.keys()) {
         desired.backends.insert(backend.clone(), endpoints.is_local(backend));
     }
+    desired.known = snapshot
+        .partial
+        .then(|| Known { services: snapshot.services.keys().cloned().collect(), with_slices: endpoints.services() });
     (desired, problems)
 }
 

@@ -20,6 +20,7 @@
 mod backends;
 mod extents;
 mod ids;
+mod keep;
 mod maglev;
 mod target;
 
@@ -36,10 +37,12 @@ use crate::{
 };
 
 /// The steps from `observed` to `desired`; none where nothing is to be done. What does not fit is reported, and what
-/// could not be published for lack of room stays as it is.
+/// could not be published for lack of room stays as it is; so does what `desired` does not know about, where its source
+/// was read in part only.
 #[must_use]
 pub fn plan(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Vec<Op>, Vec<Problem>) {
-    let (target, problems) = target::target(observed, desired, capacity);
+    let kept = desired.known.as_ref().map(|known| keep::keep(observed, desired, known));
+    let (target, problems) = target::target(observed, kept.as_ref().unwrap_or(desired), capacity);
     (steps(observed, &target), problems)
 }
 

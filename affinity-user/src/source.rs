@@ -60,4 +60,7 @@ pub struct Snapshot {
     pub slices: BTreeMap<ObjectName, Sourced<EndpointSlice>>,
     /// What could not be used.
     pub problems: Vec<Problem>,
+    /// Whether objects may be missing that were never read, because their place could not be: what they set up before is
+    /// to be kept.
+    pub partial: bool,
 }

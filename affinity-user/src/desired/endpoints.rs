@@ -61,6 +61,11 @@ impl Endpoints {
         endpoints
     }
 
+    /// The services that have a slice.
+    pub(super) fn services(&self) -> BTreeSet<ObjectName> {
+        self.slices.keys().cloned().collect()
+    }
+
     /// Whether a backend is on this node.
     pub(super) fn is_local(&self, backend: &BackendName) -> bool {
         self.local.contains(backend)

@@ -8,7 +8,7 @@ use crate::source::{ObjectName, Problem, Snapshot};
 /// The unions of those scopes whose pools do not all have the same ready members.
 ///
 /// Pools of the two families are never compared: a client of one family has no use for a backend of the other.
-pub(super) fn unions(pools: &BTreeMap<PoolName, Pool>) -> BTreeMap<Scope, BTreeMap<BackendName, bool>> {
+pub(crate) fn unions(pools: &BTreeMap<PoolName, Pool>) -> BTreeMap<Scope, BTreeMap<BackendName, bool>> {
     let mut scopes: BTreeMap<&Scope, Vec<(Family, &Pool)>> = BTreeMap::new();
     for (name, pool) in pools.iter().filter(|(_, pool)| pool.affinity.is_some()) {
         scopes.entry(&pool.scope).or_default().push((name.family, pool));

@@ -52,6 +52,27 @@ fn pool_text(pool: &Pool) -> String {
     format!("{:?} /{} {:?} {timeout}{group}", pool.select, pool.prefix, affinity.timer)
 }
 
+#[test]
+fn names_of_pools_come_back() {
+    for family in [Family::V4, Family::V6] {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let name = PoolName { service: ObjectName::new("shop", "web"), port: "http".to_owned(), protocol, family };
+            assert_eq!(PoolName::parse(&name.to_string()), Some(name));
+        }
+    }
+    for bad in [
+        "",
+        "shop/web",
+        "web:80/TCP/v4",
+        "shop/web:80/TCP",
+        "shop/web:80/SCTP/v4",
+        "shop/web:80/TCP/v5",
+        "shop/web:80/TCP/v4/",
+    ] {
+        assert_eq!(PoolName::parse(bad), None, "{bad:?}");
+    }
+}
+
 /// A service, with `more` lines of its spec.
 fn service(name: &str, ip: &str, more: &str) -> String {
     format!(

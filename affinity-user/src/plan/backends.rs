@@ -25,10 +25,7 @@ impl Backends {
     pub(super) fn restore(observed: &Observed, capacity: u32) -> Self {
         let mut by_name = BTreeMap::new();
         for (index, record) in observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1) {
-            let key = NameKey { kind: NameKind::Backend as u32, id: *index };
-            let pod = observed.names.get(&key).cloned().unwrap_or_default();
-            let address = Ipv6Addr::from(record.address).to_canonical();
-            by_name.entry(BackendName { address, pod }).or_insert(*index);
+            by_name.entry(identity(observed, *index, record)).or_insert(*index);
         }
         Self {
             records: observed.backends.clone(),
@@ -77,6 +74,13 @@ impl Backends {
         let names = self.by_name.into_iter().filter(|(_, index)| self.claimed.contains(index));
         (self.records, names.map(|(name, index)| (index, name)).collect())
     }
+}
+
+/// Who has an index that is in use.
+pub(super) fn identity(observed: &Observed, index: u32, record: &Backend) -> BackendName {
+    let key = NameKey { kind: NameKind::Backend as u32, id: index };
+    let pod = observed.names.get(&key).cloned().unwrap_or_default();
+    BackendName { address: Ipv6Addr::from(record.address).to_canonical(), pod }
 }
 
 /// Indices to give away: those never used while less than half have been, so that what a stale session or a captured

@@ -4,7 +4,8 @@
 //! subdirectories. So a mounted ConfigMap reads as it looks: its files are links through the hidden `..data`.
 //!
 //! A bad file never takes down what runs: a [`Reader`] keeps the objects that a file held when it was last good, as far
-//! as the damaged file does not give them anew, until the file is good again or gone.
+//! as the damaged file does not give them anew, until the file is good again or gone. Where a file was bad from the start,
+//! as after a restart, the snapshot is marked as partial.
 
 mod watch;
 
@@ -32,7 +33,7 @@ pub fn read(path: &Path) -> Snapshot {
 #[must_use]
 pub fn parse(file: &Path, text: &str) -> Snapshot {
     let content = Content::parse(file, text, None);
-    let mut snapshot = Snapshot { problems: content.problems, ..Snapshot::default() };
+    let mut snapshot = Snapshot { problems: content.problems, partial: content.unknown, ..Snapshot::default() };
     content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
     snapshot
 }
@@ -41,6 +42,8 @@ pub fn parse(file: &Path, text: &str) -> Snapshot {
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,
+    /// Whether the path itself was ever read.
+    listed: bool,
     files: BTreeMap<PathBuf, Content>,
 }
 
@@ -51,6 +54,8 @@ struct Content {
     fresh: Vec<Entry>,
     /// Objects that it held when it was last good, and that its damaged parts may still mean.
     kept: Vec<Entry>,
+    /// Whether it is damaged and was never good, so that nobody knows what it may mean.
+    unknown: bool,
     problems: Vec<Problem>,
 }
 
@@ -58,7 +63,7 @@ impl Reader {
     /// A reader of `path`, a file or a directory, that has read nothing yet.
     #[must_use]
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), files: BTreeMap::new() }
+        Self { path: path.to_owned(), listed: false, files: BTreeMap::new() }
     }
 
     /// Reads everything. Where the path itself cannot be read, everything stays as it was.
@@ -70,6 +75,7 @@ impl Reader {
                     let message = "no *.yaml, *.yml or *.json file in this directory";
                     snapshot.problems.push(Problem::new(Severity::Info, Some(whole(&self.path)), message));
                 }
+                self.listed = true;
                 self.read_files(files);
             }
             Err(error) => {
@@ -77,6 +83,7 @@ impl Reader {
                 snapshot.problems.push(Problem::new(Severity::Error, Some(whole(&self.path)), message));
             }
         }
+        snapshot.partial = !self.listed || self.files.values().any(|content| content.unknown);
         for content in self.files.values() {
             snapshot.problems.extend(content.problems.iter().cloned());
             content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
@@ -104,7 +111,7 @@ impl Reader {
 impl Content {
     fn parse(file: &Path, text: &str, former: Option<Self>) -> Self {
         let documents = documents::parse(file, text);
-        let mut content = Self { fresh: documents.entries, kept: Vec::new(), problems: documents.problems };
+        let mut content = Self { fresh: documents.entries, problems: documents.problems, ..Self::default() };
         if documents.damaged {
             content.keep(file, former);
         }
@@ -120,7 +127,12 @@ impl Content {
 
     /// Keeps of the former content what the present one does not give.
     fn keep(&mut self, file: &Path, former: Option<Self>) {
-        let Some(former) = former else { return };
+        let Some(former) = former.filter(|former| !former.unknown) else {
+            self.unknown = true;
+            let message = "never read as a whole: until it is good, no service that is missing elsewhere is taken down";
+            self.problems.push(Problem::new(Severity::Warning, Some(whole(file)), message));
+            return;
+        };
         let given = |entry: &Entry| {
             self.fresh.iter().any(|fresh| fresh.name == entry.name && fresh.loaded.kind() == entry.loaded.kind())
         };

@@ -10,6 +10,7 @@ use super::{
     },
 };
 use crate::{
+    desired::{Options, desired},
     plan::plan,
     source::Problem,
     store::{Capacity, Observed, Op},
@@ -188,6 +189,39 @@ fn pools_come_to_differ_and_to_agree() {
     grace
     ");
     check_prefixes(&[World::of(&[alike]), World::of(&[differ]), World::of(&[alike])]);
+}
+
+/// After a restart, one file is bad: the services that it gave stay, and what others give takes effect.
+#[test]
+fn what_could_not_be_read_is_kept() {
+    let one: &[_] = &[(1, Ready, true), (2, Ready, true)];
+    let mut observed = Observed::default();
+    bring(&mut observed, &World::of(&[one, one]));
+
+    // The second service was in the bad file; the first has lost a pod.
+    let mut snapshot = World::of(&[&one[1..]]).snapshot();
+    snapshot.partial = true;
+    let (steps, _) = plan(&observed, &desired(&snapshot, &Options::default()).0, CAPACITY);
+    insta::assert_snapshot!(steps.iter().map(tell).collect::<Vec<_>>().join("\n"), @r"
+    write slots 8: [1]
+    write slots 9: [1]
+    put frontend :80 slots 8+1
+    put frontend :81 slots 9+1
+    grace
+    remove member 0
+    remove member 0
+    ");
+    steps.iter().for_each(|step| observed.apply(step));
+
+    // Now all slices are in the bad file.
+    let mut snapshot = World::of(&[one, one]).snapshot();
+    snapshot.partial = true;
+    snapshot.slices.clear();
+    assert_eq!(plan(&observed, &desired(&snapshot, &Options::default()).0, CAPACITY), (Vec::new(), Vec::new()));
+
+    // All is read, and the second service is gone.
+    let (steps, _) = plan(&observed, &World::of(&[one]).desired(), CAPACITY);
+    assert!(steps.iter().any(|step| matches!(step, Op::RemoveFrontendV4(_))));
 }
 
 #[test]

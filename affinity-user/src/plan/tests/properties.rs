@@ -18,7 +18,9 @@ use proptest::prelude::*;
 
 use super::world::{TestAddress, World, send, world};
 use crate::{
+    desired::{Options, desired},
     plan::plan,
+    source::Snapshot,
     store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
 };
 
@@ -121,6 +123,9 @@ fn check_structure(worlds: &[World], capacity: Capacity) {
         if problems.is_empty() {
             let (again, _) = plan(&after, &world.desired(), capacity);
             assert_eq!(again, [], "planned twice");
+            let unread = desired(&Snapshot { partial: true, ..Snapshot::default() }, &Options::default()).0;
+            let (unread, _) = plan(&after, &unread, capacity);
+            assert_eq!(unread, [], "a source that says nothing takes nothing down");
         }
         settle(&mut store, world);
         mirror = observe(&store);

@@ -30,7 +30,8 @@ impl Scratch {
         });
         let slices = snapshot.slices.keys().map(|name| format!("slice {name}"));
         let problems = snapshot.problems.iter().map(|problem| format!("{}: {problem}", problem.severity.name()));
-        let lines: Vec<String> = services.chain(slices).chain(problems).collect();
+        let partial = snapshot.partial.then(|| "partial".to_owned());
+        let lines: Vec<String> = partial.into_iter().chain(services).chain(slices).chain(problems).collect();
         lines.join("\n").replace(&format!("{}/", self.0.display()), "")
     }
 
@@ -102,6 +103,7 @@ fn a_bad_document_spoils_no_other() {
     scratch.write("b.json", "{\"apiVersion\":");
     scratch.write("c.yaml", &service("a", "10.0.0.3"));
     insta::assert_snapshot!(scratch.read(), @r#"
+    partial
     service default/a 10.0.0.1
     service default/y
     service default/z 10.0.0.9
@@ -115,7 +117,9 @@ fn a_bad_document_spoils_no_other() {
     warning: a.yaml, document 8: Service default/y: spec.sessionAfinity: unknown field; it is ignored
     error: a.yaml, document 9: not an object: expected a mapping with apiVersion, kind and metadata
     error: a.yaml, document 10: not valid YAML: duplicate mapping key `kind` is not allowed here at line 38, column 1
+    warning: a.yaml: never read as a whole: until it is good, no service that is missing elsewhere is taken down
     error: b.json: not valid JSON: EOF while parsing a value at line 1 column 14
+    warning: b.json: never read as a whole: until it is good, no service that is missing elsewhere is taken down
     error: c.yaml: Service default/a: given twice; the one in a.yaml, document 1 is used, this one is ignored
     "#);
 }
@@ -168,20 +172,27 @@ fn a_path_that_cannot_be_read_changes_nothing() {
     let scratch = Scratch::new();
     let inner = scratch.0.join("inner");
     let mut reader = Reader::new(&inner);
-    insta::assert_snapshot!(scratch.show(&reader.read()), @"error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use");
+    insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    partial
+    error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use
+    ");
     fs::create_dir(&inner).expect("a directory");
     insta::assert_snapshot!(scratch.show(&reader.read()), @"info: inner: no *.yaml, *.yml or *.json file in this directory");
     scratch.write("inner/a.yaml", &service("a", "10.0.0.1"));
     symlink("nowhere", inner.join("b.yaml")).expect("a link");
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    partial
     service default/a 10.0.0.1
     error: inner/b.yaml: cannot be read: No such file or directory (os error 2)
+    warning: inner/b.yaml: never read as a whole: until it is good, no service that is missing elsewhere is taken down
     ");
     fs::remove_dir_all(&inner).expect("removed");
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
+    partial
     service default/a 10.0.0.1
     error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use
     error: inner/b.yaml: cannot be read: No such file or directory (os error 2)
+    warning: inner/b.yaml: never read as a whole: until it is good, no service that is missing elsewhere is taken down
     ");
 }
 
