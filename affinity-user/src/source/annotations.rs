@@ -61,12 +61,6 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Annotations, Vec<Unknow
     (parsed, unknown)
 }
 
-/// Whether a key is ours.
-#[must_use]
-pub fn is_ours(key: &str) -> bool {
-    key.starts_with(PREFIX)
-}
-
 impl Annotations {
     fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
         match name {
