@@ -4,11 +4,14 @@
 //! where something fails, and the exit codes that `affinity --help` lists. Every command but `run` and `attach` only reads
 //! what a running dataplane has pinned; the agent need not be there.
 
+mod agent;
 mod check;
 mod dump;
 mod error;
+mod events;
 mod explain;
 mod get;
+mod logging;
 mod output;
 mod pin;
 mod progress;
@@ -22,10 +25,11 @@ use std::{
     path::PathBuf,
 };
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use error::{Error, Exit};
+use logging::LogFormat;
 
 const AFTER_HELP: &str = "\
 Exit codes:
@@ -59,6 +63,12 @@ pub(crate) struct Global {
     /// This node's name in Kubernetes; without it, the host name
     #[arg(long, global = true, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
+    /// The form of the log, which goes to standard error
+    #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
+    log_format: LogFormat,
+    /// Log more; twice, for everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
 }
 
 impl Global {
@@ -71,6 +81,28 @@ impl Global {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Attach to devices, keep in step with a source, and tidy up, until SIGTERM; the dataplane outlives this
+    #[command(after_help = "\
+Examples:
+  affinity run --source ./services --device eth0
+  affinity run --source ./services --device 'eth*' cni0 --xdp native
+  affinity run --source web.yaml --device eth0 --max-sessions 1000000 --log-format json
+
+Prints a line that begins with `ready` once packets are handled. Devices that appear later and match are attached too.
+Bad YAML is named in the log and never takes down what runs.")]
+    Run(agent::RunArgs),
+    /// Attach to devices, get in step with a source once, and leave the dataplane running
+    #[command(after_help = "\
+Examples:
+  affinity attach --source ./services --device eth0
+  affinity attach --source web.yaml --device eth0 eth1 --xdp off")]
+    Attach(agent::AttachArgs),
+    /// Take the dataplane away: from one device, or altogether with all pins and connections
+    #[command(after_help = "\
+Examples:
+  affinity detach --device eth0
+  affinity detach")]
+    Detach(agent::DetachArgs),
     /// List services, pods, pins, connections, devices or counters
     #[command(after_help = "\
 Examples:
@@ -109,6 +141,15 @@ Examples:
 
 Connections that the clients have stay where they are.")]
     Unpin(pin::UnpinArgs),
+    /// Tell what happened to pins: created, moved, expired, evicted, and what operators did
+    #[command(after_help = "\
+Examples:
+  affinity events
+  affinity events --follow --service default/web
+  affinity events --follow -o json | jq -r 'select(.kind == \"moved\") | .client'
+
+The kernel remembers the last few thousand events. JSON is one object a line.")]
+    Events(events::EventsArgs),
     /// Write every map, or one, in canonical text: sorted, with names
     #[command(after_help = "\
 Examples:
@@ -152,13 +193,20 @@ pub fn main() -> impl std::process::Termination {
 }
 
 fn run(cli: &Cli) -> Result<(), Error> {
-    let pin_dir = &cli.global.pin_dir;
+    let global = &cli.global;
+    let pin_dir = &global.pin_dir;
+    let is_agent = matches!(cli.command, Command::Run(_) | Command::Attach(_));
+    logging::start(global.log_format, global.verbose, is_agent);
     match &cli.command {
+        Command::Run(args) => args.run(global),
+        Command::Attach(args) => args.attach(global),
+        Command::Detach(args) => args.run(pin_dir),
+        Command::Events(args) => args.run(pin_dir),
         Command::Get(args) => args.run(pin_dir),
-        Command::Explain(args) => args.run(pin_dir, &cli.global.node_name()),
+        Command::Explain(args) => args.run(pin_dir, &global.node_name()),
         Command::Pin(args) => args.run(pin_dir),
         Command::Unpin(args) => args.run(pin_dir),
-        Command::Dump(args) => args.run(pin_dir, &cli.global.node_name()),
+        Command::Dump(args) => args.run(pin_dir, &global.node_name()),
         Command::Check(args) => args.run(pin_dir),
         Command::Completions { shell } => completions(*shell),
     }

@@ -10,6 +10,7 @@ use clap::{Args, builder::PossibleValuesParser};
 
 use super::{error::Error, reading::Reading, source};
 use crate::{
+    events::EventReader,
     store::{
         StoreError,
         kernel::{Family, KernelStore},
@@ -78,6 +79,7 @@ fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>,
         names::SESSIONS_V6 => sessions::<affinity_common::abi::V6>(dump, store)?,
         names::FLOWS_V4 => flows::<affinity_common::abi::V4>(dump, store)?,
         names::FLOWS_V6 => flows::<affinity_common::abi::V6>(dump, store)?,
+        names::EVENTS => dump.events(&EventReader::from_oldest(&store.events)?.collect::<Vec<_>>()),
         names::COUNTERS => dump.counters(&store.counter_sums()?),
         _ => Vec::new(),
     })

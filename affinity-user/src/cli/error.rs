@@ -6,8 +6,10 @@ use std::{
 };
 
 use crate::{
+    agent::AgentError,
     attach::AttachError,
     store::{StoreError, kernel::OpenError},
+    sys::SysError,
 };
 
 /// Exit codes, as `affinity --help` documents them.
@@ -42,6 +44,12 @@ pub(crate) enum Error {
     /// The devices cannot be attached or read.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The agent cannot go on.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// Standard output.
     #[error("writing to standard output: {0}")]
     Output(#[from] io::Error),
@@ -66,9 +74,15 @@ impl Error {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
-            Self::Open(_) | Self::Store(_) | Self::Attach(_) | Self::Output(_) | Self::Failed(_) => Exit::Failed,
-            Self::Usage(_) => Exit::Usage,
-            Self::NotFound { .. } => Exit::NotFound,
+            Self::Usage(_) | Self::Agent(AgentError::Pattern(_)) => Exit::Usage,
+            Self::NotFound { .. } | Self::Agent(AgentError::NoDevice(_) | AgentError::NotAttached(_)) => Exit::NotFound,
+            Self::Open(_)
+            | Self::Store(_)
+            | Self::Attach(_)
+            | Self::Sys(_)
+            | Self::Agent(_)
+            | Self::Output(_)
+            | Self::Failed(_) => Exit::Failed,
         }
     }
 

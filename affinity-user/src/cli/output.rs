@@ -178,6 +178,15 @@ impl<W: Write> Listing<W> {
         }
     }
 
+    /// Prints what waits, and the titles: for rows that come one at a time.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        if matches!(self.format, Format::Table | Format::Wide) && self.widths.is_none() {
+            let known = std::mem::take(&mut self.known_widths);
+            self.write_sample(&known)?;
+        }
+        self.out.flush()
+    }
+
     /// Prints what waits, and what closes the listing; says how many rows it had.
     pub(crate) fn finish(mut self) -> io::Result<u64> {
         match self.format {

@@ -101,8 +101,14 @@ impl Reading {
     /// Opens what is pinned at `pin_dir`.
     pub(crate) fn open(pin_dir: &Path) -> Result<Self, Error> {
         let store = KernelStore::open(pin_dir)?;
-        let catalog = Catalog::new(store.observe()?, store.usage_sums()?, Clock::now());
+        let catalog = catalog(&store)?;
         Ok(Self { store, catalog })
+    }
+
+    /// Reads the small tables again.
+    pub(crate) fn refresh(&mut self) -> Result<(), Error> {
+        self.catalog = catalog(&self.store)?;
+        Ok(())
     }
 
     /// Visits the pins that pass the filter, in the order of the maps. One client's pins are looked up, not searched.
@@ -195,4 +201,8 @@ impl Reading {
         }
         Ok(live)
     }
+}
+
+fn catalog(store: &KernelStore) -> Result<Catalog, Error> {
+    Ok(Catalog::new(store.observe()?, store.usage_sums()?, Clock::now()))
 }

@@ -1,0 +1,138 @@
+//! `affinity run`, `attach` and `detach`: the dataplane's life.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use aya_log::Level;
+use clap::{
+    Args, ValueEnum,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
+
+use super::{Global, error::Error, sizes::SizeArgs};
+use crate::{
+    agent,
+    attach::{self, XdpPolicy},
+    load::{self, PinDir},
+};
+
+/// What `affinity run` and `affinity attach` have in common.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct AttachArgs {
+    /// A file of Kubernetes YAML, or a directory of such files: Services and EndpointSlices
+    #[arg(long, value_name = "PATH")]
+    source: PathBuf,
+    /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'
+    #[arg(long = "device", value_name = "NAME|GLOB", required = true, num_args = 1..)]
+    devices: Vec<String>,
+    /// Where XDP is used: auto tries native, then generic, then TC; off uses TC
+    #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
+    xdp: XdpPolicy,
+    /// Use clsact filters even where the kernel has tcx links
+    #[arg(long)]
+    no_tcx: bool,
+    /// What the kernel programs log, for debugging; without it they cannot log, which costs nothing
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    programs_log: Option<ProgramsLog>,
+    #[command(flatten)]
+    sizes: SizeArgs,
+}
+
+fn xdp_policy() -> impl TypedValueParser<Value = XdpPolicy> {
+    PossibleValuesParser::new(XdpPolicy::ALL.map(XdpPolicy::name)).try_map(|name| name.parse::<XdpPolicy>())
+}
+
+/// Levels of the kernel programs' log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum ProgramsLog {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<ProgramsLog> for Level {
+    fn from(level: ProgramsLog) -> Self {
+        match level {
+            ProgramsLog::Error => Self::Error,
+            ProgramsLog::Warn => Self::Warn,
+            ProgramsLog::Info => Self::Info,
+            ProgramsLog::Debug => Self::Debug,
+            ProgramsLog::Trace => Self::Trace,
+        }
+    }
+}
+
+impl AttachArgs {
+    fn options(&self, global: &Global, detach_on_exit: bool) -> agent::Options {
+        agent::Options {
+            source: self.source.clone(),
+            devices: self.devices.clone(),
+            attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx },
+            load: load::Options {
+                sizes: self.sizes.sizes(),
+                log_level: self.programs_log.map(Level::from),
+                fixed: None,
+            },
+            pin_dir: global.pin_dir.clone(),
+            node_name: Some(global.node_name()),
+            detach_on_exit,
+        }
+    }
+
+    /// `affinity attach`.
+    pub(crate) fn attach(&self, global: &Global) -> Result<(), Error> {
+        Ok(agent::attach(&self.options(global, false))?)
+    }
+}
+
+/// Options of `affinity run`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    attach: AttachArgs,
+    /// At the end take the dataplane away, with all pins and connections
+    #[arg(long)]
+    detach_on_exit: bool,
+}
+
+impl RunArgs {
+    pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
+        Ok(agent::run(&self.attach.options(global, self.detach_on_exit))?)
+    }
+}
+
+/// Options of `affinity detach`.
+#[derive(Args, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct DetachArgs {
+    /// Only from this device, and leave everything else in place
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
+}
+
+impl DetachArgs {
+    pub(crate) fn run(&self, pin_dir: &Path) -> Result<(), Error> {
+        if matches!(PinDir::new(pin_dir).exists(), Ok(false)) {
+            eprintln!("no dataplane at {}: nothing to take away", pin_dir.display());
+            return Ok(());
+        }
+        let mut hooks: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        // Names are asked for before the devices are let go of: the list is short, and they still have them.
+        for attachment in agent::detach(pin_dir, self.device.as_deref())? {
+            let device = attachment.device().unwrap_or_else(|| format!("device {}", attachment.ifindex));
+            hooks.entry(device).or_default().push(attachment.hook.name());
+        }
+        let mut out = io::stdout().lock();
+        for (device, hooks) in hooks {
+            writeln!(out, "detached {device}: {}", hooks.join(", "))?;
+        }
+        if self.device.is_none() {
+            writeln!(out, "removed {}", pin_dir.display())?;
+        }
+        Ok(())
+    }
+}
