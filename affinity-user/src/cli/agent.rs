@@ -121,7 +121,6 @@ impl DetachArgs {
             return Ok(());
         }
         let mut hooks: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-        // Names are asked for before the devices are let go of: the list is short, and they still have them.
         for attachment in agent::detach(pin_dir, self.device.as_deref())? {
             let device = attachment.device().unwrap_or_else(|| format!("device {}", attachment.ifindex));
             hooks.entry(device).or_default().push(attachment.hook.name());

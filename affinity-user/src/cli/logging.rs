@@ -19,11 +19,14 @@ pub(crate) enum LogFormat {
 }
 
 /// What is logged: `RUST_LOG` if it is set, else by how often `-v` was given and whether an agent runs.
+///
+/// Where a kernel rejects the type information of the programs, which only debuggers need, aya goes on without and
+/// warns with some hundred lines of the verifier's.
 fn filter(verbose: u8, is_agent: bool) -> EnvFilter {
     let default = match (verbose, is_agent) {
-        (0, false) => "warn",
-        (0, true) => "info",
-        (1, _) => "info,affinity_user=debug",
+        (0, false) => "warn,aya=error",
+        (0, true) => "info,aya=error",
+        (1, _) => "info,aya=error,affinity_user=debug",
         (2, _) => "debug",
         _ => "trace",
     };

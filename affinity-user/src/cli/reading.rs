@@ -1,18 +1,24 @@
 //! Reading a running dataplane: its small tables at once, sessions and flows one at a time.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
-use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6};
+use affinity_common::abi::{Address, Flow, FlowKey, Frontend, FrontendKey, Session, SessionKey, V4, V6};
 use clap::Args;
 
 use super::{error::Error, progress::Progress};
 use crate::{
     store::{
-        Store,
+        Store, StoreError,
         kernel::{Family, KernelStore},
     },
     view::{Catalog, Client, Clock, FlowView, LiveSessions, SessionView},
 };
+
+/// Under an agent that never rests, a reading that may be mixed must do.
+const MAX_READINGS: u32 = 10;
 
 /// Which objects to list.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
@@ -203,6 +209,20 @@ impl Reading {
     }
 }
 
+/// The small tables as they are at one moment, as far as packets can tell: a plan that is carried out meanwhile switches
+/// frontends after it has written, and before it removes, what they refer to. So if the frontends are the same at the
+/// end of the reading, what they refer to was there all along.
 fn catalog(store: &KernelStore) -> Result<Catalog, Error> {
-    Ok(Catalog::new(store.observe()?, store.usage_sums()?, Clock::now()))
+    let mut observed = store.observe()?;
+    for _ in 0..MAX_READINGS {
+        if observed.frontends_v4 == frontends(store)? && observed.frontends_v6 == frontends(store)? {
+            break;
+        }
+        observed = store.observe()?;
+    }
+    Ok(Catalog::new(observed, store.usage_sums()?, Clock::now()))
+}
+
+fn frontends<A: Family>(store: &KernelStore) -> Result<BTreeMap<FrontendKey<A>, Frontend>, StoreError> {
+    store.family::<A>().frontends.iter().collect()
 }
