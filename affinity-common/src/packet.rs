@@ -22,6 +22,6 @@ pub trait Packet {
         rewrite::in_place(self, headers, edit)
     }
 
-    /// Gives the frame `len` bytes, cut or grown at its end; false, and no change, where that cannot be.
+    /// Gives the frame `len` bytes, all of them to be written; false, and no change, where that cannot be.
     fn resize(&mut self, len: usize) -> bool;
 }

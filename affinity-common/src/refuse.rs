@@ -36,14 +36,40 @@ pub fn may_answer<A: Address>(headers: &Headers<A>) -> bool {
 /// it must be dropped then.
 #[inline(never)]
 pub fn refuse<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
+    let Some(link) = Link::read(packet, headers.l3()) else { return false };
     let done = if headers.key.protocol == TCP { reset(packet, headers) } else { port_unreachable(packet, headers) };
-    done && swap_link_addresses(packet)
+    done && link.write_back(packet, headers.l3())
 }
 
-#[inline(always)]
-fn swap_link_addresses<P: Packet>(packet: &mut P) -> bool {
-    let Some([a, b, c, d, e, f, g, h, i, j, k, l]) = packet.read(0) else { return false };
-    packet.write(0, [g, h, i, j, k, l, a, b, c, d, e, f])
+/// A link header: addresses, then the type or up to two VLAN tags and the type behind them.
+struct Link {
+    addresses: [u8; 12],
+    kind: [u8; 2],
+    tags: [[u8; 4]; 2],
+}
+
+impl Link {
+    #[inline(always)]
+    fn read<P: Packet>(packet: &P, l3: usize) -> Option<Self> {
+        let mut tags = [[0; 4]; 2];
+        if l3 >= 18 {
+            tags[0] = packet.read(14)?;
+        }
+        if l3 >= 22 {
+            tags[1] = packet.read(18)?;
+        }
+        Some(Self { addresses: packet.read(0)?, kind: packet.read(12)?, tags })
+    }
+
+    /// Writes it with the addresses swapped.
+    #[inline(always)]
+    fn write_back<P: Packet>(&self, packet: &mut P, l3: usize) -> bool {
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = self.addresses;
+        packet.write(0, [g, h, i, j, k, l, a, b, c, d, e, f])
+            && packet.write(12, self.kind)
+            && (l3 < 18 || packet.write(14, self.tags[0]))
+            && (l3 < 22 || packet.write(18, self.tags[1]))
+    }
 }
 
 /// RST as of RFC 9293, section 3.10.7.1: with the sequence number that the packet acknowledges, or else acknowledging

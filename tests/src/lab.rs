@@ -43,7 +43,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use affinity_user::objects::LIMITS;
 use anyhow::{Context, Result, bail};
+use aya::Ebpf;
+use aya::programs::{Xdp, XdpMode};
 
 pub use address::{CLIENT_COUNT, Family, Protocol};
 pub use agent::Agent;
@@ -87,6 +90,8 @@ pub struct Lab {
     pods: Vec<Pod>,
     client: Namespace,
     node: Namespace,
+    /// Keeps the program on the client's end of the wire.
+    _receiver: Ebpf,
     keep: bool,
 }
 
@@ -112,10 +117,11 @@ impl Lab {
         if !options.checksum_offload {
             ethtool(&node, WIRE, &["tx", "off"])?;
         }
+        let receiver = receive_from_xdp(&client)?;
         let pods = (0..options.pods)
             .map(|index| Pod::start(index, format!("{name}-pod{index}"), &node, options.checksum_offload))
             .collect::<Result<_>>()?;
-        Ok(Self { directories, pods, client, node, keep: false })
+        Ok(Self { directories, pods, client, node, _receiver: receiver, keep: false })
     }
 
     /// Removes what labs of processes that no longer live have left behind.
@@ -307,6 +313,18 @@ fn client_namespace(name: String, node: &Namespace) -> Result<Namespace> {
     client.ip(&on_client)?;
     ethtool(&client, "eth0", &["tx", "off", "gro", "on"])?;
     Ok(client)
+}
+
+/// Puts a program that passes everything on the client's end of the wire. A veth device sends what an XDP program turns
+/// back (`XDP_TX`), but tells its peer to look at it only where the peer runs a program too (`veth_xdp_flush`).
+fn receive_from_xdp(client: &Namespace) -> Result<Ebpf> {
+    client.run(|| {
+        let mut limits = Ebpf::load(LIMITS)?;
+        let pass: &mut Xdp = limits.program_mut("xdp_pass").context("program xdp_pass")?.try_into()?;
+        pass.load()?;
+        pass.attach("eth0", XdpMode::Driver)?;
+        Ok(limits)
+    })?
 }
 
 /// Switches offloads of a device.

@@ -358,6 +358,8 @@ impl Store for KernelStore {
     }
 
     fn observe(&self) -> Result<Observed, StoreError> {
+        // Names come before what they name and go after it. A reader beside a running agent reads them on both sides.
+        let mut names = self.all_names()?;
         let frontends_v4 = collect(&self.v4.frontends)?;
         let frontends_v6 = collect(&self.v6.frontends)?;
         let extents = frontends_v4.values().chain(frontends_v6.values());
@@ -370,7 +372,6 @@ impl Store for KernelStore {
             })
             .collect();
         let backends = self.backends.iter().filter(|entry| !matches!(entry, Ok((_, backend)) if is_unused(backend)));
-        let names = self.names.iter().map(|entry| entry.map(|(key, name)| (key, name.as_str().to_owned())));
         let usage = self.usage.iter().map(|entry| entry.map(|(key, _)| key));
         Ok(Observed {
             frontends_v4,
@@ -378,13 +379,22 @@ impl Store for KernelStore {
             slots,
             members: collect(&self.members)?,
             backends: backends.collect::<Result<_, _>>()?,
-            names: names.collect::<Result<_, _>>()?,
             usage: usage.collect::<Result<BTreeSet<_>, _>>()?,
+            names: {
+                names.append(&mut self.all_names()?);
+                names
+            },
         })
     }
 
     fn capacity(&self) -> Capacity {
         Capacity { backends: self.backends.info().max_entries, slots: self.slots.len() }
+    }
+}
+
+impl KernelStore {
+    fn all_names(&self) -> Result<BTreeMap<NameKey, String>, StoreError> {
+        self.names.iter().map(|entry| entry.map(|(key, name)| (key, name.as_str().to_owned()))).collect()
     }
 }
 

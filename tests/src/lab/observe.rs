@@ -7,9 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use super::address::{Family, Protocol};
+use super::address::{CLIENT_COUNT, Family, Protocol};
 use super::yaml::{Service, pod_name};
 use super::{Lab, eventually};
+
+/// The client whose packets are explained: it never dials, so no pin narrows what it could reach.
+const NEVER_DIALS: u32 = CLIENT_COUNT - 1;
 
 /// How long a change of the YAML may take until packets meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
@@ -107,7 +110,7 @@ impl Lab {
             for (port, protocol, to, _) in service.frontends(family) {
                 let what = format!("{} {family} {port} has {wanted:?}", service.full_name());
                 eventually(&what, SYNC_PATIENCE, || {
-                    let said = self.explain(protocol, family.client(0), to)?;
+                    let said = self.explain(protocol, family.client(NEVER_DIALS), to)?;
                     let is_known = said.verdict != "pass";
                     let names: BTreeSet<String> = said.candidates.into_iter().map(|pod| pod.name).collect();
                     Ok(is_known && names == wanted)
