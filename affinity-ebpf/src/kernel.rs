@@ -240,7 +240,9 @@ impl Bytes {
         let mut bounded = offset;
         // SAFETY: no memory is touched. The compiler knows that this changes nothing and would leave it out; the
         // verifier does not, because it forgets that the register compared above and the one added below are equal.
-        unsafe { asm!("{offset} &= {mask}", offset = inout(reg) bounded, mask = const MAX_OFFSET, options(pure, nomem, nostack)) };
+        unsafe {
+            asm!("{offset} &= {mask}", offset = inout(reg) bounded, mask = const MAX_OFFSET, options(pure, nomem, nostack))
+        };
         let place = self.start + bounded;
         (place + N <= self.end).then_some(place)
     }

@@ -101,6 +101,11 @@ impl Service {
         self
     }
 
+    /// Whether each client has one backend that it would be pinned to.
+    pub(super) fn is_consistent(&self) -> bool {
+        self.annotations.get("select").is_some_and(|policy| policy == "consistent")
+    }
+
     /// With these pods, all ready, as its only endpoints.
     pub fn on(self, pods: impl IntoIterator<Item = usize>) -> Self {
         let endpoints = pods.into_iter().map(|pod| (pod, EndpointState::Ready)).collect();
