@@ -93,11 +93,11 @@ impl AttachArgs {
 /// Options of `affinity run`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RunArgs {
-    #[command(flatten)]
-    attach: AttachArgs,
     /// At the end take the dataplane away, with all pins and connections
     #[arg(long)]
     detach_on_exit: bool,
+    #[command(flatten)]
+    attach: AttachArgs,
 }
 
 impl RunArgs {

@@ -23,11 +23,11 @@ pub(crate) struct CheckArgs {
     /// Also look at this device; may be repeated
     #[arg(long = "device", value_name = "NAME")]
     devices: Vec<String>,
-    #[command(flatten)]
-    sizes: SizeArgs,
     /// The form of output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+    #[command(flatten)]
+    sizes: SizeArgs,
 }
 
 impl CheckArgs {
@@ -112,7 +112,7 @@ impl Row for Finding {
             Cell::new(self.check),
             Cell::toned(state, tone),
             Cell::new(&*self.found),
-            Cell::toned(self.advice.as_deref().unwrap_or("-"), tone),
+            self.advice.as_deref().map_or_else(|| Cell::toned("-", Tone::Faint), |advice| Cell::toned(advice, tone)),
         ]
     }
 }
