@@ -28,8 +28,9 @@ pub(crate) const EMPTY: ([u8; 4], u16) = ([10, 96, 0, 11], 80);
 /// The pods, as the YAML has them.
 pub(crate) const POD_COUNT: usize = 3;
 
-/// The agent's options beside its source.
-const RUN: [&str; 4] = ["--device", WIRE, "--xdp", "native"];
+/// The agent's options beside its source. XDP in the stack, because the wire is a veth: that driver delivers what XDP
+/// sends back only to a peer that has an XDP program itself.
+const RUN: [&str; 4] = ["--device", WIRE, "--xdp", "generic"];
 /// How long a change of the YAML may take until packets meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -51,9 +52,10 @@ impl Scene {
         lab.publish_text("web.yaml", WEB_YAML)?;
         lab.publish_text("empty.yaml", EMPTY_YAML)?;
 
-        stage.command(&format!("affinity run --source {} {} &", lab.source().display(), RUN.join(" ")));
+        stage.command(&format!("affinity run --source {} {} 2>log &", lab.source().display(), RUN.join(" ")));
         let agent = lab.agent(&RUN)?;
-        stage.output(&agent.log().join("\n"));
+        let ready: Vec<String> = agent.log().into_iter().filter(|line| line.starts_with("ready")).collect();
+        stage.output(&ready.join("\n"));
         let scene = Self { _agent: agent, lab, interrupt, web: WEB_YAML.to_owned() };
         scene.show(stage, &["get", "devices"])?;
         scene.show(stage, &["get", "services"])?;

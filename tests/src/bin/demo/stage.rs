@@ -24,6 +24,8 @@ pub(crate) struct Stage {
     colour: bool,
     started: Instant,
     acts: Cell<u32>,
+    /// Whether the last line was empty.
+    gap: Cell<bool>,
     held: BTreeMap<&'static str, bool>,
 }
 
@@ -31,89 +33,103 @@ impl Stage {
     pub(crate) fn new() -> Self {
         let plain = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let colour = stdout().is_terminal() && !plain;
-        Self { colour, started: Instant::now(), acts: Cell::new(0), held: BTreeMap::new() }
+        Self { colour, started: Instant::now(), acts: Cell::new(0), gap: Cell::new(true), held: BTreeMap::new() }
     }
 
     /// Begins an act.
     pub(crate) fn open(&self, title: &str) {
         let number = self.acts.get() + 1;
         self.acts.set(number);
-        println!("\n{}", self.paint(&format!("{number}. {title}"), BOLD));
+        self.gap();
+        self.line(&self.paint(&format!("{number}. {title}"), BOLD));
     }
 
     /// A sentence.
     pub(crate) fn say(&self, sentence: &str) {
-        println!("   {sentence}");
+        self.line(&format!("   {sentence}"));
     }
 
     /// A command, as one would type it.
     pub(crate) fn command(&self, line: &str) {
-        println!("\n   {}", self.paint(&format!("$ {line}"), CYAN));
+        self.gap();
+        self.say(&self.paint(&format!("$ {line}"), CYAN));
     }
 
     /// What a command wrote.
     pub(crate) fn output(&self, text: &str) {
-        for line in text.trim_end().lines() {
-            println!("   {line}");
-        }
-        println!();
+        text.trim_end().lines().for_each(|line| self.say(line));
+        self.gap();
     }
 
     /// A change of a file.
     pub(crate) fn edit(&self, file: &str, old: &str, new: &str) {
-        println!("\n   {}", self.paint(file, CYAN));
-        for line in old.lines().filter(|line| !new.lines().any(|other| other == *line)) {
-            println!("   {}", self.paint(&format!("-{line}"), RED));
-        }
-        for line in new.lines() {
-            if old.lines().any(|other| other == line) {
-                println!("    {line}");
+        self.gap();
+        self.say(&self.paint(file, CYAN));
+        for line in old.lines() {
+            if new.lines().any(|other| other == line) {
+                self.say(&format!(" {line}"));
             } else {
-                println!("   {}", self.paint(&format!("+{line}"), GREEN));
+                self.say(&self.paint(&format!("-{line}"), RED));
             }
         }
-        println!();
+        for line in new.lines().filter(|line| !old.lines().any(|other| other == *line)) {
+            self.say(&self.paint(&format!("+{line}"), GREEN));
+        }
+        self.gap();
     }
 
     /// Who asked whom, and who answered.
     pub(crate) fn answers(&self, from: &str, to: &str, pods: &[String]) {
         let pods: Vec<String> = pods.iter().map(|pod| self.pod(pod)).collect();
-        println!("   {from} -> {to}   {}", pods.join(" "));
+        self.say(&format!("{from} -> {to}   {}", pods.join(" ")));
     }
 
     /// A bar for each name, as long as its share of the largest.
     pub(crate) fn chart(&self, shares: &BTreeMap<String, usize>) {
         let largest = shares.values().copied().max().unwrap_or(0).max(1);
-        println!();
+        self.gap();
         for (pod, &count) in shares {
             let bar = "█".repeat((count * BAR_WIDTH).div_ceil(largest));
-            println!("   {pod:6} {} {count}", self.paint(&bar, pod_colour(pod)));
+            self.say(&format!("{pod}  {} {count}", self.paint(&bar, pod_colour(pod))));
         }
-        println!();
+        self.gap();
     }
 
     /// Ends an act with what it found.
     pub(crate) fn judge(&mut self, name: &'static str, holds: bool, evidence: &str) {
         let (mark, colour) = if holds { ("✓", GREEN) } else { ("✗", RED) };
-        println!("   {} {evidence}", self.paint(mark, colour));
+        self.say(&format!("{} {evidence}", self.paint(mark, colour)));
         self.held.insert(name, holds);
     }
 
     /// Ends an act that could not be told to its end.
     pub(crate) fn trouble(&self, error: &anyhow::Error) {
-        println!("   {} {error:#}", self.paint("✗", RED));
+        self.say(&format!("{} {error:#}", self.paint("✗", RED)));
     }
 
     /// The last lines; whether every act held.
     pub(crate) fn close(&self, acts: impl Iterator<Item = &'static str>) -> bool {
         let (held, not_held): (Vec<_>, Vec<_>) = acts.partition(|name| self.held.get(name) == Some(&true));
         let seconds = self.started.elapsed().as_secs();
-        println!("\n{}", self.paint(&format!("The lab is gone. {seconds} seconds."), DIM));
+        self.gap();
+        self.line(&self.paint(&format!("The lab is gone. It took {seconds} seconds."), DIM));
         if !not_held.is_empty() {
-            println!("{}", self.paint(&format!("did not hold: {}", not_held.join(" ")), RED));
+            self.line(&self.paint(&format!("did not hold: {}", not_held.join(" ")), RED));
         }
-        println!("{}", self.paint(&format!("held: {}", held.join(" ")), if not_held.is_empty() { GREEN } else { DIM }));
+        self.line(&self.paint(&format!("held: {}", held.join(" ")), if not_held.is_empty() { GREEN } else { DIM }));
         not_held.is_empty()
+    }
+
+    fn line(&self, line: &str) {
+        println!("{line}");
+        self.gap.set(line.is_empty());
+    }
+
+    /// An empty line, where the last one was not.
+    fn gap(&self) {
+        if !self.gap.get() {
+            self.line("");
+        }
     }
 
     fn pod(&self, name: &str) -> String {
