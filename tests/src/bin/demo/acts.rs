@@ -39,6 +39,7 @@ pub(crate) const ACTS: &[Act] = &[
     Act { name: "expiry", title: "A pin that is not used ends, and the next choice is free", tell: expiry },
     Act { name: "fail-over", title: "A pod dies: its clients go elsewhere at once", tell: fail_over },
     Act { name: "chart", title: "Three thousand clients: an even spread, and nobody moves", tell: chart },
+    Act { name: "restart", title: "The agent is killed, and nobody notices", tell: restart },
     Act { name: "refusal", title: "A service without endpoints says so at once", tell: refusal },
 ];
 
@@ -185,25 +186,46 @@ fn fail_over(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
 }
 
 fn chart(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
-    let ask_all =
-        || scene.clients().ask_all(Protocol::Tcp, FIRST_OF_MANY..FIRST_OF_MANY + MANY, SocketAddr::from(HTTP));
-    let (first, second) = (ask_all()?, ask_all()?);
+    let (first, second) = (ask_many(scene)?, ask_many(scene)?);
     let mut shares = BTreeMap::new();
     for pod in &first {
         *shares.entry(pod.clone()).or_insert(0) += 1;
     }
     stage.chart(&shares);
     scene.show(stage, &["get", "backends"])?;
-    let moved = first.iter().zip(&second).filter(|(first, second)| first != second).count();
+    let moved = moved(&first, &second);
     let mean = f64::from(MANY) / POD_COUNT as f64;
     let widest = shares.values().map(|&share| (share as f64 - mean).abs() / mean).fold(0.0, f64::max);
     Ok(Finding {
         holds: shares.len() == POD_COUNT && widest < UNEVEN && moved == 0,
         evidence: format!(
-            "shares differ from the mean by {:.0} % at most; asked again, {moved} of {MANY} moved",
+            "shares differ from the mean by {:.1} % at most; asked again, {moved} of {MANY} moved",
             widest * 100.0
         ),
     })
+}
+
+fn restart(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
+    let before = ask_many(scene)?;
+    stage.command("kill -9 %1");
+    scene.agent.kill()?;
+    let without = ask_many(scene)?;
+    stage.say(&format!("without an agent: {} of {MANY} moved", moved(&before, &without)));
+    scene.run_again(stage)?;
+    let after = ask_many(scene)?;
+    stage.say(&format!("with a new one:   {} of {MANY} moved", moved(&before, &after)));
+    let holds = moved(&before, &without) + moved(&before, &after) == 0;
+    Ok(Finding { holds, evidence: "programs and pins live in the kernel".to_owned() })
+}
+
+/// Which pod answers each of many clients, on new connections.
+fn ask_many(scene: &Scene) -> Result<Vec<String>> {
+    let clients = FIRST_OF_MANY..FIRST_OF_MANY + MANY;
+    Ok(scene.clients().ask_all(Protocol::Tcp, clients, SocketAddr::from(HTTP))?)
+}
+
+fn moved(before: &[String], after: &[String]) -> usize {
+    before.iter().zip(after).filter(|(before, after)| before != after).count()
 }
 
 fn refusal(scene: &mut Scene, stage: &Stage) -> Result<Finding> {

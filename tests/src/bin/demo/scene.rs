@@ -36,7 +36,7 @@ const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The agent ends before its lab does.
 pub(crate) struct Scene {
-    _agent: Agent,
+    pub(crate) agent: Agent,
     pub(crate) lab: Lab,
     pub(crate) interrupt: Interrupt,
     web: String,
@@ -45,21 +45,33 @@ pub(crate) struct Scene {
 impl Scene {
     /// Brings everything up and introduces it.
     pub(crate) fn set(stage: &Stage, interrupt: Interrupt) -> Result<Self> {
-        stage
-            .say("A lab of network namespaces: clients on a wire, a node, and three pods that answer with their name.");
+        stage.title("affinity: client-IP session affinity for Kubernetes Services");
+        stage.say("A lab of network namespaces: clients on a wire, a node, and three pods that answer their name.");
         stage.say("The service is plain Kubernetes YAML from tests/demo. Nothing here leaves this machine.");
         let lab = Lab::with_pods(POD_COUNT)?;
         lab.publish_text("web.yaml", WEB_YAML)?;
         lab.publish_text("empty.yaml", EMPTY_YAML)?;
 
-        stage.command(&format!("affinity run --source {} {} 2>log &", lab.source().display(), RUN.join(" ")));
+        stage.command(&run_line(&lab));
         let agent = lab.agent(&RUN)?;
-        let ready: Vec<String> = agent.log().into_iter().filter(|line| line.starts_with("ready")).collect();
-        stage.output(&ready.join("\n"));
-        let scene = Self { _agent: agent, lab, interrupt, web: WEB_YAML.to_owned() };
+        let scene = Self { agent, lab, interrupt, web: WEB_YAML.to_owned() };
+        scene.show_readiness(stage);
         scene.show(stage, &["get", "devices"])?;
         scene.show(stage, &["get", "services"])?;
         Ok(scene)
+    }
+
+    /// Starts the agent again, after it was killed.
+    pub(crate) fn run_again(&mut self, stage: &Stage) -> Result<()> {
+        stage.command(&run_line(&self.lab));
+        self.agent.restart()?;
+        self.show_readiness(stage);
+        Ok(())
+    }
+
+    fn show_readiness(&self, stage: &Stage) {
+        let log = self.agent.log();
+        stage.output(log.iter().rfind(|line| line.starts_with("ready")).map_or("", String::as_str));
     }
 
     /// Runs a command and shows it with what it wrote.
@@ -158,6 +170,11 @@ impl Scene {
             self.lab.source().display(),
         ));
     }
+}
+
+/// How the agent is started: its log goes elsewhere, its readiness does not.
+fn run_line(lab: &Lab) -> String {
+    format!("affinity run --source {} {} 2>log &", lab.source().display(), RUN.join(" "))
 }
 
 /// A command as one would type it.

@@ -33,7 +33,12 @@ impl Stage {
     pub(crate) fn new() -> Self {
         let plain = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let colour = stdout().is_terminal() && !plain;
-        Self { colour, started: Instant::now(), acts: Cell::new(0), gap: Cell::new(true), held: BTreeMap::new() }
+        Self { colour, started: Instant::now(), acts: Cell::new(0), gap: Cell::new(false), held: BTreeMap::new() }
+    }
+
+    /// The first line.
+    pub(crate) fn title(&self, title: &str) {
+        self.line(&self.paint(title, BOLD));
     }
 
     /// Begins an act.
