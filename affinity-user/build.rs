@@ -98,11 +98,7 @@ fn rustflags() -> Result<[String; 3], Box<dyn Error>> {
         riscv if riscv.starts_with("riscv64") => "riscv64".to_owned(),
         arch => arch,
     };
-    Ok([
-        "-Cdebuginfo=0".to_owned(),
-        "-Ctarget-cpu=v3".to_owned(),
-        format!("--cfg=bpf_target_arch=\"{arch}\""),
-    ])
+    Ok(["-Cdebuginfo=0".to_owned(), "-Ctarget-cpu=v3".to_owned(), format!("--cfg=bpf_target_arch=\"{arch}\"")])
 }
 
 /// The names of the package's binaries, from the `[[bin]]` tables of its manifest.

@@ -15,7 +15,7 @@ use rtnetlink::{
     },
     sys::SocketAddr,
 };
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::Instant};
 
 /// A network device.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -74,6 +74,8 @@ pub struct Devices {
     handle: Handle,
     messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     connection: JoinHandle<()>,
+    /// When the changes seen so far will have settled.
+    rest_at: Option<Instant>,
 }
 
 impl Drop for Devices {
@@ -92,7 +94,7 @@ impl Devices {
     /// The system's answer where there is no netlink socket to be had.
     pub fn new() -> io::Result<Self> {
         let (connection, handle, messages) = new_multicast_connection(&[MulticastGroup::Link])?;
-        Ok(Self { handle, messages, connection: tokio::spawn(connection) })
+        Ok(Self { handle, messages, connection: tokio::spawn(connection), rest_at: None })
     }
 
     /// All devices, by index.
@@ -107,18 +109,27 @@ impl Devices {
         Ok(devices)
     }
 
-    /// Waits until a device has come, gone or changed, and for a moment of rest after that.
+    /// Waits until a device has come, gone or changed, and for a moment of rest after that. Dropped before it is ready,
+    /// it loses nothing: the next call goes on waiting for the same rest.
     ///
     /// # Errors
     /// Where the socket has closed.
     pub async fn changed(&mut self) -> io::Result<()> {
-        let mut message = self.messages.next().await;
-        while message.is_some() {
-            match tokio::time::timeout(Self::SETTLE, self.messages.next()).await {
-                Ok(next) => message = next,
-                Err(_) => return Ok(()),
+        loop {
+            let message = match self.rest_at {
+                None => self.messages.next().await,
+                Some(rest_at) => match tokio::time::timeout_at(rest_at, self.messages.next()).await {
+                    Ok(message) => message,
+                    Err(_) => {
+                        self.rest_at = None;
+                        return Ok(());
+                    }
+                },
+            };
+            if message.is_none() {
+                return Err(io::Error::other("the netlink socket has closed"));
             }
+            self.rest_at = Some(Instant::now() + Self::SETTLE);
         }
-        Err(io::Error::other("the netlink socket has closed"))
     }
 }
