@@ -107,6 +107,15 @@ fn the_life_of_a_service() {
     remove usage
     remove a name
     ");
+}
+
+#[test]
+fn the_last_pods_of_a_service() {
+    let mut observed = Observed::default();
+    let mut bring = |parts: &[_]| bring(&mut observed, &World::of(&[parts])).join("\n");
+    bring(&[(1, Ready, true), (2, Ready, true)]);
+    bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]);
+    bring(&[(2, Ready, true), (3, Ready, true)]);
     // Nobody is ready, but one still serves.
     insta::assert_snapshot!(bring(&[(2, Leaving, true)]), @r"
     write slots 0: [1]
