@@ -1,7 +1,7 @@
 //! The lab: real network namespaces with real clients and real pods, in which the dataplane is tested, shown
 //! and measured; and the packet builder for tests that need no wire.
 //!
-//! * [`bench`] measures.
+//! * [`mod@bench`] measures.
 //! * [`lab`] brings up clients, a node and pods, and runs the `affinity` command on the node.
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
 //! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
