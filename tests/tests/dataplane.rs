@@ -15,19 +15,23 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Backend, Direction, FILTER_BITS, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey,
-        NameKind, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6, filter_bit,
+        Backend, Direction, Edit, Event, EventKind, FILTER_BITS, FLOW_CLOSED, Flow, FlowKey, Frontend, FrontendKey,
+        MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port, Reason, Session, SessionKey, Timer, UsageKey,
+        UsageOf, V4, V6, filter_bit,
     },
     names,
 };
 use affinity_tests::packet::{Frame, tcp_flags};
 use affinity_user::{
+    agent,
     attach::{self, Device, Devices, Framing, Hook, XdpPolicy},
+    events::{Consumer, EventReader},
     load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
     store::{
         Op, Store,
         kernel::{KernelStore, OpenError},
     },
+    sweep::{Sweeper, Totals},
     sys::{self, Map, MapInfo, Write},
 };
 use anyhow::{Context, Result, ensure};
@@ -94,16 +98,21 @@ impl Wire {
         ip(&[&["-n", &self.namespace], args].concat())
     }
 
-    /// Runs `work` inside, on a thread of its own, with a runtime for netlink.
-    fn inside<T: Send>(&self, work: impl AsyncFnOnce() -> Result<T> + Send) -> Result<T> {
+    /// Runs `work` inside, on a thread of its own.
+    fn on_a_thread<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let path = PathBuf::from("/run/netns").join(&self.namespace);
         let enter = || -> Result<T> {
             let file = fs::File::open(path)?;
             let network = rustix::thread::LinkNameSpaceType::Network;
             rustix::thread::move_into_link_name_space(file.as_fd(), Some(network))?;
-            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work())
+            work()
         };
         thread::scope(|scope| scope.spawn(enter).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    }
+
+    /// The same, with a runtime for netlink.
+    fn inside<T: Send>(&self, work: impl AsyncFnOnce() -> Result<T> + Send) -> Result<T> {
+        self.on_a_thread(|| tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work()))
     }
 }
 
@@ -512,6 +521,323 @@ fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
                 thread::sleep(Duration::from_millis(5));
             }
         }
+        Ok(())
+    })
+}
+
+fn event(kind: EventKind, service: u32) -> Event {
+    Event { time_ns: monotonic_ns(), service, kind: kind as u8, ..Zeroable::zeroed() }
+}
+
+#[test]
+fn every_reader_sees_every_event_and_consumes_none() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(Sizes { events_bytes: 4096, ..SIZES })?;
+    let store = pins.store()?;
+    let consumer = Consumer::new(&store.events)?;
+    let mut follower = EventReader::from_now(&store.events)?;
+    let mut slow = EventReader::from_now(&store.events)?;
+    for number in 0..1000 {
+        store.report(&event(EventKind::Unpinned, number))?;
+        consumer.keep_up();
+        assert_eq!(follower.next().map(|event| event.service), Some(number));
+        assert_eq!(follower.next(), None);
+    }
+    // The ring holds 64 records of 64 bytes.
+    let history = || Ok::<_, anyhow::Error>(EventReader::from_oldest(&store.events)?.map(|event| event.service));
+    assert_eq!(history()?.collect::<Vec<_>>(), (936..1000).collect::<Vec<_>>());
+    assert_eq!(history()?.count(), 64, "reading consumes nothing");
+    assert_eq!(slow.next().map(|event| event.service), Some(936));
+    assert_eq!((slow.missed(), slow.count()), (936, 63));
+    assert_eq!(lost_events(&store)?, 0);
+    Ok(())
+}
+
+#[test]
+fn events_are_counted_as_lost_where_nobody_keeps_up() -> Result<()> {
+    let pins = Pins::new();
+    pins.load(Sizes { events_bytes: 4096, ..SIZES })?;
+    let store = pins.store()?;
+    (0..100).try_for_each(|number| store.report(&event(EventKind::Unpinned, number)))?;
+    let history: Vec<_> = EventReader::from_oldest(&store.events)?.map(|event| event.service).collect();
+    assert_eq!(history.len() as u64 + lost_events(&store)?, 100);
+    Ok(())
+}
+
+fn lost_events(store: &KernelStore) -> Result<u64> {
+    Ok(store.counter_sums()?[Reason::EventLost as usize])
+}
+
+/// Sweeps once through everything, without the pauses.
+fn sweep(sweeper: &mut Sweeper) -> Totals {
+    let passes = sweeper.totals().passes;
+    while sweeper.totals().passes == passes {
+        sweeper.step();
+    }
+    sweeper.totals()
+}
+
+const SECOND: u64 = 1_000_000_000;
+
+/// A dataplane with one service of one pod, and its sweeper.
+fn swept(sizes: Sizes, frontend: Frontend) -> Result<(Pins, KernelStore, Sweeper)> {
+    let pins = Pins::new();
+    pins.load(sizes)?;
+    let mut store = pins.store()?;
+    publish().iter().try_for_each(|op| store.apply(op))?;
+    store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, TCP), frontend))?;
+    let sweeper = Sweeper::new(pins.store()?)?;
+    Ok((pins, store, sweeper))
+}
+
+fn pin_of(scope: u32, client: u8, used_ago_s: u64) -> (SessionKey<V4>, Session) {
+    let last_used_ns = monotonic_ns() - used_ago_s * SECOND;
+    let session = Session { last_used_ns, backend: 3, generation: 1, service: scope, ..Zeroable::zeroed() };
+    (SessionKey::new(scope, V4([198, 18, 0, client]), 32), session)
+}
+
+#[test]
+fn the_sweep_removes_what_has_expired_and_says_so() -> Result<()> {
+    let (_pins, store, mut sweeper) = swept(SIZES, Frontend { timeout_ns: 30 * SECOND, ..frontend() })?;
+    let mut events = EventReader::from_now(&store.events)?;
+    let (fresh, old) = (pin_of(1, 1, 20), pin_of(1, 2, 40));
+    let (orphan, old_orphan) = (pin_of(77, 3, 50), pin_of(77, 4, 70));
+    let mut of_the_dead = pin_of(1, 5, 20);
+    of_the_dead.1.generation = 99;
+    for (key, session) in [&fresh, &old, &orphan, &old_orphan, &of_the_dead] {
+        store.v4.sessions.put(key, session)?;
+    }
+    store.loads.store_u64(3, 1000);
+    assert_eq!(sweep(&mut sweeper).expired, 2);
+    for (key, stays) in
+        [(fresh.0, true), (old.0, false), (orphan.0, true), (old_orphan.0, false), (of_the_dead.0, true)]
+    {
+        assert_eq!(store.v4.sessions.get(&key)?.is_some(), stays, "{key:?}");
+    }
+    assert_eq!(store.loads.load_u64(3), 2, "the live sessions of a live backend");
+    let expired: Vec<_> = events.by_ref().map(|event| (event.kind, event.client, event.from_backend)).collect();
+    let mapped = |key: SessionKey<V4>| affinity_common::abi::Address::to_mapped(key.client);
+    let mut expected = [old.0, old_orphan.0].map(|key| (EventKind::Expired as u8, mapped(key), 3)).to_vec();
+    expected.sort_unstable();
+    let mut found = expired.clone();
+    found.sort_unstable();
+    assert_eq!(found, expected);
+    assert_eq!(sweep(&mut sweeper).expired, 2, "once is enough");
+    Ok(())
+}
+
+/// Both records of a flow of the pod.
+fn flow_of(client: u8, state: u8, used_ago_s: [u64; 2]) -> [(FlowKey<V4>, Flow<V4>); 2] {
+    let client = V4([198, 18, 0, client]);
+    let forward = FlowKey {
+        saddr: client,
+        daddr: SERVICE,
+        sport: Port::new(40_000),
+        dport: HTTP,
+        protocol: TCP,
+        direction: Direction::Forward as u8,
+        pad: [0; 2],
+    };
+    let edit = Edit { saddr: client, daddr: POD, sport: forward.sport, dport: SERVED, addr_delta: 0, port_delta: 0 };
+    let reverse = forward.opposite(&edit);
+    let back = Edit { saddr: SERVICE, daddr: client, sport: HTTP, dport: forward.sport, addr_delta: 0, port_delta: 0 };
+    let used = |ago_s: u64| monotonic_ns() - ago_s * SECOND;
+    let flow = Flow { edit, state, backend: 3, generation: 1, scope: 1, prefix: 32, timer: 3, ..Zeroable::zeroed() };
+    [
+        (forward, Flow { last_used_ns: used(used_ago_s[0]), ..flow }),
+        (reverse, Flow { last_used_ns: used(used_ago_s[1]), edit: back, ..flow }),
+    ]
+}
+
+#[test]
+fn a_flow_goes_when_both_of_its_directions_are_idle() -> Result<()> {
+    let (_pins, store, mut sweeper) = swept(SIZES, frontend())?;
+    let cases = [
+        (flow_of(1, FLOW_CLOSED, [20, 20]), false),
+        (flow_of(2, FLOW_CLOSED, [20, 5]), true),
+        (flow_of(3, FLOW_CLOSED, [5, 20]), true),
+        (flow_of(4, 0, [60, 60]), true),
+        (flow_of(5, 0, [61, 61]).map(|(key, flow)| (key, Flow { generation: 99, ..flow })), false),
+    ];
+    for (key, flow) in cases.iter().flat_map(|(records, _)| records) {
+        store.v4.flows.put(key, flow)?;
+    }
+    assert_eq!(sweep(&mut sweeper).flows, 4);
+    for (records, stays) in &cases {
+        for (key, _) in records {
+            assert_eq!(store.v4.flows.get(key)?.is_some(), *stays, "{key:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_that_ended_unseen_hold_no_pin() -> Result<()> {
+    let alive = Frontend { timeout_ns: 30 * SECOND, timer: Timer::Alive as u8, ..frontend() };
+    let (_pins, store, mut sweeper) = swept(SIZES, alive)?;
+    let [mut held, mut forgotten, mut young] = [pin_of(1, 1, 3000), pin_of(1, 2, 3000), pin_of(1, 3, 10)];
+    for pin in [&mut held, &mut forgotten, &mut young] {
+        pin.1.connections = 2;
+        store.v4.sessions.put(&pin.0, &pin.1)?;
+    }
+    for (key, flow) in flow_of(1, 0, [1, 1]) {
+        store.v4.flows.put(&key, &flow)?;
+    }
+    assert_eq!(sweep(&mut sweeper).expired, 1);
+    let connections = |key| Ok::<_, anyhow::Error>(store.v4.sessions.get(&key)?.map(|session| session.connections));
+    assert_eq!(connections(held.0)?, Some(1));
+    assert_eq!(connections(forgotten.0)?, None);
+    assert_eq!(connections(young.0)?, Some(0));
+    Ok(())
+}
+
+#[test]
+fn filter_bits_go_when_neither_frontend_nor_member_nor_flow_needs_them() -> Result<()> {
+    let (_pins, mut store, mut sweeper) = swept(SIZES, frontend())?;
+    for (key, flow) in flow_of(1, 0, [1, 1]) {
+        store.v4.flows.put(&key, &flow)?;
+    }
+    let stray = FILTER_BITS - 1;
+    store.apply(&Op::SetFilter(Direction::Forward, vec![stray]))?;
+    assert_eq!(sweep(&mut sweeper).filter_bits, 0, "one pass is not enough");
+    assert_eq!(sweep(&mut sweeper).filter_bits, 1);
+
+    // The service goes, its connection stays.
+    store.apply(&Op::RemoveFrontendV4(FrontendKey::new(SERVICE, HTTP, TCP)))?;
+    store.apply(&Op::RemoveMember(MemberKey { pool: 2, backend: 3 }))?;
+    (0..3).for_each(|_| assert_eq!(sweep(&mut sweeper).filter_bits, 1));
+    for (key, _) in flow_of(1, 0, [1, 1]) {
+        store.v4.flows.remove(&key)?;
+    }
+    assert_eq!(sweep(&mut sweeper).filter_bits, 1);
+    sweeper.filter_changed();
+    assert_eq!(sweep(&mut sweeper).filter_bits, 1, "a plan came in between");
+    assert_eq!(sweep(&mut sweeper).filter_bits, 3);
+    assert!((0..store.filter.len()).all(|word| store.filter.load_u64(word) == 0));
+    Ok(())
+}
+
+#[test]
+fn a_full_table_never_loses_a_pin_in_silence() -> Result<()> {
+    let (pins, store, mut sweeper) = swept(Sizes { sessions: 512, events_bytes: 1 << 18, ..SIZES }, frontend())?;
+    let mut events = EventReader::from_now(&store.events)?;
+    assert_eq!(sweep(&mut sweeper).evicted, 0);
+    let program = sys::obj_get(&pins.0.prog(names::XDP_FORWARD))?;
+    let dial = |client: u32| -> Result<()> {
+        let [_, _, high, low] = client.to_be_bytes();
+        let from = format!("198.18.{high}.{low}:40000").parse()?;
+        let frame = Frame::tcp(from, "10.96.0.10:80".parse()?, tcp_flags::SYN).build();
+        sys::test_run(program.as_fd(), &frame, 1)?;
+        Ok(())
+    };
+    (0..100).try_for_each(dial)?;
+    assert_eq!(sweep(&mut sweeper).evicted, 0);
+    // One goes by an operator's hand: that is no eviction.
+    let key = SessionKey::new(1, V4([198, 18, 0, 0]), 32);
+    store.remove_session(&key, EventKind::Unpinned, Reason::OperatorPinned, monotonic_ns())?.context("was pinned")?;
+    assert_eq!(sweep(&mut sweeper).evicted, 0);
+    (100..2000).try_for_each(dial)?;
+    let evicted = sweep(&mut sweeper).evicted;
+    let live = store.v4.sessions.iter().count() as u64;
+    assert_eq!(evicted, 1999 - live, "created, less removed, less live");
+    let told = events.by_ref().filter(|event| event.kind == EventKind::Evicted as u8);
+    assert_eq!(told.map(|event| u64::from(event.from_backend)).sum::<u64>(), evicted);
+    Ok(())
+}
+
+const YAML: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  clusterIP: 10.96.0.10
+  sessionAffinity: ClientIP
+  ports: [{port: 80, targetPort: 8080, protocol: TCP}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+endpoints: [{addresses: [10.244.0.10], conditions: {ready: true}, targetRef: {kind: Pod, name: web-0, namespace: default}}]
+ports: [{name: '', port: 8080, protocol: TCP}]
+";
+
+#[test]
+fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    let source = std::env::temp_dir().join(format!("affinity-dp-{}.yaml", std::process::id()));
+    fs::write(&source, YAML)?;
+    let mut options = agent::Options {
+        source: source.clone(),
+        devices: vec!["wire".to_owned(), "pe*".to_owned()],
+        attach: attach::Options::default(),
+        load: Options { sizes: SIZES, ..Options::default() },
+        pin_dir: pins.0.root().to_owned(),
+        node_name: None,
+        detach_on_exit: false,
+    };
+    let outcome = wire.on_a_thread(|| {
+        agent::attach(&options)?;
+        let store = pins.store()?;
+        assert_eq!(store.observe()?.frontends_v4.len(), 1);
+        let program = sys::obj_get(&pins.0.prog(names::XDP_FORWARD))?;
+        assert_eq!(sys::test_run(program.as_fd(), &syn(1), 1)?.data_out[30..34], POD.0);
+        assert_eq!(attach::attachments(&pins.0)?.len(), 4);
+
+        let lock = agent::Lock::take(pins.0.root())?;
+        let refused = agent::detach(pins.0.root(), None).unwrap_err().to_string();
+        assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
+        drop(lock);
+
+        assert_eq!(agent::detach(pins.0.root(), Some("peer"))?.len(), 2);
+        let nothing = agent::detach(pins.0.root(), Some("peer")).unwrap_err().to_string();
+        assert_eq!(nothing, "peer: nothing is attached to it");
+        assert_eq!(agent::detach(pins.0.root(), None)?.len(), 2);
+        assert!(!pins.0.exists()?);
+
+        options.devices.push("nowhere0".to_owned());
+        let missing = agent::attach(&options).unwrap_err().to_string();
+        assert_eq!(missing, "--device nowhere0: there is no such device");
+        Ok(())
+    });
+    fs::remove_file(source)?;
+    outcome?;
+    assert!(!wire.runs_a_program()?);
+    Ok(())
+}
+
+#[test]
+fn devices_without_an_ethernet_header_are_refused_by_name() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    pins.load(SIZES)?;
+    wire.ip(&["tuntap", "add", "raw0", "mode", "tun"])?;
+    wire.inside(async || {
+        let device = device("raw0").await?;
+        let error = attach::attach(&pins.0, &device, attach::Options::default()).unwrap_err();
+        assert_eq!(error.to_string(), "raw0: its frames have no Ethernet header");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_device_that_changes_wakes_whoever_waits_and_leaves_no_pin_behind() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    pins.load(SIZES)?;
+    wire.inside(async || {
+        let mut devices = Devices::new()?;
+        let first = device("wire").await?;
+        for tcx in [true, false] {
+            let device = device("wire").await?;
+            attach::attach(&pins.0, &device, attach::Options { xdp: XdpPolicy::Native, tcx })?;
+            wire.ip(&["link", "del", "wire"])?;
+            wire.ip(&["link", "add", "wire", "type", "veth", "peer", "name", "peer"])?;
+            tokio::time::timeout(Duration::from_secs(5), devices.changed()).await??;
+            let again = devices.list().await?.into_iter().find(|device| device.name == "wire").context("wire")?;
+            assert!(again.index > device.index, "a new device under the old name");
+            assert_eq!(attach::prune(&pins.0)?, 2);
+            assert_eq!(fs::read_dir(pins.0.links())?.count(), 0);
+        }
+        assert_eq!(first.name, "wire");
         Ok(())
     })
 }
