@@ -6,11 +6,13 @@
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
 //! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
 //! * [`packet`] builds frames, and checks the checksums of any frame.
+//! * [`kernel`] runs frames through the kernel programs and the model, from the same state.
 //!
 //! Everything here needs root, and Debian's iproute2, util-linux, ethtool and tcpdump. Nothing leaves the
 //! namespaces that a lab made, and nothing of them stays when the lab is dropped.
 
 pub mod bench;
+pub mod kernel;
 pub mod kubeproxy;
 pub mod lab;
 pub mod packet;

@@ -1,0 +1,280 @@
+//! The kernel programs beside the model: the same state is put into both, the same frame runs through both, and what
+//! both left can be compared.
+//!
+//! Loaded with a fixed clock and a fixed random number ([`Fixed`]), a program's answer depends on the maps and the frame
+//! alone. Nothing is attached: frames run by `BPF_PROG_TEST_RUN`. Nothing stays pinned: the kernel frees it all with the
+//! process, however that ends.
+
+mod family;
+mod state;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use affinity_common::{
+    abi::{Address, Backend, Event, Flow, FlowKey, Frontend, FrontendKey, REASONS, Session, SessionKey},
+    model::{Lru, Model},
+    names,
+    pipeline::{self, Verdict},
+};
+use affinity_user::{
+    load::{self, Options, PinDir, Sizes},
+    store::kernel::{FamilyTables, KernelStore, Table, filter_word},
+    sys::{self, Ring, RingConsumer},
+};
+use anyhow::{Context, Result, bail, ensure};
+use bytemuck::{Pod, Zeroable};
+
+pub use family::ModelFamily;
+pub use state::State;
+
+/// Maps that are quick to make and to read, and larger than what tests put into them.
+pub const SMALL: Sizes = Sizes {
+    sessions: 4096,
+    flows: 8192,
+    frontends: 64,
+    members: 256,
+    backends: 32,
+    slots: 64,
+    names: 1,
+    usage: 64,
+    events_bytes: 1 << 18,
+};
+
+/// What a program takes for the time and for chance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fixed {
+    /// Monotonic nanoseconds; not zero.
+    pub now_ns: u64,
+    /// Every number drawn.
+    pub random: u32,
+}
+
+/// Where a frame meets a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hook {
+    /// A client's frame, before a socket buffer exists.
+    XdpForward,
+    /// A client's frame, as a socket buffer.
+    TcForward,
+    /// A backend's reply.
+    TcReverse,
+}
+
+impl Hook {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::XdpForward, Self::TcForward, Self::TcReverse];
+
+    const fn program(self) -> &'static str {
+        match self {
+            Self::XdpForward => names::XDP_FORWARD,
+            Self::TcForward => names::TC_FORWARD,
+            Self::TcReverse => names::TC_REVERSE,
+        }
+    }
+
+    /// The shortest frame that `BPF_PROG_TEST_RUN` takes: a whole link header, and for a socket buffer something in it.
+    pub const fn shortest_frame(self) -> usize {
+        match self {
+            Self::XdpForward => 14,
+            Self::TcForward | Self::TcReverse => 15,
+        }
+    }
+
+    /// What a program's return code and frame mean.
+    fn verdict(self, retval: u32, is_changed: bool) -> Result<Verdict> {
+        const XDP: [u32; 3] = [2, 3, 1];
+        const TC: [u32; 3] = [u32::MAX, 7, 2];
+        let [goes_on, sent_back, dropped] = if self == Self::XdpForward { XDP } else { TC };
+        Ok(match retval {
+            code if code == goes_on && is_changed => Verdict::Forward,
+            code if code == goes_on => Verdict::Pass,
+            code if code == sent_back => Verdict::Answer,
+            code if code == dropped => Verdict::Drop,
+            code => bail!("{} returned {code}", self.program()),
+        })
+    }
+}
+
+/// What became of a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ran {
+    /// What happens to it.
+    pub verdict: Verdict,
+    /// Its bytes.
+    pub frame: Vec<u8>,
+}
+
+/// Runs a frame through the model.
+pub fn run_model(model: &Model, hook: Hook, frame: &[u8]) -> Ran {
+    let mut bytes = frame.to_vec();
+    let verdict = match hook {
+        Hook::XdpForward | Hook::TcForward => pipeline::forward(&mut bytes, model),
+        Hook::TcReverse => pipeline::reverse(&mut bytes, model),
+    };
+    Ran { verdict, frame: bytes }
+}
+
+/// A model whose arrays are as long as the kernel's and, as they are, full of zeros; all else is empty.
+pub fn empty_model(sizes: &Sizes, fixed: Fixed) -> Model {
+    let mut model = Model::new(usize::MAX);
+    model.now_ns.set(fixed.now_ns);
+    model.random.set(fixed.random);
+    model.fixed_random = true;
+    model.slots = (0..sizes.slots).map(|slot| (slot, 0)).collect();
+    model.backends = (0..sizes.backends).map(|index| (index, Backend::zeroed())).collect();
+    model
+}
+
+/// The programs and maps, loaded for one test.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The maps.
+    pub store: KernelStore,
+    programs: [OwnedFd; 3],
+    ring: Ring,
+    consumer: RingConsumer,
+    /// Words of the filter that are not zero.
+    filter_words: BTreeSet<u32>,
+    /// The counters when the last state was put.
+    counted: Vec<u64>,
+}
+
+impl Kernel {
+    /// Loads the programs; without `fixed`, with the kernel's own clock and chance.
+    ///
+    /// # Errors
+    /// Where the kernel refuses: not root, above all.
+    pub fn load(sizes: Sizes, fixed: Option<Fixed>) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("affinity-kernel-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let pins = PinDir::new(&Path::new("/sys/fs/bpf").join(name));
+        let fixed = fixed.map(|Fixed { now_ns, random }| (now_ns, u64::from(random)));
+        let kernel = load::load(&pins, &Options { sizes, fixed, ..Options::default() })
+            .context("load the kernel programs")
+            .and_then(|_| Self::open(&pins));
+        pins.remove()?;
+        kernel
+    }
+
+    fn open(pins: &PinDir) -> Result<Self> {
+        let store = KernelStore::open(pins.root())?;
+        let program = |hook: Hook| sys::obj_get(&pins.prog(hook.program()));
+        let [xdp, forward, reverse] = Hook::ALL.map(program);
+        let (ring, consumer) = (store.events.ring()?, store.events.ring_consumer()?);
+        let counted = store.counter_sums()?;
+        let programs = [xdp?, forward?, reverse?];
+        Ok(Self { store, programs, ring, consumer, filter_words: BTreeSet::new(), counted })
+    }
+
+    /// Runs a frame through a program.
+    ///
+    /// # Errors
+    /// Where the kernel takes no such frame: see [`Hook::shortest_frame`].
+    pub fn run(&self, hook: Hook, frame: &[u8]) -> Result<Ran> {
+        let run = sys::test_run(self.programs[hook as usize].as_fd(), frame, 1)?;
+        let verdict = hook.verdict(run.retval, run.data_out != frame)?;
+        Ok(Ran { verdict, frame: run.data_out })
+    }
+
+    /// Makes the maps hold what the model holds, and nothing else; counting starts anew.
+    ///
+    /// # Errors
+    /// Where a map cannot be written, or is too small.
+    pub fn put(&mut self, model: &Model) -> Result<()> {
+        self.put_filter(model);
+        let store = &self.store;
+        put_family(&store.v4, &model.frontends_v4, &model.sessions_v4.borrow(), &model.flows_v4.borrow())?;
+        put_family(&store.v6, &model.frontends_v6, &model.sessions_v6.borrow(), &model.flows_v6.borrow())?;
+        put_hash(&store.members, model.members.iter().map(|(key, member)| (*key, *member)))?;
+        for index in 0..store.backends.info().max_entries {
+            store.backends.put(&index, model.backends.get(&index).context("the model lacks a backend")?)?;
+            store.loads.store_u64(index, model.loads.borrow().get(&index).copied().unwrap_or(0));
+        }
+        for slot in 0..store.slots.len() {
+            store.slots.store_u32(slot, *model.slots.get(&slot).context("the model lacks a slot")?);
+        }
+        for key in store.usage_sums()?.keys() {
+            store.usage.remove(key)?;
+        }
+        for (key, counts) in &*model.usage.borrow() {
+            ensure!(counts.is_empty(), "counts of the model cannot be put into the kernel's maps");
+            store.usage.make(key)?;
+        }
+        self.forget_events();
+        self.counted = store.counter_sums()?;
+        Ok(())
+    }
+
+    fn put_filter(&mut self, model: &Model) {
+        for word in std::mem::take(&mut self.filter_words) {
+            self.store.filter.store_u64(word, 0);
+        }
+        for &(direction, bit) in &model.filter {
+            let (word, mask) = filter_word(direction, bit);
+            self.store.filter.set_bits(word, mask);
+            self.filter_words.insert(word);
+        }
+    }
+
+    /// Everything that programs change, with counts since the last [`Kernel::put`].
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn state(&self) -> Result<State> {
+        State::of_kernel(self)
+    }
+
+    /// Counts of every reason since the last [`Kernel::put`], by number.
+    fn counts(&self) -> Result<Vec<u64>> {
+        let sums = self.store.counter_sums()?;
+        ensure!(sums.len() >= REASONS.len(), "a reason has no counter");
+        Ok(sums.iter().zip(&self.counted).map(|(now, before)| now - before).collect())
+    }
+
+    /// The events that were reported and not forgotten, oldest first.
+    pub fn events(&self) -> Vec<Event> {
+        const HEADER: u64 = 8;
+        const RECORD: u64 = HEADER + size_of::<Event>() as u64;
+        let records = (self.consumer.consumed()..self.ring.produced()).step_by(RECORD as usize);
+        let event = |record: u64| {
+            let words: [u64; size_of::<Event>() / 8] =
+                std::array::from_fn(|word| self.ring.word(record + HEADER + 8 * word as u64));
+            bytemuck::cast(words)
+        };
+        records.map(event).collect()
+    }
+
+    /// Empties the event ring.
+    pub fn forget_events(&self) {
+        self.consumer.consume(self.ring.produced());
+    }
+}
+
+fn put_family<A: Address>(
+    tables: &FamilyTables<A>,
+    frontends: &BTreeMap<FrontendKey<A>, Frontend>,
+    sessions: &Lru<SessionKey<A>, Session>,
+    flows: &Lru<FlowKey<A>, Flow<A>>,
+) -> Result<()> {
+    put_hash(&tables.frontends, frontends.iter().map(|(key, frontend)| (*key, *frontend)))?;
+    put_hash(&tables.sessions, sessions.iter())?;
+    put_hash(&tables.flows, flows.iter())
+}
+
+/// Makes a hash hold these entries and no others.
+fn put_hash<K: Pod + Debug, V: Pod>(table: &Table<K, V>, entries: impl Iterator<Item = (K, V)>) -> Result<()> {
+    let old: Vec<_> = table.iter().collect::<Result<_, _>>()?;
+    for (key, _) in old {
+        table.remove(&key)?;
+    }
+    for (key, value) in entries {
+        table.put(&key, &value)?;
+    }
+    Ok(())
+}

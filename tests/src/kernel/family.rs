@@ -1,0 +1,62 @@
+//! What is the same for both families, written once: where a model and a [`State`] keep a family's tables.
+
+use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
+
+use affinity_common::{
+    abi::{Address, Flow, FlowKey, Frontend, FrontendKey, Session, SessionKey, V4, V6},
+    model::{Lru, Model},
+};
+
+use super::State;
+
+/// An address family.
+pub trait ModelFamily: Address {
+    /// The address; `None` where it is of the other family.
+    fn of(address: IpAddr) -> Option<Self>;
+    /// The model's frontends.
+    fn frontends(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend>;
+    /// The model's sessions.
+    fn sessions(model: &Model) -> &RefCell<Lru<SessionKey<Self>, Session>>;
+    /// The model's flows.
+    fn flows(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Flow<Self>>>;
+    /// The sessions that frames left.
+    fn sessions_left(state: &State) -> &BTreeMap<SessionKey<Self>, Session>;
+    /// The flows that frames left.
+    fn flows_left(state: &State) -> &BTreeMap<FlowKey<Self>, Flow<Self>>;
+}
+
+macro_rules! family {
+    ($address:ident, $frontends:ident, $sessions:ident, $flows:ident) => {
+        impl ModelFamily for $address {
+            fn of(address: IpAddr) -> Option<Self> {
+                match address {
+                    IpAddr::$address(address) => Some(Self(address.octets())),
+                    IpAddr::V4(_) | IpAddr::V6(_) => None,
+                }
+            }
+
+            fn frontends(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend> {
+                &mut model.$frontends
+            }
+
+            fn sessions(model: &Model) -> &RefCell<Lru<SessionKey<Self>, Session>> {
+                &model.$sessions
+            }
+
+            fn flows(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Flow<Self>>> {
+                &model.$flows
+            }
+
+            fn sessions_left(state: &State) -> &BTreeMap<SessionKey<Self>, Session> {
+                &state.$sessions
+            }
+
+            fn flows_left(state: &State) -> &BTreeMap<FlowKey<Self>, Flow<Self>> {
+                &state.$flows
+            }
+        }
+    };
+}
+
+family!(V4, frontends_v4, sessions_v4, flows_v4);
+family!(V6, frontends_v6, sessions_v6, flows_v6);
