@@ -5,7 +5,7 @@ use crate::{
         Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, MEMBER_READY, MemberKey, Reason,
         SessionKey, Timer,
     },
-    parse::{FIN, Headers, RST, TCP, UDP},
+    parse::{FIN, Headers, RST, UDP},
     rewrite,
     session::{Opening, Resolved, is_fresh},
     tables::{Entry, FamilyTables, NotStored},
@@ -111,6 +111,14 @@ fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, en
     }
 }
 
+/// A new connection takes the place of one whose end was not seen, or not seen whole.
+#[inline(never)]
+pub fn supersede<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
+    if headers.is_opening() && entry.with(|flow| flow.state) & FLOW_CLOSED == 0 {
+        entry.with(|flow| end_of_connection(tables, headers, flow, tables.now_ns()));
+    }
+}
+
 /// Under `alive`, the end of a connection restarts its pin's timeout.
 #[inline(always)]
 fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &Flow<A>, now_ns: u64) {
@@ -165,8 +173,8 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
         pool: frontend.pool,
         scope: resolved.scope,
         service: frontend.service,
-        // A reset for a connection that is not known closes it as it begins.
-        state: if headers.flags & RST != 0 && key.protocol == TCP { FLOW_CLOSED } else { 0 },
+        // A connection that is not known may be at its end already.
+        state: if headers.flags & (FIN | RST) != 0 { after_end(0, headers) } else { 0 },
         timer: frontend.timer,
         prefix: frontend.prefix,
         pad: 0,

@@ -10,7 +10,7 @@ use crate::{
     packet::Packet,
     parse::{self, Headers, Network},
     refuse,
-    session::{self, Opening},
+    session::{self, Opening, Resolved},
     tables::{Entry, FamilyTables, Tables},
 };
 
@@ -101,7 +101,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
                 return Outcome::new(Decision::Forward(flow), Reason::Established);
             }
             Admission::Gone => return rejected(headers, Reason::FlowGone),
-            Admission::Afresh => {}
+            Admission::Afresh => flow::supersede(tables, headers, &flow),
         }
     }
     let opened = open(tables, headers);
@@ -137,15 +137,15 @@ fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Ope
         return Opened::NobodyThere;
     }
     let opening = Opening { headers, frontend, now_ns: tables.now_ns() };
-    let resolved = if frontend.flags & AFFINITY != 0 {
-        session::resolve(tables, &opening)
+    let mut resolved = Resolved::NOTHING;
+    let done = if frontend.flags & AFFINITY != 0 {
+        session::resolve(tables, &opening, &mut resolved)
     } else {
-        session::choose(tables, &opening)
+        session::choose(tables, &opening).map(|chosen| resolved = chosen)
     };
-    let resolved = match resolved {
-        Ok(resolved) => resolved,
-        Err(reason) => return Opened::Failed(reason),
-    };
+    if let Err(reason) = done {
+        return Opened::Failed(reason);
+    }
     tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
     tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
     match flow::begin(tables, &opening, &resolved) {

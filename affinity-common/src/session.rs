@@ -2,10 +2,10 @@
 
 use crate::{
     abi::{
-        Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Reason, SHARED, Session, SessionKey,
-        TIMEOUT_UNLIMITED, Timer,
+        Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Session,
+        SessionKey, TIMEOUT_UNLIMITED, Timer,
     },
-    parse::{Headers, TCP},
+    parse::{Headers, RST, TCP},
     select::{Chosen, next_draw, select},
     tables::{Entry, FamilyTables, NotStored, Tables},
 };
@@ -44,6 +44,15 @@ pub struct Resolved {
     pub scope: u32,
 }
 
+impl Resolved {
+    /// Nothing yet.
+    pub const NOTHING: Self = Self {
+        chosen: Chosen { backend: 0, member: Member { generation: 0, port: Port::new(0), state: 0, pad: 0 } },
+        reason: Reason::Inconsistent,
+        scope: 0,
+    };
+}
+
 /// What the sessions say of a client in one scope.
 enum Found<E> {
     Absent,
@@ -65,12 +74,25 @@ pub fn choose<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, 
     Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 })
 }
 
-/// Follows the client's pin, or makes one.
+/// Follows the client's pin, or makes one; `resolved` becomes what came of it.
+///
+/// What this returns fits a register. The kernel's verifier refuses a function whose return register holds a pointer to
+/// the stack when it ends, and one that returns by pointer is free to leave that there.
 ///
 /// # Errors
 /// [`Reason::Inconsistent`] where the pool's slots name no ready member.
 #[inline(never)]
-pub fn resolve<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
+pub fn resolve<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    opening: &Opening<'_, A>,
+    resolved: &mut Resolved,
+) -> Result<(), Reason> {
+    *resolved = follow_or_pin(tables, opening)?;
+    Ok(())
+}
+
+#[inline(always)]
+fn follow_or_pin<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
     let mut key = SessionKey::new(opening.frontend.group, opening.headers.key.saddr, opening.frontend.prefix);
     let mut found = find(tables, opening, &key);
     if let Found::Elsewhere = found {
@@ -196,10 +218,11 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32,
     }
 }
 
-/// Connections are counted where a pin lives as long as they do, and where their end can be seen.
+/// Connections are counted where a pin lives as long as they do, and where their end can be seen; a reset begins none.
 #[inline(always)]
 fn counted_connections<A: Address>(opening: &Opening<'_, A>) -> u32 {
-    u32::from(opening.frontend.timer == Timer::Alive as u8 && opening.headers.key.protocol == TCP)
+    let Headers { key, flags, .. } = opening.headers;
+    u32::from(opening.frontend.timer == Timer::Alive as u8 && key.protocol == TCP && flags & RST == 0)
 }
 
 /// Reports what became of a pin; `from` is the backend and generation that it had.
