@@ -78,12 +78,16 @@ impl Hook {
         }
     }
 
-    /// The shortest frame that `BPF_PROG_TEST_RUN` takes: a whole link header, and for a socket buffer something in it.
-    pub const fn shortest_frame(self) -> usize {
-        match self {
-            Self::XdpForward => 14,
-            Self::TcForward | Self::TcReverse => 15,
-        }
+    /// Whether `BPF_PROG_TEST_RUN` takes a frame: with a whole link header, and as a socket buffer with a whole IP header
+    /// where its type says so.
+    pub fn takes(self, frame: &[u8]) -> bool {
+        let shortest = match (self, frame.get(12..14)) {
+            (_, None) | (Self::XdpForward, _) => 14,
+            (Self::TcForward | Self::TcReverse, Some([0x08, 0x00])) => 14 + 20,
+            (Self::TcForward | Self::TcReverse, Some([0x86, 0xdd])) => 14 + 40,
+            (Self::TcForward | Self::TcReverse, Some(_)) => 15,
+        };
+        frame.len() >= shortest
     }
 
     /// What a program's return code and frame mean.
@@ -175,7 +179,7 @@ impl Kernel {
     /// Runs a frame through a program.
     ///
     /// # Errors
-    /// Where the kernel takes no such frame: see [`Hook::shortest_frame`].
+    /// Where the kernel takes no such frame: see [`Hook::takes`].
     pub fn run(&self, hook: Hook, frame: &[u8]) -> Result<Ran> {
         let run = sys::test_run(self.programs[hook as usize].as_fd(), frame, 1)?;
         let verdict = hook.verdict(run.retval, run.data_out != frame)?;
@@ -207,7 +211,15 @@ impl Kernel {
             store.usage.make(key)?;
         }
         self.forget_events();
-        self.counted = store.counter_sums()?;
+        self.put_counters_aside()
+    }
+
+    /// Counting starts anew.
+    ///
+    /// # Errors
+    /// Where the counters cannot be read.
+    pub fn put_counters_aside(&mut self) -> Result<()> {
+        self.counted = self.store.counter_sums()?;
         Ok(())
     }
 

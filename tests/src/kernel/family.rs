@@ -29,10 +29,7 @@ macro_rules! family {
     ($address:ident, $frontends:ident, $sessions:ident, $flows:ident) => {
         impl ModelFamily for $address {
             fn of(address: IpAddr) -> Option<Self> {
-                match address {
-                    IpAddr::$address(address) => Some(Self(address.octets())),
-                    IpAddr::V4(_) | IpAddr::V6(_) => None,
-                }
+                if let IpAddr::$address(address) = address { Some(Self(address.octets())) } else { None }
             }
 
             fn frontends(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend> {
