@@ -9,7 +9,7 @@ mod hook;
 
 use std::{
     fmt, io, mem,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
 
@@ -283,27 +283,31 @@ fn open_pins(pins: &PinDir) -> Result<Vec<(Attachment, OwnedFd)>, AttachError> {
 /// the pins of devices that have gone. Returns the number of attachments.
 ///
 /// # Errors
-/// [`AttachError`].
+/// The first [`AttachError`]; all attachments but those that failed have the new program.
 pub fn upgrade(pins: &PinDir) -> Result<usize, AttachError> {
-    let mut upgraded = 0;
+    let mut upgraded = Ok(0);
     for (pin, fd) in open_pins(pins)? {
-        let program = pins.prog(pin.hook.program());
-        let updated = if pin.hook.link().is_some() {
-            match sys::link_update(fd.as_fd(), sys::obj_get(&program)?.as_fd()) {
-                // A link whose device has gone cannot be updated.
-                Err(_) if sys::link_info(fd.as_fd())?.ifindex == 0 => false,
-                updated => updated.map(|()| true)?,
-            }
-        } else {
-            upgrade_filter(pins, &pin)?
+        let outcome = match upgrade_one(pins, &pin, fd.as_fd()) {
+            Ok(true) => Ok(1),
+            Ok(false) => pins.unpin(&pin.path).map(|()| 0).map_err(AttachError::from),
+            Err(error) => Err(error),
         };
-        if updated {
-            upgraded += 1;
-        } else {
-            pins.unpin(&pin.path)?;
-        }
+        upgraded = upgraded.and_then(|before| outcome.map(|one| before + one));
     }
-    Ok(upgraded)
+    upgraded
+}
+
+/// False where the device has gone.
+fn upgrade_one(pins: &PinDir, pin: &Attachment, fd: BorrowedFd<'_>) -> Result<bool, AttachError> {
+    if pin.hook.link().is_none() {
+        return upgrade_filter(pins, pin);
+    }
+    let program = sys::obj_get(&pins.prog(pin.hook.program()))?;
+    match sys::link_update(fd, program.as_fd()) {
+        // A link whose device has gone cannot be updated.
+        Err(_) if sys::link_info(fd)?.ifindex == 0 => Ok(false),
+        updated => Ok(updated.map(|()| true)?),
+    }
 }
 
 /// Removes the pins of devices that have gone, and returns how many there were.

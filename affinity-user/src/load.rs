@@ -293,7 +293,8 @@ fn switch(
         sys::obj_pin(program.as_fd(), &next)?;
         pins.rename(&next, &pins.prog(name))?;
     }
-    let upgraded = attach::upgrade(pins)?;
+    // Even where one attachment could not follow: the others use the new maps already.
+    let upgraded = attach::upgrade(pins);
     for (&name, plan) in plans {
         let Plan::Replace(old) = plan else { continue };
         let next = pins.next_map(name);
@@ -302,7 +303,7 @@ fn switch(
         }
         pins.rename(&next, &pins.map(name))?;
     }
-    Ok(upgraded)
+    Ok(upgraded?)
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of every time in the maps.

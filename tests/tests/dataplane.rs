@@ -355,7 +355,7 @@ fn a_size_that_holds_too_little_is_refused_and_changes_nothing() -> Result<()> {
     store.apply(&Op::PutBackend(100, Backend { generation: 1, ..Backend::default() }))?;
     let (observed, ids) = (store.observe()?, pins.ids()?);
     let error = pins.load(Sizes { backends: 64, ..SIZES }).unwrap_err().to_string();
-    assert_eq!(error, "backends-next: its entries do not fit into 64: choose a larger size");
+    assert_eq!(error, "backends: its entries do not fit into 64: choose a larger size");
     assert_eq!((pins.store()?.observe()?, pins.ids()?), (observed, ids));
     assert_eq!(fs::read_dir(pins.0.maps())?.count(), names::MAPS.len(), "nothing is left behind");
     Ok(())
@@ -498,12 +498,7 @@ fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
     publish().iter().try_for_each(|op| store.apply(op))?;
     store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, UDP), frontend()))?;
     store.apply(&Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
-    wire.ip(&["link", "set", "wire", "up", "address", "02:00:00:00:00:01"])?;
-    wire.ip(&["link", "set", "peer", "up"])?;
-    wire.ip(&["address", "add", "198.18.0.0/24", "dev", "peer"])?;
-    wire.ip(&["route", "add", "local", "198.18.0.0/24", "dev", "peer"])?;
-    wire.ip(&["route", "add", "10.96.0.0/16", "dev", "peer"])?;
-    wire.ip(&["neighbour", "add", "10.96.0.10", "lladdr", "02:00:00:00:00:01", "dev", "peer"])?;
+    wire.carry_clients()?;
     wire.inside(async || {
         let device = device("wire").await?;
         for (client, (xdp, tcx)) in (1..).zip([
@@ -513,7 +508,7 @@ fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
             (XdpPolicy::Off, false),
         ]) {
             attach::attach(&pins.0, &device, attach::Options { xdp, tcx })?;
-            UdpSocket::bind((Ipv4Addr::new(198, 18, 0, client), 0))?.send_to(b"hello", "10.96.0.10:80")?;
+            say_hello(client)?;
             let key = SessionKey::new(1, V4([198, 18, 0, client]), 32);
             let deadline = Instant::now() + Duration::from_secs(5);
             while store.v4.sessions.get(&key)?.is_none() {
@@ -840,4 +835,74 @@ fn a_device_that_changes_wakes_whoever_waits_and_leaves_no_pin_behind() -> Resul
         assert_eq!(first.name, "wire");
         Ok(())
     })
+}
+
+#[test]
+fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    pins.load(SIZES)?;
+    let mut store = pins.store()?;
+    let pods = [3, 4, 5];
+    for pod in pods {
+        let address = affinity_common::abi::Address::to_mapped(V4([10, 244, 0, pod]));
+        let backend = u32::from(pod);
+        store.apply(&Op::PutBackend(backend, Backend { address, generation: 1, flags: 0 }))?;
+        let member = Member { generation: 1, port: SERVED, state: MEMBER_READY, pad: 0 };
+        store.apply(&Op::PutMember(MemberKey { pool: 2, backend }, member))?;
+    }
+    store.apply(&Op::WriteSlots { first: 16, backends: pods.map(u32::from).to_vec() })?;
+    store.apply(&Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
+    store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, UDP), Frontend { slot_count: 3, ..frontend() }))?;
+    wire.carry_clients()?;
+    wire.inside(async || {
+        let options = attach::Options { xdp: XdpPolicy::Native, tcx: true };
+        attach::attach(&pins.0, &device("wire").await?, options)?;
+        let dial_all = || (1..=250).try_for_each(|client| say_hello(client));
+        dial_all()?;
+        let mut events = EventReader::from_now(&store.events)?;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let rounds = thread::scope(|scope| -> Result<u32> {
+            let traffic = scope.spawn(|| -> Result<u32> {
+                wire.on_a_thread(|| {
+                    let mut rounds = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        dial_all()?;
+                        rounds += 1;
+                    }
+                    Ok(rounds)
+                })
+            });
+            let resized = (0..6).try_for_each(|round| {
+                let (sessions, flows) = if round % 2 == 0 { (10_000, 300_000) } else { (4096, 200_000) };
+                let loaded = pins.load(Sizes { sessions, flows, ..SIZES })?;
+                ensure!(loaded.resized.len() == 4 && loaded.upgraded == 2, "{loaded:?}");
+                Ok(())
+            });
+            stop.store(true, Ordering::Relaxed);
+            resized?;
+            traffic.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        ensure!(rounds >= 6, "traffic all the time: {rounds} rounds");
+        assert_eq!(events.next(), None, "nobody was pinned anew or moved");
+        assert_eq!(pins.store()?.v4.sessions.iter().count(), 250);
+        Ok(())
+    })
+}
+
+impl Wire {
+    /// Leads packets from the clients 198.18.0.0/24 at `peer` to the service by way of `wire`.
+    fn carry_clients(&self) -> Result<()> {
+        self.ip(&["link", "set", "wire", "up", "address", "02:00:00:00:00:01"])?;
+        self.ip(&["link", "set", "peer", "up"])?;
+        self.ip(&["address", "add", "198.18.0.0/24", "dev", "peer"])?;
+        self.ip(&["route", "add", "local", "198.18.0.0/24", "dev", "peer"])?;
+        self.ip(&["route", "add", "10.96.0.0/16", "dev", "peer"])?;
+        self.ip(&["neighbour", "add", "10.96.0.10", "lladdr", "02:00:00:00:00:01", "dev", "peer"])
+    }
+}
+
+/// A datagram from a new port of a client to the service. The caller is in the wire's namespace.
+fn say_hello(client: u8) -> Result<()> {
+    UdpSocket::bind((Ipv4Addr::new(198, 18, 0, client), 0))?.send_to(b"hello", "10.96.0.10:80")?;
+    Ok(())
 }

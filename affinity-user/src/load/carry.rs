@@ -39,7 +39,7 @@ pub(super) fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
     if old.info().kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
         return Ok(());
     }
-    let full = || CarryError::Full { map: new.name().to_owned(), max_entries: new.info().max_entries };
+    let full = || CarryError::Full { map: old.name().to_owned(), max_entries: new.info().max_entries };
     let mut walk = Walk::new(old);
     while let Some((keys, values)) = walk.next_batch(old)? {
         let fitting =
