@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, TryLockError},
     io::{self, Read, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process,
 };
@@ -34,6 +35,7 @@ pub enum LockError {
 /// Held while this lives; the kernel lets go of it when the process ends, however that happens.
 #[derive(Debug)]
 pub struct Lock {
+    path: PathBuf,
     _file: File,
 }
 
@@ -46,19 +48,39 @@ impl Lock {
         let path = Path::new(DIRECTORY).join(format!("{}.lock", file_name(pins)));
         let failed = |source| LockError::File { path: path.clone(), source };
         fs::create_dir_all(DIRECTORY).map_err(failed)?;
-        let mut options = File::options();
-        let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                file.read_to_string(&mut pid).map_err(failed)?;
-                return Err(LockError::Taken { pins: pins.display().to_string(), pid: pid.trim().to_owned() });
+        loop {
+            let mut options = File::options();
+            let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let mut pid = String::new();
+                    file.read_to_string(&mut pid).map_err(failed)?;
+                    return Err(LockError::Taken { pins: pins.display().to_string(), pid: pid.trim().to_owned() });
+                }
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
+            // Whoever had it before may have removed the file between the opening and the locking.
+            if is_still_at(&file, &path).map_err(failed)? {
+                file.set_len(0).and_then(|()| writeln!(file, "{}", process::id())).map_err(failed)?;
+                return Ok(Self { path, _file: file });
+            }
         }
-        file.set_len(0).and_then(|()| writeln!(file, "{}", process::id())).map_err(failed)?;
-        Ok(Self { _file: file })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // While the lock is held, so that nobody else's file is meant. A file that stays does no harm.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn is_still_at(file: &File, path: &Path) -> io::Result<bool> {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        there => Ok(identity(there?) == identity(file.metadata()?)),
     }
 }
 
