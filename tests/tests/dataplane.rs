@@ -857,7 +857,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
     wire.inside(async || {
         let options = attach::Options { xdp: XdpPolicy::Native, tcx: true };
         attach::attach(&pins.0, &device("wire").await?, options)?;
-        let dial_all = || (1..=250).try_for_each(|client| say_hello(client));
+        let dial_all = || (1..=250).try_for_each(say_hello);
         dial_all()?;
         let mut events = EventReader::from_now(&store.events)?;
         let stop = std::sync::atomic::AtomicBool::new(false);
