@@ -28,9 +28,8 @@ pub(crate) const EMPTY: ([u8; 4], u16) = ([10, 96, 0, 11], 80);
 /// The pods, as the YAML has them.
 pub(crate) const POD_COUNT: usize = 3;
 
-/// The agent's options beside its source. XDP in the stack, because the wire is a veth: that driver delivers what XDP
-/// sends back only to a peer that has an XDP program itself.
-const RUN: [&str; 4] = ["--device", WIRE, "--xdp", "generic"];
+/// The agent's options beside its source.
+const RUN: [&str; 4] = ["--device", WIRE, "--xdp", "native"];
 /// How long a change of the YAML may take until packets meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
