@@ -1,0 +1,264 @@
+//! Many clients, full tables, floods, two processors at once, and the passing of time: under the kernel's own clock and
+//! chance, without a wire. No test waits: time passes by making the maps' entries older.
+
+mod race;
+mod site;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use affinity_common::abi::{Frontend, Reason, Selection, TIMEOUT_UNLIMITED, Timer};
+use affinity_tests::{
+    kernel::{Hook, Kernel},
+    lab::Family,
+    packet::tcp_flags::{ACK, FIN, PSH, RST, SYN},
+};
+use affinity_user::load::Sizes;
+use anyhow::{Result, ensure};
+
+use crate::site::{
+    GROUP, SECOND_NS, SIZES, TIMEOUT_NS, age, answer, is_now, plain_service, send, service, session, site,
+};
+
+#[test]
+fn sixty_five_thousand_clients_stay_where_they_are() -> Result<()> {
+    const CLIENTS: u32 = 65_000;
+    let mut kernel = site(Sizes { sessions: 1 << 17, ..SIZES }, |_| {})?;
+    for (family, hook) in [(Family::V4, Hook::XdpForward), (Family::V6, Hook::TcForward)] {
+        kernel.put_counters_aside()?;
+        let first = round(&kernel, hook, family, CLIENTS, 40_000)?;
+        let second = round(&kernel, hook, family, CLIENTS, 40_001)?;
+        let moved = first.iter().filter(|(client, pod)| second[*client] != **pod).count();
+        println!("{family}: {CLIENTS} clients, {moved} moved");
+        ensure!(moved == 0 && second.len() == first.len(), "{moved} of {} moved", first.len());
+        let state = kernel.state()?;
+        let counted = [(Reason::Created, u64::from(CLIENTS)), (Reason::Pinned, u64::from(CLIENTS))];
+        ensure!(state.counters == BTreeMap::from(counted), "{:?}", state.counters);
+        let pods: BTreeSet<_> = first.values().collect();
+        ensure!(pods.len() == site::PODS as usize, "only {} pods were chosen", pods.len());
+    }
+    Ok(())
+}
+
+/// What the kernel evicted is told by what is left; and under `consistent` those who lost their pins return.
+#[test]
+fn a_full_session_table_counts_its_losses_and_consistent_clients_return() -> Result<()> {
+    const CLIENTS: u32 = 5_000;
+    const ENTRIES: u32 = 1_024;
+    let kernel = site(Sizes { sessions: ENTRIES, ..SIZES }, |frontend| frontend.select = Selection::Consistent as u8)?;
+    for (family, hook) in [(Family::V4, Hook::TcForward), (Family::V6, Hook::XdpForward)] {
+        let live = |kernel: &Kernel| -> Result<usize> {
+            let state = kernel.state()?;
+            Ok(if family == Family::V4 { state.sessions_v4.len() } else { state.sessions_v6.len() })
+        };
+        let created_before = kernel.state()?.count(Reason::Created);
+        let loads_before: u64 = kernel.state()?.loads.values().sum();
+        let first = round(&kernel, hook, family, CLIENTS, 40_000)?;
+        let left = live(&kernel)?;
+        ensure!(left <= ENTRIES as usize && left > 0, "{left} sessions in a table of {ENTRIES}");
+        let second = round(&kernel, hook, family, CLIENTS, 40_001)?;
+        ensure!(first == second, "a client went to another pod");
+        let state = kernel.state()?;
+        let created = state.count(Reason::Created) - created_before;
+        ensure!(created > u64::from(CLIENTS), "nobody was evicted");
+        let evicted = created - live(&kernel)? as u64;
+        println!("{family}: {created} pins made, {} live, {evicted} evicted", live(&kernel)?);
+        ensure!(evicted >= u64::from(CLIENTS - ENTRIES), "{evicted} evicted");
+        // The programs know of no eviction: the agent takes it off these loads.
+        ensure!(state.loads.values().sum::<u64>() - loads_before == created, "{:?}", state.loads);
+        ensure!(state.count(Reason::SessionNotStored) == 0 && state.count(Reason::FlowNotStored) == 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flood_of_flows_evicts_no_session() -> Result<()> {
+    const CLIENTS: u32 = 1_000;
+    const FLOOD: u32 = 100_000;
+    let kernel = site(Sizes { sessions: 4_096, ..SIZES }, |_| {})?;
+    let first = round(&kernel, Hook::XdpForward, Family::V4, CLIENTS, 40_000)?;
+    let pins = kernel.state()?.sessions_v4;
+    for number in 0..FLOOD {
+        let from = SocketAddr::new(Family::V4.client(CLIENTS + number), 1024);
+        send(&kernel, Hook::XdpForward, from, plain_service(Family::V4), SYN)?;
+    }
+    let state = kernel.state()?;
+    ensure!(state.flows_v4.len() <= SIZES.flows as usize, "{} flow records", state.flows_v4.len());
+    ensure!(state.sessions_v4 == pins, "the flood touched the sessions");
+    ensure!(state.count(Reason::Selected) == u64::from(FLOOD) && state.count(Reason::FlowNotStored) == 0);
+    let second = round(&kernel, Hook::XdpForward, Family::V4, CLIENTS, 40_001)?;
+    ensure!(first == second, "a client was moved");
+    ensure!(kernel.state()?.count(Reason::Created) == u64::from(CLIENTS));
+    Ok(())
+}
+
+/// One client with as many connections as it has ports floods the flows, and every packet of an old one still finds
+/// its pod: by the pin.
+#[test]
+fn connections_that_the_flow_table_forgot_go_on() -> Result<()> {
+    let kernel = site(SIZES, |_| {})?;
+    let client = Family::V4.client(9);
+    let pod = connect(&kernel, client, 1)?;
+    for port in 1..=u16::MAX {
+        ensure!(connect(&kernel, client, port)? == pod, "port {port}");
+    }
+    for port in (1..=u16::MAX).step_by(97) {
+        let from = SocketAddr::new(client, port);
+        ensure!(send(&kernel, Hook::TcForward, from, service(Family::V4), ACK | PSH)? == pod, "port {port}");
+    }
+    Ok(())
+}
+
+// ---- time ----
+
+#[test]
+fn timer_connection_is_restarted_by_connections_alone() -> Result<()> {
+    let (kernel, client) = (site(SIZES, |_| {})?, Family::V4.client(1));
+    connect(&kernel, client, 1)?;
+    for port in 2..5 {
+        age(&kernel, client, TIMEOUT_NS - SECOND_NS)?;
+        expect(&kernel, Reason::Pinned, || connect(&kernel, client, port))?;
+        ensure!(is_now(session(&kernel, client)?.last_used_ns));
+    }
+    age(&kernel, client, TIMEOUT_NS)?;
+    // The old connection goes on, beyond its pin's timeout, and does not bring the pin back.
+    expect(&kernel, Reason::Established, || {
+        send(&kernel, Hook::XdpForward, SocketAddr::new(client, 4), service(Family::V4), ACK)
+    })?;
+    ensure!(!is_now(session(&kernel, client)?.last_used_ns));
+    expect(&kernel, Reason::Expired, || connect(&kernel, client, 5))?;
+    ensure!(is_now(session(&kernel, client)?.created_ns));
+    Ok(())
+}
+
+#[test]
+fn timer_packet_is_restarted_by_the_packets_of_a_busy_connection() -> Result<()> {
+    let (kernel, client) = (site(SIZES, |frontend| frontend.timer = Timer::Packet as u8)?, Family::V4.client(2));
+    let pod = connect(&kernel, client, 1)?;
+    for _ in 0..5 {
+        age(&kernel, client, TIMEOUT_NS - SECOND_NS)?;
+        let from = SocketAddr::new(client, 1);
+        expect(&kernel, Reason::Established, || send(&kernel, Hook::TcForward, from, service(Family::V4), ACK))?;
+        ensure!(is_now(session(&kernel, client)?.last_used_ns));
+    }
+    // Its pods' answers do not.
+    age(&kernel, client, TIMEOUT_NS - SECOND_NS)?;
+    answer(&kernel, pod, SocketAddr::new(client, 1), ACK)?;
+    ensure!(!is_now(session(&kernel, client)?.last_used_ns));
+    expect(&kernel, Reason::Pinned, || connect(&kernel, client, 2))?;
+    age(&kernel, client, TIMEOUT_NS)?;
+    expect(&kernel, Reason::Expired, || connect(&kernel, client, 3))?;
+    Ok(())
+}
+
+#[test]
+fn timer_absolute_is_never_restarted() -> Result<()> {
+    let (kernel, client) = (site(SIZES, |frontend| frontend.timer = Timer::Absolute as u8)?, Family::V4.client(3));
+    connect(&kernel, client, 1)?;
+    age(&kernel, client, TIMEOUT_NS / 2)?;
+    expect(&kernel, Reason::Pinned, || connect(&kernel, client, 2))?;
+    age(&kernel, client, TIMEOUT_NS / 2)?;
+    expect(&kernel, Reason::Expired, || connect(&kernel, client, 3))?;
+    Ok(())
+}
+
+#[test]
+fn timer_alive_runs_from_the_end_of_the_last_connection() -> Result<()> {
+    let (kernel, client) = (site(SIZES, |frontend| frontend.timer = Timer::Alive as u8)?, Family::V4.client(4));
+    let to = service(Family::V4);
+    let pod = connect(&kernel, client, 1)?;
+    connect(&kernel, client, 2)?;
+    send(&kernel, Hook::XdpForward, SocketAddr::new(client, 2), to, RST)?;
+    age(&kernel, client, 3 * TIMEOUT_NS)?;
+    expect(&kernel, Reason::Pinned, || connect(&kernel, client, 3))?;
+    send(&kernel, Hook::XdpForward, SocketAddr::new(client, 3), to, FIN | ACK)?;
+    answer(&kernel, pod, SocketAddr::new(client, 3), FIN | ACK)?;
+    ensure!(session(&kernel, client)?.connections == 1);
+    answer(&kernel, pod, SocketAddr::new(client, 1), FIN | ACK)?;
+    ensure!(session(&kernel, client)?.connections == 1, "one side has not ended yet");
+    age(&kernel, client, 3 * TIMEOUT_NS)?;
+    send(&kernel, Hook::XdpForward, SocketAddr::new(client, 1), to, FIN | ACK)?;
+    ensure!(session(&kernel, client)?.connections == 0 && is_now(session(&kernel, client)?.last_used_ns));
+    age(&kernel, client, TIMEOUT_NS - SECOND_NS)?;
+    expect(&kernel, Reason::Pinned, || connect(&kernel, client, 4))?;
+    send(&kernel, Hook::XdpForward, SocketAddr::new(client, 4), to, RST)?;
+    age(&kernel, client, TIMEOUT_NS)?;
+    expect(&kernel, Reason::Expired, || connect(&kernel, client, 5))?;
+    Ok(())
+}
+
+#[test]
+fn an_unlimited_pin_outlives_everything() -> Result<()> {
+    for timer in [Timer::Connection, Timer::Packet, Timer::Absolute, Timer::Alive] {
+        let change = |frontend: &mut Frontend| (frontend.timeout_ns, frontend.timer) = (TIMEOUT_UNLIMITED, timer as u8);
+        let (kernel, client) = (site(SIZES, change)?, Family::V4.client(5));
+        let pod = connect(&kernel, client, 1)?;
+        send(&kernel, Hook::XdpForward, SocketAddr::new(client, 1), service(Family::V4), RST)?;
+        let since_boot_ns = session(&kernel, client)?.created_ns;
+        age(&kernel, client, since_boot_ns)?;
+        ensure!(expect(&kernel, Reason::Pinned, || connect(&kernel, client, 2))? == pod, "{timer:?}");
+    }
+    Ok(())
+}
+
+/// Upstream's test of the timeout, which a pure hash would fail.
+#[test]
+fn single_requests_a_timeout_apart_reach_several_pods() -> Result<()> {
+    let (kernel, client) = (site(SIZES, |_| {})?, Family::V4.client(6));
+    let mut pods = BTreeSet::from([connect(&kernel, client, 1)?]);
+    for port in 2..40 {
+        age(&kernel, client, TIMEOUT_NS)?;
+        pods.insert(expect(&kernel, Reason::Expired, || connect(&kernel, client, port))?);
+    }
+    ensure!(pods.len() > 1, "38 times the same pod");
+    Ok(())
+}
+
+/// A change of the timeout is in force with the next connection.
+#[test]
+fn a_new_timeout_applies_to_live_pins() -> Result<()> {
+    let (kernel, client) = (site(SIZES, |_| {})?, Family::V4.client(7));
+    let set = |timeout_ns: u64| -> Result<()> {
+        let frontends: Vec<_> = kernel.store.v4.frontends.iter().collect::<Result<_, _>>()?;
+        for (key, frontend) in frontends.into_iter().filter(|(_, frontend)| frontend.group == GROUP) {
+            kernel.store.v4.frontends.put(&key, &Frontend { timeout_ns, ..frontend })?;
+        }
+        Ok(())
+    };
+    connect(&kernel, client, 1)?;
+    age(&kernel, client, TIMEOUT_NS + SECOND_NS)?;
+    set(2 * TIMEOUT_NS)?;
+    expect(&kernel, Reason::Pinned, || connect(&kernel, client, 2))?;
+    age(&kernel, client, 5 * SECOND_NS)?;
+    set(5 * SECOND_NS)?;
+    expect(&kernel, Reason::Expired, || connect(&kernel, client, 3))?;
+    Ok(())
+}
+
+// ---- helpers ----
+
+/// One new connection of each client; the pod that each reached.
+fn round(kernel: &Kernel, hook: Hook, family: Family, clients: u32, port: u16) -> Result<BTreeMap<IpAddr, IpAddr>> {
+    let connect = |number| {
+        let from = SocketAddr::new(family.client(number), port);
+        Ok((from.ip(), send(kernel, hook, from, service(family), SYN)?))
+    };
+    (0..clients).map(connect).collect()
+}
+
+/// A client's new connection from a port; the pod that it reaches.
+fn connect(kernel: &Kernel, client: IpAddr, port: u16) -> Result<IpAddr> {
+    send(kernel, Hook::XdpForward, SocketAddr::new(client, port), service(Family::V4), SYN)
+}
+
+/// Does something that counts this reason and no other.
+fn expect<T>(kernel: &Kernel, reason: Reason, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mut before = kernel.state()?.counters;
+    let done = act()?;
+    *before.entry(reason).or_default() += 1;
+    let after = kernel.state()?.counters;
+    ensure!(after == before, "{after:?}, not {before:?}");
+    Ok(done)
+}
