@@ -1,24 +1,20 @@
-//! Finds the length of this kernel's jiffy.
+//! Makes a clock of this kernel's jiffies.
 //!
 //! Reading jiffies is several times cheaper for a program than reading the monotonic clock, and a jiffy is precise
 //! enough for all that affinity decides. The kernel moves jiffies on by whole ticks of the monotonic clock, so one
-//! measurement at load holds for ever: `(jiffies - tick_base) * tick_ns` is the monotonic time, late by two ticks at
-//! most and never early.
+//! reading at load holds for ever: `(jiffies - tick_base) * tick_ns` is the monotonic time, late by two ticks at most
+//! and never early. The length of a tick is the resolution of the coarse clocks (`posix_get_coarse_res`).
 
 use std::{os::fd::BorrowedFd, time::Duration};
 
+use rustix::time::{ClockId, clock_getres};
+
 use crate::sys::{self, SysError};
 
-/// Every frequency that a kernel's configuration offers, on any architecture.
-const FREQUENCIES_HZ: [u64; 9] = [100, 128, 250, 256, 300, 512, 1000, 1024, 1200];
-/// A measurement this close to a frequency means it: a third of the distance between the closest two (2.4 %).
-const TOLERANCE: f64 = 0.008;
-const SPAN: Duration = Duration::from_millis(40);
-const MIN_TICKS: u64 = 8;
-/// A tick may come late where a hypervisor takes the processor away.
-const ATTEMPTS: usize = 8;
+/// Changes of jiffies that are looked at: some come late where a hypervisor takes the processor away.
+const EDGES: usize = 5;
 
-/// The clock could not be measured.
+/// The clock could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ClockError {
     /// The program could not be run.
@@ -30,9 +26,6 @@ pub enum ClockError {
     /// Jiffies stand still.
     #[error("jiffies did not change within {0:?}")]
     Still(Duration),
-    /// No frequency fits.
-    #[error("a jiffy of {0:.0} ns is none that a kernel can be configured for")]
-    Unknown(f64),
 }
 
 /// The kernel's jiffies as a clock.
@@ -55,22 +48,13 @@ impl Ticks {
 /// A reading: jiffies, and monotonic nanoseconds.
 type Reading = (u64, u64);
 
-/// Measures with the program [`affinity_common::names::CLOCK`].
+/// Reads both clocks with the program [`affinity_common::names::CLOCK`].
 ///
 /// # Errors
 /// [`ClockError`].
 pub(super) fn measure(clock: BorrowedFd<'_>) -> Result<Ticks, ClockError> {
-    let mut read = || read(clock);
-    let mut last = 0.0;
-    for _ in 0..ATTEMPTS {
-        let edges = edges(&mut read)?;
-        let (first, end) = (edges[0], edges[edges.len() - 1]);
-        last = (end.1 - first.1) as f64 / (end.0 - first.0) as f64;
-        if let Some(tick_ns) = nearest_tick(last) {
-            return Ok(align(&edges, tick_ns));
-        }
-    }
-    Err(ClockError::Unknown(last))
+    let tick_ns = clock_getres(ClockId::MonotonicCoarse).tv_nsec as u64;
+    Ok(align(&edges(|| read(clock))?, tick_ns))
 }
 
 fn read(clock: BorrowedFd<'_>) -> Result<Reading, ClockError> {
@@ -82,31 +66,22 @@ fn read(clock: BorrowedFd<'_>) -> Result<Reading, ClockError> {
     Ok((word(0), word(8)))
 }
 
-/// The readings right after a change of jiffies, over [`SPAN`] and [`MIN_TICKS`].
-fn edges(read: &mut impl FnMut() -> Result<Reading, ClockError>) -> Result<Vec<Reading>, ClockError> {
+/// The readings right after a change of jiffies.
+fn edges(mut read: impl FnMut() -> Result<Reading, ClockError>) -> Result<Vec<Reading>, ClockError> {
     const DEADLINE: Duration = Duration::from_millis(500);
     let start = read()?;
     let mut before = start;
     let mut edges = Vec::new();
-    loop {
+    while edges.len() < EDGES {
         let now = read()?;
         if now.0 != before.0 {
             edges.push(now);
-            let (first, end) = (edges[0], now);
-            if end.0 - first.0 >= MIN_TICKS && end.1 - first.1 >= SPAN.as_nanos() as u64 {
-                return Ok(edges);
-            }
         } else if now.1 - start.1 > DEADLINE.as_nanos() as u64 {
             return Err(ClockError::Still(DEADLINE));
         }
         before = now;
     }
-}
-
-/// The jiffy of the frequency that a measured one means: rounded as the kernel's `TICK_NSEC`.
-fn nearest_tick(measured_ns: f64) -> Option<u64> {
-    let ticks = FREQUENCIES_HZ.iter().map(|hz| (1_000_000_000 + hz / 2) / hz);
-    ticks.into_iter().find(|&tick| (measured_ns / tick as f64 - 1.0).abs() < TOLERANCE)
+    Ok(edges)
 }
 
 /// The base that makes the earliest edge true: the others were seen late.
@@ -132,14 +107,11 @@ mod tests {
     }
 
     #[test]
-    fn every_frequency_is_recognised_and_never_early() {
-        for hz in FREQUENCIES_HZ {
+    fn at_every_frequency_the_clock_is_never_early() {
+        for hz in [100, 128, 250, 256, 300, 512, 1000, 1024, 1200] {
             let mut read = kernel(hz, 2_700);
-            let edges = edges(&mut read).unwrap();
-            let (first, end) = (edges[0], edges[edges.len() - 1]);
-            let tick_ns = nearest_tick((end.1 - first.1) as f64 / (end.0 - first.0) as f64).unwrap();
-            assert_eq!(tick_ns, (1_000_000_000 + hz / 2) / hz);
-            let ticks = align(&edges, tick_ns);
+            let tick_ns = (1_000_000_000 + hz / 2) / hz;
+            let ticks = align(&edges(&mut read).unwrap(), tick_ns);
             for _ in 0..100_000 {
                 let (jiffies, now_ns) = read().unwrap();
                 let late_ns = now_ns - ticks.now_ns(jiffies);
@@ -149,13 +121,18 @@ mod tests {
     }
 
     #[test]
+    fn this_kernel_has_a_tick() {
+        let tick_ns = clock_getres(ClockId::MonotonicCoarse).tv_nsec;
+        assert!((800_000..=10_000_000).contains(&tick_ns), "{tick_ns} ns");
+    }
+
+    #[test]
     fn a_clock_that_stands_still_is_an_error() {
         let mut now_ns = 0;
-        let mut read = || {
+        let read = || {
             now_ns += 1_000_000;
             Ok((7, now_ns))
         };
-        assert!(matches!(edges(&mut read), Err(ClockError::Still(_))));
-        assert_eq!(nearest_tick(5_000_000.0), None);
+        assert!(matches!(edges(read), Err(ClockError::Still(_))));
     }
 }
