@@ -25,7 +25,7 @@ use crate::site::{
 #[test]
 fn sixty_five_thousand_clients_stay_where_they_are() -> Result<()> {
     const CLIENTS: u32 = 65_000;
-    let mut kernel = site(Sizes { sessions: 1 << 17, ..SIZES }, |_| {})?;
+    let mut kernel = site(Sizes { sessions: 1 << 17, events_bytes: 1 << 23, ..SIZES }, |_| {})?;
     for (family, hook) in [(Family::V4, Hook::XdpForward), (Family::V6, Hook::TcForward)] {
         kernel.put_counters_aside()?;
         let first = round(&kernel, hook, family, CLIENTS, 40_000)?;

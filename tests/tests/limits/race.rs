@@ -1,4 +1,4 @@
-//! Two processors that see one client's first packets at once agree on its pod, whatever became of its old pin.
+//! Two processors that see a new client's first packets at once agree on its pod.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Frontend, Reason, Selection, Session},
+    abi::{Frontend, Reason, Selection},
     pipeline::Verdict,
 };
 use affinity_tests::{
@@ -15,11 +15,11 @@ use affinity_tests::{
     lab::Family,
     packet::{Frame, tcp_flags::SYN},
 };
-use affinity_user::load::{Sizes, monotonic_ns};
+use affinity_user::load::Sizes;
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::site::{GENERATION, SECOND_NS, SIZES, TIMEOUT_NS, destination, service, session_key, site};
+use crate::site::{SIZES, destination, service, session_key, site};
 
 const CLIENTS: u32 = 20_000;
 
@@ -35,53 +35,9 @@ fn two_processors_agree_on_a_new_client() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn two_processors_agree_on_a_client_whose_pin_has_expired() -> Result<()> {
-    for select in [Selection::Random, Selection::Consistent, Selection::Least] {
-        let kernel = crowd(select)?;
-        let last_used_ns =
-            monotonic_ns().checked_sub(TIMEOUT_NS + SECOND_NS).context("started too short a time ago")?;
-        pin_all(&kernel, |session| session.last_used_ns = last_used_ns)?;
-        race(&kernel, &[Reason::Expired])?;
-    }
-    Ok(())
-}
-
-#[test]
-fn two_processors_agree_on_a_client_whose_pod_has_gone() -> Result<()> {
-    for select in [Selection::Random, Selection::Consistent, Selection::Least] {
-        let kernel = crowd(select)?;
-        pin_all(&kernel, |session| session.generation = GENERATION + 1)?;
-        race(&kernel, &[Reason::BackendGone])?;
-    }
-    Ok(())
-}
-
 fn crowd(select: Selection) -> Result<Kernel> {
     let sizes = Sizes { sessions: 1 << 16, flows: 1 << 17, ..SIZES };
     site(sizes, |frontend: &mut Frontend| frontend.select = select as u8)
-}
-
-/// Pins every client to the first pod, with a session that is changed before it is stored.
-fn pin_all(kernel: &Kernel, change: impl Fn(&mut Session)) -> Result<()> {
-    let now_ns = monotonic_ns();
-    for client in 0..CLIENTS {
-        let mut session = Session {
-            created_ns: now_ns - SECOND_NS,
-            last_used_ns: now_ns - SECOND_NS,
-            backend: 0,
-            generation: GENERATION,
-            service: 1,
-            draw: client.wrapping_mul(0x9e37_79b1),
-            connections: 0,
-            uses: 1,
-            reason: Reason::Created as u8,
-            pad: [0; 7],
-        };
-        change(&mut session);
-        kernel.store.v4.sessions.put(&session_key(Family::V4.client(client)), &session)?;
-    }
-    Ok(())
 }
 
 /// Each client connects from two ports on two processors at the same moment; both connections must reach one pod, and
