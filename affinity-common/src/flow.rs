@@ -8,7 +8,7 @@ use crate::{
     parse::{FIN, Headers, RST, UDP},
     rewrite,
     session::{Opening, Resolved, is_fresh},
-    tables::{Entry, FamilyTables, NotStored},
+    tables::{Entry, FamilyTables, NotStored, Pin},
 };
 
 /// A flow's time of last use is written at most this often, in nanoseconds.
@@ -130,10 +130,10 @@ fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Heade
     if let Some(entry) = tables.session(&SessionKey::new(flow.scope, client, flow.prefix))
         && entry.with(|session| session.backend == flow.backend && session.generation == flow.generation)
     {
-        entry.update(|session| {
-            session.connections = session.connections.saturating_sub(1);
-            session.last_used_ns = now_ns;
-        });
+        entry.update(|session| session.last_used_ns = now_ns);
+        if entry.with(|session| session.connections) > 0 {
+            entry.add_connections(u32::MAX);
+        }
     }
 }
 

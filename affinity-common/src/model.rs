@@ -16,7 +16,7 @@ use crate::{
         SessionKey, UsageKey, UsageOf, V4, V6,
     },
     packet::Packet,
-    tables::{Entry, FamilyTables, NotStored, Tables},
+    tables::{Entry, FamilyTables, NotStored, Pin, Tables},
 };
 
 /// A map that forgets what was used longest ago once it is full.
@@ -105,6 +105,24 @@ impl<V: Copy> Entry<V> for Shared<V> {
     }
 }
 
+impl Pin for Shared<Session> {
+    fn observe(&self) -> Session {
+        Session { service: 0, uses: 0, reason: 0, ..self.get() }
+    }
+
+    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+        let is_there = self.with(|pin| (pin.backend, pin.generation) == from);
+        if is_there {
+            self.update(|pin| (pin.backend, pin.generation) = to);
+        }
+        is_there
+    }
+
+    fn add_connections(&self, connections: u32) {
+        self.update(|pin| pin.connections = pin.connections.wrapping_add(connections));
+    }
+}
+
 /// Everything that the pipeline reads and writes.
 #[derive(Debug, Clone)]
 pub struct Model {
@@ -172,6 +190,7 @@ impl Model {
 
 impl Tables for Model {
     type Entry<V: Copy> = Shared<V>;
+    type Pin = Shared<Session>;
 
     fn now_ns(&self) -> u64 {
         self.now_ns.get()

@@ -1,4 +1,11 @@
 //! Pins: finding one, judging it, renewing it, moving it.
+//!
+//! Two processors may meet one client at once, and must send it to one backend. A new pin is stored only where there is
+//! none; who comes second follows it. A stale pin moves in three steps: it is pointed nowhere (to its backend under a
+//! generation that no backend in use has), then its times are written, then it is pointed to the new backend. The first
+//! and the last step are made only from where the mover believes the pin to point, so one mover succeeds, and the others
+//! follow it; only a move to the very backend that it had may be made, and counted, twice. Whoever observes a pin that
+//! points somewhere sees the times that belong to that.
 
 use crate::{
     abi::{
@@ -7,7 +14,7 @@ use crate::{
     },
     parse::{Headers, RST, TCP},
     select::{Chosen, next_draw, select},
-    tables::{Entry, FamilyTables, NotStored, Tables},
+    tables::{Entry, FamilyTables, NotStored, Pin, Tables},
 };
 
 /// Whether a pin is still in force: while `now - t < timeout`, where the timer says what `t` is.
@@ -54,11 +61,11 @@ impl Resolved {
 }
 
 /// What the sessions say of a client in one scope.
-enum Found<E> {
+enum Found<P> {
     Absent,
-    Usable(E, Chosen),
-    /// To be pinned anew, and why.
-    Stale(E, Reason),
+    Usable(P, Chosen),
+    /// To be moved: what was seen of it, and why.
+    Stale(P, Session, Reason),
     /// The group's pin is good, but its pod is no member of this pool.
     Elsewhere,
 }
@@ -100,36 +107,30 @@ fn follow_or_pin<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'
         found = find(tables, opening, &key);
     }
     match found {
-        Found::Usable(entry, chosen) => Ok(follow(opening, &entry, key.scope, chosen)),
-        Found::Stale(entry, reason) => move_pin(tables, opening, &key, &entry, reason),
-        Found::Absent | Found::Elsewhere => pin(tables, opening, &key),
+        Found::Usable(pin, chosen) => Ok(follow(opening, &pin, key.scope, chosen)),
+        Found::Stale(pin, seen, reason) => move_pin(tables, opening, &key, (&pin, &seen), reason),
+        Found::Absent | Found::Elsewhere => add_pin(tables, opening, &key),
     }
 }
 
 #[inline(always)]
-fn find<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    opening: &Opening<'_, A>,
-    key: &SessionKey<A>,
-) -> Found<T::Entry<Session>> {
-    let Some(entry) = tables.session(key) else { return Found::Absent };
-    let frontend = opening.frontend;
-    let timer = Timer::from_byte(frontend.timer);
-    if !entry.with(|session| is_fresh(session, timer, frontend.timeout_ns, opening.now_ns)) {
-        return Found::Stale(entry, Reason::Expired);
+fn find<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>, key: &SessionKey<A>) -> Found<T::Pin> {
+    let Some(pin) = tables.session(key) else { return Found::Absent };
+    let (frontend, seen) = (opening.frontend, pin.observe());
+    if !is_fresh(&seen, Timer::from_byte(frontend.timer), frontend.timeout_ns, opening.now_ns) {
+        return Found::Stale(pin, seen, Reason::Expired);
     }
-    let (backend, generation) = entry.with(|session| (session.backend, session.generation));
-    match usable(tables, frontend.pool, backend, generation) {
-        Ok(member) => Found::Usable(entry, Chosen { backend, member }),
+    match usable(tables, frontend.pool, seen.backend, seen.generation) {
+        Ok(member) => Found::Usable(pin, Chosen { backend: seen.backend, member }),
         Err(reason)
             if reason != Reason::BackendGone
                 && frontend.flags & SHARED != 0
                 && key.scope == frontend.group
-                && usable(tables, frontend.group, backend, generation).is_ok() =>
+                && usable(tables, frontend.group, seen.backend, seen.generation).is_ok() =>
         {
             Found::Elsewhere
         }
-        Err(reason) => Found::Stale(entry, reason),
+        Err(reason) => Found::Stale(pin, seen, reason),
     }
 }
 
@@ -152,13 +153,14 @@ fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Re
 }
 
 #[inline(always)]
-fn follow<A: Address>(opening: &Opening<'_, A>, entry: &impl Entry<Session>, scope: u32, chosen: Chosen) -> Resolved {
-    let connections = counted_connections(opening);
-    entry.update(|session| {
+fn follow<A: Address>(opening: &Opening<'_, A>, pin: &impl Pin, scope: u32, chosen: Chosen) -> Resolved {
+    pin.update(|session| {
         session.last_used_ns = opening.now_ns;
         session.uses = session.uses.wrapping_add(1);
-        session.connections = session.connections.wrapping_add(connections);
     });
+    if counted_connections(opening) > 0 {
+        pin.add_connections(1);
+    }
     Resolved { chosen, reason: Reason::Pinned, scope }
 }
 
@@ -167,13 +169,28 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     tables: &T,
     opening: &Opening<'_, A>,
     key: &SessionKey<A>,
-    entry: &T::Entry<Session>,
+    (pin, seen): (&T::Pin, &Session),
     reason: Reason,
 ) -> Result<Resolved, Reason> {
-    let (from, draw) = entry.with(|session| ((session.backend, session.generation), session.draw));
-    let chosen = select(tables, opening.frontend, key.client, draw).ok_or(Reason::Inconsistent)?;
-    entry.update(|session| *session = new_session(opening, &chosen, next_draw(draw), reason));
-    tables.add_load(from.0, -1);
+    let chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
+    let from = (seen.backend, seen.generation);
+    let nowhere = (seen.backend, seen.generation & !1);
+    if !pin.repin(from, nowhere) && pointed_to(pin) != nowhere {
+        return Ok(follow_another(tables, opening, key, pin, chosen));
+    }
+    pin.update(|session| {
+        session.created_ns = opening.now_ns;
+        session.last_used_ns = opening.now_ns;
+        session.service = opening.frontend.service;
+        session.uses = 1;
+        session.reason = reason as u8;
+        session.draw = next_draw(seen.draw);
+    });
+    if !pin.repin(nowhere, (chosen.backend, chosen.member.generation)) {
+        return Ok(follow_another(tables, opening, key, pin, chosen));
+    }
+    pin.add_connections(counted_connections(opening).wrapping_sub(seen.connections));
+    tables.add_load(seen.backend, -1);
     tables.add_load(chosen.backend, 1);
     let kind = if reason == Reason::Expired { EventKind::Expired } else { EventKind::Moved };
     report(tables, opening, key, from, &chosen, (kind, reason));
@@ -181,21 +198,49 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
 }
 
 #[inline(always)]
-fn pin<A: Address, T: FamilyTables<A>>(
+fn pointed_to(pin: &impl Pin) -> (u32, u32) {
+    let Session { backend, generation, .. } = pin.observe();
+    (backend, generation)
+}
+
+/// Another processor was first to move this pin: goes where it now points; to `chosen` where that is no use.
+#[inline(always)]
+fn follow_another<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    opening: &Opening<'_, A>,
+    key: &SessionKey<A>,
+    pin: &T::Pin,
+    chosen: Chosen,
+) -> Resolved {
+    let (backend, generation) = pointed_to(pin);
+    match usable(tables, opening.frontend.pool, backend, generation) {
+        Ok(member) => follow(opening, pin, key.scope, Chosen { backend, member }),
+        Err(_) => unpinned(tables, chosen),
+    }
+}
+
+/// The connection goes on without a pin.
+#[inline(always)]
+fn unpinned<T: Tables>(tables: &T, chosen: Chosen) -> Resolved {
+    tables.count(Reason::SessionNotStored);
+    Resolved { chosen, reason: Reason::Selected, scope: 0 }
+}
+
+#[inline(always)]
+fn add_pin<A: Address, T: FamilyTables<A>>(
     tables: &T,
     opening: &Opening<'_, A>,
     key: &SessionKey<A>,
 ) -> Result<Resolved, Reason> {
     let draw = tables.random();
     let chosen = select(tables, opening.frontend, key.client, draw).ok_or(Reason::Inconsistent)?;
-    let new = new_session(opening, &chosen, next_draw(draw), Reason::Created);
+    let new = new_session(opening, &chosen, next_draw(draw));
     if let Err(NotStored) = tables.add_session(key, &new) {
         // Another processor was first with this client: do as it did.
-        if let Found::Usable(entry, chosen) = find(tables, opening, key) {
-            return Ok(follow(opening, &entry, key.scope, chosen));
-        }
-        tables.count(Reason::SessionNotStored);
-        return Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 });
+        return Ok(match find(tables, opening, key) {
+            Found::Usable(pin, chosen) => follow(opening, &pin, key.scope, chosen),
+            Found::Absent | Found::Stale(..) | Found::Elsewhere => unpinned(tables, chosen),
+        });
     }
     tables.add_load(chosen.backend, 1);
     report(tables, opening, key, (0, 0), &chosen, (EventKind::Created, Reason::Created));
@@ -203,7 +248,7 @@ fn pin<A: Address, T: FamilyTables<A>>(
 }
 
 #[inline(always)]
-fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32, reason: Reason) -> Session {
+fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32) -> Session {
     Session {
         created_ns: opening.now_ns,
         last_used_ns: opening.now_ns,
@@ -213,7 +258,7 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32,
         draw,
         connections: counted_connections(opening),
         uses: 1,
-        reason: reason as u8,
+        reason: Reason::Created as u8,
         pad: [0; 7],
     }
 }

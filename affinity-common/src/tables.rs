@@ -16,10 +16,24 @@ pub trait Entry<V: Copy> {
     fn update(&self, change: impl FnOnce(&mut V));
 }
 
+/// A pin inside a table, where another processor may be moving it at the same time: see [`crate::session`].
+pub trait Pin: Entry<Session> {
+    /// What decides about the pin: its backend with that one's generation, its times, its connections and the number it
+    /// draws next, as they were together at one moment. The other fields are zero.
+    fn observe(&self) -> Session;
+    /// Points the pin from one backend and its generation to another, in one step; false, and no change, where it does
+    /// not point there.
+    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool;
+    /// Adds to its connections, in one step; wraps.
+    fn add_connections(&self, connections: u32);
+}
+
 /// The tables that both families share, the clock, and randomness.
 pub trait Tables {
     /// A value found in a table.
     type Entry<V: Copy>: Entry<V>;
+    /// A session found in a table.
+    type Pin: Pin;
 
     /// Monotonic time in nanoseconds, as coarse as a jiffy.
     fn now_ns(&self) -> u64;
@@ -55,7 +69,7 @@ pub trait FamilyTables<A: Address>: Tables {
     /// A frontend's record: replaced as a whole, never changed in place.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
     /// A session.
-    fn session(&self, key: &SessionKey<A>) -> Option<Self::Entry<Session>>;
+    fn session(&self, key: &SessionKey<A>) -> Option<Self::Pin>;
     /// Stores a session if there is none under its key.
     ///
     /// # Errors

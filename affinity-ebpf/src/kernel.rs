@@ -3,15 +3,15 @@
 
 use core::{
     arch::asm,
-    intrinsics::{AtomicOrdering, atomic_xadd},
-    mem::MaybeUninit,
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
+    mem::{MaybeUninit, offset_of},
     ptr,
 };
 
 use affinity_common::{
-    abi::{CONFIG_MAGIC, Config, Event},
+    abi::{CONFIG_MAGIC, Config, Event, Session},
     packet::Packet,
-    tables::Entry,
+    tables::{Entry, Pin},
 };
 use aya_ebpf::{
     EbpfContext,
@@ -90,6 +90,87 @@ impl<V: Copy> Entry<V> for MapValue<V> {
         // SAFETY: as above. Another processor may write at the same time: fields are independent words, and each
         // decision taken from them tolerates either value.
         change(unsafe { &mut *self.0 });
+    }
+}
+
+impl MapValue<Session> {
+    /// The backend and its generation as one word, which other processors change as one.
+    #[inline(always)]
+    fn pinned(&self) -> *mut u64 {
+        const AT: usize = offset_of!(Session, backend);
+        const { assert!(AT.is_multiple_of(8) && offset_of!(Session, generation) == AT + 4) };
+        // SAFETY: see `MapValue::get`; the two fields lie side by side, aligned to eight bytes.
+        unsafe { self.0.byte_add(AT).cast() }
+    }
+}
+
+/// Two fields side by side, as the machine loads them at once.
+#[inline(always)]
+fn pair((first, second): (u32, u32)) -> u64 {
+    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+impl Pin for MapValue<Session> {
+    /// The backend is read first and last: a mover writes the times while the pin points nowhere, so where both readings
+    /// are equal the times are of that backend. After a move that this has seen, they are read again.
+    #[inline(always)]
+    fn observe(&self) -> Session {
+        let read = || {
+            // SAFETY: see `MapValue::get`. Volatile, because the order counts.
+            unsafe {
+                let pin = self.0;
+                (
+                    ptr::read_volatile(&raw const (*pin).draw),
+                    ptr::read_volatile(&raw const (*pin).created_ns),
+                    ptr::read_volatile(&raw const (*pin).last_used_ns),
+                    ptr::read_volatile(&raw const (*pin).connections),
+                )
+            }
+        };
+        // SAFETY: see `pinned`.
+        let read_pinned = || unsafe { ptr::read_volatile(self.pinned()) };
+        let (first, mut rest, pinned) = (read_pinned(), read(), read_pinned());
+        if first != pinned {
+            rest = read();
+        }
+        let (draw, created_ns, last_used_ns, connections) = rest;
+        let [a, b, c, d, e, f, g, h] = pinned.to_ne_bytes();
+        let (backend, generation) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+        Session {
+            created_ns,
+            last_used_ns,
+            backend,
+            generation,
+            draw,
+            connections,
+            service: 0,
+            uses: 0,
+            reason: 0,
+            pad: [0; 7],
+        }
+    }
+
+    #[inline(always)]
+    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+        // SAFETY: see `pinned`; whoever changes this word does it like this.
+        let (_, is_done) = unsafe {
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                self.pinned(),
+                pair(from),
+                pair(to),
+            )
+        };
+        is_done
+    }
+
+    #[inline(always)]
+    fn add_connections(&self, connections: u32) {
+        // SAFETY: see `MapValue::get`.
+        unsafe {
+            let place = &raw mut (*self.0).connections;
+            atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(place, connections);
+        }
     }
 }
 

@@ -35,6 +35,7 @@ pub struct Maps;
 
 impl Tables for Maps {
     type Entry<V: Copy> = MapValue<V>;
+    type Pin = MapValue<Session>;
 
     #[inline(always)]
     fn now_ns(&self) -> u64 {

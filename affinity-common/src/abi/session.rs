@@ -39,8 +39,8 @@ pub struct Session {
     pub generation: u32,
     /// The service whose connection made the pin: whose timeout a listing shows.
     pub service: u32,
-    /// The next random number for this pin. Drawn from the pin and not from the processor, so that two processors which
-    /// re-pin one client at once choose the same backend.
+    /// The next random number for this pin: its own, so that processors which re-pin one client at once mostly choose the
+    /// same backend and need not follow each other.
     pub draw: u32,
     /// Live TCP connections, kept under [`super::Timer::Alive`] only.
     pub connections: u32,
