@@ -14,8 +14,12 @@ pub mod names;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+#[cfg(test)]
+mod properties;
 pub mod refuse;
 pub mod rewrite;
 pub mod select;
 pub mod session;
 pub mod tables;
+#[cfg(test)]
+mod testing;

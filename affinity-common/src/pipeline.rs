@@ -4,6 +4,9 @@
 //! happens to the packet ([`Outcome`]) before anything is changed; [`carry_out`] then does it, and each program turns
 //! the resulting [`Verdict`] into its hook's return code in one `match`.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     abi::{AFFINITY, Address, Direction, Flow, FrontendKey, Reason, UsageOf, V4, V6, filter_bit},
     flow::{self, Admission},

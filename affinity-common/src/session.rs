@@ -7,6 +7,9 @@
 //! follow it; only a move to the very backend that it had may be made, and counted, twice. Whoever observes a pin that
 //! points somewhere sees the times that belong to that.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     abi::{
         Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Session,
@@ -172,10 +175,17 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     (pin, seen): (&T::Pin, &Session),
     reason: Reason,
 ) -> Result<Resolved, Reason> {
-    let chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
+    let mut chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
     let from = (seen.backend, seen.generation);
     let nowhere = (seen.backend, seen.generation & !1);
-    if !pin.repin(from, nowhere) && pointed_to(pin) != nowhere {
+    if pin.repin(from, nowhere) {
+        if pin.observe().created_ns != seen.created_ns
+            && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
+        {
+            // Another processor has just moved it, to where it was: there it stays.
+            chosen = Chosen { backend: seen.backend, member };
+        }
+    } else if pointed_to(pin) != nowhere {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
     pin.update(|session| {

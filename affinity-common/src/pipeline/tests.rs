@@ -1,0 +1,230 @@
+//! What happens when a table has no room or a frame cannot be changed: nothing is forwarded half done, and each case has
+//! its own counter.
+
+use std::{cell::Cell, vec::Vec};
+
+use super::*;
+use crate::{
+    abi::{
+        Backend, Event, FlowKey, Frontend, MEMBER_READY, Member, MemberKey, Port, Session, SessionKey, UsageKey, V4, V6,
+    },
+    model::Model,
+    parse::{ACK, SYN, TCP},
+    rewrite,
+    tables::NotStored,
+    testing::{Ends, Shape},
+};
+
+const SERVICE: (V4, u16) = (V4([10, 96, 0, 1]), 80);
+const CLIENT: (V4, u16) = (V4([198, 18, 0, 1]), 40_000);
+
+/// A model whose tables take no new entries of some kinds, or take them from another processor first.
+struct Failing {
+    model: Model,
+    sessions: Sessions,
+    /// Flow records that are still taken.
+    flows: Cell<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sessions {
+    Taken,
+    NoRoom,
+    /// Another processor pins the client to this backend just before.
+    Overtaken(u32),
+}
+
+impl Tables for Failing {
+    type Entry<V: Copy> = <Model as Tables>::Entry<V>;
+    type Pin = <Model as Tables>::Pin;
+
+    fn now_ns(&self) -> u64 {
+        self.model.now_ns()
+    }
+    fn random(&self) -> u32 {
+        self.model.random()
+    }
+    fn filter(&self, direction: Direction, bit: u32) -> bool {
+        self.model.filter(direction, bit)
+    }
+    fn slot(&self, index: u32) -> Option<u32> {
+        self.model.slot(index)
+    }
+    fn backend(&self, index: u32) -> Option<Backend> {
+        self.model.backend(index)
+    }
+    fn member(&self, key: &MemberKey) -> Option<Member> {
+        self.model.member(key)
+    }
+    fn load(&self, backend: u32) -> u64 {
+        self.model.load(backend)
+    }
+    fn add_load(&self, backend: u32, sessions: i64) {
+        self.model.add_load(backend, sessions);
+    }
+    fn count(&self, reason: Reason) {
+        self.model.count(reason);
+    }
+    fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
+        self.model.count_usage(of, id, reason);
+    }
+    fn report(&self, event: &Event) {
+        self.model.report(event);
+    }
+}
+
+impl<A: Address> FamilyTables<A> for Failing
+where
+    Model: FamilyTables<A>,
+{
+    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
+        self.model.frontend(key)
+    }
+    fn session(&self, key: &SessionKey<A>) -> Option<Self::Pin> {
+        self.model.session(key)
+    }
+    fn add_session(&self, key: &SessionKey<A>, session: &Session) -> Result<(), NotStored> {
+        match self.sessions {
+            Sessions::Taken => self.model.add_session(key, session),
+            Sessions::NoRoom => Err(NotStored),
+            Sessions::Overtaken(backend) => {
+                self.model.add_session(key, &Session { backend, ..*session })?;
+                Err(NotStored)
+            }
+        }
+    }
+    fn flow(&self, key: &FlowKey<A>) -> Option<Self::Entry<Flow<A>>> {
+        self.model.flow(key)
+    }
+    fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored> {
+        self.flows.set(self.flows.get().checked_sub(1).ok_or(NotStored)?);
+        self.model.put_flow(key, flow)
+    }
+}
+
+/// A service of two pods, the first of which every draw selects.
+fn failing(sessions: Sessions, flows: u32) -> Failing {
+    let mut model = Model::new(16);
+    model.now_ns.set(1_000_000_000_000);
+    model.fixed_random = true;
+    for pod in [0, 1] {
+        let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 0, pod as u8];
+        model.backends.insert(pod, Backend { address, generation: 1, flags: 0 });
+        let member = Member { generation: 1, port: Port::new(8080), state: MEMBER_READY, pad: 0 };
+        model.members.insert(MemberKey { pool: 1, backend: pod }, member);
+        model.slots.insert(pod, pod);
+    }
+    let frontend = Frontend {
+        timeout_ns: 60_000_000_000,
+        service: 1,
+        pool: 1,
+        group: 1,
+        own: 2,
+        slot_first: 0,
+        slot_count: 2,
+        seed: 0,
+        select: 0,
+        timer: 0,
+        prefix: 32,
+        flags: AFFINITY,
+    };
+    let port = Port::new(SERVICE.1);
+    model.frontends_v4.insert(FrontendKey::new(SERVICE.0, port, TCP), frontend);
+    model.filter.insert((Direction::Forward, filter_bit(SERVICE.0, port, TCP)));
+    model.usage.get_mut().insert(UsageKey { of: UsageOf::Service as u32, id: 1 }, Default::default());
+    Failing { model, sessions, flows: Cell::new(flows) }
+}
+
+fn counters(failing: &Failing) -> Vec<(Reason, u64)> {
+    failing.model.counters.borrow().iter().map(|(reason, count)| (*reason, *count)).collect()
+}
+
+fn first_frame() -> Vec<u8> {
+    Shape::tcp(SYN).frame(&Ends { from: CLIENT, to: SERVICE })
+}
+
+#[test]
+fn without_room_for_a_pin_the_connection_goes_on_unpinned() {
+    let tables = failing(Sessions::NoRoom, 2);
+    let mut frame = first_frame();
+    assert_eq!(forward(&mut frame, &tables), Verdict::Forward);
+    assert_eq!(counters(&tables), [(Reason::Selected, 1), (Reason::SessionNotStored, 1)]);
+    assert!(tables.model.events.borrow().is_empty() && tables.model.loads.borrow().is_empty());
+    let flows = tables.model.flows_v4.borrow();
+    assert!(flows.iter().all(|(_, flow)| flow.scope == 0), "no pin to renew or to count");
+}
+
+#[test]
+fn who_comes_second_follows_the_pin_of_who_came_first() {
+    let tables = failing(Sessions::Overtaken(1), 2);
+    let mut frame = first_frame();
+    assert_eq!(forward(&mut frame, &tables), Verdict::Forward);
+    assert_eq!(frame[30..34], [10, 244, 0, 1], "not the pod that it had drawn itself");
+    assert_eq!(counters(&tables), [(Reason::Pinned, 1)]);
+    let uses: Vec<u32> = tables.model.sessions_v4.borrow().iter().map(|(_, session)| session.uses).collect();
+    assert_eq!(uses, [2]);
+}
+
+/// The reverse record comes first, so none of this lets a connection through whose replies would not be translated.
+#[test]
+fn without_room_for_its_flow_a_connection_is_dropped() {
+    for room in [0, 1] {
+        let tables = failing(Sessions::Taken, room);
+        let mut frame = first_frame();
+        assert_eq!(forward(&mut frame, &tables), Verdict::Drop);
+        assert_eq!(frame, first_frame());
+        assert_eq!(counters(&tables), [(Reason::FlowNotStored, 1)]);
+        // The client's next try finds its pin.
+        tables.flows.set(2);
+        assert_eq!(forward(&mut frame, &tables), Verdict::Forward);
+        assert_eq!(counters(&tables), [(Reason::Pinned, 1), (Reason::FlowNotStored, 1)]);
+    }
+}
+
+/// A frame that cannot be rewritten, or not be resized.
+struct Stiff {
+    bytes: Vec<u8>,
+    can_be_rewritten: bool,
+}
+
+impl Packet for Stiff {
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.read(offset)
+    }
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        self.bytes.write(offset, bytes)
+    }
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &crate::abi::Edit<A>) -> bool {
+        self.can_be_rewritten && rewrite::in_place(self, headers, edit)
+    }
+    fn resize(&mut self, _len: usize) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_frame_that_cannot_be_rewritten_is_dropped() {
+    let tables = failing(Sessions::Taken, 2);
+    let mut frame = Stiff { bytes: first_frame(), can_be_rewritten: false };
+    assert_eq!(forward(&mut frame, &tables), Verdict::Drop);
+    assert_eq!(counters(&tables), [(Reason::NotRewritten, 1)]);
+}
+
+#[test]
+fn a_refusal_that_cannot_be_written_is_a_drop() {
+    let mut tables = failing(Sessions::Taken, 2);
+    tables.model.frontends_v4.values_mut().for_each(|frontend| frontend.slot_count = 0);
+    let mut frame = Stiff { bytes: first_frame(), can_be_rewritten: true };
+    assert_eq!(forward(&mut frame, &tables), Verdict::Drop);
+    assert_eq!(counters(&tables), [(Reason::NoReplyBuilt, 1)]);
+}
+
+#[test]
+fn a_service_of_the_other_family_is_another() {
+    let tables = failing(Sessions::Taken, 2);
+    let mapped = |of: V4| V6(of.to_mapped());
+    let ends = Ends { from: (mapped(CLIENT.0), CLIENT.1), to: (mapped(SERVICE.0), SERVICE.1) };
+    let mut frame = Shape::tcp(ACK).frame(&ends);
+    assert_eq!(forward(&mut frame, &tables), Verdict::Pass);
+    assert_eq!(counters(&tables), [(Reason::NotFrontend, 1)]);
+}
