@@ -22,7 +22,7 @@ use affinity_common::{
 };
 
 use crate::{
-    frame::{RST, SYN, TCP, read},
+    frame::{ACK, FIN, RST, SYN, TCP, read},
     passage::Passage,
     state::{PORTS, State, send_to},
 };
@@ -53,7 +53,7 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
 fn repeat(model: &Model, first: &Passage) {
     let reading = first.reading();
     let flags = if reading.protocol == TCP { first.before[reading.l4 + 13] } else { 0 };
-    if flags & (SYN | RST) == SYN | RST {
+    if flags & (SYN | ACK) == SYN && flags & (FIN | RST) != 0 {
         // It opens and ends a connection, so the next one is another.
         return;
     }
