@@ -24,9 +24,10 @@ use bytemuck::{Pod, Zeroable};
 pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey};
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
-pub use flow::{Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, FlowKey};
+pub use flow::{Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey};
 pub use frontend::{
-    AFFINITY, FILTER_BITS, Frontend, FrontendKey, SHARED, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
+    AFFINITY, BESIDE, FILTER_BITS, Frontend, FrontendKey, SHADOW, SHARED, Selection, TIMEOUT_UNLIMITED, Timer,
+    filter_bit,
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};

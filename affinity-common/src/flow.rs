@@ -2,8 +2,8 @@
 
 use crate::{
     abi::{
-        Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, MEMBER_READY, MemberKey, Reason,
-        SessionKey, Timer,
+        Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FrontendKey,
+        MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
     parse::{FIN, Headers, RST, UDP},
     rewrite,
@@ -23,6 +23,8 @@ pub enum Admission {
     Afresh,
     /// The connection's pod is gone: the client must be told.
     Gone,
+    /// The packet belongs to it, and passes: the connection is another proxy's.
+    Shadow,
 }
 
 /// Judges a packet from the client against its flow.
@@ -38,6 +40,9 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     } else {
         tables.backend(backend).is_some_and(|backend| backend.generation == generation)
     };
+    if state & FLOW_SHADOW != 0 {
+        return admit_shadow(tables, headers, lives, state);
+    }
     if lives {
         if headers.is_opening() && state != 0 { Admission::Afresh } else { Admission::Established }
     } else if is_datagram || headers.is_opening() {
@@ -45,6 +50,20 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     } else {
         Admission::Gone
     }
+}
+
+/// A flow that was decided in shadow mode stays another proxy's to its end; which a datagram flow has not, so it comes
+/// over once its frontend is ours.
+#[inline(never)]
+fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, lives: bool, state: u8) -> Admission {
+    let key = &headers.key;
+    let begins = headers.is_opening() && (!lives || state != FLOW_SHADOW);
+    let is_datagram = key.protocol == UDP;
+    let is_ours = || {
+        let frontend = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
+        frontend.is_some_and(|frontend| frontend.flags & SHADOW == 0)
+    };
+    if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
 }
 
 /// Notes that a packet passed: time of last use, the pin's timer where packets restart it, and the connection's end.
@@ -103,7 +122,9 @@ fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, en
         return;
     }
     entry.update(|flow| flow.state = state);
-    if let Some(other) = tables.flow(&entry.with(|flow| headers.key.opposite(&flow.edit))) {
+    if state & FLOW_SHADOW == 0
+        && let Some(other) = tables.flow(&entry.with(|flow| headers.key.opposite(&flow.edit)))
+    {
         other.update(|flow| flow.state = state);
     }
     if state & !before & FLOW_CLOSED != 0 {
@@ -145,10 +166,13 @@ const fn after_end<A>(state: u8, headers: &Headers<A>) -> u8 {
     }
     let sender = if headers.key.direction == Direction::Forward as u8 { FLOW_FIN_CLIENT } else { FLOW_FIN_SERVER };
     let state = state | sender;
-    if state & FLOW_FIN_CLIENT != 0 && state & FLOW_FIN_SERVER != 0 { state | FLOW_CLOSED } else { state }
+    // In shadow mode the server's FIN is not seen.
+    let is_last = state & FLOW_FIN_CLIENT != 0 && state & (FLOW_FIN_SERVER | FLOW_SHADOW) != 0;
+    if is_last { state | FLOW_CLOSED } else { state }
 }
 
-/// Stores the two records of a new connection; the reverse one first, so that no reply finds it missing.
+/// Stores the two records of a new connection; the reverse one first, so that no reply finds it missing. In shadow mode
+/// replies are not ours, and there is no reverse one.
 ///
 /// # Errors
 /// [`Reason::FlowNotStored`] where the kernel has no room; [`Reason::Inconsistent`] where the backend has no record.
@@ -162,6 +186,8 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     let key = &headers.key;
     let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
     let port = resolved.chosen.member.port;
+    let is_shadow = frontend.flags & SHADOW != 0;
+    let state = if is_shadow { FLOW_SHADOW } else { 0 };
     let edit = rewrite::edit(key, key.saddr, A::from_mapped(backend.address), key.sport, port);
     let mut flow = Flow {
         created_ns: now_ns,
@@ -174,14 +200,16 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
         scope: resolved.scope,
         service: frontend.service,
         // A connection that is not known may be at its end already.
-        state: if headers.flags & (FIN | RST) != 0 { after_end(0, headers) } else { 0 },
+        state: if headers.flags & (FIN | RST) != 0 { after_end(state, headers) } else { state },
         timer: frontend.timer,
         prefix: frontend.prefix,
         pad: 0,
     };
-    let reverse_key = key.opposite(&edit);
-    flow.edit = rewrite::edit(&reverse_key, key.daddr, key.saddr, key.dport, key.sport);
-    tables.put_flow(&reverse_key, &flow).map_err(|NotStored| Reason::FlowNotStored)?;
-    flow.edit = edit;
+    if !is_shadow {
+        let reverse_key = key.opposite(&edit);
+        flow.edit = rewrite::edit(&reverse_key, key.daddr, key.saddr, key.dport, key.sport);
+        tables.put_flow(&reverse_key, &flow).map_err(|NotStored| Reason::FlowNotStored)?;
+        flow.edit = edit;
+    }
     tables.put_flow(key, &flow).map_err(|NotStored| Reason::FlowNotStored)
 }

@@ -8,10 +8,12 @@
 mod tests;
 
 use crate::{
-    abi::{AFFINITY, Address, Direction, Flow, FrontendKey, Reason, UsageOf, V4, V6, filter_bit},
+    abi::{
+        AFFINITY, Address, BESIDE, Direction, Flow, Frontend, FrontendKey, Reason, SHADOW, UsageOf, V4, V6, filter_bit,
+    },
     flow::{self, Admission},
     packet::Packet,
-    parse::{self, Headers, Network},
+    parse::{self, Headers, Network, TCP},
     refuse,
     session::{self, Opening, Resolved},
     tables::{Entry, FamilyTables, Tables},
@@ -104,6 +106,10 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
                 return Outcome::new(Decision::Forward(flow), Reason::Established);
             }
             Admission::Gone => return rejected(headers, Reason::FlowGone),
+            Admission::Shadow => {
+                flow::note_packet(tables, headers, &flow);
+                return Outcome::new(Decision::Pass, Reason::Shadow);
+            }
             Admission::Afresh => flow::supersede(tables, headers, &flow),
         }
     }
@@ -113,7 +119,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
             Some(flow) => Outcome::new(Decision::Forward(flow), reason),
             None => Outcome::new(Decision::Drop, Reason::FlowNotStored),
         },
-        Opened::NotAFrontend => Outcome::new(Decision::Pass, Reason::NotFrontend),
+        Opened::NotOurs(reason) => Outcome::new(Decision::Pass, reason),
         Opened::NobodyThere => rejected(headers, Reason::NoEndpoints),
         Opened::Failed(reason) => Outcome::new(Decision::Drop, reason),
     }
@@ -123,7 +129,8 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
 enum Opened {
     /// It is a flow now, for this reason.
     As(Reason),
-    NotAFrontend,
+    /// The packet is somebody else's business.
+    NotOurs(Reason),
     NobodyThere,
     Failed(Reason),
 }
@@ -133,11 +140,15 @@ enum Opened {
 fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let key = &headers.key;
     let Some(frontend) = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol)) else {
-        return Opened::NotAFrontend;
+        return Opened::NotOurs(Reason::NotFrontend);
     };
+    if is_of_another_proxy(headers, frontend) {
+        return Opened::NotOurs(Reason::OtherProxy);
+    }
+    let is_shadow = frontend.flags & SHADOW != 0;
     if frontend.slot_count == 0 {
         tables.count_usage(UsageOf::Service, frontend.service, Reason::NoEndpoints);
-        return Opened::NobodyThere;
+        return if is_shadow { Opened::NotOurs(Reason::Shadow) } else { Opened::NobodyThere };
     }
     let opening = Opening { headers, frontend, now_ns: tables.now_ns() };
     let mut resolved = Resolved::NOTHING;
@@ -147,14 +158,21 @@ fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Ope
         session::choose(tables, &opening).map(|chosen| resolved = chosen)
     };
     if let Err(reason) = done {
-        return Opened::Failed(reason);
+        return if is_shadow { Opened::NotOurs(Reason::Shadow) } else { Opened::Failed(reason) };
     }
     tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
     tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
     match flow::begin(tables, &opening, &resolved) {
+        _ if is_shadow => Opened::NotOurs(Reason::Shadow),
         Ok(()) => Opened::As(resolved.reason),
         Err(reason) => Opened::Failed(reason),
     }
+}
+
+/// Whether a packet that belongs to no known flow is in the middle of a connection that another proxy has made.
+#[inline(always)]
+fn is_of_another_proxy<A: Address>(headers: &Headers<A>, frontend: &Frontend) -> bool {
+    frontend.flags & (BESIDE | SHADOW) != 0 && headers.key.protocol == TCP && !headers.is_opening()
 }
 
 /// Decides about a packet that leaves: filter, then flow. It is translated for as long as its flow is known, even if

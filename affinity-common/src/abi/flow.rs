@@ -91,7 +91,7 @@ pub struct Flow<A> {
     pub scope: u32,
     /// The service.
     pub service: u32,
-    /// [`FLOW_FIN_CLIENT`], [`FLOW_FIN_SERVER`], [`FLOW_CLOSED`]; the same in both directions.
+    /// [`FLOW_FIN_CLIENT`], [`FLOW_FIN_SERVER`], [`FLOW_CLOSED`], the same in both directions; [`FLOW_SHADOW`].
     pub state: u8,
     /// The pin's [`super::Timer`].
     pub timer: u8,
@@ -107,3 +107,5 @@ pub const FLOW_FIN_CLIENT: u8 = 1;
 pub const FLOW_FIN_SERVER: u8 = 2;
 /// [`Flow::state`]: both have sent FIN, or one has sent RST.
 pub const FLOW_CLOSED: u8 = 4;
+/// [`Flow::state`]: decided in shadow mode: its packets pass, and it has no record for the other direction.
+pub const FLOW_SHADOW: u8 = 8;

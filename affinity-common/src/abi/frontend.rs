@@ -55,7 +55,7 @@ pub struct Frontend {
     pub timer: u8,
     /// Prefix length that makes the client key.
     pub prefix: u8,
-    /// [`AFFINITY`] and [`SHARED`].
+    /// [`AFFINITY`], [`SHARED`], [`BESIDE`] and [`SHADOW`].
     pub flags: u8,
 }
 
@@ -66,6 +66,11 @@ pub const AFFINITY: u8 = 1;
 /// [`Frontend::flags`]: the group spans pools with different members; `members` then also holds the group's union of
 /// members, under the group's id.
 pub const SHARED: u8 = 2;
+/// [`Frontend::flags`]: another service proxy is at work. TCP packets in the middle of a connection that is not known here
+/// are its business, and pass.
+pub const BESIDE: u8 = 4;
+/// [`Frontend::flags`]: everything is decided, remembered and counted, and every packet passes.
+pub const SHADOW: u8 = 8;
 
 /// How a member is chosen for a connection without a usable pin.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]

@@ -70,6 +70,8 @@ reasons! {
     EventLost = 23, "event-lost", "Incident: the event ring was full.";
     Inconsistent = 24, "inconsistent", "Dropped: a slot names no member; never expected.";
     OperatorPinned = 25, "operator", "Not a packet: an operator set the pin.";
+    OtherProxy = 26, "other-proxy", "Passed: in the middle of a connection that another service proxy has made.";
+    Shadow = 27, "shadow", "Passed: decided and counted in shadow mode, which changes no packet.";
 }
 
 /// What a [`UsageKey`] counts for.

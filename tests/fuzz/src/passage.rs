@@ -1,7 +1,7 @@
 //! One frame through the pipeline, and what must hold of any.
 
 use affinity_common::{
-    abi::{Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, V4, V6},
+    abi::{BESIDE, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, V4, V6},
     model::Model,
     pipeline::{self, Verdict},
 };
@@ -116,14 +116,19 @@ impl Passage {
         }
     }
 
-    /// Packets to frontends are touched, and no others. They reach pods that exist, and new connections only ready ones.
+    /// Packets to frontends are touched, but for another proxy's, and no others. They reach pods that exist, and new
+    /// connections only ready ones.
     fn judge_destination(&self, model: &Model, pins_before: Option<Pins>) {
         let frontend = read(&self.before).and_then(|reading| frontend_of(model, &reading));
-        assert_eq!(
-            frontend.is_some(),
-            self.verdict != Verdict::Pass,
-            "packets to frontends are touched, and no others"
-        );
+        let is_ours = frontend.is_some_and(|frontend| frontend.flags & SHADOW == 0);
+        if self.reason == Reason::OtherProxy {
+            let flags = self.before[self.reading().l4 + 13];
+            assert_eq!(self.verdict, Verdict::Pass);
+            assert!(frontend.is_some_and(|frontend| frontend.flags & (BESIDE | SHADOW) != 0));
+            assert_ne!(flags & (SYN | ACK), SYN, "who opens a connection is served");
+        } else {
+            assert_eq!(is_ours, self.verdict != Verdict::Pass, "packets to our frontends are touched, and no others");
+        }
         let (Some(frontend), Verdict::Forward) = (frontend, self.verdict) else { return };
         let before = self.reading();
         let after = read(&self.after).expect("a translated frame is as whole as before");

@@ -6,7 +6,7 @@ use crate::{
 };
 
 /// The states, by name; the fields of [`crate::state::State`] in their order.
-const STATES: [(&str, [u8; HEAD]); 15] = [
+const STATES: [(&str, [u8; HEAD]); 17] = [
     ("random", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
     ("consistent", [0, 1, 24, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
     ("least", [0, 2, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
@@ -21,6 +21,8 @@ const STATES: [(&str, [u8; HEAD]); 15] = [
     ("pod retired", [0, 0, 128, 2, 0xaa, 0xaa, 0x11, 1, 1, 9, 1, 0x09]),
     ("idle", [0, 4, 128, 0, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0x40]),
     ("no endpoints", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0]),
+    ("beside", [0, 0x10, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
+    ("shadow", [0, 0x2c, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x05]),
     ("slot too many", [0, 0x40, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0]),
 ];
 

@@ -6,8 +6,8 @@
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, Backend, Direction, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey,
-        Port, Reason, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
+        AFFINITY, Address, BESIDE, Backend, Direction, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member,
+        MemberKey, Port, Reason, SHADOW, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
     },
     flow::REFRESH_NS,
     model::Model,
@@ -169,6 +169,8 @@ impl State {
         let surplus = u32::from(self.policy & 0x40 != 0);
         let shared = if self.members[0] == self.members[1] { 0 } else { SHARED };
         let pinned = if self.policy & 0x80 == 0 { AFFINITY } else { 0 };
+        let beside = if self.policy & 0x10 == 0 { 0 } else { BESIDE };
+        let shadow = if self.policy & 0x20 == 0 { 0 } else { SHADOW };
         Frontend {
             timeout_ns: self.timeout_ns(),
             service: 1,
@@ -181,7 +183,7 @@ impl State {
             select: self.policy & 3,
             timer: self.policy >> 2 & 3,
             prefix: self.prefix,
-            flags: pinned | shared,
+            flags: pinned | shared | beside | shadow,
         }
     }
 

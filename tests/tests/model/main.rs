@@ -154,6 +154,8 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::NoEndpoints
         | Reason::FlowGone
         | Reason::NotAnswered
+        | Reason::OtherProxy
+        | Reason::Shadow
         | Reason::Inconsistent => is_forward,
         // A group of which both scopes are the same: the pin is neither usable nor absent.
         Reason::SessionNotStored => is_forward,

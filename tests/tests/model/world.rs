@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use affinity_common::{
     abi::{
-        Backend, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Flow, FlowKey, Frontend, FrontendKey,
-        MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Port, Reason, Session, SessionKey, TIMEOUT_UNLIMITED,
-        UsageKey, UsageOf, V4, V6, filter_bit,
+        Backend, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, Frontend,
+        FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Port, Reason, Session, SessionKey,
+        TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     model::Model,
     parse::{TCP, UDP},
@@ -223,7 +223,7 @@ impl World {
             select: dice.pick(&[0, 1, 2, 2, 3]),
             timer: dice.pick(&[0, 1, 2, 3, 3, 4]),
             prefix: dice.pick(&PREFIXES),
-            flags: dice.pick(&[0, 1, 1, 3, 3, 2, 0xff]),
+            flags: dice.pick(&[0, 1, 1, 1, 3, 3, 3, 2, 5, 7, 9, 11, 0xff]),
         };
         let port = Port::new(at.port());
         A::frontends(&mut self.model).insert(FrontendKey::new(address(at), port, protocol), frontend);
@@ -258,8 +258,16 @@ impl World {
             pad: [0; 2],
         };
         let edit = rewrite::edit(&key, key.saddr, address(pod), key.sport, Port::new(pod.port()));
-        let ends =
-            [0, 0, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_CLOSED, FLOW_FIN_CLIENT | FLOW_FIN_SERVER | FLOW_CLOSED];
+        let states = [
+            0,
+            0,
+            FLOW_SHADOW,
+            FLOW_SHADOW | FLOW_FIN_CLIENT | FLOW_CLOSED,
+            FLOW_FIN_CLIENT,
+            FLOW_FIN_SERVER,
+            FLOW_CLOSED,
+            FLOW_FIN_CLIENT | FLOW_FIN_SERVER | FLOW_CLOSED,
+        ];
         let flow = Flow {
             created_ns: self.time_ns(dice),
             last_used_ns: self.time_ns(dice),
@@ -270,7 +278,7 @@ impl World {
             pool: frontend.pool,
             scope: dice.pick(&[0, frontend.group, frontend.group, frontend.own]),
             service: frontend.service,
-            state: dice.pick(&ends),
+            state: dice.pick(&states),
             timer: frontend.timer,
             prefix: frontend.prefix,
             pad: 0,
