@@ -2,12 +2,12 @@
 
 use crate::{
     abi::{
-        Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FrontendKey,
+        Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, Frontend, FrontendKey,
         MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
     parse::{FIN, Headers, RST, UDP},
     rewrite,
-    session::{Opening, Resolved, is_fresh},
+    session::{Resolved, is_fresh},
     tables::{Entry, FamilyTables, NotStored, Pin},
 };
 
@@ -179,10 +179,11 @@ const fn after_end<A>(state: u8, headers: &Headers<A>) -> u8 {
 #[inline(never)]
 pub fn begin<A: Address, T: FamilyTables<A>>(
     tables: &T,
-    opening: &Opening<'_, A>,
+    headers: &Headers<A>,
+    frontend: &Frontend,
+    now_ns: u64,
     resolved: &Resolved,
 ) -> Result<(), Reason> {
-    let &Opening { headers, frontend, now_ns } = opening;
     let key = &headers.key;
     let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
     let port = resolved.chosen.member.port;

@@ -8,9 +8,7 @@
 mod tests;
 
 use crate::{
-    abi::{
-        AFFINITY, Address, BESIDE, Direction, Flow, Frontend, FrontendKey, Reason, SHADOW, UsageOf, V4, V6, filter_bit,
-    },
+    abi::{Address, BESIDE, Direction, Flow, Frontend, FrontendKey, Reason, SHADOW, V4, V6, filter_bit},
     flow::{self, Admission},
     packet::Packet,
     parse::{self, Headers, Network, TCP},
@@ -145,28 +143,27 @@ fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Ope
     if is_of_another_proxy(headers, frontend) {
         return Opened::NotOurs(Reason::OtherProxy);
     }
-    let is_shadow = frontend.flags & SHADOW != 0;
-    if frontend.slot_count == 0 {
-        tables.count_usage(UsageOf::Service, frontend.service, Reason::NoEndpoints);
-        return if is_shadow { Opened::NotOurs(Reason::Shadow) } else { Opened::NobodyThere };
-    }
-    let opening = Opening { headers, frontend, now_ns: tables.now_ns() };
+    let now_ns = tables.now_ns();
     let mut resolved = Resolved::NOTHING;
-    let done = if frontend.flags & AFFINITY != 0 {
-        session::resolve(tables, &opening, &mut resolved)
-    } else {
-        session::choose(tables, &opening).map(|chosen| resolved = chosen)
-    };
-    if let Err(reason) = done {
-        return if is_shadow { Opened::NotOurs(Reason::Shadow) } else { Opened::Failed(reason) };
-    }
-    tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
-    tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
-    match flow::begin(tables, &opening, &resolved) {
-        _ if is_shadow => Opened::NotOurs(Reason::Shadow),
+    let found = member_for(tables, headers, frontend, now_ns, &mut resolved);
+    match found.and_then(|()| flow::begin(tables, headers, frontend, now_ns, &resolved)) {
+        _ if frontend.flags & SHADOW != 0 => Opened::NotOurs(Reason::Shadow),
         Ok(()) => Opened::As(resolved.reason),
+        Err(Reason::NoEndpoints) => Opened::NobodyThere,
         Err(reason) => Opened::Failed(reason),
     }
+}
+
+/// The member for a packet's new connection: apart, because what it needs of the stack is free again when the flow begins.
+#[inline(never)]
+fn member_for<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    headers: &Headers<A>,
+    frontend: &Frontend,
+    now_ns: u64,
+    resolved: &mut Resolved,
+) -> Result<(), Reason> {
+    session::open(tables, &Opening::by_packet(headers, frontend, now_ns), resolved)
 }
 
 /// Whether a packet that belongs to no known flow is in the middle of a connection that another proxy has made.

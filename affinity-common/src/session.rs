@@ -12,8 +12,8 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Session,
-        SessionKey, TIMEOUT_UNLIMITED, Timer,
+        AFFINITY, Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Session,
+        SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
     },
     parse::{Headers, RST, TCP},
     select::{Chosen, next_draw, select},
@@ -35,12 +35,29 @@ pub fn is_fresh(session: &Session, timer: Timer, timeout_ns: u64, now_ns: u64) -
 /// A client's new connection to a frontend.
 #[derive(Clone, Copy)]
 pub struct Opening<'a, A> {
-    /// The client's packet.
-    pub headers: &'a Headers<A>,
+    /// The client key, as it stands in a [`SessionKey`]. Its family need not be the frontend's.
+    pub client: A,
     /// The frontend.
     pub frontend: &'a Frontend,
     /// Monotonic time.
     pub now_ns: u64,
+    /// Connections that a pin under [`Timer::Alive`] counts from here on: one where its end will be seen, else none.
+    pub connections: u32,
+}
+
+impl<'a, A: Address> Opening<'a, A> {
+    /// By a packet: the client key is its source under the frontend's prefix. A datagram's end cannot be seen, and a reset
+    /// begins nothing.
+    #[inline(always)]
+    pub fn by_packet(headers: &Headers<A>, frontend: &'a Frontend, now_ns: u64) -> Self {
+        let Headers { key, flags, .. } = headers;
+        Self {
+            client: key.saddr.masked(frontend.prefix),
+            frontend,
+            now_ns,
+            connections: u32::from(key.protocol == TCP && flags & RST == 0),
+        }
+    }
 }
 
 /// A member for a new connection, and how it came about.
@@ -73,37 +90,46 @@ enum Found<P> {
     Elsewhere,
 }
 
+/// Finds the member for a new connection, and counts it for the service and the backend; `resolved` becomes what came of
+/// it. For callers that are not inlined and return what fits a register: the kernel's verifier refuses a function whose
+/// return register holds a pointer to the stack when it ends, and one that returns by pointer is free to leave that
+/// there.
+///
+/// # Errors
+/// [`Reason::NoEndpoints`] where the pool has no usable member; [`Reason::Inconsistent`] where its slots name no ready
+/// one.
+#[inline(always)]
+pub fn open<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    opening: &Opening<'_, A>,
+    resolved: &mut Resolved,
+) -> Result<(), Reason> {
+    let frontend = opening.frontend;
+    if frontend.slot_count == 0 {
+        tables.count_usage(UsageOf::Service, frontend.service, Reason::NoEndpoints);
+        return Err(Reason::NoEndpoints);
+    }
+    let is_pinned = frontend.flags & AFFINITY != 0;
+    *resolved = if is_pinned { follow_or_pin(tables, opening) } else { choose(tables, opening) }?;
+    tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
+    tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
+    Ok(())
+}
+
 /// Chooses a member for a connection to a service without affinity.
 ///
 /// # Errors
 /// [`Reason::Inconsistent`] where the pool's slots name no ready member.
 #[inline(always)]
-pub fn choose<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
-    let client = opening.headers.key.saddr.masked(opening.frontend.prefix);
-    let chosen = select(tables, opening.frontend, client, tables.random()).ok_or(Reason::Inconsistent)?;
+fn choose<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
+    let chosen = select(tables, opening.frontend, opening.client, tables.random()).ok_or(Reason::Inconsistent)?;
     Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 })
 }
 
-/// Follows the client's pin, or makes one; `resolved` becomes what came of it.
-///
-/// What this returns fits a register. The kernel's verifier refuses a function whose return register holds a pointer to
-/// the stack when it ends, and one that returns by pointer is free to leave that there.
-///
-/// # Errors
-/// [`Reason::Inconsistent`] where the pool's slots name no ready member.
-#[inline(never)]
-pub fn resolve<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    opening: &Opening<'_, A>,
-    resolved: &mut Resolved,
-) -> Result<(), Reason> {
-    *resolved = follow_or_pin(tables, opening)?;
-    Ok(())
-}
-
+/// Follows the client's pin, or makes one.
 #[inline(always)]
 fn follow_or_pin<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
-    let mut key = SessionKey::new(opening.frontend.group, opening.headers.key.saddr, opening.frontend.prefix);
+    let mut key = SessionKey::new(opening.frontend.group, opening.client, A::BITS);
     let mut found = find(tables, opening, &key);
     if let Found::Elsewhere = found {
         key.scope = opening.frontend.own;
@@ -273,11 +299,10 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32)
     }
 }
 
-/// Connections are counted where a pin lives as long as they do, and where their end can be seen; a reset begins none.
+/// Connections are counted only where a pin lives as long as they do.
 #[inline(always)]
 fn counted_connections<A: Address>(opening: &Opening<'_, A>) -> u32 {
-    let Headers { key, flags, .. } = opening.headers;
-    u32::from(opening.frontend.timer == Timer::Alive as u8 && key.protocol == TCP && flags & RST == 0)
+    if opening.frontend.timer == Timer::Alive as u8 { opening.connections } else { 0 }
 }
 
 /// Reports what became of a pin; `from` is the backend and generation that it had.

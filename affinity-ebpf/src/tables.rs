@@ -112,7 +112,11 @@ impl Tables for Maps {
         if let Some(usage) = USAGE.get_ptr_mut(UsageKey { of: of as u32, id })
             && let Some(index) = usage_index(reason)
         {
-            MapValue::new(usage).update(|usage| usage.counts[index] += 1);
+            MapValue::new(usage).update(|usage| {
+                if let Some(count) = usage.counts.get_mut(kernel::forgotten(index)) {
+                    *count += 1;
+                }
+            });
         }
     }
 

@@ -6,7 +6,8 @@ use std::{cell::Cell, vec::Vec};
 use super::*;
 use crate::{
     abi::{
-        Backend, Event, FlowKey, Frontend, MEMBER_READY, Member, MemberKey, Port, Session, SessionKey, UsageKey, V4, V6,
+        AFFINITY, Backend, Event, FlowKey, Frontend, MEMBER_READY, Member, MemberKey, Port, Session, SessionKey,
+        UsageKey, UsageOf, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, TCP},
