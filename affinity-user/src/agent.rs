@@ -97,13 +97,20 @@ pub struct Options {
     pub pin_dir: PathBuf,
     /// This node's name in Kubernetes.
     pub node_name: Option<String>,
+    /// Which services are ours.
+    pub services: desired::Services,
+    /// Our name in the label that gives services to a proxy.
+    pub proxy_name: String,
+    /// Decide and count, and let every packet pass.
+    pub shadow: bool,
     /// `run`: take the dataplane away at the end.
     pub detach_on_exit: bool,
 }
 
 impl Options {
     fn desired(&self) -> desired::Options {
-        desired::Options { node_name: self.node_name.clone() }
+        let Self { node_name, services, proxy_name, shadow, .. } = self.clone();
+        desired::Options { node_name, services, proxy_name, shadow }
     }
 }
 

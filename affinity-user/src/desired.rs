@@ -11,6 +11,7 @@
 mod endpoints;
 mod groups;
 mod hash;
+mod ownership;
 mod service;
 
 use std::{
@@ -24,16 +25,36 @@ use k8s_openapi::{api::core::v1::Service, jiff::Timestamp};
 
 use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use endpoints::Endpoints;
+use ownership::is_ours;
 use service::ServiceSpec;
 
 pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
+pub use ownership::{DEFAULT_PROXY_NAME, Services, UnknownServices};
 
 /// What depends on the node.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// This node's name; endpoints on it are local.
     pub node_name: Option<String>,
+    /// Which services are ours.
+    pub services: Services,
+    /// Our name in the label that gives services to a proxy.
+    pub proxy_name: String,
+    /// Decide and count, and let every packet pass.
+    pub shadow: bool,
+}
+
+impl Default for Options {
+    /// All services, for real, on a node without a name.
+    fn default() -> Self {
+        Self {
+            node_name: None,
+            services: Services::default(),
+            proxy_name: DEFAULT_PROXY_NAME.to_owned(),
+            shadow: false,
+        }
+    }
 }
 
 /// An IP family.
@@ -219,6 +240,12 @@ pub struct Desired {
     pub unions: BTreeMap<Scope, BTreeMap<BackendName, bool>>,
     /// The backends of these pools, and whether each is on this node.
     pub backends: BTreeMap<BackendName, bool>,
+    /// The pods of services that are not ours: connections of the time when they were go on.
+    pub others: BTreeSet<BackendName>,
+    /// Whether another service proxy handles the other services, and whatever is not known here.
+    pub beside: bool,
+    /// Whether everything is only decided and counted.
+    pub shadow: bool,
     /// Present where the source was read in part only: the plan then keeps what is there of everything else.
     pub known: Option<Known>,
 }
@@ -238,7 +265,7 @@ pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>
     let mut problems = Vec::new();
     let endpoints = Endpoints::read(snapshot, options, &mut problems);
     let mut specs = BTreeMap::new();
-    for (name, service) in &snapshot.services {
+    for (name, service) in snapshot.services.iter().filter(|(_, service)| is_ours(&service.object, options)) {
         let mut report = Report::new("Service", name, service, &mut problems);
         if let Some(spec) = service::read(name, &service.object, &mut report) {
             specs.insert(name, spec);
@@ -246,7 +273,8 @@ pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>
     }
     groups::report_disagreement(snapshot, &specs, &mut problems);
 
-    let mut desired = Desired::default();
+    let mut desired =
+        Desired { beside: options.services != Services::All, shadow: options.shadow, ..Desired::default() };
     for (name, spec) in by_seniority(snapshot, &specs) {
         let mut report = Report::new("Service", name, &snapshot.services[name], &mut problems);
         desired.add(name, spec, &endpoints, &mut report);
@@ -258,6 +286,7 @@ pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>
     desired.known = snapshot
         .partial
         .then(|| Known { services: snapshot.services.keys().cloned().collect(), with_slices: endpoints.services() });
+    desired.others = endpoints.others;
     (desired, problems)
 }
 

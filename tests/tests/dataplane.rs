@@ -25,6 +25,7 @@ use affinity_tests::packet::{Frame, tcp_flags};
 use affinity_user::{
     agent,
     attach::{self, Device, Devices, Framing, Hook, XdpPolicy},
+    desired::{DEFAULT_PROXY_NAME, Services},
     events::{Consumer, EventReader},
     load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
     store::{
@@ -769,6 +770,9 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         load: Options { sizes: SIZES, ..Options::default() },
         pin_dir: pins.0.root().to_owned(),
         node_name: None,
+        services: Services::All,
+        proxy_name: DEFAULT_PROXY_NAME.to_owned(),
+        shadow: false,
         detach_on_exit: false,
     };
     let outcome = wire.on_a_thread(|| {

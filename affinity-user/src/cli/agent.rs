@@ -16,6 +16,7 @@ use super::{Global, error::Error, sizes::SizeArgs};
 use crate::{
     agent,
     attach::{self, XdpPolicy},
+    desired::{DEFAULT_PROXY_NAME, Services},
     load::{self, PinDir},
 };
 
@@ -25,6 +26,17 @@ pub(crate) struct AttachArgs {
     /// A file of Kubernetes YAML, or a directory of such files: Services and EndpointSlices
     #[arg(long, value_name = "PATH")]
     source: PathBuf,
+    /// Which services are handled: those with ClientIP affinity, those labelled
+    /// service.kubernetes.io/service-proxy-name for this proxy, or all; another proxy does the rest. Those labelled for
+    /// another proxy never are
+    #[arg(long, value_name = "WHICH", default_value_t = Services::All, value_parser = services())]
+    services: Services,
+    /// This proxy's name in that label
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_PROXY_NAME)]
+    service_proxy_name: String,
+    /// Decide, remember and count, but change no packet: to see what would be
+    #[arg(long)]
+    shadow: bool,
     /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'
     #[arg(long = "device", value_name = "NAME|GLOB", required = true, num_args = 1..)]
     devices: Vec<String>,
@@ -43,6 +55,10 @@ pub(crate) struct AttachArgs {
 
 fn xdp_policy() -> impl TypedValueParser<Value = XdpPolicy> {
     PossibleValuesParser::new(XdpPolicy::ALL.map(XdpPolicy::name)).try_map(|name| name.parse::<XdpPolicy>())
+}
+
+fn services() -> impl TypedValueParser<Value = Services> {
+    PossibleValuesParser::new(Services::ALL.map(Services::name)).try_map(|name| name.parse::<Services>())
 }
 
 /// Levels of the kernel programs' log.
@@ -80,6 +96,9 @@ impl AttachArgs {
             },
             pin_dir: global.pin_dir.clone(),
             node_name: Some(global.node_name()),
+            services: self.services,
+            proxy_name: self.service_proxy_name.clone(),
+            shadow: self.shadow,
             detach_on_exit,
         }
     }

@@ -123,7 +123,7 @@ impl Row for ServiceView<'_> {
         let [_, created, followed, expired, gone, not_ready, not_member, refused] = self.connections.0;
         vec![
             Cell::new(&*self.service),
-            Cell::new(self.affinity),
+            Cell::new(if self.shadow { format!("{} (shadow)", self.affinity) } else { self.affinity.to_owned() }),
             if_pinned(self.timeout_seconds.map_or_else(|| "unlimited".to_owned(), short_duration)),
             if_pinned(self.timer.to_owned()),
             Cell::new(self.select),
@@ -358,8 +358,8 @@ mod tests {
         ");
         insta::assert_snapshot!(print(&services, Format::Json), @r#"
         [
-        {"service":"default/web","affinity":"ClientIP","timer":"connection","timeoutSeconds":10800,"select":"random","group":null,"clientPrefixV4":32,"clientPrefixV6":null,"frontends":[{"address":"10.96.0.10","port":80,"protocol":"TCP","endpoints":{"ready":2,"draining":0}},{"address":"10.96.0.10","port":443,"protocol":"TCP","endpoints":{"ready":1,"draining":1}}],"endpoints":{"ready":2,"draining":0},"sessions":2,"connections":{"selected":0,"created":4,"pinned":20,"expired":1,"backend-gone":2,"not-ready":0,"not-member":0,"no-endpoints":3}},
-        {"service":"kube-system/dns","affinity":"ClientIP","timer":"alive","timeoutSeconds":null,"select":"consistent","group":"kube-system/infra","clientPrefixV4":24,"clientPrefixV6":64,"frontends":[{"address":"10.96.0.53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":1}},{"address":"2001:db8::53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":0}}],"endpoints":{"ready":0,"draining":1},"sessions":2,"connections":{"selected":0,"created":0,"pinned":0,"expired":0,"backend-gone":0,"not-ready":0,"not-member":0,"no-endpoints":0}}
+        {"service":"default/web","affinity":"ClientIP","shadow":false,"timer":"connection","timeoutSeconds":10800,"select":"random","group":null,"clientPrefixV4":32,"clientPrefixV6":null,"frontends":[{"address":"10.96.0.10","port":80,"protocol":"TCP","endpoints":{"ready":2,"draining":0}},{"address":"10.96.0.10","port":443,"protocol":"TCP","endpoints":{"ready":1,"draining":1}}],"endpoints":{"ready":2,"draining":0},"sessions":2,"connections":{"selected":0,"created":4,"pinned":20,"expired":1,"backend-gone":2,"not-ready":0,"not-member":0,"no-endpoints":3}},
+        {"service":"kube-system/dns","affinity":"ClientIP","shadow":false,"timer":"alive","timeoutSeconds":null,"select":"consistent","group":"kube-system/infra","clientPrefixV4":24,"clientPrefixV6":64,"frontends":[{"address":"10.96.0.53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":1}},{"address":"2001:db8::53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":0}}],"endpoints":{"ready":0,"draining":1},"sessions":2,"connections":{"selected":0,"created":0,"pinned":0,"expired":0,"backend-gone":0,"not-ready":0,"not-member":0,"no-endpoints":0}}
         ]
         "#);
     }

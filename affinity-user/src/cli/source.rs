@@ -17,7 +17,8 @@ use crate::{
 pub(crate) fn read(path: &Path, node_name: &str) -> Result<MemoryStore, Error> {
     fs::metadata(path).map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
     let snapshot = directory::read(path);
-    let (desired, of_desired) = desired(&snapshot, &desired::Options { node_name: Some(node_name.to_owned()) });
+    let (desired, of_desired) =
+        desired(&snapshot, &desired::Options { node_name: Some(node_name.to_owned()), ..desired::Options::default() });
     let sizes = Sizes::of_this_machine();
     let capacity = Capacity { backends: sizes.backends, slots: sizes.slots };
     // Nobody is pinned and nothing flows.

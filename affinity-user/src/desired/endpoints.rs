@@ -8,7 +8,7 @@ use std::{
 use affinity_common::abi::Name;
 use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointConditions, EndpointSlice};
 
-use super::{BackendName, Family, Member, Options, PoolName, Protocol, Report};
+use super::{BackendName, Family, Member, Options, PoolName, Protocol, Report, is_ours};
 use crate::source::{ObjectName, Problem, Snapshot};
 
 /// The label that names a slice's service.
@@ -41,12 +41,14 @@ struct Slice {
 pub(super) struct Endpoints {
     slices: BTreeMap<ObjectName, Vec<Slice>>,
     local: BTreeSet<BackendName>,
+    /// Those of services that are not ours.
+    pub(super) others: BTreeSet<BackendName>,
 }
 
 impl Endpoints {
-    /// Reads the slices of all services.
+    /// Reads the slices of all services; of those that are not ours, what is wrong is not ours to report.
     pub(super) fn read(snapshot: &Snapshot, options: &Options, problems: &mut Vec<Problem>) -> Self {
-        let mut endpoints = Self { slices: BTreeMap::new(), local: BTreeSet::new() };
+        let mut endpoints = Self { slices: BTreeMap::new(), local: BTreeSet::new(), others: BTreeSet::new() };
         for (name, sourced) in &snapshot.slices {
             let mut report = Report::new("EndpointSlice", name, sourced, problems);
             let labels = sourced.object.metadata.labels.as_ref();
@@ -54,8 +56,11 @@ impl Endpoints {
                 report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice serves no service"));
                 continue;
             };
-            if let Some(slice) = endpoints.slice(name, &sourced.object, options, &mut report) {
-                endpoints.slices.entry(ObjectName::new(&name.namespace, service)).or_default().push(slice);
+            let service = ObjectName::new(&name.namespace, service);
+            if snapshot.services.get(&service).is_some_and(|service| !is_ours(&service.object, options)) {
+                endpoints.others.extend(backends(name, &sourced.object));
+            } else if let Some(slice) = endpoints.slice(name, &sourced.object, options, &mut report) {
+                endpoints.slices.entry(service).or_default().push(slice);
             }
         }
         endpoints
@@ -127,6 +132,14 @@ impl Endpoints {
         }
         Some(Slice { family, ports: ports(slice, report), endpoints })
     }
+}
+
+/// The backends of a slice, whatever else it says.
+fn backends(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = BackendName> {
+    slice.endpoints.iter().flatten().filter_map(|endpoint| {
+        let address = endpoint.addresses.first()?.parse().ok()?;
+        Some(BackendName { address, pod: pod(endpoint, name) })
+    })
 }
 
 /// The first address: all of an endpoint's addresses mean the same, and none but the first is ever used.

@@ -8,7 +8,7 @@ use crate::source::directory;
 /// YAML in, the desired state and the problems out, one line each.
 fn case(yaml: &str) -> String {
     let snapshot = directory::parse(Path::new("case.yaml"), yaml);
-    let (desired, problems) = desired(&snapshot, &Options { node_name: Some("here".to_owned()) });
+    let (desired, problems) = desired(&snapshot, &Options { node_name: Some("here".to_owned()), ..Options::default() });
     let mut lines = text(&desired);
     let all = snapshot.problems.iter().chain(&problems);
     lines.extend(all.map(|problem| format!("{}: {problem}", problem.severity.name())));
@@ -336,6 +336,39 @@ fn a_clash_is_won_by_the_older_service_and_then_by_name() {
     default/a:80/TCP/v4 Random
     error: case.yaml, document 1: Service default/b: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/a; this one does not get it
     ");
+}
+
+#[test]
+fn services_are_ours_or_anothers() {
+    let labelled = |name: &str, ip: &str, label: &str, affinity: &str| {
+        let label = format!("service.kubernetes.io/{label}");
+        service(name, ip, &format!("sessionAffinity: {affinity}; ports: [{{port: 80}}]"))
+            .replace("metadata: {", &format!("metadata: {{labels: {{{label}}}, "))
+    };
+    // What is wrong with the services of another proxy, and with their slices, is not ours to report.
+    let bad = "sessionAffinity: Nonsense; ports: [{port: 80}]";
+    let yaml = service("a-pinned", "10.0.0.1", "sessionAffinity: ClientIP; ports: [{port: 80}]")
+        + &service("b-plain", "10.0.0.2", bad).replace("Nonsense", "None")
+        + &labelled("c-ours", "10.0.0.3", "service-proxy-name: affinity.dev", "None")
+        + &labelled("d-other", "10.0.0.4", "service-proxy-name: another", "ClientIP")
+        + &labelled("e-headless", "10.0.0.5", "headless: ''", "ClientIP")
+        + &slice("a", "a-pinned", &[":80"], &["10.1.0.1"])
+        + &slice("b", "b-plain", &[":80"], &["10.1.0.2", "10.1.0.300"])
+        + &slice("d", "d-other", &[":80"], &["10.1.0.4"]);
+    let snapshot = directory::parse(Path::new("case.yaml"), &yaml);
+    let ask = |services, proxy_name: &str| {
+        let options = Options { services, proxy_name: proxy_name.to_owned(), ..Options::default() };
+        let (desired, problems) = desired(&snapshot, &options);
+        let ours: BTreeSet<_> = desired.frontends.values().map(|pool| pool.service.name.as_str()).collect();
+        let others: Vec<_> = desired.others.iter().map(|backend| backend.address.to_string()).collect();
+        (ours.into_iter().collect::<Vec<_>>().join(" "), others.join(" "), desired.beside, problems.len())
+    };
+    let expect = |ours: &str, others: &str, beside, problems| (ours.to_owned(), others.to_owned(), beside, problems);
+    let name = DEFAULT_PROXY_NAME;
+    assert_eq!(ask(Services::Affinity, name), expect("a-pinned c-ours", "10.1.0.2 10.1.0.4", true, 0));
+    assert_eq!(ask(Services::Labelled, name), expect("c-ours", "10.1.0.1 10.1.0.2 10.1.0.4", true, 0));
+    assert_eq!(ask(Services::All, name), expect("a-pinned b-plain c-ours", "10.1.0.4", false, 1));
+    assert_eq!(ask(Services::Labelled, "another"), expect("d-other", "10.1.0.1 10.1.0.2", true, 0));
 }
 
 #[test]

@@ -58,6 +58,12 @@ impl Backends {
         self.claimed.insert(index);
     }
 
+    /// Keeps those indices in use that belong to any of `names`.
+    pub(super) fn keep_all(&mut self, names: &BTreeSet<BackendName>) {
+        let kept = self.by_name.iter().filter(|(name, _)| names.contains(name));
+        self.claimed.extend(kept.map(|(_, index)| *index));
+    }
+
     /// The generation of an index.
     pub(super) fn generation(&self, index: u32) -> u32 {
         self.records.get(&index).map_or(0, |record| record.generation)

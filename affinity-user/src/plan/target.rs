@@ -9,8 +9,8 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port, SHARED,
-    Selection, UsageKey, UsageOf, V4, V6,
+    AFFINITY, BESIDE, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port,
+    SHADOW, SHARED, Selection, UsageKey, UsageOf, V4, V6,
 };
 
 use super::{backends::Backends, extents::Extents, ids::Ids, maglev};
@@ -86,7 +86,14 @@ impl<'a> Numbering<'a> {
                 indices.insert(name, index);
             }
         }
+        self.backends.keep_all(&self.desired.others);
         indices
+    }
+
+    /// The flags that all frontends of this node have.
+    fn node_flags(&self) -> u8 {
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        flag(self.desired.beside, BESIDE) | flag(self.desired.shadow, SHADOW)
     }
 
     fn id(&mut self, kind: NameKind, name: &str) -> u32 {
@@ -126,7 +133,9 @@ impl<'a> Numbering<'a> {
             select: pool.select as u8,
             timer: pool.affinity.map_or(0, |affinity| affinity.timer as u8),
             prefix: pool.prefix,
-            flags: if pool.affinity.is_some() { AFFINITY } else { 0 } | if shared { SHARED } else { 0 },
+            flags: if pool.affinity.is_some() { AFFINITY } else { 0 }
+                | if shared { SHARED } else { 0 }
+                | self.node_flags(),
         })
     }
 

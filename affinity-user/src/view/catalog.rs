@@ -6,8 +6,8 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, Selection, Timer, Usage,
-    UsageKey, V4,
+    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, SHADOW, Selection, Timer,
+    Usage, UsageKey, V4,
 };
 
 use super::{BackendRef, Clock, Endpoint, address::from_mapped, protocol_name};
@@ -37,6 +37,8 @@ impl CatalogFrontend {
 pub struct Policy {
     /// Whether connections are pinned at all.
     pub affinity: bool,
+    /// Whether every packet passes, and things are decided and counted only.
+    pub shadow: bool,
     /// What restarts the timeout.
     pub timer: Timer,
     /// Nanoseconds, or [`affinity_common::abi::TIMEOUT_UNLIMITED`].
@@ -75,6 +77,7 @@ impl Catalog {
             let record = &frontend.record;
             let policy = policies.entry(record.service).or_insert_with(|| Policy {
                 affinity: record.flags & AFFINITY != 0,
+                shadow: record.flags & SHADOW != 0,
                 timer: Timer::from_byte(record.timer),
                 timeout_ns: record.timeout_ns,
                 select: Selection::from_byte(record.select),

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, Event, FILTER_BITS, Flow, FlowKey, Frontend, MEMBER_READY, MemberKey,
-        NameKind, REASONS, SHARED, Session, SessionKey, USAGES, UsageOf, V4,
+        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Frontend, MEMBER_READY, MemberKey,
+        NameKind, REASONS, SHADOW, SHARED, Session, SessionKey, USAGES, UsageOf, V4,
     },
     names,
 };
@@ -67,6 +67,9 @@ impl<'a> Dump<'a> {
             self.catalog.pool_name(record.pool),
             record.slot_count
         );
+        for (flag, name) in [(BESIDE, " beside"), (SHADOW, " shadow")] {
+            text += if record.flags & flag == 0 { "" } else { name };
+        }
         if record.flags & AFFINITY == 0 {
             return format!("{text} affinity=none {}", policy_text(record));
         }

@@ -7,8 +7,8 @@ use std::{borrow::Cow, collections::BTreeMap, fmt::Write, net::IpAddr};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, Direction, Flow, FlowKey, Frontend, FrontendKey, MemberKey, Port, Reason, Selection,
-        Session, SessionKey, V4, V6, filter_bit,
+        AFFINITY, Address, Direction, FLOW_SHADOW, Flow, FlowKey, Frontend, FrontendKey, MemberKey, Port, Reason,
+        SHADOW, Selection, Session, SessionKey, V4, V6, filter_bit,
     },
     model::Model,
     parse::{Headers, SYN, TCP},
@@ -213,16 +213,19 @@ where
         let model = self.model();
         let headers = self.headers();
         let outcome = pipeline::to_frontend(&model, &headers);
-        let reason = outcome.reason;
-        let (verdict, flow) = match outcome.decision {
+        let decided = outcome.reason;
+        let (would, flow) = match outcome.decision {
             Decision::Pass => ("pass", None),
             Decision::Forward(flow) => ("forward", Some(flow.get())),
             Decision::Reject => ("reject", None),
             Decision::Drop => ("drop", None),
         };
-        let candidates = flow.map_or_else(Vec::new, |flow| self.candidates(&flow, reason));
-        let pinned = flow.and_then(|flow| self.pin(&flow, reason));
-        let established = self.situation.flow.filter(|_| matches!(reason, Reason::Established | Reason::FlowGone));
+        let candidates = flow.map_or_else(Vec::new, |flow| self.candidates(&flow, decided));
+        let pinned = flow.and_then(|flow| self.pin(&flow, decided));
+        let known = self.situation.flow;
+        let established = known.filter(|_| matches!(decided, Reason::Established | Reason::FlowGone | Reason::Shadow));
+        let is_new = !matches!(decided, Reason::NotFrontend | Reason::Established | Reason::FlowGone);
+        let (verdict, reason) = if self.is_shadow() && is_new { ("pass", Reason::Shadow) } else { (would, decided) };
         Explanation {
             frontend: self.frontend.map(|record| ExplainedFrontend {
                 service: self.catalog.service_name(record.service),
@@ -232,11 +235,15 @@ where
             verdict,
             reason: reason.name(),
             pinned,
-            steps: self.steps(verdict, reason, flow.as_ref(), &candidates),
+            steps: self.steps((would, decided), reason, flow.as_ref(), &candidates),
             candidates,
             masquerade: false,
             flow: established.and_then(|flow| FlowView::new(self.catalog, &headers.key, &flow)),
         }
+    }
+
+    fn is_shadow(&self) -> bool {
+        self.frontend.is_some_and(|frontend| frontend.flags & SHADOW != 0)
     }
 
     fn headers(&self) -> Headers<A> {
@@ -254,7 +261,11 @@ where
         if situation.in_filter {
             model.filter.insert((Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol)));
         }
-        if let Some(frontend) = self.frontend {
+        if let Some(mut frontend) = self.frontend {
+            // What would be decided without shadow mode; but a connection of that time is another proxy's.
+            if situation.flow.is_none_or(|flow| flow.state & FLOW_SHADOW == 0) {
+                frontend.flags &= !SHADOW;
+            }
             A::put_frontend(&mut model, question.frontend_key(), frontend);
             let slots = observed.slots.get(&frontend.slot_first).into_iter().flatten();
             model.slots.extend((frontend.slot_first..).zip(slots.copied()));
@@ -354,7 +365,14 @@ impl<A: FrontendTables> Case<'_, '_, A>
 where
     Model: FamilyTables<A>,
 {
-    fn steps(&self, verdict: &str, reason: Reason, flow: Option<&Flow<A>>, candidates: &[Candidate<'_>]) -> Vec<Step> {
+    /// `decided` is what is decided but for shadow mode, `reason` what is counted for the packet.
+    fn steps(
+        &self,
+        decided: (&str, Reason),
+        reason: Reason,
+        flow: Option<&Flow<A>>,
+        candidates: &[Candidate<'_>],
+    ) -> Vec<Step> {
         let mut steps = vec![Step { step: "packet", finds: self.packet_text() }];
         let mut step = |step, finds| steps.push(Step { step, finds });
         if !self.situation.in_filter {
@@ -365,12 +383,19 @@ where
                 step("flow", found);
             }
             step("frontend", self.frontend_text());
-            if self.frontend.is_some_and(|frontend| frontend.slot_count > 0) && reason != Reason::Established {
-                step("session", self.session_text(reason));
-                step("selection", self.selection_text(reason, candidates));
+            if self.frontend.is_some_and(|frontend| frontend.slot_count > 0)
+                && !matches!(decided.1, Reason::Established | Reason::Shadow)
+            {
+                step("session", self.session_text(decided.1));
+                step("selection", self.selection_text(decided.1, candidates));
             }
         }
-        let mut finds = format!("{verdict} ({}): {}", reason.name(), without_verdict(reason.text()));
+        let text =
+            |verdict, reason: Reason| format!("{verdict} ({}): {}", reason.name(), without_verdict(reason.text()));
+        let mut finds = text(decided.0, decided.1);
+        if reason != decided.1 {
+            finds = format!("{} Otherwise: {finds}", text("pass", reason));
+        }
         if let Some(flow) = flow {
             let edit = &flow.edit;
             let _ = match candidates.len() {

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use affinity_common::abi::{Address, Direction, FLOW_CLOSED, Flow, FlowKey};
+use affinity_common::abi::{Address, Direction, FLOW_CLOSED, FLOW_SHADOW, Flow, FlowKey};
 use serde::Serialize;
 
 use super::{BackendRef, Catalog, Endpoint, Moment, protocol_name};
@@ -17,6 +17,8 @@ pub enum FlowState {
     Closing,
     /// Both have, or one has sent RST.
     Closed,
+    /// Decided in shadow mode: another proxy translates it.
+    Shadow,
 }
 
 impl FlowState {
@@ -25,6 +27,7 @@ impl FlowState {
     pub fn new(state: u8) -> Self {
         match state {
             0 => Self::Open,
+            state if state & FLOW_SHADOW != 0 => Self::Shadow,
             state if state & FLOW_CLOSED != 0 => Self::Closed,
             _ => Self::Closing,
         }
@@ -37,6 +40,7 @@ impl FlowState {
             Self::Open => "open",
             Self::Closing => "closing",
             Self::Closed => "closed",
+            Self::Shadow => "shadow",
         }
     }
 }

@@ -84,6 +84,8 @@ pub struct ServiceView<'a> {
     pub service: Cow<'a, str>,
     /// `ClientIP` or `None`, as in Kubernetes.
     pub affinity: &'static str,
+    /// Whether it is only watched: decided and counted, but every packet passes.
+    pub shadow: bool,
     /// What restarts a pin's timeout.
     pub timer: &'static str,
     /// Seconds; null: pins never expire.
@@ -160,6 +162,7 @@ impl<'a> ServiceView<'a> {
         Self {
             service,
             affinity: if policy.affinity { "ClientIP" } else { "None" },
+            shadow: policy.shadow,
             timer: timer_name(policy.timer),
             timeout_seconds: timeout_s(policy.timeout_ns),
             select: selection_name(policy.select),

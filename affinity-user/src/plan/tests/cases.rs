@@ -1,6 +1,6 @@
 //! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
-use affinity_common::abi::{MEMBER_DRAINING, MEMBER_READY, SHARED};
+use affinity_common::abi::{AFFINITY, BESIDE, MEMBER_DRAINING, MEMBER_READY, NameKind, SHADOW, SHARED};
 
 use super::{
     properties::check_prefixes,
@@ -10,7 +10,7 @@ use super::{
     },
 };
 use crate::{
-    desired::{Options, desired},
+    desired::{Options, Services, desired},
     plan::plan,
     source::Problem,
     store::{Capacity, Observed, Op},
@@ -231,6 +231,51 @@ fn what_could_not_be_read_is_kept() {
     // All is read, and the second service is gone.
     let (steps, _) = plan(&observed, &World::of(&[one]).desired(), CAPACITY);
     assert!(steps.iter().any(|step| matches!(step, Op::RemoveFrontendV4(_))));
+}
+
+/// A service that is given back to another proxy leaves its connections here: they need their pods.
+#[test]
+fn pods_of_a_service_that_is_given_back_stay_as_long_as_they_live() {
+    let mut observed = Observed::default();
+    bring(&mut observed, &World::of(&[&[(1, Ready, true), (2, Ready, true)]]));
+    let in_use = |observed: &Observed| observed.backends.values().filter(|backend| backend.generation % 2 == 1).count();
+    let before = (observed.backends.clone(), observed.names.clone());
+
+    let options = Options { services: Services::Labelled, ..Options::default() };
+    let given_back = |pods: &[_]| desired(&World::of(&[pods]).snapshot(), &options).0;
+    let mut take = |pods: &[_]| {
+        let (steps, problems) = plan(&observed, &given_back(pods), CAPACITY);
+        assert!(problems.is_empty(), "{problems:?}");
+        steps.iter().for_each(|step| observed.apply(step));
+        observed.clone()
+    };
+    let after = take(&[(1, Ready, true), (2, Ready, true)]);
+    assert!(after.frontends_v4.is_empty() && after.members.is_empty());
+    assert_eq!(after.backends, before.0);
+    assert!(
+        before
+            .1
+            .iter()
+            .filter(|(key, _)| key.kind == NameKind::Backend as u32)
+            .all(|kept| { after.names.get(kept.0) == Some(kept.1) })
+    );
+    let after = take(&[(1, Ready, true)]);
+    assert_eq!(in_use(&after), 1);
+    // Pods that never were ours are not remembered.
+    let after = take(&[(1, Ready, true), (3, Ready, true)]);
+    assert_eq!(in_use(&after), 1);
+}
+
+#[test]
+fn the_mode_of_the_node_is_on_every_frontend() {
+    let mut observed = Observed::default();
+    let world = World::of(&[&[(1, Ready, true)]]);
+    bring(&mut observed, &world);
+    let options = Options { services: Services::Affinity, shadow: true, ..Options::default() };
+    let (steps, _) = plan(&observed, &desired(&world.snapshot(), &options).0, CAPACITY);
+    steps.iter().for_each(|step| observed.apply(step));
+    let flags: Vec<u8> = observed.frontends_v4.values().map(|frontend| frontend.flags).collect();
+    assert_eq!(flags, [AFFINITY | BESIDE | SHADOW; 2]);
 }
 
 #[test]
