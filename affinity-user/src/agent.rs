@@ -17,8 +17,7 @@ use std::{
 use aya_log::EbpfLogger;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc::Receiver,
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tracing::{error, info, warn};
 
@@ -35,7 +34,7 @@ use crate::{
     desired,
     events::Consumer,
     load::{self, LoadError, Loaded, PinDir, PinError, mib},
-    source::{Snapshot, directory},
+    source::{Feed, Source, SourceError},
     store::{
         StoreError,
         kernel::{KernelStore, OpenError},
@@ -71,6 +70,9 @@ pub enum AgentError {
     /// A call failed.
     #[error(transparent)]
     Sys(#[from] SysError),
+    /// The source cannot be used.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The process lacks something that it needs: a thread, a socket, a signal.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
@@ -85,8 +87,8 @@ pub enum AgentError {
 /// What `affinity run` and `affinity attach` are told.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The directory or file of Kubernetes YAML.
-    pub source: PathBuf,
+    /// Where services come from.
+    pub source: Source,
     /// Names and glob patterns of devices.
     pub devices: Vec<String>,
     /// How to attach them.
@@ -146,7 +148,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         }
         log_loaded(&load::load(&pins, &options.load)?, options);
         let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired());
-        publisher.take(&directory::read(&options.source));
+        publisher.take(&options.source.read().await?);
         publisher.publish()?;
         let failure = attacher.reconcile(&devices)?;
         say("attached", &publisher, &attacher, &pins)?;
@@ -218,7 +220,9 @@ struct Agent {
     devices: Devices,
     attacher: Attacher,
     publisher: Publisher,
-    snapshots: Receiver<Snapshot>,
+    feed: Feed,
+    /// Whether the dataplane was ever in step with the source.
+    is_ready: bool,
     sweeper: Sweeper,
     consumer: Consumer,
     /// What the programs log goes to this process's log; none where they log nothing.
@@ -228,6 +232,8 @@ struct Agent {
 
 /// How often the event ring, and the log, are emptied: they hold many times what happens meanwhile.
 const CONSUME_EVERY: Duration = Duration::from_millis(50);
+/// How long to wait for a source before the devices are attached without it.
+const FIRST_SNAPSHOT: Duration = Duration::from_secs(1);
 /// How often devices are looked at without being told.
 const DEVICES_EVERY: Duration = Duration::from_secs(30);
 /// How long to wait after a failed step: at first, and at most.
@@ -249,15 +255,21 @@ impl Agent {
             flush_log: log_reader(&mut loaded),
             sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
             publisher: Publisher::new(store, options.desired()),
-            snapshots: directory::watch(&options.source).map_err(|error| AgentError::System("source", error))?,
+            feed: options.source.watch().await?,
+            is_ready: false,
             pins,
             devices,
             attacher,
             _lock: lock,
         };
-        let snapshot = agent.snapshots.recv().await.ok_or_else(source_ended)?;
-        agent.publisher.take(&snapshot);
-        agent.publisher.publish()?;
+        // A source that does not answer keeps nobody from being served as before, on new devices too.
+        let first = timeout(FIRST_SNAPSHOT, agent.feed.snapshots.recv()).await;
+        if let Ok(snapshot) = &first {
+            agent.publisher.take(snapshot.as_ref().ok_or_else(source_ended)?);
+            agent.publisher.publish()?;
+        } else {
+            warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
+        }
         let list = agent.devices.list().await.map_err(no_netlink)?;
         for pattern in agent.attacher.without_device(&list) {
             warn!("--device {pattern}: no such device yet; it will be attached when it appears");
@@ -265,8 +277,15 @@ impl Agent {
         if let Some(failure) = agent.attacher.reconcile(&list)? {
             return Err(failure.into());
         }
-        say("ready", &agent.publisher, &agent.attacher, &agent.pins)?;
+        if first.is_ok() {
+            agent.say_ready()?;
+        }
         Ok(agent)
+    }
+
+    fn say_ready(&mut self) -> Result<(), AgentError> {
+        self.is_ready = true;
+        say("ready", &self.publisher, &self.attacher, &self.pins)
     }
 
     /// Until a signal comes.
@@ -277,39 +296,42 @@ impl Agent {
         let mut sweep_at = Instant::now();
         loop {
             tokio::select! {
-                           () = signals.any() => break,
-                           snapshot = self.snapshots.recv() => {
-                               self.publisher.take(&snapshot.ok_or_else(source_ended)?);
-                               self.publish(&mut retry);
-                           }
-                           () = sleep_until(retry.at()), if retry.is_due() => self.publish(&mut retry),
-                           changed = self.devices.changed() => {
-                               if let Err(error) = changed {
-                                   warn!("{error}; listening again");
-                                   self.devices = Devices::new().map_err(no_netlink)?;
-                               }
-                               self.reconcile().await;
-                           }
-                           _ = look.tick() => self.reconcile().await,
-                           _ = consume.tick() => {
-                               self.consumer.keep_up();
-                               if let Some(flush_log) = &mut self.flush_log {
-            flush_log();
+                () = signals.any() => break,
+                snapshot = self.feed.snapshots.recv() => {
+                    self.publisher.take(&snapshot.ok_or_else(source_ended)?);
+                    self.publish(&mut retry)?;
+                }
+                () = sleep_until(retry.at()), if retry.is_due() => self.publish(&mut retry)?,
+                changed = self.devices.changed() => {
+                    if let Err(error) = changed {
+                        warn!("{error}; listening again");
+                        self.devices = Devices::new().map_err(no_netlink)?;
+                    }
+                    self.reconcile().await;
+                }
+                _ = look.tick() => self.reconcile().await,
+                _ = consume.tick() => {
+                    self.consumer.keep_up();
+                    if let Some(flush_log) = &mut self.flush_log {
+                        flush_log();
+                    }
+                }
+                () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweeper.step(),
             }
-                           }
-                           () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweeper.step(),
-                       }
         }
         info!("stopping; the dataplane stays in place unless told otherwise");
         Ok(())
     }
 
-    fn publish(&mut self, retry: &mut Retry) {
+    fn publish(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
         match self.publisher.publish() {
             Ok(published) => {
                 retry.succeeded();
                 if published.filter {
                     self.sweeper.filter_changed();
+                }
+                if !self.is_ready {
+                    self.say_ready()?;
                 }
             }
             Err(error) => {
@@ -319,6 +341,7 @@ impl Agent {
                 self.sweeper.filter_changed();
             }
         }
+        Ok(())
     }
 
     async fn reconcile(&mut self) {

@@ -86,9 +86,11 @@ enum Command {
 Examples:
   affinity run --source ./services --device eth0
   affinity run --source ./services --device 'eth*' cni0 --xdp native
+  affinity run --source kubernetes --device eth0
   affinity run --source web.yaml --device eth0 --max-sessions 1000000 --log-format json
 
-Prints a line that begins with `ready` once packets are handled. Devices that appear later and match are attached too.
+Prints a line that begins with `ready` once packets are handled as the source says. Until a source answers, the
+dataplane stays as it is. Devices that appear later and match are attached too.
 Bad YAML is named in the log and never takes down what runs.")]
     Run(agent::RunArgs),
     /// Attach to devices, get in step with a source once, and leave the dataplane running
@@ -203,10 +205,10 @@ fn run(cli: &Cli) -> Result<(), Error> {
         Command::Detach(args) => args.run(pin_dir),
         Command::Events(args) => args.run(pin_dir),
         Command::Get(args) => args.run(pin_dir),
-        Command::Explain(args) => args.run(pin_dir, &global.node_name()),
+        Command::Explain(args) => args.run(global),
         Command::Pin(args) => args.run(pin_dir),
         Command::Unpin(args) => args.run(pin_dir),
-        Command::Dump(args) => args.run(pin_dir, &global.node_name()),
+        Command::Dump(args) => args.run(global),
         Command::Check(args) => args.run(pin_dir),
         Command::Completions { shell } => completions(*shell),
     }

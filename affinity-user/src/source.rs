@@ -5,12 +5,18 @@
 pub mod annotations;
 pub mod directory;
 mod documents;
+mod feed;
+pub mod kubernetes;
 mod problem;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+};
 
+pub use feed::{Feed, Source, SourceError, View};
 pub use problem::{Object, Origin, Problem, Severity};
 
 /// Namespace and name of an object.
@@ -58,6 +64,8 @@ pub struct Snapshot {
     pub services: BTreeMap<ObjectName, Sourced<Service>>,
     /// Endpoint slices.
     pub slices: BTreeMap<ObjectName, Sourced<EndpointSlice>>,
+    /// The node that this process runs on; none where the source does not tell.
+    pub node: Option<Sourced<Node>>,
     /// What could not be used.
     pub problems: Vec<Problem>,
     /// Whether objects may be missing that were never read, because their place could not be: what they set up before is

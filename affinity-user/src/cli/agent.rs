@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use aya_log::Level;
@@ -12,7 +12,12 @@ use clap::{
     builder::{PossibleValuesParser, TypedValueParser},
 };
 
-use super::{Global, error::Error, sizes::SizeArgs};
+use super::{
+    Global,
+    error::Error,
+    sizes::SizeArgs,
+    source::{ClusterArgs, SourceName},
+};
 use crate::{
     agent,
     attach::{self, XdpPolicy},
@@ -23,9 +28,12 @@ use crate::{
 /// What `affinity run` and `affinity attach` have in common.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct AttachArgs {
-    /// A file of Kubernetes YAML, or a directory of such files: Services and EndpointSlices
-    #[arg(long, value_name = "PATH")]
-    source: PathBuf,
+    /// Where Services and EndpointSlices come from: `kubernetes`, a cluster's API; or a file of Kubernetes YAML, or a
+    /// directory of such files
+    #[arg(long, value_name = "kubernetes|PATH")]
+    source: SourceName,
+    #[command(flatten)]
+    cluster: ClusterArgs,
     /// Which services are handled: those with ClientIP affinity, those labelled
     /// service.kubernetes.io/service-proxy-name for this proxy, or all; another proxy does the rest. Those labelled for
     /// another proxy never are
@@ -84,9 +92,9 @@ impl From<ProgramsLog> for Level {
 }
 
 impl AttachArgs {
-    fn options(&self, global: &Global, detach_on_exit: bool) -> agent::Options {
-        agent::Options {
-            source: self.source.clone(),
+    fn options(&self, global: &Global, detach_on_exit: bool) -> Result<agent::Options, Error> {
+        Ok(agent::Options {
+            source: self.cluster.source(&self.source, global)?,
             devices: self.devices.clone(),
             attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx },
             load: load::Options {
@@ -100,12 +108,12 @@ impl AttachArgs {
             proxy_name: self.service_proxy_name.clone(),
             shadow: self.shadow,
             detach_on_exit,
-        }
+        })
     }
 
     /// `affinity attach`.
     pub(crate) fn attach(&self, global: &Global) -> Result<(), Error> {
-        Ok(agent::attach(&self.options(global, false))?)
+        Ok(agent::attach(&self.options(global, false)?)?)
     }
 }
 
@@ -121,7 +129,7 @@ pub(crate) struct RunArgs {
 
 impl RunArgs {
     pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
-        Ok(agent::run(&self.attach.options(global, self.detach_on_exit))?)
+        Ok(agent::run(&self.attach.options(global, self.detach_on_exit)?)?)
     }
 }
 

@@ -1,14 +1,16 @@
 //! `affinity dump`: every map, or one, in canonical text.
 
-use std::{
-    io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
-};
+use std::io::{self, BufWriter, Write};
 
 use affinity_common::names;
 use clap::{Args, builder::PossibleValuesParser};
 
-use super::{error::Error, reading::Reading, source};
+use super::{
+    Global,
+    error::Error,
+    reading::Reading,
+    source::{self, ClusterArgs, SourceName},
+};
 use crate::{
     events::EventReader,
     store::{
@@ -30,20 +32,22 @@ pub(crate) struct DumpArgs {
     /// Every slot of a pool, in order, and not only how many each pod has
     #[arg(long)]
     slots: bool,
-    /// What this YAML would publish on an empty node, instead of what the kernel holds: needs no root
-    #[arg(long, value_name = "PATH")]
-    source: Option<PathBuf>,
+    /// What this YAML, or a cluster, would publish on an empty node, instead of what the kernel holds: needs no root
+    #[arg(long, value_name = "PATH|kubernetes")]
+    source: Option<SourceName>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
 }
 
 impl DumpArgs {
-    pub(crate) fn run(&self, pin_dir: &Path, node_name: &str) -> Result<(), Error> {
+    pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
         let options = DumpOptions { times: self.times, slots: self.slots };
         if let Some(source) = &self.source {
-            let catalog = source::catalog(&source::read(source, node_name)?)?;
+            let catalog = source::catalog(&source::read(&self.cluster.source(source, global)?, &global.node_name())?)?;
             let dump = Dump::new(&catalog, options);
             return self.print(|map| Ok(dump.small(map).unwrap_or_default()));
         }
-        let Reading { store, catalog } = Reading::open(pin_dir)?;
+        let Reading { store, catalog } = Reading::open(&global.pin_dir)?;
         let dump = Dump::new(&catalog, options);
         self.print(|map| lines(&dump, &store, map))
     }

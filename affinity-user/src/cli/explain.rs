@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     io::{self, BufWriter, Write},
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use affinity_common::{
@@ -16,10 +16,11 @@ use affinity_common::{
 use clap::Args;
 
 use super::{
+    Global,
     error::Error,
     output::{Format, Tone, object, paint, wants_colour},
     reading::Reading,
-    source,
+    source::{self, ClusterArgs, SourceName},
 };
 use crate::{
     store::kernel::{Family, KernelStore, filter_word},
@@ -35,9 +36,11 @@ pub(crate) struct ExplainArgs {
     /// What it dials; TCP, unless `/udp` follows
     #[arg(long, value_name = "IP:PORT[/udp]", value_parser = parse_to)]
     to: To,
-    /// Ask this YAML instead of the kernel: needs no root, and knows no pins
-    #[arg(long, value_name = "PATH")]
-    source: Option<PathBuf>,
+    /// Ask this YAML, or the API of a cluster, instead of the kernel: needs no root, and knows no pins
+    #[arg(long, value_name = "PATH|kubernetes")]
+    source: Option<SourceName>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
     /// The form of output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -75,7 +78,7 @@ fn parse_to(text: &str) -> Result<To, String> {
 }
 
 impl ExplainArgs {
-    pub(crate) fn run(&self, pin_dir: &Path, node_name: &str) -> Result<(), Error> {
+    pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
         if self.from.address.is_ipv4() != self.to.endpoint.address.is_ipv4() {
             return Err(Error::Usage("--from and --to must both be IPv4, or both IPv6".to_owned()));
         }
@@ -87,14 +90,15 @@ impl ExplainArgs {
         };
         match (&self.source, question.from) {
             (Some(source), from) => {
-                let catalog = source::catalog(&source::read(source, node_name)?)?;
+                let catalog =
+                    source::catalog(&source::read(&self.cluster.source(source, global)?, &global.node_name())?)?;
                 match from {
                     IpAddr::V4(_) => self.print(&explain(&catalog, &question, &of_source::<V4>(&catalog, &question))),
                     IpAddr::V6(_) => self.print(&explain(&catalog, &question, &of_source::<V6>(&catalog, &question))),
                 }
             }
-            (None, IpAddr::V4(_)) => self.of_kernel::<V4>(pin_dir, &question),
-            (None, IpAddr::V6(_)) => self.of_kernel::<V6>(pin_dir, &question),
+            (None, IpAddr::V4(_)) => self.of_kernel::<V4>(&global.pin_dir, &question),
+            (None, IpAddr::V6(_)) => self.of_kernel::<V6>(&global.pin_dir, &question),
         }
     }
 

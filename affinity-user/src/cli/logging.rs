@@ -21,12 +21,12 @@ pub(crate) enum LogFormat {
 /// What is logged: `RUST_LOG` if it is set, else by how often `-v` was given and whether an agent runs.
 ///
 /// Where a kernel rejects the type information of the programs, which only debuggers need, aya goes on without and
-/// warns with some hundred lines of the verifier's.
+/// warns with some hundred lines of the verifier's. The client of a cluster's API logs each failure that it returns.
 fn filter(verbose: u8, is_agent: bool) -> EnvFilter {
     let default = match (verbose, is_agent) {
-        (0, false) => "warn,aya=error",
-        (0, true) => "info,aya=error",
-        (1, _) => "info,aya=error,affinity_user=debug",
+        (0, false) => "warn,aya=error,kube_client=off",
+        (0, true) => "info,aya=error,kube_client=off",
+        (1, _) => "info,aya=error,kube_client=off,affinity_user=debug",
         (2, _) => "debug",
         _ => "trace",
     };

@@ -1,22 +1,67 @@
-//! What YAML alone says: the dataplane that it would make, in memory.
+//! What a source alone says: the dataplane that it would make, in memory.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, convert::Infallible, fs, path::PathBuf, str::FromStr};
 
-use super::error::Error;
+use clap::Args;
+
+use super::{Global, error::Error};
 use crate::{
+    agent::AgentError,
     desired::{self, desired},
     load::Sizes,
     plan::plan,
-    source::{Problem, Severity, directory},
+    source::{Problem, Severity, Source, kubernetes},
     store::{Capacity, Store, memory::MemoryStore},
     view::{Catalog, Clock},
 };
 
-/// Reads a file or a directory and carries out the plan that it makes for an empty dataplane. What is wrong with the
-/// YAML is said on standard error; the rest of it counts.
-pub(crate) fn read(path: &Path, node_name: &str) -> Result<MemoryStore, Error> {
-    fs::metadata(path).map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
-    let snapshot = directory::read(path);
+/// What `--source` names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum SourceName {
+    /// `kubernetes`; a file of that name is `./kubernetes`.
+    Kubernetes,
+    Path(PathBuf),
+}
+
+impl FromStr for SourceName {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(if text == "kubernetes" { Self::Kubernetes } else { Self::Path(text.into()) })
+    }
+}
+
+/// How a cluster is reached.
+#[derive(Args, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct ClusterArgs {
+    /// With --source kubernetes: the kubeconfig; without it, KUBECONFIG, or the cluster that this runs in
+    #[arg(long, value_name = "PATH")]
+    kubeconfig: Option<PathBuf>,
+}
+
+impl ClusterArgs {
+    /// The source of that name.
+    pub(crate) fn source(&self, name: &SourceName, global: &Global) -> Result<Source, Error> {
+        match (name, &self.kubeconfig) {
+            (SourceName::Path(path), None) => Ok(Source::Directory(path.clone())),
+            (SourceName::Path(_), Some(_)) => Err(Error::Usage("--kubeconfig needs --source kubernetes".to_owned())),
+            (SourceName::Kubernetes, kubeconfig) => Ok(Source::Kubernetes(kubernetes::Options {
+                kubeconfig: kubeconfig.clone(),
+                node_name: global.node_name(),
+            })),
+        }
+    }
+}
+
+/// Reads a source once and carries out the plan that it makes for an empty dataplane. What is wrong with its objects is
+/// said on standard error; the rest of it counts.
+pub(crate) fn read(source: &Source, node_name: &str) -> Result<MemoryStore, Error> {
+    if let Some(path) = source.path() {
+        fs::metadata(path).map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| AgentError::System("runtime", error))?;
+    let snapshot = runtime.block_on(source.read()).map_err(AgentError::Source)?;
     let (desired, of_desired) =
         desired(&snapshot, &desired::Options { node_name: Some(node_name.to_owned()), ..desired::Options::default() });
     let sizes = Sizes::of_this_machine();
@@ -39,5 +84,16 @@ pub(crate) fn catalog(store: &MemoryStore) -> Result<Catalog, Error> {
 fn report<'a>(problems: impl Iterator<Item = &'a Problem>) {
     for problem in problems.filter(|problem| problem.severity != Severity::Info) {
         eprintln!("{}: {problem}", problem.severity.name());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_called_kubernetes_is_given_as_one() {
+        assert_eq!("kubernetes".parse(), Ok(SourceName::Kubernetes));
+        assert_eq!("./kubernetes".parse(), Ok(SourceName::Path("./kubernetes".into())));
     }
 }

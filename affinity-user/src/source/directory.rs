@@ -44,6 +44,8 @@ pub struct Reader {
     path: PathBuf,
     /// Whether the path itself was ever read.
     listed: bool,
+    /// Whether the last reading found everything good.
+    good: bool,
     files: BTreeMap<PathBuf, Content>,
 }
 
@@ -63,13 +65,15 @@ impl Reader {
     /// A reader of `path`, a file or a directory, that has read nothing yet.
     #[must_use]
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), listed: false, files: BTreeMap::new() }
+        Self { path: path.to_owned(), listed: false, good: false, files: BTreeMap::new() }
     }
 
     /// Reads everything. Where the path itself cannot be read, everything stays as it was.
     pub fn read(&mut self) -> Snapshot {
         let mut snapshot = Snapshot::default();
-        match list(&self.path) {
+        let list = list(&self.path);
+        self.good = list.is_ok();
+        match list {
             Ok(files) => {
                 if files.is_empty() {
                     let message = "no *.yaml, *.yml or *.json file in this directory";
@@ -84,6 +88,7 @@ impl Reader {
             }
         }
         snapshot.partial = !self.listed || self.files.values().any(|content| content.unknown);
+        self.good &= self.files.values().all(|content| !content.unknown && content.kept.is_empty());
         for content in self.files.values() {
             snapshot.problems.extend(content.problems.iter().cloned());
             content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
@@ -93,6 +98,12 @@ impl Reader {
             insert(&mut snapshot, entry, false);
         }
         snapshot
+    }
+
+    /// Whether the last reading found all there is: nothing in use is older than that.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.good
     }
 
     fn read_files(&mut self, files: Vec<PathBuf>) {

@@ -215,7 +215,7 @@ async fn until(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &
 async fn changes_of_files_are_seen() {
     let scratch = Scratch::new();
     scratch.write("a.yaml", &service("a", "10.0.0.1"));
-    let mut receiver = watch(&scratch.0).expect("watching");
+    let mut receiver = watch(&scratch.0).expect("watching").snapshots;
     until(&mut receiver, &["a"]).await;
     scratch.write("a.yaml", &service("b", "10.0.0.1"));
     until(&mut receiver, &["b"]).await;
@@ -239,8 +239,8 @@ async fn the_swap_of_a_mounted_config_map_is_seen() {
     };
     publish("..1", "a");
     symlink("..data/a.yaml", scratch.0.join("a.yaml")).expect("a link");
-    let mut directory = watch(&scratch.0).expect("watching");
-    let mut file = watch(&scratch.0.join("a.yaml")).expect("watching");
+    let mut directory = watch(&scratch.0).expect("watching").snapshots;
+    let mut file = watch(&scratch.0.join("a.yaml")).expect("watching").snapshots;
     until(&mut directory, &["a"]).await;
     until(&mut file, &["a"]).await;
     publish("..2", "b");
@@ -256,7 +256,7 @@ async fn a_link_to_another_directory_is_followed() {
         scratch.write(&format!("{name}/x.yaml"), &service(name, "10.0.0.1"));
     }
     symlink("a", scratch.0.join("current")).expect("a link");
-    let mut receiver = watch(&scratch.0.join("current")).expect("watching");
+    let mut receiver = watch(&scratch.0.join("current")).expect("watching").snapshots;
     until(&mut receiver, &["a"]).await;
     symlink("b", scratch.0.join("next")).expect("a link");
     fs::rename(scratch.0.join("next"), scratch.0.join("current")).expect("renamed");

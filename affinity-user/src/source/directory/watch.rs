@@ -22,7 +22,10 @@ use tokio::sync::mpsc;
 use tracing::warn;
 
 use super::{Reader, list};
-use crate::source::Snapshot;
+use crate::{
+    load::monotonic_ns,
+    source::{Feed, Snapshot, View},
+};
 
 /// A change is read once nothing has changed for this long,
 const QUIET: Duration = Duration::from_millis(50);
@@ -35,14 +38,15 @@ const POLL: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// Where the thread could not be started. Where notifications are not to be had, changes are seen by polling alone.
-pub fn watch(path: &Path) -> io::Result<mpsc::Receiver<Snapshot>> {
-    let (snapshots, receiver) = mpsc::channel(1);
-    let path = path.to_owned();
-    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, &snapshots))?;
-    Ok(receiver)
+pub fn watch(path: &Path) -> io::Result<Feed> {
+    let (sender, snapshots) = mpsc::channel(1);
+    let view = View::default();
+    let (path, written) = (path.to_owned(), view.clone());
+    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, &sender, &written))?;
+    Ok(Feed { snapshots, view })
 }
 
-fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>) {
+fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>, view: &View) {
     let (events, changes) = std_mpsc::channel();
     let mut watches = Watches::new(events);
     let mut reader = Reader::new(path);
@@ -51,6 +55,7 @@ fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>) {
         watches.follow(path);
         // Taken before the files are read: what changes meanwhile differs from it.
         let fingerprint = fingerprint(path);
+        let looked_ns = monotonic_ns();
         if last.as_ref().is_none_or(|(former, _)| *former != fingerprint) {
             let snapshot = reader.read();
             let changed = last.as_ref().is_none_or(|(_, former)| *former != snapshot);
@@ -58,6 +63,9 @@ fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>) {
                 return;
             }
             last = Some((fingerprint, snapshot));
+        }
+        if reader.is_good() {
+            view.is_current_at(looked_ns);
         }
         settle(&changes);
     }

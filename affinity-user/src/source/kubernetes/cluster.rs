@@ -1,0 +1,147 @@
+//! All kinds together: what is known of the cluster, and when it makes a snapshot.
+
+use std::cell::{Cell, RefCell};
+
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{Api, Client};
+use tokio::sync::Notify;
+
+use super::{
+    Error,
+    held::Held,
+    objects::Watched,
+    reflector::{self, Reflector},
+};
+use crate::{
+    desired::hash32,
+    load::monotonic_ns,
+    source::{Problem, Severity, Snapshot, View},
+};
+
+/// What is known of the cluster.
+pub(super) struct Cluster {
+    node_name: String,
+    services: RefCell<Held<Service>>,
+    slices: RefCell<Held<EndpointSlice>>,
+    nodes: RefCell<Held<Node>>,
+    /// Why the API will not show us this node: everything but topology goes without.
+    node_refused: RefCell<Option<String>>,
+    /// Whether anything has changed since the last snapshot.
+    is_changed: Cell<bool>,
+    changed: Notify,
+}
+
+impl Cluster {
+    /// One of which nothing is known, seen from a node.
+    pub(super) fn new(node_name: String) -> Self {
+        Self {
+            node_name,
+            services: RefCell::default(),
+            slices: RefCell::default(),
+            nodes: RefCell::default(),
+            node_refused: RefCell::new(None),
+            is_changed: Cell::new(false),
+            changed: Notify::new(),
+        }
+    }
+
+    fn this_node(&self) -> String {
+        format!("metadata.name={}", self.node_name)
+    }
+
+    /// Keeps everything in step with the API, and the view up to date; for ever.
+    pub(super) async fn reflect(&self, client: &Client, view: &View) {
+        let told = |differs: bool| self.told(differs, view);
+        let without_node = |message: String| self.refuse_node(message, view);
+        let services = reflector(client, &self.services, &told);
+        let slices = reflector(client, &self.slices, &told);
+        let node = Reflector {
+            fields: self.this_node(),
+            do_without: Some(&without_node),
+            ..reflector(client, &self.nodes, &told)
+        };
+        let seed = hash32(&self.node_name);
+        tokio::join!(services.run(seed), slices.run(seed), node.run(seed));
+    }
+
+    fn told(&self, differs: bool, view: &View) {
+        if let Some(current_ns) = self.current_ns() {
+            view.is_current_at(current_ns);
+        }
+        if differs {
+            self.is_changed.set(true);
+            self.changed.notify_one();
+        }
+    }
+
+    fn refuse_node(&self, message: String, view: &View) {
+        if self.nodes.borrow().current_ns().is_none() && self.node_refused.borrow().is_none() {
+            *self.node_refused.borrow_mut() = Some(message);
+            self.told(true, view);
+        }
+    }
+
+    /// When all of it was last known to be current; none until every list was complete.
+    fn current_ns(&self) -> Option<u64> {
+        let (services, slices) = (self.services.borrow().current_ns()?, self.slices.borrow().current_ns()?);
+        let both = services.min(slices);
+        match self.nodes.borrow().current_ns() {
+            Some(node) => Some(both.min(node)),
+            None if self.node_refused.borrow().is_some() => Some(both),
+            None => None,
+        }
+    }
+
+    /// Waits until something has changed since the last snapshot.
+    pub(super) async fn changed(&self) {
+        while !self.is_changed.get() {
+            self.changed.notified().await;
+        }
+    }
+
+    /// Everything as it is known now; none until every list was complete.
+    pub(super) fn snapshot(&self) -> Option<Snapshot> {
+        self.is_changed.set(false);
+        self.current_ns()?;
+        let nodes = self.nodes.borrow().objects();
+        let node = nodes.into_values().next();
+        let problems = if node.is_some() { Vec::new() } else { vec![self.without_node()] };
+        let (services, slices) = (self.services.borrow().objects(), self.slices.borrow().objects());
+        Some(Snapshot { services, slices, node, problems, partial: false })
+    }
+
+    fn without_node(&self) -> Problem {
+        let reason = self.node_refused.borrow().clone();
+        let reason = reason.as_deref().unwrap_or("the cluster has no such node; its name is set by --node-name");
+        Problem::new(Severity::Warning, None, format!("node {}: {reason}", self.node_name))
+    }
+
+    /// Lists everything once.
+    pub(super) async fn read(&self, client: &Client) -> Result<Snapshot, Error> {
+        let now_ns = monotonic_ns();
+        let services = list::<Service>(client, "").await.map_err(|(error, _)| error)?;
+        let slices = list::<EndpointSlice>(client, "").await.map_err(|(error, _)| error)?;
+        self.services.borrow_mut().replace(services, None, now_ns);
+        self.slices.borrow_mut().replace(slices, None, now_ns);
+        match list::<Node>(client, &self.this_node()).await {
+            Ok(nodes) => _ = self.nodes.borrow_mut().replace(nodes, None, now_ns),
+            Err((error, true)) => *self.node_refused.borrow_mut() = Some(error.to_string()),
+            Err((error, false)) => return Err(error),
+        }
+        Ok(self.snapshot().unwrap_or_default())
+    }
+}
+
+/// Of all objects of a kind that nothing goes without.
+fn reflector<'a, K: Watched>(client: &Client, held: &'a RefCell<Held<K>>, told: &'a dyn Fn(bool)) -> Reflector<'a, K> {
+    Reflector { api: Api::all(client.clone()), fields: String::new(), held, told, do_without: None }
+}
+
+/// All objects of a kind; or why not, and whether the API will not show them to us.
+async fn list<K: Watched>(client: &Client, fields: &str) -> Result<Vec<K>, (Error, bool)> {
+    let listed = reflector::list_once::<K>(&Api::all(client.clone()), fields).await;
+    listed.map_err(|(message, is_refused)| (Error::List { kind: K::KIND, message }, is_refused))
+}

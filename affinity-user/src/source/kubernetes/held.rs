@@ -1,0 +1,196 @@
+//! The objects of one kind as they are known, and how far that is.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::objects::{Watched, name_of, version};
+use crate::source::{ObjectName, Sourced};
+
+/// What is known of one kind.
+#[derive(Debug)]
+pub(super) struct Held<K> {
+    entries: BTreeMap<ObjectName, Entry<K>>,
+    /// Everything up to this version is known: a list's, or a bookmark's.
+    floor: u64,
+    /// When all of it was last known to be current, `CLOCK_MONOTONIC` in nanoseconds; zero until a list was complete.
+    current_ns: u64,
+}
+
+#[derive(Debug)]
+struct Entry<K> {
+    version: u64,
+    /// None: it was deleted at that version.
+    object: Option<Arc<K>>,
+}
+
+impl<K> Default for Held<K> {
+    fn default() -> Self {
+        Self { entries: BTreeMap::new(), floor: 0, current_ns: 0 }
+    }
+}
+
+impl<K: Watched> Held<K> {
+    /// Takes a complete list in place of everything. Says whether anything differs.
+    pub(super) fn replace(&mut self, objects: Vec<K>, list_version: Option<&str>, now_ns: u64) -> bool {
+        let mut former = std::mem::take(&mut self.entries);
+        let mut changed = self.current_ns == 0;
+        for object in objects {
+            let (name, version, object) = taken(object);
+            let known = former.remove(&name).and_then(|entry| entry.object);
+            let (kept, differs) = keep(known, object);
+            changed |= differs;
+            self.entries.insert(name, Entry { version, object: Some(kept) });
+        }
+        changed |= former.values().any(|entry| entry.object.is_some());
+        self.floor = version(list_version).unwrap_or(0);
+        self.current_ns = now_ns;
+        changed
+    }
+
+    /// Takes an object that was added or modified. Says whether anything differs.
+    pub(super) fn put(&mut self, object: K, now_ns: u64) -> bool {
+        self.current_ns = now_ns;
+        let (name, version, object) = taken(object);
+        if self.is_overtaken(&name, version) {
+            return false;
+        }
+        let known = self.entries.remove(&name).and_then(|entry| entry.object);
+        let (kept, differs) = keep(known, object);
+        self.entries.insert(name, Entry { version, object: Some(kept) });
+        differs
+    }
+
+    /// Takes note of an object's end. Says whether anything differs.
+    pub(super) fn remove(&mut self, object: K, now_ns: u64) -> bool {
+        self.current_ns = now_ns;
+        let (name, version, _) = taken(object);
+        if self.is_overtaken(&name, version) {
+            return false;
+        }
+        let former = self.entries.insert(name, Entry { version, object: None });
+        former.is_some_and(|entry| entry.object.is_some())
+    }
+
+    /// All events up to this version were sent.
+    pub(super) fn bookmark(&mut self, text: &str, now_ns: u64) {
+        self.current_ns = now_ns;
+        self.floor = self.floor.max(version(Some(text)).unwrap_or(0));
+        // A deletion must be remembered only while an older event may still come.
+        let floor = self.floor;
+        self.entries.retain(|_, entry| entry.object.is_some() || entry.version > floor);
+    }
+
+    /// Whether a later state is known. Version zero: one that cannot be compared, which counts as the latest.
+    fn is_overtaken(&self, name: &ObjectName, version: u64) -> bool {
+        let known = self.entries.get(name).map_or(0, |entry| entry.version).max(self.floor);
+        version != 0 && version <= known
+    }
+
+    /// When everything was last known to be current; none until a list was complete.
+    pub(super) fn current_ns(&self) -> Option<u64> {
+        Some(self.current_ns).filter(|&current_ns| current_ns != 0)
+    }
+
+    /// The objects, by name.
+    pub(super) fn objects(&self) -> BTreeMap<ObjectName, Sourced<K>> {
+        let sourced = |object: &Arc<K>| Sourced { origin: None, object: Arc::clone(object) };
+        let there = |(name, entry): (&ObjectName, &Entry<K>)| Some((name.clone(), sourced(entry.object.as_ref()?)));
+        self.entries.iter().filter_map(there).collect()
+    }
+}
+
+/// The name and version of an object, and what is kept of it.
+fn taken<K: Watched>(mut object: K) -> (ObjectName, u64, K) {
+    let meta = object.meta();
+    let (name, version) = (name_of(meta), version(meta.resource_version.as_deref()).unwrap_or(0));
+    object.strip();
+    (name, version, object)
+}
+
+/// The object that was known, where the new one is equal; and whether it is not.
+fn keep<K: PartialEq>(known: Option<Arc<K>>, object: K) -> (Arc<K>, bool) {
+    match known {
+        Some(known) if *known == object => (known, false),
+        _ => (Arc::new(object), true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Service;
+
+    use super::*;
+
+    fn service(name: &str, version: u64, ip: &str) -> Service {
+        let json = format!(
+            r#"{{"metadata": {{"name": "{name}", "namespace": "a", "resourceVersion": "{version}"}},
+                "spec": {{"clusterIP": "{ip}"}}}}"#
+        );
+        serde_json::from_str(&json).expect("a service")
+    }
+
+    /// `name=address`, in order.
+    fn shown(held: &Held<Service>) -> String {
+        let ip = |sourced: &Sourced<Service>| sourced.object.spec.as_ref().and_then(|spec| spec.cluster_ip.clone());
+        let shown = |(name, sourced)| format!("{}={}", name, ip(sourced).unwrap_or_default());
+        held.objects().iter().map(|(name, sourced)| shown((&name.name, sourced))).collect::<Vec<_>>().join(" ")
+    }
+
+    fn held(objects: Vec<Service>, version: &str) -> Held<Service> {
+        let mut held = Held::default();
+        assert_eq!(held.current_ns(), None);
+        assert!(held.replace(objects, Some(version), 1));
+        held
+    }
+
+    #[test]
+    fn events_that_were_overtaken_or_come_twice_change_nothing() {
+        let mut held = held(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
+        assert!(!held.put(service("x", 9, "9"), 2), "older than the list");
+        assert!(held.put(service("x", 12, "2"), 2));
+        assert!(!held.put(service("x", 11, "9"), 2), "overtaken");
+        assert!(!held.put(service("x", 12, "2"), 2), "the same once more");
+        assert!(held.put(service("y", 11, "3"), 2), "another object's events are its own");
+        assert!(held.remove(service("y", 14, "3"), 2));
+        assert!(!held.put(service("y", 13, "9"), 2), "deleted since");
+        assert!(!held.remove(service("y", 14, "3"), 2), "deleted twice");
+        assert_eq!(shown(&held), "x=2");
+        assert!(held.put(service("y", 15, "4"), 2), "made anew");
+        assert_eq!(shown(&held), "x=2 y=4");
+    }
+
+    #[test]
+    fn deletions_are_forgotten_at_a_bookmark() {
+        let mut held = held(vec![service("x", 3, "1")], "10");
+        assert!(held.remove(service("x", 11, "1"), 2));
+        held.bookmark("12", 3);
+        assert!(held.entries.is_empty());
+        assert!(!held.put(service("x", 10, "9"), 3), "older than the bookmark");
+        assert!(held.put(service("x", 13, "2"), 3));
+        assert_eq!(held.current_ns(), Some(3));
+    }
+
+    #[test]
+    fn a_list_takes_the_place_of_everything_and_keeps_what_is_equal() {
+        let mut held = held(vec![service("x", 3, "1"), service("y", 4, "1"), service("z", 5, "1")], "10");
+        let before = held.objects();
+        assert!(held.replace(vec![service("x", 3, "1"), service("y", 15, "2")], Some("20"), 2));
+        let after = held.objects();
+        assert_eq!(shown(&held), "x=1 y=2");
+        let x = ObjectName::new("a", "x");
+        assert!(Arc::ptr_eq(&before[&x].object, &after[&x].object));
+        // The same list once more, at a later version, and even an earlier one: the API may have been restored.
+        assert!(!held.replace(vec![service("x", 3, "1"), service("y", 15, "2")], Some("30"), 3));
+        assert!(!held.replace(vec![service("x", 3, "1"), service("y", 15, "2")], Some("5"), 3));
+        assert!(held.put(service("x", 6, "6"), 4));
+    }
+
+    #[test]
+    fn a_new_version_of_an_equal_object_is_no_change() {
+        let mut held = held(vec![service("x", 3, "1")], "10");
+        let x = ObjectName::new("a", "x");
+        let before = held.objects()[&x].object.clone();
+        assert!(!held.put(service("x", 11, "1"), 2));
+        assert!(Arc::ptr_eq(&before, &held.objects()[&x].object));
+        assert!(!held.put(service("x", 11, "9"), 2), "its version counts all the same");
+    }
+}

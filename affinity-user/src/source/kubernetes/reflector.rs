@@ -1,0 +1,237 @@
+//! One kind: list it, watch it from there, and come back to it after every failure.
+
+use std::{cell::RefCell, time::Duration};
+
+use futures::{Stream, StreamExt};
+use kube::{
+    Api, Error,
+    api::{ListParams, WatchEvent, WatchParams},
+};
+use tokio::time::{Instant, timeout};
+use tracing::{debug, info, warn};
+
+use super::{backoff::Backoff, held::Held, objects::Watched};
+use crate::load::monotonic_ns;
+
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+/// How long the API may take for a page: it gives up on its own after a minute.
+const PAGE_PATIENCE: Duration = Duration::from_secs(90);
+/// How long a watch lasts before the API ends it and it is opened anew.
+const WATCH_S: u32 = 290;
+/// How long a watch may say nothing: the API sends a bookmark about every minute, so the connection is dead.
+const SILENCE: Duration = Duration::from_secs(150);
+/// A watch that held for so long was a good one, even if it had nothing to say.
+const GOOD_WATCH: Duration = Duration::from_secs(10);
+/// Code of a version that the API no longer knows.
+const GONE: u16 = 410;
+/// How long to do without a kind that the API will not show to us, before it is asked again.
+const REFUSED_PAUSE: Duration = Duration::from_mins(5);
+/// Codes of what this process may not see, or that does not exist.
+const REFUSED: [u16; 2] = [403, 404];
+
+/// What keeps one kind in step with the API.
+pub(super) struct Reflector<'a, K> {
+    pub(super) api: Api<K>,
+    /// Which objects, by fields; empty: all.
+    pub(super) fields: String,
+    pub(super) held: &'a RefCell<Held<K>>,
+    /// Called after each event with whether anything differs.
+    pub(super) told: &'a dyn Fn(bool),
+    /// Called with the reason where the API will not show this kind to us. None: nothing goes without it.
+    pub(super) do_without: Option<&'a dyn Fn(String)>,
+}
+
+/// Why a list or a watch has ended.
+enum End {
+    /// It ended well, or its connection did.
+    Over,
+    /// The version to go on from is no longer known.
+    Gone,
+    Failed(Error),
+    /// No answer in time.
+    Silent,
+}
+
+impl<K: Watched> Reflector<'_, K> {
+    /// For ever. `seed` spreads the nodes of a cluster.
+    pub(super) async fn run(&self, seed: u32) {
+        let mut backoff = Backoff::new(seed);
+        let mut version = None;
+        loop {
+            let since = Instant::now();
+            let end = match version.take() {
+                None => match self.list().await {
+                    Ok(listed) => {
+                        version = Some(listed);
+                        self.well(&mut backoff);
+                        continue;
+                    }
+                    Err(end) => end,
+                },
+                Some(from) => {
+                    let (last, end) = self.watch(from, &mut backoff).await;
+                    version = Some(last).filter(|_| !matches!(end, End::Gone));
+                    end
+                }
+            };
+            if matches!(end, End::Over | End::Silent) && since.elapsed() >= GOOD_WATCH {
+                self.well(&mut backoff);
+            }
+            tokio::time::sleep(self.pause(&end, &mut backoff)).await;
+        }
+    }
+
+    /// Something was heard.
+    fn well(&self, backoff: &mut Backoff) {
+        if backoff.failures() > 1 {
+            info!("{}s: the cluster's API answers again", K::KIND);
+        }
+        backoff.reset();
+    }
+
+    /// Says what has ended, and how long to wait.
+    fn pause(&self, end: &End, backoff: &mut Backoff) -> Duration {
+        let kind = K::KIND;
+        let pause = backoff.next(if let End::Failed(error) = end { Some(error) } else { None });
+        match end {
+            End::Over => debug!("{kind}s: the watch has ended; going on in {pause:?}"),
+            End::Gone => debug!("{kind}s: the API no longer knows where the watch stood; listing anew in {pause:?}"),
+            End::Silent => warn!("{kind}s: no answer from the cluster's API; trying again in {pause:?}"),
+            End::Failed(error) => match self.do_without {
+                Some(do_without) if is_refused(error) => {
+                    do_without(message(error));
+                    return REFUSED_PAUSE;
+                }
+                _ => warn!("{kind}s: {}; trying again in {pause:?}", message(error)),
+            },
+        }
+        pause
+    }
+
+    /// Lists everything, and takes it once it is complete. Returns the version to watch from.
+    async fn list(&self) -> Result<String, End> {
+        let begun_ns = monotonic_ns();
+        let (objects, version) = list(&self.api, &self.fields).await?;
+        let differs = self.held.borrow_mut().replace(objects, Some(&version), begun_ns);
+        (self.told)(differs);
+        Ok(version)
+    }
+
+    /// Watches from a version. Returns where to go on, and why it has ended.
+    async fn watch(&self, mut version: String, backoff: &mut Backoff) -> (String, End) {
+        let mut params = WatchParams::default().timeout(WATCH_S);
+        params.label_selector = selector(K::LABELS);
+        params.field_selector = selector(&self.fields);
+        let events = match timeout(PAGE_PATIENCE, self.api.watch(&params, &version)).await {
+            Ok(Ok(events)) => events,
+            Ok(Err(error)) => return (version, failed(error)),
+            Err(_) => return (version, End::Silent),
+        };
+        let mut events = std::pin::pin!(events);
+        loop {
+            match self.next(&mut events).await {
+                Ok(seen) => {
+                    self.well(backoff);
+                    if !seen.is_empty() {
+                        version = seen;
+                    }
+                }
+                Err(end) => return (version, end),
+            }
+        }
+    }
+
+    /// Takes the next event. Returns its version, which may be empty.
+    async fn next(
+        &self,
+        events: &mut (impl Stream<Item = kube::Result<WatchEvent<K>>> + Unpin),
+    ) -> Result<String, End> {
+        let event = match timeout(SILENCE, events.next()).await {
+            Ok(Some(Ok(event))) => event,
+            Ok(Some(Err(error))) => return Err(failed(error)),
+            Ok(None) => return Err(End::Over),
+            Err(_) => return Err(End::Silent),
+        };
+        let version = |object: &K| object.meta().resource_version.clone().unwrap_or_default();
+        let now_ns = monotonic_ns();
+        let mut held = self.held.borrow_mut();
+        let (version, differs) = match event {
+            WatchEvent::Added(object) | WatchEvent::Modified(object) => (version(&object), held.put(object, now_ns)),
+            WatchEvent::Deleted(object) => (version(&object), held.remove(object, now_ns)),
+            WatchEvent::Bookmark(bookmark) => {
+                let version = bookmark.metadata.resource_version;
+                held.bookmark(&version, now_ns);
+                (version, false)
+            }
+            WatchEvent::Error(status) => return Err(failed(Error::Api(status))),
+        };
+        drop(held);
+        (self.told)(differs);
+        Ok(version)
+    }
+}
+
+/// All objects of a kind, page by page, and the version of the list.
+async fn list<K: Watched>(api: &Api<K>, fields: &str) -> Result<(Vec<K>, String), End> {
+    let mut params = ListParams::default().limit(PAGE);
+    params.label_selector = selector(K::LABELS);
+    params.field_selector = selector(fields);
+    let mut objects = Vec::new();
+    loop {
+        let page = match timeout(PAGE_PATIENCE, api.list(&params)).await {
+            Ok(Ok(page)) => page,
+            Ok(Err(error)) => return Err(failed(error)),
+            Err(_) => return Err(End::Silent),
+        };
+        objects.extend(page.items);
+        params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+        if params.continue_token.is_none() {
+            return Ok((objects, page.metadata.resource_version.unwrap_or_default()));
+        }
+    }
+}
+
+/// All objects of a kind, once.
+///
+/// # Errors
+/// Why not, for people; and whether the API will not show them to us.
+pub(super) async fn list_once<K: Watched>(api: &Api<K>, fields: &str) -> Result<Vec<K>, (String, bool)> {
+    match list(api, fields).await {
+        Ok((objects, _)) => Ok(objects),
+        Err(End::Failed(error)) => Err((message(&error), is_refused(&error))),
+        Err(End::Gone) => Err(("the list changed too much while it was read".to_owned(), false)),
+        Err(End::Over | End::Silent) => Err(("no answer".to_owned(), false)),
+    }
+}
+
+fn selector(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn failed(error: Error) -> End {
+    if code(&error) == Some(GONE) { End::Gone } else { End::Failed(error) }
+}
+
+fn is_refused(error: &Error) -> bool {
+    code(error).is_some_and(|code| REFUSED.contains(&code))
+}
+
+/// What the API answered, where it did.
+fn code(error: &Error) -> Option<u16> {
+    if let Error::Api(status) = error { Some(status.code) } else { None }
+}
+
+/// An error with its causes, for people: the client's own text has parts twice.
+fn message(error: &Error) -> String {
+    if let Error::Api(status) = error {
+        return format!("the cluster's API answers {}: {}", status.code, status.message);
+    }
+    let mut text = "no connection to the cluster's API".to_owned();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
