@@ -49,7 +49,7 @@ use aya::Ebpf;
 use aya::programs::{Xdp, XdpMode};
 
 pub use address::{CLIENT_COUNT, Family, Protocol};
-pub use agent::Agent;
+pub use agent::{Agent, CAPABILITIES};
 pub use capture::{Capture, Direction, read_pcap};
 pub use client::{Client, Connection, PATIENCE};
 pub use load::{Load, Report};

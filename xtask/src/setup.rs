@@ -244,7 +244,8 @@ fn linker_version() -> Option<String> {
     version.trim_end().strip_prefix("bpf-linker ").map(str::to_owned)
 }
 
-fn find_command(name: &str) -> bool {
+/// Whether there is a command of this name.
+pub(crate) fn find_command(name: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     let admin_dirs = ADMIN_DIRS.iter().map(Into::into);
     env::split_paths(&path).chain(admin_dirs).any(|dir| dir.join(name).is_file())

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use crate::{
     check, fuzz,
     run::{cargo, is_root, run as run_command},
+    setup,
     steps::Steps,
 };
 
@@ -21,8 +22,23 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
             cargo(["test", "--workspace"]).args(["--exclude", "affinity-ebpf"]).args(["--exclude", "affinity-tests"]),
         )
     })?;
+    steps.step("deploy, rendered", rendered)?;
     steps.step("kernel tests", kernel_tests)?;
     steps.step("fuzz", || fuzz::run(FUZZ))
+}
+
+/// What `deploy/` becomes in the hands of its tools. Nothing else needs them, so where one is not there, that is said, and
+/// it is no failure.
+fn rendered() -> Result<()> {
+    for tool in ["kubectl"] {
+        if setup::find_command(tool) {
+            let tests = ["test", "--package", "affinity-tests", "--test", "deploy", "--", "--ignored", tool];
+            run_command(&mut cargo(tests))?;
+        } else {
+            println!("NOT RUN: {tool} is not here, and so nobody has seen what it makes of deploy/");
+        }
+    }
+    Ok(())
 }
 
 /// The tests that make namespaces, load programs and send packets. They share the machine's

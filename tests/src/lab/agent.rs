@@ -1,6 +1,6 @@
 //! The `affinity` command on a lab's node: once, or as an agent in the background.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -16,6 +16,13 @@ use super::{Lab, NODE_NAME, eventually};
 
 /// How long the agent may take from its start to its readiness, and from SIGTERM to its end.
 const AGENT_PATIENCE: Duration = Duration::from_secs(15);
+
+/// The capabilities that the agent needs, as a container's `securityContext` names them.
+pub const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];
+
+/// As a container runtime would confine it: only the directory of locks, and the BPF filesystem, can be written to.
+const CONFINE: &str = "mkdir -p /run/affinity && mount --bind /run/affinity /run/affinity && \
+                       mount -o remount,bind,ro / && exec \"$@\"";
 
 impl Lab {
     /// Runs `affinity ARGS` on the node and returns what it wrote to standard output.
@@ -38,7 +45,7 @@ impl Lab {
     /// `affinity` on the node, with the global options of this lab.
     pub fn affinity_command(&self) -> Result<Command> {
         let mut command = self.node().command(binary()?);
-        command.arg("--pin-dir").arg(self.pin_dir()).args(["--node-name", NODE_NAME]);
+        command.args(self.global_args());
         Ok(command)
     }
 
@@ -50,6 +57,25 @@ impl Lab {
         let mut command = self.affinity_command()?;
         command.arg("run").arg("--source").arg(self.source()).args(args);
         Agent::start(command)
+    }
+
+    /// The same, confined as in a container: root with these capabilities and no way to others, on a root filesystem that
+    /// cannot be written to.
+    ///
+    /// # Errors
+    /// As [`Lab::agent`].
+    pub fn confined_agent(&self, capabilities: &[&str], args: &[&str]) -> Result<Agent> {
+        let bounds = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect::<String>();
+        let mut command = self.node().command("unshare");
+        command.args(["--mount", "--", "sh", "-c", CONFINE, "sh", "setpriv", "--no-new-privs", "--inh-caps=-all"]);
+        command.arg(format!("--bounding-set=-all{bounds}")).arg("--").arg(binary()?).args(self.global_args());
+        command.arg("run").arg("--source").arg(self.source()).args(args);
+        Agent::start(command)
+    }
+
+    /// The global options of this lab.
+    fn global_args(&self) -> [OsString; 4] {
+        ["--pin-dir".into(), self.pin_dir().into(), "--node-name".into(), NODE_NAME.into()]
     }
 }
 

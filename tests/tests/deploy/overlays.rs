@@ -1,0 +1,152 @@
+//! The variants of `deploy/overlays`: what their patches say, and, where `kubectl` is there, what becomes of them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use serde_json::{Value, json};
+
+use super::objects::{Kustomization, Objects, container, deploy, strict, text};
+
+const OVERLAYS: [&str; 2] = ["shadow", "tight"];
+
+/// The objects that `kubectl apply -k` would send for a directory below `deploy/`.
+fn rendered(directory: &str) -> Result<Objects> {
+    let output = Command::new("kubectl").arg("kustomize").arg(deploy().join(directory)).output().context("kubectl")?;
+    ensure!(output.status.success(), "kubectl kustomize: {}", String::from_utf8_lossy(&output.stderr));
+    Objects::of(str::from_utf8(&output.stdout)?)
+}
+
+fn tight_patch() -> Result<DaemonSet> {
+    let path = deploy().join("overlays/tight/daemonset.yaml");
+    strict(serde_saphyr::from_str(&text(&path)?)?).context("the patch of the tight variant")
+}
+
+#[test]
+fn every_file_of_deploy_is_known_to_a_test() -> Result<()> {
+    let mut files = BTreeSet::new();
+    for directory in ["", "base", "overlays/shadow", "overlays/tight"] {
+        for entry in std::fs::read_dir(deploy().join(directory))? {
+            let path = entry?.path();
+            if path.is_file() {
+                files.insert(path.strip_prefix(deploy())?.display().to_string());
+            }
+        }
+    }
+    let known = [
+        "affinity.yaml",
+        "base/daemonset.yaml",
+        "base/kustomization.yaml",
+        "base/namespace.yaml",
+        "base/rbac.yaml",
+        "kustomization.yaml",
+        "overlays/shadow/kustomization.yaml",
+        "overlays/tight/daemonset.yaml",
+        "overlays/tight/kustomization.yaml",
+    ];
+    assert_eq!(files.iter().map(String::as_str).collect::<Vec<_>>(), known);
+    let overlays: BTreeSet<_> = std::fs::read_dir(deploy().join("overlays"))?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    assert_eq!(overlays, OVERLAYS.map(str::to_owned).into());
+    Ok(())
+}
+
+#[test]
+fn overlays_change_the_base_and_nothing_beside_it() -> Result<()> {
+    for directory in ["", "base", "overlays/shadow", "overlays/tight"] {
+        let kustomization = Kustomization::of(directory)?;
+        assert_eq!(kustomization.api_version, "kustomize.config.k8s.io/v1beta1");
+        assert_eq!(kustomization.kind, "Kustomization");
+        for resource in &kustomization.resources {
+            let path = deploy().join(directory).join(resource);
+            ensure!(path.exists(), "{directory}: {}", path.display());
+        }
+    }
+    let base = Objects::of_file(&deploy().join("affinity.yaml"))?.daemonset;
+    for overlay in OVERLAYS {
+        let kustomization = Kustomization::of(&format!("overlays/{overlay}"))?;
+        assert_eq!(kustomization.resources, ["../../base"]);
+        let [patch] = kustomization.patches.as_slice() else { bail!("{overlay}: one patch") };
+        match (&patch.path, &patch.patch, &patch.target) {
+            (Some(path), None, None) => {
+                let name = Path::new("overlays").join(overlay).join(path);
+                let patch: Value = serde_saphyr::from_str(&text(&deploy().join(name))?)?;
+                let patch: DaemonSet = strict(patch)?;
+                assert_eq!(
+                    (&patch.metadata.name, &patch.metadata.namespace),
+                    (&base.metadata.name, &base.metadata.namespace)
+                );
+                assert_eq!(container(&patch).name, container(&base).name);
+            }
+            (None, Some(_), Some(target)) => {
+                assert_eq!((target.kind.as_str(), Some(&target.name)), ("DaemonSet", base.metadata.name.as_ref()));
+            }
+            other => bail!("{overlay}: {other:?}"),
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_shadow_variant_adds_one_argument() -> Result<()> {
+    let kustomization = Kustomization::of("overlays/shadow")?;
+    let patch = kustomization.patches.first().and_then(|patch| patch.patch.as_deref()).context("no patch")?;
+    let operations: Value = serde_saphyr::from_str(patch)?;
+    let path = "/spec/template/spec/containers/0/args/-";
+    assert_eq!(operations, json!([{"op": "add", "path": path, "value": "--shadow"}]));
+    Ok(())
+}
+
+#[test]
+fn the_tight_variant_has_the_capabilities_that_are_needed_and_nothing_else() -> Result<()> {
+    let patch = tight_patch()?;
+    let context = container(&patch).security_context.as_ref().context("no security context")?;
+    let capabilities = context.capabilities.as_ref().context("no capabilities")?;
+    assert_eq!(capabilities.drop.as_deref(), Some(["ALL".to_owned()].as_slice()));
+    // `lab_deploy` runs the agent with these, and with one less.
+    assert_eq!(capabilities.add.as_deref().unwrap_or_default(), affinity_tests::lab::CAPABILITIES);
+    assert_eq!(context.privileged, Some(false));
+    assert_eq!(context.allow_privilege_escalation, Some(false));
+    assert_eq!(context.read_only_root_filesystem, Some(true));
+    let seccomp = context.seccomp_profile.as_ref().context("no seccomp profile")?;
+    assert_eq!(seccomp.type_, "RuntimeDefault");
+    // The API server refuses Bidirectional in a container that is not privileged.
+    for mount in container(&patch).volume_mounts.iter().flatten() {
+        assert_eq!(mount.mount_propagation.as_deref(), Some("HostToContainer"), "{}", mount.name);
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs kubectl"]
+fn kubectl_renders_the_directory_as_the_single_file() -> Result<()> {
+    let single = Objects::of_file(&deploy().join("affinity.yaml"))?;
+    assert_eq!(rendered("")?, single);
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs kubectl"]
+fn kubectl_renders_the_overlays_as_their_patches_say() -> Result<()> {
+    let single = Objects::of_file(&deploy().join("affinity.yaml"))?;
+    let shadow = rendered("overlays/shadow")?;
+    let args = |objects: &Objects| objects.container().args.clone().unwrap_or_default();
+    assert_eq!(args(&shadow), [args(&single), vec!["--shadow".to_owned()]].concat());
+
+    let tight = rendered("overlays/tight")?;
+    assert_eq!(args(&tight), args(&single));
+    assert_eq!(tight.container().security_context, container(&tight_patch()?).security_context);
+    let mounts = |objects: &Objects| -> BTreeSet<(String, String)> {
+        let mounts = objects.container().volume_mounts.clone().unwrap_or_default();
+        mounts.into_iter().map(|mount| (mount.mount_path, mount.mount_propagation.unwrap_or_default())).collect()
+    };
+    let (mut before, after) = (mounts(&single), mounts(&tight));
+    before.remove(&("/sys/fs/bpf".to_owned(), "Bidirectional".to_owned()));
+    before.insert(("/sys/fs/bpf".to_owned(), "HostToContainer".to_owned()));
+    assert_eq!(before, after);
+    assert_eq!(tight.pod().volumes, single.pod().volumes);
+    Ok(())
+}
