@@ -36,9 +36,9 @@ pub(crate) struct AttachArgs {
     cluster: ClusterArgs,
     /// Which services are handled: those with ClientIP affinity, those labelled
     /// service.kubernetes.io/service-proxy-name for this proxy, or all; another proxy does the rest. Those labelled for
-    /// another proxy never are
-    #[arg(long, value_name = "WHICH", default_value_t = Services::All, value_parser = services())]
-    services: Services,
+    /// another proxy never are [default: affinity of a cluster, all of files]
+    #[arg(long, value_name = "WHICH", value_parser = services())]
+    services: Option<Services>,
     /// This proxy's name in that label
     #[arg(long, value_name = "NAME", default_value = DEFAULT_PROXY_NAME)]
     service_proxy_name: String,
@@ -92,6 +92,14 @@ impl From<ProgramsLog> for Level {
 }
 
 impl AttachArgs {
+    /// In a cluster another proxy is at work; who writes files means what they say.
+    fn services(&self) -> Services {
+        self.services.unwrap_or(match self.source {
+            SourceName::Kubernetes => Services::Affinity,
+            SourceName::Path(_) => Services::All,
+        })
+    }
+
     fn options(&self, global: &Global, detach_on_exit: bool) -> Result<agent::Options, Error> {
         Ok(agent::Options {
             source: self.cluster.source(&self.source, global)?,
@@ -104,7 +112,7 @@ impl AttachArgs {
             },
             pin_dir: global.pin_dir.clone(),
             node_name: Some(global.node_name()),
-            services: self.services,
+            services: self.services(),
             proxy_name: self.service_proxy_name.clone(),
             shadow: self.shadow,
             detach_on_exit,
