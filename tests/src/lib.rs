@@ -1,6 +1,7 @@
 //! The lab: real network namespaces with real clients and real pods, in which the dataplane is tested, shown
 //! and measured; and the packet builder for tests that need no wire.
 //!
+//! * [`apiserver`] is a double of a cluster's API.
 //! * [`mod@bench`] measures.
 //! * [`lab`] brings up clients, a node and pods, and runs the `affinity` command on the node.
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
@@ -11,6 +12,7 @@
 //! Everything here needs root, and Debian's iproute2, util-linux, ethtool and tcpdump. Nothing leaves the
 //! namespaces that a lab made, and nothing of them stays when the lab is dropped.
 
+pub mod apiserver;
 pub mod bench;
 pub mod kernel;
 pub mod kubeproxy;

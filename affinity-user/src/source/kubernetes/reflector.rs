@@ -93,8 +93,11 @@ impl<K: Watched> Reflector<'_, K> {
     /// Says what has ended, and how long to wait.
     fn pause(&self, end: &End, backoff: &mut Backoff) -> Duration {
         let kind = K::KIND;
+        // A watch ends every few minutes; only one that ends again and again is to be waited for.
+        let is_first = backoff.failures() == 0;
         let pause = backoff.next(if let End::Failed(error) = end { Some(error) } else { None });
         match end {
+            End::Over if is_first => return Duration::ZERO,
             End::Over => debug!("{kind}s: the watch has ended; going on in {pause:?}"),
             End::Gone => debug!("{kind}s: the API no longer knows where the watch stood; listing anew in {pause:?}"),
             End::Silent => warn!("{kind}s: no answer from the cluster's API; trying again in {pause:?}"),

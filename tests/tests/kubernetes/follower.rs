@@ -1,0 +1,151 @@
+//! What follows a cluster as the agent does, with tables in memory; and what its tables should be in the end: those that
+//! the same objects make when they are read from files.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use affinity_common::names;
+use affinity_tests::apiserver::{ApiServer, Kind};
+use affinity_user::desired::{self, desired};
+use affinity_user::plan::plan;
+use affinity_user::source::{Feed, Snapshot, Source, directory, kubernetes};
+use affinity_user::store::memory::MemoryStore;
+use affinity_user::store::{Capacity, Store};
+use affinity_user::view::{Catalog, Clock, Dump, DumpOptions};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+use tokio::time::{Instant, timeout};
+
+/// How long a change may take to arrive, on a machine that has other things to do.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+const NODE: &str = "node-a";
+
+/// What the source makes of the double, snapshot by snapshot.
+pub(crate) struct Follower {
+    pub(crate) feed: Feed,
+    store: MemoryStore,
+    scratch: Scratch,
+    /// How many snapshots came.
+    pub(crate) snapshots: usize,
+}
+
+impl Follower {
+    /// Begins to follow.
+    pub(crate) async fn of(api: &ApiServer) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        let source = source(Some(api.kubeconfig(&scratch.0)?));
+        Ok(Self { feed: source.watch().await?, store: store(), scratch, snapshots: 0 })
+    }
+
+    /// Takes the next snapshot, and carries out the plan that it makes.
+    pub(crate) async fn take(&mut self) -> Result<Snapshot> {
+        let snapshot = timeout(PATIENCE, self.feed.snapshots.recv()).await.context("no snapshot came")?;
+        let snapshot = snapshot.context("the source has ended")?;
+        self.snapshots += 1;
+        publish(&mut self.store, &snapshot)?;
+        Ok(snapshot)
+    }
+
+    /// Takes snapshots until the tables are those of the double's objects.
+    pub(crate) async fn settle(&mut self, api: &ApiServer) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let wanted = self.wanted(api)?;
+        loop {
+            if self.dump()? == wanted {
+                return Ok(());
+            }
+            if Instant::now() > deadline || timeout(PATIENCE, self.take()).await.is_err() {
+                let (wanted, is) = (wanted.join("\n"), self.dump()?.join("\n"));
+                bail!("after {} snapshots\n{is}\nand not\n{wanted}", self.snapshots);
+            }
+        }
+    }
+
+    /// Nothing comes for a while.
+    pub(crate) async fn quiet(&mut self, time: Duration) -> Result<()> {
+        if let Ok(snapshot) = timeout(time, self.feed.snapshots.recv()).await {
+            bail!("a snapshot came: {snapshot:?}");
+        }
+        Ok(())
+    }
+
+    /// The tables as they are.
+    pub(crate) fn dump(&self) -> Result<Vec<String>> {
+        dump(&self.store)
+    }
+
+    /// The tables that files with the double's objects make.
+    pub(crate) fn wanted(&self, api: &ApiServer) -> Result<Vec<String>> {
+        let directory = self.scratch.0.join("objects");
+        write_objects(api, &directory)?;
+        of_files(&directory)
+    }
+}
+
+/// A cluster as this node sees it.
+pub(crate) fn source(kubeconfig: Option<PathBuf>) -> Source {
+    Source::Kubernetes(kubernetes::Options { kubeconfig, node_name: NODE.to_owned() })
+}
+
+/// Writes the double's objects as files for `--source`.
+pub(crate) fn write_objects(api: &ApiServer, directory: &Path) -> Result<()> {
+    std::fs::create_dir_all(directory)?;
+    let items: Vec<_> = [Kind::Services, Kind::Slices].into_iter().flat_map(|kind| api.objects(kind)).collect();
+    // Only what the API itself adds is unknown to nobody.
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+    Ok(std::fs::write(directory.join("objects.json"), list.to_string())?)
+}
+
+/// The tables that the files of a directory make.
+pub(crate) fn of_files(directory: &Path) -> Result<Vec<String>> {
+    let snapshot = directory::read(directory);
+    ensure!(snapshot.problems.is_empty(), "{:?}", snapshot.problems);
+    of_snapshot(&snapshot)
+}
+
+/// The tables that a snapshot makes on an empty node.
+pub(crate) fn of_snapshot(snapshot: &Snapshot) -> Result<Vec<String>> {
+    let mut store = store();
+    publish(&mut store, snapshot)?;
+    dump(&store)
+}
+
+fn store() -> MemoryStore {
+    MemoryStore::new(Capacity { backends: 1 << 14, slots: 1 << 17 }, 1)
+}
+
+fn publish(store: &mut MemoryStore, snapshot: &Snapshot) -> Result<()> {
+    let options = desired::Options { node_name: Some(NODE.to_owned()), ..desired::Options::default() };
+    let (desired, _) = desired(snapshot, &options);
+    let (steps, _) = plan(&store.observe()?, &desired, store.capacity());
+    steps.iter().try_for_each(|step| store.apply(step))?;
+    Ok(())
+}
+
+/// What the tables mean: ids are given in the order of events, and do not count.
+fn dump(store: &MemoryStore) -> Result<Vec<String>> {
+    let catalog = Catalog::new(store.observe()?, Default::default(), Clock::now());
+    let dump = Dump::new(&catalog, DumpOptions::default());
+    let maps = [names::FRONTENDS_V4, names::FRONTENDS_V6, names::SLOTS, names::MEMBERS, names::BACKENDS];
+    Ok(maps.into_iter().flat_map(|map| dump.small(map).unwrap_or_default()).collect())
+}
+
+/// A directory that is removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("affinity-kubernetes-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
