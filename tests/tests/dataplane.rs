@@ -28,6 +28,7 @@ use affinity_user::{
     desired::{DEFAULT_PROXY_NAME, Services},
     events::{Consumer, EventReader},
     load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
+    source::Source,
     store::{
         Op, Store,
         kernel::{KernelStore, OpenError},
@@ -764,7 +765,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
     let source = std::env::temp_dir().join(format!("affinity-dp-{}.yaml", std::process::id()));
     fs::write(&source, YAML)?;
     let mut options = agent::Options {
-        source: source.clone(),
+        source: Source::Directory(source.clone()),
         devices: vec!["wire".to_owned(), "pe*".to_owned()],
         attach: attach::Options::default(),
         load: Options { sizes: SIZES, ..Options::default() },
