@@ -1,5 +1,7 @@
 //! What the dataplane should hold for a [`Snapshot`]: a pure function of the snapshot and this node's options.
 //!
+//! A [`Memo`] keeps what was decided, so that the next snapshot costs what has changed in it.
+//!
 //! Everything here goes by name. Numbers - ids, backend indices, slots - are given by the `plan` module, which knows
 //! what is there already.
 //!
@@ -11,6 +13,7 @@
 mod endpoints;
 mod groups;
 mod hash;
+mod memo;
 mod ownership;
 mod service;
 
@@ -21,15 +24,13 @@ use std::{
 };
 
 use affinity_common::abi::{Selection, Timer};
-use k8s_openapi::{api::core::v1::Service, jiff::Timestamp};
 
 use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
-use endpoints::Endpoints;
 use ownership::is_ours;
-use service::ServiceSpec;
 
 pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
+pub use memo::{Change, Memo};
 pub use ownership::{DEFAULT_PROXY_NAME, Services, UnknownServices};
 
 /// What depends on the node.
@@ -262,73 +263,10 @@ pub struct Known {
 /// Decides what the dataplane should hold.
 #[must_use]
 pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>) {
-    let mut problems = Vec::new();
-    let endpoints = Endpoints::read(snapshot, options, &mut problems);
-    let mut specs = BTreeMap::new();
-    for (name, service) in snapshot.services.iter().filter(|(_, service)| is_ours(&service.object, options)) {
-        let mut report = Report::new("Service", name, service, &mut problems);
-        if let Some(spec) = service::read(name, &service.object, &mut report) {
-            specs.insert(name, spec);
-        }
-    }
-    groups::report_disagreement(snapshot, &specs, &mut problems);
-
-    let mut desired =
-        Desired { beside: options.services != Services::All, shadow: options.shadow, ..Desired::default() };
-    for (name, spec) in by_seniority(snapshot, &specs) {
-        let mut report = Report::new("Service", name, &snapshot.services[name], &mut problems);
-        desired.add(name, spec, &endpoints, &mut report);
-    }
-    desired.unions = unions(&desired.pools);
-    for backend in desired.pools.values().flat_map(|pool| pool.members.keys()) {
-        desired.backends.insert(backend.clone(), endpoints.is_local(backend));
-    }
-    desired.known = snapshot
-        .partial
-        .then(|| Known { services: snapshot.services.keys().cloned().collect(), with_slices: endpoints.services() });
-    desired.others = endpoints.others;
-    (desired, problems)
-}
-
-/// Services in the order in which they may claim frontends: the oldest first, those without a date last; then by name.
-fn by_seniority<'a>(
-    snapshot: &Snapshot,
-    specs: &'a BTreeMap<&'a ObjectName, ServiceSpec>,
-) -> Vec<(&'a ObjectName, &'a ServiceSpec)> {
-    let created = |name: &ObjectName| -> Option<Timestamp> {
-        let service: &Service = &snapshot.services[name].object;
-        service.metadata.creation_timestamp.as_ref().map(|time| time.0)
-    };
-    let mut order: Vec<_> = specs.iter().map(|(name, spec)| (*name, spec)).collect();
-    order.sort_by_key(|(name, _)| (created(name).is_none(), created(name)));
-    order
-}
-
-impl Desired {
-    fn add(&mut self, name: &ObjectName, spec: &ServiceSpec, endpoints: &Endpoints, report: &mut Report<'_>) {
-        for (index, port) in spec.ports.iter() {
-            let mut families = BTreeSet::new();
-            for ip in &spec.addresses {
-                let pool = PoolName {
-                    service: name.clone(),
-                    port: port.label(),
-                    protocol: port.protocol,
-                    family: Family::of(*ip),
-                };
-                let frontend = FrontendAddress { ip: *ip, port: port.number, protocol: port.protocol };
-                if let Some(taken) = self.frontends.get(&frontend) {
-                    let message = format!("{frontend} is taken by service {}; this one does not get it", taken.service);
-                    report.error(format!("spec.ports[{index}]"), message);
-                    continue;
-                }
-                self.frontends.insert(frontend, pool.clone());
-                if families.insert(pool.family) {
-                    let members = endpoints.members(&pool, port.name.as_deref().unwrap_or(""), report);
-                    self.pools.insert(pool, spec.pool(Family::of(*ip), members));
-                }
-            }
-        }
-    }
+    let mut memo = Memo::new(options.clone());
+    memo.update(snapshot);
+    let problems = memo.problems().cloned().collect();
+    (memo.into_desired(), problems)
 }
 
 /// Collects the problems of one object.
@@ -361,6 +299,9 @@ impl<'a> Report<'a> {
         self.add(Severity::Error, field, message);
     }
 }
+
+#[cfg(test)]
+pub(crate) use memo::tests::{options, snapshots};
 
 #[cfg(test)]
 mod tests;

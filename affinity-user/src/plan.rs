@@ -1,5 +1,8 @@
 //! The difference between what a store holds and what it should hold, as steps in a safe order. Pure.
 //!
+//! A [`Ledger`] holds what the store does. It plans for all that is desired, or for a [`Change`] alone: the steps are the
+//! same, but then they cost what has changed.
+//!
 //! First [`target`] gives numbers to what [`Desired`] knows by name, keeping every id, backend index and extent of slots
 //! that is in use already. Then the two states are compared, and the steps come in this order:
 //!
@@ -21,6 +24,7 @@ mod backends;
 mod extents;
 mod ids;
 mod keep;
+mod ledger;
 mod maglev;
 mod target;
 
@@ -30,20 +34,40 @@ use affinity_common::abi::{
     Address, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, SHARED, V4, V6, filter_bit,
 };
 
+pub use self::ledger::Ledger;
 use crate::{
-    desired::Desired,
+    desired::{Change, Desired},
     source::Problem,
     store::{Capacity, Observed, Op},
 };
 
-/// The steps from `observed` to `desired`; none where nothing is to be done. What does not fit is reported, and what
-/// could not be published for lack of room stays as it is; so does what `desired` does not know about, where its source
-/// was read in part only.
+/// The steps from `observed` to `desired`: see [`Ledger::plan`].
 #[must_use]
 pub fn plan(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Vec<Op>, Vec<Problem>) {
-    let kept = desired.known.as_ref().map(|known| keep::keep(observed, desired, known));
-    let (target, problems) = target::target(observed, kept.as_ref().unwrap_or(desired), capacity);
-    (steps(observed, &target), problems)
+    Ledger::new(observed.clone(), capacity).plan(desired)
+}
+
+impl Ledger {
+    /// The steps from here to `desired`; none where nothing is to be done. What does not fit is reported, and what could
+    /// not be published for lack of room stays as it is; so does what `desired` does not know about, where its source was
+    /// read in part only.
+    #[must_use]
+    pub fn plan(&self, desired: &Desired) -> (Vec<Op>, Vec<Problem>) {
+        let kept = desired.known.as_ref().map(|known| keep::keep(&self.observed, desired, known));
+        let (target, problems) = target::target(self, &self.observed, kept.as_ref().unwrap_or(desired));
+        (steps(&self.observed, &target), problems)
+    }
+
+    /// The same steps, where the last plan was carried out to its end and nothing was reported, and `change` is all that
+    /// has changed since. Where this one reports anything, it is void: plan in full.
+    #[must_use]
+    pub fn plan_change(&self, change: &Change) -> (Vec<Op>, Vec<Problem>) {
+        let mut touched = self.touched(change);
+        let (target, problems) = target::target(self, &touched, &change.desired);
+        // Indices that are used again.
+        target.backends.keys().for_each(|index| self.copy_backend(*index, &mut touched));
+        (steps(&touched, &target), problems)
+    }
 }
 
 /// What happens to the frontends of one family.

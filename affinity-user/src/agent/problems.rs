@@ -14,18 +14,24 @@ pub(super) struct Problems {
 
 impl Problems {
     /// Takes note of all that is wrong now, and logs what has changed.
-    pub(super) fn update(&mut self, problems: impl IntoIterator<Item = Problem>) {
+    pub(super) fn update<'a>(&mut self, problems: impl IntoIterator<Item = &'a Problem>) {
         let now: BTreeSet<_> = problems.into_iter().collect();
-        for problem in now.difference(&self.current) {
+        let new: Vec<Problem> =
+            now.iter().filter(|problem| !self.current.contains(**problem)).map(|p| (*p).clone()).collect();
+        for problem in &new {
             match problem.severity {
                 Severity::Error => error!("{problem}"),
                 Severity::Warning => warn!("{problem}"),
                 Severity::Info => info!("{problem}"),
             }
         }
-        for problem in self.current.difference(&now) {
-            info!("no longer: {problem}");
-        }
-        self.current = now;
+        self.current.retain(|problem| {
+            let holds = now.contains(problem);
+            if !holds {
+                info!("no longer: {problem}");
+            }
+            holds
+        });
+        self.current.extend(new);
     }
 }

@@ -1,27 +1,36 @@
 //! From a snapshot of the source to the kernel's maps.
 
-use std::collections::BTreeSet;
+use std::mem;
 
 use tracing::{debug, info};
 
 use super::problems::Problems;
 use crate::{
-    desired::{self, Desired, desired},
-    plan::plan,
-    source::{ObjectName, Problem, Snapshot},
-    store::{Observed, Op, Store, StoreError, kernel::KernelStore},
+    desired::{self, Change, Memo},
+    plan::Ledger,
+    source::{Problem, Snapshot},
+    store::{Op, Store, StoreError, kernel::KernelStore},
 };
 
 /// Brings the maps in step with the last snapshot.
 pub(super) struct Publisher {
     store: KernelStore,
-    options: desired::Options,
-    desired: Desired,
-    /// Of the source, and of what was decided from it.
+    memo: Memo,
+    /// Problems of the source itself.
     given: Vec<Problem>,
     problems: Problems,
-    /// What the store holds; none where a step has failed, so that nobody knows.
-    observed: Option<Observed>,
+    /// What the store holds; none where nobody knows: at the start, and where a step has failed.
+    ledger: Option<Ledger>,
+    due: Due,
+}
+
+/// What has not been planned for yet.
+#[derive(Default)]
+enum Due {
+    Nothing,
+    Change(Box<Change>),
+    #[default]
+    All,
 }
 
 /// What was changed.
@@ -34,19 +43,22 @@ pub(super) struct Published {
 }
 
 impl Publisher {
-    /// At most so many plans in a row: the second has the room that the first one freed.
-    const PLANS: usize = 3;
+    /// At most so many plans in a row: where room is short, each has the room that the one before it freed.
+    const PLANS: usize = 16;
 
     pub(super) fn new(store: KernelStore, options: desired::Options) -> Self {
-        let desired = Desired::default();
-        Self { store, options, desired, given: Vec::new(), problems: Problems::default(), observed: None }
+        let memo = Memo::new(options);
+        Self { store, memo, given: Vec::new(), problems: Problems::default(), ledger: None, due: Due::All }
     }
 
     /// Decides what the snapshot asks for; [`Publisher::publish`] carries it out.
     pub(super) fn take(&mut self, snapshot: &Snapshot) {
-        let (desired, mut problems) = desired(snapshot, &self.options);
-        problems.extend(snapshot.problems.iter().cloned());
-        (self.desired, self.given) = (desired, problems);
+        let change = self.memo.update(snapshot);
+        self.given.clone_from(&snapshot.problems);
+        self.due = match (mem::take(&mut self.due), change) {
+            (Due::Nothing, Some(change)) => Due::Change(Box::new(change)),
+            _ => Due::All,
+        };
     }
 
     /// Carries out what is to be done, and logs what is wrong.
@@ -54,21 +66,23 @@ impl Publisher {
     /// # Errors
     /// The step that failed; those before it hold. The next call reads the store anew and goes on from there.
     pub(super) fn publish(&mut self) -> Result<Published, StoreError> {
-        let mut observed = match self.observed.take() {
-            Some(observed) => observed,
-            None => self.store.observe()?,
+        let due = mem::take(&mut self.due);
+        let (mut ledger, mut due) = match self.ledger.take() {
+            Some(ledger) => (ledger, due),
+            None => (self.read()?, Due::All),
         };
         let mut published = Published::default();
         for round in 1..=Self::PLANS {
-            let (steps, problems) = plan(&observed, &self.desired, self.store.capacity());
+            let (steps, problems) = self.plan(&ledger, &due);
             let is_last = steps.is_empty() || problems.is_empty() || round == Self::PLANS;
             if is_last {
-                self.problems.update(self.given.iter().cloned().chain(problems));
+                self.problems.update(self.given.iter().chain(self.memo.problems()).chain(&problems));
             }
+            due = if problems.is_empty() { Due::Nothing } else { Due::All };
             for step in &steps {
                 debug!(?step, "apply");
                 self.store.apply(step)?;
-                observed.apply(step);
+                ledger.apply(step);
                 published.filter |= matches!(step, Op::SetFilter(..));
             }
             published.steps += steps.len();
@@ -76,17 +90,36 @@ impl Publisher {
                 break;
             }
         }
-        self.observed = Some(observed);
+        (self.ledger, self.due) = (Some(ledger), due);
         if published.steps > 0 {
             info!(steps = published.steps, "published: {}", self.summary());
         }
         Ok(published)
     }
 
+    /// What the store holds, after a grace period: a plan may have ended before its own, this agent's or a former one's.
+    fn read(&mut self) -> Result<Ledger, StoreError> {
+        self.store.apply(&Op::Grace)?;
+        Ok(Ledger::new(self.store.observe()?, self.store.capacity()))
+    }
+
+    fn plan(&self, ledger: &Ledger, due: &Due) -> (Vec<Op>, Vec<Problem>) {
+        if let Due::Change(change) = due {
+            let (steps, problems) = ledger.plan_change(change);
+            if problems.is_empty() {
+                return (steps, problems);
+            }
+        }
+        ledger.plan(self.memo.desired())
+    }
+
     /// Numbers of services and backends, for people.
     pub(super) fn summary(&self) -> String {
-        let services: BTreeSet<&ObjectName> = self.desired.frontends.values().map(|pool| &pool.service).collect();
-        format!("{}, {}", count(services.len(), "service"), count(self.desired.backends.len(), "backend"))
+        let desired = self.memo.desired();
+        // Pools are in the order of their services.
+        let mut services: Vec<_> = desired.pools.keys().map(|pool| &pool.service).collect();
+        services.dedup();
+        format!("{}, {}", count(services.len(), "service"), count(desired.backends.len(), "backend"))
     }
 }
 

@@ -1,15 +1,12 @@
 //! EndpointSlices -> the members of a pool.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use affinity_common::abi::Name;
 use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointConditions, EndpointSlice};
 
-use super::{BackendName, Family, Member, Options, PoolName, Protocol, Report, is_ours};
-use crate::source::{ObjectName, Problem, Snapshot};
+use super::{BackendName, Family, Member, Options, PoolName, Protocol, Report};
+use crate::source::ObjectName;
 
 /// The label that names a slice's service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -28,114 +25,91 @@ enum Condition {
 struct Endpoint {
     backend: BackendName,
     condition: Condition,
+    local: bool,
 }
 
 /// A slice, checked. Its ports hold for all of its endpoints.
-struct Slice {
+pub(super) struct Slice {
     family: Family,
     ports: Vec<(String, Protocol, u16)>,
     endpoints: Vec<Endpoint>,
 }
 
-/// All endpoints, by service.
-pub(super) struct Endpoints {
-    slices: BTreeMap<ObjectName, Vec<Slice>>,
-    local: BTreeSet<BackendName>,
-    /// Those of services that are not ours.
-    pub(super) others: BTreeSet<BackendName>,
+/// The service that a slice is of; none where it does not say.
+pub(super) fn service_of(name: &ObjectName, slice: &EndpointSlice) -> Option<ObjectName> {
+    let service = slice.metadata.labels.as_ref()?.get(SERVICE_NAME)?;
+    Some(ObjectName::new(&name.namespace, service))
 }
 
-impl Endpoints {
-    /// Reads the slices of all services; of those that are not ours, what is wrong is not ours to report.
-    pub(super) fn read(snapshot: &Snapshot, options: &Options, problems: &mut Vec<Problem>) -> Self {
-        let mut endpoints = Self { slices: BTreeMap::new(), local: BTreeSet::new(), others: BTreeSet::new() };
-        for (name, sourced) in &snapshot.slices {
-            let mut report = Report::new("EndpointSlice", name, sourced, problems);
-            let labels = sourced.object.metadata.labels.as_ref();
-            let Some(service) = labels.and_then(|labels| labels.get(SERVICE_NAME)) else {
-                report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice serves no service"));
-                continue;
-            };
-            let service = ObjectName::new(&name.namespace, service);
-            if snapshot.services.get(&service).is_some_and(|service| !is_ours(&service.object, options)) {
-                endpoints.others.extend(backends(name, &sourced.object));
-            } else if let Some(slice) = endpoints.slice(name, &sourced.object, options, &mut report) {
-                endpoints.slices.entry(service).or_default().push(slice);
-            }
+/// Reads a slice; none where nothing of it can be used.
+pub(super) fn read(
+    name: &ObjectName,
+    slice: &EndpointSlice,
+    options: &Options,
+    report: &mut Report<'_>,
+) -> Option<Slice> {
+    if service_of(name, slice).is_none() {
+        report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice serves no service"));
+        return None;
+    }
+    let family = match slice.address_type.as_str() {
+        "IPv4" => Family::V4,
+        "IPv6" => Family::V6,
+        other => {
+            report.warning("addressType", format!("{other:?} is none of IPv4, IPv6; the slice is ignored"));
+            return None;
         }
-        endpoints
+    };
+    let mut endpoints = Vec::new();
+    for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+        let Some(address) = address(endpoint, family, index, report) else { continue };
+        endpoints.push(Endpoint {
+            backend: BackendName { address, pod: pod(endpoint, name) },
+            condition: condition(endpoint.conditions.as_ref()),
+            local: options.node_name.is_some() && endpoint.node_name == options.node_name,
+        });
     }
+    Some(Slice { family, ports: ports(slice, report), endpoints })
+}
 
-    /// The services that have a slice.
-    pub(super) fn services(&self) -> BTreeSet<ObjectName> {
-        self.slices.keys().cloned().collect()
+impl Slice {
+    /// The backends that this slice says are on this node.
+    pub(super) fn local(&self) -> impl Iterator<Item = &BackendName> {
+        self.endpoints.iter().filter(|endpoint| endpoint.local).map(|endpoint| &endpoint.backend)
     }
+}
 
-    /// Whether a backend is on this node.
-    pub(super) fn is_local(&self, backend: &BackendName) -> bool {
-        self.local.contains(backend)
-    }
-
-    /// The members of a pool, whose port the slices call `port`.
-    pub(super) fn members(
-        &self,
-        pool: &PoolName,
-        port: &str,
-        report: &mut Report<'_>,
-    ) -> BTreeMap<BackendName, Member> {
-        let mut found: BTreeMap<&BackendName, (Condition, u16)> = BTreeMap::new();
-        for slice in self.slices.get(&pool.service).into_iter().flatten().filter(|slice| slice.family == pool.family) {
-            let matching = slice.ports.iter().filter(|(name, protocol, _)| name == port && *protocol == pool.protocol);
-            for (number, endpoint) in
-                matching.flat_map(|(_, _, number)| slice.endpoints.iter().map(move |e| (*number, e)))
-            {
-                let candidate = (endpoint.condition, number);
-                let best = found.entry(&endpoint.backend).or_insert(candidate);
-                if best.1 != number {
-                    let (address, kept) = (endpoint.backend.address, (*best).min(candidate).1);
-                    report.warning(
-                        String::new(),
-                        format!("endpoint {address} has two ports for {pool}, {} and {number}; {kept} is used", best.1),
-                    );
-                }
-                *best = (*best).min(candidate);
+/// The members of a pool, of its service's slices. They call its port `port`.
+pub(super) fn members<'a>(
+    slices: impl Iterator<Item = &'a Slice>,
+    pool: &PoolName,
+    port: &str,
+    report: &mut Report<'_>,
+) -> BTreeMap<BackendName, Member> {
+    let mut found: BTreeMap<&BackendName, (Condition, u16)> = BTreeMap::new();
+    for slice in slices.filter(|slice| slice.family == pool.family) {
+        let matching = slice.ports.iter().filter(|(name, protocol, _)| name == port && *protocol == pool.protocol);
+        for (number, endpoint) in matching.flat_map(|(_, _, number)| slice.endpoints.iter().map(move |e| (*number, e)))
+        {
+            let candidate = (endpoint.condition, number);
+            let best = found.entry(&endpoint.backend).or_insert(candidate);
+            if best.1 != number {
+                let (address, kept) = (endpoint.backend.address, (*best).min(candidate).1);
+                report.warning(
+                    String::new(),
+                    format!("endpoint {address} has two ports for {pool}, {} and {number}; {kept} is used", best.1),
+                );
             }
+            *best = (*best).min(candidate);
         }
-        let usable = found.values().map(|(condition, _)| *condition).min().filter(|best| *best != Condition::Unready);
-        let member = |condition, port| Member { port, ready: Some(condition) == usable };
-        found.into_iter().map(|(backend, (condition, port))| (backend.clone(), member(condition, port))).collect()
     }
-
-    fn slice(
-        &mut self,
-        name: &ObjectName,
-        slice: &EndpointSlice,
-        options: &Options,
-        report: &mut Report<'_>,
-    ) -> Option<Slice> {
-        let family = match slice.address_type.as_str() {
-            "IPv4" => Family::V4,
-            "IPv6" => Family::V6,
-            other => {
-                report.warning("addressType", format!("{other:?} is none of IPv4, IPv6; the slice is ignored"));
-                return None;
-            }
-        };
-        let mut endpoints = Vec::new();
-        for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-            let Some(address) = address(endpoint, family, index, report) else { continue };
-            let backend = BackendName { address, pod: pod(endpoint, name) };
-            if options.node_name.is_some() && endpoint.node_name == options.node_name {
-                self.local.insert(backend.clone());
-            }
-            endpoints.push(Endpoint { backend, condition: condition(endpoint.conditions.as_ref()) });
-        }
-        Some(Slice { family, ports: ports(slice, report), endpoints })
-    }
+    let usable = found.values().map(|(condition, _)| *condition).min().filter(|best| *best != Condition::Unready);
+    let member = |condition, port| Member { port, ready: Some(condition) == usable };
+    found.into_iter().map(|(backend, (condition, port))| (backend.clone(), member(condition, port))).collect()
 }
 
 /// The backends of a slice, whatever else it says.
-fn backends(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = BackendName> {
+pub(super) fn backends(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = BackendName> {
     slice.endpoints.iter().flatten().filter_map(|endpoint| {
         let address = endpoint.addresses.first()?.parse().ok()?;
         Some(BackendName { address, pod: pod(endpoint, name) })

@@ -5,67 +5,111 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use affinity_common::abi::{Frontend, NameKey, NameKind};
+use affinity_common::abi::{NameKey, NameKind};
 
-use crate::{desired::hash32, store::Observed};
+use super::ledger::discount;
+use crate::desired::hash32;
 
-/// The ids that are in use, and what for.
+/// The ids that are in use, and what for. Whatever a record refers to is in use, named or not.
+#[derive(Clone, PartialEq, Debug)]
 pub(super) struct Ids {
-    by_name: BTreeMap<(u32, String), u32>,
-    used: BTreeSet<u32>,
+    /// Kind, name and id.
+    by_name: BTreeSet<(u32, String, u32)>,
+    /// How often each id is referred to.
+    uses: BTreeMap<u32, u32>,
 }
 
 impl Ids {
-    /// Those of a store. Whatever a record refers to is in use, named or not.
-    pub(super) fn restore(observed: &Observed) -> Self {
-        let mut ids = Self { by_name: BTreeMap::new(), used: BTreeSet::from([0]) };
-        for (key, name) in observed.names.iter().filter(|(key, _)| key.kind != NameKind::Backend as u32) {
-            ids.by_name.entry((key.kind, name.clone())).or_insert(key.id);
-            ids.used.insert(key.id);
-        }
-        for frontend in observed.frontends_v4.values().chain(observed.frontends_v6.values()) {
-            let Frontend { service, pool, group, own, .. } = *frontend;
-            ids.used.extend([service, pool, group, own]);
-        }
-        ids.used.extend(observed.members.keys().map(|key| key.pool));
-        ids
+    /// None but zero, which is nobody's.
+    pub(super) fn new() -> Self {
+        Self { by_name: BTreeSet::new(), uses: BTreeMap::from([(0, 1)]) }
+    }
+
+    /// Enters a name.
+    pub(super) fn enter(&mut self, key: &NameKey, name: &str) {
+        self.by_name.insert((key.kind, name.to_owned(), key.id));
+        self.count(key.id);
+    }
+
+    /// Strikes a name out.
+    pub(super) fn strike(&mut self, key: &NameKey, name: &str) {
+        self.by_name.remove(&(key.kind, name.to_owned(), key.id));
+        self.discount(key.id);
+    }
+
+    /// Enters a record that refers to an id.
+    pub(super) fn count(&mut self, id: u32) {
+        *self.uses.entry(id).or_default() += 1;
+    }
+
+    /// Strikes such a record out.
+    pub(super) fn discount(&mut self, id: u32) {
+        discount(&mut self.uses, id);
+    }
+
+    /// The id of a name.
+    pub(super) fn find(&self, kind: NameKind, name: &str) -> Option<u32> {
+        let (of, found, id) = self.by_name.range((kind as u32, name.to_owned(), 0)..).next()?;
+        (*of == kind as u32 && found == name).then_some(*id)
+    }
+
+    /// The ids of a service's pools.
+    pub(super) fn pools(&self, service: &str) -> impl Iterator<Item = u32> {
+        let prefix = format!("{service}:");
+        let kind = NameKind::Pool as u32;
+        let from = self.by_name.range((kind, prefix.clone(), 0)..);
+        from.take_while(move |(of, name, _)| *of == kind && name.starts_with(&prefix)).map(|(_, _, id)| *id)
+    }
+}
+
+/// Gives ids to names, those that they have or new ones.
+pub(super) struct Naming<'a> {
+    ids: &'a Ids,
+    new: BTreeMap<(u32, String), u32>,
+    taken: BTreeSet<u32>,
+}
+
+impl<'a> Naming<'a> {
+    pub(super) fn new(ids: &'a Ids) -> Self {
+        Self { ids, new: BTreeMap::new(), taken: BTreeSet::new() }
     }
 
     /// The id of a name, and its key in `names`.
     pub(super) fn get(&mut self, kind: NameKind, name: &str) -> NameKey {
-        let kind = kind as u32;
-        let used = &mut self.used;
-        let id = *self.by_name.entry((kind, name.to_owned())).or_insert_with(|| {
+        let id = self.ids.find(kind, name).unwrap_or_else(|| self.make(kind as u32, name));
+        NameKey { kind: kind as u32, id }
+    }
+
+    fn make(&mut self, kind: u32, name: &str) -> u32 {
+        let Self { ids, new, taken } = self;
+        *new.entry((kind, name.to_owned())).or_insert_with(|| {
             let mut id = hash32(&format!("{kind} {name}"));
-            while !used.insert(id) {
+            while ids.uses.contains_key(&id) || !taken.insert(id) {
                 id = id.wrapping_add(1);
             }
             id
-        });
-        NameKey { kind, id }
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use affinity_common::abi::{MEMBER_READY, Member, MemberKey, Port};
-
     use super::*;
 
     #[test]
     fn a_name_keeps_its_id_and_no_two_share_one() {
-        let mut ids = Ids::restore(&Observed::default());
+        let ids = Ids::new();
+        let mut ids = Naming::new(&ids);
         let web = ids.get(NameKind::Service, "default/web");
         assert_eq!(ids.get(NameKind::Service, "default/web"), web);
         assert_ne!(ids.get(NameKind::Group, "default/web").id, web.id);
 
         // The number that the hash would give is taken: by a name, and by a record without one.
         let taken = NameKey { kind: NameKind::Pool as u32, id: web.id };
-        let mut observed = Observed::default();
-        observed.names.insert(taken, "other".to_owned());
-        let member = Member { generation: 1, port: Port::new(80), state: MEMBER_READY, pad: 0 };
-        observed.members.insert(MemberKey { pool: web.id.wrapping_add(1), backend: 0 }, member);
-        let mut ids = Ids::restore(&observed);
+        let mut ids = Ids::new();
+        ids.enter(&taken, "other");
+        ids.count(web.id.wrapping_add(1));
+        let mut ids = Naming::new(&ids);
         assert_eq!(ids.get(NameKind::Service, "default/web").id, web.id.wrapping_add(2));
         assert_eq!(ids.get(NameKind::Pool, "other"), taken);
     }

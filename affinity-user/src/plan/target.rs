@@ -13,29 +13,24 @@ use affinity_common::abi::{
     SHADOW, SHARED, Selection, UsageKey, UsageOf, V4, V6,
 };
 
-use super::{backends::Backends, extents::Extents, ids::Ids, maglev};
+use super::{backends::Claims, extents::Extents, ids::Naming, ledger::Ledger, maglev};
 use crate::{
     desired::{BackendName, Desired, FrontendAddress, Pool, PoolName, Scope},
     source::{Problem, Severity},
-    store::{Capacity, Observed},
+    store::Observed,
 };
 
-/// The state that `observed` is to become.
-pub(super) fn target(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Observed, Vec<Problem>) {
+/// The state that `part` of a store is to become: all of it, or what a change may touch.
+pub(super) fn target(ledger: &Ledger, part: &Observed, desired: &Desired) -> (Observed, Vec<Problem>) {
     let mut numbering = Numbering {
-        observed,
+        ledger,
         desired,
-        capacity,
-        ids: Ids::restore(observed),
-        backends: Backends::restore(observed, capacity.backends),
-        extents: Extents::new(extents(observed).map(|(_, extent)| extent), capacity.slots),
-        extents_by_pool: BTreeMap::new(),
+        ids: Naming::new(&ledger.ids),
+        backends: Claims::new(&ledger.backends, &ledger.observed.backends),
+        extents: None,
         target: Observed::default(),
         problems: Vec::new(),
     };
-    for (pool, extent) in extents(observed).filter(|(_, (_, count))| *count > 0) {
-        numbering.extents_by_pool.entry(pool).or_default().insert(extent);
-    }
     let indices = numbering.claim_backends();
     let mut records = BTreeMap::new();
     for (name, pool) in &desired.pools {
@@ -45,23 +40,16 @@ pub(super) fn target(observed: &Observed, desired: &Desired, capacity: Capacity)
     }
     numbering.unions(&indices);
     numbering.frontends(&records);
-    numbering.finish()
-}
-
-/// Every observed frontend's pool and extent (first slot, count).
-fn extents(observed: &Observed) -> impl Iterator<Item = (u32, (u32, u32))> {
-    let frontends = observed.frontends_v4.values().chain(observed.frontends_v6.values());
-    frontends.map(|frontend| (frontend.pool, (frontend.slot_first, frontend.slot_count)))
+    numbering.finish(part, &indices)
 }
 
 struct Numbering<'a> {
-    observed: &'a Observed,
+    ledger: &'a Ledger,
     desired: &'a Desired,
-    capacity: Capacity,
-    ids: Ids,
-    backends: Backends,
-    extents: Extents,
-    extents_by_pool: BTreeMap<u32, BTreeSet<(u32, u32)>>,
+    ids: Naming<'a>,
+    backends: Claims<'a>,
+    /// The free ones, once somebody has asked.
+    extents: Option<Extents>,
     target: Observed,
     problems: Vec<Problem>,
 }
@@ -148,7 +136,7 @@ impl<'a> Numbering<'a> {
             }
         }
         if left_out > 0 {
-            let all = self.capacity.backends;
+            let all = self.ledger.capacity.backends;
             self.report(name, format!("{left_out} endpoints of {name} left out: all {all} backends are in use"));
         }
     }
@@ -164,35 +152,41 @@ impl<'a> Numbering<'a> {
         if wanted.is_empty() {
             return Some(Slots::default());
         }
-        let observed = self.observed;
-        let own: Vec<Slots<'a>> = (self.extents_by_pool.get(&pool).into_iter().flatten())
+        let observed = &self.ledger.observed;
+        let own: Vec<Slots<'a>> = (self.ledger.extents(pool).into_iter())
             .filter_map(|(first, count)| {
-                let held = observed.slots.get(first)?.get(..*count as usize)?;
-                Some(Slots { first: *first, count: *count, held })
+                let held = observed.slots.get(&first)?.get(..count as usize)?;
+                Some(Slots { first, count, held })
             })
             .collect();
         let count = u32::try_from(wanted.len()).ok()?;
         let first = match own.iter().find(|slots| slots.held == wanted) {
             Some(same) => Some(same.first),
-            None => self.extents.allocate(count),
+            None => self.free_extents().allocate(count),
         };
         if let Some(first) = first {
             self.target.slots.insert(first, wanted.to_vec());
             return Some(Slots { first, count, held: &[] });
         }
         let outcome = if own.is_empty() { "it is not published" } else { "its former members stay in use" };
-        let all = self.capacity.slots;
+        let all = self.ledger.capacity.slots;
         self.report(name, format!("no room for {count} slots of {name} among {all}; {outcome}"));
         let kept = own.into_iter().next()?;
         self.target.slots.insert(kept.first, kept.held.to_vec());
         Some(kept)
     }
 
+    fn free_extents(&mut self) -> &mut Extents {
+        let Ledger { observed, capacity, .. } = self.ledger;
+        let used = observed.slots.iter().map(|(first, slots)| (*first, slots.len() as u32));
+        self.extents.get_or_insert_with(|| Extents::new(used, capacity.slots))
+    }
+
     /// Keeps the members that slots name as they are.
     fn hold(&mut self, pool: u32, slots: &[u32]) {
         for backend in slots.iter().copied().collect::<BTreeSet<u32>>() {
             let key = MemberKey { pool, backend };
-            if let Some(member) = self.observed.members.get(&key) {
+            if let Some(member) = self.ledger.observed.members.get(&key) {
                 let port = self.target.members.get(&key).map_or(member.port, |wanted| wanted.port);
                 self.target.members.insert(key, Member { port, ..*member });
                 self.backends.keep(backend);
@@ -232,13 +226,16 @@ impl<'a> Numbering<'a> {
         self.problems.push(Problem::new(Severity::Error, None, message).of("Service", &pool.service));
     }
 
-    fn finish(mut self) -> (Observed, Vec<Problem>) {
-        let (records, names) = self.backends.finish();
-        self.target.backends = records;
-        for (id, name) in names {
-            self.target.names.insert(NameKey { kind: NameKind::Backend as u32, id }, name.pod);
-            self.target.usage.insert(UsageKey { of: UsageOf::Backend as u32, id });
+    fn finish(mut self, part: &Observed, indices: &Indices<'_>) -> (Observed, Vec<Problem>) {
+        let key = |id| NameKey { kind: NameKind::Backend as u32, id };
+        let (records, claimed) = self.backends.finish(&part.backends);
+        // A pod that has gone keeps its name until another one has its index: sessions and events still tell of it.
+        for id in records.keys() {
+            self.target.names.extend(part.names.get(&key(*id)).map(|name| (key(*id), name.clone())));
         }
+        self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.clone())));
+        self.target.usage.extend(claimed.into_iter().map(|id| UsageKey { of: UsageOf::Backend as u32, id }));
+        self.target.backends = records;
         (self.target, self.problems)
     }
 }

@@ -18,8 +18,8 @@ use proptest::prelude::*;
 
 use super::world::{TestAddress, World, send, world};
 use crate::{
-    desired::{Options, desired},
-    plan::plan,
+    desired::{Memo, Options, desired, options, snapshots},
+    plan::{Ledger, plan},
     source::Snapshot,
     store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
 };
@@ -130,6 +130,31 @@ fn check_structure(worlds: &[World], capacity: Capacity) {
         settle(&mut store, world);
         mirror = observe(&store);
         assert_generations(&mirror, &mut history);
+    }
+}
+
+/// A plan for a change has the steps of the plan in full, and a ledger that entered them is that of the store.
+fn check_changes(snapshots: &[Snapshot], capacity: Capacity) {
+    let mut store = store(capacity);
+    let mut memo = Memo::new(options());
+    let mut ledger = Ledger::new(observe(&store), capacity);
+    let mut is_settled = false;
+    for snapshot in snapshots {
+        let change = memo.update(snapshot);
+        let (full, problems) = plan(&observe(&store), memo.desired(), capacity);
+        if let Some(change) = change.filter(|_| is_settled) {
+            let (steps, reported) = ledger.plan_change(&change);
+            assert_eq!(reported.is_empty(), problems.is_empty());
+            assert!(steps == full || !problems.is_empty(), "{steps:?}\ninstead of\n{full:?}");
+        }
+        for step in &full {
+            store.apply(step).expect("memory takes every step");
+            ledger.apply(step);
+        }
+        let observed = observe(&store);
+        assert_eq!(*ledger.observed(), observed, "what was applied is what is read");
+        assert_eq!(ledger, Ledger::new(observed, capacity));
+        is_settled = problems.is_empty();
     }
 }
 
@@ -342,6 +367,16 @@ proptest! {
     #[test]
     fn plans_stay_within_their_room(worlds in prop::collection::vec(world(3), 1..6)) {
         check_structure(&worlds, TIGHT);
+    }
+
+    #[test]
+    fn a_change_is_planned_as_if_in_full(snapshots in snapshots(12)) {
+        check_changes(&snapshots, ROOMY);
+    }
+
+    #[test]
+    fn a_change_is_planned_within_its_room(snapshots in snapshots(12)) {
+        check_changes(&snapshots, TIGHT);
     }
 
     #[test]

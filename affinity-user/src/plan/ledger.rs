@@ -1,0 +1,256 @@
+//! What a store holds, and what has to be found in it for the next plan.
+//!
+//! A [`Ledger`] is a function of [`Observed`] and nothing else: each step that was carried out is entered here, and then
+//! it is as if the store had been read anew. So a plan for a few services costs what these services are, whatever else the
+//! store holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use affinity_common::abi::{
+    Address, Frontend, FrontendKey, MemberKey, NameKey, NameKind, Port, UsageKey, UsageOf, V4, V6,
+};
+
+use super::{backends::Roster, ids::Ids};
+use crate::{
+    desired::Change,
+    store::{Capacity, Observed, Op},
+};
+
+/// What a store holds, with the indices that plans need.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Ledger {
+    pub(super) observed: Observed,
+    pub(super) capacity: Capacity,
+    pub(super) ids: Ids,
+    pub(super) backends: Roster,
+    frontends_v4: BTreeSet<(u32, FrontendKey<V4>)>,
+    frontends_v6: BTreeSet<(u32, FrontendKey<V6>)>,
+    /// How many frontends name an extent, by its first slot.
+    named: BTreeMap<u32, u32>,
+    /// Extents that lost a frontend since the last grace period.
+    left: BTreeSet<u32>,
+}
+
+impl Ledger {
+    /// Of a store that was read.
+    #[must_use]
+    pub fn new(observed: Observed, capacity: Capacity) -> Self {
+        let mut ledger = Self {
+            ids: Ids::new(),
+            backends: Roster::new(capacity.backends),
+            observed,
+            capacity,
+            frontends_v4: BTreeSet::new(),
+            frontends_v6: BTreeSet::new(),
+            named: BTreeMap::new(),
+            left: BTreeSet::new(),
+        };
+        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, .. } = &mut ledger;
+        for (key, name) in observed.names.iter().filter(|(key, _)| key.kind != NameKind::Backend as u32) {
+            ids.enter(key, name);
+        }
+        observed.members.keys().for_each(|key| ids.count(key.pool));
+        observed.frontends_v4.iter().for_each(|(key, frontend)| enter(frontends_v4, ids, named, key, frontend));
+        observed.frontends_v6.iter().for_each(|(key, frontend)| enter(frontends_v6, ids, named, key, frontend));
+        backends.enter_all(observed);
+        ledger
+    }
+
+    /// What the store holds.
+    #[must_use]
+    pub const fn observed(&self) -> &Observed {
+        &self.observed
+    }
+
+    /// Enters a step that was carried out.
+    pub fn apply(&mut self, op: &Op) {
+        if matches!(op, Op::Grace) {
+            return self.forget_unnamed_slots();
+        }
+        self.strike_subject(op);
+        self.observed.apply(op);
+        self.enter_subject(op);
+    }
+
+    /// Takes what a step is about to change out of the indices.
+    fn strike_subject(&mut self, op: &Op) {
+        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, left, .. } = self;
+        match op {
+            Op::PutName(NameKey { kind, id }, _) | Op::RemoveName(NameKey { kind, id })
+                if *kind == NameKind::Backend as u32 =>
+            {
+                backends.strike(observed, *id);
+            }
+            Op::PutName(key, _) | Op::RemoveName(key) => {
+                if let Some(name) = observed.names.get(key) {
+                    ids.strike(key, name);
+                }
+            }
+            Op::PutBackend(index, _) => backends.strike(observed, *index),
+            Op::PutMember(key, _) | Op::RemoveMember(key) => {
+                if observed.members.contains_key(key) {
+                    ids.discount(key.pool);
+                }
+            }
+            Op::PutFrontendV4(key, _) | Op::RemoveFrontendV4(key) => {
+                if let Some(frontend) = observed.frontends_v4.get(key) {
+                    strike(frontends_v4, ids, (named, left), key, frontend);
+                }
+            }
+            Op::PutFrontendV6(key, _) | Op::RemoveFrontendV6(key) => {
+                if let Some(frontend) = observed.frontends_v6.get(key) {
+                    strike(frontends_v6, ids, (named, left), key, frontend);
+                }
+            }
+            Op::WriteSlots { .. } | Op::SetFilter(..) | Op::PutUsage(_) | Op::RemoveUsage(_) | Op::Grace => {}
+        }
+    }
+
+    /// The inverse, after the step.
+    fn enter_subject(&mut self, op: &Op) {
+        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, .. } = self;
+        match op {
+            Op::PutName(NameKey { kind, id }, _) | Op::RemoveName(NameKey { kind, id })
+                if *kind == NameKind::Backend as u32 =>
+            {
+                backends.enter(observed, *id);
+            }
+            Op::PutName(key, name) => ids.enter(key, name),
+            Op::PutBackend(index, _) => backends.enter(observed, *index),
+            Op::PutMember(key, _) => ids.count(key.pool),
+            Op::PutFrontendV4(key, frontend) => enter(frontends_v4, ids, named, key, frontend),
+            Op::PutFrontendV6(key, frontend) => enter(frontends_v6, ids, named, key, frontend),
+            Op::RemoveName(_)
+            | Op::RemoveMember(_)
+            | Op::RemoveFrontendV4(_)
+            | Op::RemoveFrontendV6(_)
+            | Op::WriteSlots { .. }
+            | Op::SetFilter(..)
+            | Op::PutUsage(_)
+            | Op::RemoveUsage(_)
+            | Op::Grace => {}
+        }
+    }
+
+    fn forget_unnamed_slots(&mut self) {
+        for first in std::mem::take(&mut self.left) {
+            if !self.named.contains_key(&first) {
+                self.observed.slots.remove(&first);
+            }
+        }
+    }
+
+    /// The extents that the frontends of a pool name: first slot and length.
+    pub(super) fn extents(&self, pool: u32) -> BTreeSet<(u32, u32)> {
+        let v4 = keys(&self.frontends_v4, pool).map(|key| &self.observed.frontends_v4[&key]);
+        let v6 = keys(&self.frontends_v6, pool).map(|key| &self.observed.frontends_v6[&key]);
+        let extents = v4.chain(v6).map(|frontend| (frontend.slot_first, frontend.slot_count));
+        extents.filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// What a change may touch; all else stays as it is.
+    pub(super) fn touched(&self, change: &Change) -> Observed {
+        let mut part = Observed::default();
+        for service in &change.services {
+            let service = service.to_string();
+            if let Some(id) = self.ids.find(NameKind::Service, &service) {
+                self.copy_scope(NameKind::Service, id, &mut part);
+                self.copy_usage(UsageKey { of: UsageOf::Service as u32, id }, &mut part);
+            }
+            for pool in self.ids.pools(&service) {
+                self.copy_scope(NameKind::Pool, pool, &mut part);
+                self.copy_frontends(pool, &mut part);
+            }
+        }
+        for group in &change.groups {
+            if let Some(id) = self.ids.find(NameKind::Group, &group.to_string()) {
+                self.copy_scope(NameKind::Group, id, &mut part);
+            }
+        }
+        let backends = change.desired.backends.keys().chain(&change.desired.others).chain(&change.gone);
+        backends.filter_map(|name| self.backends.find(name)).for_each(|index| self.copy_backend(index, &mut part));
+        part
+    }
+
+    /// The name of an id, and the members under it.
+    fn copy_scope(&self, kind: NameKind, id: u32, part: &mut Observed) {
+        let key = NameKey { kind: kind as u32, id };
+        part.names.extend(self.observed.names.get(&key).map(|name| (key, name.clone())));
+        let members = MemberKey { pool: id, backend: 0 }..=MemberKey { pool: id, backend: u32::MAX };
+        part.members.extend(self.observed.members.range(members));
+    }
+
+    fn copy_frontends(&self, pool: u32, part: &mut Observed) {
+        let observed = &self.observed;
+        part.frontends_v4.extend(keys(&self.frontends_v4, pool).map(|key| (key, observed.frontends_v4[&key])));
+        part.frontends_v6.extend(keys(&self.frontends_v6, pool).map(|key| (key, observed.frontends_v6[&key])));
+        for (first, _) in self.extents(pool) {
+            part.slots.extend(observed.slots.get(&first).map(|slots| (first, slots.clone())));
+        }
+    }
+
+    /// What there is of a backend's index.
+    pub(super) fn copy_backend(&self, id: u32, part: &mut Observed) {
+        part.backends.extend(self.observed.backends.get(&id).map(|record| (id, *record)));
+        let key = NameKey { kind: NameKind::Backend as u32, id };
+        part.names.extend(self.observed.names.get(&key).map(|name| (key, name.clone())));
+        self.copy_usage(UsageKey { of: UsageOf::Backend as u32, id }, part);
+    }
+
+    fn copy_usage(&self, key: UsageKey, part: &mut Observed) {
+        part.usage.extend(self.observed.usage.get(&key));
+    }
+}
+
+/// The frontends of a pool.
+fn keys<A: Address>(
+    frontends: &BTreeSet<(u32, FrontendKey<A>)>,
+    pool: u32,
+) -> impl Iterator<Item = FrontendKey<A>> + '_ {
+    let least = FrontendKey::new(A::from_mapped([0; 16]), Port::new(0), 0);
+    frontends.range((pool, least)..).take_while(move |(of, _)| *of == pool).map(|(_, key)| *key)
+}
+
+fn enter<A: Address>(
+    frontends: &mut BTreeSet<(u32, FrontendKey<A>)>,
+    ids: &mut Ids,
+    named: &mut BTreeMap<u32, u32>,
+    key: &FrontendKey<A>,
+    frontend: &Frontend,
+) {
+    frontends.insert((frontend.pool, *key));
+    ids_of(frontend).into_iter().for_each(|id| ids.count(id));
+    if frontend.slot_count > 0 {
+        *named.entry(frontend.slot_first).or_default() += 1;
+    }
+}
+
+fn strike<A: Address>(
+    frontends: &mut BTreeSet<(u32, FrontendKey<A>)>,
+    ids: &mut Ids,
+    (named, left): (&mut BTreeMap<u32, u32>, &mut BTreeSet<u32>),
+    key: &FrontendKey<A>,
+    frontend: &Frontend,
+) {
+    frontends.remove(&(frontend.pool, *key));
+    ids_of(frontend).into_iter().for_each(|id| ids.discount(id));
+    if frontend.slot_count > 0 {
+        discount(named, frontend.slot_first);
+        left.insert(frontend.slot_first);
+    }
+}
+
+fn ids_of(frontend: &Frontend) -> [u32; 4] {
+    let Frontend { service, pool, group, own, .. } = *frontend;
+    [service, pool, group, own]
+}
+
+/// One less; none are not kept.
+pub(super) fn discount(counts: &mut BTreeMap<u32, u32>, of: u32) {
+    if let std::collections::btree_map::Entry::Occupied(mut count) = counts.entry(of) {
+        *count.get_mut() -= 1;
+        if *count.get() == 0 {
+            count.remove();
+        }
+    }
+}
