@@ -5,6 +5,7 @@
 
 mod check;
 mod fuzz;
+mod package;
 mod run;
 mod setup;
 mod steps;
@@ -18,7 +19,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::{run::cargo, steps::Steps};
+use crate::{run::cargo, setup::Purpose, steps::Steps};
 
 /// Sets up, builds, checks, tests and shows affinity.
 #[derive(Parser)]
@@ -61,6 +62,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Make what is given out: a static binary, a tarball of it, and the image where a container engine runs
+    Package,
     /// Feed mutated frames and states to the parser and the pipeline
     Fuzz {
         /// How long, in seconds
@@ -80,7 +83,7 @@ fn main() -> ExitCode {
 }
 
 fn perform(task: Task) -> anyhow::Result<()> {
-    setup::run()?;
+    setup::run(if matches!(task, Task::Package) { Purpose::Package } else { Purpose::Develop })?;
     match task {
         Task::Setup => {
             println!("setup: nothing is missing");
@@ -94,6 +97,7 @@ fn perform(task: Task) -> anyhow::Result<()> {
         Task::Test => Steps::report(test::run),
         Task::Demo { arguments } => in_the_lab("demo", arguments),
         Task::Bench { name, arguments } => in_the_lab("bench", [name.into()].into_iter().chain(arguments)),
+        Task::Package => Steps::report(package::run),
         Task::Fuzz { seconds } => fuzz::run(Duration::from_secs(seconds)),
     }
 }

@@ -35,6 +35,16 @@ const TOOLS: [Need; 12] = [
     Need::command("unshare", "util-linux"),
 ];
 
+/// What `cargo xtask package` takes beside that: a C compiler for the target (the TLS library has C code), and archives.
+const PACKAGING_TOOLS: [Need; 3] =
+    [Need::command("gzip", "gzip"), Need::command("musl-gcc", "musl-tools"), Need::command("tar", "tar")];
+
+/// What packages are built for: statically linked, and otherwise as this machine.
+pub(crate) const PACKAGE_TARGET: &str = match env::consts::ARCH.as_bytes() {
+    b"aarch64" => "aarch64-unknown-linux-musl",
+    _ => "x86_64-unknown-linux-musl",
+};
+
 /// What building bpf-linker takes.
 const LINKER_LIBRARIES: [Need; 5] = [
     Need::file("/usr/include/llvm-c-22/llvm-c/Core.h", "llvm-22-dev"),
@@ -51,12 +61,21 @@ const COMPONENTS: [(&str, &str); 3] = [
     ("rustfmt", "bin/cargo-fmt"),
 ];
 
+/// What a setup is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To build, check, test and show.
+    Develop,
+    /// And to package.
+    Package,
+}
+
 /// Installs what is missing, with one line for each kind of thing; silent when nothing is.
 ///
 /// # Errors
 /// When something may not be installed here, with the commands to run; when an installation fails.
-pub(crate) fn run() -> Result<()> {
-    let missing = find_missing()?;
+pub(crate) fn run(purpose: Purpose) -> Result<()> {
+    let missing = find_missing(purpose)?;
     let may_install = is_root()? && find_command("apt-get");
     if missing.iter().any(|item| matches!(item, Item::Packages(_))) && !may_install {
         let commands: Vec<_> = missing.iter().map(|item| format!("    {item}")).collect();
@@ -72,7 +91,7 @@ pub(crate) fn run() -> Result<()> {
         }
         item.install()?;
     }
-    if let Some(item) = find_missing()?.first() {
+    if let Some(item) = find_missing(purpose)?.first() {
         bail!("this was done, and something is still missing: {item}");
     }
     Ok(())
@@ -110,14 +129,17 @@ impl Need {
 enum Item {
     Packages(Vec<&'static str>),
     Components(Vec<&'static str>),
+    Target,
     Linker,
 }
 
 /// What is missing, in the order in which to install it.
-fn find_missing() -> Result<Vec<Item>> {
+fn find_missing(purpose: Purpose) -> Result<Vec<Item>> {
+    let packages_too = purpose == Purpose::Package;
     let linker_is_missing = linker_version().as_deref() != Some(BPF_LINKER_VERSION);
     let libraries = LINKER_LIBRARIES.iter().filter(|_| linker_is_missing);
-    let needs = TOOLS.iter().chain(libraries).filter(|need| !need.is_met());
+    let packaging = PACKAGING_TOOLS.iter().filter(|_| packages_too);
+    let needs = TOOLS.iter().chain(libraries).chain(packaging).filter(|need| !need.is_met());
     let mut packages: Vec<_> = needs.map(|need| need.package).collect();
     packages.sort_unstable();
     packages.dedup();
@@ -134,6 +156,9 @@ fn find_missing() -> Result<Vec<Item>> {
     if !components.is_empty() {
         missing.push(Item::Components(components));
     }
+    if packages_too && !sysroot.join("lib/rustlib").join(PACKAGE_TARGET).join("lib").exists() {
+        missing.push(Item::Target);
+    }
     if linker_is_missing {
         missing.push(Item::Linker);
     }
@@ -147,6 +172,10 @@ impl Item {
             Self::Components(components) => {
                 println!("setup: adding to the toolchain: {}", components.join(", "));
                 run_command(command("rustup").args(["component", "add"]).args(components))
+            }
+            Self::Target => {
+                println!("setup: adding to the toolchain: {PACKAGE_TARGET}");
+                run_command(command("rustup").args(["target", "add", PACKAGE_TARGET]))
             }
             Self::Linker => install_linker(),
         }
@@ -164,6 +193,7 @@ impl fmt::Display for Item {
                 Ok(())
             }
             Self::Components(components) => write!(f, "rustup component add {}", components.join(" ")),
+            Self::Target => write!(f, "rustup target add {PACKAGE_TARGET}"),
             Self::Linker => write!(
                 f,
                 "LLVM_PREFIX={LLVM_PREFIX} PATH={LLVM_PREFIX}/bin:$PATH cargo {}",

@@ -36,6 +36,7 @@ fn every_file_of_deploy_is_known_to_a_test() -> Result<()> {
         }
     }
     let known = [
+        "Containerfile",
         "affinity.yaml",
         "base/daemonset.yaml",
         "base/kustomization.yaml",

@@ -1,0 +1,123 @@
+//! The static binary.
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::VERSION;
+use crate::{
+    run::{cargo, command, output, root, run as run_command, target_dir},
+    setup::PACKAGE_TARGET,
+};
+
+const PROFILE: &str = "dist";
+
+/// Builds it, and returns where it is.
+pub(super) fn build() -> Result<PathBuf> {
+    let target = target_dir()?;
+    run_command(
+        cargo(["build", "--package", "affinity-user", "--bin", "affinity", "--locked"])
+            .args(["--profile", PROFILE, "--target", PACKAGE_TARGET, "--target-dir"])
+            .arg(&target)
+            .env("CARGO_ENCODED_RUSTFLAGS", rustflags()?.join("\x1f")),
+    )?;
+    Ok(target.join(PACKAGE_TARGET).join(PROFILE).join("affinity"))
+}
+
+/// Paths in messages of panics are told as if everything had been built in one place.
+fn rustflags() -> Result<[String; 3]> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home =
+        home.or_else(|| Some(env::home_dir()?.join(".cargo"))).context("no CARGO_HOME, and no home directory")?;
+    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+    Ok(["-Ctarget-feature=+crt-static".to_owned(), remap(&home, "/cargo"), remap(&root(), "/affinity")])
+}
+
+/// Looks whether it is what it has to be, and says how large it is.
+pub(super) fn check(binary: &Path) -> Result<()> {
+    let bytes = fs::read(binary).with_context(|| binary.display().to_string())?;
+    ensure!(is_static(&bytes)?, "{}: it asks for a dynamic linker", binary.display());
+    let version = output(command(binary).arg("--version"))?;
+    ensure!(version.trim_end() == format!("affinity {VERSION}"), "--version: {version}");
+    println!("{}: static, {:.1} MB, {}", binary.display(), bytes.len() as f64 / 1e6, version.trim_end());
+
+    println!("affinity check, on this machine:");
+    let status = command(binary).arg("check").status().context("affinity check")?;
+    // What it finds is about the machine; that it can tell is about the binary.
+    ensure!(matches!(status.code(), Some(0 | 1)), "affinity check: {status}");
+    Ok(())
+}
+
+/// Whether an ELF file of 64 bits, least significant byte first, runs without an interpreter.
+fn is_static(elf: &[u8]) -> Result<bool> {
+    const INTERPRETER: u32 = 3;
+    ensure!(elf.starts_with(b"\x7fELF\x02\x01"), "no ELF file of 64 bits");
+    let number = |at: usize, length: usize| -> Result<usize> {
+        let bytes = elf.get(at..at + length).context("the file is cut off")?;
+        Ok(bytes.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte)))
+    };
+    let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+    for header in 0..count {
+        if number(table + header * size, 4)? == INTERPRETER as usize {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What is linked into it, one crate a line: name, version, licence.
+pub(super) fn crates() -> Result<String> {
+    let tree = output(
+        cargo(["tree", "--package", "affinity-user", "--edges", "normal", "--prefix", "none", "--locked"]).args([
+            "--target",
+            PACKAGE_TARGET,
+            "--format",
+            "{p}\t{l}",
+        ]),
+    )?;
+    let mut crates = BTreeSet::new();
+    for line in tree.lines() {
+        let (package, licence) = line.split_once('\t').with_context(|| line.to_owned())?;
+        // Crates of the workspace are told with their path.
+        if !package.contains(" (/") {
+            crates.insert(format!("{}\t{}\n", package.trim_end_matches(" (*)"), licence.trim_end_matches(" (*)")));
+        }
+    }
+    ensure!(!crates.is_empty(), "cargo names no crate");
+    Ok(crates.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The beginning of an ELF file with headers of these types, one after the other.
+    fn elf(types: &[u8]) -> Vec<u8> {
+        let mut file = vec![0; 64];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        (file[32], file[54], file[56]) = (64, 56, types.len() as u8);
+        for kind in types {
+            file.push(*kind);
+            file.extend([0; 55]);
+        }
+        file
+    }
+
+    #[test]
+    fn an_interpreter_is_found() {
+        assert!(is_static(&elf(&[6, 1, 2])).expect("an ELF file"));
+        assert!(!is_static(&elf(&[6, 1, 3])).expect("an ELF file"));
+        assert!(is_static(&elf(&[6, 1])[..100]).is_err());
+        assert!(is_static(b"#!/bin/sh").is_err());
+    }
+
+    #[test]
+    fn this_test_is_not_static() {
+        let program = fs::read(env::current_exe().expect("a path")).expect("a file");
+        assert_eq!(is_static(&program).expect("an ELF file"), cfg!(target_feature = "crt-static"));
+    }
+}
