@@ -30,7 +30,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
 /// What `deploy/` becomes in the hands of its tools. Nothing else needs them, so where one is not there, that is said, and
 /// it is no failure.
 fn rendered() -> Result<()> {
-    for tool in ["kubectl"] {
+    for tool in ["kubectl", "helm"] {
         if setup::find_command(tool) {
             let tests = ["test", "--package", "affinity-tests", "--test", "deploy", "--", "--ignored", tool];
             run_command(&mut cargo(tests))?;

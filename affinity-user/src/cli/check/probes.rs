@@ -26,7 +26,7 @@ const KERNEL_TCX: (u32, u32) = (6, 6);
 const KERNEL_MEMCG: (u32, u32) = (5, 11);
 
 /// Bits of `CapEff`, from `linux/capability.h`.
-const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF")];
+const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
 const CAP_SYS_ADMIN: u32 = 21;
 
 fn release() -> String {
