@@ -16,6 +16,7 @@ mod flow;
 mod frontend;
 mod reason;
 mod session;
+mod status;
 
 use core::fmt::Debug;
 
@@ -31,6 +32,7 @@ pub use frontend::{
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};
+pub use status::{SourceKind, Status};
 
 /// Version of this layout.
 pub const VERSION: u32 = 1;
@@ -276,6 +278,7 @@ assert_no_padding!(
     Event: 8 + 16 + 6 * 4 + 8,
     NameKey: 4 + 4,
     Name: 2 + 318,
+    Status: 8 + 8 + 4 + 4,
     Config: 5 * 8,
 );
 

@@ -30,9 +30,11 @@ pub const USAGE: &str = "usage";
 pub const EVENTS: &str = "events";
 /// `hash`: [`crate::abi::NameKey`] -> [`crate::abi::Name`].
 pub const NAMES: &str = "names";
+/// `array` of one [`crate::abi::Status`]: written by the agent, read by no program.
+pub const STATUS: &str = "status";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 15] = [
+pub const MAPS: [&str; 16] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     SLOTS,
@@ -48,6 +50,7 @@ pub const MAPS: [&str; 15] = [
     USAGE,
     EVENTS,
     NAMES,
+    STATUS,
 ];
 
 /// XDP program: forward translation.

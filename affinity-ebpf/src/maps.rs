@@ -2,7 +2,7 @@
 
 use affinity_common::abi::{
     Backend, Event, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Session,
-    SessionKey, Usage, UsageKey, V4, V6,
+    SessionKey, Status, Usage, UsageKey, V4, V6,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -42,6 +42,8 @@ pub static FLOWS_V6: LruHashMap<FlowKey<V6>, Flow<V6>> = LruHashMap::with_max_en
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);
 #[map(name = "usage")]
 pub static USAGE: PerCpuHashMap<UsageKey, Usage> = PerCpuHashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "status")]
+pub static STATUS: Array<Status> = Array::with_max_entries(1, 0);
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 

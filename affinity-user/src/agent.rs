@@ -1,12 +1,14 @@
 //! The agent: keeps the dataplane in step with its source and its devices, and tidies up after it.
 //!
 //! The dataplane goes on without the agent; so it may be stopped, killed and started again at any time. It owns its pin
-//! directory by a lock, publishes before it attaches, and on SIGTERM leaves everything in place.
+//! directory by a lock, publishes before it attaches unless the source keeps it waiting, and on SIGTERM leaves everything in
+//! place.
 
 mod attacher;
 mod lock;
 mod problems;
 mod publish;
+mod status;
 
 use std::{
     io::{self, Write},
@@ -24,6 +26,7 @@ use tracing::{error, info, warn};
 use self::{
     attacher::Attacher,
     publish::{Publisher, count},
+    status::{TELL_EVERY, Teller},
 };
 pub use self::{
     attacher::PatternError,
@@ -33,8 +36,8 @@ use crate::{
     attach::{self, AttachError, Attachment, Devices},
     desired,
     events::Consumer,
-    load::{self, LoadError, Loaded, PinDir, PinError, mib},
-    source::{Feed, Source, SourceError},
+    load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
+    source::{Feed, Source, SourceError, View},
     store::{
         StoreError,
         kernel::{KernelStore, OpenError},
@@ -148,8 +151,11 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         }
         log_loaded(&load::load(&pins, &options.load)?, options);
         let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired());
+        let view = View::default();
+        view.is_current_at(monotonic_ns());
         publisher.take(&options.source.read().await?);
         publisher.publish()?;
+        Teller::new(&pins, &options.source, view)?.tell()?;
         let failure = attacher.reconcile(&devices)?;
         say("attached", &publisher, &attacher, &pins)?;
         failure.map_or(Ok(()), |failure| Err(failure.into()))
@@ -225,6 +231,7 @@ struct Agent {
     is_ready: bool,
     sweeper: Sweeper,
     consumer: Consumer,
+    teller: Teller,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
     _lock: Lock,
@@ -250,12 +257,14 @@ impl Agent {
         let mut loaded = load::load(&pins, &options.load)?;
         log_loaded(&loaded, options);
         let store = KernelStore::open(&options.pin_dir)?;
+        let feed = options.source.watch().await?;
         let mut agent = Self {
+            teller: Teller::new(&pins, &options.source, feed.view.clone())?,
             consumer: Consumer::new(&store.events)?,
             flush_log: log_reader(&mut loaded),
             sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
             publisher: Publisher::new(store, options.desired()),
-            feed: options.source.watch().await?,
+            feed,
             is_ready: false,
             pins,
             devices,
@@ -292,6 +301,7 @@ impl Agent {
     async fn run(&mut self, mut signals: Signals) -> Result<(), AgentError> {
         let mut consume = every(CONSUME_EVERY);
         let mut look = every(DEVICES_EVERY);
+        let mut tell = every(TELL_EVERY);
         let mut retry = Retry::default();
         let mut sweep_at = Instant::now();
         loop {
@@ -310,6 +320,11 @@ impl Agent {
                     self.reconcile().await;
                 }
                 _ = look.tick() => self.reconcile().await,
+                _ = tell.tick(), if self.is_ready => {
+                    if let Err(error) = self.teller.tell() {
+                        error!("{error}");
+                    }
+                }
                 _ = consume.tick() => {
                     self.consumer.keep_up();
                     if let Some(flush_log) = &mut self.flush_log {

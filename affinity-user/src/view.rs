@@ -18,6 +18,7 @@ mod explanation;
 mod flow;
 mod service;
 mod session;
+mod status;
 
 pub use address::{Client, Endpoint, protocol_name};
 pub(crate) use address::{ip, mapped};
@@ -35,6 +36,7 @@ pub use explanation::{
 pub use flow::{FlowState, FlowView};
 pub use service::{Endpoints, FrontendView, LiveSessions, ServiceView};
 pub use session::{SessionView, expires_in_s};
+pub use status::StatusView;
 
 #[cfg(test)]
 pub(crate) mod fixture;

@@ -84,6 +84,7 @@ fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>,
         names::FLOWS_V4 => flows::<affinity_common::abi::V4>(dump, store)?,
         names::FLOWS_V6 => flows::<affinity_common::abi::V6>(dump, store)?,
         names::EVENTS => dump.events(&EventReader::from_oldest(&store.events)?.collect::<Vec<_>>()),
+        names::STATUS => dump.status(),
         names::COUNTERS => dump.counters(&store.counter_sums()?),
         _ => Vec::new(),
     })

@@ -11,18 +11,23 @@ use clap::{Args, ValueEnum};
 
 use super::{
     error::Error,
-    output::{Format, Listing, Row, list, wants_colour},
+    output::{Format, Listing, Row, Tone, list, paint, wants_colour},
     progress::Progress,
     reading::{Filter, FilterArgs, Reading},
 };
 use crate::{
     attach::{self, device_name},
     load::PinDir,
-    view::{BackendView, Catalog, CounterView, DeviceView, FlowView, ServiceView, SessionView},
+    view::{
+        BackendView, Catalog, CounterView, DeviceView, FlowView, ServiceView, SessionView, StatusView, short_duration,
+    },
 };
 
 /// How often `--watch` looks again.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A source that told nothing for so long is worth a look: an API tells something every minute.
+const STALE: Duration = Duration::from_mins(3);
 
 /// What to list.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -134,7 +139,9 @@ impl GetArgs {
             Resource::Services => {
                 let mut services = ServiceView::all(catalog, &reading.live_sessions()?);
                 services.retain(|view| self.filter.service.as_ref().is_none_or(|wanted| *wanted == view.service));
-                self.list(out, &services)
+                let rows = self.list(out, &services)?;
+                self.age(catalog.status(), out)?;
+                Ok(rows)
             }
             Resource::Backends => {
                 let mut backends = BackendView::all(catalog, &reading.live_sessions()?);
@@ -148,6 +155,18 @@ impl GetArgs {
             Resource::Counters => self.list(out, &CounterView::all(&reading.store.counter_sums()?)),
             Resource::Devices => self.list(out, &devices(pin_dir)?),
         }
+    }
+
+    /// A line under the table: how old the source's view is.
+    fn age(&self, status: Option<&StatusView>, out: &mut impl Write) -> Result<(), Error> {
+        let (Format::Table | Format::Wide, Some(status)) = (self.output, status) else { return Ok(()) };
+        let (age, tone) = match &status.as_of {
+            Some(moment) if moment.age < STALE => (short_duration(moment.age.as_secs()), Tone::Faint),
+            Some(moment) => (short_duration(moment.age.as_secs()), Tone::Attention),
+            None => return Ok(writeln!(out, "\nsource: {}, not read yet", status.source)?),
+        };
+        let line = paint(&format!("source: {}, as of {age} ago", status.source), tone, wants_colour());
+        Ok(writeln!(out, "\n{line}")?)
     }
 
     fn sessions(&self, reading: &Reading, filter: &Filter, out: &mut impl Write) -> Result<u64, Error> {

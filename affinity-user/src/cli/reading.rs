@@ -220,7 +220,8 @@ fn catalog(store: &KernelStore) -> Result<Catalog, Error> {
         }
         observed = store.observe()?;
     }
-    Ok(Catalog::new(observed, store.usage_sums()?, Clock::now()))
+    let status = store.status.get(&0)?.unwrap_or_default();
+    Ok(Catalog::new(observed, store.usage_sums()?, Clock::now()).with_status(&status))
 }
 
 fn frontends<A: Family>(store: &KernelStore) -> Result<BTreeMap<FrontendKey<A>, Frontend>, StoreError> {

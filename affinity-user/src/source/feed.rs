@@ -98,7 +98,7 @@ impl View {
     }
 
     /// Everything that the source held at this time is known.
-    pub(super) fn is_current_at(&self, now_ns: u64) {
+    pub fn is_current_at(&self, now_ns: u64) {
         self.current_ns.store(now_ns, Ordering::Relaxed);
     }
 }

@@ -17,7 +17,7 @@ use std::{
 use affinity_common::{
     abi::{
         Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member,
-        MemberKey, Name, NameKey, Reason, Session, SessionKey, Usage, UsageKey, V4, V6,
+        MemberKey, Name, NameKey, Reason, Session, SessionKey, Status, Usage, UsageKey, V4, V6,
     },
     names,
 };
@@ -107,6 +107,8 @@ pub struct KernelStore {
     pub filter: Words,
     /// Backend index -> live sessions, `u64`.
     pub loads: Words,
+    /// What the agent tells about itself, under the key zero.
+    pub status: Table<u32, Status>,
     /// The event ring.
     pub events: sys::Map,
     report: OwnedFd,
@@ -149,6 +151,7 @@ impl KernelStore {
             slots: words(names::SLOTS)?,
             filter: words(names::FILTER)?,
             loads: words(names::LOADS)?,
+            status: Table::open(maps, names::STATUS)?,
             events: table::open(maps, names::EVENTS)?,
             report: sys::obj_get(&pins.prog(names::REPORT)).map_err(|error| failed(names::EVENTS, "report", error))?,
             maps: infos.collect::<Result<_, StoreError>>()?,

@@ -6,11 +6,11 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, SHADOW, Selection, Timer,
-    Usage, UsageKey, V4,
+    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, SHADOW, Selection, Status,
+    Timer, Usage, UsageKey, V4,
 };
 
-use super::{BackendRef, Clock, Endpoint, address::from_mapped, protocol_name};
+use super::{BackendRef, Clock, Endpoint, StatusView, address::from_mapped, protocol_name};
 use crate::store::Observed;
 
 /// A frontend of either family.
@@ -63,6 +63,7 @@ pub struct Catalog {
     /// By family and address.
     pub(crate) frontends: Vec<CatalogFrontend>,
     policies: BTreeMap<u32, Policy>,
+    status: Option<StatusView>,
 }
 
 impl Catalog {
@@ -91,7 +92,19 @@ impl Catalog {
                 policy.prefix_v6 = Some(record.prefix);
             }
         }
-        Self { observed, usage, clock, frontends, policies }
+        Self { observed, usage, clock, frontends, policies, status: None }
+    }
+
+    /// With what the agent tells about itself.
+    #[must_use]
+    pub fn with_status(self, status: &Status) -> Self {
+        Self { status: StatusView::new(status, &self.clock), ..self }
+    }
+
+    /// What the agent tells about itself; none where it has not.
+    #[must_use]
+    pub fn status(&self) -> Option<&StatusView> {
+        self.status.as_ref()
     }
 
     /// What was read.

@@ -14,7 +14,7 @@ use affinity_common::{
 };
 
 use super::{
-    Catalog, Endpoint, EventView, FlowState, SessionView, protocol_name, service::policy_text, short_duration,
+    Catalog, Endpoint, EventView, FlowState, Moment, SessionView, protocol_name, service::policy_text, short_duration,
 };
 
 /// What a dump shows beside what never changes by itself.
@@ -256,6 +256,16 @@ impl<'a> Dump<'a> {
     pub fn counters(&self, packets: &[u64]) -> Vec<String> {
         let counted = REASONS.iter().zip(packets).filter(|&(_, &packets)| packets > 0);
         counted.map(|(reason, packets)| format!("{} {} -> {packets}", names::COUNTERS, reason.name())).collect()
+    }
+
+    /// How old the source's view is; only with times.
+    #[must_use]
+    pub fn status(&self) -> Vec<String> {
+        let Some(status) = self.catalog.status().filter(|_| self.options.times) else { return Vec::new() };
+        let age = |moment: &Moment| short_duration(moment.age.as_secs());
+        let as_of = status.as_of.as_ref().map_or_else(|| "never".to_owned(), age);
+        let (source, started) = (status.source, age(&status.agent_started));
+        vec![format!("{} -> source={source} age={as_of} agent-age={started}", names::STATUS)]
     }
 
     /// What the ring still holds, oldest first.

@@ -7,7 +7,7 @@ use affinity_common::abi::{
 };
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
-use super::{Catalog, Endpoint, Policy, expires_in_s, protocol_name};
+use super::{Catalog, Endpoint, Moment, Policy, expires_in_s, protocol_name};
 
 /// Live pins, counted in one pass over the sessions.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -108,6 +108,8 @@ pub struct ServiceView<'a> {
     pub sessions: u64,
     /// New connections, by what decided them.
     pub connections: Connections,
+    /// When everything that the source held was last known; null: never.
+    pub as_of: Option<Moment>,
 }
 
 /// New connections by reason, in the order of [`USAGES`].
@@ -173,6 +175,7 @@ impl<'a> ServiceView<'a> {
             endpoints: Endpoints::count(&all),
             sessions: live.of_service(id),
             connections: Connections(usage.map_or([0; 8], |usage| usage.counts)),
+            as_of: catalog.status().and_then(|status| status.as_of),
         }
     }
 }
