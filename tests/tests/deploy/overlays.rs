@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 
 use super::objects::{Kustomization, Objects, container, deploy, strict, text};
 
-const OVERLAYS: [&str; 2] = ["shadow", "tight"];
+const OVERLAYS: [&str; 4] = ["labelled", "remove", "shadow", "tight"];
+
+const DIRECTORIES: [&str; 6] =
+    ["", "base", "overlays/labelled", "overlays/remove", "overlays/shadow", "overlays/tight"];
 
 /// The objects that `kubectl apply -k` would send for a directory below `deploy/`.
 fn rendered(directory: &str) -> Result<Objects> {
@@ -27,7 +30,7 @@ fn tight_patch() -> Result<DaemonSet> {
 #[test]
 fn every_file_of_deploy_is_known_to_a_test() -> Result<()> {
     let mut files = BTreeSet::new();
-    for directory in ["", "base", "overlays/shadow", "overlays/tight"] {
+    for directory in DIRECTORIES {
         for entry in std::fs::read_dir(deploy().join(directory))? {
             let path = entry?.path();
             if path.is_file() {
@@ -43,6 +46,8 @@ fn every_file_of_deploy_is_known_to_a_test() -> Result<()> {
         "base/namespace.yaml",
         "base/rbac.yaml",
         "kustomization.yaml",
+        "overlays/labelled/kustomization.yaml",
+        "overlays/remove/kustomization.yaml",
         "overlays/shadow/kustomization.yaml",
         "overlays/tight/daemonset.yaml",
         "overlays/tight/kustomization.yaml",
@@ -57,7 +62,7 @@ fn every_file_of_deploy_is_known_to_a_test() -> Result<()> {
 
 #[test]
 fn overlays_change_the_base_and_nothing_beside_it() -> Result<()> {
-    for directory in ["", "base", "overlays/shadow", "overlays/tight"] {
+    for directory in DIRECTORIES {
         let kustomization = Kustomization::of(directory)?;
         assert_eq!(kustomization.api_version, "kustomize.config.k8s.io/v1beta1");
         assert_eq!(kustomization.kind, "Kustomization");
@@ -69,7 +74,8 @@ fn overlays_change_the_base_and_nothing_beside_it() -> Result<()> {
     let base = Objects::of_file(&deploy().join("affinity.yaml"))?.daemonset;
     for overlay in OVERLAYS {
         let kustomization = Kustomization::of(&format!("overlays/{overlay}"))?;
-        assert_eq!(kustomization.resources, ["../../base"]);
+        let base_of = if overlay == "remove" { "../labelled" } else { "../../base" };
+        assert_eq!(kustomization.resources, [base_of]);
         let [patch] = kustomization.patches.as_slice() else { bail!("{overlay}: one patch") };
         match (&patch.path, &patch.patch, &patch.target) {
             (Some(path), None, None) => {
@@ -92,12 +98,18 @@ fn overlays_change_the_base_and_nothing_beside_it() -> Result<()> {
 }
 
 #[test]
-fn the_shadow_variant_adds_one_argument() -> Result<()> {
-    let kustomization = Kustomization::of("overlays/shadow")?;
-    let patch = kustomization.patches.first().and_then(|patch| patch.patch.as_deref()).context("no patch")?;
-    let operations: Value = serde_saphyr::from_str(patch)?;
-    let path = "/spec/template/spec/containers/0/args/-";
-    assert_eq!(operations, json!([{"op": "add", "path": path, "value": "--shadow"}]));
+fn what_differs_in_an_argument_differs_in_nothing_else() -> Result<()> {
+    let args = "/spec/template/spec/containers/0/args";
+    let add = |value: &str| json!([{"op": "add", "path": format!("{args}/-"), "value": value}]);
+    let services = |op: &str, value: &str| json!({"op": op, "path": format!("{args}/2"), "value": value});
+    let labelled = json!([services("test", "--services=affinity"), services("replace", "--services=labelled")]);
+    for (overlay, expected) in
+        [("labelled", labelled), ("remove", add("--detach-on-exit")), ("shadow", add("--shadow"))]
+    {
+        let kustomization = Kustomization::of(&format!("overlays/{overlay}"))?;
+        let patch = kustomization.patches.first().and_then(|patch| patch.patch.as_deref()).context("no patch")?;
+        assert_eq!(serde_saphyr::from_str::<Value>(patch)?, expected, "{overlay}");
+    }
     Ok(())
 }
 
@@ -133,12 +145,16 @@ fn kubectl_renders_the_directory_as_the_single_file() -> Result<()> {
 #[ignore = "needs kubectl"]
 fn kubectl_renders_the_overlays_as_their_patches_say() -> Result<()> {
     let single = Objects::of_file(&deploy().join("affinity.yaml"))?;
-    let shadow = rendered("overlays/shadow")?;
     let args = |objects: &Objects| objects.container().args.clone().unwrap_or_default();
-    assert_eq!(args(&shadow), [args(&single), vec!["--shadow".to_owned()]].concat());
+    let plain = args(&single);
+    let with = |arg: &str| [plain.clone(), vec![arg.to_owned()]].concat();
+    assert_eq!(args(&rendered("overlays/shadow")?), with("--shadow"));
+    let labelled: Vec<_> = plain.iter().map(|arg| arg.replace("--services=affinity", "--services=labelled")).collect();
+    assert_eq!(args(&rendered("overlays/labelled")?), labelled);
+    assert_eq!(args(&rendered("overlays/remove")?), [labelled, vec!["--detach-on-exit".to_owned()]].concat());
 
     let tight = rendered("overlays/tight")?;
-    assert_eq!(args(&tight), args(&single));
+    assert_eq!(args(&tight), plain);
     assert_eq!(tight.container().security_context, container(&tight_patch()?).security_context);
     let mounts = |objects: &Objects| -> BTreeSet<(String, String)> {
         let mounts = objects.container().volume_mounts.clone().unwrap_or_default();
