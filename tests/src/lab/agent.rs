@@ -59,6 +59,17 @@ impl Lab {
         Agent::start(command)
     }
 
+    /// Starts `affinity run` with these arguments, `--source` among them, and does not wait for it: see
+    /// [`Agent::until_ready`].
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn agent_unready(&self, args: &[&str]) -> Result<Agent> {
+        let mut command = self.affinity_command()?;
+        command.arg("run").args(args);
+        Agent::spawn(command)
+    }
+
     /// The same, confined as in a container: root with these capabilities and no way to others, on a root filesystem that
     /// cannot be written to.
     ///
@@ -105,13 +116,25 @@ pub struct Agent {
 }
 
 impl Agent {
-    fn start(mut command: Command) -> Result<Self> {
+    fn start(command: Command) -> Result<Self> {
+        let mut agent = Self::spawn(command)?;
+        agent.until_ready()?;
+        Ok(agent)
+    }
+
+    fn spawn(mut command: Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let log = Arc::default();
         let child = spawn(&mut command, &log)?;
-        let mut agent = Self { command, child, log };
-        agent.wait_until_ready(0)?;
-        Ok(agent)
+        Ok(Self { command, child, log })
+    }
+
+    /// Waits until it was ready for the first time.
+    ///
+    /// # Errors
+    /// As [`Lab::agent`].
+    pub fn until_ready(&mut self) -> Result<()> {
+        self.wait_until_ready(0)
     }
 
     /// Kills it with SIGKILL: it can tidy up nothing.
@@ -141,10 +164,19 @@ impl Agent {
     /// # Errors
     /// As [`Lab::agent`].
     pub fn restart(&mut self) -> Result<()> {
-        ensure!(self.child.try_wait()?.is_some(), "the agent still runs");
         let written = self.log().len();
-        self.child = spawn(&mut self.command, &self.log)?;
+        self.restart_unready()?;
         self.wait_until_ready(written)
+    }
+
+    /// The same, without waiting.
+    ///
+    /// # Errors
+    /// When it still runs, or cannot be started.
+    pub fn restart_unready(&mut self) -> Result<()> {
+        ensure!(self.child.try_wait()?.is_some(), "the agent still runs");
+        self.child = spawn(&mut self.command, &self.log)?;
+        Ok(())
     }
 
     /// What it wrote so far, standard output and standard error as they came.

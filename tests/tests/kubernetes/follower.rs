@@ -14,7 +14,7 @@ use affinity_user::store::memory::MemoryStore;
 use affinity_user::store::{Capacity, Store};
 use affinity_user::view::{Catalog, Clock, Dump, DumpOptions};
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
 
 /// How long a change may take to arrive, on a machine that has other things to do.
@@ -90,11 +90,22 @@ pub(crate) fn source(kubeconfig: Option<PathBuf>) -> Source {
 
 /// Writes the double's objects as files for `--source`.
 pub(crate) fn write_objects(api: &ApiServer, directory: &Path) -> Result<()> {
+    write_list(directory, [Kind::Services, Kind::Slices].into_iter().flat_map(|kind| api.objects(kind)).collect())
+}
+
+fn write_list(directory: &Path, items: Vec<Value>) -> Result<()> {
     std::fs::create_dir_all(directory)?;
-    let items: Vec<_> = [Kind::Services, Kind::Slices].into_iter().flat_map(|kind| api.objects(kind)).collect();
-    // Only what the API itself adds is unknown to nobody.
     let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
     Ok(std::fs::write(directory.join("objects.json"), list.to_string())?)
+}
+
+/// The objects of a snapshot as files.
+pub(crate) fn snapshot_as_files(snapshot: &Snapshot) -> Result<Scratch> {
+    let services = snapshot.services.values().map(|service| serde_json::to_value(&*service.object));
+    let slices = snapshot.slices.values().map(|slice| serde_json::to_value(&*slice.object));
+    let scratch = Scratch::new()?;
+    write_list(scratch.path(), services.chain(slices).collect::<Result<_, _>>()?)?;
+    Ok(scratch)
 }
 
 /// The tables that the files of a directory make.
@@ -132,9 +143,13 @@ fn dump(store: &MemoryStore) -> Result<Vec<String>> {
 }
 
 /// A directory that is removed at the end.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
     fn new() -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,8 @@
 //! `--source kubernetes`, against a double of a cluster's API: whatever happens on the way, in the end the tables are
 //! those that files with the same objects make.
 
+mod agent;
+mod cluster;
 mod follower;
 mod objects;
 
