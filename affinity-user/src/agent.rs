@@ -23,14 +23,14 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
-use self::{
-    attacher::Attacher,
-    publish::{Publisher, count},
-    status::{TELL_EVERY, Teller},
-};
 pub use self::{
     attacher::PatternError,
     lock::{Lock, LockError},
+};
+use self::{
+    attacher::{Attacher, Look, Summary, Worker},
+    publish::{Publisher, count},
+    status::{TELL_EVERY, Teller},
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices},
@@ -79,6 +79,11 @@ pub enum AgentError {
     /// The process lacks something that it needs: a thread, a socket, a signal.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
+    /// `attach` was told of no device, and found none.
+    #[error(
+        "no device was found that packets for frontends could enter by: name it with --device; `ip link` lists all"
+    )]
+    NothingFound,
     /// `attach` was told of a device that is not there.
     #[error("--device {0}: there is no such device")]
     NoDevice(String),
@@ -92,7 +97,7 @@ pub enum AgentError {
 pub struct Options {
     /// Where services come from.
     pub source: Source,
-    /// Names and glob patterns of devices.
+    /// Names and glob patterns of devices; none: they are found.
     pub devices: Vec<String>,
     /// How to attach them.
     pub attach: attach::Options,
@@ -145,9 +150,13 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         let _lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
         let mut attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
-        let devices = Devices::new().map_err(no_netlink)?.list().await.map_err(no_netlink)?;
-        if let Some(missing) = attacher.without_device(&devices).pop() {
+        let mut devices = Devices::new().map_err(no_netlink)?;
+        let look = Look::at(&mut devices, attacher.finds()).await.map_err(no_netlink)?;
+        if let Some(missing) = attacher.without_device(&look).pop() {
             return Err(AgentError::NoDevice(missing));
+        }
+        if attacher.finds_none(&look) {
+            return Err(AgentError::NothingFound);
         }
         log_loaded(&load::load(&pins, &options.load)?, options);
         let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired());
@@ -155,9 +164,8 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         view.is_current_at(monotonic_ns());
         publisher.take(&options.source.read().await?);
         publisher.publish()?;
-        Teller::new(&pins, &options.source, view)?.tell()?;
-        let failure = attacher.reconcile(&devices)?;
-        say("attached", &publisher, &attacher, &pins)?;
+        let failure = attacher.reconcile_all(&look)?;
+        say("attached", &publisher, &attacher.summary(), &pins)?;
         failure.map_or(Ok(()), |failure| Err(failure.into()))
     })
 }
@@ -207,13 +215,13 @@ fn log_loaded(loaded: &Loaded, options: &Options) {
 }
 
 /// The line that tells whoever started this that it is done.
-fn say(word: &str, publisher: &Publisher, attacher: &Attacher, pins: &PinDir) -> Result<(), AgentError> {
-    let (number, names) = attacher.summary();
+fn say(word: &str, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
+    let Summary { number, names } = devices;
     let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
     let line = format!(
         "{word}: {}, {}{names}, pins at {}",
         publisher.summary(),
-        count(number, "device"),
+        count(*number, "device"),
         pins.root().display()
     );
     let mut out = io::stdout().lock();
@@ -224,7 +232,7 @@ fn say(word: &str, publisher: &Publisher, attacher: &Attacher, pins: &PinDir) ->
 struct Agent {
     pins: PinDir,
     devices: Devices,
-    attacher: Attacher,
+    attaching: Worker,
     publisher: Publisher,
     feed: Feed,
     /// Whether the dataplane was ever in step with the source.
@@ -252,40 +260,36 @@ impl Agent {
     async fn start(options: &Options) -> Result<Self, AgentError> {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
-        let devices = Devices::new().map_err(no_netlink)?;
+        let mut attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
         let mut loaded = load::load(&pins, &options.load)?;
         log_loaded(&loaded, options);
         let store = KernelStore::open(&options.pin_dir)?;
-        let feed = options.source.watch().await?;
-        let mut agent = Self {
-            teller: Teller::new(&pins, &options.source, feed.view.clone())?,
-            consumer: Consumer::new(&store.events)?,
-            flush_log: log_reader(&mut loaded),
-            sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
-            publisher: Publisher::new(store, options.desired()),
-            feed,
-            is_ready: false,
-            pins,
-            devices,
-            attacher,
-            _lock: lock,
-        };
+        let consumer = Consumer::new(&store.events)?;
+        let mut publisher = Publisher::new(store, options.desired());
+        let mut feed = options.source.watch().await?;
         // A source that does not answer keeps nobody from being served as before, on new devices too.
-        let first = timeout(FIRST_SNAPSHOT, agent.feed.snapshots.recv()).await;
+        let first = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await;
         if let Ok(snapshot) = &first {
-            agent.publisher.take(snapshot.as_ref().ok_or_else(source_ended)?);
-            agent.publisher.publish()?;
+            publisher.take(snapshot.as_ref().ok_or_else(source_ended)?);
+            publisher.publish()?;
         } else {
             warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
         }
-        let list = agent.devices.list().await.map_err(no_netlink)?;
-        for pattern in agent.attacher.without_device(&list) {
-            warn!("--device {pattern}: no such device yet; it will be attached when it appears");
-        }
-        if let Some(failure) = agent.attacher.reconcile(&list)? {
-            return Err(failure.into());
-        }
+        let mut devices = Devices::new().map_err(no_netlink)?;
+        attach_first(&mut attacher, &mut devices).await?;
+        let mut agent = Self {
+            teller: Teller::new(&pins, &options.source, feed.view.clone())?,
+            consumer,
+            flush_log: log_reader(&mut loaded),
+            sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
+            publisher,
+            feed,
+            is_ready: false,
+            attaching: Worker::start(attacher).map_err(|error| AgentError::System("thread", error))?,
+            pins,
+            devices,
+            _lock: lock,
+        };
         if first.is_ok() {
             agent.say_ready()?;
         }
@@ -294,7 +298,7 @@ impl Agent {
 
     fn say_ready(&mut self) -> Result<(), AgentError> {
         self.is_ready = true;
-        say("ready", &self.publisher, &self.attacher, &self.pins)
+        say("ready", &self.publisher, &self.attaching.summary(), &self.pins)
     }
 
     /// Until a signal comes.
@@ -334,6 +338,7 @@ impl Agent {
                 () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweeper.step(),
             }
         }
+        self.attaching.stop();
         info!("stopping; the dataplane stays in place unless told otherwise");
         Ok(())
     }
@@ -360,15 +365,22 @@ impl Agent {
     }
 
     async fn reconcile(&mut self) {
-        match self.devices.list().await {
-            Ok(devices) => {
-                if let Err(error) = self.attacher.reconcile(&devices) {
-                    error!("{error}");
-                }
-            }
-            Err(error) => error!("network devices cannot be listed: {error}"),
+        if let Err(error) = self.attaching.keep_up(&mut self.devices).await {
+            error!("network devices cannot be listed: {error}");
         }
     }
+}
+
+/// Attaches what is there, and warns of what is not.
+async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<(), AgentError> {
+    let look = Look::at(devices, attacher.finds()).await.map_err(no_netlink)?;
+    for pattern in attacher.without_device(&look) {
+        warn!("--device {pattern}: no such device yet; it will be attached when it appears");
+    }
+    if attacher.finds_none(&look) {
+        warn!("no device yet that packets for frontends could enter by; it will be attached when it appears");
+    }
+    attacher.reconcile_all(&look)?.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 fn source_ended() -> AgentError {

@@ -5,12 +5,14 @@
 //! that runs it. On each device there is one hook for packets from clients, and one for replies to them.
 
 pub mod devices;
+pub mod discover;
 mod hook;
 
 use std::{
+    collections::BTreeSet,
     fmt, io, mem,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use aya::programs::{
@@ -20,7 +22,8 @@ use aya::programs::{
 };
 
 pub use self::{
-    devices::{Device, Devices, Framing},
+    devices::{Device, Devices, Framing, OtherEnd, survey},
+    discover::{Finding, Network, Role, Why, roles},
     hook::{Hook, UnknownHook, UnknownPolicy, XdpPolicy},
 };
 use crate::{
@@ -152,21 +155,36 @@ pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attach
     if device.framing == Framing::Other {
         return Err(AttachError::NotEthernet(device.name.clone()));
     }
-    let mut attached = Attached { hooks: Vec::new(), refused: Vec::new() };
-    for candidates in [ingress_hooks(device, options), egress_hooks(options)] {
-        let hook = attach_first(pins, device, &candidates, &mut attached.refused)?;
-        attached.hooks.push(hook);
-    }
-    for stale in attachments_of(pins, device)?.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
+    let mut refused = Vec::new();
+    // Replies first: a client whose packets are translated must not meet replies that are not.
+    let egress = attach_first(pins, device, &egress_hooks(options), &mut refused)?;
+    let ingress = attach_first(pins, device, &ingress_hooks(device, options), &mut refused)?;
+    let attached = Attached { hooks: vec![ingress, egress], refused };
+    for stale in attachments_of(pins, device.index)?.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
         detach_one(pins, stale)?;
     }
     Ok(attached)
 }
 
-fn attachments_of(pins: &PinDir, device: &Device) -> Result<Vec<Attachment>, AttachError> {
-    let mut attachments = attachments(pins)?;
-    attachments.retain(|attachment| attachment.ifindex == device.index);
+/// What is attached to one device. Its pins have names that can be told, so it does not matter how many others there are.
+fn attachments_of(pins: &PinDir, ifindex: u32) -> Result<Vec<Attachment>, AttachError> {
+    let mut attachments = Vec::new();
+    for hook in Hook::ALL {
+        if let Some(open) = open_pin(pins.links().join(pin_name(ifindex, hook)), ifindex, hook)? {
+            attachments.extend(alive(open)?);
+        }
+    }
     Ok(attachments)
+}
+
+fn pin_name(ifindex: u32, hook: Hook) -> String {
+    format!("{ifindex}-{hook}")
+}
+
+/// The device and hook that a pin's name tells; none where this module did not make it.
+fn parse_pin_name(path: &Path) -> Option<(u32, Hook)> {
+    let (ifindex, hook) = path.file_name()?.to_str()?.split_once('-')?;
+    Some((ifindex.parse().ok()?, hook.parse().ok()?))
 }
 
 /// Hooks for packets from clients, best first.
@@ -197,7 +215,7 @@ fn attach_first(
 ) -> Result<Hook, AttachError> {
     let mut last = None;
     for &hook in candidates {
-        let old = attachments_of(pins, device)?;
+        let old = attachments_of(pins, device.index)?;
         if old.iter().any(|old| old.hook == hook) {
             refused.extend(last);
             return Ok(hook);
@@ -230,7 +248,7 @@ fn make_way(pins: &PinDir, device: &Device, rival: &Attachment) -> Result<(), At
 
 fn attach_at(pins: &PinDir, device: &Device, hook: Hook) -> Result<(), AttachError> {
     let program = pins.prog(hook.program());
-    let pin = pins.links().join(format!("{}-{hook}", device.index));
+    let pin = pins.links().join(pin_name(device.index, hook));
     // A pin of the same name can only be that of a link whose device has gone.
     pins.unpin(&pin)?;
     let Some((attach_type, flags)) = hook.link() else {
@@ -248,35 +266,40 @@ fn attach_at(pins: &PinDir, device: &Device, hook: Hook) -> Result<(), AttachErr
 /// [`AttachError`] where a pin cannot be read.
 pub fn attachments(pins: &PinDir) -> Result<Vec<Attachment>, AttachError> {
     let mut attachments = Vec::new();
-    for (pin, fd) in open_pins(pins)? {
-        let (ifindex, prog_id) = if pin.hook.link().is_some() {
-            let info = sys::link_info(fd.as_fd())?;
-            (info.ifindex, info.prog_id)
-        } else {
-            (pin.ifindex, sys::prog_info(fd.as_fd())?.id)
-        };
-        if ifindex == pin.ifindex {
-            attachments.push(Attachment { prog_id, ..pin });
-        }
+    for open in open_pins(pins)? {
+        attachments.extend(alive(open)?);
     }
     attachments.sort();
     Ok(attachments)
+}
+
+/// The attachment of a pin; none where its device has gone.
+fn alive((pin, fd): (Attachment, OwnedFd)) -> Result<Option<Attachment>, AttachError> {
+    let (ifindex, prog_id) = if pin.hook.link().is_some() {
+        let info = sys::link_info(fd.as_fd())?;
+        (info.ifindex, info.prog_id)
+    } else {
+        (pin.ifindex, sys::prog_info(fd.as_fd())?.id)
+    };
+    Ok((ifindex == pin.ifindex).then_some(Attachment { prog_id, ..pin }))
 }
 
 /// The pins that follow the naming of this module, not yet asked what they are.
 fn open_pins(pins: &PinDir) -> Result<Vec<(Attachment, OwnedFd)>, AttachError> {
     let mut open = Vec::new();
     for path in pins.list_links()? {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let Some((ifindex, hook)) = name.split_once('-') else { continue };
-        let (Ok(ifindex), Ok(hook)) = (ifindex.parse(), hook.parse::<Hook>()) else { continue };
-        match sys::obj_get(&path) {
-            // Another process took it off meanwhile.
-            Err(error) if error.is_not_found() => {}
-            fd => open.push((Attachment { ifindex, hook, prog_id: 0, path }, fd?)),
-        }
+        let Some((ifindex, hook)) = parse_pin_name(&path) else { continue };
+        open.extend(open_pin(path, ifindex, hook)?);
     }
     Ok(open)
+}
+
+/// None where it is not there, or no longer: another process may have taken it off meanwhile.
+fn open_pin(path: PathBuf, ifindex: u32, hook: Hook) -> Result<Option<(Attachment, OwnedFd)>, AttachError> {
+    match sys::obj_get(&path) {
+        Err(error) if error.is_not_found() => Ok(None),
+        fd => Ok(Some((Attachment { ifindex, hook, prog_id: 0, path }, fd?))),
+    }
 }
 
 /// Puts the programs that are pinned now into every attachment; each packet meets the old one or the new one. Removes
@@ -310,17 +333,24 @@ fn upgrade_one(pins: &PinDir, pin: &Attachment, fd: BorrowedFd<'_>) -> Result<bo
     }
 }
 
-/// Removes the pins of devices that have gone, and returns how many there were.
+/// Removes the pins of devices that have gone, and returns how many there were. The pins of devices that are `present`,
+/// by index, are not looked at.
 ///
 /// # Errors
 /// [`AttachError`].
-pub fn prune(pins: &PinDir) -> Result<usize, AttachError> {
-    let live: Vec<_> = attachments(pins)?.into_iter().map(|attachment| attachment.path).collect();
+pub fn prune(pins: &PinDir, present: &BTreeSet<u32>) -> Result<usize, AttachError> {
     let mut pruned = 0;
-    for (pin, _) in open_pins(pins)? {
-        let gone = if pin.hook.link().is_some() { !live.contains(&pin.path) } else { pin.device().is_none() };
+    for path in pins.list_links()? {
+        let Some((ifindex, hook)) = parse_pin_name(&path) else { continue };
+        if present.contains(&ifindex) {
+            continue;
+        }
+        let Some(open) = open_pin(path, ifindex, hook)? else { continue };
+        let path = open.0.path.clone();
+        // A device that has moved to another namespace is not here, and lives.
+        let gone = if hook.link().is_some() { alive(open)?.is_none() } else { device_name(ifindex).is_none() };
         if gone {
-            pins.unpin(&pin.path)?;
+            pins.unpin(&path)?;
             pruned += 1;
         }
     }
@@ -332,10 +362,10 @@ pub fn prune(pins: &PinDir) -> Result<usize, AttachError> {
 /// # Errors
 /// [`AttachError`].
 pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, AttachError> {
-    let attachments: Vec<_> = attachments(pins)?
-        .into_iter()
-        .filter(|attachment| ifindex.is_none_or(|ifindex| attachment.ifindex == ifindex))
-        .collect();
+    let attachments = match ifindex {
+        Some(ifindex) => attachments_of(pins, ifindex)?,
+        None => attachments(pins)?,
+    };
     for attachment in &attachments {
         detach_one(pins, attachment)?;
     }

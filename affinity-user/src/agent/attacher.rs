@@ -1,15 +1,25 @@
-//! Keeps the devices attached that the user named by patterns.
+//! Keeps the devices attached that the user named by patterns; or, where he named none, those that packets for
+//! frontends can enter by.
 //!
 //! Each round compares all devices with all attachments, so that it does not matter what happened in between: devices
-//! came, went, were renamed, or came back under their old name.
+//! came, went, were renamed, or came back under their old name. A device that was found stays attached while it exists:
+//! a default route that is gone for a moment must not break connections.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, Sender, TryRecvError},
+    },
+    thread::{self, JoinHandle},
+};
 
 use glob::Pattern;
 use tracing::{error, info, warn};
 
 use crate::{
-    attach::{self, AttachError, Attached, Device, Framing, Hook},
+    attach::{self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, device_name, roles},
     load::PinDir,
 };
 
@@ -21,10 +31,48 @@ pub struct PatternError {
     source: glob::PatternError,
 }
 
+/// The devices of this namespace, as they were at one moment.
+pub(super) struct Look {
+    devices: Vec<Device>,
+    /// By index; empty where the user names devices.
+    roles: BTreeMap<u32, Finding>,
+}
+
+impl Look {
+    /// At all devices; `find` their roles, where nobody names any.
+    ///
+    /// # Errors
+    /// The system's answer.
+    pub(super) async fn at(devices: &mut Devices, find: bool) -> io::Result<Self> {
+        let list = devices.list().await?;
+        let roles = if find { roles(&list, &devices.network().await?) } else { BTreeMap::new() };
+        Ok(Self { devices: list, roles })
+    }
+}
+
+/// How far a reconciliation has come.
+pub(super) struct Progress {
+    /// Whether all devices have been seen to.
+    pub(super) is_complete: bool,
+    /// The first failure of a device that the user named.
+    pub(super) failure: Option<AttachError>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { is_complete: true, failure: None }
+    }
+}
+
+/// How many devices are attached before the list is looked at anew. The kernel waits for a grace period at each hook,
+/// so that these take half a second, more or less.
+const AT_ONCE: usize = 32;
+
 /// The devices that are attached, and those that should be.
 #[derive(Debug)]
 pub(super) struct Attacher {
     pins: PinDir,
+    /// None: devices are found.
     patterns: Vec<Pattern>,
     options: attach::Options,
     /// By index; what this process attached or found attached.
@@ -42,9 +90,19 @@ impl Attacher {
         Ok(Self { pins, patterns, options, attached: BTreeMap::new(), failed: BTreeMap::new() })
     }
 
+    /// Whether devices are found, and not named.
+    pub(super) const fn finds(&self) -> bool {
+        self.patterns.is_empty()
+    }
+
+    /// Whether devices should have been found, and none was.
+    pub(super) fn finds_none(&self, look: &Look) -> bool {
+        self.finds() && look.roles.values().all(|finding| finding.role.is_none())
+    }
+
     /// The patterns that no device matches.
-    pub(super) fn without_device(&self, devices: &[Device]) -> Vec<String> {
-        let unmatched = |pattern: &&Pattern| !devices.iter().any(|device| pattern.matches(&device.name));
+    pub(super) fn without_device(&self, look: &Look) -> Vec<String> {
+        let unmatched = |pattern: &&Pattern| !look.devices.iter().any(|device| pattern.matches(&device.name));
         self.patterns.iter().filter(unmatched).map(|pattern| pattern.as_str().to_owned()).collect()
     }
 
@@ -53,59 +111,93 @@ impl Attacher {
         self.patterns.iter().any(|pattern| pattern.as_str() == device.name)
     }
 
-    fn is_meant(&self, device: &Device) -> bool {
+    fn is_meant(&self, device: &Device, look: &Look) -> bool {
+        if self.finds() {
+            let has_role = look.roles.get(&device.index).is_some_and(|finding| finding.role.is_some());
+            return has_role || self.attached.contains_key(&device.index);
+        }
         // A pattern means what can be attached; only a name insists.
         let possible = device.framing != Framing::Other || self.is_named(device);
         possible && self.patterns.iter().any(|pattern| pattern.matches(&device.name))
     }
 
-    /// Brings the attachments in step with the devices, and logs what changes. Returns the first failure of a device that
-    /// the user named.
+    /// Brings the attachments in step with the devices, and logs what changes; a bounded number of them, since the kernel
+    /// takes its time for each. Those that lead out of the node are first.
     ///
     /// # Errors
     /// [`AttachError`] where the attachments cannot be listed or cleaned up.
-    pub(super) fn reconcile(&mut self, devices: &[Device]) -> Result<Option<AttachError>, AttachError> {
-        let present: BTreeSet<u32> = devices.iter().map(|device| device.index).collect();
-        self.failed.retain(|index, _| present.contains(index));
-        let gone: Vec<u32> = self.attached.keys().filter(|index| !present.contains(index)).copied().collect();
-        for index in gone {
-            if let Some((name, _)) = self.attached.remove(&index) {
-                info!("{name}: has gone");
-            }
-        }
-        attach::prune(&self.pins)?;
-        let mut failure = None;
+    pub(super) fn reconcile(&mut self, look: &Look) -> Result<Progress, AttachError> {
+        self.forget(&look.devices.iter().map(|device| device.index).collect())?;
+        let mut progress = Progress::default();
+        let mut attempts = 0;
+        let order = |device: &&Device| look.roles.get(&device.index).and_then(|finding| finding.role);
+        let mut devices: Vec<_> = look.devices.iter().collect();
+        devices.sort_by_key(|device| (order(device).is_none(), order(device)));
         for device in devices {
-            if self.is_meant(device) {
-                let failed = self.attach(device);
-                failure = failure.or(failed.filter(|_| self.is_named(device)));
+            if self.is_meant(device, look) {
+                if let Some((name, _)) = self.attached.get_mut(&device.index) {
+                    name.clone_from(&device.name);
+                    continue;
+                }
+                if attempts == AT_ONCE {
+                    progress.is_complete = false;
+                    break;
+                }
+                attempts += usize::from(!self.failed.contains_key(&device.index));
+                let failure = self.attach(device, look.roles.get(&device.index));
+                progress.failure = progress.failure.or(failure.filter(|_| self.is_named(device)));
             } else if self.attached.remove(&device.index).is_some() {
                 info!("{}: renamed, and no longer meant: detaching", device.name);
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        Ok(failure)
+        Ok(progress)
     }
 
-    fn attach(&mut self, device: &Device) -> Option<AttachError> {
-        if let Some((name, _)) = self.attached.get_mut(&device.index) {
-            name.clone_from(&device.name);
-            return None;
+    /// As [`Attacher::reconcile`], until all devices have been seen to. Returns the first failure of a device that the user
+    /// named.
+    ///
+    /// # Errors
+    /// As [`Attacher::reconcile`].
+    pub(super) fn reconcile_all(&mut self, look: &Look) -> Result<Option<AttachError>, AttachError> {
+        loop {
+            let Progress { is_complete, failure } = self.reconcile(look)?;
+            if is_complete || failure.is_some() {
+                return Ok(failure);
+            }
         }
+    }
+
+    /// Forgets devices that have gone, and removes their pins.
+    fn forget(&mut self, present: &BTreeSet<u32>) -> Result<(), AttachError> {
+        self.failed.retain(|index, _| present.contains(index));
+        let gone = self.attached.extract_if(.., |index, _| !present.contains(index));
+        for (_, (name, _)) in gone {
+            info!("{name}: has gone");
+        }
+        attach::prune(&self.pins, present)?;
+        Ok(())
+    }
+
+    fn attach(&mut self, device: &Device, found: Option<&Finding>) -> Option<AttachError> {
         match attach::attach(&self.pins, device, self.options) {
             Ok(Attached { hooks, refused }) => {
                 for error in &refused {
                     info!("{error}");
                 }
+                let role = found.and_then(|found| found.role.map(|role| format!(" ({}: {})", role.name(), found.why)));
+                let role = role.unwrap_or_default();
                 if refused.is_empty() {
-                    info!("{}: attached: {}", device.name, ways(&hooks));
+                    info!("{}: attached: {}{role}", device.name, ways(&hooks));
                 } else {
-                    warn!("{}: attached: {}, for want of better", device.name, ways(&hooks));
+                    warn!("{}: attached: {}, for want of better{role}", device.name, ways(&hooks));
                 }
                 self.failed.remove(&device.index);
                 self.attached.insert(device.index, (device.name.clone(), hooks));
                 None
             }
+            // It went while it was attached; the next look will not see it.
+            Err(_) if device_name(device.index).is_none() => None,
             Err(error) => {
                 let text = error.to_string();
                 if self.failed.insert(device.index, text.clone()).as_ref() != Some(&text) {
@@ -116,10 +208,114 @@ impl Attacher {
         }
     }
 
-    /// The attached devices, for people: "eth0: xdp native, cni0: tc".
-    pub(super) fn summary(&self) -> (usize, String) {
-        let devices: Vec<_> = self.attached.values().map(|(name, hooks)| format!("{name}: {}", ways(hooks))).collect();
-        (devices.len(), devices.join(", "))
+    /// The devices that are attached now.
+    pub(super) fn summary(&self) -> Summary {
+        let first = self.attached.values().take(NAMED);
+        let mut names: Vec<_> = first.map(|(name, hooks)| format!("{name}: {}", ways(hooks))).collect();
+        names.extend((self.attached.len() > NAMED).then(|| "...".to_owned()));
+        Summary { number: self.attached.len(), names: names.join(", ") }
+    }
+}
+
+/// The attached devices, for people.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Summary {
+    /// How many.
+    pub(super) number: usize,
+    /// The first of them: "eth0: xdp native, cni0: tc".
+    pub(super) names: String,
+}
+
+/// How many devices a summary names.
+const NAMED: usize = 8;
+
+/// An attacher at work on a thread of its own, so that nothing else waits for the kernel. It ends when this is dropped.
+pub(super) struct Worker {
+    looks: Option<Sender<Look>>,
+    thread: Option<JoinHandle<()>>,
+    finds: bool,
+    summary: Arc<Mutex<Summary>>,
+}
+
+impl Worker {
+    /// Lets `attacher` go on from here.
+    ///
+    /// # Errors
+    /// The system's answer where there is no thread to be had.
+    pub(super) fn start(mut attacher: Attacher) -> io::Result<Self> {
+        let (looks, given) = mpsc::channel();
+        let finds = attacher.finds();
+        let summary = Arc::new(Mutex::new(attacher.summary()));
+        let shared = Arc::clone(&summary);
+        // A thread is in the network namespace of the one that made it.
+        let thread =
+            thread::Builder::new().name("attacher".to_owned()).spawn(move || attacher.follow(&given, &shared))?;
+        Ok(Self { looks: Some(looks), thread: Some(thread), finds, summary })
+    }
+
+    /// The devices that are attached, as of the last change.
+    pub(super) fn summary(&self) -> Summary {
+        self.summary.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Brings the attachments in step with the devices as they are now, soon.
+    ///
+    /// # Errors
+    /// The system's answer where they cannot be listed.
+    pub(super) async fn keep_up(&self, devices: &mut Devices) -> io::Result<()> {
+        let look = Look::at(devices, self.finds).await?;
+        match &self.looks {
+            Some(looks) => looks.send(look).map_err(|_| io::Error::other("the attacher has ended")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Worker {
+    /// Ends it, after the device that it is at.
+    pub(super) fn stop(&mut self) {
+        self.looks = None;
+        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+            error!("the attacher has panicked");
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Attacher {
+    /// Reconciles with each look, or rather with the newest one, until no more can come.
+    fn follow(&mut self, looks: &Receiver<Look>, summary: &Mutex<Summary>) {
+        while let Ok(mut look) = looks.recv() {
+            while let Some(newest) = newest(looks, look) {
+                look = newest;
+                let progress = self.reconcile(&look);
+                *summary.lock().unwrap_or_else(PoisonError::into_inner) = self.summary();
+                match progress {
+                    Ok(Progress { is_complete: false, .. }) => {}
+                    Ok(_) => break,
+                    Err(error) => {
+                        error!("{error}");
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The last look, of this one and those that wait; none where the agent ends.
+fn newest(looks: &Receiver<Look>, mut look: Look) -> Option<Look> {
+    loop {
+        match looks.try_recv() {
+            Ok(newer) => look = newer,
+            Err(TryRecvError::Empty) => return Some(look),
+            Err(TryRecvError::Disconnected) => return None,
+        }
     }
 }
 

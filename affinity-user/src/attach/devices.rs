@@ -3,19 +3,23 @@
 //! Whoever is woken reads the whole list again. So a lost message, a rename, or a device that vanished and came back
 //! under its old name with a new index needs no case of its own.
 
-use std::{io, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, channel::mpsc::UnboundedReceiver};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
-    packet_core::NetlinkMessage,
+    packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
-        RouteNetlinkMessage,
-        link::{LinkAttribute, LinkInfo, LinkLayerType, LinkMessage},
+        AddressFamily, RouteNetlinkMessage,
+        address::{AddressAttribute, AddressMessage, AddressScope},
+        link::{LinkAttribute, LinkExtentMask, LinkInfo, LinkLayerType, LinkMessage},
+        route::{RouteAttribute, RouteMessage, RouteType},
     },
     sys::SocketAddr,
 };
 use tokio::{task::JoinHandle, time::Instant};
+
+use super::discover::Network;
 
 /// A network device.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -28,6 +32,21 @@ pub struct Device {
     pub kind: Option<String>,
     /// What its frames begin with.
     pub framing: Framing,
+    /// The other end of a pair, or the device that it is on.
+    pub other_end: OtherEnd,
+    /// The bridge or bond that it is a port of, by index.
+    pub controller: Option<u32>,
+}
+
+/// Where the other end of a pair is, or the device that another one is on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum OtherEnd {
+    /// There is none.
+    None,
+    /// In this network namespace, with this index.
+    Here(u32),
+    /// In another network namespace.
+    Elsewhere,
 }
 
 /// What the frames of a device begin with.
@@ -43,12 +62,15 @@ pub enum Framing {
 
 impl Device {
     fn from_message(message: LinkMessage) -> Option<Self> {
-        let mut name = None;
-        let mut kind = None;
+        let (mut name, mut kind, mut controller) = (None, None, None);
+        let (mut link, mut is_elsewhere) = (None, false);
         for attribute in message.attributes {
-            #[expect(clippy::wildcard_enum_match_arm, reason = "of many attributes two matter")]
+            #[expect(clippy::wildcard_enum_match_arm, reason = "of many attributes a few matter")]
             match attribute {
                 LinkAttribute::IfName(is) => name = Some(is),
+                LinkAttribute::Controller(index) => controller = Some(index),
+                LinkAttribute::Link(index) => link = Some(index),
+                LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
                 LinkAttribute::LinkInfo(infos) => {
                     kind = infos.iter().find_map(|info| match info {
                         LinkInfo::Kind(kind) => Some(kind.to_string()),
@@ -64,7 +86,12 @@ impl Device {
             LinkLayerType::Loopback => Framing::Loopback,
             _ => Framing::Other,
         };
-        Some(Self { index: message.header.index, name: name?, kind, framing })
+        let other_end = match link {
+            _ if is_elsewhere => OtherEnd::Elsewhere,
+            Some(index) if index != message.header.index && index != 0 => OtherEnd::Here(index),
+            _ => OtherEnd::None,
+        };
+        Some(Self { index: message.header.index, name: name?, kind, framing, other_end, controller })
     }
 }
 
@@ -74,8 +101,30 @@ pub struct Devices {
     handle: Handle,
     messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     connection: JoinHandle<()>,
-    /// When the changes seen so far will have settled.
-    rest_at: Option<Instant>,
+    /// The changes that were seen, and not yet told.
+    unrest: Option<Unrest>,
+    /// How many there were at the last look.
+    number: usize,
+}
+
+/// Changes come in crowds, which are told as one: when they began, and when the last one was.
+#[derive(Clone, Copy, Debug)]
+struct Unrest {
+    began: Instant,
+    last: Instant,
+}
+
+impl Unrest {
+    /// How long to wait for more changes after each: a look at many devices costs more, and is taken less often.
+    fn rest(devices: usize) -> Duration {
+        Duration::from_millis(20) + Duration::from_micros(100) * u32::try_from(devices).unwrap_or(u32::MAX)
+    }
+
+    /// When to tell of them; also where they never rest.
+    fn is_over_at(self, devices: usize) -> Instant {
+        let rest = Self::rest(devices);
+        (self.last + rest).min(self.began + rest * 10)
+    }
 }
 
 impl Drop for Devices {
@@ -85,51 +134,146 @@ impl Drop for Devices {
 }
 
 impl Devices {
-    /// How long to wait for more changes after the first: devices come in crowds.
-    const SETTLE: Duration = Duration::from_millis(20);
-
     /// Of the network namespace that the calling thread is in.
     ///
     /// # Errors
     /// The system's answer where there is no netlink socket to be had.
     pub fn new() -> io::Result<Self> {
-        let (connection, handle, messages) = new_multicast_connection(&[MulticastGroup::Link])?;
-        Ok(Self { handle, messages, connection: tokio::spawn(connection), rest_at: None })
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ];
+        let (connection, handle, messages) = new_multicast_connection(&groups)?;
+        Ok(Self { handle, messages, connection: tokio::spawn(connection), unrest: None, number: 0 })
     }
 
     /// All devices, by index.
     ///
     /// # Errors
     /// The system's answer.
-    pub async fn list(&self) -> io::Result<Vec<Device>> {
-        let messages = self.handle.link().get().execute();
-        let messages: Vec<_> = messages.try_collect().await.map_err(io::Error::other)?;
+    pub async fn list(&mut self) -> io::Result<Vec<Device>> {
+        let request = self.handle.link().get();
+        let request = request.set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
+        let messages: Vec<_> = request.execute().try_collect().await.map_err(io::Error::other)?;
         let mut devices: Vec<_> = messages.into_iter().filter_map(Device::from_message).collect();
         devices.sort();
+        self.number = devices.len();
         Ok(devices)
     }
 
-    /// Waits until a device has come, gone or changed, and for a moment of rest after that. Dropped before it is ready,
-    /// it loses nothing: the next call goes on waiting for the same rest.
+    /// What addresses and routes say of the devices.
+    ///
+    /// # Errors
+    /// The system's answer.
+    pub async fn network(&self) -> io::Result<Network> {
+        let mut network = Network::default();
+        let mut addresses = self.handle.address().get().execute();
+        while let Some(message) = addresses.try_next().await.map_err(io::Error::other)? {
+            if let Some(address) = global_address(&message) {
+                let device = network.addresses.entry(message.header.index).or_default();
+                device.insert((address, message.header.prefix_len));
+            }
+        }
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            let mut routes = self.handle.route().get(request).execute();
+            while let Some(message) = routes.try_next().await.map_err(io::Error::other)? {
+                if is_default(&message) {
+                    network.default_routes.extend(ways_out(&message));
+                }
+            }
+        }
+        Ok(network)
+    }
+
+    /// Waits until a device has come, gone or changed, or what [`Devices::network`] tells of it; and for a moment of
+    /// rest after that, but not for long. Dropped before it is ready, it loses nothing: the next call goes on waiting
+    /// for the same rest.
     ///
     /// # Errors
     /// Where the socket has closed.
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
-            let message = match self.rest_at {
+            let message = match self.unrest {
                 None => self.messages.next().await,
-                Some(rest_at) => match tokio::time::timeout_at(rest_at, self.messages.next()).await {
-                    Ok(message) => message,
-                    Err(_) => {
-                        self.rest_at = None;
-                        return Ok(());
+                Some(unrest) => {
+                    match tokio::time::timeout_at(unrest.is_over_at(self.number), self.messages.next()).await {
+                        Ok(message) => message,
+                        Err(_) => {
+                            self.unrest = None;
+                            return Ok(());
+                        }
                     }
-                },
+                }
             };
-            if message.is_none() {
-                return Err(io::Error::other("the netlink socket has closed"));
+            let Some((message, _)) = message else { return Err(io::Error::other("the netlink socket has closed")) };
+            if matters(&message) {
+                let now = Instant::now();
+                let began = self.unrest.map_or(now, |unrest| unrest.began);
+                self.unrest = Some(Unrest { began, last: now });
             }
-            self.rest_at = Some(Instant::now() + Self::SETTLE);
         }
     }
+}
+
+/// All devices, and what addresses and routes say of them, for callers without a runtime.
+///
+/// # Errors
+/// The system's answer.
+pub fn survey() -> io::Result<(Vec<Device>, Network)> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut devices = Devices::new()?;
+        Ok((devices.list().await?, devices.network().await?))
+    })
+}
+
+/// Whether a message may tell of a change that is seen here. Every pod brings routes and link-local addresses, which
+/// are not.
+fn matters(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "what is not known to be of no interest may be of some")]
+    match &message.payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route)) => {
+            is_default(route)
+        }
+        NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address),
+        ) => global_address(address).is_some(),
+        _ => true,
+    }
+}
+
+/// The address of a message, where others may reach the device by it.
+fn global_address(message: &AddressMessage) -> Option<IpAddr> {
+    if message.header.scope != AddressScope::Universe {
+        return None;
+    }
+    let of = |local: bool| {
+        #[expect(clippy::wildcard_enum_match_arm, reason = "of many attributes two are addresses")]
+        message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) if local => Some(*address),
+            AddressAttribute::Address(address) if !local => Some(*address),
+            _ => None,
+        })
+    };
+    // On links between two, one is the own address and the other the peer's; IPv6 has but the other otherwise.
+    of(true).or_else(|| of(false))
+}
+
+fn is_default(route: &RouteMessage) -> bool {
+    route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
+}
+
+/// The devices that a route leaves by.
+fn ways_out(route: &RouteMessage) -> Vec<u32> {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "of many attributes two name devices")]
+    let devices = route.attributes.iter().flat_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => vec![*index],
+        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+        _ => Vec::new(),
+    });
+    devices.collect()
 }

@@ -45,8 +45,9 @@ pub(crate) struct AttachArgs {
     /// Decide, remember and count, but change no packet: to see what would be
     #[arg(long)]
     shadow: bool,
-    /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'
-    #[arg(long = "device", value_name = "NAME|GLOB", required = true, num_args = 1..)]
+    /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'; without it they are found:
+    /// those with a default route or an address of the node, and those that lead to pods
+    #[arg(long = "device", value_name = "NAME|GLOB", num_args = 1..)]
     devices: Vec<String>,
     /// Where XDP is used: auto tries native, then generic, then TC; off uses TC
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]

@@ -192,5 +192,7 @@ impl GetArgs {
 }
 
 fn devices(pin_dir: &Path) -> Result<Vec<DeviceView>, Error> {
-    Ok(DeviceView::all(&attach::attachments(&PinDir::new(pin_dir))?, device_name))
+    let (devices, network) = attach::survey()?;
+    let roles = attach::roles(&devices, &network);
+    Ok(DeviceView::all(&attach::attachments(&PinDir::new(pin_dir))?, device_name, &roles))
 }

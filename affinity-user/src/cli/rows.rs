@@ -197,9 +197,11 @@ impl Row for DeviceView {
     const COLUMNS: &'static [Column] = &[
         Column::text("DEVICE"),
         Column::number("INDEX"),
+        Column::text("ROLE"),
         Column::text("INGRESS"),
         Column::text("EGRESS"),
         Column::text("PROGRAMS").wide(),
+        Column::text("WHY").wide(),
     ];
 
     fn cells(&self) -> Vec<Cell> {
@@ -208,9 +210,11 @@ impl Row for DeviceView {
         vec![
             self.device.as_deref().map_or_else(|| Cell::toned("(gone)", Tone::Bad), Cell::new),
             Cell::number(self.ifindex),
+            optional(self.role),
             hook(self.ingress),
             hook(self.egress),
             Cell::new(programs.join(",")),
+            optional(self.why.as_deref()),
         ]
     }
 }
@@ -245,11 +249,11 @@ impl Row for EventView<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::{collections::BTreeMap, path::PathBuf};
 
     use super::*;
     use crate::{
-        attach::{Attachment, Hook},
+        attach::{Attachment, Finding, Hook, Role, Why},
         cli::output::{Format, Listing, SAMPLE_ROWS, list},
         view::{Catalog, LiveSessions, fixture},
     };
@@ -419,24 +423,29 @@ mod tests {
             attachment(9, Hook::ClsactEgress, 72),
         ];
         let names = |ifindex| (ifindex != 9).then(|| format!("eth{ifindex}"));
-        let devices = DeviceView::all(&attachments, names);
+        let finding = |why, role| Finding { role, why };
+        let roles = BTreeMap::from([
+            (2, finding(Why::DefaultRoute, Some(Role::External))),
+            (5, finding(Why::PodSide, Some(Role::Internal))),
+        ]);
+        let devices = DeviceView::all(&attachments, names, &roles);
         insta::assert_snapshot!(print(&devices, Format::Table), @r"
-        DEVICE   INDEX   INGRESS       EGRESS
-        eth2         2   xdp-native    tcx-egress
-        eth5         5   tcx-ingress   tcx-egress
-        (gone)       9   -             clsact-egress
+        DEVICE   INDEX   ROLE       INGRESS       EGRESS
+        eth2         2   external   xdp-native    tcx-egress
+        eth5         5   internal   tcx-ingress   tcx-egress
+        (gone)       9   -          -             clsact-egress
         ");
         insta::assert_snapshot!(print(&devices, Format::Wide), @r"
-        DEVICE   INDEX   INGRESS       EGRESS          PROGRAMS
-        eth2         2   xdp-native    tcx-egress      70,72
-        eth5         5   tcx-ingress   tcx-egress      71,72
-        (gone)       9   -             clsact-egress   72
+        DEVICE   INDEX   ROLE       INGRESS       EGRESS          PROGRAMS   WHY
+        eth2         2   external   xdp-native    tcx-egress      70,72      a default route leaves by it
+        eth5         5   internal   tcx-ingress   tcx-egress      71,72      leads to another network namespace
+        (gone)       9   -          -             clsact-egress   72         -
         ");
         insta::assert_snapshot!(print(&devices, Format::Json), @r#"
         [
-        {"device":"eth2","ifindex":2,"ingress":"xdp-native","egress":"tcx-egress","programs":[70,72]},
-        {"device":"eth5","ifindex":5,"ingress":"tcx-ingress","egress":"tcx-egress","programs":[71,72]},
-        {"device":null,"ifindex":9,"ingress":null,"egress":"clsact-egress","programs":[72]}
+        {"device":"eth2","ifindex":2,"role":"external","ingress":"xdp-native","egress":"tcx-egress","programs":[70,72],"why":"a default route leaves by it"},
+        {"device":"eth5","ifindex":5,"role":"internal","ingress":"tcx-ingress","egress":"tcx-egress","programs":[71,72],"why":"leads to another network namespace"},
+        {"device":null,"ifindex":9,"role":null,"ingress":null,"egress":"clsact-egress","programs":[72],"why":null}
         ]
         "#);
     }

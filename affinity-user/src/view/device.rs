@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::attach::{Attachment, Hook};
+use crate::attach::{Attachment, Finding, Hook, Role};
 
 /// A device that the programs are attached to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -13,18 +13,26 @@ pub struct DeviceView {
     pub device: Option<String>,
     /// Its index.
     pub ifindex: u32,
+    /// What it leads to: `external` out of the node, `internal` to pods; null: neither, so it was named.
+    pub role: Option<&'static str>,
     /// Where packets from clients are translated; null: nowhere.
     pub ingress: Option<&'static str>,
     /// Where replies to clients are translated; null: nowhere.
     pub egress: Option<&'static str>,
     /// Ids of the programs, ingress first.
     pub programs: Vec<u32>,
+    /// Why it has this role; null where it has gone.
+    pub why: Option<String>,
 }
 
 impl DeviceView {
-    /// Devices by index; `name` gives a device's name.
+    /// Devices by index; `name` gives a device's name, `roles` what each leads to.
     #[must_use]
-    pub fn all(attachments: &[Attachment], name: impl Fn(u32) -> Option<String>) -> Vec<Self> {
+    pub fn all(
+        attachments: &[Attachment],
+        name: impl Fn(u32) -> Option<String>,
+        roles: &BTreeMap<u32, Finding>,
+    ) -> Vec<Self> {
         let mut devices: BTreeMap<u32, Vec<&Attachment>> = BTreeMap::new();
         for attachment in attachments {
             devices.entry(attachment.ifindex).or_default().push(attachment);
@@ -35,9 +43,12 @@ impl DeviceView {
                 let mut hooks = attachments.iter().map(|attachment| attachment.hook);
                 hooks.find(|hook| hook.is_ingress() == ingress).map(Hook::name)
             };
+            let finding = roles.get(&ifindex);
             Self {
                 device: name(ifindex),
                 ifindex,
+                role: finding.and_then(|finding| finding.role).map(Role::name),
+                why: finding.map(|finding| finding.why.to_string()),
                 ingress: hook(true),
                 egress: hook(false),
                 programs: attachments.iter().map(|attachment| attachment.prog_id).collect(),

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::param::clock_ticks_per_second;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::netns::output;
@@ -177,6 +178,18 @@ impl Agent {
         ensure!(self.child.try_wait()?.is_some(), "the agent still runs");
         self.child = spawn(&mut self.command, &self.log)?;
         Ok(())
+    }
+
+    /// The time that processors have spent on it, in user space and in the kernel.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The command's name, in parentheses, may have spaces.
+        let fields = stat.rsplit(')').next().context("a stat line")?.split_whitespace();
+        let ticks: Vec<u64> = fields.skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
+        Ok(Duration::from_secs_f64(ticks.iter().sum::<u64>() as f64 / clock_ticks_per_second() as f64))
     }
 
     /// What it wrote so far, standard output and standard error as they came.

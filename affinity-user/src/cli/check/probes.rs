@@ -29,6 +29,9 @@ const KERNEL_MEMCG: (u32, u32) = (5, 11);
 const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
 const CAP_SYS_ADMIN: u32 = 21;
 
+/// How many devices are shown of each sort.
+const DEVICES_NAMED: usize = 8;
+
 fn release() -> String {
     uname().release().to_string_lossy().into_owned()
 }
@@ -113,6 +116,43 @@ pub(super) fn tc() -> Finding {
     let (major, minor) = KERNEL_TCX;
     let advice = format!("Linux {major}.{minor} has tcx links, which no other program can remove");
     Finding::limited("tc", "clsact filters will be used", advice)
+}
+
+/// Which devices would be attached without `--device`, one finding each, and how many are left alone.
+pub(super) fn devices() -> Vec<Finding> {
+    let (devices, network) = match attach::survey() {
+        Ok(survey) => survey,
+        Err(error) => {
+            let found = format!("cannot be listed: {error}");
+            return vec![Finding::limited("device", found, "name them with --device")];
+        }
+    };
+    let roles = attach::roles(&devices, &network);
+    let with_role = devices.iter().filter_map(|device| {
+        let found = roles.get(&device.index)?;
+        Some((device, found.role?, &found.why))
+    });
+    let mut findings: Vec<_> = with_role
+        .take(DEVICES_NAMED)
+        .map(|(device, role, why)| Finding::ok("device", format!("{}: {}, {why}", device.name, role.name())))
+        .collect();
+    let number = roles.values().filter(|found| found.role.is_some()).count();
+    if number == 0 {
+        let advice = "name those that clients' packets enter by with --device";
+        findings.push(Finding::limited("device", "none leads out of this namespace or to pods", advice));
+    }
+    if number > DEVICES_NAMED {
+        findings.push(Finding::ok("device", format!("and {} more", number - DEVICES_NAMED)));
+    }
+    let others = devices.iter().filter_map(|device| {
+        let found = roles.get(&device.index).filter(|found| found.role.is_none())?;
+        Some(format!("{} ({})", device.name, found.why))
+    });
+    let others: Vec<_> = others.take(DEVICES_NAMED).collect();
+    if !others.is_empty() {
+        findings.push(Finding::ok("device", format!("left alone unless named: {}", others.join("; "))));
+    }
+    findings
 }
 
 pub(super) fn xdp(device: &str) -> Finding {

@@ -1,0 +1,351 @@
+//! Which devices are attached where nobody names any, and why: a pure function of links, addresses and routes.
+//!
+//! Packets for frontends enter a node by devices that lead out of it (external), or by those that lead to its pods and
+//! guests (internal). Kinds and places decide, not names, so that it does not matter which network plugin made them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+};
+
+use super::devices::{Device, Framing, OtherEnd};
+
+/// Kinds whose frames come from tunnels: what they carry was translated where it entered the first node, and its
+/// replies are where they leave it.
+const TUNNELS: [&str; 8] = ["vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "batadv", "bareudp"];
+/// Kinds that carry addresses, and by which no frame comes in.
+const INWARD: [&str; 3] = ["dummy", "ifb", "vrf"];
+
+/// What a device leads to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Role {
+    /// Out of the node.
+    External,
+    /// To pods and guests of the node.
+    Internal,
+}
+
+impl Role {
+    /// Its name in output.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::External => "external",
+            Self::Internal => "internal",
+        }
+    }
+}
+
+/// Why a device has its role, or none.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Why {
+    /// A default route leaves by it.
+    DefaultRoute,
+    /// It carries an address of the node.
+    Address(IpAddr),
+    /// Its other end is in another network namespace: a pod's.
+    PodSide,
+    /// A bridge whose ports lead to pods and guests.
+    Bridge,
+    /// A guest's network card.
+    Tap,
+    /// The loopback device.
+    Loopback,
+    /// Its frames have no Ethernet header.
+    NotEthernet,
+    /// A tunnel with Ethernet frames inside.
+    Tunnel,
+    /// No frame comes in by it.
+    Inward,
+    /// Its other end is in this network namespace, too.
+    BothEndsHere,
+    /// It has neither.
+    Unused,
+}
+
+impl Why {
+    const fn role(&self) -> Option<Role> {
+        match self {
+            Self::DefaultRoute | Self::Address(_) => Some(Role::External),
+            Self::PodSide | Self::Bridge | Self::Tap => Some(Role::Internal),
+            Self::Loopback | Self::NotEthernet | Self::Tunnel | Self::Inward | Self::BothEndsHere | Self::Unused => {
+                None
+            }
+        }
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DefaultRoute => "a default route leaves by it",
+            Self::Address(address) => return write!(f, "carries the address {address}"),
+            Self::PodSide => "leads to another network namespace",
+            Self::Bridge => "a bridge of pods or guests",
+            Self::Tap => "leads to a guest",
+            // It was chosen when they were sent, and the stack keeps it: translated, they would still end here. See
+            // https://elixir.bootlin.com/linux/v6.18/source/drivers/net/loopback.c#L69
+            Self::Loopback => "its packets have their route already",
+            Self::NotEthernet => "its frames have no Ethernet header",
+            Self::Tunnel => "a tunnel: packets are translated before they enter it",
+            Self::Inward => "no frame comes in by it",
+            Self::BothEndsHere => "its other end is in this network namespace, too",
+            Self::Unused => "no default route, no address",
+        })
+    }
+}
+
+/// A device's role, and the reason.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finding {
+    /// None: it is not attached unless it is named.
+    pub role: Option<Role>,
+    /// Why.
+    pub why: Why,
+}
+
+/// What routes and addresses say of devices.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Network {
+    /// Indices of the devices that default routes leave by.
+    pub default_routes: BTreeSet<u32>,
+    /// Addresses of global scope and the lengths of their prefixes, by device.
+    pub addresses: BTreeMap<u32, BTreeSet<(IpAddr, u8)>>,
+}
+
+/// The role of each device, by index.
+#[must_use]
+pub fn roles(devices: &[Device], network: &Network) -> BTreeMap<u32, Finding> {
+    let leads_out: BTreeSet<u32> =
+        devices.iter().filter(|device| is_outward(device)).filter_map(|device| device.controller).collect();
+    let mut findings = BTreeMap::new();
+    for device in devices {
+        let why = why(device, network, leads_out.contains(&device.index));
+        findings.insert(device.index, Finding { role: why.role(), why });
+    }
+    leave_out_second_ends(devices, &mut findings);
+    findings
+}
+
+/// Of two ends in one namespace one is enough: what enters the first leaves by it as well.
+fn leave_out_second_ends(devices: &[Device], findings: &mut BTreeMap<u32, Finding>) {
+    for device in devices {
+        let OtherEnd::Here(other) = device.other_end else { continue };
+        let (Some(this), Some(that)) = (findings.get(&device.index), findings.get(&other)) else { continue };
+        let both = is_pair(device) && this.role.is_some() && that.role.is_some();
+        let rank = |finding: &Finding| finding.why == Why::DefaultRoute;
+        if both && (rank(that), device.index) > (rank(this), other) {
+            findings.insert(device.index, Finding { role: None, why: Why::BothEndsHere });
+        }
+    }
+}
+
+fn why(device: &Device, network: &Network, leads_out: bool) -> Why {
+    let kind = device.kind.as_deref().unwrap_or_default();
+    match device.framing {
+        Framing::Loopback => return Why::Loopback,
+        Framing::Other => return Why::NotEthernet,
+        Framing::Ethernet => {}
+    }
+    if INWARD.contains(&kind) {
+        return Why::Inward;
+    }
+    if network.default_routes.contains(&device.index) {
+        return Why::DefaultRoute;
+    }
+    if TUNNELS.contains(&kind) {
+        return Why::Tunnel;
+    }
+    if kind == "bridge" && !leads_out {
+        return Why::Bridge;
+    }
+    if let Some(address) = node_address(device, network) {
+        return Why::Address(address);
+    }
+    match (kind, device.other_end) {
+        ("veth" | "netkit", OtherEnd::Elsewhere) => Why::PodSide,
+        ("veth" | "netkit", OtherEnd::Here(_)) => Why::BothEndsHere,
+        ("tun", _) => Why::Tap,
+        _ => Why::Unused,
+    }
+}
+
+fn is_pair(device: &Device) -> bool {
+    matches!(device.kind.as_deref(), Some("veth" | "netkit"))
+}
+
+/// Whether a bridge with this port leads out of the node.
+fn is_outward(device: &Device) -> bool {
+    let kind = device.kind.as_deref().unwrap_or_default();
+    !is_pair(device) && kind != "tun" && !TUNNELS.contains(&kind) && !INWARD.contains(&kind)
+}
+
+/// The first address of a device that is one of the node's. On a pod's device it is the pod's gateway instead, alone
+/// in its network, as some network plugins have it.
+fn node_address(device: &Device, network: &Network) -> Option<IpAddr> {
+    let mut addresses = network.addresses.get(&device.index)?.iter();
+    let is_alone = |&(address, prefix): &(IpAddr, u8)| prefix == if address.is_ipv4() { 32 } else { 128 };
+    addresses.find(|address| !is_pair(device) || !is_alone(address)).map(|&(address, _)| address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: (&str, u8) = ("192.0.2.1", 24);
+    const GATEWAY: (&str, u8) = ("10.244.0.1", 32);
+    const BRIDGE: (&str, u8) = ("10.244.0.1", 24);
+
+    /// A device, and what the network says of it.
+    struct Case {
+        device: Device,
+        addresses: Vec<(&'static str, u8)>,
+        default_route: bool,
+    }
+
+    fn case(index: u32, kind: &str) -> Case {
+        let device = Device {
+            index,
+            name: format!("d{index}"),
+            kind: Some(kind.to_owned()).filter(|kind| !kind.is_empty()),
+            framing: Framing::Ethernet,
+            other_end: OtherEnd::None,
+            controller: None,
+        };
+        Case { device, addresses: Vec::new(), default_route: false }
+    }
+
+    impl Case {
+        fn address(mut self, address: (&'static str, u8)) -> Self {
+            self.addresses.push(address);
+            self
+        }
+
+        fn default_route(mut self) -> Self {
+            self.default_route = true;
+            self
+        }
+
+        fn port_of(mut self, bridge: u32) -> Self {
+            self.device.controller = Some(bridge);
+            self
+        }
+
+        fn end(mut self, end: OtherEnd) -> Self {
+            self.device.other_end = end;
+            self
+        }
+
+        fn framing(mut self, framing: Framing) -> Self {
+            self.device.framing = framing;
+            self
+        }
+    }
+
+    /// The roles of some devices of one node, in their order.
+    fn found(cases: impl IntoIterator<Item = Case>) -> Vec<String> {
+        let (mut devices, mut network) = (Vec::new(), Network::default());
+        for case in cases {
+            let index = case.device.index;
+            let addresses = case.addresses.iter().map(|(address, prefix)| (address.parse().unwrap(), *prefix));
+            network.addresses.entry(index).or_default().extend(addresses);
+            network.default_routes.extend(case.default_route.then_some(index));
+            devices.push(case.device);
+        }
+        let name = |role: Option<Role>| role.map_or("-", Role::name);
+        roles(&devices, &network).values().map(|finding| format!("{}: {}", name(finding.role), finding.why)).collect()
+    }
+
+    fn one(case: Case) -> String {
+        found([case]).remove(0)
+    }
+
+    #[test]
+    fn devices_that_lead_out_of_the_node() {
+        assert_eq!(one(case(2, "").default_route()), "external: a default route leaves by it");
+        assert_eq!(one(case(2, "").address(NODE)), "external: carries the address 192.0.2.1");
+        assert_eq!(one(case(2, "").address(("2001:db8::1", 128))), "external: carries the address 2001:db8::1");
+        assert_eq!(one(case(2, "")), "-: no default route, no address");
+        for kind in ["bond", "vlan", "macvlan", "team", "openvswitch", "virt_wifi"] {
+            assert_eq!(one(case(2, kind).address(NODE)), "external: carries the address 192.0.2.1", "{kind}");
+        }
+        // A node that is itself a container.
+        let inner = case(2, "veth").end(OtherEnd::Elsewhere);
+        assert_eq!(one(inner.default_route().address(GATEWAY)), "external: a default route leaves by it");
+        let inner = case(2, "veth").end(OtherEnd::Elsewhere);
+        assert_eq!(one(inner.address(GATEWAY).address(NODE)), "external: carries the address 192.0.2.1");
+        // A network over a tunnel.
+        assert_eq!(one(case(2, "vxlan").default_route()), "external: a default route leaves by it");
+    }
+
+    #[test]
+    fn devices_that_lead_to_pods() {
+        for kind in ["veth", "netkit"] {
+            let pod = || case(9, kind).end(OtherEnd::Elsewhere);
+            assert_eq!(one(pod()), "internal: leads to another network namespace");
+            assert_eq!(one(pod().port_of(3)), "internal: leads to another network namespace");
+            assert_eq!(one(pod().address(GATEWAY)), "internal: leads to another network namespace");
+            assert_eq!(one(pod().address(("fd00:244::1", 128))), "internal: leads to another network namespace");
+        }
+        assert_eq!(one(case(3, "bridge").address(BRIDGE)), "internal: a bridge of pods or guests");
+        assert_eq!(one(case(3, "bridge")), "internal: a bridge of pods or guests");
+        assert_eq!(one(case(4, "tun")), "internal: leads to a guest");
+    }
+
+    #[test]
+    fn a_bridge_is_what_its_ports_are() {
+        let bridge = || case(3, "bridge").address(NODE);
+        let inside = [
+            bridge(),
+            case(4, "veth").end(OtherEnd::Elsewhere).port_of(3),
+            case(5, "vxlan").port_of(3),
+            case(6, "tun").port_of(3),
+        ];
+        assert_eq!(found(inside)[0], "internal: a bridge of pods or guests");
+        for kind in ["", "bond", "vlan"] {
+            let outside = [bridge(), case(4, kind).port_of(3)];
+            assert_eq!(
+                found(outside),
+                ["external: carries the address 192.0.2.1", "-: no default route, no address"],
+                "{kind}"
+            );
+        }
+        // Frames only cross it.
+        assert_eq!(found([case(3, "bridge"), case(4, "").port_of(3)])[0], "-: no default route, no address");
+        assert_eq!(one(bridge().default_route()), "external: a default route leaves by it");
+    }
+
+    #[test]
+    fn devices_that_no_packet_for_a_frontend_enters_by() {
+        let loopback = case(1, "").framing(Framing::Loopback).address(("192.0.2.9", 32));
+        assert!(one(loopback).starts_with("-: its packets have their route already"));
+        for kind in ["wireguard", "ipip", "gre", "sit", "tun", "ppp"] {
+            let tunnel = case(7, kind).framing(Framing::Other).address(NODE).default_route();
+            assert_eq!(one(tunnel), "-: its frames have no Ethernet header", "{kind}");
+        }
+        for kind in TUNNELS {
+            assert_eq!(one(case(7, kind).address(NODE)), "-: a tunnel: packets are translated before they enter it");
+        }
+        for kind in INWARD {
+            assert_eq!(one(case(7, kind).address(NODE).default_route()), "-: no frame comes in by it", "{kind}");
+        }
+    }
+
+    #[test]
+    fn of_two_ends_in_one_namespace_one_at_most() {
+        let (first, second) = (|| case(5, "veth").end(OtherEnd::Here(6)), || case(6, "veth").end(OtherEnd::Here(5)));
+        let (both_here, address) =
+            ("-: its other end is in this network namespace, too", "external: carries the address 192.0.2.1");
+        assert_eq!(found([first(), second()]), [both_here, both_here]);
+        assert_eq!(found([first(), second().address(NODE)]), [both_here, address]);
+        assert_eq!(found([first().address(NODE), second().address(NODE)]), [address, both_here]);
+        assert_eq!(
+            found([first().address(NODE), second().default_route()]),
+            [both_here, "external: a default route leaves by it"]
+        );
+        // The device below a VLAN is no other end.
+        let vlan = case(6, "vlan").end(OtherEnd::Here(5)).address(NODE);
+        assert_eq!(found([case(5, "").address(NODE), vlan]), [address, address]);
+    }
+}
