@@ -8,6 +8,7 @@
 pub mod abi;
 pub mod checksum;
 pub mod flow;
+pub mod icmp;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod names;

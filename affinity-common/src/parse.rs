@@ -168,7 +168,7 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
 
 /// The transport protocol, and the length of the extension headers before it.
 #[inline(always)]
-fn skip_extensions<P: Packet>(packet: &P, start: usize, first: u8) -> Result<(u8, usize), Reason> {
+pub(crate) fn skip_extensions<P: Packet>(packet: &P, start: usize, first: u8) -> Result<(u8, usize), Reason> {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;

@@ -10,6 +10,7 @@ mod tests;
 use crate::{
     abi::{Address, BESIDE, Direction, Flow, Frontend, FrontendKey, Reason, SHADOW, V4, V6, filter_bit},
     flow::{self, Admission},
+    icmp,
     packet::Packet,
     parse::{self, Headers, Network, TCP},
     refuse,
@@ -64,10 +65,12 @@ pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Forward) {
             Ok(headers) => carry_out(packet, tables, &headers, &to_frontend(tables, &headers)),
+            Err(Reason::OtherProtocol) => related(tables, icmp::ipv4(packet, tables, l3, Direction::Forward)),
             Err(reason) => pass(tables, reason),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Forward) {
             Ok(headers) => carry_out(packet, tables, &headers, &to_frontend(tables, &headers)),
+            Err(Reason::OtherProtocol) => related(tables, icmp::ipv6(packet, tables, l3, Direction::Forward)),
             Err(reason) => pass(tables, reason),
         },
         Err(reason) => pass(tables, reason),
@@ -80,10 +83,12 @@ pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Reverse) {
             Ok(headers) => carry_out(packet, tables, &headers, &from_backend(tables, &headers)),
+            Err(Reason::OtherProtocol) => related(tables, icmp::ipv4(packet, tables, l3, Direction::Reverse)),
             Err(reason) => pass(tables, reason),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Reverse) {
             Ok(headers) => carry_out(packet, tables, &headers, &from_backend(tables, &headers)),
+            Err(Reason::OtherProtocol) => related(tables, icmp::ipv6(packet, tables, l3, Direction::Reverse)),
             Err(reason) => pass(tables, reason),
         },
         Err(reason) => pass(tables, reason),
@@ -212,6 +217,18 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
         Decision::Forward(_) => (Verdict::Drop, Reason::NotRewritten),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
+    };
+    tables.conclude(reason);
+    verdict
+}
+
+/// An ICMP error about a flow is translated with it; any other packet that is not for us passes.
+#[inline(always)]
+fn related<T: Tables>(tables: &T, translated: Result<(), Reason>) -> Verdict {
+    let (verdict, reason) = match translated {
+        Ok(()) => (Verdict::Forward, Reason::RelatedError),
+        Err(Reason::NotRewritten) => (Verdict::Drop, Reason::NotRewritten),
+        Err(reason) => (Verdict::Pass, reason),
     };
     tables.conclude(reason);
     verdict

@@ -48,7 +48,7 @@ reasons! {
     Truncated = 1, "truncated", "Passed: the frame ends before its headers do.";
     Malformed = 2, "malformed", "Passed: a header contradicts itself.";
     Fragment = 3, "fragment", "Passed: a fragment of an IP packet.";
-    OtherProtocol = 4, "other-protocol", "Passed: neither TCP nor UDP.";
+    OtherProtocol = 4, "other-protocol", "Passed: neither TCP nor UDP, nor an error about a known flow.";
     NotFrontend = 5, "not-frontend", "Passed: the destination is no frontend.";
     NotReply = 6, "not-reply", "Passed: no flow that this packet would answer.";
     Established = 7, "established", "Forwarded: a packet of a known flow.";
@@ -72,6 +72,7 @@ reasons! {
     OperatorPinned = 25, "operator", "Not a packet: an operator set the pin.";
     OtherProxy = 26, "other-proxy", "Passed: in the middle of a connection that another service proxy has made.";
     Shadow = 27, "shadow", "Passed: decided and counted in shadow mode, which changes no packet.";
+    RelatedError = 28, "related-error", "Forwarded: an ICMP error about a known flow.";
 }
 
 /// What a [`UsageKey`] counts for.

@@ -160,6 +160,42 @@ impl Reading {
     }
 }
 
+/// The frame as if it went the other way.
+pub fn turned(frame: &[u8], reading: &Reading) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    let [source, destination, ports] = reading.places();
+    frame[source].copy_from_slice(&reading.addresses[1]);
+    frame[destination].copy_from_slice(&reading.addresses[0]);
+    frame[ports].rotate_left(2);
+    frame
+}
+
+/// An ICMP error about a packet, sent by whom that packet was for: "time exceeded", with wrong checksums, which a
+/// translator must neither mind nor mend.
+pub fn error(reading: &Reading, frame: &[u8], quote: &[u8]) -> Vec<u8> {
+    let mut error = frame[..reading.l3 - 2].to_vec();
+    let [source, destination] = &reading.addresses;
+    let len = 8 + quote.len();
+    if reading.is_v6 {
+        let [hi, lo] = (len as u16).to_be_bytes();
+        error.extend([0x86, 0xdd, 0x60, 0, 0, 0, hi, lo, ICMPV6, 64]);
+    } else {
+        let [hi, lo] = (20 + len as u16).to_be_bytes();
+        error.extend([0x08, 0, 0x45, 0, hi, lo, 0, 0, 0, 0, 64, ICMP, 0, 0]);
+    }
+    error.extend(destination.iter().chain(source));
+    error.extend([if reading.is_v6 { 3 } else { 11 }, 0, 0, 0, 0, 0, 0, 0]);
+    error.extend(quote);
+    error
+}
+
+/// What an error quotes, read as a packet.
+pub fn quoted(frame: &[u8]) -> Reading {
+    let outer = read(frame).expect("the error is whole");
+    let ethertype = if outer.is_v6 { [0x86, 0xdd] } else { [0x08, 0] };
+    read(&[&[0; 12], ethertype.as_slice(), &frame[outer.l4 + 8..]].concat()).expect("what it quotes is whole")
+}
+
 /// One's complement sum of 16-bit words, not folded.
 fn sum(bytes: &[u8]) -> u64 {
     bytes.chunks(2).map(|pair| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0))).sum()

@@ -22,7 +22,7 @@ use affinity_common::{
 };
 
 use crate::{
-    frame::{ACK, FIN, RST, SYN, TCP, read},
+    frame::{ACK, FIN, RST, SYN, TCP, error, quoted, read, turned},
     passage::Passage,
     state::{PORTS, State, send_to},
 };
@@ -40,6 +40,7 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     if first.verdict == Verdict::Forward {
         repeat(&model, &first);
         reply(&model, &first);
+        errors(&model, &first);
         further_connections(&model, &first);
     }
     state.change(&mut model);
@@ -66,11 +67,7 @@ fn repeat(model: &Model, first: &Passage) {
 fn reply(model: &Model, first: &Passage) {
     let asked = first.reading();
     let reading = read(&first.after).expect("a translated frame is as whole as before");
-    let mut frame = first.after.clone();
-    let [source, destination, ports] = reading.places();
-    frame[source].copy_from_slice(&reading.addresses[1]);
-    frame[destination].copy_from_slice(&reading.addresses[0]);
-    frame[ports].rotate_left(2);
+    let frame = turned(&first.after, &reading);
 
     let reply = Passage::new(model, Direction::Reverse, &frame);
     assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));
@@ -78,6 +75,29 @@ fn reply(model: &Model, first: &Passage) {
     let [client, frontend] = asked.addresses;
     assert_eq!(reading.addresses, [frontend, client]);
     assert_eq!(reading.ports, [asked.ports[1], asked.ports[0]]);
+}
+
+/// Errors about the translated packet reach the client, about what it sent; and its errors about replies reach the pod.
+fn errors(model: &Model, first: &Passage) {
+    let (sent, translated) = (first.reading(), read(&first.after).expect("a translated frame is as whole as before"));
+    let [client, frontend] = &sent.addresses;
+    let [_, pod] = &translated.addresses;
+    let by_the_pod = error(&translated, &first.after, &first.after[translated.l3..]);
+    let passage = Passage::new(model, Direction::Reverse, &by_the_pod);
+    assert_eq!((passage.verdict, passage.reason), (Verdict::Forward, Reason::RelatedError));
+    assert_eq!(read(&passage.after).expect("it is whole").addresses, [frontend.clone(), client.clone()]);
+    let quoted = quoted(&passage.after);
+    assert_eq!((&quoted.addresses, quoted.ports), (&sent.addresses, sent.ports));
+
+    let seen_by_the_client = turned(&first.before, &sent);
+    let reading = read(&seen_by_the_client).expect("it is whole");
+    let by_the_client = error(&reading, &seen_by_the_client, &seen_by_the_client[reading.l3..]);
+    let passage = Passage::new(model, Direction::Forward, &by_the_client);
+    assert_eq!((passage.verdict, passage.reason), (Verdict::Forward, Reason::RelatedError));
+    assert_eq!(read(&passage.after).expect("it is whole").addresses, [client.clone(), pod.clone()]);
+    let quoted = self::quoted(&passage.after);
+    assert_eq!(quoted.addresses, [pod.clone(), client.clone()]);
+    assert_eq!(quoted.ports, [translated.ports[1], translated.ports[0]]);
 }
 
 /// The client's next connections, one to each port. A passage judges itself what becomes of the pins.

@@ -40,6 +40,7 @@ impl Passage {
         match verdict {
             Verdict::Pass => assert_eq!(passage.after, passage.before, "a frame that passes stays as it is"),
             Verdict::Drop => assert!(matches!(reason, Reason::NotAnswered | Reason::Inconsistent), "{reason:?}"),
+            Verdict::Forward if reason == Reason::RelatedError => passage.judge_error(),
             Verdict::Forward => passage.judge_translation(),
             Verdict::Answer => passage.judge_answer(),
         }
@@ -74,6 +75,34 @@ impl Passage {
             restored[place.clone()].copy_from_slice(&self.before[place]);
         }
         assert_eq!(restored, self.before, "nothing else changes");
+    }
+
+    /// Only addresses and checksums of the error have changed, and addresses, ports and checksums of what it quotes; the
+    /// error's checksums are as right, or as wrong, as before.
+    fn judge_error(&self) {
+        let before = self.reading();
+        let after = read(&self.after).expect("a translated error is as whole as before");
+        assert!(matches!(before.protocol, ICMP | ICMPV6));
+        assert_eq!(after.network_error(&self.after), before.network_error(&self.before), "network checksum");
+        let length = before.end - before.l4;
+        let (was, is) = (before.transport_error(&self.before, length), after.transport_error(&self.after, length));
+        assert_eq!(is, was, "the error's checksum");
+
+        let mut restored = self.after.clone();
+        let [source, destination, _] = before.places();
+        let quote = before.l4 + 8;
+        let mut changeable = vec![source, destination, before.checksum_at()..before.checksum_at() + 2];
+        if before.is_v6 {
+            changeable.push(quote + 8..quote + 40);
+        } else {
+            changeable.extend([before.l3 + 10..before.l3 + 12, quote + 10..quote + 20]);
+        }
+        for place in changeable {
+            restored[place.clone()].copy_from_slice(&self.before[place]);
+        }
+        let differing: Vec<_> = (0..restored.len()).filter(|at| restored[*at] != self.before[*at]).collect();
+        let span = differing.last().map_or(0, |last| last - differing[0]);
+        assert!(span < 8, "ports and a UDP checksum, no more: {differing:?}");
     }
 
     /// A refusal goes back where the frame came from, is whole and exact, and answers no refusal.
@@ -127,7 +156,11 @@ impl Passage {
             assert!(frontend.is_some_and(|frontend| frontend.flags & (BESIDE | SHADOW) != 0));
             assert_ne!(flags & (SYN | ACK), SYN, "who opens a connection is served");
         } else {
-            assert_eq!(is_ours, self.verdict != Verdict::Pass, "packets to our frontends are touched, and no others");
+            let is_touched = !matches!((self.verdict, self.reason), (Verdict::Pass, _) | (_, Reason::RelatedError));
+            assert_eq!(is_ours, is_touched, "packets to our frontends are touched, and no others but errors");
+        }
+        if self.reason == Reason::RelatedError {
+            return;
         }
         let (Some(frontend), Verdict::Forward) = (frontend, self.verdict) else { return };
         let before = self.reading();

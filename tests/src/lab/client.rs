@@ -122,6 +122,17 @@ impl Connection {
         self.exchange(path, "close")
     }
 
+    /// A datagram whose answer finds nobody.
+    ///
+    /// # Errors
+    /// Also where this is no UDP socket.
+    pub fn ask_and_leave(self, path: &str) -> io::Result<()> {
+        match self {
+            Self::Http(_) => Err(io::ErrorKind::Unsupported.into()),
+            Self::Udp(socket) => socket.send(path.as_bytes()).map(|_| ()),
+        }
+    }
+
     fn exchange(&mut self, path: &str, connection: &str) -> io::Result<String> {
         let mut body = match self {
             Self::Http(stream) => {

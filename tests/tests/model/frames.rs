@@ -71,6 +71,7 @@ fn shape(dice: &mut Dice, from: SocketAddr, to: SocketAddr, protocol: u8) -> Fra
     let mut frame = match dice.below(100) {
         0..3 => Frame::icmp(from.ip(), to.ip(), dice.byte(), dice.byte(), [0; 4]),
         3..5 => Frame::other(from.ip(), to.ip(), dice.byte()),
+        5..10 => return error(dice, from, to, protocol),
         _ if protocol == TCP => {
             let any = dice.byte();
             let flags = dice.pick(&[SYN, SYN, ACK, ACK | PSH, FIN | ACK, FIN | ACK, RST, RST | ACK, SYN | ACK, any]);
@@ -102,6 +103,17 @@ fn shape(dice: &mut Dice, from: SocketAddr, to: SocketAddr, protocol: u8) -> Fra
     }
     let length = if dice.percent(5) { 1000 + dice.below(400) } else { dice.below(40) };
     frame.payload(&dice.bytes(length)).hop_limit(dice.byte())
+}
+
+/// An ICMP error about a packet that went the other way.
+fn error(dice: &mut Dice, from: SocketAddr, to: SocketAddr, protocol: u8) -> Frame {
+    let mut quote = shape(dice, to, from, protocol).packet();
+    if dice.percent(50) {
+        quote.truncate(dice.pick(&[20, 27, 28, 40, 47, 48, 60, 68]));
+    }
+    let any = dice.byte();
+    let kind = if from.is_ipv4() { dice.pick(&[3, 3, 11, 12, any]) } else { dice.pick(&[1, 2, 3, 4, any]) };
+    Frame::icmp(from.ip(), to.ip(), kind, dice.byte(), [0, 0, 5, 0]).payload(&quote)
 }
 
 fn extension(dice: &mut Dice) -> Extension {

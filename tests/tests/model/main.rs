@@ -29,7 +29,7 @@ const FIXED: [Fixed; 5] = [
     Fixed { now_ns: u64::MAX / 2, random: u32::MAX },
 ];
 const STATES_OF_EACH: usize = 80;
-const FRAMES_OF_A_STATE: usize = 320;
+const FRAMES_OF_A_STATE: usize = 480;
 /// A run in which something happened less often than this has not tested it.
 const OFTEN: u64 = 100;
 
@@ -140,7 +140,12 @@ fn check_coverage(coverage: &Coverage) -> Result<()> {
 fn can_meet(hook: Hook, reason: Reason) -> bool {
     let is_forward = hook != Hook::TcReverse;
     match reason {
-        Reason::NotIp | Reason::Truncated | Reason::Malformed | Reason::Fragment | Reason::OtherProtocol => true,
+        Reason::NotIp
+        | Reason::Truncated
+        | Reason::Malformed
+        | Reason::Fragment
+        | Reason::OtherProtocol
+        | Reason::RelatedError => true,
         Reason::NotReply | Reason::Reply => !is_forward,
         Reason::NotFrontend
         | Reason::Established

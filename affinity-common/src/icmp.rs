@@ -1,0 +1,300 @@
+//! ICMP and ICMPv6 errors about packets of known flows: each quotes a packet as it looked on its side of the
+//! translation, and reaches the other side translated, as a whole: its own addresses, and what it quotes.
+//!
+//! A client's error is about a reply, which came from the frontend; it goes to the pod, about what the pod sent. A pod's
+//! error, or a router's on the way to it, is about a translated packet; it reaches the client from the frontend, about what the
+//! client sent (as RFC 5508 asks of translators). A quoted TCP checksum is left alone: few errors quote that much, and
+//! nobody verifies it.
+
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+
+use crate::{
+    abi::{Address, Direction, Edit, FLOW_SHADOW, Flow, FlowKey, Port, Reason, V4, V6, filter_bit},
+    checksum,
+    packet::Packet,
+    parse::{TCP, UDP, skip_extensions},
+    rewrite::{IPV4_CHECKSUM, IPV6_ADDRESSES, UDP_CHECKSUM},
+    tables::{Entry, FamilyTables},
+};
+
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+
+/// Bytes of an ICMP error's header; the quoted packet follows.
+const HEADER: usize = 8;
+/// Offset of the checksum in an ICMP header.
+const CHECKSUM: usize = 2;
+
+/// An error, and the packet that it quotes.
+struct Quote<A> {
+    /// The flow that the quoted packet is of, as its other direction sees it.
+    key: FlowKey<A>,
+    /// The error's own addresses.
+    saddr: A,
+    daddr: A,
+    /// Offset of the error's IP header.
+    l3: usize,
+    l3_checksum: [u8; 2],
+    /// Offset of the ICMP header.
+    l4: usize,
+    l4_checksum: [u8; 2],
+    /// Offset of the quoted IP header.
+    inner_l3: usize,
+    inner_l3_checksum: [u8; 2],
+    /// Offset of the quoted transport header.
+    inner_l4: usize,
+    /// The quoted UDP checksum; zero where there is none.
+    inner_udp_checksum: [u8; 2],
+}
+
+/// Translates an IPv4 packet at `l3` if it is an error about a known flow.
+///
+/// # Errors
+/// Why it is not, and passes.
+#[inline(never)]
+pub fn ipv4<P: Packet, T: FamilyTables<V4>>(
+    packet: &mut P,
+    tables: &T,
+    l3: usize,
+    direction: Direction,
+) -> Result<(), Reason> {
+    translate(packet, tables, &quote_v4(packet, l3, direction).ok_or(Reason::OtherProtocol)?)
+}
+
+/// Translates an IPv6 packet at `l3` if it is an error about a known flow.
+///
+/// # Errors
+/// Why it is not, and passes.
+#[inline(never)]
+pub fn ipv6<P: Packet, T: FamilyTables<V6>>(
+    packet: &mut P,
+    tables: &T,
+    l3: usize,
+    direction: Direction,
+) -> Result<(), Reason> {
+    translate(packet, tables, &quote_v6(packet, l3, direction).ok_or(Reason::OtherProtocol)?)
+}
+
+/// Reads an ICMP error (RFC 792): destination unreachable, time exceeded, parameter problem.
+#[inline(always)]
+fn quote_v4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Option<Quote<V4>> {
+    let outer = Ipv4::read(packet, l3)?;
+    let l4 = l3 + outer.len;
+    let [kind, _, a, b]: [u8; 4] = packet.read(l4)?;
+    if outer.protocol != ICMP || !matches!(kind, 3 | 11 | 12) {
+        return None;
+    }
+    let inner_l3 = l4 + HEADER;
+    let inner = Ipv4::read(packet, inner_l3)?;
+    let inner_l4 = inner_l3 + inner.len;
+    let ports = Ports::read(packet, inner_l4, inner.protocol)?;
+    Some(Quote {
+        key: ports.key(inner.saddr, inner.daddr, direction),
+        saddr: outer.saddr,
+        daddr: outer.daddr,
+        l3,
+        l3_checksum: outer.checksum,
+        l4,
+        l4_checksum: [a, b],
+        inner_l3,
+        inner_l3_checksum: inner.checksum,
+        inner_l4,
+        inner_udp_checksum: ports.udp_checksum,
+    })
+}
+
+/// Reads an ICMPv6 error (RFC 4443): types below 128.
+#[inline(always)]
+fn quote_v6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Option<Quote<V6>> {
+    let outer = Ipv6::read(packet, l3)?;
+    let l4 = l3 + Ipv6Hdr::LEN;
+    let [kind, _, a, b]: [u8; 4] = packet.read(l4)?;
+    if outer.next != ICMPV6 || !matches!(kind, 1..=4) {
+        return None;
+    }
+    let inner_l3 = l4 + HEADER;
+    let inner = Ipv6::read(packet, inner_l3)?;
+    let (protocol, extensions_len) = skip_extensions(packet, inner_l3 + Ipv6Hdr::LEN, inner.next).ok()?;
+    let inner_l4 = inner_l3 + Ipv6Hdr::LEN + extensions_len;
+    let ports = Ports::read(packet, inner_l4, protocol)?;
+    Some(Quote {
+        key: ports.key(inner.saddr, inner.daddr, direction),
+        saddr: outer.saddr,
+        daddr: outer.daddr,
+        l3,
+        l3_checksum: [0; 2],
+        l4,
+        l4_checksum: [a, b],
+        inner_l3,
+        inner_l3_checksum: [0; 2],
+        inner_l4,
+        inner_udp_checksum: ports.udp_checksum,
+    })
+}
+
+struct Ipv4 {
+    len: usize,
+    protocol: u8,
+    checksum: [u8; 2],
+    saddr: V4,
+    daddr: V4,
+}
+
+impl Ipv4 {
+    #[inline(always)]
+    fn read<P: Packet>(packet: &P, at: usize) -> Option<Self> {
+        let header: [u8; Ipv4Hdr::LEN] = packet.read(at)?;
+        let [version_ihl, _, _, _, _, _, fragment_hi, fragment_lo, _, protocol, x, y, ..] = header;
+        let [.., a, b, c, d, e, f, g, h] = header;
+        let len = usize::from(version_ihl & 0x0f) * 4;
+        // A first fragment has the ports.
+        let has_ports = fragment_hi & 0x1f == 0 && fragment_lo == 0;
+        (version_ihl >> 4 == 4 && len >= Ipv4Hdr::LEN && has_ports).then_some(Self {
+            len,
+            protocol,
+            checksum: [x, y],
+            saddr: V4([a, b, c, d]),
+            daddr: V4([e, f, g, h]),
+        })
+    }
+}
+
+struct Ipv6 {
+    next: u8,
+    saddr: V6,
+    daddr: V6,
+}
+
+impl Ipv6 {
+    #[inline(always)]
+    fn read<P: Packet>(packet: &P, at: usize) -> Option<Self> {
+        let [version, _, _, _, _, _, next, _]: [u8; 8] = packet.read(at)?;
+        let saddr = V6(packet.read(at + 8)?);
+        let daddr = V6(packet.read(at + 24)?);
+        (version >> 4 == 6).then_some(Self { next, saddr, daddr })
+    }
+}
+
+/// What is read of a quoted transport header: of its first eight bytes, which every error quotes.
+struct Ports {
+    protocol: u8,
+    sport: Port,
+    dport: Port,
+    udp_checksum: [u8; 2],
+}
+
+impl Ports {
+    #[inline(always)]
+    fn read<P: Packet>(packet: &P, at: usize, protocol: u8) -> Option<Self> {
+        let [a, b, c, d, _, _, e, f]: [u8; 8] = packet.read(at)?;
+        if protocol != TCP && protocol != UDP {
+            return None;
+        }
+        let udp_checksum = if protocol == UDP { [e, f] } else { [0; 2] };
+        Some(Self { protocol, sport: Port([a, b]), dport: Port([c, d]), udp_checksum })
+    }
+
+    /// The key under which the error's own direction knows the flow: the quoted packet went the other way.
+    #[inline(always)]
+    fn key<A: Address>(&self, quoted_saddr: A, quoted_daddr: A, direction: Direction) -> FlowKey<A> {
+        FlowKey {
+            saddr: quoted_daddr,
+            daddr: quoted_saddr,
+            sport: self.dport,
+            dport: self.sport,
+            protocol: self.protocol,
+            direction: direction as u8,
+            pad: [0; 2],
+        }
+    }
+}
+
+#[inline(always)]
+fn translate<A: Address, P: Packet, T: FamilyTables<A>>(
+    packet: &mut P,
+    tables: &T,
+    quote: &Quote<A>,
+) -> Result<(), Reason> {
+    let flow = flow_of(tables, &quote.key).ok_or(Reason::OtherProtocol)?;
+    let is_done = flow.with(|flow| rewrite(packet, quote, &flow.edit));
+    if is_done { Ok(()) } else { Err(Reason::NotRewritten) }
+}
+
+/// The flow, by the filter first, as for any packet of its direction.
+#[inline(always)]
+fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &FlowKey<A>) -> Option<T::Entry<Flow<A>>> {
+    let (direction, bit) = if key.direction == Direction::Forward as u8 {
+        (Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol))
+    } else {
+        (Direction::Reverse, filter_bit(key.saddr, key.sport, key.protocol))
+    };
+    if !tables.filter(direction, bit) {
+        return None;
+    }
+    tables.flow(key).filter(|flow| flow.with(|flow| flow.state) & FLOW_SHADOW == 0)
+}
+
+/// Gives the error the addresses that packets of its direction get, and the quoted packet those of the other direction
+/// before translation; and all checksums to match. False where the frame ends before.
+#[inline(always)]
+fn rewrite<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<A>) -> bool {
+    let is_reply = quote.key.direction == Direction::Reverse as u8;
+    // Where a router on the way to the pod speaks up, it is the frontend that the client knows.
+    let saddr = if is_reply { edit.saddr } else { quote.saddr };
+    let old = checksum::fold(quote.saddr.sum() + quote.daddr.sum());
+    let outer_delta = checksum::delta(old, checksum::fold(saddr.sum() + edit.daddr.sum()));
+
+    write_addresses(packet, quote.l3, quote.l3_checksum, outer_delta, saddr, edit.daddr)
+        && write_addresses(packet, quote.inner_l3, quote.inner_l3_checksum, edit.addr_delta, edit.daddr, edit.saddr)
+        && write_quoted_ports(packet, quote, edit)
+        && packet
+            .write(quote.l4 + CHECKSUM, checksum::update(quote.l4_checksum, message_delta(quote, edit, outer_delta)))
+}
+
+/// What changes the sum that the error's own checksum is over.
+#[inline(always)]
+fn message_delta<A: Address>(quote: &Quote<A>, edit: &Edit<A>, outer_delta: u16) -> u16 {
+    // A quoted checksum that is brought in step takes back what is brought in step with: the quoted IPv4 header sums to
+    // the same as before, and so does a UDP header with its pseudo-header.
+    let is_v4 = A::BITS == V4::BITS;
+    let has_udp_checksum = quote.inner_udp_checksum != [0; 2];
+    match (is_v4, has_udp_checksum) {
+        (true, true) => !edit.addr_delta,
+        (true, false) => edit.port_delta,
+        (false, true) => outer_delta,
+        (false, false) => checksum::join(outer_delta, checksum::join(edit.addr_delta, edit.port_delta)),
+    }
+}
+
+#[inline(always)]
+fn write_addresses<A: Address, P: Packet>(
+    packet: &mut P,
+    l3: usize,
+    l3_checksum: [u8; 2],
+    delta: u16,
+    saddr: A,
+    daddr: A,
+) -> bool {
+    if A::BITS == V4::BITS {
+        let [c, d] = checksum::update(l3_checksum, delta);
+        let (V4([e, f, g, h]), V4([i, j, k, l])) =
+            (V4::from_mapped(saddr.to_mapped()), V4::from_mapped(daddr.to_mapped()));
+        packet.write(l3 + IPV4_CHECKSUM, [c, d, e, f, g, h, i, j, k, l])
+    } else {
+        packet.write(l3 + IPV6_ADDRESSES, saddr.to_mapped())
+            && packet.write(l3 + IPV6_ADDRESSES + 16, daddr.to_mapped())
+    }
+}
+
+#[inline(always)]
+fn write_quoted_ports<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<A>) -> bool {
+    let (Port([a, b]), Port([c, d])) = (edit.dport, edit.sport);
+    if !packet.write(quote.inner_l4, [a, b, c, d]) {
+        return false;
+    }
+    if quote.inner_udp_checksum == [0; 2] {
+        return true;
+    }
+    let sum = checksum::update(quote.inner_udp_checksum, checksum::join(edit.addr_delta, edit.port_delta));
+    packet.write(quote.inner_l4 + UDP_CHECKSUM, if sum == [0; 2] { [0xff; 2] } else { sum })
+}
