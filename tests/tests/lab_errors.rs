@@ -42,9 +42,9 @@ fn a_pod_learns_that_a_client_has_gone() -> Result<()> {
                 let pod = lab.pods().iter().find(|pod| pod.name() == name).context("one of the pods")?;
                 let namespace = pod.namespace().context("it lives")?;
                 let capture = Capture::start(namespace, "eth0", Direction::In, &lab.scratch().join("errors.pcap"))?;
-                // The answer finds the socket closed, and the client's kernel says so.
-                socket.ask_and_leave("/")?;
-                sleep(Duration::from_millis(300));
+                // The answer comes late and finds the socket closed, and the client's kernel says so.
+                socket.ask_and_leave("/late")?;
+                sleep(Duration::from_millis(1000));
                 let frames = capture.stop()?;
                 let address = pod_address(lab, &name, family)?;
                 let quoted = frames.iter().find_map(|frame| quoted_source(frame));

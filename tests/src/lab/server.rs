@@ -6,6 +6,7 @@
 //! | `/port` | the port that was reached |
 //! | `/client` | the client's address, as the server sees it |
 //! | `/bytes/N` | N bytes |
+//! | `/late` | the name, over UDP a while later |
 //!
 //! Over UDP the datagram is the path. Each answer but the last ends in a newline.
 
@@ -138,14 +139,21 @@ async fn echo(socket: UdpSocket, port: u16, name: Arc<str>) {
         // Errors here tell of clients that no longer listen.
         let Ok((length, peer)) = socket.recv_from(&mut datagram).await else { continue };
         let path = String::from_utf8_lossy(&datagram[..length]);
+        if path == LATE {
+            tokio::time::sleep(LATE_BY).await;
+        }
         let body = answer(&path, &name, port, peer).unwrap_or_default();
         let _ = socket.send_to(&body, peer).await;
     }
 }
 
+/// A path that datagrams are answered on late.
+const LATE: &str = "/late";
+const LATE_BY: Duration = Duration::from_millis(200);
+
 fn answer(path: &str, name: &str, port: u16, peer: SocketAddr) -> Option<Vec<u8>> {
     match path {
-        "/" => Some(format!("{name}\n").into_bytes()),
+        "/" | LATE => Some(format!("{name}\n").into_bytes()),
         "/port" => Some(format!("{port}\n").into_bytes()),
         "/client" => Some(format!("{}\n", peer.ip().to_canonical()).into_bytes()),
         _ => path.strip_prefix("/bytes/")?.parse().ok().map(|count| vec![b'x'; count]),
