@@ -6,6 +6,7 @@
 
 mod attacher;
 mod lock;
+mod notices;
 mod problems;
 mod publish;
 mod status;
@@ -29,6 +30,7 @@ pub use self::{
 };
 use self::{
     attacher::{Attacher, Look, Summary, Worker},
+    notices::{LOOK_EVERY, Noticer},
     publish::{Publisher, count},
     status::{TELL_EVERY, Teller},
 };
@@ -37,7 +39,7 @@ use crate::{
     desired,
     events::Consumer,
     load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
-    source::{Feed, Source, SourceError, View},
+    source::{Feed, ObjectName, Source, SourceError, View},
     store::{
         StoreError,
         kernel::{KernelStore, OpenError},
@@ -240,6 +242,9 @@ struct Agent {
     sweeper: Sweeper,
     consumer: Consumer,
     teller: Teller,
+    /// None where nobody would read them.
+    noticer: Option<Noticer>,
+    node_name: String,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
     _lock: Lock,
@@ -279,6 +284,8 @@ impl Agent {
         attach_first(&mut attacher, &mut devices).await?;
         let mut agent = Self {
             teller: Teller::new(&pins, &options.source, feed.view.clone())?,
+            noticer: feed.notices.clone().map(Noticer::new),
+            node_name: options.node_name.clone().unwrap_or_default(),
             consumer,
             flush_log: log_reader(&mut loaded),
             sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
@@ -306,6 +313,7 @@ impl Agent {
         let mut consume = every(CONSUME_EVERY);
         let mut look = every(DEVICES_EVERY);
         let mut tell = every(TELL_EVERY);
+        let mut notice = every(LOOK_EVERY);
         let mut retry = Retry::default();
         let mut sweep_at = Instant::now();
         loop {
@@ -329,6 +337,7 @@ impl Agent {
                         error!("{error}");
                     }
                 }
+                _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = consume.tick() => {
                     self.consumer.keep_up();
                     if let Some(flush_log) = &mut self.flush_log {
@@ -362,6 +371,18 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    /// Tells owners of services what they should know.
+    fn notice(&mut self) {
+        let Some(noticer) = &mut self.noticer else { return };
+        let now = std::time::Instant::now();
+        noticer.look(self.publisher.problems(), self.publisher.desired(), now);
+        for service in self.sweeper.take_evicted() {
+            if let Some((namespace, name)) = service.split_once('/') {
+                noticer.evicted(&ObjectName::new(namespace, name), &self.node_name, now);
+            }
+        }
     }
 
     async fn reconcile(&mut self) {

@@ -7,6 +7,7 @@ pub mod directory;
 mod documents;
 mod feed;
 pub mod kubernetes;
+mod notice;
 mod problem;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
@@ -17,6 +18,7 @@ use k8s_openapi::api::{
 };
 
 pub use feed::{Feed, Source, SourceError, View};
+pub use notice::{Notice, Notices};
 pub use problem::{Object, Origin, Problem, Severity};
 
 /// Namespace and name of an object.

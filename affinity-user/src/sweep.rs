@@ -19,15 +19,15 @@ mod filter;
 mod scopes;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     mem,
     time::{Duration, Instant},
 };
 
 use affinity_common::{
     abi::{
-        Direction, Event, EventKind, FLOW_CLOSED, Flow, FlowKey, FrontendKey, Reason, Session, SessionKey, Timer,
-        USAGES, UsageKey, UsageOf, V4, V6,
+        Direction, Event, EventKind, FLOW_CLOSED, Flow, FlowKey, FrontendKey, NameKey, NameKind, Reason, Session,
+        SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
     },
     parse::TCP,
 };
@@ -89,6 +89,8 @@ pub struct Sweeper {
     evictions: Evictions,
     /// By group, since the sweep began: what the agent and operators did to its pins.
     counts: BTreeMap<u32, Counts>,
+    /// Services whose pins were evicted since somebody asked.
+    evicted: BTreeSet<u32>,
     totals: Totals,
 }
 
@@ -142,6 +144,7 @@ impl Sweeper {
             filter: FilterUse::new(),
             evictions: Evictions::default(),
             counts: BTreeMap::new(),
+            evicted: BTreeSet::new(),
             totals: Totals::default(),
             store,
         })
@@ -301,6 +304,7 @@ impl Sweeper {
             self.totals.evicted += evicted;
             let services = self.pass.scopes.groups().find(|(of, _)| *of == group).map(|(_, services)| services);
             let service = services.and_then(|services| services.first().copied()).unwrap_or(0);
+            self.evicted.insert(service);
             warn!(service, evicted, "the session table is full: pins were evicted");
             self.store.report(&Event {
                 time_ns: now_ns,
@@ -314,6 +318,14 @@ impl Sweeper {
             })?;
         }
         Ok(())
+    }
+
+    /// The names, `namespace/name`, of services whose pins were evicted since the last call.
+    pub fn take_evicted(&mut self) -> Vec<String> {
+        let key = |id| NameKey { kind: NameKind::Service as u32, id };
+        // A service without a name has gone meanwhile.
+        let name = |id| self.store.names.get(&key(id)).ok().flatten().map(|name| name.as_str().to_owned());
+        std::mem::take(&mut self.evicted).into_iter().filter_map(name).collect()
     }
 
     /// Notes the pins that operators set and removed: no counter of the programs knows of them.

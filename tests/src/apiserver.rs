@@ -231,7 +231,12 @@ impl ApiServer {
         self.state().requests.clone()
     }
 
-    /// Kubernetes Events as they were posted, and patched since.
+    /// How often a Kubernetes Event was posted, with those that were there already.
+    pub fn event_requests(&self) -> usize {
+        self.state().event_requests
+    }
+
+    /// Kubernetes Events, by name.
     pub fn events(&self) -> Vec<Value> {
         self.state().events.values().cloned().collect()
     }

@@ -6,7 +6,7 @@ use tracing::{debug, info};
 
 use super::problems::Problems;
 use crate::{
-    desired::{self, Change, Memo},
+    desired::{self, Change, Desired, Memo},
     plan::Ledger,
     source::{Problem, Snapshot},
     store::{Op, Store, StoreError, kernel::KernelStore},
@@ -111,6 +111,16 @@ impl Publisher {
             }
         }
         ledger.plan(self.memo.desired())
+    }
+
+    /// What is wrong with the source and with what was decided from it.
+    pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.given.iter().chain(self.memo.problems())
+    }
+
+    /// What the maps should hold.
+    pub(super) fn desired(&self) -> &Desired {
+        self.memo.desired()
     }
 
     /// Numbers of services and backends, for people.

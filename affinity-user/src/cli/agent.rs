@@ -23,6 +23,7 @@ use crate::{
     attach::{self, XdpPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
     load::{self, PinDir},
+    source::Source,
 };
 
 /// What `affinity run` and `affinity attach` have in common.
@@ -132,13 +133,20 @@ pub(crate) struct RunArgs {
     /// At the end take the dataplane away, with all pins and connections
     #[arg(long)]
     detach_on_exit: bool,
+    /// With --source kubernetes: tell owners of Services nothing by Kubernetes Events
+    #[arg(long)]
+    no_kubernetes_events: bool,
     #[command(flatten)]
     attach: AttachArgs,
 }
 
 impl RunArgs {
     pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
-        Ok(agent::run(&self.attach.options(global, self.detach_on_exit)?)?)
+        let mut options = self.attach.options(global, self.detach_on_exit)?;
+        if let Source::Kubernetes(cluster) = &mut options.source {
+            cluster.events = !self.no_kubernetes_events;
+        }
+        Ok(agent::run(&options)?)
     }
 }
 

@@ -48,6 +48,7 @@ impl ClusterArgs {
             (SourceName::Kubernetes, kubeconfig) => Ok(Source::Kubernetes(kubernetes::Options {
                 kubeconfig: kubeconfig.clone(),
                 node_name: global.node_name(),
+                events: false,
             })),
         }
     }

@@ -16,6 +16,7 @@
 mod access;
 mod backoff;
 mod cluster;
+mod events;
 mod held;
 mod objects;
 mod reflector;
@@ -28,8 +29,8 @@ use kube::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-use self::cluster::Cluster;
-use super::{Feed, Snapshot, View};
+use self::{cluster::Cluster, events::Poster};
+use super::{Feed, Notice, Notices, Snapshot, View};
 
 /// How long after a change further ones are waited for.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -41,6 +42,8 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
     /// This node's name.
     pub node_name: String,
+    /// Whether owners of services are told by Kubernetes Events what they should know.
+    pub events: bool,
 }
 
 /// The API cannot be used.
@@ -77,6 +80,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     let config = access::config(options.kubeconfig.as_deref()).await?;
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
+    let (queue, notices) = mpsc::channel(events::QUEUE);
     let (cluster, written) = (Cluster::new(options.node_name.clone()), view.clone());
     let (started, outcome) = oneshot::channel();
     thread::Builder::new().name("source".to_owned()).spawn(move || {
@@ -89,22 +93,31 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
             match access::client(config) {
                 Ok(client) => {
                     drop(started.send(Ok(())));
-                    run(&client, &cluster, &sender, &written).await;
+                    run(&client, &cluster, &sender, &written, notices).await;
                 }
                 Err(error) => drop(started.send(Err(error))),
             }
         });
     })?;
     outcome.await.unwrap_or_else(|_| Err(io::Error::other("its thread has ended").into()))?;
-    Ok(Feed { snapshots, view })
+    let notices = options.events.then(|| Notices::new(queue));
+    Ok(Feed { snapshots, view, notices })
 }
 
 /// Until nobody takes snapshots any more.
-async fn run(client: &Client, cluster: &Cluster, snapshots: &mpsc::Sender<Snapshot>, view: &View) {
+async fn run(
+    client: &Client,
+    cluster: &Cluster,
+    snapshots: &mpsc::Sender<Snapshot>,
+    view: &View,
+    notices: mpsc::Receiver<Notice>,
+) {
+    let poster = Poster { client, cluster };
     tokio::select! {
         () = snapshots.closed() => {}
         () = cluster.reflect(client, view) => {}
         () = publish(cluster, snapshots) => {}
+        () = poster.run(notices) => {}
     }
 }
 

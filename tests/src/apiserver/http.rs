@@ -74,15 +74,17 @@ async fn next(mut pieces: UnboundedReceiver<Piece>) -> Option<(io::Result<Bytes>
     Some((piece.map(Bytes::from), pieces))
 }
 
-/// A Kubernetes Event that is posted, or patched since.
+/// A Kubernetes Event that is posted.
 fn take_event(shared: &Mutex<State>, method: &Method, path: &str, body: &[u8]) -> Response {
     let Ok(event) = serde_json::from_slice::<Value>(body) else { return status(400) };
     let name = event["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let mut state = state::lock(shared);
-    match *method {
-        Method::POST if path.ends_with("/events") => {}
-        Method::PATCH if path.ends_with(&format!("/events/{name}")) && state.events.contains_key(&name) => {}
-        _ => return status(405),
+    state.event_requests += 1;
+    if method != Method::POST || !path.ends_with("/events") {
+        return status(405);
+    }
+    if state.events.contains_key(&name) {
+        return status(409);
     }
     state.events.insert(name, event.clone());
     json_answer(StatusCode::CREATED, &event)

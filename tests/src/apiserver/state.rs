@@ -108,6 +108,7 @@ pub(super) struct State {
     answers: BTreeMap<(Kind, Verb), VecDeque<Answer>>,
     pub(super) requests: Vec<Request>,
     pub(super) events: BTreeMap<String, Value>,
+    pub(super) event_requests: usize,
 }
 
 /// The state, also after a panic of somebody who held it.

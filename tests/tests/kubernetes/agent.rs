@@ -32,9 +32,9 @@ impl Scene {
     }
 
     /// Starts the agent.
-    fn agent(&self) -> Result<Agent> {
+    fn agent(&self, args: &[&str]) -> Result<Agent> {
         let source = ["--source", "kubernetes", "--kubeconfig", &self.kubeconfig];
-        self.lab.agent_unready(&[&source, ARGS.as_slice()].concat())
+        self.lab.agent_unready(&[&source, ARGS.as_slice(), args].concat())
     }
 
     /// The maps come to be what files with the API's objects make.
@@ -70,7 +70,7 @@ impl Scene {
 fn the_kernels_maps_follow_the_cluster() -> Result<()> {
     let (web, other) = (web().client_ip(), Service::new("other", 11).tcp("http", 80, 8080).client_ip().on([0]));
     let scene = Scene::new(&[&web, &other])?;
-    let mut agent = scene.agent()?;
+    let mut agent = scene.agent(&[])?;
     agent.until_ready()?;
     scene.settle()?;
     let load = scene.load(&web);
@@ -99,7 +99,7 @@ fn the_kernels_maps_follow_the_cluster() -> Result<()> {
 fn an_agent_without_its_api_keeps_what_is_there_and_says_how_old_it_is() -> Result<()> {
     let web = web().client_ip();
     let mut scene = Scene::new(&[&web])?;
-    let mut agent = scene.agent()?;
+    let mut agent = scene.agent(&[])?;
     agent.until_ready()?;
     scene.settle()?;
     let mut as_of = String::new();
@@ -137,7 +137,7 @@ fn a_fresh_node_waits_for_its_api() -> Result<()> {
     let web = web().client_ip();
     let mut scene = Scene::new(&[&web])?;
     scene.api.vanish();
-    let mut agent = scene.agent()?;
+    let mut agent = scene.agent(&[])?;
     eventually("the device is attached", PATIENCE, || {
         // Before the maps are made there is nothing to ask.
         Ok(scene.lab.affinity(&["get", "devices"]).is_ok_and(|devices| devices.contains("wire0")))
@@ -167,4 +167,25 @@ fn attach_takes_a_cluster_once() -> Result<()> {
     scene.settle()?;
     ensure!(!scene.as_of()?.is_empty());
     Ok(())
+}
+
+#[test]
+fn an_owner_is_told_what_is_wrong_with_a_service() -> Result<()> {
+    let odd = web().client_ip().annotated("timer", "sometimes");
+    let scene = Scene::new(&[&odd])?;
+    let mut agent = scene.agent(&["--no-kubernetes-events"])?;
+    agent.until_ready()?;
+    std::thread::sleep(Duration::from_secs(5));
+    ensure!(scene.api.event_requests() == 0, "{:?}", scene.api.events());
+    agent.terminate()?;
+
+    let mut agent = scene.agent(&[])?;
+    agent.until_ready()?;
+    eventually("an Event is posted", PATIENCE, || Ok(scene.api.event_requests() > 0))?;
+    let events = scene.api.events();
+    let [event] = events.as_slice() else { panic!("one Event, not {events:?}") };
+    let note = event["note"].as_str().unwrap_or_default();
+    ensure!(note.contains("affinity.dev/timer") && event["reason"] == "Misconfigured", "{event}");
+    ensure!(event["regarding"]["name"] == "web" && event["reportingInstance"] == "node-a", "{event}");
+    agent.terminate()
 }

@@ -85,7 +85,7 @@ impl Follower {
 
 /// A cluster as this node sees it.
 pub(crate) fn source(kubeconfig: Option<PathBuf>) -> Source {
-    Source::Kubernetes(kubernetes::Options { kubeconfig, node_name: NODE.to_owned() })
+    Source::Kubernetes(kubernetes::Options { kubeconfig, node_name: NODE.to_owned(), events: true })
 }
 
 /// Writes the double's objects as files for `--source`.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use affinity_tests::apiserver::{Answer, ApiServer, Change, Gone, Kind, Request, Verb};
 use affinity_user::load::monotonic_ns;
-use affinity_user::source::ObjectName;
+use affinity_user::source::{Notice, ObjectName};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
@@ -303,6 +303,31 @@ async fn a_node_of_another_name_is_named() -> Result<()> {
     api.put(node())?;
     let snapshot = follower.take().await?;
     ensure!(snapshot.problems.is_empty() && snapshot.node.is_some(), "{:?}", snapshot.problems);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_notice_is_posted_once_by_all_nodes_together() -> Result<()> {
+    let api = cluster(0..1)?;
+    let nodes = [following(&api).await?, Follower::of(&api).await?];
+    nodes.iter().for_each(|node| {
+        for message in ["one thing", "another thing", "one thing"] {
+            let notice = Notice {
+                service: ObjectName::new("shop", "web-0"),
+                reason: "Misconfigured",
+                message: message.to_owned(),
+            };
+            assert!(node.feed.notices.as_ref().is_some_and(|notices| notices.send(notice)));
+        }
+    });
+    eventually("six requests", || api.event_requests() == 6).await?;
+    let events = api.events();
+    let notes: Vec<_> = events.iter().filter_map(|event| event["note"].as_str()).collect();
+    ensure!(notes.len() == 2 && notes.contains(&"one thing") && notes.contains(&"another thing"), "{notes:?}");
+    let event = &events[0];
+    ensure!(event["regarding"]["uid"] == "uid-0" && event["regarding"]["kind"] == "Service", "{event}");
+    ensure!(event["type"] == "Warning" && event["metadata"]["namespace"] == "shop", "{event}");
+    ensure!(["action", "reportingController", "reportingInstance", "eventTime"].iter().all(|f| event[f].is_string()));
     Ok(())
 }
 

@@ -43,7 +43,7 @@ pub fn watch(path: &Path) -> io::Result<Feed> {
     let view = View::default();
     let (path, written) = (path.to_owned(), view.clone());
     thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, &sender, &written))?;
-    Ok(Feed { snapshots, view })
+    Ok(Feed { snapshots, view, notices: None })
 }
 
 fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>, view: &View) {

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     desired::hash32,
     load::monotonic_ns,
-    source::{Problem, Severity, Snapshot, View},
+    source::{ObjectName, Problem, Severity, Snapshot, View},
 };
 
 /// What is known of the cluster.
@@ -46,6 +46,16 @@ impl Cluster {
             is_changed: Cell::new(false),
             changed: Notify::new(),
         }
+    }
+
+    /// This node's name.
+    pub(super) fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
+    /// What tells a service from a former one of its name.
+    pub(super) fn uid(&self, service: &ObjectName) -> Option<String> {
+        self.services.borrow().get(service)?.metadata.uid.clone()
     }
 
     fn this_node(&self) -> String {

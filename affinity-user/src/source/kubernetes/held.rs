@@ -90,6 +90,11 @@ impl<K: Watched> Held<K> {
         Some(self.current_ns).filter(|&current_ns| current_ns != 0)
     }
 
+    /// One object.
+    pub(super) fn get(&self, name: &ObjectName) -> Option<&K> {
+        self.entries.get(name)?.object.as_deref()
+    }
+
     /// The objects, by name.
     pub(super) fn objects(&self) -> BTreeMap<ObjectName, Sourced<K>> {
         let sourced = |object: &Arc<K>| Sourced { origin: None, object: Arc::clone(object) };

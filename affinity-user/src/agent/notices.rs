@@ -1,0 +1,196 @@
+//! What owners of services are told: what is wrong with their Service, that it has no endpoint, that its pins are evicted.
+//!
+//! Each notice is sent when it begins to hold, and again every [`AGAIN`] while it does: so long does a cluster remember
+//! its Events. What holds only for a moment, as during a rolling update, is not worth one.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    desired::Desired,
+    source::{Notice, Notices, ObjectName, Problem, Severity},
+};
+
+/// How often to look what holds.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How long a service must be without endpoints.
+const EMPTY_FOR: Duration = Duration::from_secs(30);
+/// When a notice that still holds is sent once more.
+const AGAIN: Duration = Duration::from_hours(1);
+
+/// Sends what begins to hold.
+pub(super) struct Noticer {
+    notices: Notices,
+    /// What holds, and when it was sent.
+    sent: BTreeMap<Notice, Instant>,
+    /// Since when services have no endpoint.
+    empty_since: BTreeMap<ObjectName, Instant>,
+    /// Evictions, which are over when they are noticed, and when they were sent.
+    evictions: BTreeMap<ObjectName, Instant>,
+}
+
+impl Noticer {
+    pub(super) fn new(notices: Notices) -> Self {
+        Self { notices, sent: BTreeMap::new(), empty_since: BTreeMap::new(), evictions: BTreeMap::new() }
+    }
+
+    /// Looks at what is wrong, and at what should be there.
+    pub(super) fn look<'a>(&mut self, problems: impl Iterator<Item = &'a Problem>, desired: &Desired, now: Instant) {
+        let empty = self.empty(desired, now);
+        let mut sent = BTreeMap::new();
+        for notice in problems.filter_map(misconfigured).chain(empty) {
+            let before = self.sent.get(&notice).copied().filter(|before| now.duration_since(*before) < AGAIN);
+            // Where there is no room it is tried again at the next look.
+            if before.is_some() || self.notices.send(notice.clone()) {
+                sent.insert(notice, before.unwrap_or(now));
+            }
+        }
+        self.sent = sent;
+    }
+
+    /// Services without a ready endpoint for long enough.
+    fn empty(&mut self, desired: &Desired, now: Instant) -> Vec<Notice> {
+        let mut serves: BTreeMap<&ObjectName, bool> = BTreeMap::new();
+        for (name, pool) in &desired.pools {
+            *serves.entry(&name.service).or_default() |= pool.members.values().any(|member| member.ready);
+        }
+        let empty = serves.into_iter().filter(|(_, serves)| !serves);
+        let since = |name: &ObjectName| self.empty_since.get(name).copied().unwrap_or(now);
+        self.empty_since = empty.map(|(name, _)| (name.clone(), since(name))).collect();
+        let long = self.empty_since.iter().filter(|(_, since)| now.duration_since(**since) >= EMPTY_FOR);
+        let message = "no endpoint is ready: connections are refused";
+        let notice = |service: &ObjectName| Notice {
+            service: service.clone(),
+            reason: "NoEndpoints",
+            message: message.to_owned(),
+        };
+        long.map(|(name, _)| notice(name)).collect()
+    }
+
+    /// Pins of this service were evicted from the table of this node.
+    pub(super) fn evicted(&mut self, service: &ObjectName, node: &str, now: Instant) {
+        if self.evictions.get(service).is_some_and(|before| now.duration_since(*before) < AGAIN) {
+            return;
+        }
+        let message = format!(
+            "node {node}: its table of pins is full, so clients lose theirs before time and may meet another pod; raise \
+             --max-sessions"
+        );
+        let notice = Notice { service: service.clone(), reason: "PinsEvicted", message };
+        if self.notices.send(notice) {
+            self.evictions.retain(|_, before| now.duration_since(*before) < AGAIN);
+            self.evictions.insert(service.clone(), now);
+        }
+    }
+}
+
+/// What is wrong with a Service, if it is worth a notice.
+fn misconfigured(problem: &Problem) -> Option<Notice> {
+    let object = problem.object.as_ref().filter(|object| object.kind == "Service")?;
+    let field = if problem.field.is_empty() { String::new() } else { format!("{}: ", problem.field) };
+    (problem.severity > Severity::Info).then(|| Notice {
+        service: object.name.clone(),
+        reason: "Misconfigured",
+        message: format!("{field}{}", problem.message),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::{
+        desired::{self, desired},
+        source::directory,
+    };
+
+    const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.10, sessionAffinity: ClientIP, ports: [{port: 80}]}
+";
+    const SLICE: &str = "---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: '', port: 8080}]
+endpoints: [{addresses: [10.244.0.1]}]
+";
+
+    fn desired_of(yaml: &str) -> Desired {
+        let snapshot = directory::parse("web.yaml".as_ref(), yaml);
+        assert!(snapshot.problems.is_empty(), "{:?}", snapshot.problems);
+        desired(&snapshot, &desired::Options::default()).0
+    }
+
+    fn reasons(queue: &mut mpsc::Receiver<Notice>) -> Vec<&'static str> {
+        std::iter::from_fn(|| queue.try_recv().ok()).map(|notice| notice.reason).collect()
+    }
+
+    #[test]
+    fn a_service_without_endpoints_is_noticed_once_it_stays_so() {
+        let (sender, mut queue) = mpsc::channel(8);
+        let mut noticer = Noticer::new(Notices::new(sender));
+        let (empty, full) = (desired_of(SERVICE), desired_of(&format!("{SERVICE}{SLICE}")));
+        let start = Instant::now();
+        let mut look = |desired: &Desired, after_s: u64| {
+            noticer.look(std::iter::empty(), desired, start + Duration::from_secs(after_s));
+            reasons(&mut queue)
+        };
+        assert_eq!(look(&empty, 0), [""; 0]);
+        assert_eq!(look(&full, 20), [""; 0]);
+        assert_eq!(look(&empty, 40), [""; 0], "it had endpoints meanwhile");
+        assert_eq!(look(&empty, 70), ["NoEndpoints"]);
+        assert_eq!(look(&empty, 72), [""; 0], "once");
+        assert_eq!(look(&empty, 70 + 3600), ["NoEndpoints"], "the cluster has forgotten it");
+        assert_eq!(look(&full, 4000), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_service_is_noticed_and_nothing_else() {
+        let (sender, mut queue) = mpsc::channel(8);
+        let mut noticer = Noticer::new(Notices::new(sender));
+        let web = ObjectName::new("shop", "web");
+        let problem = |severity, kind: &str| Problem::new(severity, None, "not known").of(kind, &web).field("timer");
+        let problems = [
+            problem(Severity::Warning, "Service"),
+            problem(Severity::Info, "Service"),
+            problem(Severity::Error, "EndpointSlice"),
+            Problem::new(Severity::Error, None, "of nobody"),
+        ];
+        noticer.look(problems.iter(), &Desired::default(), Instant::now());
+        let notice = queue.try_recv().expect("a notice");
+        assert_eq!((&notice.service, notice.message.as_str()), (&web, "timer: not known"));
+        assert_eq!(reasons(&mut queue), [""; 0]);
+        noticer.look(problems.iter(), &Desired::default(), Instant::now());
+        assert_eq!(reasons(&mut queue), [""; 0], "it is known");
+    }
+
+    #[test]
+    fn a_full_queue_blocks_nobody_and_loses_nothing_that_still_holds() {
+        let (sender, mut queue) = mpsc::channel(1);
+        let mut noticer = Noticer::new(Notices::new(sender));
+        let problem = |name| Problem::new(Severity::Error, None, "bad").of("Service", &ObjectName::new("shop", name));
+        let problems = [problem("a"), problem("b")];
+        for _ in 0..2 {
+            noticer.look(problems.iter(), &Desired::default(), Instant::now());
+            assert_eq!(reasons(&mut queue), ["Misconfigured"]);
+        }
+    }
+
+    #[test]
+    fn evictions_are_noticed_once_in_a_while() {
+        let (sender, mut queue) = mpsc::channel(8);
+        let mut noticer = Noticer::new(Notices::new(sender));
+        let (web, start) = (ObjectName::new("shop", "web"), Instant::now());
+        for after_s in [0, 5, 3599, 3600, 3605] {
+            noticer.evicted(&web, "node-a", start + Duration::from_secs(after_s));
+        }
+        assert_eq!(reasons(&mut queue), ["PinsEvicted"; 2]);
+    }
+}

@@ -1,0 +1,139 @@
+//! Notices as Kubernetes Events on a Service, where `kubectl describe` shows them.
+//!
+//! Every node comes to the same conclusions, so the name of an Event follows from what it says: of all nodes one posts it,
+//! and the API tells the others that it is there. A few are posted at once and then one at a time, and none is worth
+//! more than a few attempts.
+
+use std::time::Duration;
+
+use k8s_openapi::{
+    api::{core::v1::ObjectReference, events::v1::Event},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+    jiff::Timestamp,
+};
+use kube::{Api, Client, Error, api::PostParams};
+use tokio::{
+    sync::mpsc::Receiver,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{debug, warn};
+
+use super::{backoff::Backoff, cluster::Cluster};
+use crate::{
+    desired::{hash32, hash64},
+    source::Notice,
+};
+
+/// Notices that wait to be posted.
+pub(super) const QUEUE: usize = 256;
+/// So many are posted at once, and then one in this time.
+const BURST: u32 = 20;
+const EVERY: Duration = Duration::from_secs(3);
+/// How often one is posted before it is given up.
+const ATTEMPTS: u32 = 4;
+/// How long the API may take for one.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest note that the API takes, in bytes.
+const NOTE_BYTES: usize = 1024;
+/// Nodes that come to a conclusion at one moment spread their Events over this time.
+const SPREAD: Duration = Duration::from_secs(2);
+
+/// What makes Events of a node's notices.
+pub(super) struct Poster<'a> {
+    pub(super) client: &'a Client,
+    pub(super) cluster: &'a Cluster,
+}
+
+impl Poster<'_> {
+    /// Until nobody sends notices any more; then for ever idle.
+    pub(super) async fn run(&self, mut notices: Receiver<Notice>) {
+        // Each takes its time from what was saved up.
+        let (mut saved, mut since) = (EVERY * BURST, Instant::now());
+        while let Some(notice) = notices.recv().await {
+            saved = (saved + since.elapsed()).min(EVERY * BURST);
+            since = Instant::now();
+            sleep(EVERY.saturating_sub(saved)).await;
+            saved = saved.saturating_sub(EVERY);
+            let share = hash32(self.cluster.node_name()) % 256;
+            sleep(SPREAD * share / 256).await;
+            if !self.post(&notice).await {
+                warn!("this node may not post Kubernetes Events: allow it, or say --no-kubernetes-events");
+                return std::future::pending().await;
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Posts one. False: this is not allowed.
+    async fn post(&self, notice: &Notice) -> bool {
+        let event = self.event(notice);
+        let events: Api<Event> = Api::namespaced(self.client.clone(), &notice.service.namespace);
+        let mut backoff = Backoff::new(hash32(self.cluster.node_name()));
+        for _ in 0..ATTEMPTS {
+            let error = match timeout(PATIENCE, events.create(&PostParams::default(), &event)).await {
+                Ok(Ok(_)) => return true,
+                Ok(Err(error)) => Some(error),
+                Err(_) => None,
+            };
+            match error.as_ref().and_then(code) {
+                // Another node was first, or this one has said so before.
+                Some(409) => return true,
+                Some(403) => return false,
+                // Its namespace is being deleted, or what it says cannot be said.
+                Some(404 | 422) => break,
+                _ => sleep(backoff.next(error.as_ref())).await,
+            }
+        }
+        debug!(service = %notice.service, "a Kubernetes Event could not be posted: {}", notice.message);
+        true
+    }
+
+    fn event(&self, notice: &Notice) -> Event {
+        let Notice { service, reason, message } = notice;
+        let uid = self.cluster.uid(service);
+        let identity = format!("{}\n{reason}\n{message}", uid.as_deref().unwrap_or_default());
+        Event {
+            metadata: ObjectMeta {
+                name: Some(format!("{}.{:016x}", service.name, hash64(identity.as_bytes(), 0))),
+                namespace: Some(service.namespace.clone()),
+                ..ObjectMeta::default()
+            },
+            event_time: Some(MicroTime(Timestamp::now())),
+            regarding: Some(ObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Service".to_owned()),
+                namespace: Some(service.namespace.clone()),
+                name: Some(service.name.clone()),
+                uid,
+                ..ObjectReference::default()
+            }),
+            reason: Some((*reason).to_owned()),
+            action: Some("Balancing".to_owned()),
+            note: Some(cut(message, NOTE_BYTES).to_owned()),
+            type_: Some("Warning".to_owned()),
+            reporting_controller: Some("affinity.dev/agent".to_owned()),
+            reporting_instance: Some(self.cluster.node_name().to_owned()),
+            ..Event::default()
+        }
+    }
+}
+
+fn code(error: &Error) -> Option<u16> {
+    if let Error::Api(status) = error { Some(status.code) } else { None }
+}
+
+/// The first bytes of a text, up to the end of a character.
+fn cut(text: &str, bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_cut_at_a_character() {
+        assert_eq!(cut("äöü", 3), "ä");
+        assert_eq!(cut("abc", 3), "abc");
+    }
+}
