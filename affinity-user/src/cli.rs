@@ -182,6 +182,12 @@ Examples:
     },
 }
 
+/// What the command line accepts, and its help.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs the command line of this process.
 pub fn main() -> impl std::process::Termination {
     let cli = Cli::parse();
