@@ -79,7 +79,7 @@ fn rights_are_those_of_what_is_watched_and_reported() -> Result<()> {
         "/nodes: get list watch",
         "/services: get list watch",
         "discovery.k8s.io/endpointslices: get list watch",
-        "events.k8s.io/events: create patch",
+        "events.k8s.io/events: create",
     ];
     assert_eq!(rights.iter().map(String::as_str).collect::<Vec<_>>(), expected);
     Ok(())

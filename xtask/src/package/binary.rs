@@ -29,12 +29,18 @@ pub(super) fn build() -> Result<PathBuf> {
 }
 
 /// Paths in messages of panics are told as if everything had been built in one place.
-fn rustflags() -> Result<[String; 3]> {
+fn rustflags() -> Result<[String; 4]> {
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let home =
         home.or_else(|| Some(env::home_dir()?.join(".cargo"))).context("no CARGO_HOME, and no home directory")?;
     let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
-    Ok(["-Ctarget-feature=+crt-static".to_owned(), remap(&home, "/cargo"), remap(&root(), "/affinity")])
+    let sysroot = output(command("rustc").args(["--print", "sysroot"]))?;
+    Ok([
+        "-Ctarget-feature=+crt-static".to_owned(),
+        remap(&home, "/cargo"),
+        remap(Path::new(sysroot.trim_end()), "/rust"),
+        remap(&root(), "/affinity"),
+    ])
 }
 
 /// Looks whether it is what it has to be, and says how large it is.
