@@ -16,6 +16,7 @@ mod dump;
 mod event;
 mod explanation;
 mod flow;
+mod reading;
 mod service;
 mod session;
 mod status;
@@ -35,7 +36,7 @@ pub use explanation::{
 };
 pub use flow::{FlowState, FlowView};
 pub use service::{Endpoints, FrontendView, LiveSessions, ServiceView};
-pub use session::{SessionView, expires_in_s};
+pub use session::{ServicePins, SessionView, expires_in_s};
 pub use status::StatusView;
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{EventKind, MEMBER_READY, MemberKey, Reason, Session, SessionKey, Timer, V4, V6},
+    abi::{MEMBER_READY, MemberKey, Reason, Session, SessionKey, Timer, V4, V6},
     select::next_draw,
 };
 use clap::{ArgGroup, Args};
@@ -14,7 +14,7 @@ use clap::{ArgGroup, Args};
 use super::{
     error::Error,
     progress::Progress,
-    reading::{AnyKey, Filter, FilterArgs, Reading},
+    reading::{Filter, FilterArgs, Reading},
 };
 use crate::{
     store::kernel::Family,
@@ -48,12 +48,7 @@ impl UnpinArgs {
         let mut progress = Progress::new("unpinning");
         let mut unpinned = 0u64;
         reading.sessions(&filter, &mut |key, _| {
-            let now_ns = Clock::now().now_ns;
-            let removed = match key {
-                AnyKey::V4(key) => remove(&reading, &key, now_ns)?,
-                AnyKey::V6(key) => remove(&reading, &key, now_ns)?,
-            };
-            unpinned += u64::from(removed);
+            unpinned += u64::from(reading.store.unpin(&key, Clock::now().now_ns)?);
             progress.step();
             Ok(())
         })?;
@@ -62,11 +57,6 @@ impl UnpinArgs {
         writeln!(io::stdout(), "unpinned {unpinned} {clients} of {}", self.service)?;
         Ok(())
     }
-}
-
-fn remove<A: Family>(reading: &Reading, key: &SessionKey<A>, now_ns: u64) -> Result<bool, Error> {
-    let removed = reading.store.remove_session(key, EventKind::Unpinned, Reason::OperatorPinned, now_ns)?;
-    Ok(removed.is_some())
 }
 
 /// Options of `affinity pin`.

@@ -1,24 +1,15 @@
 //! Reading a running dataplane: its small tables at once, sessions and flows one at a time.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-};
+use std::{collections::BTreeSet, path::Path};
 
-use affinity_common::abi::{Address, Flow, FlowKey, Frontend, FrontendKey, Session, SessionKey, V4, V6};
+use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6};
 use clap::Args;
 
 use super::{error::Error, progress::Progress};
 use crate::{
-    store::{
-        Store, StoreError,
-        kernel::{Family, KernelStore},
-    },
-    view::{Catalog, Client, Clock, FlowView, LiveSessions, SessionView},
+    store::kernel::{Family, KernelStore, PinKey},
+    view::{Catalog, Client, FlowView, LiveSessions, ServicePins, SessionView},
 };
-
-/// Under an agent that never rests, a reading that may be mixed must do.
-const MAX_READINGS: u32 = 10;
 
 /// Which objects to list.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
@@ -37,7 +28,7 @@ pub(crate) struct FilterArgs {
 /// [`FilterArgs`] with names looked up.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Filter {
-    service: Option<(u32, BTreeSet<u32>)>,
+    service: Option<ServicePins>,
     client: Option<Client>,
     backends: Option<BTreeSet<u32>>,
 }
@@ -47,7 +38,7 @@ impl Filter {
     pub(crate) fn new(args: &FilterArgs, catalog: &Catalog) -> Result<Self, Error> {
         let service = args.service.as_ref().map(|name| {
             let id = catalog.service_id(name).ok_or_else(|| Error::no_service(name))?;
-            Ok::<_, Error>((id, catalog.scopes(id)))
+            Ok::<_, Error>(catalog.service_pins(id))
         });
         let backends = args.backend.as_ref().map(|name| {
             let called = catalog.backends_called(name);
@@ -56,41 +47,19 @@ impl Filter {
         Ok(Self { service: service.transpose()?, client: args.client, backends: backends.transpose()? })
     }
 
-    /// A pin belongs to the service whose connection made it, and to those that share its scope.
     fn takes_session(&self, scope: u32, session: &Session) -> bool {
-        let service = &self.service;
-        service.as_ref().is_none_or(|(id, scopes)| session.service == *id || scopes.contains(&scope))
-            && self.takes_backend(session.backend)
+        self.service.as_ref().is_none_or(|pins| pins.contain(scope, session)) && self.takes_backend(session.backend)
     }
 
     fn takes_flow<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
         let client = || Client::new(crate::view::ip(key.saddr), A::BITS);
-        self.service.as_ref().is_none_or(|(id, _)| flow.service == *id)
+        self.service.as_ref().is_none_or(|pins| flow.service == pins.service)
             && self.takes_backend(flow.backend)
             && self.client.is_none_or(|wanted| wanted.contains(&client()))
     }
 
     fn takes_backend(&self, backend: u32) -> bool {
         self.backends.as_ref().is_none_or(|backends| backends.contains(&backend))
-    }
-}
-
-/// The key of a pin of either family.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum AnyKey {
-    V4(SessionKey<V4>),
-    V6(SessionKey<V6>),
-}
-
-impl From<SessionKey<V4>> for AnyKey {
-    fn from(key: SessionKey<V4>) -> Self {
-        Self::V4(key)
-    }
-}
-
-impl From<SessionKey<V6>> for AnyKey {
-    fn from(key: SessionKey<V6>) -> Self {
-        Self::V6(key)
     }
 }
 
@@ -101,19 +70,19 @@ pub(crate) struct Reading {
 }
 
 /// What a visit of sessions is given.
-type VisitSession<'v> = &'v mut dyn FnMut(AnyKey, &SessionView<'_>) -> Result<(), Error>;
+type VisitSession<'v> = &'v mut dyn FnMut(PinKey, &SessionView<'_>) -> Result<(), Error>;
 
 impl Reading {
     /// Opens what is pinned at `pin_dir`.
     pub(crate) fn open(pin_dir: &Path) -> Result<Self, Error> {
         let store = KernelStore::open(pin_dir)?;
-        let catalog = catalog(&store)?;
+        let catalog = Catalog::read(&store)?;
         Ok(Self { store, catalog })
     }
 
     /// Reads the small tables again.
     pub(crate) fn refresh(&mut self) -> Result<(), Error> {
-        self.catalog = catalog(&self.store)?;
+        self.catalog = Catalog::read(&self.store)?;
         Ok(())
     }
 
@@ -133,7 +102,7 @@ impl Reading {
 
     fn all_sessions<A: Family>(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error>
     where
-        AnyKey: From<SessionKey<A>>,
+        PinKey: From<SessionKey<A>>,
     {
         for entry in self.store.family::<A>().sessions.iter() {
             let (key, session) = entry?;
@@ -150,7 +119,7 @@ impl Reading {
 
     fn sessions_of<A: Family>(&self, filter: &Filter, client: Client, visit: VisitSession<'_>) -> Result<(), Error>
     where
-        AnyKey: From<SessionKey<A>>,
+        PinKey: From<SessionKey<A>>,
     {
         let address = A::from_mapped(crate::view::mapped(client.address));
         let frontends = self.catalog.frontend_records(client.address.is_ipv4());
@@ -207,23 +176,4 @@ impl Reading {
         }
         Ok(live)
     }
-}
-
-/// The small tables as they are at one moment, as far as packets can tell: a plan that is carried out meanwhile switches
-/// frontends after it has written, and before it removes, what they refer to. So if the frontends are the same at the
-/// end of the reading, what they refer to was there all along.
-fn catalog(store: &KernelStore) -> Result<Catalog, Error> {
-    let mut observed = store.observe()?;
-    for _ in 0..MAX_READINGS {
-        if observed.frontends_v4 == frontends(store)? && observed.frontends_v6 == frontends(store)? {
-            break;
-        }
-        observed = store.observe()?;
-    }
-    let status = store.status.get(&0)?.unwrap_or_default();
-    Ok(Catalog::new(observed, store.usage_sums()?, Clock::now()).with_status(&status))
-}
-
-fn frontends<A: Family>(store: &KernelStore) -> Result<BTreeMap<FrontendKey<A>, Frontend>, StoreError> {
-    store.family::<A>().frontends.iter().collect()
 }

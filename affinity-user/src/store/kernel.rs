@@ -4,6 +4,7 @@
 //! store holds no state of its own, so any number of them may be open at once: the agent's, and one in each CLI
 //! command. Only the agent applies plans.
 
+mod pin;
 mod table;
 
 use std::{
@@ -23,6 +24,7 @@ use affinity_common::{
 };
 use bytemuck::Pod;
 
+pub use self::pin::PinKey;
 pub use self::table::{BATCH, Bytes, Entries, PerCpu, Table, Walk};
 use super::{Capacity, Observed, Op, Store, StoreError};
 use crate::{

@@ -1,6 +1,6 @@
 //! Pins.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeSet};
 
 use affinity_common::{
     abi::{Address, Reason, Session, SessionKey, TIMEOUT_UNLIMITED, Timer},
@@ -64,6 +64,30 @@ impl<'a> SessionView<'a> {
     #[must_use]
     pub fn is_live(&self) -> bool {
         self.expires_in_seconds != Some(0)
+    }
+}
+
+/// Which pins are a service's: those that its connections made, and those of services that share its scopes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServicePins {
+    /// The service.
+    pub service: u32,
+    scopes: BTreeSet<u32>,
+}
+
+impl ServicePins {
+    /// Whether a pin in `scope` is among them.
+    #[must_use]
+    pub fn contain(&self, scope: u32, session: &Session) -> bool {
+        session.service == self.service || self.scopes.contains(&scope)
+    }
+}
+
+impl Catalog {
+    /// The pins of a service.
+    #[must_use]
+    pub fn service_pins(&self, service: u32) -> ServicePins {
+        ServicePins { service, scopes: self.scopes(service) }
     }
 }
 
