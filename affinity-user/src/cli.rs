@@ -19,6 +19,7 @@ mod reading;
 mod rows;
 mod sizes;
 mod source;
+mod top;
 
 use std::{
     io::{self, Write},
@@ -152,6 +153,15 @@ Examples:
 
 The kernel remembers the last few thousand events. JSON is one object a line.")]
     Events(events::EventsArgs),
+    /// Watch services, pods and clients in the terminal: rates, pins as bars, hot spots, events
+    #[command(after_help = "\
+Examples:
+  affinity top
+  affinity top --service default/web --interval 500ms
+  affinity top --once
+
+Keys: arrows and Enter look closer, Esc goes back, / filters, s sorts, u unpins, ? lists all, q quits.")]
+    Top(top::TopArgs),
     /// Write every map, or one, in canonical text: sorted, with names
     #[command(after_help = "\
 Examples:
@@ -214,6 +224,7 @@ fn run(cli: &Cli) -> Result<(), Error> {
         Command::Explain(args) => args.run(global),
         Command::Pin(args) => args.run(pin_dir),
         Command::Unpin(args) => args.run(pin_dir),
+        Command::Top(args) => args.run(pin_dir),
         Command::Dump(args) => args.run(global),
         Command::Check(args) => args.run(pin_dir),
         Command::Completions { shell } => completions(*shell),

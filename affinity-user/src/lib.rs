@@ -14,4 +14,5 @@ pub mod source;
 pub mod store;
 pub mod sweep;
 pub mod sys;
+pub mod top;
 pub mod view;

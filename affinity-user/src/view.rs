@@ -35,6 +35,7 @@ pub use explanation::{
     session_keys,
 };
 pub use flow::{FlowState, FlowView};
+pub(crate) use service::policy_text;
 pub use service::{Endpoints, FrontendView, LiveSessions, ServiceView};
 pub use session::{ServicePins, SessionView, expires_in_s};
 pub use status::StatusView;

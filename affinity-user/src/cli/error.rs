@@ -10,6 +10,7 @@ use crate::{
     attach::AttachError,
     store::{StoreError, kernel::OpenError},
     sys::SysError,
+    top::TopError,
 };
 
 /// Exit codes, as `affinity --help` documents them.
@@ -50,6 +51,9 @@ pub(crate) enum Error {
     /// The agent cannot go on.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// The live view ends early.
+    #[error(transparent)]
+    Top(#[from] TopError),
     /// Standard output.
     #[error("writing to standard output: {0}")]
     Output(#[from] io::Error),
@@ -75,12 +79,15 @@ impl Error {
         match self {
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
             Self::Usage(_) | Self::Agent(AgentError::Pattern(_)) => Exit::Usage,
-            Self::NotFound { .. } | Self::Agent(AgentError::NoDevice(_) | AgentError::NotAttached(_)) => Exit::NotFound,
+            Self::NotFound { .. }
+            | Self::Agent(AgentError::NoDevice(_) | AgentError::NotAttached(_))
+            | Self::Top(TopError::NoService(_)) => Exit::NotFound,
             Self::Open(_)
             | Self::Store(_)
             | Self::Attach(_)
             | Self::Sys(_)
             | Self::Agent(_)
+            | Self::Top(_)
             | Self::Output(_)
             | Self::Failed(_) => Exit::Failed,
         }

@@ -1,0 +1,92 @@
+//! What an operator asks to be unpinned: a client at once, all of a service in slices.
+
+use affinity_common::abi::{Session, SessionKey};
+
+use crate::{
+    store::{
+        StoreError,
+        kernel::{Family, KernelStore, PinKey, Table, Walk},
+    },
+    view::{Catalog, Clock, ServicePins},
+};
+
+/// Batches of sessions that one slice goes through.
+const SLICE_BATCHES: usize = 8;
+
+/// What is to be unpinned.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// One client.
+    Client {
+        /// Its pin.
+        key: PinKey,
+        /// As it is shown.
+        client: String,
+        /// The service's name.
+        service: String,
+    },
+    /// Everybody.
+    Service {
+        /// The service's id.
+        id: u32,
+        /// Its name.
+        service: String,
+        /// The group whose other services lose the pin as well.
+        group: Option<String>,
+    },
+}
+
+/// Unpins all clients of a service.
+#[derive(Debug)]
+pub(super) struct Unpin {
+    pins: ServicePins,
+    service: String,
+    v4: Option<Walk>,
+    v6: Option<Walk>,
+    unpinned: u64,
+}
+
+impl Unpin {
+    pub(super) fn new(store: &KernelStore, catalog: &Catalog, id: u32, service: String) -> Self {
+        let (v4, v6) = (Some(store.v4.sessions.walk()), Some(store.v6.sessions.walk()));
+        Self { pins: catalog.service_pins(id), service, v4, v6, unpinned: 0 }
+    }
+
+    /// Goes on by a slice; false when there is nothing more to do.
+    pub(super) fn step(&mut self, store: &KernelStore) -> Result<bool, StoreError> {
+        for _ in 0..SLICE_BATCHES {
+            if let Some(mut walk) = self.v4.take() {
+                self.v4 = self.batch(store, &store.v4.sessions, &mut walk)?.then_some(walk);
+            } else if let Some(mut walk) = self.v6.take() {
+                self.v6 = self.batch(store, &store.v6.sessions, &mut walk)?.then_some(walk);
+            } else {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn batch<A: Family>(
+        &mut self,
+        store: &KernelStore,
+        sessions: &Table<SessionKey<A>, Session>,
+        walk: &mut Walk,
+    ) -> Result<bool, StoreError>
+    where
+        PinKey: From<SessionKey<A>>,
+    {
+        let Some(batch) = sessions.next_batch(walk)? else { return Ok(false) };
+        for (key, session) in batch {
+            if self.pins.contain(key.scope, &session) {
+                self.unpinned += u64::from(store.unpin(&key.into(), Clock::now().now_ns)?);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What to tell of it, so far.
+    pub(super) fn told(&self) -> String {
+        let clients = if self.unpinned == 1 { "client" } else { "clients" };
+        format!("unpinned {} {clients} of {}", self.unpinned, self.service)
+    }
+}
