@@ -34,8 +34,10 @@ mod load;
 mod netns;
 mod observe;
 mod pod;
+mod screen;
 mod server;
 mod sweep;
+mod terminal;
 mod yaml;
 
 use std::fs;
@@ -58,6 +60,7 @@ pub use observe::{Backend, Candidate, Explanation, Session};
 pub use pod::Pod;
 pub use server::{HTTP_PORTS, UDP_PORTS};
 pub use sweep::sweep_stale;
+pub use terminal::Terminal;
 pub use yaml::{EndpointState, Service, pod_name};
 
 pub(crate) use address::{PODS, WIRE_CLIENT};

@@ -98,13 +98,21 @@ impl Lab {
         serde_json::from_value(json.clone()).with_context(|| format!("an explanation as documented, not {json}"))
     }
 
-    /// Writes the service's YAML as [`Lab::publish`] does, and waits until every frontend of it has exactly its
-    /// ready endpoints as candidates. A change of affinity alone cannot be seen so.
+    /// Writes the service's YAML as [`Lab::publish`] does, and waits as [`Lab::settle`] does.
+    ///
+    /// # Errors
+    /// As [`Lab::settle`].
+    pub fn publish_and_settle(&self, service: &Service) -> Result<()> {
+        self.publish(service)?;
+        self.settle(service)
+    }
+
+    /// Waits until every frontend of a service has exactly its ready endpoints as candidates. A change of affinity alone
+    /// cannot be seen so.
     ///
     /// # Errors
     /// When that does not come about.
-    pub fn publish_and_settle(&self, service: &Service) -> Result<()> {
-        self.publish(service)?;
+    pub fn settle(&self, service: &Service) -> Result<()> {
         let wanted: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
         if service.is_consistent() {
             return self.settle_by_many(service, &wanted);

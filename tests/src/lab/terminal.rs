@@ -1,0 +1,136 @@
+//! A terminal for one command: a pseudo-terminal, and as much of a screen behind it as our commands ask for.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+
+use super::eventually;
+use super::screen::Screen;
+
+/// How long a change may take to be seen.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A command with a terminal of its own. Dropping it kills the command.
+pub struct Terminal {
+    child: Child,
+    /// The end that people sit at.
+    keyboard: File,
+    /// The end that the command sits at, kept open so that its settings can be read when the command has ended.
+    line: OwnedFd,
+    screen: Arc<Mutex<Screen>>,
+}
+
+impl Terminal {
+    /// Starts a command with this terminal as its standard input, output and error.
+    pub fn start(mut command: Command, columns: u16, rows: u16) -> Result<Self> {
+        let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        grantpt(&keyboard)?;
+        unlockpt(&keyboard)?;
+        let name = ptsname(&keyboard, Vec::new())?;
+        let line = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
+        set_size(&line, columns, rows)?;
+        let end = || Ok::<_, std::io::Error>(Stdio::from(line.try_clone()?));
+        command.stdin(end()?).stdout(end()?).stderr(end()?).env("TERM", "xterm-256color").env_remove("NO_COLOR");
+        let child = command.spawn().with_context(|| format!("start {command:?}"))?;
+        let keyboard = File::from(keyboard);
+        let screen = Arc::new(Mutex::new(Screen::new(columns, rows)));
+        let (mut written, seen) = (keyboard.try_clone()?, Arc::clone(&screen));
+        thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = written.read(&mut bytes) {
+                lock(&seen).write(&bytes[..count]);
+            }
+        });
+        Ok(Self { child, keyboard, line, screen })
+    }
+
+    /// Types.
+    pub fn press(&mut self, keys: &str) -> Result<()> {
+        Ok(self.keyboard.write_all(keys.as_bytes())?)
+    }
+
+    /// What is on the screen: its lines, without blanks at their ends.
+    pub fn text(&self) -> String {
+        lock(&self.screen).text()
+    }
+
+    /// Waits until the screen is as `holds` says.
+    ///
+    /// # Errors
+    /// Where it does not come about: what is on the screen instead.
+    pub fn wait_for(&self, what: &str, mut holds: impl FnMut(&str) -> bool) -> Result<()> {
+        eventually(what, PATIENCE, || Ok(holds(&self.text()))).with_context(|| self.text())
+    }
+
+    /// Waits until a text is on the screen.
+    ///
+    /// # Errors
+    /// As [`Terminal::wait_for`].
+    pub fn shows(&self, text: &str) -> Result<()> {
+        self.wait_for(&format!("`{text}` on the screen"), |screen| screen.contains(text))
+    }
+
+    /// Gives the terminal another size.
+    pub fn resize(&mut self, columns: u16, rows: u16) -> Result<()> {
+        lock(&self.screen).resize(columns, rows);
+        set_size(&self.line, columns, rows)
+    }
+
+    /// Sends the command a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    /// Waits until the command has ended.
+    ///
+    /// # Errors
+    /// Where it does not.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        let mut status = None;
+        let ended = eventually("the command ends", PATIENCE, || {
+            status = self.child.try_wait()?;
+            Ok(status.is_some())
+        });
+        ended.with_context(|| self.text())?;
+        status.context("it has ended")
+    }
+
+    /// Whether the terminal is as a shell expects it: lines are edited and echoed, the cursor is seen, and the screen is
+    /// the one with the history.
+    ///
+    /// # Errors
+    /// Where it is not: what is different.
+    pub fn is_given_back(&self) -> Result<()> {
+        let modes = tcgetattr(&self.line)?.local_modes;
+        ensure!(modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "still raw: {modes:?}");
+        eventually("the cursor, and the main screen", PATIENCE, || {
+            let screen = lock(&self.screen);
+            Ok(screen.cursor_is_shown() && !screen.is_alternate())
+        })
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn set_size(line: impl AsFd, columns: u16, rows: u16) -> Result<()> {
+    Ok(tcsetwinsize(line, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?)
+}
+
+fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
+    screen.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
