@@ -26,9 +26,6 @@ use crate::{
 /// How often `--watch` looks again.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A source that told nothing for so long is worth a look: an API tells something every minute.
-const STALE: Duration = Duration::from_mins(3);
-
 /// What to list.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum Resource {
@@ -161,7 +158,7 @@ impl GetArgs {
     fn age(&self, status: Option<&StatusView>, out: &mut impl Write) -> Result<(), Error> {
         let (Format::Table | Format::Wide, Some(status)) = (self.output, status) else { return Ok(()) };
         let (age, tone) = match &status.as_of {
-            Some(moment) if moment.age < STALE => (short_duration(moment.age.as_secs()), Tone::Faint),
+            Some(moment) if moment.age < StatusView::STALE => (short_duration(moment.age.as_secs()), Tone::Faint),
             Some(moment) => (short_duration(moment.age.as_secs()), Tone::Attention),
             None => return Ok(writeln!(out, "\nsource: {}, not read yet", status.source)?),
         };

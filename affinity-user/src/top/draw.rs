@@ -111,12 +111,17 @@ fn header(state: &State, area: Rect, buffer: &mut Buffer) {
             rate(rates.map(|rates| rates.accepted)),
         ),
     };
-    let right = if state.paused { "paused".to_owned() } else { pace(state) };
+    let right = match &sample.source {
+        _ if state.paused => "paused".to_owned(),
+        Some(source) => source.clone(),
+        None => pace(state),
+    };
     let width = usize::from(area.width);
     let room = width.saturating_sub(right.chars().count() + 1);
     let style = Style::new().add_modifier(Modifier::BOLD);
     buffer.set_stringn(area.x, area.y, cut(&left, room), room, style);
-    let style = if state.paused { Style::new().fg(Color::Yellow) } else { Style::new().add_modifier(Modifier::DIM) };
+    let attention = state.paused || sample.source.is_some();
+    let style = if attention { Style::new().fg(Color::Yellow) } else { Style::new().add_modifier(Modifier::DIM) };
     buffer.set_stringn(area.x + room as u16 + 1, area.y, &right, right.len(), style);
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use affinity_common::abi::{AFFINITY, Event, SHADOW, UsageKey, UsageOf};
 
-use crate::view::{Catalog, EventView, policy_text};
+use crate::view::{Catalog, EventView, StatusView, policy_text, short_duration};
 
 /// Counts in the order of [`affinity_common::abi::USAGES`].
 pub type Counts = [u64; 8];
@@ -28,6 +28,8 @@ pub struct Sample {
     pub pods: u64,
     /// Newest first.
     pub events: Vec<EventSample>,
+    /// What there is to say of the source: that its view is old, or that there is none.
+    pub source: Option<String>,
 }
 
 /// A service.
@@ -97,9 +99,19 @@ impl Sample {
             at_ns: catalog.clock.now_ns,
             pods: backends.values().map(|backend| &backend.pod).collect::<BTreeSet<_>>().len() as u64,
             backends,
+            source: catalog.status().and_then(source),
             events: events.rev().filter_map(|event| event_sample(catalog, event)).collect(),
             services,
         }
+    }
+}
+
+/// Nothing, as long as it is as new as it should be.
+fn source(status: &StatusView) -> Option<String> {
+    match &status.as_of {
+        None => Some(format!("{}: not read yet", status.source)),
+        Some(moment) if moment.age < StatusView::STALE => None,
+        Some(moment) => Some(format!("{}: {} old", status.source, short_duration(moment.age.as_secs()))),
     }
 }
 

@@ -5,6 +5,7 @@ mod scene;
 
 use std::collections::VecDeque;
 
+use affinity_common::abi::{SourceKind, Status};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use self::scene::{Scene, client_rows};
@@ -102,7 +103,20 @@ fn a_sample_has_what_the_tables_hold() {
     assert_eq!(sample.backends.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
     assert_eq!(sample.services[&2].group.as_deref(), Some("kube-system/infra"));
     assert_eq!((sample.events[0].age_s, sample.events[0].service), (50, None));
+    assert_eq!(sample.source, None);
     assert_eq!(sample.events[1].line, "pinned default/web 192.0.2.1 -> default/web-1 reason=operator");
+}
+
+#[test]
+fn a_source_is_mentioned_when_its_view_is_old() {
+    let of = |age_s: u64| {
+        let now_ns = fixture::clock().now_ns;
+        let current_ns = now_ns - age_s * 1_000_000_000;
+        let status = Status { source: SourceKind::Kubernetes as u32, started_ns: 1, current_ns, ..Status::default() };
+        Sample::new(&fixture::catalog().with_status(&status), |_| 0, [].iter()).source
+    };
+    assert_eq!(of(1), None);
+    assert_eq!(of(240).as_deref(), Some("kubernetes: 4m old"));
 }
 
 #[test]

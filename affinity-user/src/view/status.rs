@@ -1,5 +1,7 @@
 //! How old the source's view is that the tables were made from.
 
+use std::time::Duration;
+
 use affinity_common::abi::Status;
 use serde::Serialize;
 
@@ -18,6 +20,9 @@ pub struct StatusView {
 }
 
 impl StatusView {
+    /// A source that told nothing for so long is worth a look: an API tells something every minute.
+    pub const STALE: Duration = Duration::from_mins(3);
+
     /// None where no agent has written the record yet.
     #[must_use]
     pub fn new(status: &Status, clock: &Clock) -> Option<Self> {

@@ -611,6 +611,20 @@ fn what_went_wrong_and_a_pause() {
 }
 
 #[test]
+fn a_source_that_does_not_answer() {
+    let mut scene = Scene::shop();
+    scene.sample.source = Some("kubernetes: 3m old".to_owned());
+    insta::assert_snapshot!(frame(&mut scene.state(), 80, 6), @r"
+    affinity top  4 services  8 pods  4195 pins  - connections/s  kubernetes: 3m old
+      SERVICE          READY  PINS▾  CONN/S  MOVED/S  REFUSED/S  HOT SPOT
+    ▸ shop/front         3/3   4170       -        -          -  front-1 1.7x
+      shop/cart          1/2     21       -        -          -
+      kube-system/dns    2/2      4       -        -          -
+    ? help  q quit  Enter open  / filter  s sort  r reverse  U unpin  p pause
+    ");
+}
+
+#[test]
 fn without_keys_everything_is_shown() {
     let mut scene = Scene::shop();
     let mut state = State::new(Duration::from_secs(1), false);
