@@ -5,6 +5,7 @@
 //! place.
 
 mod attacher;
+pub mod http;
 mod lock;
 mod notices;
 mod problems;
@@ -13,7 +14,9 @@ mod status;
 
 use std::{
     io::{self, Write},
+    net::SocketAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -39,6 +42,7 @@ use crate::{
     desired,
     events::Consumer,
     load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
+    metrics::Vitals,
     source::{Feed, ObjectName, Source, SourceError, View},
     store::{
         StoreError,
@@ -81,6 +85,9 @@ pub enum AgentError {
     /// The process lacks something that it needs: a thread, a socket, a signal.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
+    /// Metrics cannot be served there.
+    #[error("--metrics {0}: {1}")]
+    Http(SocketAddr, io::Error),
     /// `attach` was told of no device, and found none.
     #[error(
         "no device was found that packets for frontends could enter by: name it with --device; `ip link` lists all"
@@ -117,6 +124,8 @@ pub struct Options {
     pub shadow: bool,
     /// `run`: take the dataplane away at the end.
     pub detach_on_exit: bool,
+    /// `run`: serve metrics and probes.
+    pub http: Option<http::Options>,
 }
 
 impl Options {
@@ -161,7 +170,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
             return Err(AgentError::NothingFound);
         }
         log_loaded(&load::load(&pins, &options.load)?, options);
-        let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired());
+        let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default());
         let view = View::default();
         view.is_current_at(monotonic_ns());
         publisher.take(&options.source.read().await?);
@@ -245,6 +254,7 @@ struct Agent {
     /// None where nobody would read them.
     noticer: Option<Noticer>,
     node_name: String,
+    vitals: Arc<Vitals>,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
     _lock: Lock,
@@ -266,11 +276,16 @@ impl Agent {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
         let mut attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
+        let vitals = Arc::new(Vitals::default());
+        if let Some(http) = &options.http {
+            http::serve(http, &options.pin_dir, Arc::clone(&vitals))
+                .map_err(|error| AgentError::Http(http.address, error))?;
+        }
         let mut loaded = load::load(&pins, &options.load)?;
         log_loaded(&loaded, options);
         let store = KernelStore::open(&options.pin_dir)?;
         let consumer = Consumer::new(&store.events)?;
-        let mut publisher = Publisher::new(store, options.desired());
+        let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&vitals));
         let mut feed = options.source.watch().await?;
         // A source that does not answer keeps nobody from being served as before, on new devices too.
         let first = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await;
@@ -287,6 +302,7 @@ impl Agent {
             noticer: feed.notices.clone().map(Noticer::new),
             node_name: options.node_name.clone().unwrap_or_default(),
             consumer,
+            vitals,
             flush_log: log_reader(&mut loaded),
             sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
             publisher,
@@ -297,6 +313,7 @@ impl Agent {
             devices,
             _lock: lock,
         };
+        agent.vitals.attached(agent.attaching.summary().number);
         if first.is_ok() {
             agent.say_ready()?;
         }
@@ -332,19 +349,16 @@ impl Agent {
                     self.reconcile().await;
                 }
                 _ = look.tick() => self.reconcile().await,
-                _ = tell.tick(), if self.is_ready => {
-                    if let Err(error) = self.teller.tell() {
-                        error!("{error}");
-                    }
-                }
+                _ = tell.tick() => self.tell(),
                 _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = consume.tick() => {
+                    self.vitals.tick();
                     self.consumer.keep_up();
                     if let Some(flush_log) = &mut self.flush_log {
                         flush_log();
                     }
                 }
-                () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweeper.step(),
+                () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweep(),
             }
         }
         self.attaching.stop();
@@ -383,6 +397,27 @@ impl Agent {
                 noticer.evicted(&ObjectName::new(namespace, name), &self.node_name, now);
             }
         }
+    }
+
+    /// Says how it is: in the maps, and to whoever asks over HTTP.
+    fn tell(&mut self) {
+        self.vitals.attached(self.attaching.summary().number);
+        if !self.is_ready {
+            return;
+        }
+        if let Err(error) = self.teller.tell() {
+            error!("{error}");
+        }
+    }
+
+    /// One slice; says how long to wait before the next.
+    fn sweep(&mut self) -> Duration {
+        let passes = self.sweeper.totals().passes;
+        let pause = self.sweeper.step();
+        if self.sweeper.totals().passes != passes {
+            self.vitals.swept(self.sweeper.totals(), self.sweeper.census().clone());
+        }
+        pause
     }
 
     async fn reconcile(&mut self) {

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod desired;
 pub mod events;
 pub mod load;
+pub mod metrics;
 pub mod objects;
 pub mod plan;
 pub mod source;

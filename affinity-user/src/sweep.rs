@@ -78,6 +78,19 @@ pub struct Totals {
     pub filter_bits: u64,
 }
 
+/// What the last whole pass found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Census {
+    /// Service -> live sessions that its connections made.
+    pub by_service: BTreeMap<u32, u64>,
+    /// Backend -> live sessions.
+    pub by_backend: BTreeMap<u32, u64>,
+    /// Map -> entries that stayed.
+    pub entries: BTreeMap<&'static str, u64>,
+    /// Service -> sessions that the kernel evicted, since the sweep began; those of a group by its first service.
+    pub evicted: BTreeMap<u32, u64>,
+}
+
 /// Walks the tables of one dataplane.
 #[derive(Debug)]
 pub struct Sweeper {
@@ -92,6 +105,7 @@ pub struct Sweeper {
     /// Services whose pins were evicted since somebody asked.
     evicted: BTreeSet<u32>,
     totals: Totals,
+    census: Census,
 }
 
 /// Where a pass is. Flows come first: sessions need to know their connections.
@@ -120,6 +134,10 @@ struct Pass {
     before: BTreeMap<u32, Counts>,
     /// Group -> live sessions.
     live: BTreeMap<u32, u64>,
+    /// Service -> live sessions.
+    by_service: BTreeMap<u32, u64>,
+    /// Map -> entries that stayed.
+    entries: BTreeMap<&'static str, u64>,
 }
 
 impl Pass {
@@ -146,6 +164,7 @@ impl Sweeper {
             counts: BTreeMap::new(),
             evicted: BTreeSet::new(),
             totals: Totals::default(),
+            census: Census::default(),
             store,
         })
     }
@@ -154,6 +173,12 @@ impl Sweeper {
     #[must_use]
     pub const fn totals(&self) -> Totals {
         self.totals
+    }
+
+    /// What the last whole pass found.
+    #[must_use]
+    pub const fn census(&self) -> &Census {
+        &self.census
     }
 
     /// A plan has set bits of the filter: what seemed idle may be in use.
@@ -213,6 +238,8 @@ impl Pass {
             loads: BTreeMap::new(),
             before: BTreeMap::new(),
             live: BTreeMap::new(),
+            by_service: BTreeMap::new(),
+            entries: [V4::SESSIONS, V6::SESSIONS, V4::FLOWS, V6::FLOWS].map(|map| (map, 0)).into(),
         }
     }
 }
@@ -244,6 +271,9 @@ impl Sweeper {
             }
         }
         self.report_evictions(now_ns)?;
+        self.census.by_service = mem::take(&mut self.pass.by_service);
+        self.census.by_backend = mem::take(&mut self.pass.loads);
+        self.census.entries = mem::take(&mut self.pass.entries);
         self.need_published()?;
         self.totals.filter_bits += u64::from(self.filter.finish(&self.store.filter));
         self.totals.passes += 1;
@@ -305,6 +335,7 @@ impl Sweeper {
             let services = self.pass.scopes.groups().find(|(of, _)| *of == group).map(|(_, services)| services);
             let service = services.and_then(|services| services.first().copied()).unwrap_or(0);
             self.evicted.insert(service);
+            *self.census.evicted.entry(service).or_default() += evicted;
             warn!(service, evicted, "the session table is full: pins were evicted");
             self.store.report(&Event {
                 time_ns: now_ns,
@@ -358,6 +389,7 @@ impl Sweeper {
             if self.is_over(&key, &flow, now_ns)? {
                 self.remove_flow(&key, &flow, now_ns)?;
             } else {
+                *self.pass.entries.entry(A::FLOWS).or_default() += 1;
                 self.note_flow(&key, &flow);
             }
         }
@@ -421,7 +453,9 @@ impl Sweeper {
                 continue;
             }
             *self.pass.live.entry(group).or_default() += 1;
+            *self.pass.entries.entry(A::SESSIONS).or_default() += 1;
             if self.pass.lives(session.backend, session.generation) {
+                *self.pass.by_service.entry(session.service).or_default() += 1;
                 *self.pass.loads.entry(session.backend).or_default() += 1;
             }
         }

@@ -775,6 +775,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         proxy_name: DEFAULT_PROXY_NAME.to_owned(),
         shadow: false,
         detach_on_exit: false,
+        http: None,
     };
     let outcome = wire.on_a_thread(|| {
         agent::attach(&options)?;

@@ -1,12 +1,13 @@
 //! From a snapshot of the source to the kernel's maps.
 
-use std::mem;
+use std::{mem, sync::Arc, time::Instant};
 
 use tracing::{debug, info};
 
 use super::problems::Problems;
 use crate::{
     desired::{self, Change, Desired, Memo},
+    metrics::Vitals,
     plan::Ledger,
     source::{Problem, Snapshot},
     store::{Op, Store, StoreError, kernel::KernelStore},
@@ -22,6 +23,9 @@ pub(super) struct Publisher {
     /// What the store holds; none where nobody knows: at the start, and where a step has failed.
     ledger: Option<Ledger>,
     due: Due,
+    /// When the snapshot came that is not published yet.
+    taken: Option<Instant>,
+    vitals: Arc<Vitals>,
 }
 
 /// What has not been planned for yet.
@@ -46,13 +50,22 @@ impl Publisher {
     /// At most so many plans in a row: where room is short, each has the room that the one before it freed.
     const PLANS: usize = 16;
 
-    pub(super) fn new(store: KernelStore, options: desired::Options) -> Self {
-        let memo = Memo::new(options);
-        Self { store, memo, given: Vec::new(), problems: Problems::default(), ledger: None, due: Due::All }
+    pub(super) fn new(store: KernelStore, options: desired::Options, vitals: Arc<Vitals>) -> Self {
+        Self {
+            store,
+            memo: Memo::new(options),
+            given: Vec::new(),
+            problems: Problems::default(),
+            ledger: None,
+            due: Due::All,
+            taken: None,
+            vitals,
+        }
     }
 
     /// Decides what the snapshot asks for; [`Publisher::publish`] carries it out.
     pub(super) fn take(&mut self, snapshot: &Snapshot) {
+        self.taken.get_or_insert_with(Instant::now);
         let change = self.memo.update(snapshot);
         self.given.clone_from(&snapshot.problems);
         self.due = match (mem::take(&mut self.due), change) {
@@ -66,6 +79,20 @@ impl Publisher {
     /// # Errors
     /// The step that failed; those before it hold. The next call reads the store anew and goes on from there.
     pub(super) fn publish(&mut self) -> Result<Published, StoreError> {
+        let published = self.carry_out();
+        match &published {
+            Ok(published) => {
+                self.vitals.published(published.steps);
+                if let Some(taken) = self.taken.take() {
+                    self.vitals.sync.observe(taken.elapsed().as_secs_f64());
+                }
+            }
+            Err(_) => self.vitals.failed(),
+        }
+        published
+    }
+
+    fn carry_out(&mut self) -> Result<Published, StoreError> {
         let due = mem::take(&mut self.due);
         let (mut ledger, mut due) = match self.ledger.take() {
             Some(ledger) => (ledger, due),

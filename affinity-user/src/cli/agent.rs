@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write},
+    net::SocketAddr,
     path::Path,
 };
 
@@ -118,6 +119,7 @@ impl AttachArgs {
             proxy_name: self.service_proxy_name.clone(),
             shadow: self.shadow,
             detach_on_exit,
+            http: None,
         })
     }
 
@@ -136,6 +138,12 @@ pub(crate) struct RunArgs {
     /// With --source kubernetes: tell owners of Services nothing by Kubernetes Events
     #[arg(long)]
     no_kubernetes_events: bool,
+    /// Serve /metrics, /healthz and /readyz over HTTP here
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<SocketAddr>,
+    /// How many services, and how many backends, have metrics of their own; the rest are summed as `other`
+    #[arg(long, value_name = "N", default_value_t = 1000, requires = "metrics")]
+    metrics_max_series: usize,
     #[command(flatten)]
     attach: AttachArgs,
 }
@@ -146,6 +154,8 @@ impl RunArgs {
         if let Source::Kubernetes(cluster) = &mut options.source {
             cluster.events = !self.no_kubernetes_events;
         }
+        let max_series = self.metrics_max_series;
+        options.http = self.metrics.map(|address| agent::http::Options { address, max_series });
         Ok(agent::run(&options)?)
     }
 }

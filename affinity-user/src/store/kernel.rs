@@ -70,17 +70,28 @@ impl<A: Address> FamilyTables<A> {
 
 /// An address family: what is the same for both is written once over this.
 pub trait Family: Address {
+    /// The name of its map of sessions.
+    const SESSIONS: &'static str;
+    /// The name of its map of flows.
+    const FLOWS: &'static str;
+
     /// The family's tables.
     fn tables(store: &KernelStore) -> &FamilyTables<Self>;
 }
 
 impl Family for V4 {
+    const SESSIONS: &'static str = names::SESSIONS_V4;
+    const FLOWS: &'static str = names::FLOWS_V4;
+
     fn tables(store: &KernelStore) -> &FamilyTables<Self> {
         &store.v4
     }
 }
 
 impl Family for V6 {
+    const SESSIONS: &'static str = names::SESSIONS_V6;
+    const FLOWS: &'static str = names::FLOWS_V6;
+
     fn tables(store: &KernelStore) -> &FamilyTables<Self> {
         &store.v6
     }

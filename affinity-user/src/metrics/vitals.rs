@@ -1,0 +1,155 @@
+//! What only the running agent knows: written by its loop in passing, read by whoever asks over HTTP.
+
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime},
+};
+
+use prometheus_client::metrics::histogram::Histogram;
+
+use crate::{
+    load::monotonic_ns,
+    sweep::{Census, Totals},
+};
+
+/// A loop that has not come round for so long is stuck.
+pub const STUCK_AFTER: Duration = Duration::from_secs(10);
+
+/// Upper bounds of the buckets of a sync's duration, seconds.
+const SYNC_BUCKETS_S: [f64; 14] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// The agent's state of health, and its counts.
+#[derive(Debug)]
+pub struct Vitals {
+    /// When the agent was started.
+    pub started: SystemTime,
+    /// Monotonic nanoseconds at which the loop last came round; 0: it has not begun.
+    ticked_ns: AtomicU64,
+    is_published: AtomicBool,
+    /// Devices that are attached.
+    devices: AtomicU64,
+    /// Seconds from a snapshot's arrival until it is published.
+    pub sync: Histogram,
+    steps: AtomicU64,
+    failures: AtomicU64,
+    swept: Mutex<(Totals, Census)>,
+}
+
+impl Default for Vitals {
+    fn default() -> Self {
+        Self {
+            started: SystemTime::now(),
+            ticked_ns: AtomicU64::new(0),
+            is_published: AtomicBool::new(false),
+            devices: AtomicU64::new(0),
+            sync: Histogram::new(SYNC_BUCKETS_S),
+            steps: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            swept: Mutex::default(),
+        }
+    }
+}
+
+impl Vitals {
+    /// The loop has come round.
+    pub fn tick(&self) {
+        self.ticked_ns.store(monotonic_ns(), Relaxed);
+    }
+
+    /// A snapshot was published, by so many steps.
+    pub fn published(&self, steps: usize) {
+        self.is_published.store(true, Relaxed);
+        self.steps.fetch_add(steps as u64, Relaxed);
+    }
+
+    /// A step has failed.
+    pub fn failed(&self) {
+        self.failures.fetch_add(1, Relaxed);
+    }
+
+    /// So many devices are attached now.
+    pub fn attached(&self, devices: usize) {
+        self.devices.store(devices as u64, Relaxed);
+    }
+
+    /// The sweep has ended a pass.
+    pub fn swept(&self, totals: Totals, census: Census) {
+        *self.lock() = (totals, census);
+    }
+
+    /// Steps taken to publish.
+    pub fn steps(&self) -> u64 {
+        self.steps.load(Relaxed)
+    }
+
+    /// Attempts to publish that failed.
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Relaxed)
+    }
+
+    /// What the sweep's last pass found.
+    pub fn sweep(&self) -> (Totals, Census) {
+        self.lock().clone()
+    }
+
+    /// Whether the loop is alive at a time; it counts as alive before it has begun.
+    ///
+    /// # Errors
+    /// What is wrong, in one line.
+    pub fn is_healthy(&self, now_ns: u64) -> Result<(), String> {
+        let ticked_ns = self.ticked_ns.load(Relaxed);
+        let since = Duration::from_nanos(now_ns.saturating_sub(ticked_ns));
+        if ticked_ns == 0 || since < STUCK_AFTER {
+            return Ok(());
+        }
+        Err(format!("the agent's loop has not come round for {} s", since.as_secs()))
+    }
+
+    /// Whether packets are handled as the source says.
+    ///
+    /// # Errors
+    /// What is missing, in one line.
+    pub fn is_ready(&self) -> Result<(), String> {
+        if !self.is_published.load(Relaxed) {
+            return Err("nothing is published yet: the source has not answered, or a step fails".to_owned());
+        }
+        if self.devices.load(Relaxed) == 0 {
+            return Err("no device is attached".to_owned());
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Totals, Census)> {
+        self.swept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loop_that_has_not_come_round_is_not_healthy() {
+        let vitals = Vitals::default();
+        let later = |seconds: u64| monotonic_ns() + seconds * 1_000_000_000;
+        assert_eq!(vitals.is_healthy(later(100)), Ok(()), "it has not begun");
+        vitals.tick();
+        assert_eq!(vitals.is_healthy(later(1)), Ok(()));
+        assert_eq!(vitals.is_healthy(later(20)), Err("the agent's loop has not come round for 20 s".to_owned()));
+    }
+
+    #[test]
+    fn ready_is_published_and_attached() {
+        let vitals = Vitals::default();
+        vitals.attached(1);
+        assert!(vitals.is_ready().unwrap_err().contains("published"));
+        vitals.published(3);
+        assert_eq!(vitals.is_ready(), Ok(()));
+        vitals.attached(0);
+        assert_eq!(vitals.is_ready(), Err("no device is attached".to_owned()));
+    }
+}
