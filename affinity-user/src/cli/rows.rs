@@ -484,7 +484,7 @@ mod tests {
         truncated              0   Passed: the frame ends before its headers do.
         malformed              0   Passed: a header contradicts itself.
         fragment               0   Passed: a fragment of an IP packet.
-        other-protocol         0   Passed: neither TCP nor UDP.
+        other-protocol         0   Passed: neither TCP nor UDP, nor an error about a known flow.
         not-frontend     1234567   Passed: the destination is no frontend.
         not-reply              0   Passed: no flow that this packet would answer.
         established           42   Forwarded: a packet of a known flow.
