@@ -63,6 +63,8 @@ fn the_agent_understands_what_the_chart_can_say() -> Result<()> {
     for option in template.lines().filter_map(|line| line.trim().strip_prefix("- --")) {
         let (name, value) = option.split_once('=').unwrap_or((option, ""));
         let choices = match value.strip_prefix("{{ .Values.").and_then(|value| value.strip_suffix(" }}")) {
+            // An address and a port, from two values.
+            Some(_) | None if name == "metrics" => vec!["[::]:9977".to_owned(), "0.0.0.0:9977".to_owned()],
             // A number may have its type behind it.
             Some(path) if path.ends_with("| int64") => vec!["1000".to_owned()],
             Some(path) => choices(&schema, path),

@@ -193,13 +193,17 @@ fn helm_renders_what_the_plain_manifests_say() -> Result<()> {
 #[test]
 #[ignore = "needs helm"]
 fn helm_passes_values_on() -> Result<()> {
-    let settings = ["shadow=true", "devices={eth*}", "sizes.sessions=3000000", "services=all"];
+    let settings = ["shadow=true", "devices={eth*}", "sizes.sessions=3000000", "metricsPort=9000", "services=all"];
     let chart = rendered(&[settings.as_slice(), &["apiServer.host=192.0.2.1", "extraArgs={--no-tcx}"]].concat())?;
     let container = chart.container();
     let args = container.args.clone().unwrap_or_default();
-    for arg in ["--shadow", "--device=eth*", "--max-sessions=3000000", "--services=all", "--no-tcx"] {
+    for arg in
+        ["--shadow", "--device=eth*", "--max-sessions=3000000", "--metrics=[::]:9000", "--services=all", "--no-tcx"]
+    {
         assert!(args.iter().any(|given| given == arg), "{arg}: {args:?}");
     }
+    let port = container.ports.as_ref().and_then(|ports| ports.first()).map(|port| port.container_port);
+    assert_eq!(port, Some(9000));
     let host = container.env.iter().flatten().find(|variable| variable.name == "KUBERNETES_SERVICE_HOST");
     assert_eq!(host.and_then(|host| host.value.as_deref()), Some("192.0.2.1"));
 

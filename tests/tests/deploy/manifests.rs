@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::VolumeMount;
+use k8s_openapi::api::core::v1::{Probe, VolumeMount};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::objects::{Kustomization, Objects, deploy, text};
@@ -108,6 +108,34 @@ fn every_volume_is_the_nodes_and_is_mounted_where_the_agent_looks() -> Result<()
     let propagation = |mount: &VolumeMount| mount.mount_propagation.clone().unwrap_or_default();
     // A mount that the agent makes must reach the node.
     assert_eq!(propagation(places["/sys/fs/bpf"]), "Bidirectional");
+    Ok(())
+}
+
+#[test]
+fn probes_and_scrapes_meet_the_port_that_the_agent_listens_on() -> Result<()> {
+    let objects = installed()?;
+    let listens = option(&objects, "--metrics").and_then(|address| address.rsplit(':').next());
+    let port: i32 = listens.context("no --metrics")?.parse()?;
+    let container = objects.container();
+    let [named] = container.ports.as_deref().unwrap_or_default() else { panic!("one port") };
+    assert_eq!((named.name.as_deref(), named.container_port), (Some("metrics"), port));
+    // In the node's network the two are the same, and the API server fills in the second.
+    assert_eq!(named.host_port, None);
+
+    let path = |probe: &Option<Probe>| -> Result<String> {
+        let request = probe.as_ref().and_then(|probe| probe.http_get.as_ref()).context("no HTTP probe")?;
+        assert_eq!(request.port, IntOrString::String("metrics".to_owned()));
+        request.path.clone().context("no path")
+    };
+    assert_eq!(path(&container.startup_probe)?, "/healthz");
+    assert_eq!(path(&container.liveness_probe)?, "/healthz");
+    assert_eq!(path(&container.readiness_probe)?, "/readyz");
+
+    let spec = &objects.daemonset.spec;
+    let annotations = spec.template.metadata.as_ref().and_then(|metadata| metadata.annotations.as_ref());
+    let annotations = annotations.context("no annotations")?;
+    assert_eq!(annotations.get("prometheus.io/port"), Some(&port.to_string()));
+    assert_eq!(annotations.get("prometheus.io/scrape").map(String::as_str), Some("true"));
     Ok(())
 }
 
