@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -143,4 +143,26 @@ fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
     lab.publish_and_settle(&web.clone().on(others))?;
     route.dial(lab, 1, 1)?;
     line_about("moved", 1)
+}
+
+/// As `kubectl exec` without a terminal starts a command: in the container's environment, which is next to none.
+#[test]
+fn commands_need_neither_terminal_nor_environment() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::XdpNative, &[&web], |lab, _| {
+        Route::all_to(&web)[0].dial(lab, 1, 1)?;
+        let command = lab.affinity_command()?;
+        let args: Vec<_> = command.get_args().collect();
+        let program = args.iter().position(|arg| *arg == "--").context("nsenter ... -- affinity ...")? + 1;
+        for (ask, wanted) in
+            [("get sessions", "198.18.0.1"), ("get services", "default/web"), ("top --once", "1 service")]
+        {
+            let mut bare = Command::new(command.get_program());
+            bare.args(&args[..program]).args(["env", "-i"]).args(&args[program..]).args(ask.split(' '));
+            let done = bare.stdin(Stdio::null()).output()?;
+            let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+            ensure!(done.status.success() && out.contains(wanted) && err.is_empty(), "{ask}: {out}{err}");
+        }
+        Ok(())
+    })
 }
