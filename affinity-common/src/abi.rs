@@ -16,6 +16,7 @@ mod flow;
 mod frontend;
 mod reason;
 mod session;
+mod socket;
 mod status;
 
 use core::fmt::Debug;
@@ -32,6 +33,7 @@ pub use frontend::{
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};
+pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
 pub use status::{SourceKind, Status};
 
 /// Version of this layout.
@@ -273,13 +275,15 @@ assert_no_padding!(
     Edit<V6>: 16 + 16 + 2 + 2 + 2 + 2,
     Flow<V4>: 8 + 8 + 8 + 16 + 5 * 4 + 4,
     Flow<V6>: 8 + 8 + 8 + 40 + 5 * 4 + 4,
+    SocketKey: 8 + 16 + 2 + 1 + 1 + 4,
+    Socket: 3 * 8 + 3 * 16 + 2 + 2 + 5 * 4 + 1 + 7,
     UsageKey: 4 + 4,
     Usage: 8 * 8,
     Event: 8 + 16 + 6 * 4 + 8,
     NameKey: 4 + 4,
     Name: 2 + 318,
     Status: 8 + 8 + 4 + 4,
-    Config: 5 * 8,
+    Config: 6 * 8,
 );
 
 #[cfg(test)]

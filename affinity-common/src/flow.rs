@@ -7,8 +7,8 @@ use crate::{
     },
     parse::{FIN, Headers, RST, UDP},
     rewrite,
-    session::{Resolved, is_fresh},
-    tables::{Entry, FamilyTables, NotStored, Pin},
+    session::{self, Resolved},
+    tables::{Entry, FamilyTables, NotStored},
 };
 
 /// A flow's time of last use is written at most this often, in nanoseconds.
@@ -106,11 +106,7 @@ fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
         return;
     }
     let key = SessionKey::new(flow.scope, headers.key.saddr, flow.prefix);
-    if let Some(entry) = tables.session(&key)
-        && entry.with(|pin| pin.backend == flow.backend && is_fresh(pin, timer, flow.timeout_ns, now_ns))
-    {
-        entry.update(|session| session.last_used_ns = now_ns);
-    }
+    session::renew(tables, &key, flow.backend, (timer, flow.timeout_ns), now_ns);
 }
 
 /// Follows a connection's end in both directions' records.
@@ -148,14 +144,8 @@ fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Heade
     }
     let from_client = headers.key.direction == Direction::Forward as u8;
     let client = if from_client { headers.key.saddr } else { flow.edit.daddr };
-    if let Some(entry) = tables.session(&SessionKey::new(flow.scope, client, flow.prefix))
-        && entry.with(|session| session.backend == flow.backend && session.generation == flow.generation)
-    {
-        entry.update(|session| session.last_used_ns = now_ns);
-        if entry.with(|session| session.connections) > 0 {
-            entry.add_connections(u32::MAX);
-        }
-    }
+    let key = SessionKey::new(flow.scope, client, flow.prefix);
+    session::end_connection(tables, &key, (flow.backend, flow.generation), now_ns);
 }
 
 /// The state of a flow after a packet with FIN or RST.

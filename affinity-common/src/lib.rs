@@ -21,6 +21,7 @@ pub mod refuse;
 pub mod rewrite;
 pub mod select;
 pub mod session;
+pub mod socket;
 pub mod tables;
 #[cfg(test)]
 mod testing;

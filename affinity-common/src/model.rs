@@ -13,10 +13,10 @@ use std::{
 use crate::{
     abi::{
         Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
-        SessionKey, UsageKey, UsageOf, V4, V6,
+        SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
     },
     packet::Packet,
-    tables::{Entry, FamilyTables, NotStored, Pin, Tables},
+    tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables},
 };
 
 /// A map that forgets what was used longest ago once it is full.
@@ -154,6 +154,8 @@ pub struct Model {
     pub flows_v4: RefCell<Lru<FlowKey<V4>, Flow<V4>>>,
     /// Flows, IPv6.
     pub flows_v6: RefCell<Lru<FlowKey<V6>, Flow<V6>>>,
+    /// Sockets.
+    pub sockets: RefCell<Lru<SocketKey, Socket>>,
     /// Packets by reason.
     pub counters: RefCell<BTreeMap<Reason, u64>>,
     /// Entries made for counting by service and backend.
@@ -181,6 +183,7 @@ impl Model {
             sessions_v6: RefCell::new(Lru::new(capacity)),
             flows_v4: RefCell::new(Lru::new(capacity)),
             flows_v6: RefCell::new(Lru::new(capacity)),
+            sockets: RefCell::new(Lru::new(capacity)),
             counters: RefCell::default(),
             usage: RefCell::default(),
             events: RefCell::default(),
@@ -279,6 +282,21 @@ macro_rules! family {
 
 family!(V4, frontends_v4, sessions_v4, flows_v4);
 family!(V6, frontends_v6, sessions_v6, flows_v6);
+
+impl SocketTables for Model {
+    fn socket(&self, key: &SocketKey) -> Option<Shared<Socket>> {
+        self.sockets.borrow_mut().touch(key).map(Shared)
+    }
+
+    fn put_socket(&self, key: &SocketKey, socket: &Socket) -> Result<(), NotStored> {
+        self.sockets.borrow_mut().insert(*key, *socket);
+        Ok(())
+    }
+
+    fn remove_socket(&self, key: &SocketKey) {
+        self.sockets.borrow_mut().remove(key);
+    }
+}
 
 /// A frame is its bytes, with complete checksums.
 impl Packet for Vec<u8> {

@@ -22,6 +22,8 @@ pub const SESSIONS_V6: &str = "sessions_v6";
 pub const FLOWS_V4: &str = "flows_v4";
 /// `lru_hash`: [`crate::abi::FlowKey`] -> [`crate::abi::Flow`], IPv6.
 pub const FLOWS_V6: &str = "flows_v6";
+/// `lru_hash`: [`crate::abi::SocketKey`] -> [`crate::abi::Socket`].
+pub const SOCKETS: &str = "sockets";
 /// `percpu_array`: [`crate::abi::Reason`] -> packets, `u64`.
 pub const COUNTERS: &str = "counters";
 /// `percpu_hash`: [`crate::abi::UsageKey`] -> [`crate::abi::Usage`].
@@ -34,7 +36,7 @@ pub const NAMES: &str = "names";
 pub const STATUS: &str = "status";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 16] = [
+pub const MAPS: [&str; 17] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     SLOTS,
@@ -46,6 +48,7 @@ pub const MAPS: [&str; 16] = [
     SESSIONS_V6,
     FLOWS_V4,
     FLOWS_V6,
+    SOCKETS,
     COUNTERS,
     USAGE,
     EVENTS,
@@ -59,6 +62,18 @@ pub const XDP_FORWARD: &str = "xdp_forward";
 pub const TC_FORWARD: &str = "tc_forward";
 /// TC program on egress: reverse translation.
 pub const TC_REVERSE: &str = "tc_reverse";
+/// Programs on a cgroup: what processes ask their sockets for.
+pub const SOCKET_PROGRAMS: [&str; 9] = [
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+    "sock_release",
+];
 /// TC program run by the agent alone: writes the [`crate::abi::Event`] that is its packet to the ring buffer.
 pub const REPORT: &str = "report";
 /// TC program run by the loader alone: writes jiffies and the monotonic clock (two native `u64`) into its packet.

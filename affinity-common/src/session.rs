@@ -90,6 +90,40 @@ enum Found<P> {
     Elsewhere,
 }
 
+/// Restarts the timeout of a pin to `backend`, where a packet does; one that has expired stays so.
+#[inline(always)]
+pub fn renew<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    key: &SessionKey<A>,
+    backend: u32,
+    (timer, timeout_ns): (Timer, u64),
+    now_ns: u64,
+) {
+    if let Some(entry) = tables.session(key)
+        && entry.with(|pin| pin.backend == backend && is_fresh(pin, timer, timeout_ns, now_ns))
+    {
+        entry.update(|session| session.last_used_ns = now_ns);
+    }
+}
+
+/// Under `alive`, the end of a connection restarts the timeout of the pin to its backend.
+#[inline(always)]
+pub fn end_connection<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    key: &SessionKey<A>,
+    (backend, generation): (u32, u32),
+    now_ns: u64,
+) {
+    if let Some(entry) = tables.session(key)
+        && entry.with(|session| session.backend == backend && session.generation == generation)
+    {
+        entry.update(|session| session.last_used_ns = now_ns);
+        if entry.with(|session| session.connections) > 0 {
+            entry.add_connections(u32::MAX);
+        }
+    }
+}
+
 /// Finds the member for a new connection, and counts it for the service and the backend; `resolved` becomes what came of
 /// it. For callers that are not inlined and return what fits a register: the kernel's verifier refuses a function whose
 /// return register holds a pointer to the stack when it ends, and one that returns by pointer is free to leave that

@@ -3,7 +3,7 @@
 
 use crate::abi::{
     Address, Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
-    SessionKey, UsageOf,
+    SessionKey, Socket, SocketKey, UsageOf, V4, V6,
 };
 
 /// A value inside a table, found by a lookup.
@@ -82,6 +82,19 @@ pub trait FamilyTables<A: Address>: Tables {
     /// # Errors
     /// [`NotStored`] where the kernel has no room.
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
+}
+
+/// The table of sockets, and all that a socket's call consults.
+pub trait SocketTables: FamilyTables<V4> + FamilyTables<V6> {
+    /// A socket's entry.
+    fn socket(&self, key: &SocketKey) -> Option<Self::Entry<Socket>>;
+    /// Stores an entry, in place of any under its key.
+    ///
+    /// # Errors
+    /// [`NotStored`] where the kernel has no room.
+    fn put_socket(&self, key: &SocketKey, socket: &Socket) -> Result<(), NotStored>;
+    /// Removes an entry.
+    fn remove_socket(&self, key: &SocketKey);
 }
 
 /// A table did not take an entry.

@@ -9,15 +9,18 @@ use core::{
 };
 
 use affinity_common::{
-    abi::{CONFIG_MAGIC, Config, Event, Session},
+    abi::{Address, CONFIG_MAGIC, Config, Event, Port, Session, V4, V6},
     packet::Packet,
+    parse::{TCP, UDP},
+    socket::{Caller, Peer},
     tables::{Entry, Pin},
 };
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, xdp_md},
+    bindings::{__sk_buff, bpf_sock, bpf_sock_addr, xdp_md},
     helpers,
     maps::ProgramArray,
+    programs::{SockAddrContext, SockContext},
 };
 
 /// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.
@@ -56,8 +59,14 @@ impl<T: Copy> Rodata<T> {
 
 /// Set by the loader before the programs are verified.
 #[unsafe(no_mangle)]
-pub static CONFIG: Rodata<Config> =
-    Rodata::new(Config { magic: CONFIG_MAGIC, tick_ns: 0, tick_base: 0, fixed_now_ns: 0, fixed_random: 0 });
+pub static CONFIG: Rodata<Config> = Rodata::new(Config {
+    magic: CONFIG_MAGIC,
+    tick_ns: 0,
+    tick_base: 0,
+    refuse_errno: 0,
+    fixed_now_ns: 0,
+    fixed_random: 0,
+});
 
 /// A value inside a map.
 #[derive(Clone, Copy)]
@@ -424,6 +433,148 @@ impl SkBuff {
         // SAFETY: as above.
         unsafe { helpers::bpf_redirect((*self.0).ifindex, 0) as i32 }
     }
+}
+
+/// Loads a word of a context: the verifier wants each as an offset of the context itself.
+macro_rules! context_word {
+    ($ctx:expr, $offset:expr) => {{
+        let word: u64;
+        // SAFETY: the kernel gave the context, it lives as long as the program runs, and the field is a word of it.
+        unsafe {
+            asm!("{word} = *(u32 *)({ctx} + {offset})", word = out(reg) word, ctx = in(reg) $ctx,
+                offset = const $offset, options(readonly, nostack))
+        };
+        word as u32
+    }};
+}
+
+/// Stores a word of a context.
+macro_rules! set_context_word {
+    ($ctx:expr, $offset:expr, $word:expr) => {{
+        // SAFETY: as for loads; the verifier knows which fields a program may change.
+        unsafe {
+            asm!("*(u32 *)({ctx} + {offset}) = {word}", ctx = in(reg) $ctx, word = in(reg) u64::from($word),
+                offset = const $offset, options(nostack))
+        }
+    }};
+}
+
+/// The context of a program that a call on a socket meets, with the other end that the call names.
+#[derive(Clone, Copy)]
+pub struct SockAddr(*mut bpf_sock_addr);
+
+const USER_IP6: usize = offset_of!(bpf_sock_addr, user_ip6);
+
+impl SockAddr {
+    /// Of the program's own context.
+    #[inline(always)]
+    pub fn new(ctx: &SockAddrContext) -> Self {
+        Self(ctx.sock_addr)
+    }
+
+    /// The socket; `None` for one that speaks neither TCP nor UDP.
+    #[inline(always)]
+    pub fn caller(self) -> Option<Caller> {
+        let protocol = spoken(context_word!(self.0, offset_of!(bpf_sock_addr, protocol)))?;
+        // SAFETY: the helpers take the program's own context.
+        let (cookie, netns) =
+            unsafe { (helpers::bpf_get_socket_cookie(self.0.cast()), helpers::bpf_get_netns_cookie(self.0.cast())) };
+        Some(Caller { cookie, netns, protocol })
+    }
+
+    /// The other end, where it is IPv4.
+    #[inline(always)]
+    pub fn peer_v4(self) -> Peer {
+        let address = context_word!(self.0, offset_of!(bpf_sock_addr, user_ip4));
+        Peer { address: V6(V4(address.to_ne_bytes()).to_mapped()), port: self.port() }
+    }
+
+    /// The other end, where it is IPv6.
+    #[inline(always)]
+    pub fn peer_v6(self) -> Peer {
+        let words = [
+            context_word!(self.0, USER_IP6),
+            context_word!(self.0, USER_IP6 + 4),
+            context_word!(self.0, USER_IP6 + 8),
+            context_word!(self.0, USER_IP6 + 12),
+        ];
+        let mut address = [0; 16];
+        for (place, word) in address.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        Peer { address: V6(address), port: self.port() }
+    }
+
+    /// Names another end, IPv4.
+    #[inline(always)]
+    pub fn set_peer_v4(self, peer: &Peer) {
+        let V4(address) = V4::from_mapped(peer.address.0);
+        set_context_word!(self.0, offset_of!(bpf_sock_addr, user_ip4), u32::from_ne_bytes(address));
+        self.set_port(peer.port);
+    }
+
+    /// Names another end, IPv6.
+    #[inline(always)]
+    pub fn set_peer_v6(self, peer: &Peer) {
+        let V6(address) = peer.address;
+        set_context_word!(self.0, USER_IP6, u32::from_ne_bytes(chunk(&address, 0)));
+        set_context_word!(self.0, USER_IP6 + 4, u32::from_ne_bytes(chunk(&address, 4)));
+        set_context_word!(self.0, USER_IP6 + 8, u32::from_ne_bytes(chunk(&address, 8)));
+        set_context_word!(self.0, USER_IP6 + 12, u32::from_ne_bytes(chunk(&address, 12)));
+        self.set_port(peer.port);
+    }
+
+    /// The field is a word: the port as it lies in memory in network order, widened.
+    #[inline(always)]
+    fn port(self) -> Port {
+        let port = context_word!(self.0, offset_of!(bpf_sock_addr, user_port)) as u16;
+        Port(port.to_ne_bytes())
+    }
+
+    #[inline(always)]
+    fn set_port(self, Port(port): Port) {
+        set_context_word!(self.0, offset_of!(bpf_sock_addr, user_port), u32::from(u16::from_ne_bytes(port)));
+    }
+}
+
+/// The context of a program that the end of a socket meets.
+#[derive(Clone, Copy)]
+pub struct Release(*mut bpf_sock);
+
+impl Release {
+    /// Of the program's own context.
+    #[inline(always)]
+    pub fn new(ctx: &SockContext) -> Self {
+        Self(ctx.sock)
+    }
+
+    /// The socket; `None` for one that spoke neither TCP nor UDP. Its namespace no longer matters.
+    #[inline(always)]
+    pub fn caller(self) -> Option<Caller> {
+        let protocol = spoken(context_word!(self.0, offset_of!(bpf_sock, protocol)))?;
+        // SAFETY: the helper takes the program's own context.
+        let cookie = unsafe { helpers::bpf_get_socket_cookie(self.0.cast()) };
+        Some(Caller { cookie, netns: 0, protocol })
+    }
+}
+
+/// A protocol that is translated.
+#[inline(always)]
+fn spoken(protocol: u32) -> Option<u8> {
+    if protocol == u32::from(TCP) {
+        Some(TCP)
+    } else if protocol == u32::from(UDP) {
+        Some(UDP)
+    } else {
+        None
+    }
+}
+
+/// The call that this program fails ends with this error number: in place of `EPERM`, where the kernel has the helper.
+#[inline(always)]
+pub fn fail_with(errno: i32) {
+    // SAFETY: no pointers.
+    unsafe { helpers::bpf_set_retval(-errno) };
 }
 
 /// Goes on with another program; comes back only where there is none at `index`.

@@ -5,6 +5,7 @@
 #![no_main]
 
 mod maps;
+mod sock;
 mod tables;
 
 use affinity_common::pipeline::{self, Verdict};

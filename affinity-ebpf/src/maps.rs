@@ -2,7 +2,7 @@
 
 use affinity_common::abi::{
     Backend, Event, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Session,
-    SessionKey, Status, Usage, UsageKey, V4, V6,
+    SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -37,6 +37,9 @@ pub static SESSIONS_V6: LruHashMap<SessionKey<V6>, Session> = LruHashMap::with_m
 pub static FLOWS_V4: LruHashMap<FlowKey<V4>, Flow<V4>> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "flows_v6")]
 pub static FLOWS_V6: LruHashMap<FlowKey<V6>, Flow<V6>> = LruHashMap::with_max_entries(1024, 0);
+
+#[map(name = "sockets")]
+pub static SOCKETS: LruHashMap<SocketKey, Socket> = LruHashMap::with_max_entries(1024, 0);
 
 #[map(name = "counters")]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);

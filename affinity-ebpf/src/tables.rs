@@ -5,16 +5,16 @@ use core::mem::offset_of;
 use affinity_common::{
     abi::{
         Backend, Config, Direction, Event, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey,
-        Reason, Session, SessionKey, UsageKey, UsageOf, V4, V6, usage_index,
+        Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
     },
-    tables::{Entry, FamilyTables, NotStored, Tables},
+    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables},
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_log_ebpf::{debug, trace};
 
 use crate::maps::{
     BACKENDS, COUNTERS, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, SESSIONS_V4,
-    SESSIONS_V6, SLOTS, USAGE,
+    SESSIONS_V6, SLOTS, SOCKETS, USAGE,
 };
 use affinity_ebpf::kernel::{self, CONFIG, MapValue};
 
@@ -165,3 +165,21 @@ macro_rules! family {
 
 family!(V4, FRONTENDS_V4, SESSIONS_V4, FLOWS_V4);
 family!(V6, FRONTENDS_V6, SESSIONS_V6, FLOWS_V6);
+
+impl SocketTables for Maps {
+    #[inline(always)]
+    fn socket(&self, key: &SocketKey) -> Option<MapValue<Socket>> {
+        SOCKETS.get_ptr_mut(key).map(MapValue::new)
+    }
+
+    #[inline(always)]
+    fn put_socket(&self, key: &SocketKey, socket: &Socket) -> Result<(), NotStored> {
+        SOCKETS.insert(key, socket, 0).map_err(|_| NotStored)
+    }
+
+    #[inline(always)]
+    fn remove_socket(&self, key: &SocketKey) {
+        // Where it has gone already there is nothing to do.
+        let _ = SOCKETS.remove(key);
+    }
+}

@@ -10,6 +10,7 @@ mod lock;
 mod notices;
 mod problems;
 mod publish;
+mod sockets;
 mod status;
 
 use std::{
@@ -30,6 +31,7 @@ use tracing::{error, info, warn};
 pub use self::{
     attacher::PatternError,
     lock::{Lock, LockError},
+    sockets::SocketOptions,
 };
 use self::{
     attacher::{Attacher, Look, Summary, Worker},
@@ -38,11 +40,12 @@ use self::{
     status::{TELL_EVERY, Teller},
 };
 use crate::{
-    attach::{self, AttachError, Attachment, Devices},
+    attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
     desired,
     events::Consumer,
     load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
+    sockets::Closer,
     source::{Feed, ObjectName, Source, SourceError, View},
     store::{
         StoreError,
@@ -82,6 +85,9 @@ pub enum AgentError {
     /// The source cannot be used.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// `--socket on`, and the kernel refused the programs.
+    #[error("--socket on: {0}")]
+    NoSocketPrograms(String),
     /// The process lacks something that it needs: a thread, a socket, a signal.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
@@ -110,6 +116,8 @@ pub struct Options {
     pub devices: Vec<String>,
     /// How to attach them.
     pub attach: attach::Options,
+    /// Whether and where sockets are translated.
+    pub sockets: SocketOptions,
     /// How to load.
     pub load: load::Options,
     /// Where to pin.
@@ -169,34 +177,46 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         if attacher.finds_none(&look) {
             return Err(AgentError::NothingFound);
         }
-        log_loaded(&load::load(&pins, &options.load)?, options);
+        let loaded = load::load(&pins, &options.load)?;
+        log_loaded(&loaded, options);
         let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default());
         let view = View::default();
         view.is_current_at(monotonic_ns());
         publisher.take(&options.source.read().await?);
         publisher.publish()?;
+        Teller::new(&pins, &options.source, view)?.tell()?;
         let failure = attacher.reconcile_all(&look)?;
+        sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         say("attached", &publisher, &attacher.summary(), &pins)?;
         failure.map_or(Ok(()), |failure| Err(failure.into()))
     })
+}
+
+/// What was taken off by [`detach`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Detached {
+    /// From devices.
+    pub devices: Vec<Attachment>,
+    /// From cgroups.
+    pub cgroups: Vec<CgroupAttachment>,
 }
 
 /// Takes the programs off one device; or off all, and every pin away. Returns what was attached.
 ///
 /// # Errors
 /// [`AgentError`], also where an agent is at work: it would attach again.
-pub fn detach(pin_dir: &Path, device: Option<&str>) -> Result<Vec<Attachment>, AgentError> {
+pub fn detach(pin_dir: &Path, device: Option<&str>) -> Result<Detached, AgentError> {
     let _lock = Lock::take(pin_dir)?;
     let pins = PinDir::new(pin_dir);
     let Some(device) = device else { return take_away(&pins) };
     let mut attachments = attach::attachments(&pins)?;
     attachments.retain(|attachment| attachment.device().as_deref() == Some(device));
     let Some(first) = attachments.first() else { return Err(AgentError::NotAttached(device.to_owned())) };
-    Ok(attach::detach(&pins, Some(first.ifindex))?)
+    Ok(Detached { devices: attach::detach(&pins, Some(first.ifindex))?, cgroups: Vec::new() })
 }
 
-fn take_away(pins: &PinDir) -> Result<Vec<Attachment>, AgentError> {
-    let detached = attach::detach(pins, None)?;
+fn take_away(pins: &PinDir) -> Result<Detached, AgentError> {
+    let detached = Detached { cgroups: attach::cgroup::detach(pins)?, devices: attach::detach(pins, None)? };
     pins.remove()?;
     Ok(detached)
 }
@@ -249,6 +269,7 @@ struct Agent {
     /// Whether the dataplane was ever in step with the source.
     is_ready: bool,
     sweeper: Sweeper,
+    closer: Closer,
     consumer: Consumer,
     teller: Teller,
     /// None where nobody would read them.
@@ -297,6 +318,7 @@ impl Agent {
         }
         let mut devices = Devices::new().map_err(no_netlink)?;
         attach_first(&mut attacher, &mut devices).await?;
+        sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         let mut agent = Self {
             teller: Teller::new(&pins, &options.source, feed.view.clone())?,
             noticer: feed.notices.clone().map(Noticer::new),
@@ -304,6 +326,7 @@ impl Agent {
             consumer,
             vitals,
             flush_log: log_reader(&mut loaded),
+            closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
             sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
             publisher,
             feed,
@@ -373,6 +396,9 @@ impl Agent {
                 if published.filter {
                     self.sweeper.filter_changed();
                 }
+                if published.left {
+                    self.closer.backends_left();
+                }
                 if !self.is_ready {
                     self.say_ready()?;
                 }
@@ -380,8 +406,9 @@ impl Agent {
             Err(error) => {
                 let after = retry.failed();
                 error!("{error}; trying again in {after:?}");
-                // It may have come as far as the filter.
+                // It may have come as far as the filter, or as far as backends.
                 self.sweeper.filter_changed();
+                self.closer.backends_left();
             }
         }
         Ok(())

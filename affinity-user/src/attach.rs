@@ -4,6 +4,7 @@
 //! program it joins. Where the kernel has no tcx the pin holds the program instead, as a note of the clsact filter
 //! that runs it. On each device there is one hook for packets from clients, and one for replies to them.
 
+pub mod cgroup;
 pub mod devices;
 pub mod discover;
 mod hook;
@@ -66,6 +67,17 @@ pub enum AttachError {
         /// Why.
         source: Box<ProgramError>,
     },
+    /// A cgroup's directory cannot be opened, or the kernel refused.
+    #[error("cgroup {cgroup}: {source}")]
+    Cgroup {
+        /// Its directory.
+        cgroup: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// There is no cgroup to attach to.
+    #[error("the root of cgroup version 2 cannot be seen: mount it, or name a cgroup with --cgroup")]
+    NoCgroup,
     /// A pin could not be made or read.
     #[error(transparent)]
     Pin(#[from] PinError),
@@ -308,7 +320,7 @@ fn open_pin(path: PathBuf, ifindex: u32, hook: Hook) -> Result<Option<(Attachmen
 /// # Errors
 /// The first [`AttachError`]; all attachments but those that failed have the new program.
 pub fn upgrade(pins: &PinDir) -> Result<usize, AttachError> {
-    let mut upgraded = Ok(0);
+    let mut upgraded = cgroup::upgrade(pins);
     for (pin, fd) in open_pins(pins)? {
         let outcome = match upgrade_one(pins, &pin, fd.as_fd()) {
             Ok(true) => Ok(1),

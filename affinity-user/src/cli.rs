@@ -6,6 +6,7 @@
 
 mod agent;
 mod check;
+mod client;
 mod dump;
 mod error;
 mod events;

@@ -7,6 +7,7 @@
 mod carry;
 mod clock;
 mod pins;
+mod release;
 pub mod sizes;
 
 use std::{
@@ -27,6 +28,7 @@ use aya_log::Level;
 use aya_obj::Object;
 use rustix::time::{ClockId, clock_gettime};
 
+pub(crate) use self::release::{release, version};
 pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
@@ -39,7 +41,7 @@ use crate::{
     sys::{self, Map, MapInfo, SysError},
 };
 
-/// The programs that stay loaded; [`names::CLOCK`] is needed only to load them.
+/// The programs that stay loaded, beside those for sockets; [`names::CLOCK`] is needed only to load them.
 const PINNED: [&str; 4] = [names::XDP_FORWARD, names::TC_FORWARD, names::TC_REVERSE, names::REPORT];
 
 /// The dataplane cannot be loaded.
@@ -120,6 +122,8 @@ pub struct Loaded {
     pub resized: Vec<&'static str>,
     /// Links of devices that met a new program.
     pub upgraded: usize,
+    /// Why the programs for sockets could not be loaded; none where they were.
+    pub without_sockets: Option<String>,
     /// The object: its log ring is read by `aya_log::EbpfLogger`.
     pub ebpf: Ebpf,
 }
@@ -158,12 +162,12 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
             pins.unpin(&pins.next_map(name))?;
         }
     }
-    let (ebpf, programs) = loaded?;
+    let (ebpf, programs, without_sockets) = loaded?;
     let upgraded = switch(pins, &plans, &programs, since_ns)?;
     let maps = names::MAPS.iter().map(|&name| Ok((name, *Map::open(&pins.map(name))?.info())));
     let maps = maps.collect::<Result<_, SysError>>()?;
     let resized = plans.iter().filter(|(_, plan)| matches!(plan, Plan::Replace(_))).map(|(&name, _)| name).collect();
-    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, upgraded, ebpf })
+    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, upgraded, without_sockets, ebpf })
 }
 
 /// The layout that each map must have.
@@ -225,6 +229,10 @@ fn measure_clock() -> Result<Ticks, LoadError> {
     Ok(clock::measure(clock.as_fd())?)
 }
 
+/// The maps that the programs write.
+const CARRIED_LATE: [&str; 5] =
+    [names::SESSIONS_V4, names::SESSIONS_V6, names::FLOWS_V4, names::FLOWS_V6, names::SOCKETS];
+
 type Programs = BTreeMap<&'static str, OwnedFd>;
 
 /// Loads the programs with the maps that they will use, beside what runs: no packet meets them yet.
@@ -233,10 +241,11 @@ fn load_beside(
     options: &Options,
     plans: &BTreeMap<&'static str, Plan>,
     ticks: Ticks,
-) -> Result<(Ebpf, Programs), LoadError> {
+) -> Result<(Ebpf, Programs, Option<String>), LoadError> {
     let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
     let Ticks { tick_ns, tick_base } = ticks;
-    let config = Config { magic: CONFIG_MAGIC, tick_ns, tick_base, fixed_now_ns, fixed_random };
+    let refuse_errno = refuse_errno();
+    let config = Config { magic: CONFIG_MAGIC, tick_ns, tick_base, refuse_errno, fixed_now_ns, fixed_random };
     let log_level = options.log_level.map_or(0, |level| level as u8);
 
     let mut loader = EbpfLoader::new();
@@ -259,21 +268,38 @@ fn load_beside(
     for name in PINNED {
         programs.insert(name, load_program(&mut ebpf, name)?);
     }
+    let without_sockets = load_for_sockets(&mut ebpf, &mut programs).err().map(|error| error.to_string());
     for (name, plan) in plans {
         if let Plan::Replace(old) = plan {
             carry::carry(old, &Map::open(&pins.next_map(name))?)?;
         }
     }
-    Ok((ebpf, programs))
+    Ok((ebpf, programs, without_sockets))
+}
+
+/// All of them or none: a kernel built without cgroup programs has the others nevertheless.
+fn load_for_sockets(ebpf: &mut Ebpf, programs: &mut Programs) -> Result<(), LoadError> {
+    let loaded = names::SOCKET_PROGRAMS.map(|name| load_program(ebpf, name).map(|fd| (name, fd)));
+    programs.extend(loaded.into_iter().collect::<Result<Vec<_>, _>>()?);
+    Ok(())
+}
+
+/// Programs on sockets may name an error of their own since this kernel.
+const KERNEL_RETVAL: (u32, u32) = (6, 1);
+
+fn refuse_errno() -> u64 {
+    if version(&release()) >= KERNEL_RETVAL { libc::ECONNREFUSED as u64 } else { 0 }
 }
 
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, LoadError> {
     let failed = |source: ProgramError| LoadError::Program { name, source: Box::new(source) };
     let program = ebpf.program_mut(name).ok_or(LoadError::Missing(name))?;
-    let loaded = if let Program::Xdp(xdp) = program {
-        xdp.load()
-    } else {
-        <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all others are for TC, and refused where they are not")]
+    let loaded = match &mut *program {
+        Program::Xdp(xdp) => xdp.load(),
+        Program::CgroupSockAddr(call) => call.load(),
+        Program::CgroupSock(end) => end.load(),
+        other => <&mut SchedClassifier>::try_from(other).and_then(SchedClassifier::load),
     };
     loaded.map_err(failed)?;
     let fd = program.fd().map_err(failed)?.as_fd().try_clone_to_owned();
@@ -298,7 +324,7 @@ fn switch(
     for (&name, plan) in plans {
         let Plan::Replace(old) = plan else { continue };
         let next = pins.next_map(name);
-        if [names::SESSIONS_V4, names::SESSIONS_V6, names::FLOWS_V4, names::FLOWS_V6].contains(&name) {
+        if CARRIED_LATE.contains(&name) {
             carry::carry_late(old, &Map::open(&next)?, since_ns)?;
         }
         pins.rename(&next, &pins.map(name))?;
@@ -315,13 +341,14 @@ pub fn monotonic_ns() -> u64 {
 
 impl std::fmt::Debug for Loaded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { pins, maps, ticks, resized, upgraded, ebpf: _ } = self;
+        let Self { pins, maps, ticks, resized, upgraded, without_sockets, ebpf: _ } = self;
         f.debug_struct("Loaded")
             .field("pins", pins)
             .field("maps", maps)
             .field("ticks", ticks)
             .field("resized", resized)
             .field("upgraded", upgraded)
+            .field("without_sockets", without_sockets)
             .finish()
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! * sessions that have expired are removed and reported. Sessions whose backend has gone are left: their client's
 //!   next connection moves them, and reports that;
-//! * flows that are over are removed, both directions at once;
+//! * flows that are over are removed, both directions at once, and so is what sockets needed for datagrams;
 //! * at the end of a pass the live sessions of each backend are written to `loads`, evictions are counted and reported,
 //!   and bits of the filter that nobody needs are cleared.
 //!
@@ -17,6 +17,7 @@ mod evictions;
 mod fate;
 mod filter;
 mod scopes;
+mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -70,7 +71,7 @@ pub struct Totals {
     pub passes: u64,
     /// Sessions removed because they had expired, or because nothing led to them any more.
     pub expired: u64,
-    /// Flow records removed.
+    /// Flow records removed, and entries of sockets that had sent datagrams.
     pub flows: u64,
     /// Sessions that the kernel evicted.
     pub evicted: u64,
@@ -114,6 +115,7 @@ enum Stage {
     Begin,
     FlowsV4(Walk),
     FlowsV6(Walk),
+    Sockets(Walk),
     SessionsV4(Walk),
     SessionsV6(Walk),
     End,
@@ -146,7 +148,7 @@ impl Pass {
     }
 }
 
-/// Open TCP connections of sessions under the timer `alive`: client, scope, and the backend with its generation.
+/// Open connections of sessions under the timer `alive`: client, scope, and the backend with its generation.
 type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
 
 impl Sweeper {
@@ -208,6 +210,10 @@ impl Sweeper {
             },
             Stage::FlowsV6(mut walk) => match self.flows::<V6>(&mut walk, now_ns)? {
                 true => Stage::FlowsV6(walk),
+                false => Stage::Sockets(self.store.sockets.walk()),
+            },
+            Stage::Sockets(mut walk) => match self.sockets(&mut walk, now_ns)? {
+                true => Stage::Sockets(walk),
                 false => Stage::SessionsV4(self.store.v4.sessions.walk()),
             },
             Stage::SessionsV4(mut walk) => match self.sessions::<V4>(&mut walk, now_ns)? {

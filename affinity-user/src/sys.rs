@@ -725,11 +725,30 @@ pub struct LinkInfo {
     pub attach_type: u32,
 }
 
+/// What the kernel tells about a link to a cgroup.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct CgroupLinkInfo {
+    /// A `bpf_link_type`.
+    pub kind: u32,
+    /// Its id.
+    pub id: u32,
+    /// The program.
+    pub prog_id: u32,
+    pad: u32,
+    /// The cgroup's id; zero once it has gone.
+    pub cgroup: u64,
+    /// A `bpf_attach_type`.
+    pub attach_type: u32,
+    fill: u32,
+}
+
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct LinkCreateAttr {
     prog_fd: u32,
-    target_ifindex: u32,
+    /// A device's index, or the descriptor of a cgroup's directory.
+    target: u32,
     attach_type: u32,
     flags: u32,
     relative_fd: u32,
@@ -790,11 +809,30 @@ pub fn link_info(link: BorrowedFd<'_>) -> Result<LinkInfo> {
 /// # Errors
 /// [`SysError`]; unlike aya, never an attachment by netlink in its place.
 pub fn link_create(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32, flags: u32) -> Result<OwnedFd> {
-    let mut attr =
-        LinkCreateAttr { prog_fd: raw(prog), target_ifindex: ifindex, attach_type, flags, ..Zeroable::zeroed() };
+    let mut attr = LinkCreateAttr { prog_fd: raw(prog), target: ifindex, attach_type, flags, ..Zeroable::zeroed() };
     // SAFETY: the attributes of this command hold no pointer.
     unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
         .map_err(|error| SysError::new("BPF_LINK_CREATE", format!("device {ifindex}"), error))
+}
+
+/// What the kernel tells about a link to a cgroup.
+///
+/// # Errors
+/// [`SysError`] where the descriptor is no link's.
+pub fn cgroup_link_info(link: BorrowedFd<'_>) -> Result<CgroupLinkInfo> {
+    info(link).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", "link", error))
+}
+
+/// Attaches a program to a cgroup, beside those of others. The attachment lives as long as the link: its descriptor or
+/// its pin.
+///
+/// # Errors
+/// [`SysError`].
+pub fn link_create_cgroup(prog: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> Result<OwnedFd> {
+    let mut attr = LinkCreateAttr { prog_fd: raw(prog), target: raw(cgroup), attach_type, ..Zeroable::zeroed() };
+    // SAFETY: the attributes of this command hold no pointer.
+    unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+        .map_err(|error| SysError::new("BPF_LINK_CREATE", "cgroup", error))
 }
 
 /// Puts another program into a link: each packet meets the old one or the new one.
@@ -853,4 +891,22 @@ pub fn test_run(prog: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<TestR
         .map_err(|error| SysError::new("BPF_PROG_TEST_RUN", format!("frame of {} bytes", frame.len()), error))?;
     data_out.truncate(attr.data_size_out as usize);
     Ok(TestRun { retval: attr.retval, data_out, duration_ns: attr.duration })
+}
+// ---- network namespaces ----
+
+/// `SO_NETNS_COOKIE` of asm-generic/socket.h.
+const SO_NETNS_COOKIE: i32 = 71;
+
+/// The cookie of the network namespace that a socket belongs to: never given to another one.
+///
+/// # Errors
+/// [`SysError`] on a kernel before 5.14.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> Result<u64> {
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: both pointers are to locals of the lengths that the kernel is told.
+    let answer = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut len)
+    };
+    if answer == 0 { Ok(cookie) } else { Err(SysError::new("SO_NETNS_COOKIE", "socket", io::Error::last_os_error())) }
 }

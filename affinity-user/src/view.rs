@@ -9,6 +9,7 @@
 mod address;
 mod backend;
 mod catalog;
+mod client;
 mod clock;
 mod counter;
 mod device;
@@ -25,6 +26,7 @@ pub use address::{Client, Endpoint, protocol_name};
 pub(crate) use address::{ip, mapped};
 pub use backend::{BackendRef, BackendState, BackendView};
 pub use catalog::{Catalog, Policy};
+pub use client::{ClientRef, NETNS, NODE};
 pub use clock::{Clock, Moment, short_duration};
 pub use counter::CounterView;
 pub use device::DeviceView;

@@ -29,6 +29,7 @@
 mod address;
 mod agent;
 mod capture;
+mod cgroup;
 mod client;
 mod load;
 mod netns;
@@ -53,6 +54,7 @@ use aya::programs::{Xdp, XdpMode};
 pub use address::{CLIENT_COUNT, Family, Protocol};
 pub use agent::{Agent, CAPABILITIES};
 pub use capture::{Capture, Direction, read_pcap};
+pub use cgroup::{Answer, Cgroup, SocketNumber, SocketProcess};
 pub use client::{Client, Connection, PATIENCE};
 pub use load::{Load, Report};
 pub use netns::{Door, Namespace};

@@ -24,7 +24,7 @@ use affinity_common::{
 use affinity_tests::packet::{Frame, tcp_flags};
 use affinity_user::{
     agent,
-    attach::{self, Device, Devices, Framing, Hook, XdpPolicy},
+    attach::{self, Device, Devices, Framing, Hook, XdpPolicy, cgroup::SocketPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
     events::{Consumer, EventReader},
     load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
@@ -768,6 +768,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         source: Source::Directory(source.clone()),
         devices: vec!["wire".to_owned(), "pe*".to_owned()],
         attach: attach::Options::default(),
+        sockets: agent::SocketOptions { policy: SocketPolicy::Off, cgroup: None },
         load: Options { sizes: SIZES, ..Options::default() },
         pin_dir: pins.0.root().to_owned(),
         node_name: None,
@@ -790,10 +791,10 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
         drop(lock);
 
-        assert_eq!(agent::detach(pins.0.root(), Some("peer"))?.len(), 2);
+        assert_eq!(agent::detach(pins.0.root(), Some("peer"))?.devices.len(), 2);
         let nothing = agent::detach(pins.0.root(), Some("peer")).unwrap_err().to_string();
         assert_eq!(nothing, "peer: nothing is attached to it");
-        assert_eq!(agent::detach(pins.0.root(), None)?.len(), 2);
+        assert_eq!(agent::detach(pins.0.root(), None)?.devices.len(), 2);
         assert!(!pins.0.exists()?);
 
         options.devices.push("nowhere0".to_owned());

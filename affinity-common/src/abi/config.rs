@@ -15,6 +15,8 @@ pub struct Config {
     pub tick_ns: u64,
     /// The value of jiffies when the monotonic clock was zero (may lie before it, so: wrapping).
     pub tick_base: u64,
+    /// The error number that a socket is refused with where nobody is there; zero: the kernel's own, `EPERM`.
+    pub refuse_errno: u64,
     /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,
     /// For tests: the random number that the programs draw, where `fixed_now_ns` is not zero.

@@ -73,6 +73,7 @@ reasons! {
     OtherProxy = 26, "other-proxy", "Passed: in the middle of a connection that another service proxy has made.";
     Shadow = 27, "shadow", "Passed: decided and counted in shadow mode, which changes no packet.";
     RelatedError = 28, "related-error", "Forwarded: an ICMP error about a known flow.";
+    SocketNotStored = 29, "socket-not-stored", "Refused: no room in the socket table for a new connection.";
 }
 
 /// What a [`UsageKey`] counts for.

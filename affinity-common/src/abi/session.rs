@@ -42,7 +42,7 @@ pub struct Session {
     /// The next random number for this pin: its own, so that processors which re-pin one client at once mostly choose the
     /// same backend and need not follow each other.
     pub draw: u32,
-    /// Live TCP connections, kept under [`super::Timer::Alive`] only.
+    /// Live connections whose end will be seen (of TCP, and of connected sockets), under [`super::Timer::Alive`] only.
     pub connections: u32,
     /// New connections that used this pin, the first one included; wraps.
     pub uses: u32,

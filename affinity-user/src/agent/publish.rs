@@ -2,6 +2,7 @@
 
 use std::{mem, sync::Arc, time::Instant};
 
+use affinity_common::abi::MEMBER_READY;
 use tracing::{debug, info};
 
 use super::problems::Problems;
@@ -44,6 +45,28 @@ pub(super) struct Published {
     pub(super) steps: usize,
     /// Whether bits of the filter were set.
     pub(super) filter: bool,
+    /// Whether backends went, or are no longer ready somewhere.
+    pub(super) left: bool,
+}
+
+/// Whether connections may have lost their backend by a step.
+const fn takes_away(step: &Op) -> bool {
+    match step {
+        Op::PutBackend(_, backend) => backend.generation.is_multiple_of(2),
+        Op::PutMember(_, member) => member.state != MEMBER_READY,
+        Op::RemoveMember(_) => true,
+        Op::PutName(..)
+        | Op::RemoveName(_)
+        | Op::WriteSlots { .. }
+        | Op::SetFilter(..)
+        | Op::PutUsage(_)
+        | Op::RemoveUsage(_)
+        | Op::PutFrontendV4(..)
+        | Op::PutFrontendV6(..)
+        | Op::RemoveFrontendV4(_)
+        | Op::RemoveFrontendV6(_)
+        | Op::Grace => false,
+    }
 }
 
 impl Publisher {
@@ -111,6 +134,7 @@ impl Publisher {
                 self.store.apply(step)?;
                 ledger.apply(step);
                 published.filter |= matches!(step, Op::SetFilter(..));
+                published.left |= takes_away(step);
             }
             published.steps += steps.len();
             if is_last {

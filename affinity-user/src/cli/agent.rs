@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     io::{self, Write},
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya_log::Level;
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     agent,
-    attach::{self, XdpPolicy},
+    attach::{self, XdpPolicy, cgroup::SocketPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
     load::{self, PinDir},
     source::Source,
@@ -54,6 +54,12 @@ pub(crate) struct AttachArgs {
     /// Where XDP is used: auto tries native, then generic, then TC; off uses TC
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
     xdp: XdpPolicy,
+    /// Translate when processes of this machine connect, its own and pods': auto does in the node's own network namespace
+    #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
+    socket: SocketPolicy,
+    /// The cgroup (version 2) whose processes that is done for; without it the root: all processes
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<PathBuf>,
     /// Use clsact filters even where the kernel has tcx links
     #[arg(long)]
     no_tcx: bool,
@@ -66,6 +72,10 @@ pub(crate) struct AttachArgs {
 
 fn xdp_policy() -> impl TypedValueParser<Value = XdpPolicy> {
     PossibleValuesParser::new(XdpPolicy::ALL.map(XdpPolicy::name)).try_map(|name| name.parse::<XdpPolicy>())
+}
+
+fn socket_policy() -> impl TypedValueParser<Value = SocketPolicy> {
+    PossibleValuesParser::new(SocketPolicy::ALL.map(SocketPolicy::name)).try_map(|name| name.parse::<SocketPolicy>())
 }
 
 fn services() -> impl TypedValueParser<Value = Services> {
@@ -108,6 +118,7 @@ impl AttachArgs {
             source: self.cluster.source(&self.source, global)?,
             devices: self.devices.clone(),
             attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx },
+            sockets: agent::SocketOptions { policy: self.socket, cgroup: self.cgroup.clone() },
             load: load::Options {
                 sizes: self.sizes.sizes(),
                 log_level: self.programs_log.map(Level::from),
@@ -175,13 +186,18 @@ impl DetachArgs {
             return Ok(());
         }
         let mut hooks: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-        for attachment in agent::detach(pin_dir, self.device.as_deref())? {
+        let detached = agent::detach(pin_dir, self.device.as_deref())?;
+        for attachment in &detached.devices {
             let device = attachment.device().unwrap_or_else(|| format!("device {}", attachment.ifindex));
             hooks.entry(device).or_default().push(attachment.hook.name());
         }
         let mut out = io::stdout().lock();
         for (device, hooks) in hooks {
             writeln!(out, "detached {device}: {}", hooks.join(", "))?;
+        }
+        let programs: Vec<_> = detached.cgroups.iter().map(|attachment| attachment.program).collect();
+        if !programs.is_empty() {
+            writeln!(out, "detached sockets: {}", programs.join(", "))?;
         }
         if self.device.is_none() {
             writeln!(out, "removed {}", pin_dir.display())?;

@@ -47,6 +47,7 @@ impl CheckArgs {
             probes::memory(&self.sizes.sizes()),
             probes::memlock(),
             probes::cgroup(),
+            probes::sockets(),
             probes::clock(),
             probes::dataplane(pin_dir),
         ]);

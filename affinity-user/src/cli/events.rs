@@ -66,7 +66,7 @@ impl EventsArgs {
         let FilterArgs { service, client, backend } = &self.filter;
         let is_called = |wanted: &String| [event.from, event.to].iter().flatten().any(|pod| pod.is_called(wanted));
         service.as_ref().is_none_or(|wanted| event.service.as_deref() == Some(wanted))
-            && client.is_none_or(|wanted| event.client.is_some_and(|client| wanted.contains(&client)))
+            && client.as_ref().is_none_or(|wanted| event.client.is_some_and(|client| wanted.takes(&client)))
             && backend.as_ref().is_none_or(is_called)
     }
 

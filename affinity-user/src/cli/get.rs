@@ -189,7 +189,10 @@ impl GetArgs {
 }
 
 fn devices(pin_dir: &Path) -> Result<Vec<DeviceView>, Error> {
+    let pins = PinDir::new(pin_dir);
     let (devices, network) = attach::survey()?;
     let roles = attach::roles(&devices, &network);
-    Ok(DeviceView::all(&attach::attachments(&PinDir::new(pin_dir))?, device_name, &roles))
+    let mut views = DeviceView::all(&attach::attachments(&pins)?, device_name, &roles);
+    views.extend(DeviceView::cgroups(&attach::cgroup::attachments(&pins)?, attach::cgroup::directory));
+    Ok(views)
 }

@@ -12,6 +12,7 @@ use affinity_common::{
 use clap::{ArgGroup, Args};
 
 use super::{
+    client::ClientArg,
     error::Error,
     progress::Progress,
     reading::{Filter, FilterArgs, Reading},
@@ -28,9 +29,9 @@ pub(crate) struct UnpinArgs {
     /// The service; pins that it shares with a group are removed for the whole group
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: String,
-    /// This client's pin, or those of all clients in a network
-    #[arg(long, value_name = "IP[/PREFIX]")]
-    client: Option<Client>,
+    /// This client's pin, or those of all clients in a network, of the node itself (`node`), or of a pod on it
+    #[arg(long, value_name = "IP[/PREFIX]|NAME")]
+    client: Option<ClientArg>,
     /// All pins to this pod
     #[arg(long, value_name = "IP|NAME")]
     backend: Option<String>,
@@ -42,8 +43,11 @@ pub(crate) struct UnpinArgs {
 impl UnpinArgs {
     pub(crate) fn run(&self, pin_dir: &Path) -> Result<(), Error> {
         let reading = Reading::open(pin_dir)?;
-        let args =
-            FilterArgs { service: Some(self.service.clone()), client: self.client, backend: self.backend.clone() };
+        let args = FilterArgs {
+            service: Some(self.service.clone()),
+            client: self.client.clone(),
+            backend: self.backend.clone(),
+        };
         let filter = Filter::new(&args, &reading.catalog)?;
         let mut progress = Progress::new("unpinning");
         let mut unpinned = 0u64;

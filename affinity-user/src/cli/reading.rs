@@ -5,10 +5,10 @@ use std::{collections::BTreeSet, path::Path};
 use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6};
 use clap::Args;
 
-use super::{error::Error, progress::Progress};
+use super::{client::ClientArg, error::Error, progress::Progress};
 use crate::{
     store::kernel::{Family, KernelStore, PinKey},
-    view::{Catalog, Client, FlowView, LiveSessions, ServicePins, SessionView},
+    view::{Catalog, Client, ClientRef, FlowView, LiveSessions, ServicePins, SessionView},
 };
 
 /// Which objects to list.
@@ -17,9 +17,9 @@ pub(crate) struct FilterArgs {
     /// Only of this service
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub(crate) service: Option<String>,
-    /// Only of this client, or of all clients in a network
-    #[arg(long, value_name = "IP[/PREFIX]")]
-    pub(crate) client: Option<Client>,
+    /// Only of this client, of all clients in a network, of the node itself (`node`), or of a pod on it
+    #[arg(long, value_name = "IP[/PREFIX]|NAME")]
+    pub(crate) client: Option<ClientArg>,
     /// Only to this pod
     #[arg(long, value_name = "IP|NAME")]
     pub(crate) backend: Option<String>,
@@ -29,7 +29,7 @@ pub(crate) struct FilterArgs {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Filter {
     service: Option<ServicePins>,
-    client: Option<Client>,
+    client: Option<ClientArg>,
     backends: Option<BTreeSet<u32>>,
 }
 
@@ -44,7 +44,7 @@ impl Filter {
             let called = catalog.backends_called(name);
             if called.is_empty() { Err(Error::no_backend(name)) } else { Ok(called) }
         });
-        Ok(Self { service: service.transpose()?, client: args.client, backends: backends.transpose()? })
+        Ok(Self { service: service.transpose()?, client: args.client.clone(), backends: backends.transpose()? })
     }
 
     fn takes_session(&self, scope: u32, session: &Session) -> bool {
@@ -52,10 +52,10 @@ impl Filter {
     }
 
     fn takes_flow<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
-        let client = || Client::new(crate::view::ip(key.saddr), A::BITS);
+        let client = || ClientRef { key: Client::new(crate::view::ip(key.saddr), A::BITS), name: None };
         self.service.as_ref().is_none_or(|pins| flow.service == pins.service)
             && self.takes_backend(flow.backend)
-            && self.client.is_none_or(|wanted| wanted.contains(&client()))
+            && self.client.as_ref().is_none_or(|wanted| wanted.takes(&client()))
     }
 
     fn takes_backend(&self, backend: u32) -> bool {
@@ -88,12 +88,10 @@ impl Reading {
 
     /// Visits the pins that pass the filter, in the order of the maps. One client's pins are looked up, not searched.
     pub(crate) fn sessions(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error> {
-        match filter.client {
-            Some(client) if client.is_address() && client.address.is_ipv4() => {
-                self.sessions_of::<V4>(filter, client, visit)
-            }
-            Some(client) if client.is_address() => self.sessions_of::<V6>(filter, client, visit),
-            _ => {
+        match filter.client.as_ref().and_then(ClientArg::address) {
+            Some(client) if client.address.is_ipv4() => self.sessions_of::<V4>(filter, client, visit),
+            Some(client) => self.sessions_of::<V6>(filter, client, visit),
+            None => {
                 self.all_sessions::<V4>(filter, visit)?;
                 self.all_sessions::<V6>(filter, visit)
             }
@@ -110,7 +108,7 @@ impl Reading {
                 continue;
             }
             let view = SessionView::new(&self.catalog, &key, &session);
-            if filter.client.is_none_or(|wanted| wanted.contains(&view.client)) {
+            if filter.client.as_ref().is_none_or(|wanted| wanted.takes(&view.client)) {
                 visit(key.into(), &view)?;
             }
         }

@@ -209,7 +209,7 @@ impl Row for DeviceView {
         let programs: Vec<_> = self.programs.iter().map(u32::to_string).collect();
         vec![
             self.device.as_deref().map_or_else(|| Cell::toned("(gone)", Tone::Bad), Cell::new),
-            Cell::number(self.ifindex),
+            if self.ifindex == 0 { Cell::toned("-", Tone::Faint) } else { Cell::number(self.ifindex) },
             optional(self.role),
             hook(self.ingress),
             hook(self.egress),

@@ -3,7 +3,7 @@
 //! The programs go on writing sessions and flows to the old map until they use the new one; so [`carry`] copies
 //! everything first, and [`carry_late`], after the switch, what changed meanwhile.
 
-use affinity_common::abi::{Flow, Session, V4, V6};
+use affinity_common::abi::{Flow, Session, Socket, V4, V6};
 use aya_obj::generated::bpf_map_type;
 
 use crate::{
@@ -66,9 +66,11 @@ fn fitting(keys: &[u8], max_entries: u32) -> usize {
     4 * indices.iter().take_while(|key| index(key) < max_entries).count()
 }
 
-/// Sessions and flows begin alike: when created and when last used, `u64` nanoseconds each.
+/// Sessions, flows and sockets begin alike: when created and when last used, `u64` nanoseconds each.
 const _: () = assert!(
     std::mem::offset_of!(Session, created_ns) == 0
+        && std::mem::offset_of!(Socket, created_ns) == 0
+        && std::mem::offset_of!(Socket, last_used_ns) == 8
         && std::mem::offset_of!(Flow<V4>, created_ns) == 0
         && std::mem::offset_of!(Flow<V6>, created_ns) == 0
         && std::mem::offset_of!(Session, last_used_ns) == 8
@@ -76,7 +78,7 @@ const _: () = assert!(
         && std::mem::offset_of!(Flow<V6>, last_used_ns) == 8
 );
 
-/// Copies the sessions or flows that were used since `since_ns`, where the new map does not know better: of two entries
+/// Copies the sessions, flows or sockets that were used since `since_ns`, where the new map does not know better: of two entries
 /// under one key the older one wins, since its client went there first; of two readings of one, the later.
 ///
 /// # Errors

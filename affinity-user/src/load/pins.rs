@@ -155,7 +155,7 @@ impl PinDir {
     }
 
     /// Puts what is pinned at `from` to `to`, in place of what was there: nobody finds `to` missing.
-    pub(super) fn rename(&self, from: &Path, to: &Path) -> Result<(), PinError> {
+    pub(crate) fn rename(&self, from: &Path, to: &Path) -> Result<(), PinError> {
         fs::rename(from, to).map_err(PinError::at(to))
     }
 

@@ -20,6 +20,9 @@ pub const MIN_SESSIONS: u32 = 1 << 14;
 /// Sessions of a family, at most: by default. Options may ask for more.
 pub const MAX_SESSIONS: u32 = 1 << 21;
 
+/// Of all clients that are pinned few are sockets of this machine: one entry of `sockets` for so many sessions.
+const SESSIONS_PER_SOCKET: u32 = 4;
+
 /// Bytes of one session of each family and of the two records of one flow of each.
 const BYTES_PER_SESSION: u64 = 1024;
 
@@ -86,6 +89,7 @@ impl Sizes {
         Some(match map {
             names::SESSIONS_V4 | names::SESSIONS_V6 => self.sessions,
             names::FLOWS_V4 | names::FLOWS_V6 => self.flows,
+            names::SOCKETS => self.sessions.div_ceil(SESSIONS_PER_SOCKET),
             names::FRONTENDS_V4 | names::FRONTENDS_V6 => self.frontends,
             names::MEMBERS => self.members,
             names::BACKENDS | names::LOADS => self.backends,

@@ -18,7 +18,7 @@ use std::{
 use affinity_common::{
     abi::{
         Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member,
-        MemberKey, Name, NameKey, Reason, Session, SessionKey, Status, Usage, UsageKey, V4, V6,
+        MemberKey, Name, NameKey, Reason, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
     },
     names,
 };
@@ -108,6 +108,8 @@ pub struct KernelStore {
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
     pub backends: Table<u32, Backend>,
+    /// Sockets that were sent to a backend.
+    pub sockets: Table<SocketKey, Socket>,
     /// Names of ids and backends.
     pub names: Table<NameKey, Name>,
     /// Counts by reason.
@@ -158,6 +160,7 @@ impl KernelStore {
             v6: FamilyTables::open(maps, [names::FRONTENDS_V6, names::SESSIONS_V6, names::FLOWS_V6])?,
             members: Table::open(maps, names::MEMBERS)?,
             backends: Table::open(maps, names::BACKENDS)?,
+            sockets: Table::open(maps, names::SOCKETS)?,
             names: Table::open(maps, names::NAMES)?,
             counters: PerCpu::open(maps, names::COUNTERS)?,
             usage: PerCpu::open(maps, names::USAGE)?,
@@ -205,6 +208,17 @@ impl KernelStore {
     /// [`StoreError`].
     pub fn is_alive(&self, backend: u32, generation: u32) -> Result<bool, StoreError> {
         Ok(self.backends.get(&backend)?.is_some_and(|record| record.generation == generation))
+    }
+
+    /// Forgets every socket.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn forget_sockets(&self) -> Result<(), StoreError> {
+        for entry in &self.sockets {
+            self.sockets.remove(&entry?.0)?;
+        }
+        Ok(())
     }
 
     /// Removes a pin, and reports why. Returns what was removed.

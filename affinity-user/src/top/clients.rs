@@ -190,7 +190,7 @@ impl Scan {
     fn take(&mut self, key: PinKey, view: &SessionView<'_>, created_ns: u64, last_used_ns: u64) {
         let row = ClientRow {
             key,
-            client: view.client,
+            client: view.client.key,
             pod: view.backend.to_string(),
             created_ns,
             last_used_ns,

@@ -3,15 +3,17 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::OnceLock,
 };
 
 use affinity_common::abi::{
     AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, SHADOW, Selection, Status,
-    Timer, Usage, UsageKey, V4,
+    Timer, Usage, UsageKey,
 };
 
-use super::{BackendRef, Clock, Endpoint, StatusView, address::from_mapped, protocol_name};
-use crate::store::Observed;
+use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
+use crate::{netns, store::Observed};
 
 /// A frontend of either family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,6 +66,7 @@ pub struct Catalog {
     pub(crate) frontends: Vec<CatalogFrontend>,
     policies: BTreeMap<u32, Policy>,
     status: Option<StatusView>,
+    namespaces: OnceLock<BTreeMap<u64, String>>,
 }
 
 impl Catalog {
@@ -92,7 +95,7 @@ impl Catalog {
                 policy.prefix_v6 = Some(record.prefix);
             }
         }
-        Self { observed, usage, clock, frontends, policies, status: None }
+        Self { observed, usage, clock, frontends, policies, status: None, namespaces: OnceLock::new() }
     }
 
     /// With what the agent tells about itself.
@@ -241,15 +244,42 @@ impl Catalog {
         })
     }
 
-    /// The prefix length of a service's client keys in one family.
-    pub(crate) fn prefix<A: Address>(&self, service: u32) -> u8 {
+    /// The client that an address in a session's key of a service stands for.
+    pub(crate) fn client(&self, address: IpAddr, service: u32) -> ClientRef<'_> {
+        let key = Client::new(address, u8::MAX);
+        if let Some(cookie) = key.netns() {
+            return ClientRef { key, name: self.namespaces().get(&cookie).map(String::as_str) };
+        }
         let policy = self.policies.get(&service);
-        let prefix = if A::BITS == V4::BITS {
-            policy.and_then(|policy| policy.prefix_v4)
-        } else {
-            policy.and_then(|policy| policy.prefix_v6)
-        };
-        prefix.unwrap_or(A::BITS)
+        let prefix = policy.and_then(|policy| if address.is_ipv4() { policy.prefix_v4 } else { policy.prefix_v6 });
+        ClientRef { key: Client::new(address, prefix.unwrap_or(u8::MAX)), name: None }
+    }
+
+    /// The network namespaces of this machine that have a name, by their cookies. They are looked at once, and only where
+    /// one is asked for.
+    pub(crate) fn namespaces(&self) -> &BTreeMap<u64, String> {
+        self.namespaces.get_or_init(|| {
+            let mut names = BTreeMap::new();
+            for namespace in netns::all() {
+                if let (Ok(cookie), Ok(addresses)) = (namespace.cookie(), namespace.addresses())
+                    && let Some(name) = self.pod_at(&addresses)
+                {
+                    names.insert(cookie, name);
+                }
+            }
+            if let Ok(cookie) = netns::Namespace::own().and_then(|own| own.cookie()) {
+                names.insert(cookie, NODE.to_owned());
+            }
+            names
+        })
+    }
+
+    /// The name of the pod that has one of these addresses.
+    fn pod_at(&self, addresses: &BTreeSet<IpAddr>) -> Option<String> {
+        let indices = self.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
+        let mut pods = indices.map(|(&index, record)| self.backend(index, record.generation));
+        let pod = pods.find(|pod| pod.name.is_some() && pod.address.is_some_and(|at| addresses.contains(&at)))?;
+        Some(pod.full_name())
     }
 
     fn name(&self, kind: NameKind, id: u32) -> Cow<'_, str> {

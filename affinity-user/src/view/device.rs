@@ -1,17 +1,17 @@
 //! Network devices with programs on them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::Serialize;
 
-use crate::attach::{Attachment, Finding, Hook, Role};
+use crate::attach::{Attachment, Finding, Hook, Role, cgroup::CgroupAttachment};
 
 /// A device that the programs are attached to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct DeviceView {
-    /// Its name; null where it has gone or is in another network namespace.
+    /// Its name, or a cgroup's directory; null where it has gone or is in another network namespace.
     pub device: Option<String>,
-    /// Its index.
+    /// Its index; zero for a cgroup, where connections are translated at the socket.
     pub ifindex: u32,
     /// What it leads to: `external` out of the node, `internal` to pods; null: neither, so it was named.
     pub role: Option<&'static str>,
@@ -55,5 +55,24 @@ impl DeviceView {
             }
         });
         views.collect()
+    }
+
+    /// The cgroups that the programs for sockets are on; `directory` finds a cgroup by its id.
+    #[must_use]
+    pub fn cgroups(attachments: &[CgroupAttachment], directory: impl Fn(u64) -> Option<PathBuf>) -> Vec<Self> {
+        let mut cgroups: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+        for attachment in attachments {
+            cgroups.entry(attachment.cgroup).or_default().push(attachment.prog_id);
+        }
+        let view = |(cgroup, programs)| Self {
+            device: directory(cgroup).map(|path| path.display().to_string()),
+            ifindex: 0,
+            role: None,
+            why: None,
+            ingress: Some("socket"),
+            egress: Some("socket"),
+            programs,
+        };
+        cgroups.into_iter().map(view).collect()
     }
 }

@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use affinity_common::{
     abi::{
         AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Frontend, MEMBER_READY, MemberKey,
-        NameKind, REASONS, SHADOW, SHARED, Session, SessionKey, USAGES, UsageOf, V4,
+        NameKind, Port, REASONS, SHADOW, SHARED, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
     },
     names,
 };
 
 use super::{
-    Catalog, Endpoint, EventView, FlowState, Moment, SessionView, protocol_name, service::policy_text, short_duration,
+    Catalog, Endpoint, EventView, FlowState, Moment, SessionView, address::from_mapped, protocol_name,
+    service::policy_text, short_duration,
 };
 
 /// What a dump shows beside what never changes by itself.
@@ -251,6 +252,38 @@ impl<'a> Dump<'a> {
         lines.into_values().collect()
     }
 
+    /// Sockets, by what each is found for, protocol and cookie.
+    #[must_use]
+    pub fn sockets(&self, entries: impl IntoIterator<Item = (SocketKey, Socket)>) -> Vec<String> {
+        let endpoint = |address: V6, port: Port| Endpoint { address: from_mapped(address.0), port: port.get() };
+        let lines: BTreeMap<_, _> = entries
+            .into_iter()
+            .map(|(key, socket)| {
+                let role = match key.role {
+                    0 => "connected",
+                    1 => "sending",
+                    _ => "receiving",
+                };
+                let mut line = format!(
+                    "{} {role} {} {} {} -> {} backend={} service={}",
+                    names::SOCKETS,
+                    self.catalog.client(from_mapped(socket.client.0), socket.service),
+                    protocol_name(key.protocol),
+                    endpoint(socket.frontend, socket.frontend_port),
+                    endpoint(socket.peer, socket.peer_port),
+                    self.catalog.backend(socket.backend, socket.generation).full_name(),
+                    self.catalog.service_name(socket.service),
+                );
+                if self.options.times {
+                    let moment = |time_ns| short_duration(self.catalog.clock.moment(time_ns).age.as_secs());
+                    line += &format!(" age={} idle={}", moment(socket.created_ns), moment(socket.last_used_ns));
+                }
+                ((key.role, key.protocol, key), line)
+            })
+            .collect();
+        lines.into_values().collect()
+    }
+
     /// Reasons that occurred; `packets` is the map, summed over CPUs.
     #[must_use]
     pub fn counters(&self, packets: &[u64]) -> Vec<String> {
@@ -307,7 +340,6 @@ fn name_kind(kind: u32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use affinity_common::abi::V6;
 
     use super::*;
     use crate::view::fixture;

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use affinity_common::abi::{Event, EventKind, Reason};
 use serde::Serialize;
 
-use super::{BackendRef, Catalog, Client, Moment, address::from_mapped};
+use super::{BackendRef, Catalog, ClientRef, Moment, address::from_mapped};
 
 /// A change of a pin.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -17,7 +17,7 @@ pub struct EventView<'a> {
     /// The service whose packet caused it; null for what concerns all.
     pub service: Option<Cow<'a, str>>,
     /// The client; null for what concerns many.
-    pub client: Option<Client>,
+    pub client: Option<ClientRef<'a>>,
     /// The pod before; null: none.
     pub from: Option<BackendRef<'a>>,
     /// The pod after; null: none.
@@ -48,16 +48,12 @@ impl<'a> EventView<'a> {
                 evicted,
             });
         }
-        let address = from_mapped(event.client);
-        let policy = catalog.policy(event.service);
-        let prefix =
-            if address.is_ipv4() { policy.and_then(|p| p.prefix_v4) } else { policy.and_then(|p| p.prefix_v6) };
         let backend = |index, generation| (generation != 0).then(|| catalog.backend(index, generation));
         Some(Self {
             time,
             kind: kind.name(),
             service,
-            client: Some(Client::new(address, prefix.unwrap_or(u8::MAX))),
+            client: Some(catalog.client(from_mapped(event.client), event.service)),
             from: backend(event.from_backend, event.from_generation),
             to: backend(event.to_backend, event.to_generation),
             reason: Reason::from_byte(event.reason).map(Reason::name),

@@ -8,7 +8,7 @@ use affinity_common::{
 };
 use serde::Serialize;
 
-use super::{BackendRef, Catalog, Client, Moment, address::ip};
+use super::{BackendRef, Catalog, ClientRef, Moment, address::ip};
 
 /// A pin: which pod a client's new connections go to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -16,8 +16,8 @@ use super::{BackendRef, Catalog, Client, Moment, address::ip};
 pub struct SessionView<'a> {
     /// The service whose connection made the pin, `namespace/name`.
     pub service: Cow<'a, str>,
-    /// The client, or the network that shares the pin.
-    pub client: Client,
+    /// The client: an address, the network that shares the pin, or a network namespace of this machine.
+    pub client: ClientRef<'a>,
     /// The pod.
     pub backend: BackendRef<'a>,
     /// When the client was pinned to this pod.
@@ -32,7 +32,7 @@ pub struct SessionView<'a> {
     pub group: Option<&'a str>,
     /// New connections that used the pin, the first one included; wraps at 2³².
     pub uses: u32,
-    /// Live TCP connections; null: not counted, because the service's timer is not `alive`.
+    /// Live connections; null: not counted, because the service's timer is not `alive`.
     pub connections: Option<u32>,
 }
 
@@ -44,7 +44,7 @@ impl<'a> SessionView<'a> {
         let group = policy.filter(|policy| policy.group == key.scope).and_then(|_| catalog.group_name(session.service));
         Self {
             service: catalog.service_name(session.service),
-            client: Client::new(ip(key.client), catalog.prefix::<A>(session.service)),
+            client: catalog.client(ip(key.client), session.service),
             backend: catalog.backend(session.backend, session.generation),
             created: catalog.clock.moment(session.created_ns),
             last_used: catalog.clock.moment(session.last_used_ns),

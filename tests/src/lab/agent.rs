@@ -57,6 +57,10 @@ impl Lab {
     pub fn agent(&self, args: &[&str]) -> Result<Agent> {
         let mut command = self.affinity_command()?;
         command.arg("run").arg("--source").arg(self.source()).args(args);
+        if !args.contains(&"--socket") {
+            // Whatever `auto` finds here: the machine's own processes are no part of a lab.
+            command.args(["--socket", "off"]);
+        }
         Agent::start(command)
     }
 

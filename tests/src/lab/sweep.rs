@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use rustix::fs::statfs;
 use rustix::mount::{MountFlags, mount};
 
+use super::cgroup;
 use super::netns::{NETNS_DIR, delete, machine_lock};
 
 /// How the names of all namespaces, pins and directories of labs begin; the process id follows.
@@ -17,13 +18,18 @@ pub(super) const BPFFS: &str = "/sys/fs/bpf";
 /// What `statfs` calls it: `BPF_FS_MAGIC` of the kernel's magic.h.
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
-/// Removes namespaces, pins and files of labs whose process no longer lives.
+/// Removes namespaces, cgroups, pins and files of labs whose process no longer lives.
 ///
 /// # Errors
 /// When a directory that has them cannot be read.
 pub fn sweep_stale() -> Result<()> {
     for name in orphans(Path::new(NETNS_DIR))? {
         delete(&name);
+    }
+    if let Some(root) = affinity_user::attach::cgroup::root() {
+        for name in orphans(&root)? {
+            cgroup::remove(&root.join(name));
+        }
     }
     for directory in [Path::new(BPFFS), &std::env::temp_dir()] {
         for name in orphans(directory)? {

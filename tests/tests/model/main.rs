@@ -167,6 +167,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         Reason::NoReplyBuilt
         | Reason::NotRewritten
         | Reason::FlowNotStored
+        | Reason::SocketNotStored
         | Reason::EventLost
         | Reason::OperatorPinned => false,
     }

@@ -4,7 +4,7 @@ use std::{fs, io, path::Path};
 
 use affinity_common::names;
 use aya_obj::Object;
-use rustix::{process::Resource, system::uname};
+use rustix::process::Resource;
 
 use super::{
     Finding,
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     attach,
-    load::{PinDir, Sizes, cost, mib},
+    load::{PinDir, Sizes, cost, mib, release, version},
     objects::PROGRAMS,
     store::kernel::KernelStore,
     sys::MapInfo,
@@ -31,16 +31,6 @@ const CAP_SYS_ADMIN: u32 = 21;
 
 /// How many devices are shown of each sort.
 const DEVICES_NAMED: usize = 8;
-
-fn release() -> String {
-    uname().release().to_string_lossy().into_owned()
-}
-
-/// Major and minor version of a release such as `6.18.44-generic`.
-fn version(release: &str) -> (u32, u32) {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-}
 
 fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
@@ -252,6 +242,19 @@ pub(super) fn cgroup() -> Finding {
     }
 }
 
+pub(super) fn sockets() -> Finding {
+    let Some(root) = attach::cgroup::root() else {
+        let found = "the root of cgroup version 2 cannot be seen: connections of the node itself are not translated";
+        return Finding::limited("sockets", found, "mount it: mount -t cgroup2 none /sys/fs/cgroup");
+    };
+    let root = root.display();
+    if !attach::cgroup::in_node_namespace().unwrap_or(false) {
+        let found = format!("`--socket auto` does nothing here: not the node's network namespace; cgroup root {root}");
+        return Finding::limited("sockets", found, "run it in the host's network, or say --socket on");
+    }
+    Finding::ok("sockets", format!("translated at connect(), for all processes below {root}"))
+}
+
 pub(super) fn clock() -> Finding {
     let source = read("/sys/devices/system/clocksource/clocksource0/current_clocksource");
     let source = source.unwrap_or_else(|| "unknown".to_owned());
@@ -284,15 +287,6 @@ pub(super) fn dataplane(pin_dir: &Path) -> Finding {
 mod tests {
     use super::*;
     use crate::cli::check::State;
-
-    #[test]
-    fn versions_of_releases() {
-        for (release, expected) in
-            [("6.18.44-fc-v669", (6, 18)), ("5.10.0-28-amd64", (5, 10)), ("6.6-rc1", (6, 6)), ("garbage", (0, 0))]
-        {
-            assert_eq!(version(release), expected, "{release}");
-        }
-    }
 
     #[test]
     fn a_directory_on_disk_cannot_hold_pins() {

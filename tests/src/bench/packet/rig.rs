@@ -153,8 +153,15 @@ fn load_ours() -> Result<Ebpf> {
         loader.map_max_entries(map, 2 * ENTRIES);
     }
     // Any tick does: nothing expires while this runs.
-    let config = Config { magic: CONFIG_MAGIC, tick_ns: 4_000_000, tick_base: 0, fixed_now_ns: 0, fixed_random: 0 };
-    let words: [u64; 5] = must_cast(config);
+    let config = Config {
+        magic: CONFIG_MAGIC,
+        tick_ns: 4_000_000,
+        tick_base: 0,
+        refuse_errno: 0,
+        fixed_now_ns: 0,
+        fixed_random: 0,
+    };
+    let words: [u64; 6] = must_cast(config);
     loader.override_global("CONFIG", &words, true);
     loader.load(affinity_user::objects::PROGRAMS).context("loading the programs")
 }

@@ -1,0 +1,324 @@
+//! The story of a socket: translation at `connect()`, so that no packet needs any.
+//!
+//! A process that connects to a frontend is connected to a backend instead, and is told that it speaks to the frontend.
+//! The client key is the network namespace that the socket belongs to ([`netns_client`]): a pod, or the node itself. Pins,
+//! selection and counts are those of [`crate::session`], as for packets.
+//!
+//! * [`connect`]: a TCP socket, or a UDP socket that will speak to one peer. Its packets go to the backend's address, which
+//!   is no frontend, so the packet programs leave them alone.
+//! * [`send`]: a datagram to a named peer. One socket keeps to one backend for each frontend, as a flow does, until that
+//!   one is no longer ready.
+//! * [`received`], [`connected_to`]: whom a datagram is from, and whom the socket is connected to, as it asked for them.
+//! * [`release`]: the socket is closed. For the timer `alive` its connection ends here; nothing is seen of its packets, so
+//!   the timer `packet` is restarted by connecting and by [`send`] alone.
+//!
+//! IPv4 and IPv4-mapped addresses are one here: an IPv6 socket that asks for `::ffff:a.b.c.d` asks for an IPv4 frontend.
+
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    abi::{
+        Address, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, SessionKey, Socket,
+        SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
+    },
+    flow::REFRESH_NS,
+    session::{self, Opening, Resolved},
+    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables},
+};
+
+/// The socket that a process has made a call on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Caller {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+    /// IANA protocol number: TCP or UDP.
+    pub protocol: u8,
+}
+
+impl Caller {
+    #[inline(always)]
+    fn key(&self, role: SocketRole, peer: &Peer) -> SocketKey {
+        let Peer { address, port } = *peer;
+        SocketKey { cookie: self.cookie, address, port, protocol: self.protocol, role: role as u8, pad: [0; 4] }
+    }
+
+    /// Of the socket's one connection.
+    #[inline(always)]
+    fn connection(&self) -> SocketKey {
+        self.key(SocketRole::Connected, &Peer { address: V6([0; 16]), port: Port([0; 2]) })
+    }
+}
+
+/// The other end of a socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Peer {
+    /// IPv6, or IPv4-mapped.
+    pub address: V6,
+    /// The port.
+    pub port: Port,
+}
+
+impl Peer {
+    #[inline(always)]
+    fn is_ipv4(&self) -> bool {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = self.address.0;
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 && [i, j, k, l] == [0, 0, 0xff, 0xff]
+    }
+
+    /// Whether the filter knows it: as a frontend, or as a member.
+    #[inline(always)]
+    fn may_be<T: Tables>(&self, tables: &T, direction: Direction, protocol: u8) -> bool {
+        let bit = if self.is_ipv4() {
+            filter_bit(V4::from_mapped(self.address.0), self.port, protocol)
+        } else {
+            filter_bit(self.address, self.port, protocol)
+        };
+        tables.filter(direction, bit)
+    }
+
+    /// The frontend that this is. Apart, for the sake of the stack.
+    #[inline(never)]
+    fn frontend<'t, T: SocketTables>(&self, tables: &'t T, protocol: u8) -> Option<&'t Frontend> {
+        if self.is_ipv4() {
+            let key = FrontendKey::<V4>::new(V4::from_mapped(self.address.0), self.port, protocol);
+            FamilyTables::<V4>::frontend(tables, &key)
+        } else {
+            FamilyTables::<V6>::frontend(tables, &FrontendKey::<V6>::new(self.address, self.port, protocol))
+        }
+    }
+}
+
+/// What a call is answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Answer {
+    /// It goes on as it is.
+    Leave,
+    /// It goes on with this peer in place of the one that was asked for.
+    Redirect(Peer),
+    /// It fails at once: nobody is there.
+    Refuse,
+}
+
+/// A socket connects.
+#[inline(always)]
+pub fn connect<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
+    // Whatever it was connected to, it is so no longer.
+    release(tables, caller);
+    if !to.may_be(tables, Direction::Forward, caller.protocol) {
+        return concluded(tables, Answer::Leave, Reason::NotFrontend);
+    }
+    begin(tables, caller, to, SocketRole::Connected)
+}
+
+/// A socket sends a datagram to a peer that it names.
+#[inline(always)]
+pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
+    if !to.may_be(tables, Direction::Forward, caller.protocol) {
+        return concluded(tables, Answer::Leave, Reason::NotFrontend);
+    }
+    if let Some(entry) = tables.socket(&caller.key(SocketRole::Sending, to))
+        && is_ready(tables, &entry)
+    {
+        let peer = entry.with(peer_of);
+        note_datagram(tables, caller, &entry);
+        return concluded(tables, Answer::Redirect(peer), Reason::Established);
+    }
+    begin(tables, caller, to, SocketRole::Sending)
+}
+
+/// A socket has received a datagram, and asks from whom: the frontend, where it is from that one's backend.
+#[inline(always)]
+pub fn received<T: SocketTables>(tables: &T, caller: &Caller, from: &Peer) -> Option<Peer> {
+    let frontend = if !from.may_be(tables, Direction::Reverse, caller.protocol) {
+        None
+    } else if let Some(entry) = tables.socket(&caller.key(SocketRole::Receiving, from)) {
+        let now_ns = tables.now_ns();
+        if is_stale(&entry, now_ns) {
+            entry.update(|socket| socket.last_used_ns = now_ns);
+        }
+        Some(entry.with(frontend_of))
+    } else {
+        frontend_of_connection(tables, caller, from)
+    };
+    tables.conclude(if frontend.is_some() { Reason::Reply } else { Reason::NotReply });
+    frontend
+}
+
+/// A process asks whom its socket is connected to: the frontend, where that is one's backend.
+#[inline(always)]
+pub fn connected_to<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -> Option<Peer> {
+    if !peer.may_be(tables, Direction::Reverse, caller.protocol) {
+        return None;
+    }
+    frontend_of_connection(tables, caller, peer)
+}
+
+/// A socket is closed, or connects anew.
+#[inline(never)]
+pub fn release<T: SocketTables>(tables: &T, caller: &Caller) {
+    let key = caller.connection();
+    let Some(entry) = tables.socket(&key) else { return };
+    let (timer, scope) = entry.with(|socket| (socket.timer, socket.scope));
+    if timer == Timer::Alive as u8 && scope != 0 {
+        let (backend, generation) = entry.with(|socket| (socket.backend, socket.generation));
+        let key = SessionKey::new(scope, entry.with(|socket| socket.client), V6::BITS);
+        session::end_connection(tables, &key, (backend, generation), tables.now_ns());
+    }
+    tables.remove_socket(&key);
+}
+
+#[inline(always)]
+fn concluded<T: Tables>(tables: &T, answer: Answer, reason: Reason) -> Answer {
+    tables.conclude(reason);
+    answer
+}
+
+#[inline(always)]
+fn peer_of(socket: &Socket) -> Peer {
+    Peer { address: socket.peer, port: socket.peer_port }
+}
+
+#[inline(always)]
+fn frontend_of(socket: &Socket) -> Peer {
+    Peer { address: socket.frontend, port: socket.frontend_port }
+}
+
+#[inline(always)]
+fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -> Option<Peer> {
+    let entry = tables.socket(&caller.connection())?;
+    (entry.with(peer_of) == *peer).then(|| entry.with(frontend_of))
+}
+
+/// A datagram has no connection to lose: it goes where new ones would be allowed to go.
+#[inline(always)]
+fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
+    let (pool, backend, generation) = entry.with(|socket| (socket.pool, socket.backend, socket.generation));
+    let member = tables.member(&MemberKey { pool, backend });
+    member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY)
+}
+
+#[inline(always)]
+fn is_stale(entry: &impl Entry<Socket>, now_ns: u64) -> bool {
+    now_ns.saturating_sub(entry.with(|socket| socket.last_used_ns)) >= REFRESH_NS
+}
+
+/// Once a second, notes that the socket still sends; a datagram's end cannot be seen, so under `alive` too its datagrams
+/// stand for its life.
+#[inline(always)]
+fn note_datagram<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>) {
+    let now_ns = tables.now_ns();
+    if is_stale(entry, now_ns) {
+        renew(tables, caller, entry, now_ns);
+    }
+}
+
+#[inline(never)]
+fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>, now_ns: u64) {
+    entry.update(|socket| socket.last_used_ns = now_ns);
+    let key = caller.key(SocketRole::Receiving, &entry.with(peer_of));
+    if tables.socket(&key).is_none() {
+        // Evicted: without it replies would come from a stranger. Where there is no room the next second tries again.
+        let _ = tables.put_socket(&key, &entry.get());
+    }
+    let (timer, scope) = entry.with(|socket| (Timer::from_byte(socket.timer), socket.scope));
+    if scope != 0 && matches!(timer, Timer::Packet | Timer::Alive) {
+        let key = SessionKey::new(scope, entry.with(|socket| socket.client), V6::BITS);
+        let (backend, timeout_ns) = entry.with(|socket| (socket.backend, socket.timeout_ns));
+        session::renew(tables, &key, backend, (timer, timeout_ns), now_ns);
+    }
+}
+
+/// A new connection, or the first datagram to a frontend: finds the member and remembers it.
+#[inline(always)]
+fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRole) -> Answer {
+    let Some(frontend) = to.frontend(tables, caller.protocol) else {
+        return concluded(tables, Answer::Leave, Reason::NotFrontend);
+    };
+    if frontend.flags & SHADOW != 0 {
+        // Its packets are decided about where they enter a device, and counted there.
+        return concluded(tables, Answer::Leave, Reason::Shadow);
+    }
+    let mut opened = Opened { resolved: Resolved::NOTHING, asked: *to, peer: *to };
+    let done = open(tables, caller, frontend, role, &mut opened)
+        .and_then(|()| remember(tables, caller, frontend, role, &opened));
+    match done {
+        Ok(()) => concluded(tables, Answer::Redirect(opened.peer), opened.resolved.reason),
+        Err(reason) => concluded(tables, Answer::Refuse, reason),
+    }
+}
+
+/// What came of a new connection.
+struct Opened {
+    resolved: Resolved,
+    /// The frontend.
+    asked: Peer,
+    /// The backend.
+    peer: Peer,
+}
+
+#[inline(always)]
+fn client_of(caller: &Caller, frontend: &Peer) -> V6 {
+    netns_client(caller.netns, if frontend.is_ipv4() { 4 } else { 6 })
+}
+
+/// Finds the backend. Apart, because what it needs of the stack is free again when the socket is remembered.
+#[inline(never)]
+fn open<T: SocketTables>(
+    tables: &T,
+    caller: &Caller,
+    frontend: &Frontend,
+    role: SocketRole,
+    opened: &mut Opened,
+) -> Result<(), Reason> {
+    let opening = Opening {
+        client: client_of(caller, &opened.asked),
+        frontend,
+        now_ns: tables.now_ns(),
+        connections: u32::from(role as u8 == SocketRole::Connected as u8),
+    };
+    session::open(tables, &opening, &mut opened.resolved)?;
+    let chosen = &opened.resolved.chosen;
+    let backend = tables.backend(chosen.backend).ok_or(Reason::Inconsistent)?;
+    opened.peer = Peer { address: V6(backend.address), port: chosen.member.port };
+    Ok(())
+}
+
+/// Stores what the socket asked for and whom it got; of datagrams what replies need first.
+#[inline(never)]
+fn remember<T: SocketTables>(
+    tables: &T,
+    caller: &Caller,
+    frontend: &Frontend,
+    role: SocketRole,
+    opened: &Opened,
+) -> Result<(), Reason> {
+    let Opened { resolved: Resolved { chosen, scope, .. }, asked, peer } = opened;
+    let now_ns = tables.now_ns();
+    let socket = Socket {
+        created_ns: now_ns,
+        last_used_ns: now_ns,
+        timeout_ns: frontend.timeout_ns,
+        client: client_of(caller, asked),
+        frontend: asked.address,
+        peer: peer.address,
+        frontend_port: asked.port,
+        peer_port: peer.port,
+        backend: chosen.backend,
+        generation: chosen.member.generation,
+        pool: frontend.pool,
+        scope: *scope,
+        service: frontend.service,
+        timer: frontend.timer,
+        pad: [0; 7],
+    };
+    let stored = if role == SocketRole::Connected {
+        tables.put_socket(&caller.connection(), &socket)
+    } else {
+        let receiving = tables.put_socket(&caller.key(SocketRole::Receiving, peer), &socket);
+        receiving.and_then(|()| tables.put_socket(&caller.key(SocketRole::Sending, asked), &socket))
+    };
+    stored.map_err(|NotStored| Reason::SocketNotStored)
+}

@@ -1,0 +1,262 @@
+//! Puts the programs for sockets onto a cgroup, and takes them off.
+//!
+//! Each program has one link, pinned as `links/cgroup-PROGRAM`. A cgroup's programs meet the sockets of all processes
+//! below it; on the root of version 2 those are the node's own and every pod's. Links share a cgroup with those of others.
+
+use std::{
+    fmt, fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use affinity_common::names::SOCKET_PROGRAMS;
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_INET_SOCK_RELEASE, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_UDP4_RECVMSG, BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_RECVMSG, BPF_CGROUP_UDP6_SENDMSG,
+};
+
+use super::AttachError;
+use crate::{
+    load::PinDir,
+    sys::{self, SysError},
+};
+
+/// Where each of [`SOCKET_PROGRAMS`] belongs.
+const ATTACH_TYPES: [bpf_attach_type; SOCKET_PROGRAMS.len()] = [
+    BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_SENDMSG,
+    BPF_CGROUP_UDP4_RECVMSG,
+    BPF_CGROUP_UDP6_RECVMSG,
+    BPF_CGROUP_INET4_GETPEERNAME,
+    BPF_CGROUP_INET6_GETPEERNAME,
+    BPF_CGROUP_INET_SOCK_RELEASE,
+];
+
+/// How the pins of these links begin.
+const PREFIX: &str = "cgroup-";
+
+/// Whether connections are translated at the socket: `--socket`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SocketPolicy {
+    /// Where it can be: by the node's own agent, not by one in another network namespace; on a kernel that has the hooks.
+    #[default]
+    Auto,
+    /// Always; it is an error where it cannot be.
+    On,
+    /// Never.
+    Off,
+}
+
+impl SocketPolicy {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::On, Self::Off];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
+}
+
+impl fmt::Display for SocketPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The name of no policy.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is none of auto, on, off")]
+pub struct UnknownSocketPolicy(String);
+
+impl FromStr for SocketPolicy {
+    type Err = UnknownSocketPolicy;
+
+    fn from_str(name: &str) -> Result<Self, UnknownSocketPolicy> {
+        Self::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| UnknownSocketPolicy(name.to_owned()))
+    }
+}
+
+/// A program on a cgroup.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct CgroupAttachment {
+    /// The program: one of [`SOCKET_PROGRAMS`].
+    pub program: &'static str,
+    /// The cgroup's id, which is the inode of its directory; zero once it has gone.
+    pub cgroup: u64,
+    /// The program's id.
+    pub prog_id: u32,
+    /// The pin.
+    pub path: PathBuf,
+}
+
+/// The root of version 2, wherever it is mounted. A container that has its own view of the cgroups sees another directory
+/// as its root: that is not it.
+#[must_use]
+pub fn root() -> Option<PathBuf> {
+    /// The inode of the root's directory: it is the first that the kernel makes.
+    const ROOT: u64 = 1;
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let paths = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let path = fields.next()?;
+        (fields.next()? == "cgroup2").then(|| PathBuf::from(path))
+    });
+    paths.into_iter().find(|path| fs::metadata(path).is_ok_and(|directory| directory.ino() == ROOT))
+}
+
+/// The directory of a cgroup under the root that this process sees.
+#[must_use]
+pub fn directory(cgroup: u64) -> Option<PathBuf> {
+    find(root()?, cgroup)
+}
+
+fn find(dir: PathBuf, cgroup: u64) -> Option<PathBuf> {
+    if fs::metadata(&dir).is_ok_and(|metadata| metadata.ino() == cgroup) {
+        return Some(dir);
+    }
+    let mut children: Vec<_> = fs::read_dir(&dir).ok()?.filter_map(Result::ok).collect();
+    children.retain(|child| child.file_type().is_ok_and(|kind| kind.is_dir()));
+    children.sort_by_key(fs::DirEntry::file_name);
+    children.into_iter().find_map(|child| find(child.path(), cgroup))
+}
+
+/// Attaches the pinned programs to a cgroup, and to no other: links to another one go once their successors are there.
+///
+/// # Errors
+/// [`AttachError`]; what was attached before the failure stays.
+pub fn attach(pins: &PinDir, cgroup: &Path) -> Result<(), AttachError> {
+    let failed = |source| AttachError::Cgroup { cgroup: cgroup.to_owned(), source };
+    let directory = fs::File::open(cgroup).map_err(failed)?;
+    let id = directory.metadata().map_err(failed)?.ino();
+    let before = attachments(pins)?;
+    for (program, attach_type) in SOCKET_PROGRAMS.into_iter().zip(ATTACH_TYPES) {
+        if before.iter().any(|attachment| attachment.program == program && attachment.cgroup == id) {
+            continue;
+        }
+        let fd = sys::obj_get(&pins.prog(program))?;
+        let link = sys::link_create_cgroup(fd.as_fd(), directory.as_fd(), attach_type as u32)
+            .map_err(|error| failed(error.source))?;
+        let next = pin(pins, &format!("{program}-next"));
+        pins.unpin(&next)?;
+        sys::obj_pin(link.as_fd(), &next)?;
+        let old = before.iter().find(|attachment| attachment.program == program);
+        let old = old.map(|old| sys::obj_get(&old.path)).transpose()?;
+        pins.rename(&next, &pin(pins, program))?;
+        if let Some(old) = old {
+            sys::link_detach(old.as_fd())?;
+        }
+    }
+    Ok(())
+}
+
+fn pin(pins: &PinDir, program: &str) -> PathBuf {
+    pins.links().join(format!("{PREFIX}{program}"))
+}
+
+/// The links that are pinned.
+fn open_pins(pins: &PinDir) -> Result<Vec<(&'static str, PathBuf, OwnedFd)>, AttachError> {
+    let mut open = Vec::new();
+    for program in SOCKET_PROGRAMS {
+        let path = pin(pins, program);
+        match sys::obj_get(&path) {
+            Err(error) if error.is_not_found() => {}
+            fd => open.push((program, path, fd?)),
+        }
+    }
+    Ok(open)
+}
+
+/// Everything that is attached to a cgroup.
+///
+/// # Errors
+/// [`AttachError`] where a pin cannot be read.
+pub fn attachments(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> {
+    let attachment = |(program, path, fd): (&'static str, PathBuf, OwnedFd)| {
+        let info = sys::cgroup_link_info(fd.as_fd())?;
+        Ok(CgroupAttachment { program, cgroup: info.cgroup, prog_id: info.prog_id, path })
+    };
+    open_pins(pins)?.into_iter().map(attachment).collect()
+}
+
+/// Puts the programs that are pinned now into every link; each call meets the old one or the new one. Returns the number
+/// of links.
+///
+/// # Errors
+/// The first [`AttachError`]; all links but those that failed have the new program.
+pub(super) fn upgrade(pins: &PinDir) -> Result<usize, AttachError> {
+    let mut upgraded = Ok(0);
+    for (program, path, link) in open_pins(pins)? {
+        let outcome = match upgrade_one(pins, program, &link) {
+            Ok(true) => Ok(1),
+            Ok(false) => pins.unpin(&path).map(|()| 0).map_err(AttachError::from),
+            Err(error) => Err(error.into()),
+        };
+        upgraded = upgraded.and_then(|before: usize| outcome.map(|one| before + one));
+    }
+    upgraded
+}
+
+/// False where the cgroup has gone.
+fn upgrade_one(pins: &PinDir, program: &str, link: &OwnedFd) -> Result<bool, SysError> {
+    let next = sys::obj_get(&pins.prog(program))?;
+    match sys::link_update(link.as_fd(), next.as_fd()) {
+        Err(_) if sys::cgroup_link_info(link.as_fd())?.cgroup == 0 => Ok(false),
+        updated => updated.map(|()| true),
+    }
+}
+
+/// Takes the programs off, and returns what was taken off.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn detach(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> {
+    let attachments = attachments(pins)?;
+    for CgroupAttachment { path, .. } in &attachments {
+        // The kernel would detach a link that nobody holds, but only some time after the pin has gone.
+        sys::link_detach(sys::obj_get(path)?.as_fd())?;
+        pins.unpin(path)?;
+    }
+    Ok(attachments)
+}
+
+/// Whether this thread is in the network namespace of the node: that of its first process.
+///
+/// # Errors
+/// The system's answer where that cannot be told.
+pub fn in_node_namespace() -> io::Result<bool> {
+    let of = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|file| (file.dev(), file.ino()));
+    Ok(of("thread-self")? == of("1")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back() {
+        for policy in SocketPolicy::ALL {
+            assert_eq!(policy.name().parse::<SocketPolicy>().unwrap(), policy);
+        }
+        assert!("yes".parse::<SocketPolicy>().is_err());
+    }
+
+    #[test]
+    fn a_cgroup_is_found_by_its_id() {
+        let root = root().expect("a mount of version 2");
+        let id = fs::metadata(&root).unwrap().ino();
+        assert_eq!(directory(id), Some(root));
+        assert_eq!(directory(u64::MAX), None);
+    }
+}

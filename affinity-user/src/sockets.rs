@@ -1,0 +1,211 @@
+//! Closes sockets whose backend has gone, so that their processes notice at once.
+//!
+//! A socket that was sent to a backend speaks to it for as long as it lives, and no packet of it meets a program. So when
+//! a backend goes, the agent asks the kernel to end the sockets that speak to it (`SOCK_DESTROY`): of TCP, and of UDP
+//! where they are connected. UDP follows its pool too: a backend that is merely not ready any more loses its connected
+//! sockets, while TCP goes on with one that is draining. Sockets that are not connected need none of this: their next
+//! datagram selects anew.
+//!
+//! Only sockets that the programs have noted are ended, each told by its cookie and by whom it speaks to. They are looked
+//! for in every network namespace that can be seen, on a thread of its own: the agent does not wait for it.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::Path,
+    sync::mpsc::{Receiver, Sender, channel},
+    thread,
+};
+
+use affinity_common::{
+    abi::{MEMBER_READY, MemberKey, Socket, SocketKey, SocketRole},
+    parse::UDP,
+};
+use netlink_packet_sock_diag::{
+    SockDiagDestroy, SockDiagMessage,
+    constants::{AF_INET, AF_INET6},
+    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+};
+use rtnetlink::{
+    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    sys::{Socket as Netlink, protocols::NETLINK_SOCK_DIAG},
+};
+use tracing::{debug, error, info};
+
+use crate::{
+    netns,
+    store::{
+        StoreError,
+        kernel::{KernelStore, OpenError},
+    },
+};
+
+/// Sockets cannot be closed.
+#[derive(Debug, thiserror::Error)]
+pub enum CloseError {
+    /// The dataplane cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A map cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The thread that closes sockets. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Closer(Sender<()>);
+
+impl Closer {
+    /// Starts the thread; it looks at once, because backends may have gone before.
+    ///
+    /// # Errors
+    /// The system's answer where there is no thread to be had.
+    pub fn start(pin_dir: &Path) -> io::Result<Self> {
+        let (sender, receiver) = channel();
+        let pin_dir = pin_dir.to_owned();
+        thread::Builder::new().name("sockets".to_owned()).spawn(move || follow(&pin_dir, &receiver))?;
+        let closer = Self(sender);
+        closer.backends_left();
+        Ok(closer)
+    }
+
+    /// Backends have gone, or are no longer ready.
+    pub fn backends_left(&self) {
+        // Where the thread has ended it has said why.
+        let _ = self.0.send(());
+    }
+}
+
+fn follow(pin_dir: &Path, wakes: &Receiver<()>) {
+    while wakes.recv().is_ok() {
+        // One look serves all that asked for it meanwhile.
+        while wakes.try_recv().is_ok() {}
+        match close_lost(pin_dir) {
+            Ok(0) => {}
+            Ok(closed) => info!("sockets: closed {closed} whose pods have gone"),
+            Err(error) => error!("sockets of pods that have gone: {error}"),
+        }
+    }
+}
+
+/// Connected sockets that have lost their backend, by cookie.
+type Lost = BTreeMap<u64, (SocketKey, Socket)>;
+
+/// Closes every socket that has lost its backend, and returns how many those were.
+///
+/// # Errors
+/// [`CloseError`] where the maps cannot be read. A namespace that cannot be entered is left out.
+pub fn close_lost(pin_dir: &Path) -> Result<usize, CloseError> {
+    let store = KernelStore::open(pin_dir)?;
+    let lost = lost(&store)?;
+    if lost.is_empty() {
+        return Ok(0);
+    }
+    let mut closed = 0;
+    for namespace in netns::all() {
+        match namespace.run(|| close_here(&lost)) {
+            Ok(Ok(cookies)) => {
+                closed += cookies.len();
+                for (key, _) in cookies.iter().filter_map(|cookie| lost.get(cookie)) {
+                    store.sockets.remove(key)?;
+                }
+            }
+            // It may have ended meanwhile.
+            Ok(Err(error)) | Err(error) => debug!("sockets of {namespace:?}: {error}"),
+        }
+    }
+    Ok(closed)
+}
+
+fn lost(store: &KernelStore) -> Result<Lost, StoreError> {
+    let mut lost = Lost::new();
+    for entry in &store.sockets {
+        let (key, socket) = entry?;
+        if key.role == SocketRole::Connected as u8 && !is_kept(store, &key, &socket)? {
+            lost.insert(key.cookie, (key, socket));
+        }
+    }
+    Ok(lost)
+}
+
+fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool, StoreError> {
+    let &Socket { pool, backend, generation, .. } = socket;
+    if key.protocol != UDP {
+        return store.is_alive(backend, generation);
+    }
+    let member = store.members.get(&MemberKey { pool, backend })?;
+    Ok(member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY))
+}
+
+/// Closes those of the calling thread's namespace, and returns their cookies.
+fn close_here(lost: &Lost) -> io::Result<Vec<u64>> {
+    let mut closed = Vec::new();
+    let protocols: std::collections::BTreeSet<u8> = lost.values().map(|(key, _)| key.protocol).collect();
+    for protocol in protocols {
+        for family in [AF_INET, AF_INET6] {
+            let mut found = Vec::new();
+            let request = InetRequest {
+                family,
+                protocol,
+                extensions: ExtensionFlags::empty(),
+                states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT,
+                socket_id: if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() },
+            };
+            let mut dump = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
+            dump.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+            netns::dump(NETLINK_SOCK_DIAG, dump, |message| {
+                if let SockDiagMessage::InetResponse(response) = message
+                    && is_lost(lost, &response.header.socket_id)
+                {
+                    found.push(response.header.socket_id);
+                }
+            })?;
+            for id in found {
+                let cookie = cookie(&id);
+                if close(family, protocol, id)? {
+                    closed.push(cookie);
+                }
+            }
+        }
+    }
+    Ok(closed)
+}
+
+fn is_lost(lost: &Lost, id: &SocketId) -> bool {
+    let Some((_, socket)) = lost.get(&cookie(id)) else { return false };
+    let peer = SocketAddr::new(IpAddr::from(Ipv6Addr::from(socket.peer.0)).to_canonical(), socket.peer_port.get());
+    SocketAddr::new(id.destination_address.to_canonical(), id.destination_port) == peer
+}
+
+/// Two native words, the lower one first.
+fn cookie(id: &SocketId) -> u64 {
+    let [a, b, c, d, e, f, g, h] = id.cookie;
+    u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
+}
+
+/// Ends one socket of the calling thread's namespace; false where it has gone by itself.
+fn close(family: u8, protocol: u8, socket_id: SocketId) -> io::Result<bool> {
+    let request =
+        InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states: StateFlags::all(), socket_id };
+    let destroy = SockDiagDestroy::new(SockDiagMessage::InetRequest(request));
+    let mut message = NetlinkMessage::new(Default::default(), NetlinkPayload::InnerMessage(destroy));
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    let mut netlink = Netlink::new(NETLINK_SOCK_DIAG)?;
+    netlink.bind_auto()?;
+    netns::send(&netlink, &mut message)?;
+    let (bytes, _) = netlink.recv_from_full()?;
+    let answer = NetlinkMessage::<SockDiagMessage>::deserialize(&bytes).map_err(io::Error::other)?;
+    match answer.payload {
+        NetlinkPayload::Error(error) => match error.code {
+            None => Ok(true),
+            Some(_) if error.to_io().raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Some(_) => Err(error.to_io()),
+        },
+        NetlinkPayload::Done(_)
+        | NetlinkPayload::Noop
+        | NetlinkPayload::Overrun(_)
+        | NetlinkPayload::InnerMessage(_)
+        | _ => Err(io::Error::other("the kernel answered SOCK_DESTROY with something else than an error number")),
+    }
+}

@@ -1,0 +1,66 @@
+//! What the sweep finds of sockets: connections that keep a pin alive, and datagrams that have ended without a word.
+
+use affinity_common::{
+    abi::{Address, Direction, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
+    parse::UDP,
+};
+
+use super::{Sweeper, fate::flow_is_over, filter::FilterUse};
+use crate::store::{StoreError, kernel::Walk};
+
+impl Sweeper {
+    /// One batch of sockets; false at their end. A connection ends with its socket, and the programs see to that.
+    pub(super) fn sockets(&mut self, walk: &mut Walk, now_ns: u64) -> Result<bool, StoreError> {
+        let Some(batch) = self.store.sockets.next_batch(walk)? else { return Ok(false) };
+        for (key, socket) in batch {
+            if key.role != SocketRole::Connected as u8 && self.is_silent(&key, &socket, now_ns)? {
+                self.store.sockets.remove(&key)?;
+                self.totals.flows += 1;
+                continue;
+            }
+            need(&mut self.filter, Direction::Forward, socket.frontend, socket.frontend_port, key.protocol);
+            need(&mut self.filter, Direction::Reverse, socket.peer, socket.peer_port, key.protocol);
+            let counts = socket.timer == Timer::Alive as u8 && socket.scope != 0;
+            if counts && key.role == SocketRole::Connected as u8 {
+                let session = (socket.client.0, socket.scope, socket.backend, socket.generation);
+                *self.pass.connections.entry(session).or_default() += 1;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether a socket has neither sent nor taken a datagram for long: each way renews only its own entry.
+    fn is_silent(&self, key: &SocketKey, socket: &Socket, now_ns: u64) -> Result<bool, StoreError> {
+        let lives = self.pass.lives(socket.backend, socket.generation);
+        let over = |socket: &Socket| flow_is_over(UDP, 0, now_ns.saturating_sub(socket.last_used_ns), lives);
+        // Looked up anew: a datagram may have passed since the batch was read.
+        let again = self.store.sockets.get(key)?.unwrap_or(*socket);
+        if !over(&again) {
+            return Ok(false);
+        }
+        let other = self.store.sockets.get(&other_way(key, socket))?;
+        let other = other.filter(|other| (other.backend, other.generation) == (socket.backend, socket.generation));
+        Ok(other.is_none_or(|other| over(&other)))
+    }
+}
+
+/// The key of the same datagrams' other way.
+fn other_way(key: &SocketKey, socket: &Socket) -> SocketKey {
+    let (address, port, role) = if key.role == SocketRole::Sending as u8 {
+        (socket.peer, socket.peer_port, SocketRole::Receiving)
+    } else {
+        (socket.frontend, socket.frontend_port, SocketRole::Sending)
+    };
+    SocketKey { address, port, role: role as u8, ..*key }
+}
+
+/// Addresses are hashed in their own family.
+fn need(filter: &mut FilterUse, direction: Direction, address: V6, port: Port, protocol: u8) {
+    let v4 = V4::from_mapped(address.0);
+    let is_v4 = v4.to_mapped() == address.0;
+    match (direction, is_v4) {
+        (Direction::Reverse, _) => filter.need_member(address.0, port, protocol),
+        (Direction::Forward, true) => filter.need_frontend(&FrontendKey::new(v4, port, protocol)),
+        (Direction::Forward, false) => filter.need_frontend(&FrontendKey::new(address, port, protocol)),
+    }
+}

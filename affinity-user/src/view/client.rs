@@ -1,0 +1,63 @@
+//! Clients as listings name them: an address, a network, or a network namespace of this machine.
+
+use std::fmt;
+
+use affinity_common::abi::{V6, netns_of};
+use serde::{Serialize, Serializer};
+
+use super::{Client, mapped};
+
+/// The network namespace of this process, which is the node's where this is the node's agent.
+pub const NODE: &str = "node";
+/// How the name of a namespace begins that nothing better is known of; its cookie follows.
+pub const NETNS: &str = "netns:";
+
+/// A client key with the name that is known of it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ClientRef<'a> {
+    /// The key.
+    pub key: Client,
+    /// Of a network namespace: [`NODE`], or the pod's name.
+    pub name: Option<&'a str>,
+}
+
+impl fmt::Display for ClientRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.name, self.key.netns()) {
+            (Some(name), _) => f.write_str(name),
+            (None, Some(cookie)) => write!(f, "{NETNS}{cookie}"),
+            (None, None) => self.key.fmt(f),
+        }
+    }
+}
+
+impl Serialize for ClientRef<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Client {
+    /// The cookie of the network namespace whose sockets this client key stands for; `None` for addresses.
+    #[must_use]
+    pub fn netns(&self) -> Option<u64> {
+        self.is_address().then(|| netns_of(V6(mapped(self.address)))).flatten().map(|(cookie, _)| cookie)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use affinity_common::abi::netns_client;
+
+    use super::*;
+    use crate::view::ip;
+
+    #[test]
+    fn a_namespace_is_named_as_well_as_it_can_be() {
+        let key = Client::new(ip(netns_client(77, 4)), 128);
+        assert_eq!(ClientRef { key, name: None }.to_string(), "netns:77");
+        assert_eq!(ClientRef { key, name: Some("default/web-0") }.to_string(), "default/web-0");
+        let key: Client = "192.0.2.0/24".parse().unwrap();
+        assert_eq!((ClientRef { key, name: None }.to_string(), key.netns()), ("192.0.2.0/24".to_owned(), None));
+    }
+}

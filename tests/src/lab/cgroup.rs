@@ -1,0 +1,192 @@
+//! A cgroup of a lab's own, and a process in it that does with sockets what it is told.
+//!
+//! Programs for sockets see the processes of a cgroup, and which cgroup that is a socket remembers from its making. So
+//! a test's clients are another process, [`SocketProcess`], moved there before it makes any.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+
+use affinity_user::attach::cgroup::root;
+use anyhow::{Context, Result, bail};
+
+use super::address::Protocol;
+use super::netns::Namespace;
+use super::{Lab, unique_name};
+
+/// A cgroup of version 2 without any limit. Dropping it kills what is in it.
+#[derive(Debug)]
+pub struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// A new one, below the root.
+    ///
+    /// # Errors
+    /// When there is no version 2, or the caller is not root.
+    pub fn create() -> Result<Self> {
+        let path = root().context("cgroup version 2 is mounted nowhere")?.join(unique_name());
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self(path))
+    }
+
+    /// Its directory, as `--cgroup` takes it.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Starts `program`, which is the binary `socket_process`, in this cgroup and that namespace.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start(&self, program: &str, namespace: &Namespace) -> Result<SocketProcess> {
+        let mut command = namespace.command("sh");
+        command.args(["-c", r#"echo $$ > "$1/cgroup.procs" && exec "$2""#, "sh"]).arg(&self.0).arg(program);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let input = child.stdin.take().context("no standard input")?;
+        let output = BufReader::new(child.stdout.take().context("no standard output")?);
+        Ok(SocketProcess { child, input, output, sockets: 0 })
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
+}
+
+/// Kills what is in a cgroup and removes it; best effort, since it is used to clean up.
+pub(super) fn remove(path: &Path) {
+    let _ = fs::write(path.join("cgroup.kill"), "1");
+    for _ in 0..100 {
+        if fs::remove_dir(path).is_ok() || !path.exists() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+impl Lab {
+    /// Arguments of `affinity run` for a lab whose sockets are translated in this cgroup, with devices or without.
+    pub fn socket_args<'a>(cgroup: &'a Cgroup, devices: &[&'a str]) -> Result<Vec<&'a str>> {
+        let path = cgroup.path().to_str().context("a path of UTF-8")?;
+        Ok([devices, &["--socket", "on", "--cgroup", path]].concat())
+    }
+}
+
+/// A process whose sockets a test controls. Dropping it ends it, and its sockets with it.
+#[derive(Debug)]
+pub struct SocketProcess {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    sockets: usize,
+}
+
+/// A socket of a [`SocketProcess`], by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketNumber(usize);
+
+/// What the kernel answered: the text, or the name of the error.
+pub type Answer = Result<String, String>;
+
+impl SocketProcess {
+    /// A connected socket, and whom it says that it is connected to.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn connect(&mut self, protocol: Protocol, to: SocketAddr) -> Result<(SocketNumber, Answer)> {
+        let answer = self.told(&format!("connect {protocol} {to}"))?;
+        Ok((self.next(), answer))
+    }
+
+    /// A UDP socket that is not connected, for that address's family.
+    ///
+    /// # Errors
+    /// When the process has ended, or gets no socket.
+    pub fn bind(&mut self, like: SocketAddr) -> Result<SocketNumber> {
+        match self.told(&format!("bind {like}"))? {
+            Ok(_) => Ok(self.next()),
+            Err(error) => bail!("bind: {error}"),
+        }
+    }
+
+    fn next(&mut self) -> SocketNumber {
+        self.sockets += 1;
+        SocketNumber(self.sockets - 1)
+    }
+
+    /// Asks a pod over a connected socket.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn ask(&mut self, socket: SocketNumber, path: &str) -> Result<Answer> {
+        self.told(&format!("ask {} {path}", socket.0))
+    }
+
+    /// Asks a pod by a datagram; answers `BODY from SENDER`.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn ask_to(&mut self, socket: SocketNumber, to: SocketAddr, path: &str) -> Result<Answer> {
+        self.told(&format!("send {} {to} {path}", socket.0))
+    }
+
+    /// Waits, for a second at most, until a connected socket has been closed by somebody else: the name of the error.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn await_end(&mut self, socket: SocketNumber) -> Result<Answer> {
+        self.told(&format!("wait {}", socket.0))
+    }
+
+    /// Whom a socket says that it is connected to.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn peer(&mut self, socket: SocketNumber) -> Result<Answer> {
+        self.told(&format!("peer {}", socket.0))
+    }
+
+    /// Closes a socket.
+    ///
+    /// # Errors
+    /// When the process has ended.
+    pub fn close(&mut self, socket: SocketNumber) -> Result<()> {
+        self.told(&format!("close {}", socket.0)).map(drop)
+    }
+
+    /// Connects, asks for the pod's name, and closes; checks that the socket speaks to whom it asked for.
+    ///
+    /// # Errors
+    /// When it gets no answer, or is told of another peer.
+    pub fn dial(&mut self, protocol: Protocol, to: SocketAddr) -> Result<String> {
+        let (socket, peer) = self.connect(protocol, to)?;
+        let peer = peer.map_err(|error| anyhow::anyhow!("connect {protocol} {to}: {error}"))?;
+        anyhow::ensure!(peer == to.to_string(), "connected to {peer} and not to {to}");
+        let answer = self.ask(socket, "/")?;
+        self.close(socket)?;
+        answer.map_err(|error| anyhow::anyhow!("ask {protocol} {to}: {error}"))
+    }
+
+    fn told(&mut self, command: &str) -> Result<Answer> {
+        writeln!(self.input, "{command}")?;
+        let mut line = String::new();
+        if self.output.read_line(&mut line)? == 0 {
+            bail!("the process has ended with {:?} at: {command}", self.child.wait());
+        }
+        Ok(match line.trim_end_matches('\n').split_once(' ') {
+            Some(("ok", text)) => Ok(text.to_owned()),
+            Some(("error", text)) => Err(text.to_owned()),
+            _ => bail!("{command}: {line}"),
+        })
+    }
+}
+
+impl Drop for SocketProcess {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
