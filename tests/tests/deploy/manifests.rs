@@ -101,6 +101,9 @@ fn every_volume_is_the_nodes_and_is_mounted_where_the_agent_looks() -> Result<()
     let names: BTreeSet<_> = mounts.iter().map(|mount| mount.name.as_str()).collect();
     assert!(on_node.keys().all(|name| names.contains(name)), "a volume without a mount");
 
+    let cgroup = option(&objects, "--cgroup").context("no --cgroup")?;
+    assert_eq!(mounted.get(cgroup), Some(&"/sys/fs/cgroup"));
+    assert_eq!(mounted.get("/run/netns"), Some(&"/run/netns"));
     // Where pins and locks are without options.
     assert_eq!(mounted.get("/sys/fs/bpf"), Some(&"/sys/fs/bpf"));
     assert_eq!(mounted.get("/run/affinity"), Some(&"/run/affinity"));
