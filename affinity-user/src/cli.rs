@@ -205,7 +205,7 @@ pub fn main() -> impl std::process::Termination {
     match run(&cli) {
         Ok(()) => Exit::Done,
         Err(error) => {
-            error.print();
+            error.print(cli.global.log_format);
             error.exit()
         }
     }

@@ -160,7 +160,15 @@ fn errors_are_one_line_with_an_exit_code() {
     assert_eq!((code, error.as_str()), (2, "error: --client does not apply to `affinity get counters`\n"));
     assert_eq!(err(&["get", "nonsense"]).0, 2);
     assert_eq!(err(&["unpin", "--service", "default/web"]).0, 2);
-    assert_eq!(err(&["run", "--source", SERVICES]).0, 2);
+    assert_eq!(err(&["run", "--device", "eth0"]).0, 2);
+}
+
+#[test]
+fn errors_are_objects_where_the_log_is() {
+    let (code, line) = err(&["get", "sessions", "--log-format", "json"]);
+    let object: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((code, object["level"].as_str(), line.lines().count()), (1, Some("ERROR"), 1));
+    assert!(object["message"].is_string() && object["timestamp"].is_string(), "{line}");
 }
 
 #[test]

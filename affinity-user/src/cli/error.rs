@@ -5,6 +5,7 @@ use std::{
     process::{ExitCode, Termination},
 };
 
+use super::logging::LogFormat;
 use crate::{
     agent::AgentError,
     attach::AttachError,
@@ -93,12 +94,15 @@ impl Error {
         }
     }
 
-    /// Says why on standard error, in one line.
-    pub(crate) fn print(&self) {
+    /// Says why on standard error, in one line: in the form of the log, since both are read together.
+    pub(crate) fn print(&self, format: LogFormat) {
         if self.exit() != Exit::Done {
             let text = self.to_string();
             let line: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-            eprintln!("error: {}", line.join(" "));
+            match format {
+                LogFormat::Text => eprintln!("error: {}", line.join(" ")),
+                LogFormat::Json => tracing::error!("{}", line.join(" ")),
+            }
         }
     }
 
