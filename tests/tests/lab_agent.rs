@@ -4,9 +4,9 @@ use std::fs;
 use std::time::Duration;
 
 use affinity_tests::kubeproxy::Mode;
-use affinity_tests::lab::{Agent, Family, Lab, Load, Protocol, Service, eventually};
-use affinity_tests::story::{Hook, Route, report, tell, web};
-use anyhow::{Result, ensure};
+use affinity_tests::lab::{Agent, Family, Lab, Load, Options, Protocol, Service, eventually};
+use affinity_tests::story::{Hook, Route, report, tell, tell_in, web};
+use anyhow::{Context, Result, ensure};
 
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -137,6 +137,25 @@ fn bad_files_are_named_and_take_nothing_down() -> Result<()> {
         fs::remove_file(lab.source().join("broken.yaml"))?;
         load.wait_for(100)?;
         load.stop()?.undisturbed()
+    })
+}
+
+#[test]
+fn every_line_of_a_json_log_is_an_object() -> Result<()> {
+    let web = web().client_ip();
+    let args = [Hook::Tc.args().as_slice(), &["--log-format", "json", "-v"]].concat();
+    tell_in(&Options::default(), &args, &[&web], |lab, agent| {
+        lab.publish_text("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: [not,\n a, mapping\n")?;
+        eventually("the log names broken.yaml", SYNC_PATIENCE, || {
+            Ok(agent.log().iter().any(|line| line.contains("broken.yaml")))
+        })?;
+        for line in agent.log().iter().filter(|line| !line.starts_with("ready")) {
+            let entry: serde_json::Value = serde_json::from_str(line).with_context(|| line.clone())?;
+            for field in ["timestamp", "level", "message"] {
+                ensure!(entry[field].is_string(), "no {field} in {line}");
+            }
+        }
+        Ok(())
     })
 }
 
