@@ -19,6 +19,8 @@ use std::{
         LazyLock,
         atomic::{AtomicU32, AtomicU64, Ordering, fence},
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use aya_obj::generated::{
@@ -375,7 +377,7 @@ impl Map {
         self.check(1, key, Some(value));
         let mut attr = self.element(key, address(value), write.flags());
         // SAFETY: `check` has seen that both slices have the map's lengths; the kernel only reads them.
-        match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) } {
+        match patiently(|| unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) }) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(self.error("BPF_MAP_UPDATE_ELEM", error)),
@@ -470,9 +472,12 @@ impl Map {
             map_fd: raw(self.as_fd()),
             ..Zeroable::zeroed()
         };
-        // SAFETY: keys and values hold `count` entries; the kernel only reads them.
-        unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }
-            .map_err(|error| self.error("BPF_MAP_UPDATE_BATCH", error))?;
+        let written = patiently(|| {
+            attr.count = entries as u32;
+            // SAFETY: keys and values hold `count` entries; the kernel only reads them.
+            unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }
+        });
+        written.map_err(|error| self.error("BPF_MAP_UPDATE_BATCH", error))?;
         Ok(attr.count as usize)
     }
 
@@ -543,6 +548,27 @@ pub fn synchronize() -> Result<()> {
     let outer = Map::create_with_inner("grace", &outer, Some(&inner))?;
     outer.update(&[0; 4], &inner.as_fd().as_raw_fd().to_ne_bytes(), Write::Any)?;
     Ok(())
+}
+
+/// For how long a map may lack memory until that is an error, and how often to ask.
+///
+/// A hash without preallocation takes its elements from a stock that the kernel refills in the background, without waiting
+/// for memory (`alloc_bulk` in <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/memalloc.c#L212>). Who writes
+/// many at once overtakes it, above all where an element has a value for each CPU: those pages come a few at a time.
+const REFILL_PATIENCE: Duration = Duration::from_secs(2);
+const REFILL_PAUSE: Duration = Duration::from_millis(1);
+
+/// Makes a call that writes to a map, again and again while its stock of elements is empty.
+fn patiently<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let mut result = call();
+    let begun = Instant::now();
+    while result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENOMEM))
+        && begun.elapsed() < REFILL_PATIENCE
+    {
+        thread::sleep(REFILL_PAUSE);
+        result = call();
+    }
+    result
 }
 
 // ---- memory shared with the kernel ----

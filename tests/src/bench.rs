@@ -1,3 +1,4 @@
-//! Benchmarks: ratios measured side by side in one run, rounds interleaved.
+//! Benchmarks: what a packet costs, as ratios measured side by side; and what a large cluster does.
 
 pub mod packet;
+pub mod sync;

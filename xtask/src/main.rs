@@ -54,7 +54,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure on this machine (root); `packet` gives nanoseconds per packet
+    /// Measure on this machine (root): `packet`, nanoseconds per packet; `sync`, a cluster of 10,000 services
     Bench {
         /// What to measure
         name: String,

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::netns::output;
 use super::{Lab, NODE_NAME, eventually};
 
-/// How long the agent may take from its start to its readiness, and from SIGTERM to its end.
+/// How long the agent may take from its start to its readiness, unless more is granted, and from SIGTERM to its end.
 const AGENT_PATIENCE: Duration = Duration::from_secs(15);
 
 /// The capabilities that the agent needs, as a container's `securityContext` names them.
@@ -61,7 +61,7 @@ impl Lab {
             // Whatever `auto` finds here: the machine's own processes are no part of a lab.
             command.args(["--socket", "off"]);
         }
-        Agent::start(command)
+        Agent::start(command, AGENT_PATIENCE)
     }
 
     /// Starts `affinity run` with these arguments, `--source` among them, and does not wait for it: see
@@ -72,7 +72,7 @@ impl Lab {
     pub fn agent_unready(&self, args: &[&str]) -> Result<Agent> {
         let mut command = self.affinity_command()?;
         command.arg("run").args(args);
-        Agent::spawn(command)
+        Agent::spawn(command, AGENT_PATIENCE)
     }
 
     /// The same, confined as in a container: root with these capabilities and no way to others, on a root filesystem that
@@ -86,7 +86,7 @@ impl Lab {
         command.args(["--mount", "--", "sh", "-c", CONFINE, "sh", "setpriv", "--no-new-privs", "--inh-caps=-all"]);
         command.arg(format!("--bounding-set=-all{bounds}")).arg("--").arg(binary()?).args(self.global_args());
         command.arg("run").arg("--source").arg(self.source()).args(args);
-        Agent::start(command)
+        Agent::start(command, AGENT_PATIENCE)
     }
 
     /// The global options of this lab.
@@ -117,21 +117,27 @@ fn binary() -> Result<PathBuf> {
 pub struct Agent {
     command: Command,
     child: Child,
+    /// How long it may take to be ready.
+    patience: Duration,
     log: Arc<Mutex<Vec<String>>>,
 }
 
 impl Agent {
-    fn start(command: Command) -> Result<Self> {
-        let mut agent = Self::spawn(command)?;
+    /// Starts it, and waits until it is ready, as long as this.
+    ///
+    /// # Errors
+    /// When it ends, or is not ready in time: what it wrote.
+    pub fn start(command: Command, patience: Duration) -> Result<Self> {
+        let mut agent = Self::spawn(command, patience)?;
         agent.until_ready()?;
         Ok(agent)
     }
 
-    fn spawn(mut command: Command) -> Result<Self> {
+    fn spawn(mut command: Command, patience: Duration) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let log = Arc::default();
         let child = spawn(&mut command, &log)?;
-        Ok(Self { command, child, log })
+        Ok(Self { command, child, patience, log })
     }
 
     /// Waits until it was ready for the first time.
@@ -140,6 +146,11 @@ impl Agent {
     /// As [`Lab::agent`].
     pub fn until_ready(&mut self) -> Result<()> {
         self.wait_until_ready(0)
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Kills it with SIGKILL: it can tidy up nothing.
@@ -203,7 +214,7 @@ impl Agent {
 
     /// Waits for the line that says so, behind the first `written` lines of its log.
     fn wait_until_ready(&mut self, written: usize) -> Result<()> {
-        let ready = eventually("the agent says that it is ready", AGENT_PATIENCE, || {
+        let ready = eventually("the agent says that it is ready", self.patience, || {
             if self.log()[written..].iter().any(|line| line.starts_with("ready")) {
                 return Ok(true);
             }
