@@ -59,13 +59,14 @@ impl<T> Clone for Sourced<T> {
     }
 }
 
-/// The objects of interest at one moment.
+/// The objects of interest at one moment. The maps are shared: a source that gave them may go on from there, without a
+/// copy if nobody holds them any more ([`Arc::make_mut`]).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Services.
-    pub services: BTreeMap<ObjectName, Sourced<Service>>,
+    pub services: Arc<BTreeMap<ObjectName, Sourced<Service>>>,
     /// Endpoint slices.
-    pub slices: BTreeMap<ObjectName, Sourced<EndpointSlice>>,
+    pub slices: Arc<BTreeMap<ObjectName, Sourced<EndpointSlice>>>,
     /// The node that this process runs on; none where the source does not tell.
     pub node: Option<Sourced<Node>>,
     /// What could not be used.

@@ -185,8 +185,8 @@ fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
 fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
     let Entry { name, origin, loaded } = entry;
     let first = match loaded {
-        Loaded::Service(object) => put(&mut snapshot.services, name, origin, object),
-        Loaded::Slice(object) => put(&mut snapshot.slices, name, origin, object),
+        Loaded::Service(object) => put(Arc::make_mut(&mut snapshot.services), name, origin, object),
+        Loaded::Slice(object) => put(Arc::make_mut(&mut snapshot.slices), name, origin, object),
     };
     if let (Some(first), true) = (first, fresh) {
         let message = format!("given twice; the one in {first} is used, this one is ignored");

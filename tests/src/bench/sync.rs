@@ -137,7 +137,8 @@ fn change(cluster: &mut Cluster, api: &ApiServer, store: &KernelStore, number: u
 /// The addresses of the backends that a frontend's slots name.
 fn addresses(store: &KernelStore, frontend: &Frontend) -> Result<Vec<[u8; 16]>> {
     let slots = frontend.slot_first..frontend.slot_first + frontend.slot_count;
-    let backend = |slot| Ok(store.backends.get(&store.slots.load_u32(slot))?.context("a slot names a backend")?.address);
+    let backend =
+        |slot| Ok(store.backends.get(&store.slots.load_u32(slot))?.context("a slot names a backend")?.address);
     slots.map(backend).collect()
 }
 

@@ -40,8 +40,10 @@ fn follow(bursts: Vec<Vec<Step>>) -> Vec<Snapshot> {
     for burst in bursts {
         for step in burst {
             match step {
-                Step::Service(number, service) => put(&mut snapshot.services, &format!("s{number}"), *service),
-                Step::Slice(number, slice) => put(&mut snapshot.slices, &format!("e{number}"), *slice),
+                Step::Service(number, service) => {
+                    put(Arc::make_mut(&mut snapshot.services), &format!("s{number}"), *service)
+                }
+                Step::Slice(number, slice) => put(Arc::make_mut(&mut snapshot.slices), &format!("e{number}"), *slice),
                 Step::Partial(partial) => snapshot.partial = partial,
             }
         }

@@ -81,12 +81,12 @@ impl World {
         for (number, spec) in (1u8..).zip(&self.services) {
             let Some(spec) = spec else { continue };
             let name = ObjectName::new("default", &format!("s{number}"));
-            snapshot.services.insert(name.clone(), sourced(service(number, spec)));
+            Arc::make_mut(&mut snapshot.services).insert(name.clone(), sourced(service(number, spec)));
             for (pod, (state, second)) in &spec.parts {
                 for v6 in [false, true] {
                     let slice = slice(&name.name, spec.target_port, *pod, *state, *second, v6);
                     let name = ObjectName::new("default", &format!("s{number}-{pod}-{v6}"));
-                    snapshot.slices.insert(name, sourced(slice));
+                    Arc::make_mut(&mut snapshot.slices).insert(name, sourced(slice));
                 }
             }
         }

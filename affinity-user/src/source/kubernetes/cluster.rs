@@ -117,7 +117,7 @@ impl Cluster {
         self.is_changed.set(false);
         self.current_ns()?;
         let nodes = self.nodes.borrow().objects();
-        let node = nodes.into_values().next();
+        let node = nodes.values().next().cloned();
         let problems = if node.is_some() { Vec::new() } else { vec![self.without_node()] };
         let (services, slices) = (self.services.borrow().objects(), self.slices.borrow().objects());
         Some(Snapshot { services, slices, node, problems, partial: false })

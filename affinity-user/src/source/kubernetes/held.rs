@@ -8,7 +8,9 @@ use crate::source::{ObjectName, Sourced};
 /// What is known of one kind.
 #[derive(Debug)]
 pub(super) struct Held<K> {
-    entries: BTreeMap<ObjectName, Entry<K>>,
+    entries: BTreeMap<ObjectName, Entry>,
+    /// Changed in place while no snapshot holds it.
+    objects: Arc<BTreeMap<ObjectName, Sourced<K>>>,
     /// Everything up to this version is known: a list's, or a bookmark's.
     floor: u64,
     /// When all of it was last known to be current, `CLOCK_MONOTONIC` in nanoseconds; zero until a list was complete.
@@ -16,31 +18,34 @@ pub(super) struct Held<K> {
 }
 
 #[derive(Debug)]
-struct Entry<K> {
+struct Entry {
     version: u64,
-    /// None: it was deleted at that version.
-    object: Option<Arc<K>>,
+    /// If not: it was deleted at that version.
+    is_there: bool,
 }
 
 impl<K> Default for Held<K> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), floor: 0, current_ns: 0 }
+        Self { entries: BTreeMap::new(), objects: Arc::default(), floor: 0, current_ns: 0 }
     }
 }
 
 impl<K: Watched> Held<K> {
     /// Takes a complete list in place of everything. Says whether anything differs.
     pub(super) fn replace(&mut self, objects: Vec<K>, list_version: Option<&str>, now_ns: u64) -> bool {
-        let mut former = std::mem::take(&mut self.entries);
+        let former = std::mem::take(&mut self.objects);
+        let mut now = BTreeMap::new();
         let mut changed = self.current_ns == 0;
+        self.entries.clear();
         for object in objects {
             let (name, version, object) = taken(object);
-            let known = former.remove(&name).and_then(|entry| entry.object);
-            let (kept, differs) = keep(known, object);
+            let (kept, differs) = keep(former.get(&name), object);
             changed |= differs;
-            self.entries.insert(name, Entry { version, object: Some(kept) });
+            self.entries.insert(name.clone(), Entry { version, is_there: true });
+            now.insert(name, kept);
         }
-        changed |= former.values().any(|entry| entry.object.is_some());
+        changed |= former.keys().any(|name| !now.contains_key(name));
+        self.objects = Arc::new(now);
         self.floor = version(list_version).unwrap_or(0);
         self.current_ns = now_ns;
         changed
@@ -53,9 +58,11 @@ impl<K: Watched> Held<K> {
         if self.is_overtaken(&name, version) {
             return false;
         }
-        let known = self.entries.remove(&name).and_then(|entry| entry.object);
-        let (kept, differs) = keep(known, object);
-        self.entries.insert(name, Entry { version, object: Some(kept) });
+        self.entries.insert(name.clone(), Entry { version, is_there: true });
+        let (kept, differs) = keep(self.objects.get(&name), object);
+        if differs {
+            Arc::make_mut(&mut self.objects).insert(name, kept);
+        }
         differs
     }
 
@@ -66,8 +73,12 @@ impl<K: Watched> Held<K> {
         if self.is_overtaken(&name, version) {
             return false;
         }
-        let former = self.entries.insert(name, Entry { version, object: None });
-        former.is_some_and(|entry| entry.object.is_some())
+        let differs = self.objects.contains_key(&name);
+        if differs {
+            Arc::make_mut(&mut self.objects).remove(&name);
+        }
+        self.entries.insert(name, Entry { version, is_there: false });
+        differs
     }
 
     /// All events up to this version were sent.
@@ -76,7 +87,7 @@ impl<K: Watched> Held<K> {
         self.floor = self.floor.max(version(Some(text)).unwrap_or(0));
         // A deletion must be remembered only while an older event may still come.
         let floor = self.floor;
-        self.entries.retain(|_, entry| entry.object.is_some() || entry.version > floor);
+        self.entries.retain(|_, entry| entry.is_there || entry.version > floor);
     }
 
     /// Whether a later state is known. Version zero: one that cannot be compared, which counts as the latest.
@@ -92,14 +103,12 @@ impl<K: Watched> Held<K> {
 
     /// One object.
     pub(super) fn get(&self, name: &ObjectName) -> Option<&K> {
-        self.entries.get(name)?.object.as_deref()
+        Some(&*self.objects.get(name)?.object)
     }
 
     /// The objects, by name.
-    pub(super) fn objects(&self) -> BTreeMap<ObjectName, Sourced<K>> {
-        let sourced = |object: &Arc<K>| Sourced { origin: None, object: Arc::clone(object) };
-        let there = |(name, entry): (&ObjectName, &Entry<K>)| Some((name.clone(), sourced(entry.object.as_ref()?)));
-        self.entries.iter().filter_map(there).collect()
+    pub(super) fn objects(&self) -> Arc<BTreeMap<ObjectName, Sourced<K>>> {
+        Arc::clone(&self.objects)
     }
 }
 
@@ -112,10 +121,10 @@ fn taken<K: Watched>(mut object: K) -> (ObjectName, u64, K) {
 }
 
 /// The object that was known, where the new one is equal; and whether it is not.
-fn keep<K: PartialEq>(known: Option<Arc<K>>, object: K) -> (Arc<K>, bool) {
+fn keep<K: PartialEq>(known: Option<&Sourced<K>>, object: K) -> (Sourced<K>, bool) {
     match known {
-        Some(known) if *known == object => (known, false),
-        _ => (Arc::new(object), true),
+        Some(known) if *known.object == object => (known.clone(), false),
+        _ => (Sourced { origin: None, object: Arc::new(object) }, true),
     }
 }
 

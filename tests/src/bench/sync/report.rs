@@ -37,7 +37,8 @@ impl Latency {
     pub(super) fn of(mut samples: Vec<Duration>) -> Option<Self> {
         samples.sort_unstable();
         let last = samples.len().checked_sub(1)?;
-        let at = |percent: usize| samples[(samples.len() * percent).div_ceil(100).saturating_sub(1)].as_secs_f64() * 1e3;
+        let at =
+            |percent: usize| samples[(samples.len() * percent).div_ceil(100).saturating_sub(1)].as_secs_f64() * 1e3;
         Some(Self { p50_ms: at(50), p90_ms: at(90), p99_ms: at(99), max_ms: samples[last].as_secs_f64() * 1e3 })
     }
 }
