@@ -14,7 +14,7 @@ use crate::{
         StoreError,
         kernel::{Family, KernelStore, PinKey, Walk},
     },
-    view::{Catalog, Client, ServicePins, SessionView},
+    view::{Catalog, Client, ClientRef, ServicePins, SessionView},
 };
 
 /// Clients that are listed at most.
@@ -29,6 +29,8 @@ pub struct ClientRow {
     pub key: PinKey,
     /// The client, or the network that shares the pin.
     pub client: Client,
+    /// Of a network namespace: the node's or the pod's name.
+    pub name: Option<String>,
     /// The pod's name, else its address.
     pub pod: String,
     /// When it was pinned there: monotonic nanoseconds.
@@ -56,6 +58,14 @@ pub enum ClientOrder {
     Pod,
 }
 
+impl ClientRow {
+    /// The client as listings name it.
+    #[must_use]
+    pub fn client_text(&self) -> String {
+        ClientRef { key: self.client, name: self.name.as_deref() }.to_string()
+    }
+}
+
 impl Row for ClientRow {
     type Key = PinKey;
     type Order = ClientOrder;
@@ -70,7 +80,7 @@ impl Row for ClientRow {
         filter.is_empty()
             || self.pod.to_lowercase().contains(filter)
             || self.reason.contains(filter)
-            || self.client.to_string().contains(filter)
+            || self.client_text().contains(filter)
     }
 
     fn compare(&self, other: &Self, order: ClientOrder) -> Ordering {
@@ -191,6 +201,7 @@ impl Scan {
         let row = ClientRow {
             key,
             client: view.client.key,
+            name: view.client.name.map(str::to_owned),
             pod: view.backend.to_string(),
             created_ns,
             last_used_ns,

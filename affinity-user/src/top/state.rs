@@ -328,7 +328,7 @@ impl State {
             return self.say("u unpins the selected client of a service, U all clients of the service", false);
         };
         let (Some(row), Some(service)) = (self.clients.selected(), self.service()) else { return };
-        let (key, client, service) = (row.key, row.client.to_string(), service.name.clone());
+        let (key, client, service) = (row.key, row.client_text(), service.name.clone());
         self.overlay = Some(Overlay::Question(Target::Client { key, client, service }));
     }
 

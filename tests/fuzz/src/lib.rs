@@ -120,14 +120,15 @@ mod tests {
 
     use super::*;
 
-    /// The reasons that only the kernel can give, or the agent.
-    const NOT_OF_THE_MODEL: [Reason; 6] = [
+    /// The reasons that only the kernel can give, the agent, or a socket.
+    const NOT_OF_THE_MODEL: [Reason; 7] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,
         Reason::FlowNotStored,
         Reason::SessionNotStored,
         Reason::EventLost,
         Reason::OperatorPinned,
+        Reason::SocketNotStored,
     ];
 
     #[test]

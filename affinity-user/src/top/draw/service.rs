@@ -177,7 +177,7 @@ fn client_cells(client: &ClientRow, now_ns: u64) -> Vec<Cell> {
         Some(seconds) => Cell::new(short_duration(seconds)),
     };
     vec![
-        Cell::new(client.client.to_string()),
+        Cell::new(client.client_text()),
         Cell::new(&client.pod),
         Cell::new(since(client.created_ns)),
         Cell::new(since(client.last_used_ns)),

@@ -136,6 +136,7 @@ pub(super) fn client_rows(number: u32) -> Vec<ClientRow> {
         ClientRow {
             key,
             client,
+            name: None,
             pod: format!("front-{}", index % 3),
             created_ns: (10_000 - 600 - u64::from(index)) * SECOND,
             last_used_ns: (10_000 - u64::from(index)) * SECOND,
