@@ -330,6 +330,7 @@ fn another_size_carries_the_entries_over() -> Result<()> {
         names::SESSIONS_V4,
         names::SESSIONS_V6,
         names::SLOTS,
+        names::SOCKETS,
         names::USAGE,
     ];
     assert_eq!(loaded.resized, resized);
@@ -883,7 +884,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
             let resized = (0..6).try_for_each(|round| {
                 let (sessions, flows) = if round % 2 == 0 { (10_000, 300_000) } else { (4096, 200_000) };
                 let loaded = pins.load(Sizes { sessions, flows, ..SIZES })?;
-                ensure!(loaded.resized.len() == 4 && loaded.upgraded == 2, "{loaded:?}");
+                ensure!(loaded.resized.len() == 5 && loaded.upgraded == 2, "{loaded:?}");
                 Ok(())
             });
             stop.store(true, Ordering::Relaxed);

@@ -42,9 +42,9 @@ fn rendered() -> Result<()> {
 }
 
 /// The tests that make namespaces, load programs and send packets. They share the machine's
-/// kernel, so they run one after the other.
+/// kernel, so they run one after the other; and all of them, so that one run shows all that fails.
 fn kernel_tests() -> Result<()> {
     ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
     run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
-    run_command(&mut cargo(["test", "--package", "affinity-tests", "--", "--test-threads=1"]))
+    run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-fail-fast", "--", "--test-threads=1"]))
 }
