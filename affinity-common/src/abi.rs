@@ -26,10 +26,12 @@ use bytemuck::{Pod, Zeroable};
 pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey};
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
-pub use flow::{Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey};
+pub use flow::{
+    Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, FragmentKey,
+};
 pub use frontend::{
-    AFFINITY, BESIDE, FILTER_BITS, Frontend, FrontendKey, SHADOW, SHARED, Selection, TIMEOUT_UNLIMITED, Timer,
-    filter_bit,
+    AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, Node, OUTSIDE, PODS,
+    RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};
@@ -241,8 +243,14 @@ impl Name {
 unsafe impl<A: Address> Zeroable for FrontendKey<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> Zeroable for SessionKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Zeroable for RangeKey<A> {}
 // SAFETY: `repr(C)`, all fields are Pod, and the sizes asserted below leave no room for padding.
 unsafe impl<A: Address> Pod for FrontendKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for RangeKey<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for FragmentKey<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> Pod for SessionKey<A> {}
 // SAFETY: as above.
@@ -263,6 +271,9 @@ assert_no_padding!(
     FrontendKey<V4>: 4 + 2 + 1 + 1,
     FrontendKey<V6>: 16 + 2 + 1 + 1 + 4,
     Frontend: 8 + 7 * 4 + 4,
+    RangeKey<V4>: 4 + 4 + 4,
+    RangeKey<V6>: 4 + 4 + 16,
+    Node: 16 + 4 + 2 + 2,
     MemberKey: 4 + 4,
     Member: 4 + 2 + 1 + 1,
     Backend: 16 + 4 + 4,
@@ -271,6 +282,8 @@ assert_no_padding!(
     Session: 8 + 8 + 6 * 4 + 8,
     FlowKey<V4>: 4 + 4 + 2 + 2 + 1 + 1 + 2,
     FlowKey<V6>: 16 + 16 + 2 + 2 + 1 + 1 + 2,
+    FragmentKey<V4>: 4 + 4 + 4 + 1 + 1 + 2,
+    FragmentKey<V6>: 16 + 16 + 4 + 1 + 1 + 2,
     Edit<V4>: 4 + 4 + 2 + 2 + 2 + 2,
     Edit<V6>: 16 + 16 + 2 + 2 + 2 + 2,
     Flow<V4>: 8 + 8 + 8 + 16 + 5 * 4 + 4,

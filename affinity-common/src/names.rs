@@ -6,8 +6,14 @@ pub const FRONTENDS_V4: &str = "frontends_v4";
 pub const FRONTENDS_V6: &str = "frontends_v6";
 /// `array`, mmapable: slot -> backend index, `u32`.
 pub const SLOTS: &str = "slots";
-/// `array`, mmapable: 64 bits of the filter a word; frontends, then members.
+/// `array`, mmapable: 64 bits of the filter a word; a part for each [`crate::abi::Direction`].
 pub const FILTER: &str = "filter";
+/// `lpm_trie`: [`crate::abi::RangeKey`] -> 1, `u32`, IPv4.
+pub const RANGES_V4: &str = "ranges_v4";
+/// `lpm_trie`: [`crate::abi::RangeKey`] -> 1, `u32`, IPv6.
+pub const RANGES_V6: &str = "ranges_v6";
+/// `array` of one [`crate::abi::Node`].
+pub const NODE: &str = "node";
 /// `hash`: [`crate::abi::MemberKey`] -> [`crate::abi::Member`].
 pub const MEMBERS: &str = "members";
 /// `array`: index -> [`crate::abi::Backend`].
@@ -22,6 +28,12 @@ pub const SESSIONS_V6: &str = "sessions_v6";
 pub const FLOWS_V4: &str = "flows_v4";
 /// `lru_hash`: [`crate::abi::FlowKey`] -> [`crate::abi::Flow`], IPv6.
 pub const FLOWS_V6: &str = "flows_v6";
+/// `lru_hash`: [`crate::abi::FragmentKey`] -> [`crate::abi::FlowKey`], IPv4.
+pub const FRAGMENTS_V4: &str = "fragments_v4";
+/// `lru_hash`: [`crate::abi::FragmentKey`] -> [`crate::abi::FlowKey`], IPv6.
+pub const FRAGMENTS_V6: &str = "fragments_v6";
+/// `array`: backend index -> how many source ports were tried for connections to it, `u64`.
+pub const TRIED: &str = "tried";
 /// `lru_hash`: [`crate::abi::SocketKey`] -> [`crate::abi::Socket`].
 pub const SOCKETS: &str = "sockets";
 /// `percpu_array`: [`crate::abi::Reason`] -> packets, `u64`.
@@ -36,9 +48,12 @@ pub const NAMES: &str = "names";
 pub const STATUS: &str = "status";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 17] = [
+pub const MAPS: [&str; 23] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
+    RANGES_V4,
+    RANGES_V6,
+    NODE,
     SLOTS,
     FILTER,
     MEMBERS,
@@ -48,6 +63,9 @@ pub const MAPS: [&str; 17] = [
     SESSIONS_V6,
     FLOWS_V4,
     FLOWS_V6,
+    FRAGMENTS_V4,
+    FRAGMENTS_V6,
+    TRIED,
     SOCKETS,
     COUNTERS,
     USAGE,

@@ -1,13 +1,13 @@
 //! Every map. The loader sets the sizes; those here are the smallest that make sense.
 
 use affinity_common::abi::{
-    Backend, Event, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Session,
-    SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+    Backend, Event, FILTER_WORDS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey,
+    Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
 };
 
 // Without preallocation a replaced element is freed only when no program can see it, so a copy is never torn.
@@ -20,10 +20,17 @@ pub static MEMBERS: HashMap<MemberKey, Member> = HashMap::with_max_entries(1024,
 #[map(name = "names")]
 pub static NAMES: HashMap<NameKey, Name> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 
+#[map(name = "ranges_v4")]
+pub static RANGES_V4: LpmTrie<Ranged<V4>, u32> = LpmTrie::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "ranges_v6")]
+pub static RANGES_V6: LpmTrie<Ranged<V6>, u32> = LpmTrie::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "node")]
+pub static NODE: Array<Node> = Array::with_max_entries(1, 0);
+
 #[map(name = "slots")]
 pub static SLOTS: Array<u32> = Array::with_max_entries(1024, BPF_F_MMAPABLE);
 #[map(name = "filter")]
-pub static FILTER: Array<u64> = Array::with_max_entries(2 * FILTER_BITS / 64, BPF_F_MMAPABLE);
+pub static FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, BPF_F_MMAPABLE);
 #[map(name = "backends")]
 pub static BACKENDS: Array<Backend> = Array::with_max_entries(1024, 0);
 #[map(name = "loads")]
@@ -38,6 +45,13 @@ pub static FLOWS_V4: LruHashMap<FlowKey<V4>, Flow<V4>> = LruHashMap::with_max_en
 #[map(name = "flows_v6")]
 pub static FLOWS_V6: LruHashMap<FlowKey<V6>, Flow<V6>> = LruHashMap::with_max_entries(1024, 0);
 
+#[map(name = "fragments_v4")]
+pub static FRAGMENTS_V4: LruHashMap<FragmentKey<V4>, FlowKey<V4>> = LruHashMap::with_max_entries(4096, 0);
+#[map(name = "fragments_v6")]
+pub static FRAGMENTS_V6: LruHashMap<FragmentKey<V6>, FlowKey<V6>> = LruHashMap::with_max_entries(4096, 0);
+#[map(name = "tried")]
+pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
+
 #[map(name = "sockets")]
 pub static SOCKETS: LruHashMap<SocketKey, Socket> = LruHashMap::with_max_entries(1024, 0);
 
@@ -49,5 +63,13 @@ pub static USAGE: PerCpuHashMap<UsageKey, Usage> = PerCpuHashMap::with_max_entri
 pub static STATUS: Array<Status> = Array::with_max_entries(1, 0);
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// The part of a [`affinity_common::abi::RangeKey`] behind its prefix length.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Ranged<A> {
+    pub scope: u32,
+    pub address: A,
+}
 
 const _: () = assert!(size_of::<Event>() + 8 == 64, "records must divide the ring");

@@ -12,6 +12,19 @@ pub enum Direction {
     Forward = 0,
     /// Backend to client.
     Reverse = 1,
+    /// Client to backend, already translated forward: the source becomes the node's.
+    Outward = 2,
+    /// Backend to node: the destination becomes the client's again.
+    Return = 3,
+}
+
+impl Direction {
+    /// Whether the client sent the packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_from_client(self) -> bool {
+        self as u8 & 1 == 0
+    }
 }
 
 /// Key of `flows_v4` and `flows_v6`: the packet's addresses and ports before translation.
@@ -35,6 +48,13 @@ pub struct FlowKey<A> {
 }
 
 impl<A: Address> FlowKey<A> {
+    /// Whether the client sent the packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_from_client(&self) -> bool {
+        self.direction & 1 == 0
+    }
+
     /// The key of the other direction, given what this direction is translated to.
     #[inline(always)]
     #[must_use]
@@ -99,6 +119,25 @@ pub struct Flow<A> {
     pub prefix: u8,
     /// Zero.
     pub pad: u8,
+}
+
+/// Key of `fragments_v4` and `fragments_v6`: an IP packet that came in pieces (RFC 791; RFC 8200, section 4.5), before
+/// translation. The value is the [`FlowKey`] of its first one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
+#[repr(C, align(8))]
+pub struct FragmentKey<A> {
+    /// Source address.
+    pub saddr: A,
+    /// Destination address.
+    pub daddr: A,
+    /// Identification, as it lies in the packet; of IPv4 two bytes and zeroes.
+    pub id: [u8; 4],
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// 0: it entered a device; 1: it left one.
+    pub is_leaving: u8,
+    /// Zero.
+    pub pad: [u8; 2],
 }
 
 /// [`Flow::state`]: the client has sent FIN.

@@ -1,8 +1,9 @@
-//! Frontends: the addresses that clients dial, with all that a new connection needs to know inline.
+//! Frontends: the addresses that clients dial, with all that a new connection needs to know inline; and the ranges of
+//! addresses that they ask about.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Address, Port};
+use super::{Address, Port, V4, V6};
 
 /// Key of `frontends_v4` and `frontends_v6`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -14,18 +15,30 @@ pub struct FrontendKey<A: Address> {
     pub port: Port,
     /// IANA protocol number.
     pub protocol: u8,
-    /// Zero.
-    pub pad: u8,
+    /// [`EVERYBODY`] or [`OUTSIDE`].
+    pub side: u8,
     /// Zero.
     pub fill: A::Fill,
 }
 
+/// [`FrontendKey::side`]: the record that is looked up first.
+pub const EVERYBODY: u8 = 0;
+/// [`FrontendKey::side`]: the record for clients outside of the cluster's pod networks, where the first one is [`SPLIT`].
+pub const OUTSIDE: u8 = 1;
+
 impl<A: Address> FrontendKey<A> {
-    /// With the padding zero.
+    /// For everybody.
     #[inline(always)]
     #[must_use]
     pub fn new(address: A, port: Port, protocol: u8) -> Self {
-        Self { address, port, protocol, pad: 0, fill: A::Fill::zeroed() }
+        Self { address, port, protocol, side: EVERYBODY, fill: A::Fill::zeroed() }
+    }
+
+    /// The same for clients outside of the pod networks.
+    #[inline(always)]
+    #[must_use]
+    pub fn outside(self) -> Self {
+        Self { side: OUTSIDE, ..self }
     }
 }
 
@@ -55,7 +68,7 @@ pub struct Frontend {
     pub timer: u8,
     /// Prefix length that makes the client key.
     pub prefix: u8,
-    /// [`AFFINITY`], [`SHARED`], [`BESIDE`] and [`SHADOW`].
+    /// [`AFFINITY`], [`SHARED`], [`BESIDE`], [`SHADOW`], [`SPLIT`], [`MASQUERADE`], [`RANGES`] and [`SILENT`].
     pub flags: u8,
 }
 
@@ -71,6 +84,51 @@ pub const SHARED: u8 = 2;
 pub const BESIDE: u8 = 4;
 /// [`Frontend::flags`]: everything is decided, remembered and counted, and every packet passes.
 pub const SHADOW: u8 = 8;
+/// [`Frontend::flags`]: clients outside of the pod networks have a record of their own, [`OUTSIDE`].
+pub const SPLIT: u8 = 16;
+/// [`Frontend::flags`]: the source becomes an address of the node, so that replies come back by it.
+pub const MASQUERADE: u8 = 32;
+/// [`Frontend::flags`]: only clients within the service's [`RangeKey`]s are let in.
+pub const RANGES: u8 = 64;
+/// [`Frontend::flags`]: where the pool has no usable member, packets are dropped, and not refused.
+pub const SILENT: u8 = 128;
+
+/// Key of the tries `ranges_v4` and `ranges_v6`: a prefix of addresses in a scope. The value is one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(C)]
+pub struct RangeKey<A: Address> {
+    /// Bits of what follows that count: 32 for the scope, and the prefix length.
+    pub prefix_len: u32,
+    /// [`PODS`], or the service whose `loadBalancerSourceRanges` these are.
+    pub scope: u32,
+    /// The network's address.
+    pub address: A,
+}
+
+/// [`RangeKey::scope`]: the networks of the cluster's pods.
+pub const PODS: u32 = 0;
+
+impl<A: Address> RangeKey<A> {
+    /// A network.
+    #[must_use]
+    pub fn new(scope: u32, address: A, prefix: u8) -> Self {
+        Self { prefix_len: 32 + u32::from(prefix.min(A::BITS)), scope, address: address.masked(prefix) }
+    }
+}
+
+/// The one value of `node`: what the source of a masqueraded connection becomes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Node {
+    /// An IPv6 address of this node; zero: none.
+    pub address_v6: V6,
+    /// An IPv4 address of this node; zero: none.
+    pub address_v4: V4,
+    /// The first port.
+    pub port_first: Port,
+    /// How many ports, native byte order; zero: nothing is masqueraded.
+    pub port_count: u16,
+}
 
 /// How a member is chosen for a connection without a usable pin.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -127,10 +185,13 @@ impl Timer {
     }
 }
 
-/// Bits of the `filter` map in each of its two halves: frontends, then members.
+/// Bits of the `filter` map in each of its four parts, one for each [`super::Direction`]: frontends, members, and what
+/// the programs set for the flows that they masquerade: pods, and addresses and ports of the node.
 pub const FILTER_BITS: u32 = 1 << 19;
+/// Words of 64 bits in the `filter` map.
+pub const FILTER_WORDS: u32 = 4 * FILTER_BITS / u64::BITS;
 
-/// The bit of an address and port in its half of the filter. Collisions cost a lookup, never a decision.
+/// The bit of an address and port in its part of the filter. Collisions cost a lookup, never a decision.
 #[inline(always)]
 #[must_use]
 pub fn filter_bit<A: Address>(address: A, port: Port, protocol: u8) -> u32 {

@@ -74,6 +74,12 @@ reasons! {
     Shadow = 27, "shadow", "Passed: decided and counted in shadow mode, which changes no packet.";
     RelatedError = 28, "related-error", "Forwarded: an ICMP error about a known flow.";
     SocketNotStored = 29, "socket-not-stored", "Refused: no room in the socket table for a new connection.";
+    NotInRanges = 30, "not-in-ranges", "Dropped: the client is not within the service's source ranges.";
+    NoLocalEndpoints = 31, "no-local-endpoints", "Dropped: no usable endpoint on this node, and the service's policy allows no other.";
+    PortsExhausted = 32, "ports-exhausted", "Rejected: no source port is left for another connection to the pod.";
+    Masqueraded = 33, "masqueraded", "Forwarded: a packet of a known flow leaves with the node's address.";
+    Returned = 34, "returned", "Forwarded: a reply to the node's address goes back to its client.";
+    LaterFragment = 35, "later-fragment", "Forwarded: a later fragment of a packet whose first one was translated.";
 }
 
 /// What a [`UsageKey`] counts for.

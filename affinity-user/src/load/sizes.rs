@@ -6,7 +6,7 @@
 
 use std::{fmt, fs, path::Path};
 
-use affinity_common::{abi::FILTER_BITS, names};
+use affinity_common::{abi::FILTER_WORDS, names};
 use aya_obj::generated::{BPF_F_NO_PREALLOC, bpf_map_type};
 
 use crate::sys::{self, MapInfo};
@@ -22,6 +22,9 @@ pub const MAX_SESSIONS: u32 = 1 << 21;
 
 /// Of all clients that are pinned few are sockets of this machine: one entry of `sockets` for so many sessions.
 const SESSIONS_PER_SOCKET: u32 = 4;
+
+/// Ranges of addresses of each family, in all services.
+const MAX_RANGES: u32 = 1 << 16;
 
 /// Bytes of one session of each family and of the two records of one flow of each.
 const BYTES_PER_SESSION: u64 = 1024;
@@ -92,12 +95,13 @@ impl Sizes {
             names::SOCKETS => self.sessions.div_ceil(SESSIONS_PER_SOCKET),
             names::FRONTENDS_V4 | names::FRONTENDS_V6 => self.frontends,
             names::MEMBERS => self.members,
-            names::BACKENDS | names::LOADS => self.backends,
+            names::BACKENDS | names::LOADS | names::TRIED => self.backends,
             names::SLOTS => self.slots,
             names::NAMES => self.names,
             names::USAGE => self.usage,
             names::EVENTS => self.events_bytes,
-            names::FILTER => 2 * FILTER_BITS / 64,
+            names::FILTER => FILTER_WORDS,
+            names::RANGES_V4 | names::RANGES_V6 => MAX_RANGES,
             _ => return None,
         })
     }

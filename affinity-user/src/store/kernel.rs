@@ -329,7 +329,7 @@ impl KernelStore {
         Ok(())
     }
 
-    /// Sets bits in one half of the filter.
+    /// Sets bits in one part of the filter.
     fn set_filter(&self, direction: Direction, bits: &[u32]) {
         for &bit in bits {
             let (word, mask) = filter_word(direction, bit);
@@ -338,7 +338,7 @@ impl KernelStore {
     }
 }
 
-/// The word of the filter that holds a bit of one half, and the bit in it.
+/// The word of the filter that holds a bit of one part, and the bit in it.
 #[must_use]
 pub fn filter_word(direction: Direction, bit: u32) -> (u32, u64) {
     let bit = direction as u32 * FILTER_BITS + bit % FILTER_BITS;

@@ -1,6 +1,7 @@
 //! Which bits of the filter nobody needs any more.
 //!
-//! Plans only set bits. A bit is needed by a frontend, by a member of a pool, or by a flow that began when one of these
+//! Plans only set bits, in the parts for frontends and members. (The programs' own parts are bounded by the node's ports
+//! and its pods', and stay.) A bit is needed by a frontend, by a member of a pool, or by a flow that began when one of these
 //! was there. It is cleared when two passes in a row found no need and no plan has set bits since the first: then
 //! every flow that could need it has been met.
 
@@ -8,6 +9,7 @@ use affinity_common::abi::{Address, Direction, FILTER_BITS, FrontendKey, Port, V
 
 use crate::{store::kernel::filter_word, sys::Words};
 
+/// Of the parts that plans write.
 const WORDS: usize = 2 * FILTER_BITS as usize / 64;
 
 /// A copy of the filter's bits.
@@ -70,7 +72,7 @@ impl FilterUse {
         }
         let mut cleared = 0;
         let mut idle = vec![0; WORDS];
-        for (word, idle) in (0..filter.len()).zip(&mut idle) {
+        for (word, idle) in (0..).zip(&mut idle) {
             let at = word as usize;
             *idle = filter.load_u64(word) & !self.needed[at];
             let clear = self.idle.as_ref().map_or(0, |before| *idle & before[at]);

@@ -1,7 +1,7 @@
 //! What the sweep finds of sockets: connections that keep a pin alive, and datagrams that have ended without a word.
 
 use affinity_common::{
-    abi::{Address, Direction, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
+    abi::{Address, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
     parse::UDP,
 };
 
@@ -18,8 +18,8 @@ impl Sweeper {
                 self.totals.flows += 1;
                 continue;
             }
-            need(&mut self.filter, Direction::Forward, socket.frontend, socket.frontend_port, key.protocol);
-            need(&mut self.filter, Direction::Reverse, socket.peer, socket.peer_port, key.protocol);
+            need_frontend(&mut self.filter, socket.frontend, socket.frontend_port, key.protocol);
+            self.filter.need_member(socket.peer.0, socket.peer_port, key.protocol);
             let counts = socket.timer == Timer::Alive as u8 && socket.scope != 0;
             if counts && key.role == SocketRole::Connected as u8 {
                 let session = (socket.client.0, socket.scope, socket.backend, socket.generation);
@@ -54,13 +54,12 @@ fn other_way(key: &SocketKey, socket: &Socket) -> SocketKey {
     SocketKey { address, port, role: role as u8, ..*key }
 }
 
-/// Addresses are hashed in their own family.
-fn need(filter: &mut FilterUse, direction: Direction, address: V6, port: Port, protocol: u8) {
+/// A frontend, whose address is hashed in its own family.
+fn need_frontend(filter: &mut FilterUse, address: V6, port: Port, protocol: u8) {
     let v4 = V4::from_mapped(address.0);
-    let is_v4 = v4.to_mapped() == address.0;
-    match (direction, is_v4) {
-        (Direction::Reverse, _) => filter.need_member(address.0, port, protocol),
-        (Direction::Forward, true) => filter.need_frontend(&FrontendKey::new(v4, port, protocol)),
-        (Direction::Forward, false) => filter.need_frontend(&FrontendKey::new(address, port, protocol)),
+    if v4.to_mapped() == address.0 {
+        filter.need_frontend(&FrontendKey::new(v4, port, protocol));
+    } else {
+        filter.need_frontend(&FrontendKey::new(address, port, protocol));
     }
 }

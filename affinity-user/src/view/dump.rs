@@ -170,15 +170,13 @@ impl<'a> Dump<'a> {
         self.catalog.observed.names.iter().map(|(key, name)| line(key.kind, key.id, name)).collect()
     }
 
-    /// How full each half of the filter is.
+    /// How full each part of the filter is.
     #[must_use]
     pub fn filter(&self, words: &[u64]) -> Vec<String> {
-        let half = (FILTER_BITS / u64::BITS) as usize;
+        let parts = words.chunks((FILTER_BITS / u64::BITS) as usize);
         let bits = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
-        let (frontends, members) = words.split_at(half.min(words.len()));
-        [("frontends", bits(frontends)), ("members", bits(members))]
-            .map(|(name, bits)| format!("{} {name} -> {bits} of {FILTER_BITS} bits", names::FILTER))
-            .to_vec()
+        let line = |(name, words)| format!("{} {name} -> {} of {FILTER_BITS} bits", names::FILTER, bits(words));
+        ["frontends", "members", "masqueraded", "returning"].into_iter().zip(parts).map(line).collect()
     }
 
     /// Backends with live sessions; `loads` is the map, by backend index.
@@ -340,6 +338,7 @@ fn name_kind(kind: u32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use affinity_common::abi::FILTER_WORDS;
 
     use super::*;
     use crate::view::fixture;
@@ -352,7 +351,7 @@ mod tests {
         for map in names::MAPS {
             lines.extend(dump.small(map).unwrap_or_default());
         }
-        let mut filter = vec![0; (2 * FILTER_BITS / u64::BITS) as usize];
+        let mut filter = vec![0; FILTER_WORDS as usize];
         (filter[0], filter[(FILTER_BITS / u64::BITS) as usize]) = (0b1011, 1 << 63);
         lines.extend(dump.filter(&filter));
         lines.extend(dump.loads(&[0, 3, 0, 9]));
@@ -394,6 +393,8 @@ mod tests {
         names backend 4 -> default/web-9
         filter frontends -> 3 of 524288 bits
         filter members -> 1 of 524288 bits
+        filter masqueraded -> 0 of 524288 bits
+        filter returning -> 0 of 524288 bits
         loads 10.244.0.3 -> 9
         loads default/web-0 -> 3
         sessions_v4 #77 203.0.113.9 -> default/web-1 service=#77 reason=created uses=3

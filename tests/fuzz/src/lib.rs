@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     /// The reasons that only the kernel can give, the agent, or a socket.
-    const NOT_OF_THE_MODEL: [Reason; 7] = [
+    const NOT_OF_THE_MODEL: [Reason; 13] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,
         Reason::FlowNotStored,
@@ -129,6 +129,12 @@ mod tests {
         Reason::EventLost,
         Reason::OperatorPinned,
         Reason::SocketNotStored,
+        Reason::NotInRanges,
+        Reason::NoLocalEndpoints,
+        Reason::PortsExhausted,
+        Reason::Masqueraded,
+        Reason::Returned,
+        Reason::LaterFragment,
     ];
 
     #[test]

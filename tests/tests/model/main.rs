@@ -168,6 +168,12 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::NotRewritten
         | Reason::FlowNotStored
         | Reason::SocketNotStored
+        | Reason::NotInRanges
+        | Reason::NoLocalEndpoints
+        | Reason::PortsExhausted
+        | Reason::Masqueraded
+        | Reason::Returned
+        | Reason::LaterFragment
         | Reason::EventLost
         | Reason::OperatorPinned => false,
     }
