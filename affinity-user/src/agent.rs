@@ -12,6 +12,7 @@ mod problems;
 mod publish;
 mod sockets;
 mod status;
+mod sweeping;
 
 use std::{
     io::{self, Write},
@@ -38,6 +39,7 @@ use self::{
     notices::{LOOK_EVERY, Noticer},
     publish::{Publisher, count},
     status::{TELL_EVERY, Teller},
+    sweeping::Sweeping,
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
@@ -51,7 +53,7 @@ use crate::{
         StoreError,
         kernel::{KernelStore, OpenError},
     },
-    sweep::Sweeper,
+    sweep::{FilterPlans, Sweeper},
     sys::SysError,
 };
 
@@ -179,7 +181,8 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         }
         let loaded = load::load(&pins, &options.load)?;
         log_loaded(&loaded, options);
-        let mut publisher = Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default());
+        let mut publisher =
+            Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default(), Arc::default());
         let view = View::default();
         view.is_current_at(monotonic_ns());
         publisher.take(&options.source.read().await?);
@@ -268,7 +271,7 @@ struct Agent {
     feed: Feed,
     /// Whether the dataplane was ever in step with the source.
     is_ready: bool,
-    sweeper: Sweeper,
+    sweeping: Sweeping,
     closer: Closer,
     consumer: Consumer,
     teller: Teller,
@@ -306,7 +309,8 @@ impl Agent {
         log_loaded(&loaded, options);
         let store = KernelStore::open(&options.pin_dir)?;
         let consumer = Consumer::new(&store.events)?;
-        let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&vitals));
+        let filter = Arc::<FilterPlans>::default();
+        let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&filter), Arc::clone(&vitals));
         let mut feed = options.source.watch().await?;
         // A source that does not answer keeps nobody from being served as before, on new devices too.
         let first = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await;
@@ -324,14 +328,15 @@ impl Agent {
             noticer: feed.notices.clone().map(Noticer::new),
             node_name: options.node_name.clone().unwrap_or_default(),
             consumer,
-            vitals,
             flush_log: log_reader(&mut loaded),
             closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
-            sweeper: Sweeper::new(KernelStore::open(&options.pin_dir)?)?,
+            sweeping: Sweeping::start(Sweeper::new(KernelStore::open(&options.pin_dir)?, filter)?, Arc::clone(&vitals))
+                .map_err(|error| AgentError::System("thread", error))?,
             publisher,
             feed,
             is_ready: false,
             attaching: Worker::start(attacher).map_err(|error| AgentError::System("thread", error))?,
+            vitals,
             pins,
             devices,
             _lock: lock,
@@ -355,7 +360,6 @@ impl Agent {
         let mut tell = every(TELL_EVERY);
         let mut notice = every(LOOK_EVERY);
         let mut retry = Retry::default();
-        let mut sweep_at = Instant::now();
         loop {
             tokio::select! {
                 () = signals.any() => break,
@@ -372,7 +376,7 @@ impl Agent {
                     self.reconcile().await;
                 }
                 _ = look.tick() => self.reconcile().await,
-                _ = tell.tick() => self.tell(),
+                _ = tell.tick() => self.tell()?,
                 _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = consume.tick() => {
                     self.vitals.tick();
@@ -381,7 +385,6 @@ impl Agent {
                         flush_log();
                     }
                 }
-                () = sleep_until(sweep_at) => sweep_at = Instant::now() + self.sweep(),
             }
         }
         self.attaching.stop();
@@ -393,9 +396,6 @@ impl Agent {
         match self.publisher.publish() {
             Ok(published) => {
                 retry.succeeded();
-                if published.filter {
-                    self.sweeper.filter_changed();
-                }
                 if published.left {
                     self.closer.backends_left();
                 }
@@ -406,8 +406,7 @@ impl Agent {
             Err(error) => {
                 let after = retry.failed();
                 error!("{error}; trying again in {after:?}");
-                // It may have come as far as the filter, or as far as backends.
-                self.sweeper.filter_changed();
+                // It may have come as far as backends.
                 self.closer.backends_left();
             }
         }
@@ -419,7 +418,7 @@ impl Agent {
         let Some(noticer) = &mut self.noticer else { return };
         let now = std::time::Instant::now();
         noticer.look(self.publisher.problems(), self.publisher.desired(), now);
-        for service in self.sweeper.take_evicted() {
+        for service in self.sweeping.take_evicted() {
             if let Some((namespace, name)) = service.split_once('/') {
                 noticer.evicted(&ObjectName::new(namespace, name), &self.node_name, now);
             }
@@ -427,24 +426,17 @@ impl Agent {
     }
 
     /// Says how it is: in the maps, and to whoever asks over HTTP.
-    fn tell(&mut self) {
-        self.vitals.attached(self.attaching.summary().number);
-        if !self.is_ready {
-            return;
+    fn tell(&mut self) -> Result<(), AgentError> {
+        if self.sweeping.has_ended() {
+            return Err(AgentError::System("sweep", io::Error::other("its thread has ended")));
         }
-        if let Err(error) = self.teller.tell() {
+        self.vitals.attached(self.attaching.summary().number);
+        if self.is_ready
+            && let Err(error) = self.teller.tell()
+        {
             error!("{error}");
         }
-    }
-
-    /// One slice; says how long to wait before the next.
-    fn sweep(&mut self) -> Duration {
-        let passes = self.sweeper.totals().passes;
-        let pause = self.sweeper.step();
-        if self.sweeper.totals().passes != passes {
-            self.vitals.swept(self.sweeper.totals(), self.sweeper.census().clone());
-        }
-        pause
+        Ok(())
     }
 
     async fn reconcile(&mut self) {

@@ -22,6 +22,7 @@ mod sockets;
 use std::{
     collections::{BTreeMap, BTreeSet},
     mem,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -39,6 +40,7 @@ pub use self::fate::{
     CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, ORPHANED_SESSION, Policy, flow_is_over,
     is_expired,
 };
+pub use self::filter::{FilterPlan, FilterPlans};
 use self::{
     evictions::{Counts, Evictions, Found},
     filter::FilterUse,
@@ -152,16 +154,16 @@ impl Pass {
 type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
 
 impl Sweeper {
-    /// Of a dataplane.
+    /// Of a dataplane; whoever publishes tells by `plans` when bits of the filter are set.
     ///
     /// # Errors
     /// [`SysError`] where the event ring cannot be read.
-    pub fn new(store: KernelStore) -> Result<Self, SysError> {
+    pub fn new(store: KernelStore, plans: Arc<FilterPlans>) -> Result<Self, SysError> {
         Ok(Self {
             operators: EventReader::from_now(&store.events)?,
             stage: Stage::Begin,
             pass: Pass::begin(),
-            filter: FilterUse::new(),
+            filter: FilterUse::new(plans),
             evictions: Evictions::default(),
             counts: BTreeMap::new(),
             evicted: BTreeSet::new(),
@@ -181,11 +183,6 @@ impl Sweeper {
     #[must_use]
     pub const fn census(&self) -> &Census {
         &self.census
-    }
-
-    /// A plan has set bits of the filter: what seemed idle may be in use.
-    pub fn filter_changed(&mut self) {
-        self.filter.disturb();
     }
 
     /// Takes one slice, and says how long to wait before the next. A failure is logged, and the pass begins anew.

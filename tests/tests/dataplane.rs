@@ -8,7 +8,10 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -33,7 +36,7 @@ use affinity_user::{
         Op, Store,
         kernel::{KernelStore, OpenError},
     },
-    sweep::{Sweeper, Totals},
+    sweep::{FilterPlans, Sweeper, Totals},
     sys::{self, Map, MapInfo, Write},
 };
 use anyhow::{Context, Result, ensure};
@@ -579,12 +582,16 @@ const SECOND: u64 = 1_000_000_000;
 
 /// A dataplane with one service of one pod, and its sweeper.
 fn swept(sizes: Sizes, frontend: Frontend) -> Result<(Pins, KernelStore, Sweeper)> {
+    swept_beside(sizes, frontend, Arc::default())
+}
+
+fn swept_beside(sizes: Sizes, frontend: Frontend, plans: Arc<FilterPlans>) -> Result<(Pins, KernelStore, Sweeper)> {
     let pins = Pins::new();
     pins.load(sizes)?;
     let mut store = pins.store()?;
     publish().iter().try_for_each(|op| store.apply(op))?;
     store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, TCP), frontend))?;
-    let sweeper = Sweeper::new(pins.store()?)?;
+    let sweeper = Sweeper::new(pins.store()?, plans)?;
     Ok((pins, store, sweeper))
 }
 
@@ -691,7 +698,8 @@ fn connections_that_ended_unseen_hold_no_pin() -> Result<()> {
 
 #[test]
 fn filter_bits_go_when_neither_frontend_nor_member_nor_flow_needs_them() -> Result<()> {
-    let (_pins, mut store, mut sweeper) = swept(SIZES, frontend())?;
+    let plans = Arc::<FilterPlans>::default();
+    let (_pins, mut store, mut sweeper) = swept_beside(SIZES, frontend(), Arc::clone(&plans))?;
     for (key, flow) in flow_of(1, 0, [1, 1]) {
         store.v4.flows.put(&key, &flow)?;
     }
@@ -708,8 +716,12 @@ fn filter_bits_go_when_neither_frontend_nor_member_nor_flow_needs_them() -> Resu
         store.v4.flows.remove(&key)?;
     }
     assert_eq!(sweep(&mut sweeper).filter_bits, 1);
-    sweeper.filter_changed();
+    drop(plans.begin());
     assert_eq!(sweep(&mut sweeper).filter_bits, 1, "a plan came in between");
+    let plan = plans.begin();
+    (0..3).for_each(|_| assert_eq!(sweep(&mut sweeper).filter_bits, 1, "a plan is carried out"));
+    drop(plan);
+    assert_eq!(sweep(&mut sweeper).filter_bits, 1, "it was, when this pass found no need");
     assert_eq!(sweep(&mut sweeper).filter_bits, 3);
     assert!((0..store.filter.len()).all(|word| store.filter.load_u64(word) == 0));
     Ok(())

@@ -12,6 +12,7 @@ use crate::{
     plan::Ledger,
     source::{Problem, Snapshot},
     store::{Op, Store, StoreError, kernel::KernelStore},
+    sweep::FilterPlans,
 };
 
 /// Brings the maps in step with the last snapshot.
@@ -26,6 +27,7 @@ pub(super) struct Publisher {
     due: Due,
     /// When the snapshot came that is not published yet.
     taken: Option<Instant>,
+    filter: Arc<FilterPlans>,
     vitals: Arc<Vitals>,
 }
 
@@ -43,8 +45,6 @@ enum Due {
 pub(super) struct Published {
     /// Steps taken.
     pub(super) steps: usize,
-    /// Whether bits of the filter were set.
-    pub(super) filter: bool,
     /// Whether backends went, or are no longer ready somewhere.
     pub(super) left: bool,
 }
@@ -73,7 +73,12 @@ impl Publisher {
     /// At most so many plans in a row: where room is short, each has the room that the one before it freed.
     const PLANS: usize = 16;
 
-    pub(super) fn new(store: KernelStore, options: desired::Options, vitals: Arc<Vitals>) -> Self {
+    pub(super) fn new(
+        store: KernelStore,
+        options: desired::Options,
+        filter: Arc<FilterPlans>,
+        vitals: Arc<Vitals>,
+    ) -> Self {
         Self {
             store,
             memo: Memo::new(options),
@@ -82,6 +87,7 @@ impl Publisher {
             ledger: None,
             due: Due::All,
             taken: None,
+            filter,
             vitals,
         }
     }
@@ -129,11 +135,12 @@ impl Publisher {
                 self.problems.update(self.given.iter().chain(self.memo.problems()).chain(&problems));
             }
             due = if problems.is_empty() { Due::Nothing } else { Due::All };
+            let sets_bits = steps.iter().any(|step| matches!(step, Op::SetFilter(..)));
+            let _plan = sets_bits.then(|| self.filter.begin());
             for step in &steps {
                 debug!(?step, "apply");
                 self.store.apply(step)?;
                 ledger.apply(step);
-                published.filter |= matches!(step, Op::SetFilter(..));
                 published.left |= takes_away(step);
             }
             published.steps += steps.len();

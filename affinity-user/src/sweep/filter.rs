@@ -3,7 +3,10 @@
 //! Plans only set bits, in the parts for frontends and members. (The programs' own parts are bounded by the node's ports
 //! and its pods', and stay.) A bit is needed by a frontend, by a member of a pool, or by a flow that began when one of these
 //! was there. It is cleared when two passes in a row found no need and no plan has set bits since the first: then
-//! every flow that could need it has been met.
+//! every flow that could need it has been met. [`FilterPlans`] tells the sweep of plans, which are carried out on
+//! another thread.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use affinity_common::abi::{Address, Direction, FILTER_BITS, FrontendKey, Port, V4, V6, filter_bit};
 
@@ -15,29 +18,66 @@ const WORDS: usize = 2 * FILTER_BITS as usize / 64;
 /// A copy of the filter's bits.
 type Bits = Vec<u64>;
 
+/// The plans that set bits of the filter: while one is carried out no bit is cleared.
+#[derive(Debug, Default)]
+pub struct FilterPlans(Mutex<Plans>);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Plans {
+    /// How many have begun.
+    begun: u64,
+    /// How many of these have not ended.
+    underway: u64,
+}
+
+/// A plan that sets bits, until this is dropped.
+#[derive(Debug)]
+pub struct FilterPlan(Arc<FilterPlans>);
+
+impl FilterPlans {
+    /// To be called before the first bit is set; the plan has ended when what needs the bits is published.
+    #[must_use]
+    pub fn begin(self: &Arc<Self>) -> FilterPlan {
+        let mut plans = self.lock();
+        plans.begun += 1;
+        plans.underway += 1;
+        FilterPlan(Arc::clone(self))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Plans> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for FilterPlan {
+    fn drop(&mut self) {
+        self.0.lock().underway -= 1;
+    }
+}
+
 /// What a pass has seen of the need for bits.
 #[derive(Debug)]
 pub(super) struct FilterUse {
     needed: Bits,
     /// Bits that the last whole pass found no need for; none where there was none, or where a plan came in between.
     idle: Option<Bits>,
-    disturbed: bool,
+    plans: Arc<FilterPlans>,
+    /// What was known of plans when a pass last began.
+    known: Plans,
 }
 
 impl FilterUse {
-    pub(super) fn new() -> Self {
-        Self { needed: vec![0; WORDS], idle: None, disturbed: false }
+    pub(super) fn new(plans: Arc<FilterPlans>) -> Self {
+        Self { needed: vec![0; WORDS], idle: None, plans, known: Plans::default() }
     }
 
     pub(super) fn begin(&mut self) {
         self.needed.fill(0);
-        self.disturbed = false;
-    }
-
-    /// A plan has set bits.
-    pub(super) fn disturb(&mut self) {
-        self.disturbed = true;
-        self.idle = None;
+        let known = *self.plans.lock();
+        if known.begun != self.known.begun {
+            self.idle = None;
+        }
+        self.known = known;
     }
 
     fn need(&mut self, direction: Direction, bit: u32) {
@@ -67,7 +107,10 @@ impl FilterUse {
 
     /// Clears what may be cleared at the end of a pass, and returns the number of bits.
     pub(super) fn finish(&mut self, filter: &Words) -> u32 {
-        if self.disturbed {
+        // No plan begins while this is held.
+        let plans = self.plans.lock();
+        if self.known.underway > 0 || *plans != self.known {
+            self.idle = None;
             return 0;
         }
         let mut cleared = 0;
@@ -81,6 +124,7 @@ impl FilterUse {
                 cleared += clear.count_ones();
             }
         }
+        drop(plans);
         self.idle = Some(idle);
         cleared
     }
