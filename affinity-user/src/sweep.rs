@@ -346,8 +346,7 @@ impl Sweeper {
                 scope: group,
                 from_backend: u32::try_from(evicted).unwrap_or(u32::MAX),
                 kind: EventKind::Evicted as u8,
-                // What drops a pin from a full table is another one's creation.
-                reason: Reason::Created as u8,
+                reason: Reason::TableFull as u8,
                 ..Event::zeroed()
             })?;
         }

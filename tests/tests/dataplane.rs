@@ -750,8 +750,9 @@ fn a_full_table_never_loses_a_pin_in_silence() -> Result<()> {
     let evicted = sweep(&mut sweeper).evicted;
     let live = store.v4.sessions.iter().count() as u64;
     assert_eq!(evicted, 1999 - live, "created, less removed, less live");
-    let told = events.by_ref().filter(|event| event.kind == EventKind::Evicted as u8);
-    assert_eq!(told.map(|event| u64::from(event.from_backend)).sum::<u64>(), evicted);
+    let told: Vec<_> = events.by_ref().filter(|event| event.kind == EventKind::Evicted as u8).collect();
+    assert!(told.iter().all(|event| event.reason == Reason::TableFull as u8));
+    assert_eq!(told.iter().map(|event| u64::from(event.from_backend)).sum::<u64>(), evicted);
     Ok(())
 }
 

@@ -80,6 +80,7 @@ reasons! {
     Masqueraded = 33, "masqueraded", "Forwarded: a packet of a known flow leaves with the node's address.";
     Returned = 34, "returned", "Forwarded: a reply to the node's address goes back to its client.";
     LaterFragment = 35, "later-fragment", "Forwarded: a later fragment of a packet whose first one was translated.";
+    TableFull = 36, "table-full", "Not a packet: the table of pins was full, and the kernel dropped some.";
 }
 
 /// What a [`UsageKey`] counts for.

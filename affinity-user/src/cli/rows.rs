@@ -461,7 +461,7 @@ mod tests {
         2026-03-01T11:46:40.000Z   expired    default/web   192.0.2.1   web-1   web-0   -
         2026-03-01T11:48:20.000Z   unpinned   default/web   192.0.2.1   web-0   -       operator
         2026-03-01T11:50:00.000Z   pinned     default/web   192.0.2.1   -       web-1   operator
-        2026-03-01T11:59:10.000Z   evicted    -             42 pins     -       -       -
+        2026-03-01T11:59:10.000Z   evicted    -             42 pins     -       -       table-full
         ");
         insta::assert_snapshot!(print(&events, Format::Json), @r#"
         [
@@ -470,7 +470,7 @@ mod tests {
         {"time":"2026-03-01T11:46:40.000Z","kind":"expired","service":"default/web","client":"192.0.2.1","from":{"address":"10.244.0.2","name":"web-1","namespace":"default"},"to":{"address":"10.244.0.1","name":"web-0","namespace":"default"},"reason":"expired","evicted":null},
         {"time":"2026-03-01T11:48:20.000Z","kind":"unpinned","service":"default/web","client":"192.0.2.1","from":{"address":"10.244.0.1","name":"web-0","namespace":"default"},"to":null,"reason":"operator","evicted":null},
         {"time":"2026-03-01T11:50:00.000Z","kind":"pinned","service":"default/web","client":"192.0.2.1","from":null,"to":{"address":"10.244.0.2","name":"web-1","namespace":"default"},"reason":"operator","evicted":null},
-        {"time":"2026-03-01T11:59:10.000Z","kind":"evicted","service":null,"client":null,"from":null,"to":null,"reason":null,"evicted":42}
+        {"time":"2026-03-01T11:59:10.000Z","kind":"evicted","service":null,"client":null,"from":null,"to":null,"reason":"table-full","evicted":42}
         ]
         "#);
     }

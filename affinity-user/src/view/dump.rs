@@ -413,7 +413,7 @@ mod tests {
         events expired default/web 192.0.2.1 -> default/web-1 > default/web-0
         events unpinned default/web 192.0.2.1 -> default/web-0 > (none) reason=operator
         events pinned default/web 192.0.2.1 -> default/web-1 reason=operator
-        events evicted -> 42 pins
+        events evicted -> 42 pins reason=table-full
         ");
     }
 
@@ -439,7 +439,7 @@ mod tests {
         events expired default/web 192.0.2.1 -> default/web-1 > default/web-0 age=13m20s
         events unpinned default/web 192.0.2.1 -> default/web-0 > (none) reason=operator age=11m40s
         events pinned default/web 192.0.2.1 -> default/web-1 reason=operator age=10m
-        events evicted -> 42 pins age=50s
+        events evicted -> 42 pins reason=table-full age=50s
         ");
     }
 }

@@ -22,7 +22,7 @@ pub struct EventView<'a> {
     pub from: Option<BackendRef<'a>>,
     /// The pod after; null: none.
     pub to: Option<BackendRef<'a>>,
-    /// Why: the name of a [`Reason`]; null for evictions.
+    /// Why: the name of a [`Reason`].
     pub reason: Option<&'static str>,
     /// Pins dropped for want of room; null for other kinds.
     pub evicted: Option<u32>,
@@ -35,6 +35,7 @@ impl<'a> EventView<'a> {
         let kind = EventKind::from_byte(event.kind)?;
         let time = catalog.clock.moment(event.time_ns);
         let service = Some(catalog.service_name(event.service)).filter(|_| event.service != 0);
+        let reason = Reason::from_byte(event.reason).map(Reason::name);
         if kind == EventKind::Evicted {
             let evicted = Some(event.from_backend);
             return Some(Self {
@@ -44,7 +45,7 @@ impl<'a> EventView<'a> {
                 client: None,
                 from: None,
                 to: None,
-                reason: None,
+                reason,
                 evicted,
             });
         }
@@ -56,7 +57,7 @@ impl<'a> EventView<'a> {
             client: Some(catalog.client(from_mapped(event.client), event.service)),
             from: backend(event.from_backend, event.from_generation),
             to: backend(event.to_backend, event.to_generation),
-            reason: Reason::from_byte(event.reason).map(Reason::name),
+            reason,
             evicted: None,
         })
     }

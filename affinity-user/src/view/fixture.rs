@@ -183,7 +183,7 @@ pub(crate) fn events() -> Vec<Event> {
         reason: reason as u8,
         pad: [0; 6],
     };
-    let evicted = event(9_950, EventKind::Evicted, Reason::SessionNotStored, 0, 0);
+    let evicted = event(9_950, EventKind::Evicted, Reason::TableFull, 0, 0);
     vec![
         event(9_000, EventKind::Created, Reason::Created, 0, 1),
         event(9_100, EventKind::Moved, Reason::BackendGone, 4, 2),

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     /// The reasons that only the kernel can give, the agent, or a socket.
-    const NOT_OF_THE_MODEL: [Reason; 13] = [
+    const NOT_OF_THE_MODEL: [Reason; 14] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,
         Reason::FlowNotStored,
@@ -135,6 +135,7 @@ mod tests {
         Reason::Masqueraded,
         Reason::Returned,
         Reason::LaterFragment,
+        Reason::TableFull,
     ];
 
     #[test]

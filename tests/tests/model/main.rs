@@ -175,6 +175,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::Returned
         | Reason::LaterFragment
         | Reason::EventLost
-        | Reason::OperatorPinned => false,
+        | Reason::OperatorPinned
+        | Reason::TableFull => false,
     }
 }
