@@ -31,6 +31,7 @@ mod agent;
 mod capture;
 mod cgroup;
 mod client;
+mod interrupt;
 mod load;
 mod netns;
 mod observe;
@@ -56,6 +57,7 @@ pub use agent::{Agent, CAPABILITIES};
 pub use capture::{Capture, Direction, read_pcap};
 pub use cgroup::{Answer, Cgroup, SocketNumber, SocketProcess};
 pub use client::{Client, Connection, PATIENCE};
+pub use interrupt::Interrupt;
 pub use load::{Load, Report};
 pub use netns::{Door, Namespace};
 pub use observe::{Backend, Candidate, Explanation, Session};
@@ -122,7 +124,9 @@ impl Lab {
         if !options.checksum_offload {
             ethtool(&node, WIRE, &["tx", "off"])?;
         }
-        let receiver = receive_from_xdp(&client)?;
+        // A veth device sends what an XDP program turns back (`XDP_TX`), but tells its peer to look at it only where the
+        // peer runs a program too (`veth_xdp_flush`).
+        let receiver = pass_by_xdp(&client, "eth0")?;
         let pods = (0..options.pods)
             .map(|index| Pod::start(index, format!("{name}-pod{index}"), &node, options.checksum_offload))
             .collect::<Result<_>>()?;
@@ -320,19 +324,18 @@ fn client_namespace(name: String, node: &Namespace) -> Result<Namespace> {
     Ok(client)
 }
 
-/// Puts a program that passes everything on the client's end of the wire. A veth device sends what an XDP program turns
-/// back (`XDP_TX`), but tells its peer to look at it only where the peer runs a program too (`veth_xdp_flush`).
-fn receive_from_xdp(client: &Namespace) -> Result<Ebpf> {
-    client.run(|| {
+/// Puts an XDP program that passes everything on a device, until what is returned is dropped.
+pub(crate) fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
+    namespace.run(|| {
         let mut limits = Ebpf::load(LIMITS)?;
         let pass: &mut Xdp = limits.program_mut("xdp_pass").context("program xdp_pass")?.try_into()?;
         pass.load()?;
-        pass.attach("eth0", XdpMode::Driver)?;
+        pass.attach(device, XdpMode::Driver)?;
         Ok(limits)
     })?
 }
 
 /// Switches offloads of a device.
-fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
+pub(crate) fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
     netns::run(namespace.command("ethtool").args(["-K", device]).args(switches))
 }

@@ -54,7 +54,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure on this machine (root): `packet`, nanoseconds per packet; `sync`, a cluster of 10,000 services
+    /// Measure on this machine (root): `packet`, nanoseconds per packet; `connect`, clients beside kube-proxy's rules;
+    /// `sync`, a cluster of 10,000 services
     Bench {
         /// What to measure
         name: String,

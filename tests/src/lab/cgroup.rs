@@ -3,11 +3,12 @@
 //! Programs for sockets see the processes of a cgroup, and which cgroup that is a socket remembers from its making. So
 //! a test's clients are another process, [`SocketProcess`], moved there before it makes any.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use affinity_user::attach::cgroup::root;
 use anyhow::{Context, Result, bail};
@@ -41,12 +42,17 @@ impl Cgroup {
     /// # Errors
     /// When it does not start.
     pub fn start(&self, program: &str, namespace: &Namespace) -> Result<SocketProcess> {
-        let mut command = namespace.command("sh");
-        command.args(["-c", r#"echo $$ > "$1/cgroup.procs" && exec "$2""#, "sh"]).arg(&self.0).arg(program);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut child = self.command(namespace, program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let input = child.stdin.take().context("no standard input")?;
         let output = BufReader::new(child.stdout.take().context("no standard output")?);
         Ok(SocketProcess { child, input, output, sockets: 0 })
+    }
+
+    /// A command that will run in this cgroup and that namespace.
+    pub fn command(&self, namespace: &Namespace, program: impl AsRef<OsStr>) -> Command {
+        let mut command = namespace.command("sh");
+        command.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(&self.0).arg(program);
+        command
     }
 }
 

@@ -24,6 +24,14 @@ pub(super) const NETNS_DIR: &str = "/run/netns";
 pub struct Door(Arc<File>);
 
 impl Door {
+    /// The way into the namespace that a file stands for.
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self(Arc::new(File::open(path)?)))
+    }
+
     /// Moves the calling thread inside, for good.
     pub(super) fn enter(&self) -> io::Result<()> {
         Ok(move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?)
@@ -55,8 +63,8 @@ impl Namespace {
         // `ip netns add` races with itself over the first mount of its directory.
         let _one_at_a_time = machine_lock()?;
         run(Command::new("ip").args(["netns", "add", &name]))?;
-        let file = File::open(Path::new(NETNS_DIR).join(&name))?;
-        Ok(Self { name, door: Door(Arc::new(file)), keep: false })
+        let door = Door::open(&Path::new(NETNS_DIR).join(&name))?;
+        Ok(Self { name, door, keep: false })
     }
 
     /// The name, as `ip -n` takes it.
@@ -103,7 +111,7 @@ impl Namespace {
     }
 
     /// Sets kernel parameters under `/proc/sys/net` inside: (path below it, value).
-    pub(super) fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
+    pub(crate) fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
         self.run(|| {
             settings.iter().try_for_each(|(name, value)| {
                 std::fs::write(Path::new("/proc/sys/net").join(name), value).with_context(|| name.to_string())

@@ -4,17 +4,16 @@
 //! the exit code is 0 only if all did. Whatever happens, the lab is gone when the program has ended.
 
 mod acts;
-mod interrupt;
 mod scene;
 mod stage;
 
 use std::process::ExitCode;
 
+use affinity_tests::lab::Interrupt;
 use anyhow::{Result, ensure};
 
 use crate::{
     acts::{ACTS, Act},
-    interrupt::Interrupt,
     scene::Scene,
     stage::Stage,
 };

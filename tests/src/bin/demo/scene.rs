@@ -7,11 +7,11 @@ use std::{
     time::Duration,
 };
 
-use affinity_tests::lab::{Agent, Client, Explanation, Family, Lab, Protocol, Session, WIRE, eventually};
+use affinity_tests::lab::{Agent, Client, Explanation, Family, Interrupt, Lab, Protocol, Session, WIRE, eventually};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{interrupt::Interrupt, stage::Stage};
+use crate::stage::Stage;
 
 /// The service of the story, and its slice.
 const WEB_YAML: &str = include_str!("../../../demo/web.yaml");

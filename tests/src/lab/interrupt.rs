@@ -15,14 +15,18 @@ use tokio::{
 };
 
 /// Whether somebody wants the program to end.
-pub(crate) struct Interrupt {
+#[derive(Debug)]
+pub struct Interrupt {
     signals: Receiver<()>,
     came: Cell<bool>,
 }
 
 impl Interrupt {
     /// From here on the signals no longer end the program by themselves.
-    pub(crate) fn listen() -> Result<Self> {
+    ///
+    /// # Errors
+    /// When the kernel refuses handlers.
+    pub fn listen() -> Result<Self> {
         let (sender, signals) = channel();
         let runtime = Builder::new_current_thread().enable_io().build()?;
         let entered = runtime.enter();
@@ -43,13 +47,15 @@ impl Interrupt {
     }
 
     /// Whether a signal has come.
-    pub(crate) fn came(&self) -> bool {
+    pub fn came(&self) -> bool {
         self.pause(Duration::ZERO).is_err()
     }
 
+    /// Goes on only where no signal has come.
+    ///
     /// # Errors
     /// When a signal has come.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         self.pause(Duration::ZERO)
     }
 
@@ -57,7 +63,7 @@ impl Interrupt {
     ///
     /// # Errors
     /// When a signal comes meanwhile, or has come.
-    pub(crate) fn pause(&self, duration: Duration) -> Result<()> {
+    pub fn pause(&self, duration: Duration) -> Result<()> {
         if !self.came.get() {
             let timed_out = self.signals.recv_timeout(duration) == Err(RecvTimeoutError::Timeout);
             self.came.set(!timed_out);
@@ -69,7 +75,7 @@ impl Interrupt {
     }
 
     /// Waits for a signal.
-    pub(crate) fn wait(&self) {
+    pub fn wait(&self) {
         if !self.came.get() {
             // An error means that no signal can come any more.
             let _ = self.signals.recv();
