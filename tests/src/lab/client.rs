@@ -94,7 +94,12 @@ impl Client {
 #[derive(Debug)]
 pub enum Connection {
     /// HTTP/1.1 over TCP.
-    Http(BufReader<TcpStream>),
+    Http {
+        /// Both ways.
+        stream: BufReader<TcpStream>,
+        /// Whether the server has said that its answer was the last.
+        ended: bool,
+    },
     /// Datagrams.
     Udp(UdpSocket),
 }
@@ -106,7 +111,7 @@ impl Connection {
             Protocol::Tcp => {
                 let stream = TcpStream::from(socket(SocketType::STREAM, from, to)?);
                 stream.set_nodelay(true)?;
-                Ok(Self::Http(BufReader::new(stream)))
+                Ok(Self::Http { stream: BufReader::new(stream), ended: false })
             }
             Protocol::Udp => Ok(Self::Udp(socket(SocketType::DGRAM, from, to)?.into())),
         }
@@ -128,17 +133,27 @@ impl Connection {
     /// Also where this is no UDP socket.
     pub fn ask_and_leave(self, path: &str) -> io::Result<()> {
         match self {
-            Self::Http(_) => Err(io::ErrorKind::Unsupported.into()),
+            Self::Http { .. } => Err(io::ErrorKind::Unsupported.into()),
             Self::Udp(socket) => socket.send(path.as_bytes()).map(|_| ()),
+        }
+    }
+
+    /// Whether the server has said, with its last answer, that it ends the connection.
+    pub fn has_ended(&self) -> bool {
+        match self {
+            Self::Http { ended, .. } => *ended,
+            Self::Udp(_) => false,
         }
     }
 
     fn exchange(&mut self, path: &str, connection: &str) -> io::Result<String> {
         let mut body = match self {
-            Self::Http(stream) => {
+            Self::Http { stream, ended } => {
                 let request = format!("GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: {connection}\r\n\r\n");
                 stream.get_mut().write_all(request.as_bytes()).map_err(timed_out)?;
-                read_response(stream).map_err(timed_out)?
+                let body;
+                (body, *ended) = read_response(stream).map_err(timed_out)?;
+                body
             }
             Self::Udp(socket) => {
                 socket.send(path.as_bytes())?;
@@ -186,9 +201,11 @@ fn timed_out(error: io::Error) -> io::Error {
     }
 }
 
-fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
+/// The body, and whether it was the last.
+fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<(String, bool)> {
     let mut status = String::new();
     let mut length = 0;
+    let mut last = false;
     loop {
         let mut line = String::new();
         if stream.read_line(&mut line)? == 0 {
@@ -201,6 +218,8 @@ fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
             status = line.to_owned();
         } else if let Some(value) = line.strip_prefix("Content-Length: ") {
             length = value.parse().map_err(io::Error::other)?;
+        } else if line == "Connection: close" {
+            last = true;
         }
     }
     if status != "HTTP/1.1 200 OK" {
@@ -208,5 +227,5 @@ fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    String::from_utf8(body).map_err(io::Error::other)
+    Ok((String::from_utf8(body).map_err(io::Error::other)?, last))
 }

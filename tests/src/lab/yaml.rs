@@ -118,6 +118,12 @@ impl Service {
         self
     }
 
+    /// Without this pod among its endpoints.
+    pub fn without(mut self, pod: usize) -> Self {
+        self.endpoints.remove(&pod);
+        self
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
