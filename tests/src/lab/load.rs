@@ -188,8 +188,8 @@ impl Caller {
 
     fn ask_anew(&mut self, report: &mut Report) {
         report.requests += 1;
-        let answer =
-            Connection::open(self.protocol, self.from, self.to).and_then(|mut connection| connection.ask_last("/"));
+        let answer = Connection::open(self.protocol, self.from, self.to, PATIENCE)
+            .and_then(|mut connection| connection.ask_last("/"));
         match answer {
             Ok(pod) => {
                 *report.pods.entry(pod.clone()).or_default() += 1;
@@ -237,7 +237,7 @@ impl Caller {
     }
 
     fn keep_one(&self) -> Option<(Connection, String)> {
-        let mut connection = Connection::open(self.protocol, self.from, self.to).ok()?;
+        let mut connection = Connection::open(self.protocol, self.from, self.to, PATIENCE).ok()?;
         let pod = connection.ask("/").ok()?;
         Some((connection, pod))
     }

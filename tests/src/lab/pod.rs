@@ -40,7 +40,7 @@ impl Pod {
         pod_name(self.index)
     }
 
-    /// The node's end of the pod's veth.
+    /// The node's end of the pod's veth, on whichever node that is.
     pub fn device(&self) -> String {
         format!("pod{}", self.index)
     }

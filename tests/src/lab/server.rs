@@ -5,6 +5,7 @@
 //! | `/` | the pod's name |
 //! | `/port` | the port that was reached |
 //! | `/client` | the client's address, as the server sees it |
+//! | `/who` | the pod's name and the client's address |
 //! | `/bytes/N` | N bytes |
 //! | `/late` | the name, over UDP a while later |
 //!
@@ -186,6 +187,7 @@ fn answer(path: &str, name: &str, port: u16, peer: SocketAddr) -> Option<Vec<u8>
     match path {
         "/" | LATE => Some(format!("{name}\n").into_bytes()),
         "/port" => Some(format!("{port}\n").into_bytes()),
+        "/who" => Some(format!("{name} {}\n", peer.ip().to_canonical()).into_bytes()),
         "/client" => Some(format!("{}\n", peer.ip().to_canonical()).into_bytes()),
         _ => path.strip_prefix("/bytes/")?.parse().ok().map(|count| vec![b'x'; count]),
     }
