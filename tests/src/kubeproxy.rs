@@ -63,26 +63,19 @@ impl Mode {
     /// # Errors
     /// What the command says when it refuses them.
     pub fn install(self, lab: &Lab, services: &[Service]) -> Result<()> {
-        for (family, next_hop) in Family::BOTH.into_iter().zip(WIRE_CLIENT) {
-            let words = self.command(family);
-            let mut command = lab.node().command(words[0]);
-            feed(command.args(&words[1..]), &self.rules(family, services))?;
-            // The rules see a packet only if the node knows where it would go without them.
-            lab.node().ip(&format!("route replace default via {next_hop}"))?;
-        }
-        Ok(())
+        Family::BOTH.into_iter().try_for_each(|family| self.install_one(family, lab, services))
     }
 
-    /// Takes the rules of this mode away from the lab's node A.
+    /// The same, for one family alone.
     ///
     /// # Errors
-    /// What the command says when it refuses.
-    pub fn remove(self, lab: &Lab) -> Result<()> {
-        match self {
-            // A table that is restored without rules has none.
-            Self::Iptables => self.install(lab, &[]),
-            Self::Nftables => feed(lab.node().command("nft").args(["-f", "-"]), "flush ruleset\n"),
-        }
+    /// As [`Mode::install`].
+    pub fn install_one(self, family: Family, lab: &Lab, services: &[Service]) -> Result<()> {
+        let words = self.command(family);
+        let mut command = lab.node().command(words[0]);
+        feed(command.args(&words[1..]), &self.rules(family, services))?;
+        // The rules see a packet only if the node knows where it would go without them.
+        lab.node().ip(&format!("route replace default via {}", WIRE_CLIENT[family as usize]))
     }
 }
 
