@@ -12,8 +12,8 @@ use std::{
 
 use crate::{
     abi::{
-        Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
-        SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
+        Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Node, RangeKey, Reason,
+        Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
     },
     packet::Packet,
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables},
@@ -136,6 +136,12 @@ pub struct Model {
     pub frontends_v4: BTreeMap<FrontendKey<V4>, Frontend>,
     /// Frontends, IPv6.
     pub frontends_v6: BTreeMap<FrontendKey<V6>, Frontend>,
+    /// Ranges of addresses, IPv4.
+    pub ranges_v4: BTreeSet<RangeKey<V4>>,
+    /// Ranges of addresses, IPv6.
+    pub ranges_v6: BTreeSet<RangeKey<V6>>,
+    /// What masquerading uses.
+    pub node: Node,
     /// Bits set in the filter, by half.
     pub filter: BTreeSet<(Direction, u32)>,
     /// Slots in use.
@@ -174,6 +180,9 @@ impl Model {
             fixed_random: false,
             frontends_v4: BTreeMap::new(),
             frontends_v6: BTreeMap::new(),
+            ranges_v4: BTreeSet::new(),
+            ranges_v6: BTreeSet::new(),
+            node: Node::default(),
             filter: BTreeSet::new(),
             slots: BTreeMap::new(),
             members: BTreeMap::new(),

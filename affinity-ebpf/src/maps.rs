@@ -64,9 +64,10 @@ pub static STATUS: Array<Status> = Array::with_max_entries(1, 0);
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
-/// The part of a [`affinity_common::abi::RangeKey`] behind its prefix length.
+/// The part of a [`affinity_common::abi::RangeKey`] behind its prefix length: without the padding that the alignment of
+/// an address would put between.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, packed)]
 pub struct Ranged<A> {
     pub scope: u32,
     pub address: A,

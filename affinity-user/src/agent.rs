@@ -141,7 +141,8 @@ pub struct Options {
 impl Options {
     fn desired(&self) -> desired::Options {
         let Self { node_name, services, proxy_name, shadow, .. } = self.clone();
-        desired::Options { node_name, services, proxy_name, shadow }
+        let node = desired::NodeFacts { name: node_name, ..desired::NodeFacts::default() };
+        desired::Options { node, services, proxy_name, shadow }
     }
 }
 

@@ -5,15 +5,22 @@
 //! Everything here goes by name. Numbers - ids, backend indices, slots - are given by the `plan` module, which knows
 //! what is there already.
 //!
-//! Frontends are the cluster IPs of services. Each service port has one pool for each IP family; a pool's members are
-//! the endpoints that its service's slices list for that port. Ready ones take connections; if there are none, those
-//! that are terminating but still serve do. All others are kept as draining members, so that their established
-//! connections go on for as long as a slice lists them.
+//! Frontends are a service's cluster IPs, its node ports on this node's addresses, the addresses of its load balancer and
+//! its external IPs. What a frontend does may differ for clients outside of the cluster's networks of pods: [`Frontend`].
+//!
+//! Each service port has a pool for each IP family, and another one of this node's own endpoints where a policy asks for
+//! it; a pool's members are the endpoints that its service's slices list for that port. Ready ones take connections; if
+//! there are none, those that are terminating but still serve do. All others are kept as draining members, so that their
+//! established connections go on for as long as a slice lists them.
 
 mod endpoints;
+mod exposure;
+mod frontends;
 mod groups;
 mod hash;
 mod memo;
+mod network;
+mod node;
 mod ownership;
 mod service;
 
@@ -26,18 +33,21 @@ use std::{
 use affinity_common::abi::{Selection, Timer};
 
 use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
+use node::Node;
 use ownership::is_ours;
 
 pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
 pub use memo::{Change, Memo};
+pub use network::{Network, NetworkError};
+pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};
 pub use ownership::{DEFAULT_PROXY_NAME, Services, UnknownServices};
 
 /// What depends on the node.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// This node's name; endpoints on it are local.
-    pub node_name: Option<String>,
+    /// What is known of the node, beside what the snapshot tells of it. Endpoints on it are local.
+    pub node: NodeFacts,
     /// Which services are ours.
     pub services: Services,
     /// Our name in the label that gives services to a proxy.
@@ -50,7 +60,7 @@ impl Default for Options {
     /// All services, for real, on a node without a name.
     fn default() -> Self {
         Self {
-            node_name: None,
+            node: NodeFacts::default(),
             services: Services::default(),
             proxy_name: DEFAULT_PROXY_NAME.to_owned(),
             shadow: false,
@@ -85,15 +95,21 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP: frontends whose port is the one that endpoints serve.
+    Sctp,
 }
 
 impl Protocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
     /// The IANA protocol number.
     #[must_use]
     pub const fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
     }
 
@@ -103,6 +119,7 @@ impl Protocol {
         match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         }
     }
 }
@@ -124,7 +141,17 @@ impl fmt::Display for FrontendAddress {
     }
 }
 
-/// Name of a pool: `namespace/service:port/PROTOCOL/family`, the port by name where it has one.
+/// Whose endpoints are in a pool.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Reach {
+    /// Those of all nodes.
+    Cluster,
+    /// This node's own.
+    Local,
+}
+
+/// Name of a pool: `namespace/service:port/PROTOCOL/family`, the port by name where it has one; `/local` follows where
+/// only this node's endpoints are used.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct PoolName {
     /// The service.
@@ -135,6 +162,8 @@ pub struct PoolName {
     pub protocol: Protocol,
     /// The family of its members.
     pub family: Family,
+    /// Whose endpoints take connections.
+    pub reach: Reach,
 }
 
 impl fmt::Display for PoolName {
@@ -143,7 +172,11 @@ impl fmt::Display for PoolName {
             Family::V4 => "v4",
             Family::V6 => "v6",
         };
-        write!(f, "{}:{}/{}/{family}", self.service, self.port, self.protocol.name())
+        let reach = match self.reach {
+            Reach::Cluster => "",
+            Reach::Local => "/local",
+        };
+        write!(f, "{}:{}/{}/{family}{reach}", self.service, self.port, self.protocol.name())
     }
 }
 
@@ -155,15 +188,19 @@ impl PoolName {
         let (namespace, name) = service.split_once('/')?;
         let mut parts = rest.split('/');
         let port = parts.next()?.to_owned();
-        let protocol = [Protocol::Tcp, Protocol::Udp]
-            .into_iter()
-            .find(|protocol| Some(protocol.name()) == parts.clone().next())?;
+        let protocol = Protocol::ALL.into_iter().find(|protocol| Some(protocol.name()) == parts.clone().next())?;
         let family = match parts.nth(1)? {
             "v4" => Family::V4,
             "v6" => Family::V6,
             _ => return None,
         };
-        parts.next().is_none().then(|| Self { service: ObjectName::new(namespace, name), port, protocol, family })
+        let reach = match parts.next() {
+            None => Reach::Cluster,
+            Some("local") => Reach::Local,
+            Some(_) => return None,
+        };
+        let service = ObjectName::new(namespace, name);
+        parts.next().is_none().then_some(Self { service, port, protocol, family, reach })
     }
 }
 
@@ -230,11 +267,50 @@ pub struct Pool {
     pub members: BTreeMap<BackendName, Member>,
 }
 
+/// What a frontend does with the clients that it is for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Route {
+    /// The pool that they are spread over.
+    pub pool: PoolName,
+    /// Whether they come to a backend from the node's address.
+    pub masquerade: bool,
+    /// Where the pool has no usable member: whether there are some elsewhere, so that nobody answers.
+    pub silent: bool,
+}
+
+/// What a frontend does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Frontend {
+    /// With all clients, or with those in the networks of pods.
+    pub inside: Route,
+    /// With those outside, where that is not the same.
+    pub outside: Option<Route>,
+    /// Whether only clients in the service's ranges may use it.
+    pub ranges: bool,
+}
+
+/// What those ask for who want to know whether this node can serve a service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HealthCheck {
+    /// The port that they ask at, on the node's addresses.
+    pub port: u16,
+    /// How many ready endpoints are on this node, by family.
+    pub local: BTreeMap<Family, usize>,
+}
+
 /// What the dataplane should hold.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Desired {
-    /// Frontends, each with its pool.
-    pub frontends: BTreeMap<FrontendAddress, PoolName>,
+    /// Frontends, each with what it does.
+    pub frontends: BTreeMap<FrontendAddress, Frontend>,
+    /// Of services with frontends that are for clients in ranges: these ranges.
+    pub ranges: BTreeMap<ObjectName, BTreeSet<Network>>,
+    /// The networks of pods.
+    pub pod_networks: BTreeSet<Network>,
+    /// What masquerading uses; none: as it is.
+    pub masquerade: Option<Masquerade>,
+    /// The ports at which load balancers ask for services.
+    pub health_checks: BTreeMap<ObjectName, HealthCheck>,
     /// The pools of these frontends.
     pub pools: BTreeMap<PoolName, Pool>,
     /// The members of all pools of a scope, and whether each is ready in any: only for scopes whose pools differ.

@@ -33,7 +33,7 @@ pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
     pins::{PinDir, PinError},
-    sizes::{Sizes, cost, mib},
+    sizes::{MAX_RANGES, Sizes, cost, mib},
 };
 use crate::{
     attach::{self, AttachError},

@@ -197,6 +197,8 @@ impl Named {
         let mut fill = BTreeMap::from([
             (names::FRONTENDS_V4, observed.frontends_v4.len() as u64),
             (names::FRONTENDS_V6, observed.frontends_v6.len() as u64),
+            (names::RANGES_V4, observed.ranges_v4.len() as u64),
+            (names::RANGES_V6, observed.ranges_v6.len() as u64),
             (names::MEMBERS, observed.members.len() as u64),
             (names::BACKENDS, self.backends.len() as u64),
             (names::NAMES, observed.names.len() as u64),

@@ -6,15 +6,19 @@
 //! First [`target`] gives numbers to what [`Desired`] knows by name, keeping every id, backend index and extent of slots
 //! that is in use already. Then the two states are compared, and the steps come in this order:
 //!
-//! 1. what nothing refers to yet: names, usage entries, filter bits, new backends, new or better members;
+//! 1. what nothing refers to yet: names, usage entries, ranges, what masquerading uses, filter bits, new backends, new or
+//!    better members;
 //! 2. `SHARED`, on frontends whose group's pools come to differ: before any of them does;
 //! 3. slots, into free extents;
-//! 4. frontends: published or switched, each in one atomic update, then withdrawn;
+//! 4. frontends: published or switched, each in one atomic update, a record for clients outside before the one for
+//!    everybody that tells of it; then withdrawn;
 //! 5. [`Op::Grace`]: from here no packet uses what step 4 replaced;
-//! 6. what nothing refers to any more: members drain or leave, backends are retired, usage entries and names go.
+//! 6. records for clients outside that nothing tells of any more are withdrawn, and another [`Op::Grace`];
+//! 7. what nothing refers to any more: members drain or leave, backends are retired, ranges, usage entries and names go.
 //!
 //! So after every prefix of a plan, a slot that a frontend names holds a ready member of its pool, and a client whose
-//! pod is ready before and after finds it ready throughout.
+//! pod is ready before and after finds it ready throughout. Who may use a frontend before and after may do so throughout,
+//! and who may not before and after, never.
 //!
 //! A plan that fails in the middle leaves such a state too: observe again, plan again. (Wait a moment first: a failed
 //! plan did not reach its grace period.) And where room was short, the next plan may use what this one freed: plan until
@@ -31,7 +35,7 @@ mod target;
 use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::abi::{
-    Address, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, SHARED, V4, V6, filter_bit,
+    Address, Direction, EVERYBODY, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, SHARED, V4, V6, filter_bit,
 };
 
 pub use self::ledger::Ledger;
@@ -74,8 +78,12 @@ impl Ledger {
 #[derive(Default)]
 struct Switch {
     share: Vec<Op>,
+    /// Records for clients outside; they come before `put`.
+    put_outside: Vec<Op>,
     put: Vec<Op>,
     remove: Vec<Op>,
+    /// Records for clients outside; they go when no packet is sent to them any more.
+    remove_outside: Vec<Op>,
     /// Whether a record was replaced, so that packets may still use the old one.
     replaced: bool,
 }
@@ -85,14 +93,20 @@ fn steps(observed: &Observed, target: &Observed) -> Vec<Op> {
     let v6 = switch(&observed.frontends_v6, &target.frontends_v6, Op::PutFrontendV6, Op::RemoveFrontendV6);
     let mut late = retire_members(observed, target);
     late.extend(retire_rest(observed, target));
-    let grace = !late.is_empty() || [&v4, &v6].iter().any(|family| family.replaced || !family.remove.is_empty());
+    let outside: Vec<Op> = v4.remove_outside.into_iter().chain(v6.remove_outside).collect();
+    let is_used = v4.replaced || v6.replaced || !v4.remove.is_empty() || !v6.remove.is_empty();
+    let grace = is_used || !outside.is_empty() || !late.is_empty();
 
     let mut steps = prepare(observed, target);
     steps.extend(v4.share.into_iter().chain(v6.share));
     steps.extend(new_slots(observed, target));
+    steps.extend(v4.put_outside.into_iter().chain(v6.put_outside));
     steps.extend(v4.put.into_iter().chain(v6.put));
     steps.extend(v4.remove.into_iter().chain(v6.remove));
     steps.extend(grace.then_some(Op::Grace));
+    let another = !outside.is_empty();
+    steps.extend(outside);
+    steps.extend(another.then_some(Op::Grace));
     steps.extend(late);
     steps
 }
@@ -104,6 +118,9 @@ fn prepare(observed: &Observed, target: &Observed) -> Vec<Op> {
         steps.push(Op::PutName(*key, name.clone()));
     }
     steps.extend(target.usage.difference(&observed.usage).map(|key| Op::PutUsage(*key)));
+    steps.extend(target.ranges_v4.difference(&observed.ranges_v4).map(|key| Op::PutRangeV4(*key)));
+    steps.extend(target.ranges_v6.difference(&observed.ranges_v6).map(|key| Op::PutRangeV6(*key)));
+    steps.extend((target.node != observed.node).then_some(Op::PutNode(target.node)));
     for (direction, bits) in filter_bits(observed, target) {
         if !bits.is_empty() {
             steps.push(Op::SetFilter(direction, bits.into_iter().collect()));
@@ -150,7 +167,7 @@ fn frontend_bits<A: Address>(
     observed: &BTreeMap<FrontendKey<A>, Frontend>,
     target: &BTreeMap<FrontendKey<A>, Frontend>,
 ) -> impl Iterator<Item = u32> {
-    let new = target.keys().filter(|key| !observed.contains_key(key));
+    let new = target.keys().filter(|key| key.side == EVERYBODY && !observed.contains_key(key));
     new.map(|key| filter_bit(key.address, key.port, key.protocol))
 }
 
@@ -164,7 +181,7 @@ fn member_bit(mapped: [u8; 16], member: &Member, protocol: u8) -> u32 {
     }
 }
 
-/// Steps 2 and 4 of one family.
+/// Steps 2, 4 and 6 of one family.
 fn switch<A: Address>(
     observed: &BTreeMap<FrontendKey<A>, Frontend>,
     target: &BTreeMap<FrontendKey<A>, Frontend>,
@@ -173,8 +190,9 @@ fn switch<A: Address>(
 ) -> Switch {
     let mut switch = Switch::default();
     for (key, new) in changed(observed, target) {
+        let puts = if key.side == EVERYBODY { &mut switch.put } else { &mut switch.put_outside };
         let Some(old) = observed.get(key) else {
-            switch.put.push(put(*key, *new));
+            puts.push(put(*key, *new));
             continue;
         };
         switch.replaced = true;
@@ -183,10 +201,13 @@ fn switch<A: Address>(
             switch.share.push(put(*key, shared));
         }
         if shared != *new {
-            switch.put.push(put(*key, *new));
+            puts.push(put(*key, *new));
         }
     }
-    switch.remove = observed.keys().filter(|key| !target.contains_key(key)).map(|key| remove(*key)).collect();
+    for key in observed.keys().filter(|key| !target.contains_key(key)) {
+        let removes = if key.side == EVERYBODY { &mut switch.remove } else { &mut switch.remove_outside };
+        removes.push(remove(*key));
+    }
     switch
 }
 
@@ -196,7 +217,7 @@ fn new_slots(observed: &Observed, target: &Observed) -> Vec<Op> {
     changed.map(|(first, backends)| Op::WriteSlots { first: *first, backends: backends.clone() }).collect()
 }
 
-/// Step 6, members.
+/// Step 7, members.
 fn retire_members(observed: &Observed, target: &Observed) -> Vec<Op> {
     let demoted = changed(&observed.members, &target.members)
         .filter(|(key, member)| is_demotion(observed.members.get(key), member))
@@ -205,10 +226,12 @@ fn retire_members(observed: &Observed, target: &Observed) -> Vec<Op> {
     demoted.chain(gone.map(|key: &MemberKey| Op::RemoveMember(*key))).collect()
 }
 
-/// Step 6, all but the members.
+/// Step 7, all but the members.
 fn retire_rest(observed: &Observed, target: &Observed) -> Vec<Op> {
     let retired = changed(&observed.backends, &target.backends).filter(|(_, backend)| backend.generation % 2 == 0);
     let mut steps: Vec<Op> = retired.map(|(index, backend)| Op::PutBackend(*index, *backend)).collect();
+    steps.extend(observed.ranges_v4.difference(&target.ranges_v4).map(|key| Op::RemoveRangeV4(*key)));
+    steps.extend(observed.ranges_v6.difference(&target.ranges_v6).map(|key| Op::RemoveRangeV6(*key)));
     steps.extend(observed.usage.difference(&target.usage).map(|key| Op::RemoveUsage(*key)));
     let names = observed.names.keys().filter(|key| !target.names.contains_key(key));
     steps.extend(names.map(|key| Op::RemoveName(*key)));

@@ -10,7 +10,9 @@ mod observed;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use affinity_common::abi::{Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, UsageKey, V4, V6};
+use affinity_common::abi::{
+    Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, Node, RangeKey, UsageKey, V4, V6,
+};
 
 /// One step of publishing. The order of a plan's steps is its safety: see the `plan` module.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,6 +40,16 @@ pub enum Op {
     PutUsage(UsageKey),
     /// Drops the counts of a service or backend.
     RemoveUsage(UsageKey),
+    /// Says what masquerading uses.
+    PutNode(Node),
+    /// Adds a range of IPv4 addresses to a scope.
+    PutRangeV4(RangeKey<V4>),
+    /// Adds a range of IPv6 addresses to a scope.
+    PutRangeV6(RangeKey<V6>),
+    /// Takes a range of IPv4 addresses out.
+    RemoveRangeV4(RangeKey<V4>),
+    /// Takes a range of IPv6 addresses out.
+    RemoveRangeV6(RangeKey<V6>),
     /// Publishes or switches an IPv4 frontend: one atomic update.
     PutFrontendV4(FrontendKey<V4>, Frontend),
     /// Publishes or switches an IPv6 frontend: one atomic update.
@@ -57,6 +69,12 @@ pub struct Observed {
     pub frontends_v4: BTreeMap<FrontendKey<V4>, Frontend>,
     /// Frontends, IPv6.
     pub frontends_v6: BTreeMap<FrontendKey<V6>, Frontend>,
+    /// Ranges of addresses, IPv4.
+    pub ranges_v4: BTreeSet<RangeKey<V4>>,
+    /// Ranges of addresses, IPv6.
+    pub ranges_v6: BTreeSet<RangeKey<V6>>,
+    /// What masquerading uses; zero at first.
+    pub node: Node,
     /// The slots of every extent that a frontend names: first slot -> backend indices.
     pub slots: BTreeMap<u32, Vec<u32>>,
     /// Members by pool or group.
@@ -76,6 +94,8 @@ pub struct Capacity {
     pub backends: u32,
     /// Entries of `slots`.
     pub slots: u32,
+    /// Entries of `ranges_v4`, and of `ranges_v6`.
+    pub ranges: u32,
 }
 
 /// A step failed; the steps before it hold.

@@ -104,6 +104,7 @@ impl Row for ServiceView<'_> {
         Column::number("SESSIONS"),
         Column::number("CONNECTIONS"),
         Column::text("FRONTENDS"),
+        Column::text("ALL FRONTENDS").wide(),
         Column::text("GROUP").wide(),
         Column::text("PREFIX").wide(),
         Column::number("CREATED").wide(),
@@ -130,6 +131,7 @@ impl Row for ServiceView<'_> {
             endpoints(self),
             if_pinned(self.sessions.to_string()),
             Cell::number(self.connections.accepted()),
+            Cell::new(first_of(&frontends)),
             Cell::new(frontends.join(",")),
             optional(self.group),
             if_pinned(prefixes.join(",")),
@@ -139,6 +141,14 @@ impl Row for ServiceView<'_> {
             Cell::number(gone + not_ready + not_member),
             Cell::toned(refused.to_string(), if refused > 0 { Tone::Bad } else { Tone::Plain }),
         ]
+    }
+}
+
+/// What a column has room for: the first of many, and how many more there are.
+fn first_of(texts: &[String]) -> String {
+    match texts {
+        [first, second, _, _, ..] => format!("{first},{second},+{}", texts.len() - 2),
+        few => few.join(","),
     }
 }
 
@@ -356,14 +366,14 @@ mod tests {
         kube-system/dns   ClientIP   unlimited   alive        consistent   0 (+1 draining)          2             0   10.96.0.53:53/UDP,[2001:db8::53]:53/UDP
         ");
         insta::assert_snapshot!(print(&services, Format::Wide), @r"
-        SERVICE           AFFINITY   TIMEOUT     TIMER        SELECT       ENDPOINTS         SESSIONS   CONNECTIONS   FRONTENDS                                 GROUP               PREFIX    CREATED   PINNED   EXPIRED   MOVED   REFUSED
-        default/web       ClientIP   3h          connection   random       2                        2            27   10.96.0.10:80/TCP,10.96.0.10:443/TCP      -                   /32             4       20         1       2         3
-        kube-system/dns   ClientIP   unlimited   alive        consistent   0 (+1 draining)          2             0   10.96.0.53:53/UDP,[2001:db8::53]:53/UDP   kube-system/infra   /24,/64         0        0         0       0         0
+        SERVICE           AFFINITY   TIMEOUT     TIMER        SELECT       ENDPOINTS         SESSIONS   CONNECTIONS   FRONTENDS                                 ALL FRONTENDS                             GROUP               PREFIX    CREATED   PINNED   EXPIRED   MOVED   REFUSED
+        default/web       ClientIP   3h          connection   random       2                        2            27   10.96.0.10:80/TCP,10.96.0.10:443/TCP      10.96.0.10:80/TCP,10.96.0.10:443/TCP      -                   /32             4       20         1       2         3
+        kube-system/dns   ClientIP   unlimited   alive        consistent   0 (+1 draining)          2             0   10.96.0.53:53/UDP,[2001:db8::53]:53/UDP   10.96.0.53:53/UDP,[2001:db8::53]:53/UDP   kube-system/infra   /24,/64         0        0         0       0         0
         ");
         insta::assert_snapshot!(print(&services, Format::Json), @r#"
         [
         {"service":"default/web","affinity":"ClientIP","shadow":false,"timer":"connection","timeoutSeconds":10800,"select":"random","group":null,"clientPrefixV4":32,"clientPrefixV6":null,"frontends":[{"address":"10.96.0.10","port":80,"protocol":"TCP","endpoints":{"ready":2,"draining":0}},{"address":"10.96.0.10","port":443,"protocol":"TCP","endpoints":{"ready":1,"draining":1}}],"endpoints":{"ready":2,"draining":0},"sessions":2,"connections":{"selected":0,"created":4,"pinned":20,"expired":1,"backend-gone":2,"not-ready":0,"not-member":0,"no-endpoints":3},"asOf":null},
-        {"service":"kube-system/dns","affinity":"ClientIP","shadow":false,"timer":"alive","timeoutSeconds":null,"select":"consistent","group":"kube-system/infra","clientPrefixV4":24,"clientPrefixV6":64,"frontends":[{"address":"10.96.0.53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":1}},{"address":"2001:db8::53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":0}}],"endpoints":{"ready":0,"draining":1},"sessions":2,"connections":{"selected":0,"created":0,"pinned":0,"expired":0,"backend-gone":0,"not-ready":0,"not-member":0,"no-endpoints":0},"asOf":null}
+        {"service":"kube-system/dns","affinity":"ClientIP","shadow":false,"timer":"alive","timeoutSeconds":null,"select":"consistent","group":"kube-system/infra","clientPrefixV4":24,"clientPrefixV6":64,"frontends":[{"address":"10.96.0.53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":1}},{"address":"2001:db8::53","port":53,"protocol":"UDP","endpoints":{"ready":0,"draining":0},"outside":{"ready":0,"draining":0}}],"endpoints":{"ready":0,"draining":1},"sessions":2,"connections":{"selected":0,"created":0,"pinned":0,"expired":0,"backend-gone":0,"not-ready":0,"not-member":0,"no-endpoints":0},"asOf":null}
         ]
         "#);
     }

@@ -8,7 +8,7 @@ use super::{Global, error::Error};
 use crate::{
     agent::AgentError,
     desired::{self, desired},
-    load::Sizes,
+    load::{MAX_RANGES, Sizes},
     plan::plan,
     source::{Problem, Severity, Source, kubernetes},
     store::{Capacity, Store, memory::MemoryStore},
@@ -63,10 +63,10 @@ pub(crate) fn read(source: &Source, node_name: &str) -> Result<MemoryStore, Erro
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| AgentError::System("runtime", error))?;
     let snapshot = runtime.block_on(source.read()).map_err(AgentError::Source)?;
-    let (desired, of_desired) =
-        desired(&snapshot, &desired::Options { node_name: Some(node_name.to_owned()), ..desired::Options::default() });
+    let node = desired::NodeFacts { name: Some(node_name.to_owned()), ..desired::NodeFacts::default() };
+    let (desired, of_desired) = desired(&snapshot, &desired::Options { node, ..desired::Options::default() });
     let sizes = Sizes::of_this_machine();
-    let capacity = Capacity { backends: sizes.backends, slots: sizes.slots };
+    let capacity = Capacity { backends: sizes.backends, slots: sizes.slots, ranges: MAX_RANGES };
     // Nobody is pinned and nothing flows.
     let mut store = MemoryStore::new(capacity, 1);
     let (steps, of_plan) = plan(&store.observe()?, &desired, capacity);

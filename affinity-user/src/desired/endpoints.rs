@@ -1,11 +1,14 @@
 //! EndpointSlices -> the members of a pool.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use affinity_common::abi::Name;
 use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointConditions, EndpointSlice};
 
-use super::{BackendName, Family, Member, Options, PoolName, Protocol, Report};
+use super::{BackendName, Family, Member, Node, Protocol, Report};
 use crate::source::ObjectName;
 
 /// The label that names a slice's service.
@@ -26,6 +29,14 @@ struct Endpoint {
     backend: BackendName,
     condition: Condition,
     local: bool,
+    hints: Hints,
+}
+
+/// For whom an endpoint is meant; empty: nobody has said.
+#[derive(Default)]
+struct Hints {
+    nodes: Vec<String>,
+    zones: Vec<String>,
 }
 
 /// A slice, checked. Its ports hold for all of its endpoints.
@@ -42,12 +53,7 @@ pub(super) fn service_of(name: &ObjectName, slice: &EndpointSlice) -> Option<Obj
 }
 
 /// Reads a slice; none where nothing of it can be used.
-pub(super) fn read(
-    name: &ObjectName,
-    slice: &EndpointSlice,
-    options: &Options,
-    report: &mut Report<'_>,
-) -> Option<Slice> {
+pub(super) fn read(name: &ObjectName, slice: &EndpointSlice, node: &Node, report: &mut Report<'_>) -> Option<Slice> {
     if service_of(name, slice).is_none() {
         report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice serves no service"));
         return None;
@@ -66,7 +72,8 @@ pub(super) fn read(
         endpoints.push(Endpoint {
             backend: BackendName { address, pod: pod(endpoint, name) },
             condition: condition(endpoint.conditions.as_ref()),
-            local: options.node_name.is_some() && endpoint.node_name == options.node_name,
+            local: node.name.is_some() && endpoint.node_name == node.name,
+            hints: hints(endpoint),
         });
     }
     Some(Slice { family, ports: ports(slice, report), endpoints })
@@ -79,33 +86,130 @@ impl Slice {
     }
 }
 
-/// The members of a pool, of its service's slices. They call its port `port`.
-pub(super) fn members<'a>(
-    slices: impl Iterator<Item = &'a Slice>,
-    pool: &PoolName,
-    port: &str,
-    report: &mut Report<'_>,
-) -> BTreeMap<BackendName, Member> {
-    let mut found: BTreeMap<&BackendName, (Condition, u16)> = BTreeMap::new();
-    for slice in slices.filter(|slice| slice.family == pool.family) {
-        let matching = slice.ports.iter().filter(|(name, protocol, _)| name == port && *protocol == pool.protocol);
-        for (number, endpoint) in matching.flat_map(|(_, _, number)| slice.endpoints.iter().map(move |e| (*number, e)))
-        {
-            let candidate = (endpoint.condition, number);
-            let best = found.entry(&endpoint.backend).or_insert(candidate);
-            if best.1 != number {
-                let (address, kept) = (endpoint.backend.address, (*best).min(candidate).1);
-                report.warning(
-                    String::new(),
-                    format!("endpoint {address} has two ports for {pool}, {} and {number}; {kept} is used", best.1),
-                );
+/// The endpoints that a service's slices list for one of its ports, in one family.
+pub(super) struct Listed<'a> {
+    endpoints: BTreeMap<&'a BackendName, Candidate<'a>>,
+}
+
+/// An endpoint as its best slice has it.
+struct Candidate<'a> {
+    condition: Condition,
+    port: u16,
+    local: bool,
+    hints: &'a Hints,
+}
+
+/// How endpoints are chosen where all of them say for whom they are meant.
+enum Topology {
+    None,
+    SameNode,
+    SameZone,
+}
+
+impl<'a> Listed<'a> {
+    /// Of slices that call the port `port`.
+    pub(super) fn new(
+        slices: impl Iterator<Item = &'a Slice>,
+        (port, protocol, family): (&str, Protocol, Family),
+        label: &str,
+        report: &mut Report<'_>,
+    ) -> Self {
+        let mut endpoints: BTreeMap<&BackendName, Candidate<'_>> = BTreeMap::new();
+        for slice in slices.filter(|slice| slice.family == family) {
+            let matching = slice.ports.iter().filter(|(name, of, _)| name == port && *of == protocol);
+            for (number, endpoint) in
+                matching.flat_map(|(_, _, number)| slice.endpoints.iter().map(move |e| (*number, e)))
+            {
+                let Endpoint { backend, condition, local, hints } = endpoint;
+                let candidate = Candidate { condition: *condition, port: number, local: *local, hints };
+                let best = endpoints.entry(backend).or_insert(Candidate { ..candidate });
+                let is_better = (candidate.condition, candidate.port) < (best.condition, best.port);
+                if best.port != number {
+                    let (address, kept) = (backend.address, if is_better { number } else { best.port });
+                    let ports = format!("{} and {number}", best.port);
+                    report.warning(
+                        String::new(),
+                        format!("endpoint {address} has two ports for {label}, {ports}; {kept} is used"),
+                    );
+                }
+                if is_better {
+                    *best = Candidate { local: best.local, ..candidate };
+                }
+                best.local |= local;
             }
-            *best = (*best).min(candidate);
+        }
+        Self { endpoints }
+    }
+
+    /// Whether any endpoint anywhere takes connections.
+    pub(super) fn has_any(&self) -> bool {
+        self.endpoints.values().any(|endpoint| endpoint.condition != Condition::Unready)
+    }
+
+    /// Whether every endpoint that takes connections serves this very port.
+    pub(super) fn serves_only(&self, port: u16) -> bool {
+        self.endpoints.values().all(|endpoint| endpoint.condition == Condition::Unready || endpoint.port == port)
+    }
+
+    /// The members of the pool for the whole cluster: the ready ones that are meant for this node, else those that still
+    /// serve. The others drain.
+    pub(super) fn cluster(&self, node: &Node) -> BTreeMap<BackendName, Member> {
+        let topology = self.topology(node);
+        self.members(|endpoint| match topology {
+            _ if endpoint.condition != Condition::Ready => true,
+            Topology::None => true,
+            Topology::SameNode => endpoint.hints.is_for_node(node),
+            Topology::SameZone => endpoint.hints.is_for_zone(node),
+        })
+    }
+
+    /// The members of the pool of this node: its ready ones, else those of its own that still serve. The others drain.
+    pub(super) fn local(&self) -> BTreeMap<BackendName, Member> {
+        self.members(|endpoint| endpoint.local)
+    }
+
+    fn members(&self, is_eligible: impl Fn(&Candidate<'_>) -> bool) -> BTreeMap<BackendName, Member> {
+        let eligible = self.endpoints.values().filter(|endpoint| is_eligible(endpoint));
+        let usable = eligible.map(|endpoint| endpoint.condition).min().filter(|best| *best != Condition::Unready);
+        let member = |endpoint: &Candidate<'_>| Member {
+            port: endpoint.port,
+            ready: Some(endpoint.condition) == usable && is_eligible(endpoint),
+        };
+        self.endpoints.iter().map(|(backend, endpoint)| ((*backend).clone(), member(endpoint))).collect()
+    }
+
+    /// As kube-proxy: hints count if every ready endpoint has one of their kind, and one is for us.
+    fn topology(&self, node: &Node) -> Topology {
+        let ready = || self.endpoints.values().filter(|endpoint| endpoint.condition == Condition::Ready);
+        let all_have = |of: fn(&Hints) -> &[String]| ready().all(|endpoint| !of(endpoint.hints).is_empty());
+        if all_have(|hints| &hints.nodes) && ready().any(|endpoint| endpoint.hints.is_for_node(node)) {
+            Topology::SameNode
+        } else if all_have(|hints| &hints.zones) && ready().any(|endpoint| endpoint.hints.is_for_zone(node)) {
+            Topology::SameZone
+        } else {
+            Topology::None
         }
     }
-    let usable = found.values().map(|(condition, _)| *condition).min().filter(|best| *best != Condition::Unready);
-    let member = |condition, port| Member { port, ready: Some(condition) == usable };
-    found.into_iter().map(|(backend, (condition, port))| (backend.clone(), member(condition, port))).collect()
+}
+
+impl Hints {
+    fn is_for_node(&self, node: &Node) -> bool {
+        node.name.as_ref().is_some_and(|name| self.nodes.contains(name))
+    }
+
+    fn is_for_zone(&self, node: &Node) -> bool {
+        node.zone.as_ref().is_some_and(|zone| self.zones.contains(zone))
+    }
+}
+
+/// How many endpoints on this node are ready, by family: one address counts once, whatever it serves.
+pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeMap<Family, usize> {
+    let mut addresses: BTreeMap<Family, BTreeSet<IpAddr>> = BTreeMap::new();
+    for slice in slices.filter(|slice| !slice.ports.is_empty()) {
+        let ready = slice.endpoints.iter().filter(|endpoint| endpoint.local && endpoint.condition == Condition::Ready);
+        addresses.entry(slice.family).or_default().extend(ready.map(|endpoint| endpoint.backend.address));
+    }
+    addresses.into_iter().map(|(family, addresses)| (family, addresses.len())).collect()
 }
 
 /// The backends of a slice, whatever else it says.
@@ -149,6 +253,14 @@ fn pod(endpoint: &ApiEndpoint, slice: &ObjectName) -> String {
     Name::new(&pod).as_str().to_owned()
 }
 
+fn hints(endpoint: &ApiEndpoint) -> Hints {
+    let Some(hints) = &endpoint.hints else { return Hints::default() };
+    Hints {
+        nodes: hints.for_nodes.iter().flatten().map(|node| node.name.clone()).collect(),
+        zones: hints.for_zones.iter().flatten().map(|zone| zone.name.clone()).collect(),
+    }
+}
+
 /// As kube-proxy reads them: what is not said is ready, serving, and not terminating. (With publishNotReadyAddresses the
 /// slices say ready whatever the pod says.)
 fn condition(conditions: Option<&EndpointConditions>) -> Condition {
@@ -169,10 +281,9 @@ fn ports(slice: &EndpointSlice, report: &mut Report<'_>) -> Vec<(String, Protoco
         let protocol = match port.protocol.as_deref() {
             None | Some("TCP") => Protocol::Tcp,
             Some("UDP") => Protocol::Udp,
-            // Reported where a service has such a port.
-            Some("SCTP") => continue,
+            Some("SCTP") => Protocol::Sctp,
             Some(other) => {
-                report.error(field("protocol"), format!("{other:?} is none of TCP, UDP; the port is ignored"));
+                report.error(field("protocol"), format!("{other:?} is none of TCP, UDP, SCTP; the port is ignored"));
                 continue;
             }
         };

@@ -4,7 +4,7 @@
 //!
 //! What a service gets depends on its own object and slices; on which of its addresses an older service claims, so that
 //! all who claim an address are decided together; and on its group, so that the services of a group are as well.
-//! Everything else stays as it was decided.
+//! Everything else stays as it was decided. Much depends on the node, which seldom changes: if it has, all is decided anew.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,8 +17,10 @@ use k8s_openapi::{
 };
 
 use super::{
-    BackendName, Desired, Family, FrontendAddress, Known, Options, Pool, PoolName, Protocol, Report, Scope, Services,
+    BackendName, Desired, Family, FrontendAddress, Known, Node, NodeFacts, Options, Pool, PoolName, Protocol, Reach,
+    Report, Scope, Services,
     endpoints::{self, Slice},
+    frontends::{self, Claim, Outcome, claims},
     groups, is_ours,
     service::{self, ServiceSpec},
 };
@@ -75,6 +77,7 @@ struct Touched {
 /// What was decided for the last snapshot.
 pub struct Memo {
     options: Options,
+    node: Node,
     slices: BTreeMap<ObjectName, KnownSlice>,
     services: BTreeMap<ObjectName, KnownService>,
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
@@ -94,9 +97,21 @@ impl Memo {
     /// Of an empty snapshot.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        let (beside, shadow) = (options.services != Services::All, options.shadow);
+        let node = Node::new(&options.node, None);
+        Self::on(node, options)
+    }
+
+    fn on(node: Node, options: Options) -> Self {
+        let desired = Desired {
+            beside: options.services != Services::All,
+            shadow: options.shadow,
+            pod_networks: node.pod_networks.clone(),
+            masquerade: Some(node.masquerade.clone()),
+            ..Desired::default()
+        };
         Self {
             options,
+            node,
             slices: BTreeMap::new(),
             services: BTreeMap::new(),
             slices_of: BTreeMap::new(),
@@ -105,7 +120,7 @@ impl Memo {
             pools_with: BTreeMap::new(),
             local: BTreeMap::new(),
             others: BTreeMap::new(),
-            desired: Desired { beside, shadow, ..Desired::default() },
+            desired,
             problems: BTreeMap::new(),
         }
     }
@@ -127,9 +142,18 @@ impl Memo {
         self.problems.values().flatten()
     }
 
-    /// Decides for a snapshot. Returns what has changed; none where that cannot be told apart from all the rest, at the
-    /// first snapshot and where the source was read in part only.
+    /// Takes note of what is known of the node, beside what snapshots tell. It counts from the next update on.
+    pub fn learn(&mut self, node: NodeFacts) {
+        self.options.node = node;
+    }
+
+    /// Decides for a snapshot. Returns what has changed; none where that cannot be told apart from all the rest: at the
+    /// first snapshot, where the source was read in part only, and where the node is not what it was.
     pub fn update(&mut self, snapshot: &Snapshot) -> Option<Change> {
+        let node = Node::new(&self.options.node, snapshot.node.as_ref().map(|node| &*node.object));
+        if node != self.node {
+            *self = Self::on(node, self.options.clone());
+        }
         let is_first = self.services.is_empty();
         let was_partial = self.desired.known.is_some();
         let mut touched = Touched::default();
@@ -192,7 +216,7 @@ impl Memo {
         } else {
             let mut problems = Vec::new();
             let mut report = Report::new("EndpointSlice", name, source, &mut problems);
-            slice = endpoints::read(name, &source.object, &self.options, &mut report);
+            slice = endpoints::read(name, &source.object, &self.node, &mut report);
             self.note(Subject::Slice(name.clone()), problems);
         }
         for backend in slice.iter().flat_map(Slice::local) {
@@ -218,9 +242,9 @@ impl Memo {
         self.problems.remove(&Subject::Service(name.clone()));
         self.problems.remove(&Subject::InGroup(name.clone()));
         let Some(spec) = spec else { return };
-        for (address, ..) in claims(&spec) {
+        for Claim { address, .. } in claims(&spec, &self.node) {
             remove(&mut self.claims, &address, &seniority);
-            touched.services.extend(self.claimants(&address));
+            touched.services.extend(claimants(&self.claims, &address));
         }
         remove(&mut self.scopes, &spec.scope, name);
         touched.scopes.insert(spec.scope);
@@ -235,19 +259,14 @@ impl Memo {
         let created = source.object.metadata.creation_timestamp.as_ref().map(|time| time.0);
         let seniority = (created.is_none(), created, name.clone());
         if let Some(spec) = &spec {
-            for (address, ..) in claims(spec) {
+            for Claim { address, .. } in claims(spec, &self.node) {
                 self.claims.entry(address).or_default().insert(seniority.clone());
-                touched.services.extend(self.claimants(&address));
+                touched.services.extend(claimants(&self.claims, &address));
             }
             self.scopes.entry(spec.scope.clone()).or_default().insert(name.clone());
         }
         touched.services.insert(name.clone());
         self.services.insert(name.clone(), KnownService { source: source.clone(), seniority, spec });
-    }
-
-    /// The services that claim an address.
-    fn claimants(&self, address: &FrontendAddress) -> impl Iterator<Item = ObjectName> + use<'_> {
-        self.claims.get(address).into_iter().flatten().map(|(_, _, name)| name.clone())
     }
 
     /// Decides anew what was touched, and all that hangs together with it.
@@ -280,11 +299,13 @@ impl Memo {
     fn withdraw(&mut self, name: &ObjectName, touched: &mut Touched) {
         let Some(KnownService { seniority, spec: Some(spec), .. }) = self.services.get(name) else { return };
         self.problems.remove(&Subject::Frontends(seniority.clone()));
-        for (address, ..) in claims(spec) {
-            if self.desired.frontends.get(&address).is_some_and(|pool| pool.service == *name) {
+        for Claim { address, .. } in claims(spec, &self.node) {
+            if self.desired.frontends.get(&address).is_some_and(|frontend| frontend.inside.pool.service == *name) {
                 self.desired.frontends.remove(&address);
             }
         }
+        self.desired.ranges.remove(name);
+        self.desired.health_checks.remove(name);
         let pools: Vec<PoolName> = pools(&self.desired, name).map(|(pool, _)| pool.clone()).collect();
         for pool in pools.iter().filter_map(|pool| self.desired.pools.remove(pool)) {
             for backend in pool.members.into_keys() {
@@ -299,30 +320,41 @@ impl Memo {
         let Some(KnownService { source, seniority, spec: Some(spec) }) = self.services.get(name) else { return };
         let mut problems = Vec::new();
         let mut report = Report::new("Service", name, source, &mut problems);
-        for (address, index, port) in claims(spec) {
-            let winner = self.claims.get(&address).and_then(BTreeSet::first).unwrap_or(seniority);
-            if winner != seniority {
-                let message = format!("{address} is taken by service {}; this one does not get it", winner.2);
-                report.error(format!("spec.ports[{index}]"), message);
-                continue;
-            }
-            let family = Family::of(address.ip);
-            let pool = PoolName { service: name.clone(), port: port.label(), protocol: port.protocol, family };
-            self.desired.frontends.insert(address, pool.clone());
-            if self.desired.pools.contains_key(&pool) {
-                continue;
-            }
-            let slices = self.slices_of.get(name).into_iter().flatten();
-            let slices = slices.filter_map(|slice| self.slices.get(slice)?.slice.as_ref());
-            let members = endpoints::members(slices, &pool, port.name.as_deref().unwrap_or(""), &mut report);
-            for backend in members.keys() {
-                *self.pools_with.entry(backend.clone()).or_default() += 1;
-                touched.backends.insert(backend.clone());
-            }
-            self.desired.pools.insert(pool, spec.pool(family, members));
+        let won = self.won(spec, seniority, &mut report);
+        let slices = self.slices_of.get(name).into_iter().flatten();
+        let slices = slices.filter_map(|slice| self.slices.get(slice)?.slice.as_ref());
+        let outcome = frontends::decide(name, spec, &won, slices, &self.node, &mut report);
+        let Outcome { frontends, pools, ranges, health_check } = outcome;
+        for backend in pools.values().flat_map(|pool| pool.members.keys()) {
+            *self.pools_with.entry(backend.clone()).or_default() += 1;
+            touched.backends.insert(backend.clone());
         }
+        self.desired.frontends.extend(frontends);
+        self.desired.pools.extend(pools);
+        self.desired.ranges.extend((!ranges.is_empty()).then(|| (name.clone(), ranges)));
+        self.desired.health_checks.extend(health_check.map(|check| (name.clone(), check)));
         let subject = Subject::Frontends(seniority.clone());
         self.note(subject, problems);
+    }
+
+    /// The addresses that a service gets; of each port whose others are taken, one is reported.
+    fn won<'a>(&'a self, spec: &'a ServiceSpec, seniority: &Seniority, report: &mut Report<'_>) -> Vec<Claim<'a>> {
+        let mut won = Vec::new();
+        let mut reported = BTreeSet::new();
+        for claim in claims(spec, &self.node) {
+            let winner = self.claims.get(&claim.address).and_then(BTreeSet::first).unwrap_or(seniority);
+            if winner == seniority {
+                won.push(claim);
+            } else if !claim.is_node_port() {
+                let message = format!("{} is taken by service {}; this one does not get it", claim.address, winner.2);
+                report.error(format!("spec.ports[{}]", claim.index), message);
+            } else if reported.insert((claim.index, &winner.2)) {
+                let message = format!("taken by service {}; this one does not get it", winner.2);
+                let (address, field) = (claim.address, format!("spec.ports[{}].nodePort", claim.index));
+                report.error(field, format!("{}/{} is {message}", address.port, address.protocol.name()));
+            }
+        }
+        won
     }
 
     /// Decides what the pools of a scope have in common, and what is wrong with that.
@@ -368,10 +400,15 @@ impl Memo {
         let mut desired = Desired { beside, shadow, ..Desired::default() };
         for name in &services {
             let spec = self.services.get(name).and_then(|known| known.spec.as_ref());
-            for (address, ..) in spec.into_iter().flat_map(claims) {
-                let pool = self.desired.frontends.get(&address).filter(|pool| pool.service == *name);
-                desired.frontends.extend(pool.map(|pool| (address, pool.clone())));
+            for Claim { address, .. } in spec.into_iter().flat_map(|spec| claims(spec, &self.node)) {
+                let frontend = self.desired.frontends.get(&address);
+                let own = frontend.filter(|frontend| frontend.inside.pool.service == *name);
+                desired.frontends.extend(own.map(|frontend| (address, frontend.clone())));
             }
+            let ranges = self.desired.ranges.get(name);
+            desired.ranges.extend(ranges.map(|ranges| (name.clone(), ranges.clone())));
+            let check = self.desired.health_checks.get(name);
+            desired.health_checks.extend(check.map(|check| (name.clone(), check.clone())));
             desired.pools.extend(pools(&self.desired, name).map(|(name, pool)| (name.clone(), pool.clone())));
         }
         let unions = scopes.iter().filter_map(|scope| self.desired.unions.get_key_value(scope));
@@ -394,18 +431,24 @@ impl Memo {
     }
 }
 
-/// The addresses that a service asks for, each with its port and that one's position in `spec.ports`.
-fn claims(spec: &ServiceSpec) -> impl Iterator<Item = (FrontendAddress, usize, &service::Port)> {
-    spec.ports.iter().flat_map(|(index, port)| {
-        let address = |ip: &_| FrontendAddress { ip: *ip, port: port.number, protocol: port.protocol };
-        spec.addresses.iter().map(move |ip| (address(ip), *index, port))
-    })
+/// The services that claim an address.
+fn claimants(
+    claims: &BTreeMap<FrontendAddress, BTreeSet<Seniority>>,
+    address: &FrontendAddress,
+) -> impl Iterator<Item = ObjectName> {
+    claims.get(address).into_iter().flatten().map(|(_, _, name)| name.clone())
 }
 
 /// The pools of a service.
 fn pools<'a>(desired: &'a Desired, service: &ObjectName) -> impl Iterator<Item = (&'a PoolName, &'a Pool)> {
     let service = service.clone();
-    let first = PoolName { service: service.clone(), port: String::new(), protocol: Protocol::Tcp, family: Family::V4 };
+    let first = PoolName {
+        service: service.clone(),
+        port: String::new(),
+        protocol: Protocol::Tcp,
+        family: Family::V4,
+        reach: Reach::Cluster,
+    };
     desired.pools.range(first..).take_while(move |(name, _)| name.service == service)
 }
 

@@ -1,11 +1,14 @@
 //! A Service -> what we need of it, checked.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use affinity_common::abi::Selection;
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec as ApiSpec};
 
-use super::{Affinity, BackendName, Family, Member, Pool, Protocol, Report, Scope, hash32};
+use super::{Affinity, BackendName, Family, Member, Network, Pool, Protocol, Report, Scope, exposure, hash32};
 use crate::source::{
     ObjectName,
     annotations::{self, Annotations, PREFIX, SECOND_NS, is_dns_label},
@@ -22,6 +25,7 @@ pub(super) struct Port {
     pub(super) name: Option<String>,
     pub(super) number: u16,
     pub(super) protocol: Protocol,
+    pub(super) node_port: Option<u16>,
 }
 
 impl Port {
@@ -34,7 +38,11 @@ impl Port {
 /// A service that has frontends.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct ServiceSpec {
-    pub(super) addresses: Vec<IpAddr>,
+    pub(super) cluster_ips: Vec<IpAddr>,
+    /// What is dialled from outside of the cluster.
+    pub(super) external: Exposure,
+    /// `internalTrafficPolicy: Local`.
+    pub(super) internal_local: bool,
     /// By position in `spec.ports`.
     pub(super) ports: Vec<(usize, Port)>,
     pub(super) scope: Scope,
@@ -42,7 +50,31 @@ pub(super) struct ServiceSpec {
     pub(super) annotations: Annotations,
 }
 
+/// How a service is reached from outside of the cluster, beside its node ports.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Exposure {
+    /// Whether its ports are on the node's addresses.
+    pub(super) on_nodes: bool,
+    /// Addresses of its load balancer that nodes are to serve.
+    pub(super) load_balancer: Vec<IpAddr>,
+    /// Addresses that somebody else brings to the nodes.
+    pub(super) external_ips: Vec<IpAddr>,
+    /// `externalTrafficPolicy: Local`.
+    pub(super) local: bool,
+    /// The families whose clients have to be in the ranges to use the load balancer.
+    pub(super) restricted: BTreeSet<Family>,
+    /// These ranges.
+    pub(super) ranges: BTreeSet<Network>,
+    /// Where load balancers ask whether this node has endpoints.
+    pub(super) health_check: Option<u16>,
+}
+
 impl ServiceSpec {
+    /// Whether it has a cluster IP of a family.
+    pub(super) fn is_of(&self, family: Family) -> bool {
+        self.cluster_ips.iter().any(|ip| Family::of(*ip) == family)
+    }
+
     /// The prefix length of a client key.
     pub(super) fn prefix(&self, family: Family) -> u8 {
         match family {
@@ -77,8 +109,8 @@ pub(super) fn read(name: &ObjectName, service: &Service, report: &mut Report<'_>
         report.error("metadata.name", "no DNS label (a-z, 0-9, '-', at most 63)");
         return None;
     }
-    report_not_handled(spec, report);
-    let addresses = addresses(spec, report);
+    let cluster_ips = addresses(spec, report);
+    let external = exposure::read(spec, service.status.as_ref(), &cluster_ips, report);
     let ports = ports(spec, report);
     let none = BTreeMap::new();
     let (annotations, affinity) = affinity(spec, service.metadata.annotations.as_ref().unwrap_or(&none), report);
@@ -86,29 +118,13 @@ pub(super) fn read(name: &ObjectName, service: &Service, report: &mut Report<'_>
         Some(group) => Scope::Group(ObjectName::new(&name.namespace, group)),
         None => Scope::Service(name.clone()),
     };
-    Some(ServiceSpec { addresses, ports, scope, affinity, annotations })
+    let internal_local = exposure::is_local(spec.internal_traffic_policy.as_deref(), "internalTrafficPolicy", report);
+    Some(ServiceSpec { cluster_ips, external, internal_local, ports, scope, affinity, annotations })
 }
 
 fn is_headless(spec: &ApiSpec) -> bool {
     spec.cluster_ip.as_deref() == Some("None")
         || spec.cluster_ips.as_ref().is_some_and(|ips| ips.first().is_some_and(|ip| ip == "None"))
-}
-
-/// Says what this version leaves to others.
-fn report_not_handled(spec: &ApiSpec, report: &mut Report<'_>) {
-    match spec.type_.as_deref() {
-        None | Some("ClusterIP") => {}
-        Some(kind @ ("NodePort" | "LoadBalancer")) => {
-            report.info("spec.type", format!("of a {kind} service only the cluster IP is handled yet"));
-        }
-        Some(other) => report.warning("spec.type", format!("{other:?} is unknown; only the cluster IP is handled")),
-    }
-    if spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty()) {
-        report.info("spec.externalIPs", "not handled yet; only the cluster IP is");
-    }
-    if spec.internal_traffic_policy.as_deref() == Some("Local") {
-        report.warning("spec.internalTrafficPolicy", "Local is not handled yet; endpoints of all nodes are used");
-    }
 }
 
 fn addresses(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
@@ -126,6 +142,14 @@ fn addresses(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
     if listed.is_empty() {
         report.error("spec.clusterIP", "missing: nothing gives this service an address; state one");
     }
+    parse_addresses(listed, report)
+}
+
+/// The usable ones among addresses, each with its field.
+pub(super) fn parse_addresses<'a>(
+    listed: impl IntoIterator<Item = (String, &'a String)>,
+    report: &mut Report<'_>,
+) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     for (field, text) in listed {
         match text.parse::<IpAddr>() {
@@ -149,17 +173,19 @@ fn ports(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<(usize, Port)> {
     }
     let mut ports: Vec<(usize, Port)> = Vec::new();
     for (index, api) in all.iter().enumerate() {
-        let Some(port) = port(index, api, report) else { continue };
+        let Some(port) = port(index, api, exposure::has_node_ports(spec), report) else { continue };
         if api.name.is_none() && all.len() > 1 {
             report.warning(format!("spec.ports[{index}].name"), "missing: a service with several ports must name them");
         }
         let twin = |other: &Port| {
-            other.protocol == port.protocol && (other.number == port.number || other.label() == port.label())
+            let same_node_port = other.node_port.is_some() && other.node_port == port.node_port;
+            let same = other.number == port.number || other.label() == port.label() || same_node_port;
+            other.protocol == port.protocol && same
         };
         match ports.iter().find(|(_, other)| twin(other)) {
             Some((first, _)) => report.error(
                 format!("spec.ports[{index}]"),
-                format!("has the name or number of spec.ports[{first}]; it is ignored"),
+                format!("has the name, number or node port of spec.ports[{first}]; it is ignored"),
             ),
             None => ports.push((index, port)),
         }
@@ -167,17 +193,14 @@ fn ports(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<(usize, Port)> {
     ports
 }
 
-fn port(index: usize, port: &ServicePort, report: &mut Report<'_>) -> Option<Port> {
+fn port(index: usize, port: &ServicePort, on_nodes: bool, report: &mut Report<'_>) -> Option<Port> {
     let field = |name: &str| format!("spec.ports[{index}].{name}");
     let protocol = match port.protocol.as_deref() {
         None | Some("TCP") => Protocol::Tcp,
         Some("UDP") => Protocol::Udp,
-        Some("SCTP") => {
-            report.warning(field("protocol"), "SCTP is not handled yet; the port is left out");
-            return None;
-        }
+        Some("SCTP") => Protocol::Sctp,
         Some(other) => {
-            report.error(field("protocol"), format!("{other:?} is none of TCP, UDP; the port is left out"));
+            report.error(field("protocol"), format!("{other:?} is none of TCP, UDP, SCTP; the port is left out"));
             return None;
         }
     };
@@ -190,7 +213,12 @@ fn port(index: usize, port: &ServicePort, report: &mut Report<'_>) -> Option<Por
         report.error(field("name"), "no DNS label (a-z, 0-9, '-', at most 63); the port is left out");
         return None;
     }
-    Some(Port { name, number: number?, protocol })
+    let node_port = port.node_port.filter(|number| on_nodes && *number != 0);
+    let given = node_port.map(|number| u16::try_from(number).ok().filter(|number| *number > 0).ok_or(number));
+    if let Some(Err(number)) = given {
+        report.error(field("nodePort"), format!("{number} is no port from 1 to 65535; there is no node port"));
+    }
+    Some(Port { name, number: number?, protocol, node_port: given.and_then(Result::ok) })
 }
 
 /// The annotations as far as they have an effect, and how clients are pinned.

@@ -7,8 +7,19 @@ use crate::source::directory;
 
 /// YAML in, the desired state and the problems out, one line each.
 fn case(yaml: &str) -> String {
-    let snapshot = directory::parse(Path::new("case.yaml"), yaml);
-    let (desired, problems) = desired(&snapshot, &Options { node_name: Some("here".to_owned()), ..Options::default() });
+    case_at(NodeFacts { name: Some("here".to_owned()), ..NodeFacts::default() }, None, yaml)
+}
+
+/// The same on some node.
+fn case_at(node: NodeFacts, zone: Option<&str>, yaml: &str) -> String {
+    let mut snapshot = directory::parse(Path::new("case.yaml"), yaml);
+    snapshot.node = zone.map(|zone| {
+        let mut node = k8s_openapi::api::core::v1::Node::default();
+        let labels = node.metadata.labels.get_or_insert_default();
+        labels.insert("topology.kubernetes.io/zone".to_owned(), zone.to_owned());
+        Sourced { origin: None, object: node.into() }
+    });
+    let (desired, problems) = desired(&snapshot, &Options { node, ..Options::default() });
     let mut lines = text(&desired);
     let all = snapshot.problems.iter().chain(&problems);
     lines.extend(all.map(|problem| format!("{}: {problem}", problem.severity.name())));
@@ -17,8 +28,19 @@ fn case(yaml: &str) -> String {
 
 fn text(desired: &Desired) -> Vec<String> {
     let mut lines = Vec::new();
-    for (frontend, pool) in &desired.frontends {
-        lines.push(format!("{frontend} -> {pool}"));
+    for (address, Frontend { inside, outside, ranges }) in &desired.frontends {
+        let mut line = format!("{address} -> {}", route_text(inside));
+        if let Some(outside) = outside {
+            line += &format!(", outside {}", route_text(outside));
+        }
+        lines.push(line + if *ranges { ", in ranges" } else { "" });
+    }
+    for (service, ranges) in &desired.ranges {
+        let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        lines.push(format!("ranges of {service}: {}", ranges.join(" ")));
+    }
+    for (service, HealthCheck { port, local }) in &desired.health_checks {
+        lines.push(format!("health of {service} at {port}: {local:?}"));
     }
     for (name, pool) in &desired.pools {
         lines.push(format!("{name} {}", pool_text(pool)));
@@ -35,6 +57,11 @@ fn text(desired: &Desired) -> Vec<String> {
         }
     }
     lines
+}
+
+fn route_text(route: &Route) -> String {
+    let flag = |is_set, flag| if is_set { flag } else { "" };
+    format!("{}{}{}", route.pool, flag(route.masquerade, " masqueraded"), flag(route.silent, " silent"))
 }
 
 fn pool_text(pool: &Pool) -> String {
@@ -55,8 +82,9 @@ fn pool_text(pool: &Pool) -> String {
 #[test]
 fn names_of_pools_come_back() {
     for family in [Family::V4, Family::V6] {
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            let name = PoolName { service: ObjectName::new("shop", "web"), port: "http".to_owned(), protocol, family };
+        for (protocol, reach) in Protocol::ALL.into_iter().flat_map(|p| [(p, Reach::Cluster), (p, Reach::Local)]) {
+            let service = ObjectName::new("shop", "web");
+            let name = PoolName { service, port: "http".to_owned(), protocol, family, reach };
             assert_eq!(PoolName::parse(&name.to_string()), Some(name));
         }
     }
@@ -65,9 +93,11 @@ fn names_of_pools_come_back() {
         "shop/web",
         "web:80/TCP/v4",
         "shop/web:80/TCP",
-        "shop/web:80/SCTP/v4",
+        "shop/web:80/sctp/v4",
         "shop/web:80/TCP/v5",
         "shop/web:80/TCP/v4/",
+        "shop/web:80/TCP/v4/cluster",
+        "shop/web:80/TCP/v4/local/",
     ] {
         assert_eq!(PoolName::parse(bad), None, "{bad:?}");
     }
@@ -359,7 +389,8 @@ fn services_are_ours_or_anothers() {
     let ask = |services, proxy_name: &str| {
         let options = Options { services, proxy_name: proxy_name.to_owned(), ..Options::default() };
         let (desired, problems) = desired(&snapshot, &options);
-        let ours: BTreeSet<_> = desired.frontends.values().map(|pool| pool.service.name.as_str()).collect();
+        let ours: BTreeSet<_> =
+            desired.frontends.values().map(|frontend| frontend.inside.pool.service.name.as_str()).collect();
         let others: Vec<_> = desired.others.iter().map(|backend| backend.address.to_string()).collect();
         (ours.into_iter().collect::<Vec<_>>().join(" "), others.join(" "), desired.beside, problems.len())
     };
@@ -389,8 +420,8 @@ fn what_is_wrong_is_named() {
     let yaml = service(
         "web",
         "10.0.0.1",
-        "sessionAffinity: ClientIp; type: NodePort; internalTrafficPolicy: Local; externalIPs: [192.0.2.1]; \
-            ports: [{name: a, port: 80, protocol: SCTP}, {name: b, port: 0}, {name: c, port: 1, protocol: tcp}, {name: d, port: 2}, {name: e, port: 2}, {port: 3}, {name: D, port: 4}]",
+        "sessionAffinity: ClientIp; type: NodePort; internalTrafficPolicy: local; externalIPs: [192.0.2.1, x, '2001:db8::1', 127.0.0.1]; \
+            ports: [{name: a, port: 80, protocol: SCTP}, {name: b, port: 0, nodePort: 30001}, {name: c, port: 1, protocol: tcp, nodePort: 70000}, {name: d, port: 2}, {name: e, port: 2}, {port: 3}, {name: D, port: 4}]",
     ) + &service("v6", "'fd00::x'", "ports: [{port: 80}]")
         + &service("both", "10.0.0.2", "clusterIPs: [10.0.0.3, 10.0.0.3, 127.0.0.1]; ports: [{port: 80}]")
         + &service("Upper", "10.0.0.4", "ports: [{port: 80}]")
@@ -433,15 +464,306 @@ fn what_is_wrong_is_named() {
     warning: document 6: Service default/typo: metadata.annotations[affinity.dev/tiemout]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
     warning: document 6: Service default/typo: metadata.annotations[affinity.dev/timer]: "connect" is none of connection, packet, absolute, alive; connection is used
     error: document 2: Service default/v6: spec.clusterIP: "fd00::x" is no IP address
-    info: document 1: Service default/web: spec.type: of a NodePort service only the cluster IP is handled yet
-    info: document 1: Service default/web: spec.externalIPs: not handled yet; only the cluster IP is
-    warning: document 1: Service default/web: spec.internalTrafficPolicy: Local is not handled yet; endpoints of all nodes are used
-    warning: document 1: Service default/web: spec.ports[0].protocol: SCTP is not handled yet; the port is left out
+    error: document 1: Service default/web: spec.externalIPs[1]: "x" is no IP address
+    error: document 1: Service default/web: spec.externalIPs[3]: 127.0.0.1 cannot be the address of a service
+    info: document 1: Service default/web: spec.externalIPs: 2001:db8::1 is left out: the service has no cluster IP of its family
+    warning: document 1: Service default/web: spec.ports[0].nodePort: missing: nothing gives this port a node port; state one
+    warning: document 1: Service default/web: spec.ports[3].nodePort: missing: nothing gives this port a node port; state one
+    warning: document 1: Service default/web: spec.ports[4].nodePort: missing: nothing gives this port a node port; state one
+    warning: document 1: Service default/web: spec.ports[5].nodePort: missing: nothing gives this port a node port; state one
+    warning: document 1: Service default/web: spec.ports[6].nodePort: missing: nothing gives this port a node port; state one
     error: document 1: Service default/web: spec.ports[1].port: 0 is no port from 1 to 65535; the port is left out
-    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is none of TCP, UDP; the port is left out
-    error: document 1: Service default/web: spec.ports[4]: has the name or number of spec.ports[3]; it is ignored
+    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is none of TCP, UDP, SCTP; the port is left out
+    error: document 1: Service default/web: spec.ports[4]: has the name, number or node port of spec.ports[3]; it is ignored
     warning: document 1: Service default/web: spec.ports[5].name: missing: a service with several ports must name them
     error: document 1: Service default/web: spec.ports[6].name: no DNS label (a-z, 0-9, '-', at most 63); the port is left out
     error: document 1: Service default/web: spec.sessionAffinity: "ClientIp" is none of ClientIP, None; None is used
+    error: document 1: Service default/web: spec.internalTrafficPolicy: "local" is none of Cluster, Local; Cluster is used
     "#);
+}
+
+/// The node of the cases below: two addresses of each family, and a network of pods of each.
+fn here() -> NodeFacts {
+    let network = |text: &str| text.parse().expect("a network");
+    NodeFacts {
+        name: Some("here".to_owned()),
+        addresses: ["192.0.2.1", "2001:db8::1"].iter().map(|text| text.parse().expect("an address")).collect(),
+        pod_networks: vec![network("10.1.0.0/16"), network("fd01::/16")],
+        ..NodeFacts::default()
+    }
+}
+
+/// A slice of one port 80 over endpoints `address@node`, with `=conditions` or `~zones/nodes` after it.
+fn placed(service: &str, endpoints: &[&str]) -> String {
+    let mut yaml = slice(service, service, &[":80"], &[]);
+    let endpoints: Vec<String> = endpoints
+        .iter()
+        .map(|text| {
+            let (text, hints) = text.split_once('~').unwrap_or((text, "/"));
+            let (text, condition) = text.split_once('=').unwrap_or((text, "ready"));
+            let (address, node) = text.split_once('@').expect("address@node");
+            let (zones, nodes) = hints.split_once('/').expect("zones/nodes");
+            let names =
+                |list: &str| list.split_terminator('+').map(|name| format!("{{name: {name}}}")).collect::<Vec<_>>();
+            let conditions = match condition {
+                "ready" => "ready: true",
+                "leaving" => "ready: false, serving: true, terminating: true",
+                _ => "ready: false, serving: false",
+            };
+            format!(
+                "{{addresses: [\"{address}\"], nodeName: {node}, conditions: {{{conditions}}}, \
+                 hints: {{forZones: [{}], forNodes: [{}]}}}}",
+                names(zones).join(", "),
+                names(nodes).join(", ")
+            )
+        })
+        .collect();
+    yaml = yaml.replace("endpoints: []", &format!("endpoints: [{}]", endpoints.join(", ")));
+    if endpoints.iter().any(|endpoint| endpoint.contains("::")) {
+        yaml = yaml.replace("IPv4", "IPv6");
+    }
+    yaml
+}
+
+/// What outsiders and insiders get: the lines of a case that say so.
+fn lines(text: &str, which: &str) -> String {
+    text.lines().filter(|line| line.contains(which)).collect::<Vec<_>>().join("\n")
+}
+
+const EXPOSED: &str = "clusterIPs: [10.0.0.1, 'fd00::1']; type: LoadBalancer; externalIPs: [203.0.113.1]; \
+    loadBalancerSourceRanges: [198.51.100.0/24, 198.51.100.7/24]; ports: [{port: 80, nodePort: 30080}]; \
+    healthCheckNodePort: 32000";
+
+fn exposed(policies: &str) -> String {
+    service("web", "10.0.0.1", [EXPOSED, policies].join("; ").trim_end_matches("; "))
+        + "status: {loadBalancer: {ingress: [{ip: 203.0.113.2}, {ip: 203.0.113.3, ipMode: Proxy}, {hostname: x}, \
+           {ip: '2001:db8::5', ipMode: VIP}]}}\n"
+}
+
+#[test]
+fn every_kind_of_frontend() {
+    let yaml = exposed("") + &placed("web", &["10.1.0.1@here", "10.1.0.2@there"]);
+    insta::assert_snapshot!(case_at(here(), None, &yaml), @r"
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4 masqueraded
+    127.0.0.1:30080/TCP -> default/web:80/TCP/v4 masqueraded
+    192.0.2.1:30080/TCP -> default/web:80/TCP/v4 masqueraded
+    203.0.113.1:80/TCP -> default/web:80/TCP/v4 masqueraded
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
+    [::1]:30080/TCP -> default/web:80/TCP/v6 masqueraded
+    [2001:db8::1]:30080/TCP -> default/web:80/TCP/v6 masqueraded
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded
+    [fd00::1]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6 masqueraded
+    ranges of default/web: 198.51.100.0/24
+    default/web:80/TCP/v4 Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 ready
+    default/web:80/TCP/v6 Random
+    ");
+    let local = exposed("externalTrafficPolicy: Local; internalTrafficPolicy: Local")
+        + &placed("web", &["10.1.0.1@here", "10.1.0.2@there"]);
+    insta::assert_snapshot!(case_at(here(), None, &local), @r"
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded
+    127.0.0.1:30080/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
+    192.0.2.1:30080/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
+    203.0.113.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local, in ranges
+    [::1]:30080/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
+    [2001:db8::1]:30080/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
+    [fd00::1]:80/TCP -> default/web:80/TCP/v6/local, outside default/web:80/TCP/v6/local masqueraded
+    ranges of default/web: 198.51.100.0/24
+    health of default/web at 32000: {V4: 1}
+    default/web:80/TCP/v4 Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 ready
+    default/web:80/TCP/v4/local Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 draining
+    default/web:80/TCP/v6 Random
+    default/web:80/TCP/v6/local Random
+    ");
+}
+
+#[test]
+fn without_endpoints_here_outsiders_are_not_answered_and_without_any_they_are_refused() {
+    let local = "externalTrafficPolicy: Local; internalTrafficPolicy: Local";
+    let of =
+        |endpoints: &[&str]| lines(&case_at(here(), None, &(exposed(local) + &placed("web", endpoints))), "0.0.1:80");
+    insta::assert_snapshot!(of(&["10.1.0.2@there"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local silent, outside default/web:80/TCP/v4/local masqueraded silent");
+    insta::assert_snapshot!(of(&["10.1.0.2@there=leaving", "10.1.0.1@here=unready"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local silent, outside default/web:80/TCP/v4/local masqueraded silent");
+    insta::assert_snapshot!(of(&["10.1.0.2@there=unready", "10.1.0.1@here=unready"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded");
+    insta::assert_snapshot!(of(&["10.1.0.2@there", "10.1.0.1@here=leaving"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded");
+}
+
+#[test]
+fn pools_of_the_cluster_and_of_the_node_fall_back_on_their_own() {
+    let of = |endpoints: &[&str]| {
+        let yaml = exposed("externalTrafficPolicy: Local") + &placed("web", endpoints);
+        let case = case_at(here(), None, &yaml);
+        let lines = case.lines().skip_while(|line| !line.starts_with("default/web:80/TCP/v4"));
+        lines.take_while(|line| !line.starts_with("default/web:80/TCP/v6")).collect::<Vec<_>>().join("\n")
+    };
+    insta::assert_snapshot!(of(&["10.1.0.1@here=leaving", "10.1.0.2@here=unready", "10.1.0.3@there", "10.1.0.4@there=leaving"]), @r"
+    default/web:80/TCP/v4 Random
+      10.1.0.1  port 80 draining local
+      10.1.0.2  port 80 draining local
+      10.1.0.3  port 80 ready
+      10.1.0.4  port 80 draining
+    default/web:80/TCP/v4/local Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 draining local
+      10.1.0.3  port 80 draining
+      10.1.0.4  port 80 draining
+    ");
+    insta::assert_snapshot!(of(&["10.1.0.1@here=leaving", "10.1.0.3@there=leaving", "10.1.0.4@there=unready"]), @r"
+    default/web:80/TCP/v4 Random
+      10.1.0.1  port 80 ready local
+      10.1.0.3  port 80 ready
+      10.1.0.4  port 80 draining
+    default/web:80/TCP/v4/local Random
+      10.1.0.1  port 80 ready local
+      10.1.0.3  port 80 draining
+      10.1.0.4  port 80 draining
+    ");
+    insta::assert_snapshot!(of(&["10.1.0.1@here", "10.1.0.2@here=leaving"]), @r"
+    default/web:80/TCP/v4 Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 draining local
+    default/web:80/TCP/v4/local Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 draining local
+    ");
+}
+
+#[test]
+fn hints_count_if_all_ready_endpoints_have_them_and_one_is_for_us() {
+    let of = |endpoints: &[&str]| {
+        let yaml = service("web", "10.0.0.1", "ports: [{port: 80}]") + &placed("web", endpoints);
+        let ready = case_at(here(), Some("z"), &yaml);
+        let ready = ready.lines().filter_map(|line| line.strip_suffix(" ready").or(line.strip_suffix(" ready local")));
+        ready.map(|line| line.split_whitespace().next().unwrap_or("").to_owned()).collect::<Vec<_>>().join(" ")
+    };
+    // Node hints before zone hints.
+    assert_eq!(of(&["10.1.0.1@here~z/here", "10.1.0.2@there~z/there"]), "10.1.0.1");
+    assert_eq!(of(&["10.1.0.1@here~y/there", "10.1.0.2@there~z/here+there"]), "10.1.0.2");
+    // One without a node hint, or none for us: zones.
+    assert_eq!(of(&["10.1.0.1@here~z/here", "10.1.0.2@there~z/", "10.1.0.3@there~y/there"]), "10.1.0.1 10.1.0.2");
+    assert_eq!(of(&["10.1.0.1@here~y/a", "10.1.0.2@there~z+y/b"]), "10.1.0.2");
+    // One without a zone hint, or no zone is ours: all.
+    assert_eq!(of(&["10.1.0.1@here~z/", "10.1.0.2@there"]), "10.1.0.1 10.1.0.2");
+    assert_eq!(of(&["10.1.0.1@here~x/", "10.1.0.2@there~y/"]), "10.1.0.1 10.1.0.2");
+    // Endpoints that are not ready have no say, and are not held to their hints.
+    assert_eq!(of(&["10.1.0.1@here~y/", "10.1.0.2@there~z/", "10.1.0.3@there=leaving"]), "10.1.0.2");
+    assert_eq!(of(&["10.1.0.1@here=leaving~y/a", "10.1.0.2@there=leaving~z/here"]), "10.1.0.1 10.1.0.2");
+    // The pool of this node knows no hints.
+    let local = service("web", "10.0.0.1", "internalTrafficPolicy: Local; ports: [{port: 80}]");
+    let local = local + &placed("web", &["10.1.0.1@here~y/there", "10.1.0.2@there~z/here"]);
+    insta::assert_snapshot!(case_at(here(), Some("z"), &local), @r"
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded
+    default/web:80/TCP/v4/local Random
+      10.1.0.1  port 80 ready local
+      10.1.0.2  port 80 draining
+    ");
+}
+
+#[test]
+fn where_no_pods_are_known_nobody_is_outside_of_a_cluster_ip() {
+    let unknown = NodeFacts { pod_networks: Vec::new(), ..here() };
+    let yaml = exposed("externalTrafficPolicy: Local") + &placed("web", &["10.1.0.1@here"]);
+    insta::assert_snapshot!(lines(&case_at(unknown, None, &yaml), ":80/TCP ->"), @r"
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4
+    203.0.113.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local, in ranges
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
+    [fd00::1]:80/TCP -> default/web:80/TCP/v6
+    ");
+    let only_v4 = NodeFacts { pod_networks: here().pod_networks[..1].to_vec(), ..here() };
+    insta::assert_snapshot!(lines(&case_at(only_v4, None, &exposed("")), ":80/TCP ->"), @r"
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4 masqueraded
+    203.0.113.1:80/TCP -> default/web:80/TCP/v4 masqueraded
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded
+    [fd00::1]:80/TCP -> default/web:80/TCP/v6
+    ");
+}
+
+#[test]
+fn sctp_where_no_port_changes() {
+    let port = "type: NodePort; ports: [{port: 80, nodePort: 30080, protocol: SCTP}]";
+    let yaml = service("web", "10.0.0.1", port)
+        + &placed("web", &["10.1.0.1@here"]).replace("port: 80", "protocol: SCTP, port: 80");
+    insta::assert_snapshot!(case_at(here(), None, &yaml), @r"
+    10.0.0.1:80/SCTP -> default/web:80/SCTP/v4, outside default/web:80/SCTP/v4 masqueraded
+    default/web:80/SCTP/v4 Random
+      10.1.0.1  port 80 ready local
+    warning: case.yaml, document 1: Service default/web: spec.ports[0]: endpoints do not serve port 30080 itself, and SCTP's ports cannot be translated; frontends with that port are left out
+    ");
+}
+
+#[test]
+fn a_node_port_goes_to_the_older_service() {
+    let dated = |name: &str, ip: &str, year: u16, port: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, creationTimestamp: {year}-01-01T00:00:00Z}}\n\
+             spec: {{clusterIP: {ip}, type: NodePort, ports: [{port}]}}\n"
+        )
+    };
+    let yaml = dated("a", "10.0.0.1", 2026, "{port: 80, nodePort: 30080}")
+        + &dated("b", "10.0.0.2", 2025, "{port: 80, nodePort: 30080}")
+        + &dated("c", "10.0.0.3", 2025, "{port: 80, nodePort: 30080, protocol: UDP}");
+    insta::assert_snapshot!(case_at(here(), None, &yaml), @r"
+    10.0.0.1:80/TCP -> default/a:80/TCP/v4, outside default/a:80/TCP/v4 masqueraded
+    10.0.0.2:80/TCP -> default/b:80/TCP/v4, outside default/b:80/TCP/v4 masqueraded
+    10.0.0.3:80/UDP -> default/c:80/UDP/v4, outside default/c:80/UDP/v4 masqueraded
+    127.0.0.1:30080/TCP -> default/b:80/TCP/v4 masqueraded
+    127.0.0.1:30080/UDP -> default/c:80/UDP/v4 masqueraded
+    192.0.2.1:30080/TCP -> default/b:80/TCP/v4 masqueraded
+    192.0.2.1:30080/UDP -> default/c:80/UDP/v4 masqueraded
+    default/a:80/TCP/v4 Random
+    default/b:80/TCP/v4 Random
+    default/c:80/UDP/v4 Random
+    error: case.yaml, document 1: Service default/a: spec.ports[0].nodePort: 30080/TCP is taken by service default/b; this one does not get it
+    ");
+}
+
+#[test]
+fn ranges_are_of_one_family_each_and_bad_ones_let_nobody_in() {
+    let of = |ranges: &str| {
+        let yaml = exposed("").replace("[198.51.100.0/24, 198.51.100.7/24]", ranges);
+        let text = case_at(here(), None, &yaml);
+        let ours = |line: &&str| line.contains("ranges") || line.contains("Ranges");
+        text.lines().filter(ours).collect::<Vec<_>>().join("\n")
+    };
+    insta::assert_snapshot!(of("[198.51.100.0/24]"), @r"
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
+    ranges of default/web: 198.51.100.0/24
+    ");
+    insta::assert_snapshot!(of("['2001:db8::/32']"), @r"
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded, in ranges
+    ranges of default/web: 2001:db8::/32
+    ");
+    insta::assert_snapshot!(of("[198.51.100.0, 'fd00::x/8']"), @r#"
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded, in ranges
+    error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[0]: "198.51.100.0" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
+    error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[1]: "fd00::x/8" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
+    "#);
+    insta::assert_snapshot!(of("[]"), @"");
+}
+
+#[test]
+fn a_service_changes_its_type_while_it_lives() {
+    let mut memo = Memo::new(Options { node: here(), ..Options::default() });
+    let mut text_of = |yaml: &str| {
+        memo.update(&directory::parse(Path::new("case.yaml"), yaml));
+        text(memo.desired()).into_iter().filter(|line| line.contains("->")).count()
+    };
+    let endpoints = placed("web", &["10.1.0.1@here"]);
+    let of = |kind: &str| exposed("").replace("type: LoadBalancer", &format!("type: {kind}")) + &endpoints;
+    // Cluster IPs, an external IP; node ports at two addresses and two of loopback; two of the load balancer.
+    assert_eq!(text_of(&of("ClusterIP")), 3);
+    assert_eq!(text_of(&of("NodePort")), 7);
+    assert_eq!(text_of(&of("LoadBalancer")), 9);
+    assert_eq!(text_of(&of("ClusterIP")), 3);
+    assert_eq!(text_of(&of("ExternalName")), 0);
 }

@@ -52,7 +52,7 @@ pub(super) fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
             continue;
         }
         new.update_batch(keys, values).map_err(|error| match error.source.raw_os_error() {
-            Some(libc::E2BIG) => full(),
+            Some(libc::E2BIG | libc::ENOSPC) => full(),
             _ => error.into(),
         })?;
     }

@@ -24,7 +24,7 @@ pub const MAX_SESSIONS: u32 = 1 << 21;
 const SESSIONS_PER_SOCKET: u32 = 4;
 
 /// Ranges of addresses of each family, in all services.
-const MAX_RANGES: u32 = 1 << 16;
+pub const MAX_RANGES: u32 = 1 << 16;
 
 /// Bytes of one session of each family and of the two records of one flow of each.
 const BYTES_PER_SESSION: u64 = 1024;

@@ -9,13 +9,13 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, BACKEND_LOCAL, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, Selection,
-    Timer,
+    AFFINITY, Address, BACKEND_LOCAL, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey, NameKey, NameKind,
+    OUTSIDE, RANGES, SILENT, Selection, Timer,
 };
 
 use super::backends::identity;
 use crate::{
-    desired::{Affinity, Desired, FrontendAddress, Known, Member, Pool, PoolName, Scope, unions},
+    desired::{self, Affinity, Desired, FrontendAddress, Known, Member, Network, Pool, PoolName, Route, Scope, unions},
     source::ObjectName,
     store::Observed,
 };
@@ -29,6 +29,7 @@ pub(super) fn keep(observed: &Observed, desired: &Desired, known: &Known) -> Des
     for (key, frontend) in &observed.frontends_v6 {
         kept.frontend(IpAddr::V6(Ipv6Addr::from(key.address.0)), key, frontend);
     }
+    kept.ranges();
     kept.desired.unions = unions(&kept.desired.pools);
     kept.desired
 }
@@ -46,15 +47,53 @@ impl Keeper<'_> {
         };
         if !self.known.services.contains(&name.service) {
             let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
-            if *self.desired.frontends.entry(address).or_insert_with(|| name.clone()) != name {
-                // Another service has claimed the address.
-                return;
+            let has = |flag| frontend.flags & flag != 0;
+            let route = Route { pool: name.clone(), masquerade: has(MASQUERADE), silent: has(SILENT) };
+            if key.side == OUTSIDE {
+                // The record for everybody came before this one.
+                match self.desired.frontends.get_mut(&address) {
+                    Some(kept) if kept.inside.pool.service == name.service => kept.outside = Some(route),
+                    _ => return,
+                }
+            } else {
+                let kept = desired::Frontend { inside: route, outside: None, ranges: has(RANGES) };
+                if *self.desired.frontends.entry(address).or_insert_with(|| kept.clone()) != kept {
+                    // Another service has claimed the address.
+                    return;
+                }
             }
             let pool = self.pool(&name, frontend);
             self.desired.pools.entry(name.clone()).or_insert(pool);
         }
         if !self.known.with_slices.contains(&name.service) {
             self.members(&name, frontend.pool);
+            self.silence(ip, key, &name, frontend);
+        }
+    }
+
+    /// Whether nobody answers is known from endpoints.
+    fn silence<A: Address>(&mut self, ip: IpAddr, key: &FrontendKey<A>, name: &PoolName, record: &Frontend) {
+        let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
+        let Some(frontend) = self.desired.frontends.get_mut(&address) else { return };
+        let route = if key.side == OUTSIDE { frontend.outside.as_mut() } else { Some(&mut frontend.inside) };
+        if let Some(route) = route.filter(|route| route.pool == *name) {
+            route.silent = record.flags & SILENT != 0;
+        }
+    }
+
+    fn ranges(&mut self) {
+        let Observed { ranges_v4, ranges_v6, .. } = self.observed;
+        let v4 = ranges_v4.iter().map(|key| (key.scope, IpAddr::V4(key.address.0.into()), key.prefix_len));
+        let v6 = ranges_v6.iter().map(|key| (key.scope, IpAddr::V6(key.address.0.into()), key.prefix_len));
+        for (scope, address, prefix_len) in v4.chain(v6) {
+            let name = self.name(NameKind::Service, scope).and_then(|name| name.split_once('/'));
+            let prefix = prefix_len.checked_sub(32).and_then(|prefix| u8::try_from(prefix).ok());
+            let network = prefix.and_then(|prefix| Network::of(address, prefix));
+            let (Some((namespace, name)), Some(network)) = (name, network) else { continue };
+            let service = ObjectName::new(namespace, name);
+            if !self.known.services.contains(&service) {
+                self.desired.ranges.entry(service).or_default().insert(network);
+            }
         }
     }
 

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::abi::{
-    Address, Frontend, FrontendKey, MemberKey, NameKey, NameKind, Port, UsageKey, UsageOf, V4, V6,
+    Address, Frontend, FrontendKey, MemberKey, NameKey, NameKind, Port, RangeKey, UsageKey, UsageOf, V4, V6,
 };
 
 use super::{backends::Roster, ids::Ids};
@@ -25,6 +25,9 @@ pub struct Ledger {
     pub(super) backends: Roster,
     frontends_v4: BTreeSet<(u32, FrontendKey<V4>)>,
     frontends_v6: BTreeSet<(u32, FrontendKey<V6>)>,
+    /// By scope.
+    ranges_v4: BTreeSet<(u32, RangeKey<V4>)>,
+    ranges_v6: BTreeSet<(u32, RangeKey<V6>)>,
     /// How many frontends name an extent, by its first slot.
     named: BTreeMap<u32, u32>,
     /// Extents that lost a frontend since the last grace period.
@@ -38,10 +41,12 @@ impl Ledger {
         let mut ledger = Self {
             ids: Ids::new(),
             backends: Roster::new(capacity.backends),
-            observed,
             capacity,
             frontends_v4: BTreeSet::new(),
             frontends_v6: BTreeSet::new(),
+            ranges_v4: observed.ranges_v4.iter().map(|key| (key.scope, *key)).collect(),
+            ranges_v6: observed.ranges_v6.iter().map(|key| (key.scope, *key)).collect(),
+            observed,
             named: BTreeMap::new(),
             left: BTreeSet::new(),
         };
@@ -50,6 +55,8 @@ impl Ledger {
             ids.enter(key, name);
         }
         observed.members.keys().for_each(|key| ids.count(key.pool));
+        observed.ranges_v4.iter().for_each(|key| ids.count(key.scope));
+        observed.ranges_v6.iter().for_each(|key| ids.count(key.scope));
         observed.frontends_v4.iter().for_each(|(key, frontend)| enter(frontends_v4, ids, named, key, frontend));
         observed.frontends_v6.iter().for_each(|(key, frontend)| enter(frontends_v6, ids, named, key, frontend));
         backends.enter_all(observed);
@@ -74,7 +81,7 @@ impl Ledger {
 
     /// Takes what a step is about to change out of the indices.
     fn strike_subject(&mut self, op: &Op) {
-        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, left, .. } = self;
+        let Self { observed, ids, backends, frontends_v4, frontends_v6, ranges_v4, ranges_v6, named, left, .. } = self;
         match op {
             Op::PutName(NameKey { kind, id }, _) | Op::RemoveName(NameKey { kind, id })
                 if *kind == NameKind::Backend as u32 =>
@@ -102,13 +109,20 @@ impl Ledger {
                     strike(frontends_v6, ids, (named, left), key, frontend);
                 }
             }
-            Op::WriteSlots { .. } | Op::SetFilter(..) | Op::PutUsage(_) | Op::RemoveUsage(_) | Op::Grace => {}
+            Op::PutRangeV4(key) | Op::RemoveRangeV4(key) => strike_range(ranges_v4, ids, key),
+            Op::PutRangeV6(key) | Op::RemoveRangeV6(key) => strike_range(ranges_v6, ids, key),
+            Op::WriteSlots { .. }
+            | Op::SetFilter(..)
+            | Op::PutUsage(_)
+            | Op::RemoveUsage(_)
+            | Op::PutNode(_)
+            | Op::Grace => {}
         }
     }
 
     /// The inverse, after the step.
     fn enter_subject(&mut self, op: &Op) {
-        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, .. } = self;
+        let Self { observed, ids, backends, frontends_v4, frontends_v6, ranges_v4, ranges_v6, named, .. } = self;
         match op {
             Op::PutName(NameKey { kind, id }, _) | Op::RemoveName(NameKey { kind, id })
                 if *kind == NameKind::Backend as u32 =>
@@ -118,6 +132,8 @@ impl Ledger {
             Op::PutName(key, name) => ids.enter(key, name),
             Op::PutBackend(index, _) => backends.enter(observed, *index),
             Op::PutMember(key, _) => ids.count(key.pool),
+            Op::PutRangeV4(key) => enter_range(ranges_v4, ids, key),
+            Op::PutRangeV6(key) => enter_range(ranges_v6, ids, key),
             Op::PutFrontendV4(key, frontend) => enter(frontends_v4, ids, named, key, frontend),
             Op::PutFrontendV6(key, frontend) => enter(frontends_v6, ids, named, key, frontend),
             Op::RemoveName(_)
@@ -128,6 +144,9 @@ impl Ledger {
             | Op::SetFilter(..)
             | Op::PutUsage(_)
             | Op::RemoveUsage(_)
+            | Op::PutNode(_)
+            | Op::RemoveRangeV4(_)
+            | Op::RemoveRangeV6(_)
             | Op::Grace => {}
         }
     }
@@ -156,6 +175,8 @@ impl Ledger {
             if let Some(id) = self.ids.find(NameKind::Service, &service) {
                 self.copy_scope(NameKind::Service, id, &mut part);
                 self.copy_usage(UsageKey { of: UsageOf::Service as u32, id }, &mut part);
+                part.ranges_v4.extend(ranges(&self.ranges_v4, id));
+                part.ranges_v6.extend(ranges(&self.ranges_v6, id));
             }
             for pool in self.ids.pools(&service) {
                 self.copy_scope(NameKind::Pool, pool, &mut part);
@@ -209,6 +230,24 @@ fn keys<A: Address>(
 ) -> impl Iterator<Item = FrontendKey<A>> + '_ {
     let least = FrontendKey::new(A::from_mapped([0; 16]), Port::new(0), 0);
     frontends.range((pool, least)..).take_while(move |(of, _)| *of == pool).map(|(_, key)| *key)
+}
+
+/// The ranges of a scope.
+fn ranges<A: Address>(ranges: &BTreeSet<(u32, RangeKey<A>)>, scope: u32) -> impl Iterator<Item = RangeKey<A>> + '_ {
+    let least = RangeKey { prefix_len: 0, scope: 0, address: A::from_mapped([0; 16]) };
+    ranges.range((scope, least)..).take_while(move |(of, _)| *of == scope).map(|(_, key)| *key)
+}
+
+fn enter_range<A: Address>(ranges: &mut BTreeSet<(u32, RangeKey<A>)>, ids: &mut Ids, key: &RangeKey<A>) {
+    if ranges.insert((key.scope, *key)) {
+        ids.count(key.scope);
+    }
+}
+
+fn strike_range<A: Address>(ranges: &mut BTreeSet<(u32, RangeKey<A>)>, ids: &mut Ids, key: &RangeKey<A>) {
+    if ranges.remove(&(key.scope, *key)) {
+        ids.discount(key.scope);
+    }
 }
 
 fn enter<A: Address>(

@@ -9,14 +9,15 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, BESIDE, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port,
-    SHADOW, SHARED, Selection, UsageKey, UsageOf, V4, V6,
+    AFFINITY, Address, BESIDE, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey,
+    NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, UsageKey, UsageOf,
+    V4, V6,
 };
 
 use super::{backends::Claims, extents::Extents, ids::Naming, ledger::Ledger, maglev};
 use crate::{
-    desired::{BackendName, Desired, FrontendAddress, Pool, PoolName, Scope},
-    source::{Problem, Severity},
+    desired::{self, BackendName, Desired, FrontendAddress, Masquerade, Network, Pool, PoolName, Route, Scope},
+    source::{ObjectName, Problem, Severity},
     store::Observed,
 };
 
@@ -28,6 +29,7 @@ pub(super) fn target(ledger: &Ledger, part: &Observed, desired: &Desired) -> (Ob
         ids: Naming::new(&ledger.ids),
         backends: Claims::new(&ledger.backends, &ledger.observed.backends),
         extents: None,
+        new_ranges: (0, 0),
         target: Observed::default(),
         problems: Vec::new(),
     };
@@ -40,6 +42,8 @@ pub(super) fn target(ledger: &Ledger, part: &Observed, desired: &Desired) -> (Ob
     }
     numbering.unions(&indices);
     numbering.frontends(&records);
+    numbering.ranges();
+    numbering.target.node = desired.masquerade.as_ref().map_or(part.node, node);
     numbering.finish(part, &indices)
 }
 
@@ -50,6 +54,8 @@ struct Numbering<'a> {
     backends: Claims<'a>,
     /// The free ones, once somebody has asked.
     extents: Option<Extents>,
+    /// How many of the ranges are new, of either family.
+    new_ranges: (usize, usize),
     target: Observed,
     problems: Vec<Problem>,
 }
@@ -137,7 +143,10 @@ impl<'a> Numbering<'a> {
         }
         if left_out > 0 {
             let all = self.ledger.capacity.backends;
-            self.report(name, format!("{left_out} endpoints of {name} left out: all {all} backends are in use"));
+            self.report(
+                &name.service,
+                format!("{left_out} endpoints of {name} left out: all {all} backends are in use"),
+            );
         }
     }
 
@@ -170,7 +179,7 @@ impl<'a> Numbering<'a> {
         }
         let outcome = if own.is_empty() { "it is not published" } else { "its former members stay in use" };
         let all = self.ledger.capacity.slots;
-        self.report(name, format!("no room for {count} slots of {name} among {all}; {outcome}"));
+        self.report(&name.service, format!("no room for {count} slots of {name} among {all}; {outcome}"));
         let kept = own.into_iter().next()?;
         self.target.slots.insert(kept.first, kept.held.to_vec());
         Some(kept)
@@ -206,24 +215,60 @@ impl<'a> Numbering<'a> {
     }
 
     fn frontends(&mut self, records: &BTreeMap<&PoolName, Frontend>) {
-        for (FrontendAddress { ip, port, protocol }, pool) in &self.desired.frontends {
-            let Some(record) = records.get(pool) else { continue };
+        for (FrontendAddress { ip, port, protocol }, frontend) in &self.desired.frontends {
             let (port, protocol) = (Port::new(*port), protocol.number());
+            let Observed { frontends_v4, frontends_v6, .. } = &mut self.target;
             match ip {
                 IpAddr::V4(ip) => {
                     let key = FrontendKey::new(V4(ip.octets()), port, protocol);
-                    self.target.frontends_v4.insert(key, *record);
+                    publish(frontends_v4, key, frontend, records);
                 }
                 IpAddr::V6(ip) => {
                     let key = FrontendKey::new(V6(ip.octets()), port, protocol);
-                    self.target.frontends_v6.insert(key, *record);
+                    publish(frontends_v6, key, frontend, records);
                 }
             }
         }
     }
 
-    fn report(&mut self, pool: &PoolName, message: String) {
-        self.problems.push(Problem::new(Severity::Error, None, message).of("Service", &pool.service));
+    /// The networks of pods, and the ranges of services.
+    fn ranges(&mut self) {
+        let Desired { pod_networks, ranges, .. } = self.desired;
+        let left_out = pod_networks.iter().filter(|network| !self.range(PODS, network)).count();
+        if left_out > 0 {
+            let message = format!("no room for {left_out} of {} networks of pods", pod_networks.len());
+            self.problems.push(Problem::new(Severity::Error, None, message));
+        }
+        for (service, ranges) in ranges {
+            let scope = self.id(NameKind::Service, &service.to_string());
+            let left_out = ranges.iter().filter(|range| !self.range(scope, range)).count();
+            if left_out > 0 {
+                let all = self.ledger.capacity.ranges;
+                let message =
+                    format!("no room among {all} for {left_out} of its source ranges: clients there are kept out");
+                self.report(service, message);
+            }
+        }
+    }
+
+    /// Adds a range; false where there is no room for it beside all that are there, wanted or not.
+    fn range(&mut self, scope: u32, network: &Network) -> bool {
+        let Ledger { observed, capacity, .. } = self.ledger;
+        let Observed { ranges_v4, ranges_v6, .. } = &mut self.target;
+        match network.address() {
+            IpAddr::V4(ip) => {
+                let key = RangeKey::new(scope, V4(ip.octets()), network.prefix());
+                add_range(ranges_v4, &observed.ranges_v4, &mut self.new_ranges.0, capacity.ranges, key)
+            }
+            IpAddr::V6(ip) => {
+                let key = RangeKey::new(scope, V6(ip.octets()), network.prefix());
+                add_range(ranges_v6, &observed.ranges_v6, &mut self.new_ranges.1, capacity.ranges, key)
+            }
+        }
+    }
+
+    fn report(&mut self, service: &ObjectName, message: String) {
+        self.problems.push(Problem::new(Severity::Error, None, message).of("Service", service));
     }
 
     fn finish(mut self, part: &Observed, indices: &Indices<'_>) -> (Observed, Vec<Problem>) {
@@ -237,6 +282,57 @@ impl<'a> Numbering<'a> {
         self.target.usage.extend(claimed.into_iter().map(|id| UsageKey { of: UsageOf::Backend as u32, id }));
         self.target.backends = records;
         (self.target, self.problems)
+    }
+}
+
+/// The records of a frontend; none where one of its pools is not published.
+fn publish<A: Address>(
+    frontends: &mut BTreeMap<FrontendKey<A>, Frontend>,
+    key: FrontendKey<A>,
+    desired::Frontend { inside, outside, ranges }: &desired::Frontend,
+    records: &BTreeMap<&PoolName, Frontend>,
+) {
+    let flag = |is_set, flag| if is_set { flag } else { 0 };
+    let record = |route: &Route| {
+        let record = records.get(&route.pool)?;
+        let own = flag(route.masquerade, MASQUERADE) | flag(route.silent, SILENT) | flag(*ranges, RANGES);
+        Some(Frontend { flags: record.flags | own, ..*record })
+    };
+    match (record(inside), outside.as_ref().map(record)) {
+        (Some(inside), None) => _ = frontends.insert(key, inside),
+        (Some(inside), Some(Some(outside))) => {
+            frontends.insert(key, Frontend { flags: inside.flags | SPLIT, ..inside });
+            frontends.insert(key.outside(), outside);
+        }
+        (None, _) | (_, Some(None)) => {}
+    }
+}
+
+fn add_range<A: Address>(
+    target: &mut BTreeSet<RangeKey<A>>,
+    observed: &BTreeSet<RangeKey<A>>,
+    new: &mut usize,
+    capacity: u32,
+    key: RangeKey<A>,
+) -> bool {
+    if !observed.contains(&key) && !target.contains(&key) {
+        if observed.len() + *new >= capacity as usize {
+            return false;
+        }
+        *new += 1;
+    }
+    target.insert(key);
+    true
+}
+
+/// What masquerading uses, as the programs read it.
+fn node(masquerade: &Masquerade) -> Node {
+    let Masquerade { v4, v6, ports } = masquerade;
+    Node {
+        address_v6: v6.map_or_else(V6::default, |ip| V6(ip.octets())),
+        address_v4: v4.map_or_else(V4::default, |ip| V4(ip.octets())),
+        port_first: Port::new(*ports.start()),
+        port_count: (ports.end() + 1).saturating_sub(*ports.start()),
     }
 }
 

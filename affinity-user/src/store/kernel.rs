@@ -18,7 +18,8 @@ use std::{
 use affinity_common::{
     abi::{
         Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member,
-        MemberKey, Name, NameKey, Reason, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+        MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, Status, Usage,
+        UsageKey, V4, V6,
     },
     names,
 };
@@ -51,6 +52,8 @@ pub enum OpenError {
 pub struct FamilyTables<A: Address> {
     /// Frontends.
     pub frontends: Table<FrontendKey<A>, Frontend>,
+    /// Ranges of addresses; each value is one.
+    pub ranges: Table<RangeKey<A>, u32>,
     /// Sessions.
     pub sessions: Table<SessionKey<A>, Session>,
     /// Flows, both directions.
@@ -58,10 +61,11 @@ pub struct FamilyTables<A: Address> {
 }
 
 impl<A: Address> FamilyTables<A> {
-    fn open(maps: &Path, names: [&'static str; 3]) -> Result<Self, StoreError> {
-        let [frontends, sessions, flows] = names;
+    fn open(maps: &Path, names: [&'static str; 4]) -> Result<Self, StoreError> {
+        let [frontends, ranges, sessions, flows] = names;
         Ok(Self {
             frontends: Table::open(maps, frontends)?,
+            ranges: Table::open(maps, ranges)?,
             sessions: Table::open(maps, sessions)?,
             flows: Table::open(maps, flows)?,
         })
@@ -104,6 +108,8 @@ pub struct KernelStore {
     pub v4: FamilyTables<V4>,
     /// IPv6.
     pub v6: FamilyTables<V6>,
+    /// What masquerading uses, under the key zero.
+    pub node: Table<u32, Node>,
     /// Members of pools.
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
@@ -156,8 +162,9 @@ impl KernelStore {
         let words = |name| table::open(maps, name)?.words().map_err(|error| failed(name, "share", error));
         let infos = names::MAPS.iter().map(|&name| Ok((name, *table::open(maps, name)?.info())));
         Ok(Self {
-            v4: FamilyTables::open(maps, [names::FRONTENDS_V4, names::SESSIONS_V4, names::FLOWS_V4])?,
-            v6: FamilyTables::open(maps, [names::FRONTENDS_V6, names::SESSIONS_V6, names::FLOWS_V6])?,
+            v4: FamilyTables::open(maps, [names::FRONTENDS_V4, names::RANGES_V4, names::SESSIONS_V4, names::FLOWS_V4])?,
+            v6: FamilyTables::open(maps, [names::FRONTENDS_V6, names::RANGES_V6, names::SESSIONS_V6, names::FLOWS_V6])?,
+            node: Table::open(maps, names::NODE)?,
             members: Table::open(maps, names::MEMBERS)?,
             backends: Table::open(maps, names::BACKENDS)?,
             sockets: Table::open(maps, names::SOCKETS)?,
@@ -364,6 +371,10 @@ fn collect<K: Pod + Debug + Ord, V: Pod>(table: &Table<K, V>) -> Result<BTreeMap
     table.iter().collect()
 }
 
+fn keys<K: Pod + Debug + Ord, V: Pod>(table: &Table<K, V>) -> Result<BTreeSet<K>, StoreError> {
+    table.iter().map(|entry| entry.map(|(key, _)| key)).collect()
+}
+
 impl Store for KernelStore {
     fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
         match op {
@@ -379,6 +390,11 @@ impl Store for KernelStore {
             }
             Op::PutUsage(key) => self.usage.make(key),
             Op::RemoveUsage(key) => self.usage.remove(key).map(drop),
+            Op::PutNode(node) => self.node.put(&0, node),
+            Op::PutRangeV4(key) => self.v4.ranges.put(key, &1),
+            Op::PutRangeV6(key) => self.v6.ranges.put(key, &1),
+            Op::RemoveRangeV4(key) => self.v4.ranges.remove(key).map(drop),
+            Op::RemoveRangeV6(key) => self.v6.ranges.remove(key).map(drop),
             Op::PutFrontendV4(key, frontend) => self.v4.frontends.put(key, frontend),
             Op::PutFrontendV6(key, frontend) => self.v6.frontends.put(key, frontend),
             Op::RemoveFrontendV4(key) => self.v4.frontends.remove(key).map(drop),
@@ -406,6 +422,9 @@ impl Store for KernelStore {
         Ok(Observed {
             frontends_v4,
             frontends_v6,
+            ranges_v4: keys(&self.v4.ranges)?,
+            ranges_v6: keys(&self.v6.ranges)?,
+            node: self.node.get(&0)?.unwrap_or_default(),
             slots,
             members: collect(&self.members)?,
             backends: backends.collect::<Result<_, _>>()?,
@@ -418,7 +437,11 @@ impl Store for KernelStore {
     }
 
     fn capacity(&self) -> Capacity {
-        Capacity { backends: self.backends.info().max_entries, slots: self.slots.len() }
+        Capacity {
+            backends: self.backends.info().max_entries,
+            slots: self.slots.len(),
+            ranges: self.v4.ranges.info().max_entries.min(self.v6.ranges.info().max_entries),
+        }
     }
 }
 

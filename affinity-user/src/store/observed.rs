@@ -16,6 +16,11 @@ impl Observed {
             Op::SetFilter(..) => {}
             Op::PutUsage(key) => _ = self.usage.insert(*key),
             Op::RemoveUsage(key) => _ = self.usage.remove(key),
+            Op::PutNode(node) => self.node = *node,
+            Op::PutRangeV4(key) => _ = self.ranges_v4.insert(*key),
+            Op::PutRangeV6(key) => _ = self.ranges_v6.insert(*key),
+            Op::RemoveRangeV4(key) => _ = self.ranges_v4.remove(key),
+            Op::RemoveRangeV6(key) => _ = self.ranges_v6.remove(key),
             Op::PutFrontendV4(key, frontend) => _ = self.frontends_v4.insert(*key, *frontend),
             Op::PutFrontendV6(key, frontend) => _ = self.frontends_v6.insert(*key, *frontend),
             Op::RemoveFrontendV4(key) => _ = self.frontends_v4.remove(key),

@@ -8,24 +8,27 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, SHADOW, Selection, Status,
-    Timer, Usage, UsageKey,
+    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, OUTSIDE, SHADOW, Selection,
+    Status, Timer, Usage, UsageKey,
 };
 
 use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
 use crate::{netns, store::Observed};
 
-/// A frontend of either family.
+/// A frontend's record, of either family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct CatalogFrontend {
     pub(crate) endpoint: Endpoint,
     pub(crate) protocol: u8,
+    /// Whether it is the one for clients outside of the networks of pods, beside the one for everybody.
+    pub(crate) outside: bool,
     pub(crate) record: Frontend,
 }
 
 impl CatalogFrontend {
     fn new<A: Address>(key: &FrontendKey<A>, record: &Frontend) -> Self {
-        Self { endpoint: Endpoint::new(key.address, key.port), protocol: key.protocol, record: *record }
+        let endpoint = Endpoint::new(key.address, key.port);
+        Self { endpoint, protocol: key.protocol, outside: key.side == OUTSIDE, record: *record }
     }
 
     /// `10.96.0.10:80/TCP`.

@@ -3,19 +3,23 @@
 //! It is the oracle of the tests that go from YAML to maps, so what depends on history or on the clock stays out unless
 //! asked for: times, generations, and where an extent of slots happens to lie.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Frontend, MEMBER_READY, MemberKey,
-        NameKind, Port, REASONS, SHADOW, SHARED, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
+        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Frontend, MASQUERADE,
+        MEMBER_READY, MemberKey, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey, SHADOW, SHARED, SILENT, SPLIT,
+        Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
     },
     names,
 };
 
 use super::{
-    Catalog, Endpoint, EventView, FlowState, Moment, SessionView, address::from_mapped, protocol_name,
-    service::policy_text, short_duration,
+    Catalog, Endpoint, EventView, FlowState, Moment, SessionView, address::from_mapped, catalog::CatalogFrontend,
+    protocol_name, service::policy_text, short_duration,
 };
 
 /// What a dump shows beside what never changes by itself.
@@ -47,6 +51,9 @@ impl<'a> Dump<'a> {
         Some(match map {
             names::FRONTENDS_V4 => self.frontends(map, true),
             names::FRONTENDS_V6 => self.frontends(map, false),
+            names::RANGES_V4 => self.ranges(map, &self.catalog.observed.ranges_v4),
+            names::RANGES_V6 => self.ranges(map, &self.catalog.observed.ranges_v6),
+            names::NODE => self.node(),
             names::SLOTS => self.slots(),
             names::MEMBERS => self.members(),
             names::BACKENDS => self.backends(),
@@ -58,7 +65,33 @@ impl<'a> Dump<'a> {
 
     fn frontends(&self, map: &str, ipv4: bool) -> Vec<String> {
         let ours = self.catalog.frontends.iter().filter(|frontend| frontend.endpoint.address.is_ipv4() == ipv4);
-        ours.map(|frontend| format!("{map} {} -> {}", frontend.text(), self.frontend(&frontend.record))).collect()
+        let side = |outside| if outside { " outside" } else { "" };
+        let line = |frontend: &CatalogFrontend| {
+            let (frontend, side, record) = (frontend.text(), side(frontend.outside), self.frontend(&frontend.record));
+            format!("{map} {frontend}{side} -> {record}")
+        };
+        ours.map(line).collect()
+    }
+
+    fn ranges<A: Address>(&self, map: &str, ranges: &BTreeSet<RangeKey<A>>) -> Vec<String> {
+        let line = |key: &RangeKey<A>| {
+            let scope = if key.scope == PODS { "pods".into() } else { self.catalog.service_name(key.scope) };
+            let address = from_mapped(key.address.to_mapped());
+            format!("{map} {scope} {address}/{} -> 1", key.prefix_len.saturating_sub(u32::BITS))
+        };
+        ranges.iter().map(line).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    fn node(&self) -> Vec<String> {
+        let Node { address_v6, address_v4, port_first, port_count } = self.catalog.observed.node;
+        if port_count == 0 {
+            return Vec::new();
+        }
+        let address = |mapped| Some(from_mapped(mapped)).filter(|address| !address.is_unspecified());
+        let text = |address: Option<IpAddr>| address.map_or("none".to_owned(), |address| address.to_string());
+        let last = u32::from(port_first.get()) + u32::from(port_count) - 1;
+        let (v4, v6) = (text(address(address_v4.to_mapped())), text(address(address_v6.to_mapped())));
+        vec![format!("{} masquerade -> v4={v4} v6={v6} ports={}-{last}", names::NODE, port_first.get())]
     }
 
     fn frontend(&self, record: &Frontend) -> String {
@@ -68,7 +101,15 @@ impl<'a> Dump<'a> {
             self.catalog.pool_name(record.pool),
             record.slot_count
         );
-        for (flag, name) in [(BESIDE, " beside"), (SHADOW, " shadow")] {
+        let flags = [
+            (BESIDE, " beside"),
+            (SHADOW, " shadow"),
+            (SPLIT, " split"),
+            (MASQUERADE, " masquerade"),
+            (RANGES, " ranges"),
+            (SILENT, " silent"),
+        ];
+        for (flag, name) in flags {
             text += if record.flags & flag == 0 { "" } else { name };
         }
         if record.flags & AFFINITY == 0 {
@@ -369,7 +410,11 @@ mod tests {
         frontends_v4 10.96.0.10:80/TCP -> service=default/web pool=default/web:http/TCP/v4 slots=2 affinity=default/web timer=connection timeout=10800s select=random prefix=32
         frontends_v4 10.96.0.10:443/TCP -> service=default/web pool=default/web:https/TCP/v4 slots=2 affinity=default/web timer=connection timeout=10800s select=random prefix=32
         frontends_v4 10.96.0.53:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v4 slots=0 affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=24
-        frontends_v6 [2001:db8::53]:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
+        frontends_v6 [2001:db8::53]:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 split affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
+        frontends_v6 [2001:db8::53]:53/UDP outside -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 masquerade ranges silent affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
+        ranges_v4 pods 10.244.0.0/16 -> 1
+        ranges_v6 kube-system/dns 2001:db8::/32 -> 1
+        node masquerade -> v4=192.0.2.1 v6=none ports=1024-29999
         slots default/web:http/TCP/v4 -> 2 slots: default/web-0 x1 default/web-1 x1
         slots default/web:https/TCP/v4 -> 2 slots: default/web-0 x2
         members default/web:http/TCP/v4 default/web-0 -> port=8080 state=ready

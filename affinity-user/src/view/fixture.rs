@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use affinity_common::{
     abi::{
         AFFINITY, Address, Backend, Event, EventKind, FLOW_FIN_CLIENT, Flow, FlowKey, Frontend, FrontendKey,
-        MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port, Reason, Session, SessionKey,
-        TIMEOUT_UNLIMITED, Usage, UsageKey, UsageOf, V4, V6,
+        MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Node, PODS, Port, RANGES,
+        RangeKey, Reason, SILENT, SPLIT, Session, SessionKey, TIMEOUT_UNLIMITED, Usage, UsageKey, UsageOf, V4, V6,
     },
     rewrite,
 };
@@ -74,9 +74,14 @@ fn observed() -> Observed {
     observed
         .frontends_v4
         .insert(FrontendKey::new(V4([10, 96, 0, 53]), Port::new(53), 17), Frontend { prefix: 24, ..dns });
-    observed
-        .frontends_v6
-        .insert(FrontendKey::new(v6(0x53), Port::new(53), 17), Frontend { pool: 4, slot_first: 32, prefix: 64, ..dns });
+    let (key, dns) =
+        (FrontendKey::new(v6(0x53), Port::new(53), 17), Frontend { pool: 4, slot_first: 32, prefix: 64, ..dns });
+    observed.frontends_v6.insert(key, Frontend { flags: dns.flags | SPLIT, ..dns });
+    observed.frontends_v6.insert(key.outside(), Frontend { flags: dns.flags | MASQUERADE | RANGES | SILENT, ..dns });
+    observed.ranges_v4.insert(RangeKey::new(PODS, V4([10, 244, 0, 0]), 16));
+    observed.ranges_v6.insert(RangeKey::new(2, v6(0), 32));
+    observed.node =
+        Node { address_v4: V4([192, 0, 2, 1]), port_first: Port::new(1024), port_count: 28_976, ..Node::default() };
     for (index, last, generation) in [(1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 4, 2)] {
         let address = V4([10, 244, 0, last]).to_mapped();
         observed.backends.insert(index, Backend { address, generation, flags: u32::from(index == 1) });

@@ -74,6 +74,9 @@ pub struct FrontendView {
     pub protocol: &'static str,
     /// The pods that it leads to.
     pub endpoints: Endpoints,
+    /// The pods that it leads clients outside of the networks of pods to, where these are told apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outside: Option<Endpoints>,
 }
 
 /// A service.
@@ -147,19 +150,19 @@ impl<'a> ServiceView<'a> {
 
     fn new(catalog: &'a Catalog, live: &LiveSessions, service: Cow<'a, str>, id: u32, policy: &Policy) -> Self {
         let mut all = BTreeMap::new();
-        let ours = catalog.frontends.iter().filter(|frontend| frontend.record.service == id);
-        let frontends = ours.map(|frontend| {
+        let mut frontends: Vec<FrontendView> = Vec::new();
+        for frontend in catalog.frontends.iter().filter(|frontend| frontend.record.service == id) {
             let members: BTreeMap<u32, bool> = catalog.members(frontend.record.pool).collect();
             for (&backend, &ready) in &members {
                 *all.entry(backend).or_default() |= ready;
             }
-            FrontendView {
-                endpoint: frontend.endpoint,
-                protocol: protocol_name(frontend.protocol),
-                endpoints: Endpoints::count(&members),
+            let (endpoints, protocol) = (Endpoints::count(&members), protocol_name(frontend.protocol));
+            match frontends.last_mut() {
+                // It follows the one for everybody.
+                Some(last) if frontend.outside => last.outside = Some(endpoints),
+                _ => frontends.push(FrontendView { endpoint: frontend.endpoint, protocol, endpoints, outside: None }),
             }
-        });
-        let frontends = frontends.collect();
+        }
         let usage = catalog.usage.get(&UsageKey { of: UsageOf::Service as u32, id });
         Self {
             service,

@@ -123,11 +123,14 @@ pub(crate) fn of_snapshot(snapshot: &Snapshot) -> Result<Vec<String>> {
 }
 
 fn store() -> MemoryStore {
-    MemoryStore::new(Capacity { backends: 1 << 14, slots: 1 << 17 }, 1)
+    MemoryStore::new(Capacity { backends: 1 << 14, slots: 1 << 17, ranges: 1 << 10 }, 1)
 }
 
 fn publish(store: &mut MemoryStore, snapshot: &Snapshot) -> Result<()> {
-    let options = desired::Options { node_name: Some(NODE.to_owned()), ..desired::Options::default() };
+    let options = desired::Options {
+        node: desired::NodeFacts { name: Some(NODE.to_owned()), ..desired::NodeFacts::default() },
+        ..desired::Options::default()
+    };
     let (desired, _) = desired(snapshot, &options);
     let (steps, _) = plan(&store.observe()?, &desired, store.capacity());
     steps.iter().try_for_each(|step| store.apply(step))?;

@@ -12,8 +12,7 @@ use affinity_tests::{
     },
 };
 
-use crate::world::World;
-use affinity_tests::dice::Dice;
+use crate::{dice::Dice, world::World};
 
 /// A frame, and where it is met.
 pub(crate) fn random(dice: &mut Dice, world: &World) -> (Hook, Vec<u8>) {

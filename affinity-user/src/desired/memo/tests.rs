@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use k8s_openapi::{
     api::{
-        core::v1::{ObjectReference, Service, ServicePort, ServiceSpec},
-        discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
+        core::v1::{LoadBalancerIngress, LoadBalancerStatus, Node as ApiNode, NodeSpec, ObjectReference},
+        core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus},
+        discovery::v1::{Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone},
     },
     apimachinery::pkg::apis::meta::v1::Time,
     jiff::Timestamp,
@@ -16,13 +17,16 @@ use super::*;
 use crate::desired::desired;
 
 /// Snapshots that follow one another, each a few objects away from the one before: services that are added, removed and
-/// changed, that clash, join groups and leave them, are ours or not; slices that pass from one service to another; parts that could not
-/// be read.
+/// changed, that clash, join groups and leave them, are ours or not, are exposed in every way and under every policy;
+/// slices that pass from one service to another; a node that learns its zone and its pods' networks; parts that could
+/// not be read.
 pub(crate) fn snapshots(most: usize) -> impl Strategy<Value = Vec<Snapshot>> {
     let service =
         (0u8..5, prop::option::weighted(0.8, service())).prop_map(|(n, service)| Step::Service(n, Box::new(service)));
     let slice = (0u8..8, prop::option::weighted(0.8, slice())).prop_map(|(n, slice)| Step::Slice(n, Box::new(slice)));
-    let step = prop_oneof![4 => service, 6 => slice, 1 => prop::bool::weighted(0.3).prop_map(Step::Partial)];
+    let node = prop::option::of((any::<bool>(), any::<bool>())).prop_map(Step::Node);
+    let partial = prop::bool::weighted(0.3).prop_map(Step::Partial);
+    let step = prop_oneof![8 => service, 12 => slice, 2 => partial, 1 => node];
     prop::collection::vec(prop::collection::vec(step, 1..5), 1..most).prop_map(follow)
 }
 
@@ -32,6 +36,8 @@ enum Step {
     Service(u8, Box<Option<Service>>),
     Slice(u8, Box<Option<EndpointSlice>>),
     Partial(bool),
+    /// Whether the node is in a zone, and whether it has a network of pods.
+    Node(Option<(bool, bool)>),
 }
 
 fn follow(bursts: Vec<Vec<Step>>) -> Vec<Snapshot> {
@@ -45,6 +51,7 @@ fn follow(bursts: Vec<Vec<Step>>) -> Vec<Snapshot> {
                 }
                 Step::Slice(number, slice) => put(Arc::make_mut(&mut snapshot.slices), &format!("e{number}"), *slice),
                 Step::Partial(partial) => snapshot.partial = partial,
+                Step::Node(node) => snapshot.node = node.map(|(in_zone, has_pods)| node_of(in_zone, has_pods)),
             }
         }
         all.push(snapshot.clone());
@@ -60,6 +67,16 @@ fn put<T>(objects: &mut BTreeMap<ObjectName, Sourced<T>>, name: &str, object: Op
     }
 }
 
+fn node_of(in_zone: bool, has_pods: bool) -> Sourced<ApiNode> {
+    let mut node = ApiNode::default();
+    if in_zone {
+        let labels = node.metadata.labels.get_or_insert_default();
+        labels.insert("topology.kubernetes.io/zone".to_owned(), "z".to_owned());
+    }
+    node.spec = Some(NodeSpec { pod_cidr: has_pods.then(|| "10.1.0.0/24".to_owned()), ..NodeSpec::default() });
+    Sourced { origin: None, object: Arc::new(node) }
+}
+
 /// A service on one or two of few addresses, with a date or without.
 fn service() -> impl Strategy<Value = Service> {
     let addresses = prop::sample::subsequence(vec!["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1"], 1..3);
@@ -67,7 +84,9 @@ fn service() -> impl Strategy<Value = Service> {
     let group = prop::option::weighted(0.5, prop::sample::select(vec!["g", "h"]));
     let date = prop::option::of(0i64..3);
     let pins = (prop::bool::weighted(0.8), prop::option::weighted(0.3, Just("packet")));
-    (addresses, ports, group, date, pins).prop_map(|(addresses, ports, group, date, (pinned, timer))| {
+    let exposed = prop::option::of(exposed());
+    (addresses, ports, group, date, pins, exposed).prop_map(|(addresses, ports, group, date, pins, exposed)| {
+        let (pinned, timer) = pins;
         let port = |(name, port, protocol): (&str, i32, &str)| ServicePort {
             name: Some(name.to_owned()),
             port,
@@ -88,15 +107,66 @@ fn service() -> impl Strategy<Value = Service> {
         annotations.extend(timer.map(|timer| ("affinity.dev/timer".to_owned(), timer.to_owned())));
         let date = date.and_then(|second| Timestamp::from_second(second).ok());
         service.metadata.creation_timestamp = date.map(Time);
+        exposed.unwrap_or_default().put_on(&mut service);
         service
     })
+}
+
+/// How a service is reached from outside.
+#[derive(Clone, Debug, Default)]
+struct Exposed {
+    kind: Option<&'static str>,
+    node_ports: Vec<i32>,
+    external_ips: Vec<&'static str>,
+    ingress: Vec<&'static str>,
+    ranges: Vec<&'static str>,
+    is_local: (bool, bool),
+}
+
+fn exposed() -> impl Strategy<Value = Exposed> {
+    let kind = prop::option::of(prop::sample::select(vec!["NodePort", "LoadBalancer", "ClusterIP"]));
+    let node_ports = prop::collection::vec(prop::sample::select(vec![80, 30_080, 30_081]), 3);
+    let ips = || prop::sample::subsequence(vec!["10.0.0.3", "192.0.2.1", "203.0.113.1", "2001:db8::1"], 0..3);
+    let ranges = prop::sample::subsequence(vec!["198.51.100.0/24", "2001:db8::/32"], 0..3);
+    (kind, node_ports, ips(), ips(), ranges, any::<(bool, bool)>()).prop_map(
+        |(kind, node_ports, external_ips, ingress, ranges, is_local)| Exposed {
+            kind,
+            node_ports,
+            external_ips,
+            ingress,
+            ranges,
+            is_local,
+        },
+    )
+}
+
+impl Exposed {
+    fn put_on(self, service: &mut Service) {
+        let owned = |texts: Vec<&str>| Some(texts.into_iter().map(str::to_owned).collect());
+        let policy = |is_local| Some(if is_local { "Local" } else { "Cluster" }.to_owned());
+        let Some(spec) = &mut service.spec else { return };
+        spec.type_ = self.kind.map(str::to_owned);
+        for (port, node_port) in spec.ports.iter_mut().flatten().zip(self.node_ports) {
+            port.node_port = Some(node_port);
+        }
+        spec.external_ips = owned(self.external_ips);
+        spec.load_balancer_source_ranges = owned(self.ranges);
+        spec.internal_traffic_policy = policy(self.is_local.0);
+        spec.external_traffic_policy = policy(self.is_local.1);
+        spec.health_check_node_port = Some(32_000);
+        let ingress = |ip: &str| LoadBalancerIngress { ip: Some(ip.to_owned()), ..LoadBalancerIngress::default() };
+        let ingress = Some(self.ingress.into_iter().map(ingress).collect());
+        service.status =
+            Some(ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }), ..ServiceStatus::default() });
+    }
 }
 
 /// A slice of one of the services, or of none, over few pods.
 fn slice() -> impl Strategy<Value = EndpointSlice> {
     let service = prop::option::weighted(0.95, 0u8..5);
-    let ports = prop::sample::subsequence(vec![("a", 8080, "TCP"), ("a", 9090, "TCP"), ("b", 53, "UDP")], 1..3);
-    let endpoint = (0u8..6, 0u8..3, any::<bool>());
+    let ports = vec![("a", 8080, "TCP"), ("a", 9090, "TCP"), ("b", 53, "UDP"), ("c", 80, "SCTP")];
+    let ports = prop::sample::subsequence(ports, 1..3);
+    let endpoint = (0u8..6, 0u8..3, any::<bool>(), prop::option::of(any::<(bool, bool)>()));
     (service, any::<bool>(), ports, prop::collection::vec(endpoint, 0..4)).prop_map(
         |(service, v6, ports, endpoints)| {
             let port = |(name, port, protocol): (&str, i32, &str)| EndpointPort {
@@ -108,7 +178,10 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
             let mut slice = EndpointSlice {
                 address_type: if v6 { "IPv6" } else { "IPv4" }.to_owned(),
                 endpoints: Some(
-                    endpoints.into_iter().map(|(pod, state, here)| endpoint_of(pod, state, here, v6)).collect(),
+                    endpoints
+                        .into_iter()
+                        .map(|(pod, state, here, hints)| endpoint_of(pod, state, here, hints, v6))
+                        .collect(),
                 ),
                 ports: Some(ports.into_iter().map(port).collect()),
                 ..EndpointSlice::default()
@@ -121,8 +194,13 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
     )
 }
 
-fn endpoint_of(pod: u8, state: u8, here: bool, v6: bool) -> Endpoint {
+fn endpoint_of(pod: u8, state: u8, here: bool, hints: Option<(bool, bool)>, v6: bool) -> Endpoint {
+    let hints = hints.map(|(node, zone)| EndpointHints {
+        for_nodes: Some(vec![ForNode { name: if node { "here" } else { "there" }.to_owned() }]),
+        for_zones: Some(vec![ForZone { name: if zone { "z" } else { "y" }.to_owned() }]),
+    });
     Endpoint {
+        hints,
         addresses: vec![if v6 { format!("fd01::{pod:x}") } else { format!("10.1.0.{pod}") }],
         conditions: Some(EndpointConditions {
             ready: Some(state == 0),
@@ -136,14 +214,18 @@ fn endpoint_of(pod: u8, state: u8, here: bool, v6: bool) -> Endpoint {
 }
 
 pub(crate) fn options() -> Options {
-    Options { node_name: Some("here".to_owned()), services: Services::Affinity, ..Options::default() }
+    let addresses = ["192.0.2.1", "2001:db8::1"].iter().flat_map(|address| address.parse()).collect();
+    let node = NodeFacts { name: Some("here".to_owned()), addresses, ..NodeFacts::default() };
+    Options { node, services: Services::Affinity, ..Options::default() }
 }
 
 /// Puts a change into what was desired before it.
 fn patch(before: &Desired, change: &Change) -> Desired {
-    let Desired { frontends, pools, unions, backends, others, beside: _, shadow: _, known: _ } = change.desired.clone();
+    let Desired { frontends, ranges, health_checks, pools, unions, backends, others, .. } = change.desired.clone();
     let mut after = before.clone();
-    after.frontends.retain(|_, pool| !change.services.contains(&pool.service));
+    after.frontends.retain(|_, frontend| !change.services.contains(&frontend.inside.pool.service));
+    after.ranges.retain(|service, _| !change.services.contains(service));
+    after.health_checks.retain(|service, _| !change.services.contains(service));
     after.pools.retain(|pool, _| !change.services.contains(&pool.service));
     after.unions.retain(|scope, _| match scope {
         Scope::Service(name) => !change.services.contains(name),
@@ -152,6 +234,8 @@ fn patch(before: &Desired, change: &Change) -> Desired {
     after.backends.retain(|backend, _| !change.gone.contains(backend) && !others.contains(backend));
     after.others.retain(|backend| !change.gone.contains(backend) && !backends.contains_key(backend));
     after.frontends.extend(frontends);
+    after.ranges.extend(ranges);
+    after.health_checks.extend(health_checks);
     after.pools.extend(pools);
     after.unions.extend(unions);
     after.backends.extend(backends);

@@ -1,6 +1,9 @@
 //! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
-use affinity_common::abi::{AFFINITY, BESIDE, MEMBER_DRAINING, MEMBER_READY, NameKind, SHADOW, SHARED};
+use affinity_common::abi::{
+    AFFINITY, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, NameKind, OUTSIDE, PODS, RANGES, SHADOW,
+    SHARED, SILENT, SPLIT,
+};
 
 use super::{
     properties::check_prefixes,
@@ -16,7 +19,7 @@ use crate::{
     store::{Capacity, Observed, Op},
 };
 
-const CAPACITY: Capacity = Capacity { backends: 64, slots: 4_096 };
+const CAPACITY: Capacity = Capacity { backends: 64, slots: 4_096, ranges: 64 };
 
 /// Brings `observed` to `world`, and tells the steps.
 fn bring(observed: &mut Observed, world: &World) -> Vec<String> {
@@ -33,8 +36,9 @@ fn tell(step: &Op) -> String {
         MEMBER_DRAINING => "draining",
         _ => "?",
     };
-    let frontend = |port: u16, first: u32, count: u32, flags: u8| {
-        format!("put frontend :{port} slots {first}+{count}{}", if flags & SHARED == 0 { "" } else { " shared" })
+    let side = |side| if side == OUTSIDE { " outside" } else { "" };
+    let range = |scope, prefix_len: u32| {
+        format!("range {} of {}", if scope == PODS { "of pods" } else { "of a service" }, prefix_len - 32)
     };
     match step {
         Op::PutName(_, name) => format!("name {name}"),
@@ -48,12 +52,29 @@ fn tell(step: &Op) -> String {
         Op::SetFilter(direction, bits) => format!("set {} bits {direction:?}", bits.len()),
         Op::PutUsage(_) => "put usage".to_owned(),
         Op::RemoveUsage(_) => "remove usage".to_owned(),
-        Op::PutFrontendV4(key, record) => frontend(key.port.get(), record.slot_first, record.slot_count, record.flags),
-        Op::PutFrontendV6(key, record) => frontend(key.port.get(), record.slot_first, record.slot_count, record.flags),
-        Op::RemoveFrontendV4(key) => format!("remove frontend :{}", key.port.get()),
-        Op::RemoveFrontendV6(key) => format!("remove frontend :{}", key.port.get()),
+        Op::PutNode(node) => format!("masquerade from {} ports", node.port_count),
+        Op::PutRangeV4(key) => format!("put {}", range(key.scope, key.prefix_len)),
+        Op::PutRangeV6(key) => format!("put {}", range(key.scope, key.prefix_len)),
+        Op::RemoveRangeV4(key) => format!("remove {}", range(key.scope, key.prefix_len)),
+        Op::RemoveRangeV6(key) => format!("remove {}", range(key.scope, key.prefix_len)),
+        Op::PutFrontendV4(key, record) => frontend(key.port.get(), side(key.side), record),
+        Op::PutFrontendV6(key, record) => frontend(key.port.get(), side(key.side), record),
+        Op::RemoveFrontendV4(key) => format!("remove frontend :{}{}", key.port.get(), side(key.side)),
+        Op::RemoveFrontendV6(key) => format!("remove frontend :{}{}", key.port.get(), side(key.side)),
         Op::Grace => "grace".to_owned(),
     }
+}
+
+fn frontend(port: u16, side: &str, record: &Frontend) -> String {
+    let flags = [
+        (SHARED, " shared"),
+        (SPLIT, " split"),
+        (MASQUERADE, " masqueraded"),
+        (RANGES, " in ranges"),
+        (SILENT, " silent"),
+    ];
+    let flags: String = flags.iter().filter(|(flag, _)| record.flags & flag != 0).map(|(_, name)| *name).collect();
+    format!("put frontend :{port}{side} slots {}+{}{flags}", record.slot_first, record.slot_count)
 }
 
 #[test]
@@ -69,6 +90,7 @@ fn the_life_of_a_service() {
     put usage
     put usage
     put usage
+    masquerade from 28976 ports
     set 2 bits Forward
     set 4 bits Reverse
     put backend 0 generation 1
@@ -208,7 +230,7 @@ fn what_could_not_be_read_is_kept() {
     // The second service was in the bad file; the first has lost a pod.
     let mut snapshot = World::of(&[&one[1..]]).snapshot();
     snapshot.partial = true;
-    let (steps, _) = plan(&observed, &desired(&snapshot, &Options::default()).0, CAPACITY);
+    let (steps, _) = plan(&observed, &World::of(&[]).decide(&snapshot), CAPACITY);
     insta::assert_snapshot!(steps.iter().map(tell).collect::<Vec<_>>().join("\n"), @r"
     write slots 8: [1]
     write slots 9: [1]
@@ -224,11 +246,122 @@ fn what_could_not_be_read_is_kept() {
     let mut snapshot = World::of(&[one, one]).snapshot();
     snapshot.partial = true;
     snapshot.slices = std::sync::Arc::default();
-    assert_eq!(plan(&observed, &desired(&snapshot, &Options::default()).0, CAPACITY), (Vec::new(), Vec::new()));
+    assert_eq!(plan(&observed, &World::of(&[]).decide(&snapshot), CAPACITY), (Vec::new(), Vec::new()));
 
     // All is read, and the second service is gone.
     let (steps, _) = plan(&observed, &World::of(&[one]).desired(), CAPACITY);
     assert!(steps.iter().any(|step| matches!(step, Op::RemoveFrontendV4(_))));
+}
+
+/// Between any two of these steps, nobody who may not comes in, and nobody who may is kept out.
+#[test]
+fn policies_and_ranges_change_while_a_service_lives() {
+    let mut observed = Observed::default();
+    let pods: &[_] = &[(1, Ready, true), (2, Ready, true)];
+    bring(&mut observed, &World::of(&[pods]));
+    let mut expose = |is_local, ranges: &[&'static str]| {
+        let steps = bring(&mut observed, &World::of(&[pods]).exposed(is_local, ranges));
+        steps
+            .into_iter()
+            .filter(|step| !step.starts_with("name") && !step.starts_with("put member"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    };
+    insta::assert_snapshot!(expose(false, &["192.0.2.0/24"]), @r"
+    put range of a service of 24
+    put range of pods of 30
+    put range of pods of 126
+    set 4 bits Forward
+    put frontend :80 outside slots 0+2 masqueraded
+    put frontend :81 outside slots 2+2 masqueraded
+    put frontend :80 slots 0+2 split
+    put frontend :81 slots 2+2 split
+    put frontend :30080 slots 0+2 masqueraded
+    put frontend :30080 slots 0+2 masqueraded
+    put frontend :80 slots 0+2 masqueraded in ranges
+    put frontend :81 slots 2+2 masqueraded in ranges
+    grace
+    ");
+    insta::assert_snapshot!(expose(true, &["192.0.2.0/24", "198.51.100.0/24"]), @r"
+    put range of a service of 24
+    set 4 bits Reverse
+    put frontend :80 slots 0+2 shared split
+    put frontend :80 outside slots 0+2 shared masqueraded
+    put frontend :81 slots 2+2 shared split
+    put frontend :81 outside slots 2+2 shared masqueraded
+    put frontend :30080 slots 0+2 shared masqueraded
+    put frontend :30080 slots 0+2 shared masqueraded
+    put frontend :80 slots 0+2 shared masqueraded in ranges
+    put frontend :81 slots 2+2 shared masqueraded in ranges
+    write slots 4: [1]
+    write slots 5: [1]
+    put frontend :80 outside slots 4+1 shared masqueraded
+    put frontend :81 outside slots 5+1 shared masqueraded
+    put frontend :30080 outside slots 4+1 shared
+    put frontend :30080 outside slots 4+1 shared
+    put frontend :80 outside slots 4+1 shared in ranges
+    put frontend :81 outside slots 5+1 shared in ranges
+    put frontend :80 slots 4+1 shared split
+    put frontend :81 slots 5+1 shared split
+    put frontend :30080 slots 0+2 shared split
+    put frontend :30080 slots 0+2 shared split
+    put frontend :80 slots 0+2 shared split in ranges
+    put frontend :81 slots 2+2 shared split in ranges
+    grace
+    ");
+    insta::assert_snapshot!(expose(true, &[]), @r"
+    put frontend :80 outside slots 4+1 shared
+    put frontend :81 outside slots 5+1 shared
+    put frontend :80 slots 0+2 shared split
+    put frontend :81 slots 2+2 shared split
+    grace
+    remove range of a service of 24
+    remove range of a service of 24
+    ");
+    insta::assert_snapshot!(expose(false, &[]), @r"
+    put frontend :80 outside slots 0+2 masqueraded
+    put frontend :81 outside slots 2+2 masqueraded
+    put frontend :80 slots 0+2 split
+    put frontend :81 slots 2+2 split
+    put frontend :30080 slots 0+2 masqueraded
+    put frontend :30080 slots 0+2 masqueraded
+    put frontend :80 slots 0+2 masqueraded
+    put frontend :81 slots 2+2 masqueraded
+    grace
+    remove frontend :30080 outside
+    remove frontend :30080 outside
+    remove frontend :80 outside
+    remove frontend :81 outside
+    grace
+    remove member 0
+    remove member 1
+    remove member 0
+    remove member 1
+    remove member 0
+    remove member 1
+    remove a name
+    remove a name
+    ");
+}
+
+#[test]
+fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
+    let few = Capacity { ranges: 3, ..CAPACITY };
+    let mut observed = Observed::default();
+    let mut take = |ranges: &[&'static str]| {
+        let world = World::of(&[&[(1, Ready, true)]]).exposed(false, ranges);
+        let (steps, problems) = plan(&observed, &world.desired(), few);
+        steps.iter().for_each(|step| observed.apply(step));
+        let problems: Vec<String> = problems.iter().map(Problem::to_string).collect();
+        (observed.ranges_v4.len(), problems.join("\n"))
+    };
+    assert_eq!(take(&["192.0.2.0/30"]), (2, String::new()));
+    let (count, problems) = take(&["192.0.2.0/30", "192.0.2.4/30", "192.0.2.8/30"]);
+    assert_eq!(count, 3);
+    insta::assert_snapshot!(problems, @"Service default/s1: no room among 3 for 1 of its source ranges: clients there are kept out");
+    // The old ones go at the end of a plan: the next one has their room.
+    assert_eq!(take(&["192.0.2.16/30"]).0, 1);
+    assert_eq!(take(&["192.0.2.16/30"]), (2, String::new()));
 }
 
 /// A service that is given back to another proxy leaves its connections here: they need their pods.
@@ -281,7 +414,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(3, Ready, true)]]);
     let lines = |problems: Vec<Problem>| problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n");
 
-    let few_slots = Capacity { backends: 64, slots: 5 };
+    let few_slots = Capacity { backends: 64, slots: 5, ranges: 64 };
     let (steps, problems) = plan(&Observed::default(), &world.desired(), few_slots);
     insta::assert_snapshot!(lines(problems), @"Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published");
     let mut observed = Observed::default();
@@ -303,7 +436,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     put member 3 port 8080 ready
     ");
 
-    let few_backends = Capacity { backends: 2, slots: 64 };
+    let few_backends = Capacity { backends: 2, slots: 64, ranges: 64 };
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(2, Ready, true), (3, Ready, true)]]);
     let (_, problems) = plan(&Observed::default(), &world.desired(), few_backends);
     insta::assert_snapshot!(lines(problems), @r"

@@ -7,8 +7,8 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Backend, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Reason,
-        SessionKey, V4, V6,
+        AFFINITY, Backend, EVERYBODY, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey, NameKind, PODS,
+        RANGES, RangeKey, Reason, SPLIT, SessionKey, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, UDP},
@@ -18,14 +18,14 @@ use proptest::prelude::*;
 
 use super::world::{TestAddress, World, send, world};
 use crate::{
-    desired::{Memo, Options, desired, options, snapshots},
+    desired::{Memo, options, snapshots},
     plan::{Ledger, plan},
     source::Snapshot,
     store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
 };
 
-const ROOMY: Capacity = Capacity { backends: 64, slots: 65_536 };
-const TIGHT: Capacity = Capacity { backends: 8, slots: 24 };
+const ROOMY: Capacity = Capacity { backends: 64, slots: 65_536, ranges: 64 };
+const TIGHT: Capacity = Capacity { backends: 8, slots: 24, ranges: 2 };
 const CLIENTS: u8 = 6;
 /// Source port of the residents' connections, and of all later ones.
 const OLD_PORT: u16 = 1_000;
@@ -75,6 +75,57 @@ fn assert_consistent(observed: &Observed) {
     assert!(ends.zip(firsts.skip(1)).all(|(end, next)| end <= next), "extents overlap: {extents:?}");
 }
 
+/// What becomes of a client of a frontend, by the records alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Access {
+    None,
+    Denied,
+    /// To this pool.
+    Allowed(u32),
+}
+
+/// As the programs read the records.
+fn access<A: TestAddress>(observed: &Observed, key: &FrontendKey<A>, client: u8) -> Access {
+    let address = A::client(client);
+    let ranges = A::ranges(observed);
+    let is_within = |scope| (0..=128u8).any(|prefix| ranges.contains(&RangeKey::new(scope, address, prefix)));
+    let frontends = A::frontends(observed);
+    let Some(mut record) = frontends.get(key) else { return Access::None };
+    if record.flags & SPLIT != 0 && !is_within(PODS) {
+        record = frontends.get(&key.outside()).expect("a split frontend has a record for clients outside");
+    }
+    if record.flags & RANGES != 0 && !is_within(record.service) {
+        return Access::Denied;
+    }
+    Access::Allowed(record.pool)
+}
+
+/// Who is let in before and after is let in now, and who is not is not; and everybody is sent as before or as after.
+fn assert_access<A: TestAddress>(old: &Observed, now: &Observed, new: &Observed) {
+    let same_pods = pods(old) == pods(new);
+    for key in A::frontends(old).keys().filter(|key| key.side == EVERYBODY) {
+        for client in 0..=CLIENTS {
+            let [before, now, after] = [old, now, new].map(|observed| access(observed, key, client));
+            match (before, after) {
+                (Access::None, _) | (_, Access::None) => {}
+                (Access::Denied, Access::Denied) => assert_eq!(now, Access::Denied, "client {client} is let in"),
+                (Access::Allowed(a), Access::Allowed(b)) => {
+                    let Access::Allowed(pool) = now else { panic!("client {client} is kept out: {now:?}") };
+                    assert!(!same_pods || pool == a || pool == b, "client {client} is sent to neither pool");
+                }
+                (Access::Denied, Access::Allowed(_)) | (Access::Allowed(_), Access::Denied) => {
+                    assert_ne!(now, Access::None);
+                }
+            }
+        }
+    }
+}
+
+fn pods(observed: &Observed) -> (Vec<&RangeKey<V4>>, Vec<&RangeKey<V6>>) {
+    let v4 = observed.ranges_v4.iter().filter(|key| key.scope == PODS).collect();
+    (v4, observed.ranges_v6.iter().filter(|key| key.scope == PODS).collect())
+}
+
 /// Who has had an index under a generation.
 type History = BTreeMap<(u32, u32), (IpAddr, String)>;
 
@@ -112,10 +163,15 @@ fn check_structure(worlds: &[World], capacity: Capacity) {
         let before = observe(&store);
         assert_eq!(mirror, before, "what was applied is what is read");
         let (steps, problems) = plan(&before, &world.desired(), capacity);
+        let mut end = before.clone();
+        steps.iter().for_each(|step| end.apply(step));
         for step in &steps {
             store.apply(step).expect("memory takes every step");
             mirror.apply(step);
             assert_consistent(&mirror);
+            assert_access::<V4>(&before, &mirror, &end);
+            assert_access::<V6>(&before, &mirror, &end);
+            assert!(mirror.ranges_v4.len().max(mirror.ranges_v6.len()) <= capacity.ranges as usize);
         }
         let after = observe(&store);
         assert_generations(&after, &mut history);
@@ -123,8 +179,8 @@ fn check_structure(worlds: &[World], capacity: Capacity) {
         if problems.is_empty() {
             let (again, _) = plan(&after, &world.desired(), capacity);
             assert_eq!(again, [], "planned twice");
-            let unread = desired(&Snapshot { partial: true, ..Snapshot::default() }, &Options::default()).0;
-            let (unread, _) = plan(&after, &unread, capacity);
+            let unread = Snapshot { partial: true, ..Snapshot::default() };
+            let (unread, _) = plan(&after, &world.decide(&unread), capacity);
             assert_eq!(unread, [], "a source that says nothing takes nothing down");
         }
         settle(&mut store, world);
@@ -218,7 +274,7 @@ where
     fn arrive(model: &Model, sport: u16, frontends: &Frontends<A>) -> Self {
         let mut pins = Pins::new();
         for sport in [sport - 1, sport] {
-            for (key, frontend) in frontends {
+            for (key, frontend) in frontends.iter().filter(|(key, _)| key.side == EVERYBODY) {
                 for client in 0..CLIENTS {
                     if let Some(pin) = connect(model, key, frontend, client, sport) {
                         pins.insert((*key, client), (*frontend, pin));
@@ -235,7 +291,7 @@ where
         for (key, before) in tables[0] {
             both.extend(tables[1].get(key).map(|after| (key, before, after)));
         }
-        both.retain(|(_, before, after)| before.slot_count > 0 && after.slot_count > 0);
+        both.retain(|(key, before, after)| key.side == EVERYBODY && before.slot_count > 0 && after.slot_count > 0);
         if reversed {
             both.reverse();
         }
@@ -243,7 +299,8 @@ where
             for client in 0..=CLIENTS {
                 let fate = send(model, key, client, NEW_PORT, SYN);
                 let to = fate.to.unwrap_or_else(|| panic!("client {client} has nobody: {fate:?}"));
-                let usable = is_usable(old, before, to) || is_usable(new, after, to);
+                // A pin may lead to a pod that is already ready in the pool that the frontend is about to leave.
+                let usable = is_usable(old, before, to) || is_usable(new, before, to) || is_usable(new, after, to);
                 assert!(usable, "client {client} is sent to {to:?}, which is ready neither before nor after");
                 let Some((_, pin)) = self.pins.get(&(*key, client)) else { continue };
                 self.check_connection(model, key, client, pin, new);
@@ -300,12 +357,16 @@ where
 
     /// Some more arrive, and everybody connects twice to all that is there.
     fn check(&mut self, model: &Model, frontends: &Frontends<A>, old: &Observed, new: &Observed) {
-        self.clients.end = self.clients.end.checked_add(3).expect("few plans");
+        // While there are addresses.
+        self.clients.end = self.clients.end.checked_add(3).unwrap_or(self.clients.end);
         for _ in 0..2 {
             self.sport += 1;
             for (client, (key, frontend)) in
                 self.clients.clone().flat_map(|client| frontends.iter().map(move |f| (client, f)))
             {
+                if key.side != EVERYBODY {
+                    continue;
+                }
                 let Some(pin) = connect(model, key, frontend, client, self.sport) else { continue };
                 if let Some((before, former)) = self.pins.insert((*key, client), (*frontend, pin))
                     && must_hold(&former, &before, frontend, new)

@@ -1,23 +1,29 @@
 //! Random worlds of services and pods, and clients that dial them.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use affinity_common::{
-    abi::{Address, Direction, FlowKey, FrontendKey, Port, Reason},
+    abi::{Address, Direction, FlowKey, Frontend, FrontendKey, Port, RangeKey, Reason},
     model::Model,
     parse::Headers,
     pipeline::{Decision, from_backend, to_frontend},
     tables::{Entry, FamilyTables},
 };
 use k8s_openapi::api::{
-    core::v1::{ObjectReference, Service, ServicePort, ServiceSpec},
+    core::v1::{LoadBalancerIngress, LoadBalancerStatus, ObjectReference},
+    core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus},
     discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
 };
 use proptest::prelude::*;
 
 use crate::{
-    desired::{Desired, Options, desired},
+    desired::{Desired, NodeFacts, Options, desired},
     source::{ObjectName, Snapshot, Sourced},
+    store::Observed,
 };
 
 /// How a pod is in a service.
@@ -35,6 +41,8 @@ pub(super) type Part = (u8, State, bool);
 #[derive(Clone, Debug)]
 pub(super) struct World {
     services: Vec<Option<Spec>>,
+    /// Whether it is known which clients are pods.
+    knows_pods: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -44,7 +52,16 @@ struct Spec {
     select: usize,
     grouped: bool,
     target_port: u16,
+    exposed: Option<Exposed>,
     parts: BTreeMap<u8, (State, bool)>,
+}
+
+/// How a service is reached from outside.
+#[derive(Clone, Debug)]
+struct Exposed {
+    node_port: u16,
+    is_local: (bool, bool),
+    ranges: Vec<&'static str>,
 }
 
 /// Up to `services` services over six pods.
@@ -55,15 +72,24 @@ pub(super) fn world(services: usize) -> impl Strategy<Value = World> {
     // Selection seldom changes: a Maglev table is large, and every state is looked at many times.
     let select = prop_oneof![4 => Just(0usize), 1 => Just(1), 2 => Just(2)];
     let port = prop_oneof![5 => Just(8080u16), 1 => Just(9090)];
-    let spec = (flags, select, port, parts).prop_map(|((affinity, dual, grouped), select, target_port, parts)| Spec {
-        affinity,
-        dual,
-        select,
-        grouped,
-        target_port,
-        parts,
+    let exposed = prop::option::weighted(0.4, exposed());
+    let spec = (flags, select, port, exposed, parts).prop_map(|(flags, select, target_port, exposed, parts)| {
+        let (affinity, dual, grouped) = flags;
+        Spec { affinity, dual, select, grouped, target_port, exposed, parts }
     });
-    prop::collection::vec(prop::option::weighted(0.85, spec), services).prop_map(|services| World { services })
+    let services = prop::collection::vec(prop::option::weighted(0.85, spec), services);
+    (services, any::<bool>()).prop_map(|(services, knows_pods)| World { services, knows_pods })
+}
+
+fn exposed() -> impl Strategy<Value = Exposed> {
+    let ranges = vec!["192.0.2.1/32", "192.0.2.4/31", "2001:db8::2/127", "2001:db8::4/128"];
+    let ranges = prop_oneof![Just(Vec::new()), prop::sample::subsequence(ranges, 1..3)];
+    let node_port = prop_oneof![4 => Just(30_080u16), 1 => Just(30_081)];
+    (node_port, any::<(bool, bool)>(), ranges).prop_map(|(node_port, is_local, ranges)| Exposed {
+        node_port,
+        is_local,
+        ranges,
+    })
 }
 
 impl World {
@@ -71,9 +97,20 @@ impl World {
     pub(super) fn of(services: &[&[Part]]) -> Self {
         let spec = |parts: &&[Part]| {
             let parts = parts.iter().map(|(pod, state, second)| (*pod, (*state, *second))).collect();
-            Some(Spec { affinity: true, dual: false, select: 0, grouped: false, target_port: 8080, parts })
+            let (affinity, dual, select, grouped) = (true, false, 0, false);
+            Some(Spec { affinity, dual, select, grouped, target_port: 8080, exposed: None, parts })
         };
-        Self { services: services.iter().map(spec).collect() }
+        Self { services: services.iter().map(spec).collect(), knows_pods: false }
+    }
+
+    /// With the first service on a node port and a load balancer for these ranges, under both policies; pods are known.
+    pub(super) fn exposed(mut self, is_local: bool, ranges: &[&'static str]) -> Self {
+        self.knows_pods = true;
+        if let Some(Some(spec)) = self.services.first_mut() {
+            let is_local = (is_local, is_local);
+            spec.exposed = Some(Exposed { node_port: 30_080, is_local, ranges: ranges.to_vec() });
+        }
+        self
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
@@ -94,9 +131,25 @@ impl World {
     }
 
     pub(super) fn desired(&self) -> Desired {
-        desired(&self.snapshot(), &Options::default()).0
+        self.decide(&self.snapshot())
+    }
+
+    /// What is desired of a snapshot on this world's node.
+    pub(super) fn decide(&self, snapshot: &Snapshot) -> Desired {
+        let address = |text: &str| text.parse().expect("an address");
+        let networks = if self.knows_pods { POD_NETWORKS.as_slice() } else { &[] };
+        let node = NodeFacts {
+            name: Some("here".to_owned()),
+            addresses: vec![address("198.51.100.1"), address("fd00::1:1")],
+            pod_networks: networks.iter().map(|text| text.parse().expect("a network")).collect(),
+            ..NodeFacts::default()
+        };
+        desired(snapshot, &Options { node, ..Options::default() }).0
     }
 }
+
+/// The first four clients of each family are pods.
+const POD_NETWORKS: [&str; 2] = ["192.0.2.0/30", "2001:db8::/126"];
 
 fn sourced<T>(object: T) -> Sourced<T> {
     Sourced { origin: None, object: Arc::new(object) }
@@ -125,7 +178,27 @@ fn service(number: u8, spec: &Spec) -> Service {
     if spec.grouped {
         annotations.insert("affinity.dev/group".to_owned(), "g".to_owned());
     }
+    if let Some(exposed) = &spec.exposed {
+        expose(&mut service, number, exposed);
+    }
     service
+}
+
+/// Gives the first port a node port, and the service a load balancer.
+fn expose(service: &mut Service, number: u8, exposed: &Exposed) {
+    let policy = |is_local| Some(if is_local { "Local" } else { "Cluster" }.to_owned());
+    let Some(spec) = &mut service.spec else { return };
+    spec.type_ = Some("LoadBalancer".to_owned());
+    if let Some(port) = spec.ports.iter_mut().flatten().next() {
+        port.node_port = Some(exposed.node_port.into());
+    }
+    spec.internal_traffic_policy = policy(exposed.is_local.0);
+    spec.external_traffic_policy = policy(exposed.is_local.1);
+    spec.load_balancer_source_ranges = Some(exposed.ranges.iter().map(|range| (*range).to_owned()).collect());
+    let ingress = |ip: String| LoadBalancerIngress { ip: Some(ip), ..LoadBalancerIngress::default() };
+    let ingress = Some(vec![ingress(format!("203.0.113.{number}")), ingress(format!("fd02::{number}"))]);
+    service.status =
+        Some(ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }), ..ServiceStatus::default() });
 }
 
 fn slice(service: &str, target_port: u16, pod: u8, state: State, second: bool, v6: bool) -> EndpointSlice {
@@ -146,6 +219,7 @@ fn slice(service: &str, target_port: u16, pod: u8, state: State, second: bool, v
                 serving: Some(matches!(state, State::Ready | State::Leaving)),
                 terminating: Some(matches!(state, State::Leaving)),
             }),
+            node_name: Some(if pod.is_multiple_of(2) { "here" } else { "there" }.to_owned()),
             target_ref: Some(ObjectReference { name: Some(format!("p{pod}")), ..ObjectReference::default() }),
             ..Endpoint::default()
         }]),
@@ -163,6 +237,10 @@ pub(super) trait TestAddress: Address {
     fn client(number: u8) -> Self;
     /// As the standard library has it.
     fn ip(self) -> IpAddr;
+    /// The frontends of its family.
+    fn frontends(observed: &Observed) -> &BTreeMap<FrontendKey<Self>, Frontend>;
+    /// The ranges of its family.
+    fn ranges(observed: &Observed) -> &BTreeSet<RangeKey<Self>>;
 }
 
 impl TestAddress for affinity_common::abi::V4 {
@@ -172,6 +250,14 @@ impl TestAddress for affinity_common::abi::V4 {
 
     fn ip(self) -> IpAddr {
         self.0.into()
+    }
+
+    fn frontends(observed: &Observed) -> &BTreeMap<FrontendKey<Self>, Frontend> {
+        &observed.frontends_v4
+    }
+
+    fn ranges(observed: &Observed) -> &BTreeSet<RangeKey<Self>> {
+        &observed.ranges_v4
     }
 }
 
@@ -185,6 +271,14 @@ impl TestAddress for affinity_common::abi::V6 {
 
     fn ip(self) -> IpAddr {
         self.0.into()
+    }
+
+    fn frontends(observed: &Observed) -> &BTreeMap<FrontendKey<Self>, Frontend> {
+        &observed.frontends_v6
+    }
+
+    fn ranges(observed: &Observed) -> &BTreeSet<RangeKey<Self>> {
+        &observed.ranges_v6
     }
 }
 

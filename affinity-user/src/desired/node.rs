@@ -1,0 +1,201 @@
+//! The node that this runs on: where it is, its addresses, and which networks are its pods'.
+//!
+//! [`NodeFacts`] is what the command line and the kernel say; [`Node`] is what comes of it once the cluster's API has
+//! said what it knows. What is given on the command line counts for more than what the API says.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
+};
+
+use k8s_openapi::api::core::v1 as api;
+
+use super::{Family, Network};
+
+/// The label that says which zone a node is in.
+const ZONE: &str = "topology.kubernetes.io/zone";
+/// Source ports of masqueraded connections, unless others are given: below those that Linux gives to sockets, and below
+/// node ports.
+pub const MASQUERADE_PORTS: RangeInclusive<u16> = 1024..=29_999;
+
+/// What the command line and the kernel say of the node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeFacts {
+    /// Its name in Kubernetes.
+    pub name: Option<String>,
+    /// Its own addresses; those of devices that lead out of it come first.
+    pub addresses: Vec<IpAddr>,
+    /// The networks whose addresses are for node ports; none: all but loopback and link-local ones, and loopback.
+    pub node_port_networks: Vec<Network>,
+    /// Networks of pods; none: as the API says.
+    pub pod_networks: Vec<Network>,
+    /// What masquerading uses, one for each family; without it, what the API calls the node's internal address, else the
+    /// first of `addresses`.
+    pub masquerade_addresses: Vec<IpAddr>,
+    /// Source ports of masqueraded connections.
+    pub masquerade_ports: RangeInclusive<u16>,
+}
+
+impl Default for NodeFacts {
+    /// A node of which nothing is known.
+    fn default() -> Self {
+        Self {
+            name: None,
+            addresses: Vec::new(),
+            node_port_networks: Vec::new(),
+            pod_networks: Vec::new(),
+            masquerade_addresses: Vec::new(),
+            masquerade_ports: MASQUERADE_PORTS,
+        }
+    }
+}
+
+/// The node, as far as anything that is decided depends on it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Node {
+    pub(super) name: Option<String>,
+    pub(super) zone: Option<String>,
+    /// Where clients dial node ports.
+    pub(super) node_port_addresses: BTreeSet<IpAddr>,
+    pub(super) pod_networks: BTreeSet<Network>,
+    pub(super) masquerade: Masquerade,
+}
+
+/// What connections are masqueraded to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Masquerade {
+    /// The node's IPv4 address; none: IPv4 connections are not masqueraded.
+    pub v4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub v6: Option<Ipv6Addr>,
+    /// Source ports.
+    pub ports: RangeInclusive<u16>,
+}
+
+impl Node {
+    /// What is known once the API has said what it knows.
+    pub(super) fn new(facts: &NodeFacts, told: Option<&api::Node>) -> Self {
+        let labels = told.and_then(|node| node.metadata.labels.as_ref());
+        let internal = internal_addresses(told);
+        let own = if facts.addresses.is_empty() { &internal } else { &facts.addresses };
+        let pod_networks = match &facts.pod_networks[..] {
+            [] => told_networks(told),
+            given => given.iter().copied().collect(),
+        };
+        Self {
+            name: facts.name.clone(),
+            zone: labels.and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty()).cloned(),
+            node_port_addresses: node_port_addresses(own, &facts.node_port_networks),
+            pod_networks,
+            masquerade: masquerade(facts, &internal, own),
+        }
+    }
+
+    /// Whether it is known which addresses of a family are pods'.
+    pub(super) fn knows_pods(&self, family: Family) -> bool {
+        self.pod_networks.iter().any(|network| network.family() == family)
+    }
+}
+
+fn node_port_addresses(own: &[IpAddr], networks: &[Network]) -> BTreeSet<IpAddr> {
+    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    if networks.is_empty() {
+        return own.iter().copied().filter(|ip| is_global(*ip)).chain(loopback).collect();
+    }
+    let is_chosen = |ip: &IpAddr| networks.iter().any(|network| network.contains(*ip));
+    own.iter().copied().chain(loopback).filter(is_chosen).collect()
+}
+
+fn masquerade(facts: &NodeFacts, internal: &[IpAddr], own: &[IpAddr]) -> Masquerade {
+    let own = own.iter().filter(|ip| is_global(**ip));
+    let mut candidates = facts.masquerade_addresses.iter().chain(internal).chain(own);
+    Masquerade {
+        v4: candidates.clone().find_map(|ip| match ip {
+            IpAddr::V4(ip) => Some(*ip),
+            IpAddr::V6(_) => None,
+        }),
+        v6: candidates.find_map(|ip| match ip {
+            IpAddr::V6(ip) => Some(*ip),
+            IpAddr::V4(_) => None,
+        }),
+        ports: facts.masquerade_ports.clone(),
+    }
+}
+
+/// Whether others can reach an address: it is neither loopback nor link-local.
+fn is_global(ip: IpAddr) -> bool {
+    let is_link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    !(is_link_local || ip.is_loopback() || ip.is_unspecified() || ip.is_multicast())
+}
+
+fn internal_addresses(told: Option<&api::Node>) -> Vec<IpAddr> {
+    let addresses = told.and_then(|node| node.status.as_ref()?.addresses.as_ref());
+    let internal = addresses.into_iter().flatten().filter(|address| address.type_ == "InternalIP");
+    internal.filter_map(|address| address.address.parse().ok()).collect()
+}
+
+fn told_networks(told: Option<&api::Node>) -> BTreeSet<Network> {
+    let Some(spec) = told.and_then(|node| node.spec.as_ref()) else { return BTreeSet::new() };
+    let listed = spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr);
+    listed.filter_map(|network| network.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told() -> api::Node {
+        serde_json::from_str(
+            r#"{"metadata": {"name": "a", "labels": {"topology.kubernetes.io/zone": "z"}},
+                "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd01:1::/64"]},
+                "status": {"addresses": [{"type": "Hostname", "address": "a"},
+                {"type": "ExternalIP", "address": "203.0.113.9"}, {"type": "InternalIP", "address": "192.0.2.9"},
+                {"type": "InternalIP", "address": "fd00::9"}]}}"#,
+        )
+        .expect("a node")
+    }
+
+    fn ips(texts: &[&str]) -> Vec<IpAddr> {
+        texts.iter().map(|text| text.parse().expect("an address")).collect()
+    }
+
+    fn networks(texts: &[&str]) -> Vec<Network> {
+        texts.iter().map(|text| text.parse().expect("a network")).collect()
+    }
+
+    fn text(node: &Node) -> String {
+        let Node { name: _, zone, node_port_addresses, pod_networks, masquerade: Masquerade { v4, v6, ports } } = node;
+        let ip = |ip: Option<IpAddr>| ip.map_or("-".to_owned(), |ip| ip.to_string());
+        let list = |items: Vec<String>| items.join(" ");
+        format!(
+            "zone {}; node ports at {}; pods {}; masquerade {} {} {ports:?}",
+            zone.as_deref().unwrap_or("-"),
+            list(node_port_addresses.iter().map(ToString::to_string).collect()),
+            list(pod_networks.iter().map(ToString::to_string).collect()),
+            ip(v4.map(IpAddr::V4)),
+            ip(v6.map(IpAddr::V6)),
+        )
+    }
+
+    #[test]
+    fn what_is_seen_what_the_api_says_and_what_is_given() {
+        let seen = ips(&["192.0.2.1", "fe80::1", "2001:db8::1", "127.0.0.1", "169.254.0.1", "10.0.0.1"]);
+        let seen = NodeFacts { addresses: seen, ..NodeFacts::default() };
+        insta::assert_snapshot!(text(&Node::new(&NodeFacts::default(), None)), @"zone -; node ports at 127.0.0.1 ::1; pods ; masquerade - - 1024..=29999");
+        insta::assert_snapshot!(text(&Node::new(&NodeFacts::default(), Some(&told()))), @"zone z; node ports at 127.0.0.1 192.0.2.9 ::1 fd00::9; pods 10.244.1.0/24 fd01:1::/64; masquerade 192.0.2.9 fd00::9 1024..=29999");
+        insta::assert_snapshot!(text(&Node::new(&seen, None)), @"zone -; node ports at 10.0.0.1 127.0.0.1 192.0.2.1 ::1 2001:db8::1; pods ; masquerade 192.0.2.1 2001:db8::1 1024..=29999");
+        insta::assert_snapshot!(text(&Node::new(&seen, Some(&told()))), @"zone z; node ports at 10.0.0.1 127.0.0.1 192.0.2.1 ::1 2001:db8::1; pods 10.244.1.0/24 fd01:1::/64; masquerade 192.0.2.9 fd00::9 1024..=29999");
+        let given = NodeFacts {
+            node_port_networks: networks(&["192.0.2.0/24", "::1/128", "fe80::/10"]),
+            pod_networks: networks(&["10.244.0.0/16"]),
+            masquerade_addresses: ips(&["10.0.0.1"]),
+            masquerade_ports: 2000..=3000,
+            ..seen
+        };
+        insta::assert_snapshot!(text(&Node::new(&given, Some(&told()))), @"zone z; node ports at 192.0.2.1 ::1 fe80::1; pods 10.244.0.0/16; masquerade 10.0.0.1 fd00::9 2000..=3000");
+    }
+}
