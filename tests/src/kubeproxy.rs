@@ -1,17 +1,23 @@
-//! The rules that kube-proxy writes for a lab's services, for comparison: its iptables mode and its nftables
-//! mode, in the shape and order of Kubernetes 1.36, for IPv4 and ClusterIPs.
+//! The rules that kube-proxy writes for a lab's services on node A, for comparison: its iptables mode and its nftables
+//! mode, in the shape and order of Kubernetes 1.36, for IPv4 and IPv6 and every kind of frontend. It knows the pod
+//! networks (`clusterCIDR`) and has no node port on loopback.
 //!
-//! Both come from the same [`Service`] values that `affinity` gets as YAML, as one input for `iptables-restore`
-//! or `nft -f`.
+//! Both come from the same [`Service`] values that `affinity` gets as YAML, as input for `iptables-restore`,
+//! `ip6tables-restore` and `nft -f`.
+//!
+//! The modes differ where kube-proxy's do: in nftables mode the node's own packets to an ingress or external IP under the
+//! policy Local are dropped where no endpoint is local, and source ranges are looked at also where there is no endpoint.
 
 mod iptables;
 mod nftables;
+mod service;
 
 use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
-use crate::lab::{Family, Lab, PODS, Protocol, Service, WIRE_CLIENT, feed};
+use crate::lab::{Family, Lab, Service, WIRE_CLIENT, feed};
+use service::ServicePort;
 
 /// Which of kube-proxy's modes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,71 +39,45 @@ impl Mode {
         probe.status().is_ok_and(|status| status.success())
     }
 
-    /// All rules for these services, as one input for the command.
-    pub fn rules(self, services: &[Service]) -> String {
-        let ports: Vec<ServicePort> = services.iter().flat_map(ServicePort::all_of).collect();
+    /// All rules of one family for these services, as one input for [`Mode::command`].
+    pub fn rules(self, family: Family, services: &[Service]) -> String {
+        let ports: Vec<ServicePort> =
+            services.iter().flat_map(|service| ServicePort::all_of(service, family)).collect();
         match self {
-            Self::Iptables => iptables::rules(&ports),
-            Self::Nftables => nftables::rules(&ports),
+            Self::Iptables => iptables::rules(family, &ports),
+            Self::Nftables => nftables::rules(family, &ports),
         }
     }
 
-    /// Puts the rules for these services in place on the lab's node, instead of those that are there.
+    /// The command that takes the rules of one family, and its arguments.
+    pub fn command(self, family: Family) -> &'static [&'static str] {
+        match (self, family) {
+            (Self::Iptables, Family::V4) => &["iptables-restore"],
+            (Self::Iptables, Family::V6) => &["ip6tables-restore"],
+            (Self::Nftables, _) => &["nft", "-f", "-"],
+        }
+    }
+
+    /// Puts the rules for these services in place on the lab's node A, instead of those of this mode that are there.
     ///
     /// # Errors
     /// What the command says when it refuses them.
     pub fn install(self, lab: &Lab, services: &[Service]) -> Result<()> {
-        let mut command = match self {
-            Self::Iptables => lab.node().command("iptables-restore"),
-            Self::Nftables => {
-                let mut nft = lab.node().command("nft");
-                nft.args(["-f", "-"]);
-                nft
-            }
-        };
-        feed(&mut command, &self.rules(services))?;
+        Family::BOTH.into_iter().try_for_each(|family| self.install_one(family, lab, services))
+    }
+
+    /// The same, for one family alone.
+    ///
+    /// # Errors
+    /// As [`Mode::install`].
+    pub fn install_one(self, family: Family, lab: &Lab, services: &[Service]) -> Result<()> {
+        let words = self.command(family);
+        let mut command = lab.node().command(words[0]);
+        feed(command.args(&words[1..]), &self.rules(family, services))?;
         // The rules see a packet only if the node knows where it would go without them.
-        lab.node().ip(&format!("route replace default via {}", WIRE_CLIENT[0]))
+        lab.node().ip(&format!("route replace default via {}", WIRE_CLIENT[family as usize]))
     }
 }
 
-/// The part of the cluster's addresses that are pods': traffic from elsewhere is masqueraded.
-const POD_CIDR: &str = PODS[0];
 /// The mark of packets to masquerade.
 const MASQUERADE_MARK: &str = "0x4000";
-
-/// One port of a service, as both rule sets want it.
-struct ServicePort {
-    /// `ns/name:port`, as in kube-proxy's comments and hashes.
-    name: String,
-    protocol: &'static str,
-    cluster_ip: String,
-    port: u16,
-    affinity_timeout_s: Option<u32>,
-    endpoints: Vec<Endpoint>,
-}
-
-struct Endpoint {
-    address: String,
-    port: u16,
-}
-
-impl ServicePort {
-    fn all_of(service: &Service) -> Vec<Self> {
-        let port = |(name, protocol, frontend, target_port): (_, _, std::net::SocketAddr, _)| Self {
-            name: format!("{}:{name}", service.full_name()),
-            protocol: match protocol {
-                Protocol::Tcp => "tcp",
-                Protocol::Udp => "udp",
-            },
-            cluster_ip: frontend.ip().to_string(),
-            port: frontend.port(),
-            affinity_timeout_s: service.affinity_timeout_s(),
-            endpoints: service
-                .ready_pods()
-                .map(|pod| Endpoint { address: Family::V4.pod(pod).to_string(), port: target_port })
-                .collect(),
-        };
-        service.frontends(Family::V4).map(port).collect()
-    }
-}

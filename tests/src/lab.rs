@@ -1,4 +1,4 @@
-//! A small cluster of one node, in network namespaces:
+//! A small cluster, in network namespaces:
 //!
 //! ```text
 //!  client namespace            node namespace                      pod namespaces
@@ -10,6 +10,9 @@
 //!
 //! The client's end of the wire has `tx off`, so that packets cross it as they cross a real one, with their
 //! checksums filled in; and GRO on, because XDP can send back through a veth only if its peer polls.
+//! With [`Options::pods_of_b`] there is a second node with pods of its own, behind the first; its end of the wire between
+//! them, `wire1` on both, is like the client's. Nothing but routes is ever put on it: it is where other nodes' pods are.
+//!
 //! Clients reach pods, and the service range, by routes through the node. Nothing translates service addresses
 //! until a test puts something there: `affinity`, or the rules of [`crate::kubeproxy`].
 //!
@@ -34,6 +37,7 @@ mod client;
 mod interrupt;
 mod load;
 mod netns;
+mod network;
 mod observe;
 mod pod;
 mod screen;
@@ -47,12 +51,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use affinity_user::objects::LIMITS;
 use anyhow::{Context, Result, bail};
 use aya::Ebpf;
-use aya::programs::{Xdp, XdpMode};
 
-pub use address::{CLIENT_COUNT, Family, Protocol};
+pub use address::{CLIENT_COUNT, FIRST_OF_B, Family, PODS, Protocol};
 pub use agent::{Agent, CAPABILITIES};
 pub use capture::{Capture, Direction, read_pcap};
 pub use cgroup::{Answer, Cgroup, SocketNumber, SocketProcess};
@@ -65,21 +67,29 @@ pub use pod::Pod;
 pub use server::{HTTP_PORTS, UDP_PORTS};
 pub use sweep::sweep_stale;
 pub use terminal::Terminal;
-pub use yaml::{EndpointState, Service, pod_name};
+pub use yaml::{EndpointState, Frontend, Policy, Service, ServicePort, node_of, pod_name};
 
-pub(crate) use address::{PODS, WIRE_CLIENT};
+pub(crate) use address::WIRE_CLIENT;
 pub(crate) use netns::feed;
+use network::{client_namespace, join, node_namespace};
+pub(crate) use network::{ethtool, pass_by_xdp};
 
 /// The node's end of the wire to the clients.
 pub const WIRE: &str = "wire0";
-/// The name of the node, in the YAML and for `--node-name`.
+/// Node A's end of the wire to node B, in a lab of two nodes.
+pub const UNDERLAY_WIRE: &str = "wire1";
+/// The name of node A, in the YAML and for `--node-name`.
 pub const NODE_NAME: &str = "node-a";
+/// The name of node B.
+pub const NODE_B_NAME: &str = "node-b";
 
 /// What a lab is to have.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How many pods.
+    /// How many pods on node A.
     pub pods: usize,
+    /// How many pods on node B; none: there is no node B.
+    pub pods_of_b: usize,
     /// Let the node and the pods leave checksums to the device, as real ones do. Off: every frame has its
     /// checksum filled in before it can be captured.
     pub checksum_offload: bool,
@@ -87,7 +97,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { pods: 3, checksum_offload: true }
+        Self { pods: 3, pods_of_b: 0, checksum_offload: true }
     }
 }
 
@@ -97,9 +107,18 @@ pub struct Lab {
     pods: Vec<Pod>,
     client: Namespace,
     node: Namespace,
+    second: Option<Second>,
     /// Keeps the program on the client's end of the wire.
     _receiver: Ebpf,
     keep: bool,
+}
+
+/// The second node, where there is one.
+struct Second {
+    pods: Vec<Pod>,
+    node: Namespace,
+    /// Keeps the program on this node's end of the wire.
+    _receiver: Ebpf,
 }
 
 impl Lab {
@@ -127,10 +146,21 @@ impl Lab {
         // A veth device sends what an XDP program turns back (`XDP_TX`), but tells its peer to look at it only where the
         // peer runs a program too (`veth_xdp_flush`).
         let receiver = pass_by_xdp(&client, "eth0")?;
-        let pods = (0..options.pods)
-            .map(|index| Pod::start(index, format!("{name}-pod{index}"), &node, options.checksum_offload))
-            .collect::<Result<_>>()?;
-        Ok(Self { directories, pods, client, node, _receiver: receiver, keep: false })
+        let start =
+            |index, node: &Namespace| Pod::start(index, format!("{name}-pod{index}"), node, options.checksum_offload);
+        let pods = (0..options.pods).map(|index| start(index, &node)).collect::<Result<_>>()?;
+        let second = match options.pods_of_b {
+            0 => None,
+            count => {
+                let node_b = node_namespace(format!("{name}-node-b"))?;
+                join(&node, &node_b, &client)?;
+                let receiver = pass_by_xdp(&node_b, UNDERLAY_WIRE)?;
+                let indices = FIRST_OF_B..FIRST_OF_B + count;
+                let pods = indices.map(|index| start(index, &node_b)).collect::<Result<_>>()?;
+                Some(Second { pods, node: node_b, _receiver: receiver })
+            }
+        };
+        Ok(Self { directories, pods, client, node, second, _receiver: receiver, keep: false })
     }
 
     /// Removes what labs of processes that no longer live have left behind.
@@ -148,6 +178,10 @@ impl Lab {
         self.node.keep();
         self.client.keep();
         self.pods.iter_mut().for_each(Pod::keep);
+        if let Some(second) = &mut self.second {
+            second.node.keep();
+            second.pods.iter_mut().for_each(Pod::keep);
+        }
     }
 
     /// The external clients.
@@ -160,14 +194,33 @@ impl Lab {
         &self.client
     }
 
-    /// The node's namespace.
+    /// Node A's namespace.
     pub fn node(&self) -> &Namespace {
         &self.node
     }
 
-    /// The pods, dead ones too.
+    /// Node B's namespace.
+    ///
+    /// # Panics
+    /// When the lab has one node.
+    pub fn node_b(&self) -> &Namespace {
+        &self.second.as_ref().expect("a lab of two nodes").node
+    }
+
+    /// The pods of node A, dead ones too.
     pub fn pods(&self) -> &[Pod] {
         &self.pods
+    }
+
+    /// The pod with this index, on either node.
+    ///
+    /// # Panics
+    /// When the lab has no such pod.
+    pub fn pod(&self, index: usize) -> &Pod {
+        match &self.second {
+            Some(second) if index >= FIRST_OF_B => &second.pods[index - FIRST_OF_B],
+            _ => &self.pods[index],
+        }
     }
 
     /// A client inside a pod; it asks from [`Family::pod`] of that index.
@@ -175,17 +228,27 @@ impl Lab {
     /// # Panics
     /// When that pod is dead.
     pub fn pod_client(&self, index: usize) -> Client {
-        Client::new(self.pods[index].namespace().expect("the pod lives").door())
+        Client::new(self.pod(index).namespace().expect("the pod lives").door())
     }
 
     /// Takes a pod away as a power cut would: its address no longer answers, and nobody is told.
     pub fn kill_pod(&mut self, index: usize) -> Result<()> {
-        self.pods[index].kill(&self.node)
+        let (pod, node) = self.place(index);
+        pod.kill(node)
     }
 
     /// Brings a dead pod back, under its old name and address.
     pub fn return_pod(&mut self, index: usize) -> Result<()> {
-        self.pods[index].revive(&self.node)
+        let (pod, node) = self.place(index);
+        pod.revive(node)
+    }
+
+    /// A pod, and the node that it is on.
+    fn place(&mut self, index: usize) -> (&mut Pod, &Namespace) {
+        match &mut self.second {
+            Some(second) if index >= FIRST_OF_B => (&mut second.pods[index - FIRST_OF_B], &second.node),
+            _ => (&mut self.pods[index], &self.node),
+        }
     }
 
     /// The directory that the agent takes its YAML from.
@@ -280,62 +343,4 @@ fn unique_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("{}{}-{number}", sweep::PREFIX, std::process::id())
-}
-
-fn node_namespace(name: String) -> Result<Namespace> {
-    let node = Namespace::create(name)?;
-    node.sysctl(&[
-        ("ipv4/ip_forward", "1"),
-        ("ipv4/conf/all/rp_filter", "0"),
-        ("ipv4/conf/default/rp_filter", "0"),
-        ("ipv6/conf/all/forwarding", "1"),
-        ("ipv6/conf/default/forwarding", "1"),
-        ("ipv6/conf/default/accept_dad", "0"),
-    ])?;
-    node.ip("link set lo up")?;
-    Ok(node)
-}
-
-/// The clients' namespace, and the wire between it and the node.
-fn client_namespace(name: String, node: &Namespace) -> Result<Namespace> {
-    let client = Namespace::create(name)?;
-    client.sysctl(&[("ipv6/conf/default/accept_dad", "0")])?;
-    let mut on_node = format!("link add {WIRE} type veth peer name eth0 netns {}\n", client.name());
-    let mut on_client = "link set lo up\n".to_owned();
-    for (index, length) in [24, 64].into_iter().enumerate() {
-        let (router, next_hop) = (address::NODE[index], address::WIRE_CLIENT[index]);
-        on_node += &format!("addr add {router}/{length} dev {WIRE}\n");
-        on_client += &format!("addr add {next_hop}/{length} dev eth0\n");
-    }
-    on_node += &format!("link set {WIRE} up\n");
-    on_client += "link set eth0 up\n";
-    for (index, clients) in address::CLIENTS.into_iter().enumerate() {
-        let (router, next_hop) = (address::NODE[index], address::WIRE_CLIENT[index]);
-        on_node += &format!("route add {clients} via {next_hop}\n");
-        // Every address of the prefix is local, without being configured.
-        on_client += &format!("route add local {clients} dev lo\n");
-        for behind in [address::PODS[index], address::SERVICES[index]] {
-            on_client += &format!("route add {behind} via {router}\n");
-        }
-    }
-    node.ip(&on_node)?;
-    client.ip(&on_client)?;
-    ethtool(&client, "eth0", &["tx", "off", "gro", "on"])?;
-    Ok(client)
-}
-
-/// Puts an XDP program that passes everything on a device, until what is returned is dropped.
-pub(crate) fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
-    namespace.run(|| {
-        let mut limits = Ebpf::load(LIMITS)?;
-        let pass: &mut Xdp = limits.program_mut("xdp_pass").context("program xdp_pass")?.try_into()?;
-        pass.load()?;
-        pass.attach(device, XdpMode::Driver)?;
-        Ok(limits)
-    })?
-}
-
-/// Switches offloads of a device.
-pub(crate) fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
-    netns::run(namespace.command("ethtool").args(["-K", device]).args(switches))
 }

@@ -3,7 +3,8 @@
 //!
 //! * [`apiserver`] is a double of a cluster's API.
 //! * [`mod@bench`] measures.
-//! * [`lab`] brings up clients, a node and pods, and runs the `affinity` command on the node.
+//! * [`dice`] is chance that can be repeated.
+//! * [`lab`] brings up clients, a node or two and pods, and runs the `affinity` command on the first node.
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
 //! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
 //! * [`packet`] builds frames, and checks the checksums of any frame.
@@ -14,6 +15,7 @@
 
 pub mod apiserver;
 pub mod bench;
+pub mod dice;
 pub mod kernel;
 pub mod kubeproxy;
 pub mod lab;

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use affinity_tests::kubeproxy::Mode;
 use affinity_tests::lab::{
-    Capture, Direction, Family, HTTP_PORTS, Lab, Load, Options, Protocol, Service, UDP_PORTS, WIRE, eventually,
+    Capture, Direction, FIRST_OF_B, Family, HTTP_PORTS, Lab, Load, Options, Protocol, Service, UDP_PORTS, WIRE,
+    eventually, pod_name,
 };
 use affinity_tests::packet::{Verified, verify_checksums};
 use affinity_tests::story::report;
@@ -119,7 +120,7 @@ fn a_load_counts_what_happens_to_its_clients() -> Result<()> {
 
 #[test]
 fn without_offload_every_captured_frame_has_its_checksum() -> Result<()> {
-    let lab = Lab::up(&Options { pods: 1, checksum_offload: false })?;
+    let lab = Lab::up(&Options { pods: 1, checksum_offload: false, ..Options::default() })?;
     for family in Family::BOTH {
         let file = lab.scratch().join(format!("{family}.pcap"));
         let capture = Capture::start(lab.node(), WIRE, Direction::Out, &file)?;
@@ -129,6 +130,24 @@ fn without_offload_every_captured_frame_has_its_checksum() -> Result<()> {
         let verified = frames.iter().map(|frame| verify_checksums(frame)).collect::<Result<Vec<_>>>()?;
         let verified = verified.into_iter().filter(|verified| *verified == Verified::Transport).count();
         ensure!(verified > 60, "{verified} of {} frames could be verified", frames.len());
+    }
+    Ok(())
+}
+
+#[test]
+fn with_two_nodes_everybody_reaches_every_pod() -> Result<()> {
+    let lab = Lab::up(&Options { pods: 2, pods_of_b: 2, ..Options::default() })?;
+    let all = [0, 1, FIRST_OF_B, FIRST_OF_B + 1];
+    for family in Family::BOTH {
+        for pod in all {
+            let to = SocketAddr::new(family.pod(pod), HTTP_PORTS[0]);
+            let from_outside = lab.client().http_get(family.client(1), to, "/who")?;
+            assert_eq!(from_outside, format!("{} {}", pod_name(pod), family.client(1)));
+            for other in all {
+                let who = lab.pod_client(other).http_get(family.pod(other), to, "/who")?;
+                assert_eq!(who, format!("{} {}", pod_name(pod), family.pod(other)));
+            }
+        }
     }
     Ok(())
 }

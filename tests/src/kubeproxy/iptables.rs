@@ -1,64 +1,208 @@
 //! kube-proxy's iptables mode. Its chains are named by 16 characters of a hash; here they are numbered, in as many.
 
 use std::fmt::Write;
+use std::net::IpAddr;
 
-use super::{MASQUERADE_MARK, POD_CIDR, ServicePort};
+use super::MASQUERADE_MARK;
+use super::service::{Refusal, ServicePort};
+use crate::lab::{Family, Policy};
 
 /// The input for `iptables-restore`.
-pub(super) fn rules(ports: &[ServicePort]) -> String {
-    let mut filter = FILTER.replace("%MARK%", MASQUERADE_MARK);
-    let mut chains = NAT_CHAINS.to_owned();
-    let mut services = NAT_JUMPS.replace("%MARK%", MASQUERADE_MARK);
-    let mut details = String::new();
+pub(super) fn rules(family: Family, ports: &[ServicePort]) -> String {
+    let mut text = Text::of(family);
     for (number, port) in ports.iter().enumerate() {
-        let ServicePort { name, protocol, cluster_ip, port: dport, .. } = port;
-        let to_port = format!("-d {cluster_ip}/32 -p {protocol} -m {protocol} --dport {dport}");
-        let comment = format!("-m comment --comment \"{name}\"");
-        if port.endpoints.is_empty() {
-            let reject = "-j REJECT --reject-with icmp-port-unreachable";
-            let _ = writeln!(filter, "-A KUBE-SERVICES {comment} {to_port} {reject}");
-        } else {
-            let chain = format!("KUBE-SVC-{number:016}");
-            let _ = writeln!(chains, ":{chain} - [0:0]");
-            let _ = writeln!(services, "-A KUBE-SERVICES {comment} {to_port} -j {chain}");
-            let _ = writeln!(details, "-A {chain} {to_port} ! -s {POD_CIDR} -j KUBE-MARK-MASQ");
-            service_chain(number, port, &mut chains, &mut details);
+        let chains = Chains { number, port };
+        chains.capture(&mut text);
+        chains.internal(&mut text);
+        if port.has_endpoints() && port.is_external() {
+            chains.external(&mut text);
+            chains.firewall(&mut text);
         }
+        for policy in port.policies() {
+            chains.service(policy, &mut text);
+        }
+        chains.endpoints(&mut text);
     }
-    services += "-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n";
-    format!("{filter}COMMIT\n{chains}{services}{details}COMMIT\n")
+    let Text { filter, chains, services, node_ports, details, .. } = text;
+    let filter_base = FILTER.replace("%MARK%", MASQUERADE_MARK);
+    let jumps = NAT_JUMPS.replace("%MARK%", MASQUERADE_MARK);
+    let last = "-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n";
+    format!("{filter_base}{filter}COMMIT\n{NAT_CHAINS}{chains}{jumps}{services}{last}{node_ports}{details}COMMIT\n")
 }
 
-/// One rule for each endpoint's list of recent clients, then the dice; and a chain for each endpoint.
-fn service_chain(number: usize, port: &ServicePort, chains: &mut String, details: &mut String) {
-    let ServicePort { protocol, affinity_timeout_s, endpoints, .. } = port;
-    let service = format!("KUBE-SVC-{number:016}");
-    let chain_of = |endpoint: usize| format!("KUBE-SEP-{number:08}{endpoint:08}");
-    if let Some(timeout_s) = affinity_timeout_s {
-        for endpoint in (0..endpoints.len()).map(chain_of) {
-            let _ = writeln!(
-                details,
-                "-A {service} -m recent --name {endpoint} --rcheck --seconds {timeout_s} --reap -j {endpoint}"
-            );
+/// The parts of the input that grow with the services.
+struct Text {
+    family: Family,
+    filter: String,
+    chains: String,
+    services: String,
+    node_ports: String,
+    details: String,
+}
+
+impl Text {
+    fn of(family: Family) -> Self {
+        let none = String::new;
+        Self { family, filter: none(), chains: none(), services: none(), node_ports: none(), details: none() }
+    }
+
+    fn refuse(&mut self, chain: &str, what: &str, refusal: Refusal) {
+        let target = match (refusal, self.family) {
+            (Refusal::Drop, _) => "DROP",
+            (Refusal::Reject, Family::V4) => "REJECT --reject-with icmp-port-unreachable",
+            (Refusal::Reject, Family::V6) => "REJECT --reject-with icmp6-port-unreachable",
+        };
+        let _ = writeln!(self.filter, "-A {chain} {what} -j {target}");
+    }
+}
+
+/// The chains of one service port.
+struct Chains<'a> {
+    number: usize,
+    port: &'a ServicePort,
+}
+
+impl Chains<'_> {
+    fn of_policy(&self, policy: Policy) -> String {
+        match policy {
+            Policy::Cluster => format!("KUBE-SVC-{:016}", self.number),
+            Policy::Local => format!("KUBE-SVL-{:016}", self.number),
         }
     }
-    for endpoint in 0..endpoints.len() {
-        let dice = match endpoints.len() - endpoint {
-            1 => String::new(),
-            left => format!("-m statistic --mode random --probability {:.11} ", 1.0 / left as f64),
-        };
-        let _ = writeln!(details, "-A {service} {dice}-j {}", chain_of(endpoint));
+
+    fn of_external(&self) -> String {
+        format!("KUBE-EXT-{:016}", self.number)
     }
-    for (index, endpoint) in endpoints.iter().enumerate() {
-        let chain = chain_of(index);
-        let _ = writeln!(chains, ":{chain} - [0:0]");
-        let _ = writeln!(details, "-A {chain} -s {}/32 -j KUBE-MARK-MASQ", endpoint.address);
-        let set = match affinity_timeout_s {
-            Some(_) => format!("-m recent --name {chain} --set "),
-            None => String::new(),
+
+    fn of_firewall(&self) -> String {
+        format!("KUBE-FW-{:016}", self.number)
+    }
+
+    fn of_endpoint(&self, endpoint: usize) -> String {
+        format!("KUBE-SEP-{:08}{endpoint:08}", self.number)
+    }
+
+    fn comment(&self) -> String {
+        format!("-m comment --comment \"{}\"", self.port.name)
+    }
+
+    fn matches(&self, address: IpAddr) -> String {
+        let ServicePort { protocol, port, .. } = self.port;
+        format!("-d {address} -p {protocol} -m {protocol} --dport {port}")
+    }
+
+    /// Sends what is for a frontend to a chain of the service, or refuses it.
+    fn capture(&self, text: &mut Text) {
+        let (port, comment) = (self.port, self.comment());
+        let mut send = |to: IpAddr, chain: &str| {
+            let _ = writeln!(text.services, "-A KUBE-SERVICES {comment} {} -j {chain}", self.matches(to));
         };
-        let to = format!("{}:{}", endpoint.address, endpoint.port);
-        let _ = writeln!(details, "-A {chain} {set}-p {protocol} -j DNAT --to-destination {to}");
+        if port.refusal(port.internal).is_none() {
+            send(port.cluster_ip, &self.of_policy(port.internal));
+        }
+        if port.has_endpoints() {
+            port.external_ip.iter().for_each(|to| send(*to, &self.of_external()));
+            let firewall = if port.source_ranges.is_empty() { self.of_external() } else { self.of_firewall() };
+            port.load_balancer.iter().for_each(|to| send(*to, &firewall));
+        }
+        let node_port = |port: u16| {
+            let protocol = self.port.protocol;
+            format!("{comment} -p {protocol} -m {protocol} --dport {port}")
+        };
+        if let Some(number) = port.node_port.filter(|_| port.has_endpoints()) {
+            let _ = writeln!(text.node_ports, "-A KUBE-NODEPORTS {} -j {}", node_port(number), self.of_external());
+        }
+        if let Some(refusal) = port.refusal(port.internal) {
+            text.refuse("KUBE-SERVICES", &format!("{comment} {}", self.matches(port.cluster_ip)), refusal);
+        }
+        if let Some(refusal) = port.refusal(port.external) {
+            for to in port.external_addresses() {
+                text.refuse("KUBE-EXTERNAL-SERVICES", &format!("{comment} {}", self.matches(to)), refusal);
+            }
+            if let Some(number) = port.node_port {
+                let what = format!("{} -m addrtype --dst-type LOCAL", node_port(number));
+                text.refuse("KUBE-EXTERNAL-SERVICES", &what, refusal);
+            }
+        }
+    }
+
+    /// What comes from outside the pod networks to the ClusterIP may have to leave the node again: masqueraded.
+    fn internal(&self, text: &mut Text) {
+        if self.port.refusal(self.port.internal).is_none() {
+            let (chain, to) = (self.of_policy(self.port.internal), self.matches(self.port.cluster_ip));
+            let _ = writeln!(text.details, "-A {chain} {to} ! -s {} -j KUBE-MARK-MASQ", text.family.pods());
+        }
+    }
+
+    fn external(&self, text: &mut Text) {
+        let (chain, cluster) = (self.of_external(), self.of_policy(Policy::Cluster));
+        let _ = writeln!(text.chains, ":{chain} - [0:0]");
+        match self.port.external {
+            Policy::Cluster => {
+                let _ = writeln!(text.details, "-A {chain} -j KUBE-MARK-MASQ");
+            }
+            Policy::Local => {
+                let pods = text.family.pods();
+                let _ = writeln!(
+                    text.details,
+                    "-A {chain} -s {pods} -j {cluster}\n-A {chain} -m addrtype --src-type LOCAL -j KUBE-MARK-MASQ\n\
+                     -A {chain} -m addrtype --src-type LOCAL -j {cluster}"
+                );
+            }
+        }
+        if self.port.refusal(self.port.external).is_none() {
+            let _ = writeln!(text.details, "-A {chain} -j {}", self.of_policy(self.port.external));
+        }
+    }
+
+    /// What is not in the source ranges is not translated, and dropped by the filter.
+    fn firewall(&self, text: &mut Text) {
+        let Some(to) = self.port.load_balancer.filter(|_| !self.port.source_ranges.is_empty()) else { return };
+        let chain = self.of_firewall();
+        let _ = writeln!(text.chains, ":{chain} - [0:0]");
+        for range in &self.port.source_ranges {
+            let _ = writeln!(text.details, "-A {chain} -s {range} -j {}", self.of_external());
+        }
+        let what = format!("{} {}", self.comment(), self.matches(to));
+        text.refuse("KUBE-PROXY-FIREWALL", &what, Refusal::Drop);
+    }
+
+    /// One rule for each endpoint's list of recent clients, then the dice.
+    fn service(&self, policy: Policy, text: &mut Text) {
+        let (chain, pool) = (self.of_policy(policy), self.port.pool(policy));
+        let _ = writeln!(text.chains, ":{chain} - [0:0]");
+        if let Some(timeout_s) = self.port.affinity_timeout_s {
+            for endpoint in pool.iter().map(|endpoint| self.of_endpoint(*endpoint)) {
+                let _ = writeln!(
+                    text.details,
+                    "-A {chain} -m recent --name {endpoint} --rcheck --seconds {timeout_s} --reap -j {endpoint}"
+                );
+            }
+        }
+        for (index, endpoint) in pool.iter().enumerate() {
+            let dice = match pool.len() - index {
+                1 => String::new(),
+                left => format!("-m statistic --mode random --probability {:.11} ", 1.0 / left as f64),
+            };
+            let _ = writeln!(text.details, "-A {chain} {dice}-j {}", self.of_endpoint(*endpoint));
+        }
+    }
+
+    fn endpoints(&self, text: &mut Text) {
+        let is_used = |endpoint| self.port.policies().iter().any(|policy| self.port.pool(*policy).contains(&endpoint));
+        let used = self.port.endpoints.iter().enumerate().filter(|(index, _)| is_used(*index));
+        for (index, endpoint) in used {
+            let chain = self.of_endpoint(index);
+            let _ = writeln!(text.chains, ":{chain} - [0:0]");
+            // What comes back to where it was sent from would never meet the node again.
+            let _ = writeln!(text.details, "-A {chain} -s {} -j KUBE-MARK-MASQ", endpoint.ip());
+            let set = match self.port.affinity_timeout_s {
+                Some(_) => format!("-m recent --name {chain} --set "),
+                None => String::new(),
+            };
+            let protocol = self.port.protocol;
+            let _ = writeln!(text.details, "-A {chain} {set}-p {protocol} -j DNAT --to-destination {endpoint}");
+        }
     }
 }
 
@@ -79,6 +223,7 @@ const FILTER: &str = "\
 -A FORWARD -j KUBE-FORWARD
 -A FORWARD -m conntrack --ctstate NEW -j KUBE-SERVICES
 -A FORWARD -m conntrack --ctstate NEW -j KUBE-EXTERNAL-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
 -A OUTPUT -m conntrack --ctstate NEW -j KUBE-SERVICES
 -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
 -A KUBE-FORWARD -m mark --mark %MARK%/%MARK% -j ACCEPT

@@ -1,105 +1,256 @@
 //! kube-proxy's nftables mode.
 
 use std::fmt::Write;
+use std::net::IpAddr;
 
-use super::{MASQUERADE_MARK, POD_CIDR, ServicePort};
+use super::MASQUERADE_MARK;
+use super::service::{Refusal, ServicePort};
+use crate::lab::{Family, Policy};
 
 /// The input for `nft -f`.
-pub(super) fn rules(ports: &[ServicePort]) -> String {
-    let mut chains = String::new();
-    let (mut cluster_ips, mut service_ips, mut rejected) = (Vec::new(), Vec::new(), Vec::new());
+pub(super) fn rules(family: Family, ports: &[ServicePort]) -> String {
+    let mut text = Text::of(family);
     for (number, port) in ports.iter().enumerate() {
-        let ServicePort { protocol, cluster_ip, port: dport, .. } = port;
-        cluster_ips.push(cluster_ip.clone());
-        if port.endpoints.is_empty() {
-            rejected.push(format!("{cluster_ip} . {protocol} . {dport} comment \"{}\" : goto reject-chain", port.name));
-        } else {
-            service_ips
-                .push(format!("{cluster_ip} . {protocol} . {dport} comment \"{}\" : goto service-{number}", port.name));
-            service_chain(number, port, &mut chains);
+        let chains = Chains { number, port };
+        chains.capture(&mut text);
+        if port.has_endpoints() && port.is_external() {
+            chains.external(&mut text);
         }
+        chains.firewall(&mut text);
+        for policy in port.policies() {
+            chains.service(policy, &mut text);
+        }
+        chains.endpoints(&mut text);
     }
-    cluster_ips.sort_unstable();
-    cluster_ips.dedup();
+    for list in [&mut text.cluster_ips, &mut text.hairpins] {
+        list.sort_unstable();
+        list.dedup();
+    }
     BASE.replace("%MARK%", MASQUERADE_MARK)
-        .replace("%POD_CIDR%", POD_CIDR)
-        .replace("%CLUSTER_IPS%", &elements(&cluster_ips))
-        .replace("%SERVICE_IPS%", &elements(&service_ips))
-        .replace("%REJECTED%", &elements(&rejected))
-        .replace("%CHAINS%", &chains)
+        .replace("%IP%", text.ip)
+        .replace("%ADDRESS%", text.address)
+        .replace("%LOOPBACK%", if family == Family::V4 { "127.0.0.0/8" } else { "::1" })
+        .replace("%CLUSTER_IPS%", &elements(&text.cluster_ips))
+        .replace("%HAIRPINS%", &elements(&text.hairpins))
+        .replace("%SERVICE_IPS%", &elements(&text.service_ips))
+        .replace("%NODE_PORTS%", &elements(&text.node_ports))
+        .replace("%REFUSED%", &elements(&text.refused))
+        .replace("%REFUSED_NODE_PORTS%", &elements(&text.refused_node_ports))
+        .replace("%FIREWALLS%", &elements(&text.firewalls))
+        .replace("%CHAINS%", &text.chains)
 }
 
 fn elements(list: &[String]) -> String {
     if list.is_empty() { String::new() } else { format!("elements = {{ {} }}", list.join(", ")) }
 }
 
-/// Without affinity one rule that chooses and translates. With it, a set of clients and a chain for each endpoint.
-fn service_chain(number: usize, port: &ServicePort, text: &mut String) {
-    let ServicePort { protocol, cluster_ip, port: dport, affinity_timeout_s, endpoints, .. } = port;
-    let count = endpoints.len();
-    let mark =
-        format!("ip daddr {cluster_ip} {protocol} dport {dport} ip saddr != {POD_CIDR} jump mark-for-masquerade");
-    let Some(timeout_s) = affinity_timeout_s else {
-        let to: Vec<String> = endpoints
-            .iter()
-            .enumerate()
-            .map(|(index, endpoint)| format!("{index} : {} . {}", endpoint.address, endpoint.port))
-            .collect();
-        let _ = writeln!(
-            text,
-            "chain service-{number} {{\n {mark}\n meta l4proto {protocol} dnat ip addr . port to numgen random mod \
-             {count} map {{ {} }}\n}}",
-            to.join(", ")
-        );
-        return;
-    };
-    let mut service = format!("chain service-{number} {{\n {mark}\n");
-    for (index, endpoint) in endpoints.iter().enumerate() {
-        let id = format!("{number}-{index}");
-        let _ = writeln!(
-            text,
-            "set affinity-{id} {{ type ipv4_addr; flags dynamic,timeout; timeout {timeout_s}s; }}\n\
-             chain endpoint-{id} {{\n ip saddr {address} jump mark-for-masquerade\n update @affinity-{id} {{ ip saddr }}\n \
-             meta l4proto {protocol} dnat to {address}:{port}\n}}",
-            address = endpoint.address,
-            port = endpoint.port
-        );
-        let _ = writeln!(service, " ip saddr @affinity-{id} goto endpoint-{id}");
+/// The parts of the input that grow with the services.
+struct Text {
+    /// The family's word in rules.
+    ip: &'static str,
+    /// The type of its addresses.
+    address: &'static str,
+    pods: &'static str,
+    chains: String,
+    cluster_ips: Vec<String>,
+    hairpins: Vec<String>,
+    service_ips: Vec<String>,
+    node_ports: Vec<String>,
+    refused: Vec<String>,
+    refused_node_ports: Vec<String>,
+    firewalls: Vec<String>,
+}
+
+impl Text {
+    fn of(family: Family) -> Self {
+        let (ip, address) = match family {
+            Family::V4 => ("ip", "ipv4_addr"),
+            Family::V6 => ("ip6", "ipv6_addr"),
+        };
+        Self {
+            ip,
+            address,
+            pods: family.pods(),
+            chains: String::new(),
+            cluster_ips: Vec::new(),
+            hairpins: Vec::new(),
+            service_ips: Vec::new(),
+            node_ports: Vec::new(),
+            refused: Vec::new(),
+            refused_node_ports: Vec::new(),
+            firewalls: Vec::new(),
+        }
     }
-    let goto: Vec<String> = (0..count).map(|index| format!("{index} : goto endpoint-{number}-{index}")).collect();
-    let _ = writeln!(text, "{service} numgen random mod {count} vmap {{ {} }}\n}}", goto.join(", "));
+}
+
+/// The chains of one service port.
+struct Chains<'a> {
+    number: usize,
+    port: &'a ServicePort,
+}
+
+impl Chains<'_> {
+    fn of_policy(&self, policy: Policy) -> String {
+        match policy {
+            Policy::Cluster => format!("service-{}", self.number),
+            Policy::Local => format!("local-{}", self.number),
+        }
+    }
+
+    /// An element of a map of addresses.
+    fn entry(&self, address: IpAddr, verdict: &str) -> String {
+        let ServicePort { name, protocol, port, .. } = self.port;
+        format!("{address} . {protocol} . {port} comment \"{name}\" : {verdict}")
+    }
+
+    /// An element of a map of node ports.
+    fn port_entry(&self, node_port: u16, verdict: &str) -> String {
+        let ServicePort { name, protocol, .. } = self.port;
+        format!("{protocol} . {node_port} comment \"{name}\" : {verdict}")
+    }
+
+    /// Sends what is for a frontend to a chain of the service, or refuses it.
+    fn capture(&self, text: &mut Text) {
+        let port = self.port;
+        text.cluster_ips.push(port.cluster_ip.to_string());
+        match port.refusal(port.internal) {
+            Some(refusal) => text.refused.push(self.entry(port.cluster_ip, verdict_of(refusal))),
+            None => {
+                let chain = format!("goto {}", self.of_policy(port.internal));
+                text.service_ips.push(self.entry(port.cluster_ip, &chain));
+            }
+        }
+        if port.has_endpoints() {
+            let chain = format!("goto external-{}", self.number);
+            text.service_ips.extend(port.external_addresses().map(|to| self.entry(to, &chain)));
+            text.node_ports.extend(port.node_port.map(|number| self.port_entry(number, &chain)));
+        }
+        if let Some(refusal) = port.refusal(port.external) {
+            let verdict = verdict_of(refusal);
+            text.refused.extend(port.external_addresses().map(|to| self.entry(to, verdict)));
+            text.refused_node_ports.extend(port.node_port.map(|number| self.port_entry(number, verdict)));
+        }
+    }
+
+    fn external(&self, text: &mut Text) {
+        let Text { ip, pods, chains, .. } = text;
+        let cluster = self.of_policy(Policy::Cluster);
+        let _ = writeln!(chains, "chain external-{} {{", self.number);
+        let _ = match self.port.external {
+            Policy::Cluster => writeln!(chains, " jump mark-for-masquerade"),
+            Policy::Local => writeln!(
+                chains,
+                " {ip} saddr {pods} goto {cluster}\n fib saddr type local jump mark-for-masquerade\n \
+                 fib saddr type local goto {cluster}"
+            ),
+        };
+        if self.port.refusal(self.port.external).is_none() {
+            let _ = writeln!(chains, " goto {}", self.of_policy(self.port.external));
+        }
+        let _ = writeln!(chains, "}}");
+    }
+
+    /// What is not in the source ranges is dropped before it is translated.
+    fn firewall(&self, text: &mut Text) {
+        let Some(to) = self.port.load_balancer.filter(|_| !self.port.source_ranges.is_empty()) else { return };
+        let ranges = self.port.source_ranges.join(", ");
+        let _ =
+            writeln!(text.chains, "chain firewall-{} {{\n {} saddr != {{ {ranges} }} drop\n}}", self.number, text.ip);
+        text.firewalls.push(self.entry(to, &format!("goto firewall-{}", self.number)));
+    }
+
+    /// Without affinity one rule that chooses and translates. With it, each endpoint's set of clients, then the dice.
+    fn service(&self, policy: Policy, text: &mut Text) {
+        let ServicePort { protocol, cluster_ip, port, endpoints, affinity_timeout_s, .. } = self.port;
+        let Text { ip, pods, chains, hairpins, .. } = text;
+        let pool = self.port.pool(policy);
+        let _ = writeln!(chains, "chain {} {{", self.of_policy(policy));
+        if self.port.internal == policy {
+            let to = format!("{ip} daddr {cluster_ip} {protocol} dport {port}");
+            let _ = writeln!(chains, " {to} {ip} saddr != {pods} jump mark-for-masquerade");
+        }
+        if affinity_timeout_s.is_some() {
+            for endpoint in pool {
+                let id = format!("{}-{endpoint}", self.number);
+                let _ = writeln!(chains, " {ip} saddr @affinity-{id} goto endpoint-{id}");
+            }
+            let goto = |(index, endpoint)| format!("{index} : goto endpoint-{}-{endpoint}", self.number);
+            let goto: Vec<String> = pool.iter().enumerate().map(goto).collect();
+            let _ = writeln!(chains, " numgen random mod {} vmap {{ {} }}\n}}", pool.len(), goto.join(", "));
+            return;
+        }
+        let address = |endpoint: &usize| (endpoints[*endpoint].ip(), endpoints[*endpoint].port());
+        let to = pool.iter().map(address).enumerate().map(|(index, (ip, port))| format!("{index} : {ip} . {port}"));
+        let to = to.collect::<Vec<_>>().join(", ");
+        let _ = writeln!(
+            chains,
+            " meta l4proto {protocol} dnat {ip} addr . port to numgen random mod {} map {{ {to} }}\n}}",
+            pool.len()
+        );
+        hairpins.extend(pool.iter().map(address).map(|(ip, port)| format!("{ip} . {ip} . {protocol} . {port}")));
+    }
+
+    /// With affinity, a chain for each endpoint, which remembers the client.
+    fn endpoints(&self, text: &mut Text) {
+        let Some(timeout_s) = self.port.affinity_timeout_s else { return };
+        let Text { ip, address, chains, .. } = text;
+        let is_used = |endpoint| self.port.policies().iter().any(|policy| self.port.pool(*policy).contains(&endpoint));
+        for (index, endpoint) in self.port.endpoints.iter().enumerate().filter(|(index, _)| is_used(*index)) {
+            let (id, protocol) = (format!("{}-{index}", self.number), self.port.protocol);
+            let _ = writeln!(
+                chains,
+                "set affinity-{id} {{ type {address}; flags dynamic,timeout; timeout {timeout_s}s; }}\n\
+                 chain endpoint-{id} {{\n {ip} saddr {} jump mark-for-masquerade\n update @affinity-{id} {{ {ip} saddr }}\n \
+                 meta l4proto {protocol} dnat to {endpoint}\n}}",
+                endpoint.ip(),
+            );
+        }
+    }
+}
+
+fn verdict_of(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::Reject => "goto reject-chain",
+        Refusal::Drop => "drop",
+    }
 }
 
 const BASE: &str = "\
-table ip kube-proxy
-delete table ip kube-proxy
-table ip kube-proxy {
+table %IP% kube-proxy
+delete table %IP% kube-proxy
+table %IP% kube-proxy {
 chain mark-for-masquerade { meta mark set mark or %MARK%; }
+set hairpin-connections { type %ADDRESS% . %ADDRESS% . inet_proto . inet_service; %HAIRPINS%; }
 chain masquerading {
+ %IP% saddr . %IP% daddr . meta l4proto . th dport @hairpin-connections masquerade fully-random
  meta mark & %MARK% == 0 return
  meta mark set mark xor %MARK%
  masquerade fully-random
 }
 chain reject-chain { reject; }
 %CHAINS%
-set cluster-ips { type ipv4_addr; %CLUSTER_IPS%; }
-map service-ips { type ipv4_addr . inet_proto . inet_service : verdict; %SERVICE_IPS%; }
-map service-nodeports { type inet_proto . inet_service : verdict; }
-map no-endpoint-services { type ipv4_addr . inet_proto . inet_service : verdict; %REJECTED%; }
-map no-endpoint-nodeports { type inet_proto . inet_service : verdict; }
+set cluster-ips { type %ADDRESS%; %CLUSTER_IPS%; }
+map service-ips { type %ADDRESS% . inet_proto . inet_service : verdict; %SERVICE_IPS%; }
+map service-nodeports { type inet_proto . inet_service : verdict; %NODE_PORTS%; }
+map no-endpoint-services { type %ADDRESS% . inet_proto . inet_service : verdict; %REFUSED%; }
+map no-endpoint-nodeports { type inet_proto . inet_service : verdict; %REFUSED_NODE_PORTS%; }
+map firewall-ips { type %ADDRESS% . inet_proto . inet_service : verdict; %FIREWALLS%; }
 chain services {
- ip daddr . meta l4proto . th dport vmap @service-ips
- fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @service-nodeports
+ %IP% daddr . meta l4proto . th dport vmap @service-ips
+ fib daddr type local %IP% daddr != %LOOPBACK% meta l4proto . th dport vmap @service-nodeports
 }
-chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
-chain nat-output { type nat hook output priority -100; jump services; }
-chain nat-postrouting { type nat hook postrouting priority srcnat; jump masquerading; }
-chain service-endpoints-check {
- ip daddr . meta l4proto . th dport vmap @no-endpoint-services
- fib daddr type local ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @no-endpoint-nodeports
+chain firewall-check { %IP% daddr . meta l4proto . th dport vmap @firewall-ips; }
+chain service-endpoints-check { %IP% daddr . meta l4proto . th dport vmap @no-endpoint-services; }
+chain nodeport-endpoints-check {
+ fib daddr type local %IP% daddr != %LOOPBACK% meta l4proto . th dport vmap @no-endpoint-nodeports
 }
-chain cluster-ips-check { ip daddr @cluster-ips reject; }
-chain filter-input { type filter hook input priority -110; ct state new jump service-endpoints-check; }
+chain cluster-ips-check { %IP% daddr @cluster-ips reject; }
+chain filter-prerouting { type filter hook prerouting priority -110; ct state new jump firewall-check; }
+chain filter-input {
+ type filter hook input priority -110
+ ct state new jump nodeport-endpoints-check
+ ct state new jump service-endpoints-check
+}
 chain filter-forward {
  type filter hook forward priority -110
  ct state new jump service-endpoints-check
@@ -108,7 +259,11 @@ chain filter-forward {
 chain filter-output {
  type filter hook output priority -110
  ct state new jump service-endpoints-check
- ct state new jump cluster-ips-check
+ ct state new jump firewall-check
 }
+chain filter-output-post-dnat { type filter hook output priority -90; ct state new jump cluster-ips-check; }
+chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+chain nat-output { type nat hook output priority -100; jump services; }
+chain nat-postrouting { type nat hook postrouting priority srcnat; jump masquerading; }
 }
 ";

@@ -7,6 +7,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_
 use super::address::{Family, Protocol};
 use super::netns::Door;
 
-/// How long a client waits for a connection, and for an answer. Long enough for a few retransmissions.
+/// How long a client waits for a connection, and for an answer, unless told otherwise. Long enough for a few retransmissions.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Threads that share the work of many clients.
@@ -26,11 +27,17 @@ const WORKERS: usize = 8;
 #[derive(Clone, Debug)]
 pub struct Client {
     door: Door,
+    patience: Duration,
 }
 
 impl Client {
     pub(super) fn new(door: &Door) -> Self {
-        Self { door: door.clone() }
+        Self { door: door.clone(), patience: PATIENCE }
+    }
+
+    /// The same, that waits no longer than this for a connection, and for an answer.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     pub(super) fn door(&self) -> &Door {
@@ -39,22 +46,22 @@ impl Client {
 
     /// One request on a new connection; returns the body without its final newline.
     pub fn http_get(&self, from: IpAddr, to: SocketAddr, path: &str) -> io::Result<String> {
-        self.door.run(|| Connection::open(Protocol::Tcp, from, to)?.ask_last(path))?
+        self.door.run(|| self.open(Protocol::Tcp, from, to)?.ask_last(path))?
     }
 
     /// One datagram from a new socket; returns the answer without its final newline.
     pub fn udp_ask(&self, from: IpAddr, to: SocketAddr, path: &str) -> io::Result<String> {
-        self.door.run(|| Connection::open(Protocol::Udp, from, to)?.ask(path))?
+        self.door.run(|| self.open(Protocol::Udp, from, to)?.ask(path))?
     }
 
     /// The name of the pod that answers a new connection, over either protocol.
     pub fn ask(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> io::Result<String> {
-        self.door.run(|| Connection::open(protocol, from, to)?.ask_last("/"))?
+        self.door.run(|| self.open(protocol, from, to)?.ask_last("/"))?
     }
 
     /// A connection to keep.
     pub fn connect(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> io::Result<Connection> {
-        self.door.run(|| Connection::open(protocol, from, to))?
+        self.door.run(|| self.open(protocol, from, to))?
     }
 
     /// The pod that answers each of these clients, each on a new connection, in the order of the clients.
@@ -63,30 +70,51 @@ impl Client {
     /// The first failure, with the client's address.
     pub fn ask_all(&self, protocol: Protocol, clients: Range<u32>, to: SocketAddr) -> io::Result<Vec<String>> {
         let family = family_of(to);
-        let share = clients.len().div_ceil(WORKERS).max(1);
         let clients: Vec<u32> = clients.collect();
-        let ask = |client: &u32| {
+        self.in_parallel(&clients, |client| {
             let from = family.client(*client);
-            Connection::open(protocol, from, to)
+            self.open(protocol, from, to)
                 .and_then(|mut connection| connection.ask_last("/"))
                 .map_err(|error| io::Error::new(error.kind(), format!("{from} to {to}: {error}")))
+        })
+    }
+
+    /// Does some work for each of these, in the client's namespace and on several threads, until one fails. The results
+    /// are in the order of the items.
+    ///
+    /// # Errors
+    /// A failure of the work.
+    pub fn in_parallel<T: Sync, U: Send>(
+        &self,
+        items: &[T],
+        work: impl Fn(&T) -> io::Result<U> + Sync,
+    ) -> io::Result<Vec<U>> {
+        let next = AtomicUsize::new(0);
+        let share = || -> io::Result<Vec<(usize, U)>> {
+            self.door.enter()?;
+            let mut done = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(item) = items.get(index) else { return Ok(done) };
+                let result = work(item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed));
+                done.push((index, result?));
+            }
         };
         thread::scope(|scope| {
-            let workers: Vec<_> = clients
-                .chunks(share)
-                .map(|share| {
-                    scope.spawn(move || {
-                        self.door.enter()?;
-                        share.iter().map(ask).collect::<io::Result<Vec<_>>>()
-                    })
-                })
-                .collect();
-            let mut names = Vec::with_capacity(clients.len());
+            let workers: Vec<_> = (0..WORKERS.min(items.len())).map(|_| scope.spawn(share)).collect();
+            let mut results = Vec::with_capacity(items.len());
             for worker in workers {
-                names.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+                results.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
             }
-            Ok(names)
+            results.sort_by_key(|(index, _)| *index);
+            Ok(results.into_iter().map(|(_, result)| result).collect())
         })
+    }
+
+    /// Opens a connection from `from`, any port, in the namespace of the calling thread: inside
+    /// [`Client::in_parallel`] the client's.
+    pub fn open(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> io::Result<Connection> {
+        Connection::open(protocol, from, to, self.patience)
     }
 }
 
@@ -94,21 +122,26 @@ impl Client {
 #[derive(Debug)]
 pub enum Connection {
     /// HTTP/1.1 over TCP.
-    Http(BufReader<TcpStream>),
+    Http {
+        /// Both ways.
+        stream: BufReader<TcpStream>,
+        /// Whether the server has said that its answer was the last.
+        ended: bool,
+    },
     /// Datagrams.
     Udp(UdpSocket),
 }
 
 impl Connection {
     /// Opens one from `from`, any port, in the namespace of the calling thread.
-    pub(super) fn open(protocol: Protocol, from: IpAddr, to: SocketAddr) -> io::Result<Self> {
+    pub(super) fn open(protocol: Protocol, from: IpAddr, to: SocketAddr, patience: Duration) -> io::Result<Self> {
         match protocol {
             Protocol::Tcp => {
-                let stream = TcpStream::from(socket(SocketType::STREAM, from, to)?);
+                let stream = TcpStream::from(socket(SocketType::STREAM, from, to, patience)?);
                 stream.set_nodelay(true)?;
-                Ok(Self::Http(BufReader::new(stream)))
+                Ok(Self::Http { stream: BufReader::new(stream), ended: false })
             }
-            Protocol::Udp => Ok(Self::Udp(socket(SocketType::DGRAM, from, to)?.into())),
+            Protocol::Udp => Ok(Self::Udp(socket(SocketType::DGRAM, from, to, patience)?.into())),
         }
     }
 
@@ -128,17 +161,27 @@ impl Connection {
     /// Also where this is no UDP socket.
     pub fn ask_and_leave(self, path: &str) -> io::Result<()> {
         match self {
-            Self::Http(_) => Err(io::ErrorKind::Unsupported.into()),
+            Self::Http { .. } => Err(io::ErrorKind::Unsupported.into()),
             Self::Udp(socket) => socket.send(path.as_bytes()).map(|_| ()),
+        }
+    }
+
+    /// Whether the server has said, with its last answer, that it ends the connection.
+    pub fn has_ended(&self) -> bool {
+        match self {
+            Self::Http { ended, .. } => *ended,
+            Self::Udp(_) => false,
         }
     }
 
     fn exchange(&mut self, path: &str, connection: &str) -> io::Result<String> {
         let mut body = match self {
-            Self::Http(stream) => {
+            Self::Http { stream, ended } => {
                 let request = format!("GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: {connection}\r\n\r\n");
                 stream.get_mut().write_all(request.as_bytes()).map_err(timed_out)?;
-                read_response(stream).map_err(timed_out)?
+                let body;
+                (body, *ended) = read_response(stream).map_err(timed_out)?;
+                body
             }
             Self::Udp(socket) => {
                 socket.send(path.as_bytes())?;
@@ -161,7 +204,7 @@ fn family_of(address: SocketAddr) -> Family {
 }
 
 /// A connected socket, in the namespace of the calling thread.
-fn socket(kind: SocketType, from: IpAddr, to: SocketAddr) -> io::Result<OwnedFd> {
+fn socket(kind: SocketType, from: IpAddr, to: SocketAddr, patience: Duration) -> io::Result<OwnedFd> {
     let domain = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(domain, kind, SocketFlags::CLOEXEC, None)?;
     // No interface has the client addresses: a local route for their prefix makes them ours.
@@ -171,7 +214,7 @@ fn socket(kind: SocketType, from: IpAddr, to: SocketAddr) -> io::Result<OwnedFd>
         sockopt::set_ipv6_freebind(&socket, true)?;
     }
     for direction in [sockopt::Timeout::Send, sockopt::Timeout::Recv] {
-        sockopt::set_socket_timeout(&socket, direction, Some(PATIENCE))?;
+        sockopt::set_socket_timeout(&socket, direction, Some(patience))?;
     }
     bind(&socket, &SocketAddr::new(from, 0))?;
     connect(&socket, &to).map_err(|error| timed_out(error.into()))?;
@@ -186,9 +229,11 @@ fn timed_out(error: io::Error) -> io::Error {
     }
 }
 
-fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
+/// The body, and whether it was the last.
+fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<(String, bool)> {
     let mut status = String::new();
     let mut length = 0;
+    let mut last = false;
     loop {
         let mut line = String::new();
         if stream.read_line(&mut line)? == 0 {
@@ -201,6 +246,8 @@ fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
             status = line.to_owned();
         } else if let Some(value) = line.strip_prefix("Content-Length: ") {
             length = value.parse().map_err(io::Error::other)?;
+        } else if line == "Connection: close" {
+            last = true;
         }
     }
     if status != "HTTP/1.1 200 OK" {
@@ -208,5 +255,5 @@ fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<String> {
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    String::from_utf8(body).map_err(io::Error::other)
+    Ok((String::from_utf8(body).map_err(io::Error::other)?, last))
 }

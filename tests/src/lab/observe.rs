@@ -107,8 +107,8 @@ impl Lab {
         self.settle(service)
     }
 
-    /// Waits until every frontend of a service has exactly its ready endpoints as candidates. A change of affinity alone
-    /// cannot be seen so.
+    /// Waits until the ClusterIPs of a service have exactly its ready endpoints as candidates; under the internal policy
+    /// Local those on node A. A change of affinity alone cannot be seen so.
     ///
     /// # Errors
     /// When that does not come about.
@@ -118,10 +118,10 @@ impl Lab {
             return self.settle_by_many(service, &wanted);
         }
         for family in Family::BOTH {
-            for (port, protocol, to, _) in service.frontends(family) {
-                let what = format!("{} {family} {port} has {wanted:?}", service.full_name());
+            for port in service.ports_of(family) {
+                let what = format!("{} {family} {} has {wanted:?}", service.full_name(), port.name);
                 eventually(&what, SYNC_PATIENCE, || {
-                    let said = self.explain(protocol, family.client(NEVER_DIALS), to)?;
+                    let said = self.explain(port.protocol, family.client(NEVER_DIALS), port.cluster_ip)?;
                     let names: BTreeSet<String> = said.candidates.into_iter().map(|pod| pod.name).collect();
                     Ok(said.verdict != "pass" && names == wanted)
                 })?;
@@ -136,9 +136,10 @@ impl Lab {
         eventually(&format!("{} has {wanted:?}", service.full_name()), SYNC_PATIENCE, || {
             let mut names = BTreeSet::new();
             for family in Family::BOTH {
-                for (_, protocol, to, _) in service.frontends(family) {
+                for port in service.ports_of(family) {
                     for probe in 0..PROBES {
-                        let said = self.explain(protocol, family.client(NEVER_DIALS - probe), to)?;
+                        let from = family.client(NEVER_DIALS - probe);
+                        let said = self.explain(port.protocol, from, port.cluster_ip)?;
                         if said.verdict == "pass" {
                             return Ok(false);
                         }

@@ -18,7 +18,7 @@ pub struct Pod {
 
 /// What a living pod has. The sockets close before the namespace goes.
 struct Life {
-    _server: Server,
+    server: Server,
     namespace: Namespace,
 }
 
@@ -40,7 +40,7 @@ impl Pod {
         pod_name(self.index)
     }
 
-    /// The node's end of the pod's veth.
+    /// The node's end of the pod's veth, on whichever node that is.
     pub fn device(&self) -> String {
         format!("pod{}", self.index)
     }
@@ -48,6 +48,19 @@ impl Pod {
     /// Where it lives, if it does.
     pub fn namespace(&self) -> Option<&Namespace> {
         self.life.as_ref().map(|life| &life.namespace)
+    }
+
+    /// Tells its servers to end, as a kubelet does by SIGTERM: they go on answering, and each answer over TCP says that it is
+    /// the last on its connection.
+    pub fn drain(&self) {
+        if let Some(life) = &self.life {
+            life.server.drain();
+        }
+    }
+
+    /// How many TCP connections its servers have.
+    pub fn connections(&self) -> usize {
+        self.life.as_ref().map_or(0, |life| life.server.connections())
     }
 
     /// The device goes first, so that no goodbye of the closing sockets gets out.
@@ -83,7 +96,7 @@ impl Pod {
             run(namespace.command("ethtool").args(["-K", "eth0", "tx", "off"]))?;
         }
         let server = Server::start(namespace.door(), &self.name())?;
-        self.life = Some(Life { _server: server, namespace });
+        self.life = Some(Life { server, namespace });
         Ok(())
     }
 

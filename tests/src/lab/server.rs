@@ -5,6 +5,7 @@
 //! | `/` | the pod's name |
 //! | `/port` | the port that was reached |
 //! | `/client` | the client's address, as the server sees it |
+//! | `/who` | the pod's name and the client's address |
 //! | `/bytes/N` | N bytes |
 //! | `/late` | the name, over UDP a while later |
 //!
@@ -14,6 +15,7 @@ use std::io;
 use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -37,25 +39,49 @@ const BACKLOG: i32 = 4096;
 /// The servers of one pod. Dropping it closes every socket.
 pub(super) struct Server {
     runtime: Option<Runtime>,
+    duty: Arc<Duty>,
+}
+
+/// What the tasks of a server have in common.
+struct Duty {
+    name: String,
+    /// It is to end: every answer is the last on its connection.
+    draining: AtomicBool,
+    /// TCP connections that are open.
+    connections: AtomicUsize,
 }
 
 impl Server {
     /// Starts the servers of the pod `name`, behind `door`, on all their ports and both families.
     pub(super) fn start(door: &Door, name: &str) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let name: Arc<str> = name.into();
+        let duty = Arc::new(Duty {
+            name: name.to_owned(),
+            draining: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+        });
         let context = runtime.enter();
         for port in HTTP_PORTS {
             let listener = std::net::TcpListener::from(door.run(|| listen_on(port))??);
             let listener = TcpListener::from_std(listener)?;
-            runtime.spawn(accept(listener, Arc::clone(&name)));
+            runtime.spawn(accept(listener, Arc::clone(&duty)));
         }
         for port in UDP_PORTS {
             let socket = StdUdpSocket::from(door.run(|| socket_on(SocketType::DGRAM, port))??);
-            runtime.spawn(echo(UdpSocket::from_std(socket)?, port, Arc::clone(&name)));
+            runtime.spawn(echo(UdpSocket::from_std(socket)?, port, Arc::clone(&duty)));
         }
         drop(context);
-        Ok(Self { runtime: Some(runtime) })
+        Ok(Self { runtime: Some(runtime), duty })
+    }
+
+    /// From here on every answer over TCP is the last on its connection.
+    pub(super) fn drain(&self) {
+        self.duty.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// How many TCP connections are open.
+    pub(super) fn connections(&self) -> usize {
+        self.duty.connections.load(Ordering::Relaxed)
     }
 }
 
@@ -83,18 +109,23 @@ fn listen_on(port: u16) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-async fn accept(listener: TcpListener, name: Arc<str>) {
+async fn accept(listener: TcpListener, duty: Arc<Duty>) {
     loop {
         // A client that has gone before it was accepted is no concern of the others.
         if let Ok((stream, peer)) = listener.accept().await {
-            let name = Arc::clone(&name);
-            tokio::spawn(async move { converse(stream, peer, &name).await });
+            let duty = Arc::clone(&duty);
+            tokio::spawn(async move {
+                duty.connections.fetch_add(1, Ordering::Relaxed);
+                // Whatever a client does is no failure of the server.
+                let _ = converse(stream, peer, &duty).await;
+                duty.connections.fetch_sub(1, Ordering::Relaxed);
+            });
         }
     }
 }
 
 /// Answers request after request on one connection, until the client closes it or asks for that.
-async fn converse(mut stream: TcpStream, peer: SocketAddr, name: &str) -> io::Result<()> {
+async fn converse(mut stream: TcpStream, peer: SocketAddr, duty: &Duty) -> io::Result<()> {
     let port = stream.local_addr()?.port();
     stream.set_nodelay(true)?;
     let mut input = Vec::new();
@@ -102,12 +133,13 @@ async fn converse(mut stream: TcpStream, peer: SocketAddr, name: &str) -> io::Re
         let Some(head) = read_head(&mut stream, &mut input).await? else { return Ok(()) };
         let mut words = head.split_ascii_whitespace();
         let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let (status, body) = match answer(path, name, port, peer) {
+        let (status, body) = match answer(path, &duty.name, port, peer) {
             _ if method != "GET" => ("405 Method Not Allowed", Vec::new()),
             Some(body) => ("200 OK", body),
             None => ("404 Not Found", Vec::new()),
         };
-        let close = head.to_ascii_lowercase().contains("\r\nconnection: close");
+        let asked_to = head.to_ascii_lowercase().contains("\r\nconnection: close");
+        let close = asked_to || duty.draining.load(Ordering::Relaxed);
         let connection = if close { "close" } else { "keep-alive" };
         let mut response =
             format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n", body.len())
@@ -133,7 +165,7 @@ async fn read_head(stream: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<Op
     }
 }
 
-async fn echo(socket: UdpSocket, port: u16, name: Arc<str>) {
+async fn echo(socket: UdpSocket, port: u16, duty: Arc<Duty>) {
     let mut datagram = [0; 128];
     loop {
         // Errors here tell of clients that no longer listen.
@@ -142,7 +174,7 @@ async fn echo(socket: UdpSocket, port: u16, name: Arc<str>) {
         if path == LATE {
             tokio::time::sleep(LATE_BY).await;
         }
-        let body = answer(&path, &name, port, peer).unwrap_or_default();
+        let body = answer(&path, &duty.name, port, peer).unwrap_or_default();
         let _ = socket.send_to(&body, peer).await;
     }
 }
@@ -155,6 +187,7 @@ fn answer(path: &str, name: &str, port: u16, peer: SocketAddr) -> Option<Vec<u8>
     match path {
         "/" | LATE => Some(format!("{name}\n").into_bytes()),
         "/port" => Some(format!("{port}\n").into_bytes()),
+        "/who" => Some(format!("{name} {}\n", peer.ip().to_canonical()).into_bytes()),
         "/client" => Some(format!("{}\n", peer.ip().to_canonical()).into_bytes()),
         _ => path.strip_prefix("/bytes/")?.parse().ok().map(|count| vec![b'x'; count]),
     }

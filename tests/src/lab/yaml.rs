@@ -1,15 +1,24 @@
 //! Services as their users write them: Kubernetes YAML, a Service and one EndpointSlice for each family.
 
+mod exposure;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::SocketAddr;
 
-use super::NODE_NAME;
-use super::address::{Family, Protocol};
+use super::address::{FIRST_OF_B, Family, Protocol};
+use super::{NODE_B_NAME, NODE_NAME};
+use exposure::{Exposure, LoadBalancer};
+pub use exposure::{Frontend, Policy};
 
 /// The name of the pod with this index.
 pub fn pod_name(index: usize) -> String {
     format!("pod-{index}")
+}
+
+/// The name of the node that the pod with this index is on.
+pub fn node_of(index: usize) -> &'static str {
+    if index < FIRST_OF_B { NODE_NAME } else { NODE_B_NAME }
 }
 
 /// What an EndpointSlice says of one endpoint.
@@ -30,6 +39,34 @@ struct Port {
     protocol: Protocol,
     port: u16,
     target_port: u16,
+    node_port: Option<u16>,
+}
+
+/// An endpoint, by the index of its pod.
+#[derive(Clone, Debug)]
+struct Endpoint {
+    state: EndpointState,
+    /// What `hints` says, as YAML in one line.
+    hints: Option<String>,
+}
+
+/// One port of a service in one family, as a client and a proxy see it.
+#[derive(Clone, Debug)]
+pub struct ServicePort {
+    /// Its name.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// The service's address.
+    pub cluster_ip: SocketAddr,
+    /// The ingress IPs that the node takes packets for.
+    pub load_balancer: Option<SocketAddr>,
+    /// The external IP.
+    pub external_ip: Option<SocketAddr>,
+    /// The port on the node's addresses.
+    pub node_port: Option<u16>,
+    /// The pods' port.
+    pub target_port: u16,
 }
 
 /// A Service of the namespace `default` with both families, and its endpoints among a lab's pods.
@@ -48,7 +85,8 @@ pub struct Service {
     client_ip: bool,
     timeout_s: Option<u32>,
     annotations: BTreeMap<String, String>,
-    endpoints: BTreeMap<usize, EndpointState>,
+    endpoints: BTreeMap<usize, Endpoint>,
+    exposure: Exposure,
 }
 
 impl Service {
@@ -62,6 +100,7 @@ impl Service {
             timeout_s: None,
             annotations: BTreeMap::new(),
             endpoints: BTreeMap::new(),
+            exposure: Exposure::default(),
         }
     }
 
@@ -76,7 +115,64 @@ impl Service {
     }
 
     fn port(mut self, protocol: Protocol, name: &str, port: u16, target_port: u16) -> Self {
-        self.ports.push(Port { name: name.to_owned(), protocol, port, target_port });
+        self.ports.push(Port { name: name.to_owned(), protocol, port, target_port, node_port: None });
+        self
+    }
+
+    /// With node ports, as `type: NodePort`: this one for the first port, the next one for the next.
+    pub fn node_ports(mut self, first: u16) -> Self {
+        self.exposure.has_node_ports = true;
+        for (port, node_port) in self.ports.iter_mut().zip(first..) {
+            port.node_port = Some(node_port);
+        }
+        self
+    }
+
+    /// With a load balancer whose ingress IPs the node takes packets for; `ipMode` is not said.
+    pub fn load_balancer(mut self) -> Self {
+        self.exposure.load_balancer = Some(LoadBalancer::Unsaid);
+        self
+    }
+
+    /// The same, and `ipMode` is said to be `VIP`.
+    pub fn load_balancer_vip(mut self) -> Self {
+        self.exposure.load_balancer = Some(LoadBalancer::Vip);
+        self
+    }
+
+    /// With a load balancer that wants to see the packets for its ingress IPs: `ipMode: Proxy`.
+    pub fn load_balancer_proxy(mut self) -> Self {
+        self.exposure.load_balancer = Some(LoadBalancer::Proxy);
+        self
+    }
+
+    /// With an external IP for each family.
+    pub fn external_ips(mut self) -> Self {
+        self.exposure.has_external_ip = true;
+        self
+    }
+
+    /// With this `internalTrafficPolicy`.
+    pub fn internal(mut self, policy: Policy) -> Self {
+        self.exposure.internal = policy;
+        self
+    }
+
+    /// With this `externalTrafficPolicy`.
+    pub fn external(mut self, policy: Policy) -> Self {
+        self.exposure.external = policy;
+        self
+    }
+
+    /// With `loadBalancerSourceRanges`.
+    pub fn source_ranges(mut self, ranges: &[&str]) -> Self {
+        self.exposure.source_ranges = ranges.iter().map(|range| range.to_string()).collect();
+        self
+    }
+
+    /// With `healthCheckNodePort`.
+    pub fn health_check(mut self, port: u16) -> Self {
+        self.exposure.health_check_node_port = Some(port);
         self
     }
 
@@ -108,13 +204,40 @@ impl Service {
 
     /// With these pods, all ready, as its only endpoints.
     pub fn on(self, pods: impl IntoIterator<Item = usize>) -> Self {
-        let endpoints = pods.into_iter().map(|pod| (pod, EndpointState::Ready)).collect();
-        Self { endpoints, ..self }
+        let ready = Endpoint { state: EndpointState::Ready, hints: None };
+        Self { endpoints: pods.into_iter().map(|pod| (pod, ready.clone())).collect(), ..self }
     }
 
     /// With this pod as one of its endpoints, in this state.
     pub fn endpoint(mut self, pod: usize, state: EndpointState) -> Self {
-        self.endpoints.insert(pod, state);
+        self.endpoints.insert(pod, Endpoint { state, hints: None });
+        self
+    }
+
+    /// With a hint that the endpoint on this pod is for the node with this name.
+    ///
+    /// # Panics
+    /// When the pod is no endpoint.
+    pub fn hinted_for_node(self, pod: usize, node: &str) -> Self {
+        self.hinted(pod, format!("{{forNodes: [{{name: {node}}}]}}"))
+    }
+
+    /// With a hint that the endpoint on this pod is for nodes in this zone.
+    ///
+    /// # Panics
+    /// When the pod is no endpoint.
+    pub fn hinted_for_zone(self, pod: usize, zone: &str) -> Self {
+        self.hinted(pod, format!("{{forZones: [{{name: {zone}}}]}}"))
+    }
+
+    fn hinted(mut self, pod: usize, hints: String) -> Self {
+        self.endpoints.get_mut(&pod).expect("an endpoint").hints = Some(hints);
+        self
+    }
+
+    /// Without this pod among its endpoints.
+    pub fn without(mut self, pod: usize) -> Self {
+        self.endpoints.remove(&pod);
         self
     }
 
@@ -143,18 +266,65 @@ impl Service {
         SocketAddr::new(family.cluster_ip(self.number), port.port)
     }
 
-    /// Every port of one family: its name, its protocol, where clients dial it, and the pods' port.
-    pub fn frontends(&self, family: Family) -> impl Iterator<Item = (&str, Protocol, SocketAddr, u16)> {
-        self.ports.iter().map(move |port| {
-            let address = SocketAddr::new(family.cluster_ip(self.number), port.port);
-            (port.name.as_str(), port.protocol, address, port.target_port)
+    /// Where clients dial the first port of this protocol, by this kind of address; None: the service has no such one.
+    pub fn address(&self, frontend: Frontend, family: Family, protocol: Protocol) -> Option<SocketAddr> {
+        let port = self.ports_of(family).find(|port| port.protocol == protocol)?;
+        let [on_wire, inside] = family.node_addresses();
+        match frontend {
+            Frontend::ClusterIp => Some(port.cluster_ip),
+            Frontend::NodePort => Some(SocketAddr::new(on_wire, port.node_port?)),
+            Frontend::NodePortInside => Some(SocketAddr::new(inside, port.node_port?)),
+            Frontend::LoadBalancer => {
+                let port = port.cluster_ip.port();
+                self.exposure.load_balancer.map(|_| SocketAddr::new(family.load_balancer_ip(self.number), port))
+            }
+            Frontend::ExternalIp => port.external_ip,
+        }
+    }
+
+    /// Every port, in one family.
+    pub fn ports_of(&self, family: Family) -> impl Iterator<Item = ServicePort> {
+        let number = self.number;
+        self.ports.iter().map(move |port| ServicePort {
+            name: port.name.clone(),
+            protocol: port.protocol,
+            cluster_ip: SocketAddr::new(family.cluster_ip(number), port.port),
+            load_balancer: match self.exposure.load_balancer {
+                None | Some(LoadBalancer::Proxy) => None,
+                Some(_) => Some(SocketAddr::new(family.load_balancer_ip(number), port.port)),
+            },
+            external_ip: self.exposure.has_external_ip.then(|| SocketAddr::new(family.external_ip(number), port.port)),
+            node_port: port.node_port,
+            target_port: port.target_port,
         })
     }
 
-    /// The indices of the pods that are ready.
+    /// The internal traffic policy.
+    pub fn internal_policy(&self) -> Policy {
+        self.exposure.internal
+    }
+
+    /// The external traffic policy.
+    pub fn external_policy(&self) -> Policy {
+        self.exposure.external
+    }
+
+    /// The source ranges of one family.
+    pub fn source_ranges_of(&self, family: Family) -> impl Iterator<Item = &str> {
+        let of_family = move |range: &&str| range.contains(':') == (family == Family::V6);
+        self.exposure.source_ranges.iter().map(String::as_str).filter(of_family)
+    }
+
+    /// The indices of the pods that are ready, and may be reached by the ClusterIP.
     pub fn ready_pods(&self) -> impl Iterator<Item = usize> {
-        let ready = |(_, state): &(&usize, &EndpointState)| **state == EndpointState::Ready;
-        self.endpoints.iter().filter(ready).map(|(pod, _)| *pod)
+        let is_reached = |pod| self.exposure.internal == Policy::Cluster || pod < FIRST_OF_B;
+        let ready = self.endpoints().filter(|(_, state)| *state == EndpointState::Ready);
+        ready.map(|(pod, _)| pod).filter(move |pod| is_reached(*pod))
+    }
+
+    /// The endpoints: the indices of their pods, and their states.
+    pub fn endpoints(&self) -> impl Iterator<Item = (usize, EndpointState)> {
+        self.endpoints.iter().map(|(pod, endpoint)| (*pod, endpoint.state))
     }
 
     /// The YAML: one document for the Service, and one for each family's EndpointSlice.
@@ -168,7 +338,7 @@ impl Service {
     }
 
     fn service_yaml(&self) -> String {
-        let Self { name, number, .. } = self;
+        let Self { name, number, exposure, .. } = self;
         let (v4, v6) = (Family::V4.cluster_ip(*number), Family::V6.cluster_ip(*number));
         let affinity = match (self.client_ip, self.timeout_s) {
             (false, _) => "  sessionAffinity: None\n".to_owned(),
@@ -186,17 +356,19 @@ impl Service {
         let ports: String = self
             .ports
             .iter()
-            .map(|Port { name, protocol, port, target_port }| {
+            .map(|Port { name, protocol, port, target_port, node_port }| {
+                let node_port = node_port.map(|port| format!("      nodePort: {port}\n")).unwrap_or_default();
                 format!(
                     "    - name: {name}\n      protocol: {protocol}\n      port: {port}\n      \
-                     targetPort: {target_port}\n"
+                     targetPort: {target_port}\n{node_port}"
                 )
             })
             .collect();
+        let (kind, spec, status) = (exposure.kind(), exposure.spec_yaml(*number), exposure.status_yaml(*number));
         format!(
             "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: default\n{annotations}\
-             spec:\n  type: ClusterIP\n  clusterIP: {v4}\n  clusterIPs: [\"{v4}\", \"{v6}\"]\n  \
-             ipFamilies: [IPv4, IPv6]\n  ipFamilyPolicy: RequireDualStack\n{affinity}  ports:\n{ports}"
+             spec:\n  type: {kind}\n  clusterIP: {v4}\n  clusterIPs: [\"{v4}\", \"{v6}\"]\n  \
+             ipFamilies: [IPv4, IPv6]\n  ipFamilyPolicy: RequireDualStack\n{affinity}{spec}  ports:\n{ports}{status}"
         )
     }
 
@@ -212,21 +384,80 @@ impl Service {
             let _ = writeln!(yaml, "  - name: {name}\n    protocol: {protocol}\n    port: {target_port}");
         }
         yaml += if self.endpoints.is_empty() { "endpoints: []\n" } else { "endpoints:\n" };
-        for (pod, state) in &self.endpoints {
+        for (pod, Endpoint { state, hints }) in &self.endpoints {
             let (ready, serving, terminating) = match state {
                 EndpointState::Ready => (true, true, false),
                 EndpointState::NotReady => (false, false, false),
                 EndpointState::Terminating => (false, true, true),
             };
+            let hints = hints.as_ref().map(|hints| format!("    hints: {hints}\n")).unwrap_or_default();
             let _ = writeln!(
                 yaml,
                 "  - addresses: [\"{}\"]\n    conditions: {{ready: {ready}, serving: {serving}, \
-                 terminating: {terminating}}}\n    nodeName: {NODE_NAME}\n    targetRef: {{kind: Pod, \
+                 terminating: {terminating}}}\n{hints}    nodeName: {}\n    targetRef: {{kind: Pod, \
                  namespace: default, name: {}}}",
                 family.pod(*pod),
+                node_of(*pod),
                 pod_name(*pod)
             );
         }
         yaml
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, Result, ensure};
+    use k8s_openapi::api::core::v1::Service as KubernetesService;
+    use k8s_openapi::api::discovery::v1::EndpointSlice;
+
+    use super::*;
+
+    /// Reads an object, and fails on a field that Kubernetes does not have.
+    fn read<T: serde::de::DeserializeOwned>(yaml: &str) -> Result<T> {
+        let value: serde_json::Value = serde_saphyr::from_str(yaml).with_context(|| yaml.to_owned())?;
+        let mut unknown = Vec::new();
+        let object = serde_ignored::deserialize(&value, |path| unknown.push(path.to_string()));
+        unknown.retain(|field| field != "apiVersion" && field != "kind");
+        ensure!(unknown.is_empty(), "unknown fields {unknown:?} in\n{yaml}");
+        object.with_context(|| yaml.to_owned())
+    }
+
+    #[test]
+    fn everything_is_said_in_kubernetes_own_fields() -> Result<()> {
+        let service = Service::new("web", 10)
+            .tcp("http", 80, 8080)
+            .udp("dns", 53, 5353)
+            .client_ip_for(60)
+            .node_ports(30_080)
+            .load_balancer_vip()
+            .external_ips()
+            .internal(Policy::Local)
+            .external(Policy::Local)
+            .source_ranges(&["198.18.0.0/16", "2001:db8:c::/64"])
+            .health_check(32_000)
+            .on([0, FIRST_OF_B])
+            .endpoint(1, EndpointState::Terminating)
+            .hinted_for_node(0, NODE_NAME)
+            .hinted_for_zone(FIRST_OF_B, "zone-b");
+        let yaml = service.to_yaml();
+        let documents: Vec<&str> = yaml.split("---\n").collect();
+        let [object, v4, v6] = documents[..] else { panic!("{yaml}") };
+        let spec = read::<KubernetesService>(object)?.spec.context("spec")?;
+        assert_eq!(spec.type_.as_deref(), Some("LoadBalancer"));
+        assert_eq!(spec.internal_traffic_policy.as_deref(), Some("Local"));
+        assert_eq!(spec.external_traffic_policy.as_deref(), Some("Local"));
+        assert_eq!(spec.health_check_node_port, Some(32_000));
+        assert_eq!(spec.external_ips.map(|ips| ips.len()), Some(2));
+        let node_ports: Vec<_> = spec.ports.iter().flatten().filter_map(|port| port.node_port).collect();
+        assert_eq!(node_ports, [30_080, 30_081]);
+        for slice in [v4, v6] {
+            let endpoints = read::<EndpointSlice>(slice)?.endpoints.context("endpoints")?;
+            let nodes: Vec<_> = endpoints.iter().filter_map(|endpoint| endpoint.node_name.as_deref()).collect();
+            assert_eq!(nodes, [NODE_NAME, NODE_NAME, NODE_B_NAME]);
+            assert!(endpoints[0].hints.as_ref().is_some_and(|hints| hints.for_nodes.is_some()));
+            assert!(endpoints[2].hints.as_ref().is_some_and(|hints| hints.for_zones.is_some()));
+        }
+        Ok(())
     }
 }

@@ -12,7 +12,8 @@ use affinity_tests::{
     },
 };
 
-use crate::{dice::Dice, world::World};
+use crate::world::World;
+use affinity_tests::dice::Dice;
 
 /// A frame, and where it is met.
 pub(crate) fn random(dice: &mut Dice, world: &World) -> (Hook, Vec<u8>) {

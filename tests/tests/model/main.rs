@@ -3,7 +3,6 @@
 //!
 //! `AFFINITY_SEED=N` runs another sequence than the usual one; a failure names the seed that repeats it.
 
-mod dice;
 mod frames;
 mod world;
 
@@ -16,7 +15,8 @@ use affinity_common::{
 use affinity_tests::kernel::{Fixed, Hook, Kernel, SMALL, State, run_model};
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{dice::Dice, world::World};
+use crate::world::World;
+use affinity_tests::dice::Dice;
 
 /// The usual sequence.
 const SEED: u64 = 20;

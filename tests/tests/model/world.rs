@@ -18,7 +18,7 @@ use affinity_tests::{
     lab::Family,
 };
 
-use crate::dice::Dice;
+use affinity_tests::dice::Dice;
 
 const SECOND_NS: u64 = 1_000_000_000;
 const TIMEOUTS_NS: [u64; 5] = [SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS, TIMEOUT_UNLIMITED, 0];

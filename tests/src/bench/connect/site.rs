@@ -126,7 +126,7 @@ fn translate(way: Way, size: Size, lab: &Lab, cgroup: &Cgroup) -> Result<(Option
 
 /// kube-proxy's rules. What it remembers of closed connections leaves soon, or its table would be full after a few rounds.
 fn install(mode: Mode, size: Size, lab: &Lab) -> Result<()> {
-    mode.install(lab, &size.cluster())?;
+    mode.install_one(Family::V4, lab, &size.cluster())?;
     lab.node().sysctl(&[("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")])
 }
 

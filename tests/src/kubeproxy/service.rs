@@ -1,0 +1,122 @@
+//! What kube-proxy works out of a service port before it writes any rule.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::lab::{EndpointState, FIRST_OF_B, Family, Policy, Protocol, Service};
+
+/// One port of a service in one family, as both rule sets want it.
+pub(super) struct ServicePort {
+    /// `ns/name:port`, as in kube-proxy's comments and hashes.
+    pub(super) name: String,
+    pub(super) protocol: &'static str,
+    pub(super) cluster_ip: IpAddr,
+    /// The port of the ClusterIP, the ingress IP and the external IP.
+    pub(super) port: u16,
+    pub(super) load_balancer: Option<IpAddr>,
+    pub(super) external_ip: Option<IpAddr>,
+    pub(super) node_port: Option<u16>,
+    pub(super) affinity_timeout_s: Option<u32>,
+    pub(super) internal: Policy,
+    pub(super) external: Policy,
+    pub(super) source_ranges: Vec<String>,
+    /// Every endpoint that one of the pools has.
+    pub(super) endpoints: Vec<SocketAddr>,
+    /// Indices of `endpoints`: those for the policy Cluster.
+    pub(super) cluster: Vec<usize>,
+    /// Indices of `endpoints`: those for the policy Local.
+    pub(super) local: Vec<usize>,
+}
+
+/// What becomes of a packet that no endpoint takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// The client is told.
+    Reject,
+    /// It is not.
+    Drop,
+}
+
+impl ServicePort {
+    pub(super) fn all_of(service: &Service, family: Family) -> Vec<Self> {
+        let listed: Vec<(usize, EndpointState)> = service.endpoints().collect();
+        let cluster = usable(&listed, |_| true);
+        let local = usable(&listed, |pod| pod < FIRST_OF_B);
+        let mut pods: Vec<usize> = cluster.iter().chain(&local).copied().collect();
+        pods.sort_unstable();
+        pods.dedup();
+        let indices = |of: &[usize]| of.iter().filter_map(|pod| pods.binary_search(pod).ok()).collect();
+        let port = |port: crate::lab::ServicePort| Self {
+            name: format!("{}:{}", service.full_name(), port.name),
+            protocol: match port.protocol {
+                Protocol::Tcp => "tcp",
+                Protocol::Udp => "udp",
+            },
+            cluster_ip: port.cluster_ip.ip(),
+            port: port.cluster_ip.port(),
+            load_balancer: port.load_balancer.map(|to| to.ip()),
+            external_ip: port.external_ip.map(|to| to.ip()),
+            node_port: port.node_port,
+            affinity_timeout_s: service.affinity_timeout_s(),
+            internal: service.internal_policy(),
+            external: service.external_policy(),
+            source_ranges: service.source_ranges_of(family).map(str::to_owned).collect(),
+            endpoints: pods.iter().map(|pod| SocketAddr::new(family.pod(*pod), port.target_port)).collect(),
+            cluster: indices(&cluster),
+            local: indices(&local),
+        };
+        service.ports_of(family).map(port).collect()
+    }
+
+    /// Whether clients outside the cluster have an address to dial.
+    pub(super) fn is_external(&self) -> bool {
+        self.load_balancer.is_some() || self.external_ip.is_some() || self.node_port.is_some()
+    }
+
+    pub(super) fn has_endpoints(&self) -> bool {
+        !self.endpoints.is_empty()
+    }
+
+    /// The endpoints for this policy.
+    pub(super) fn pool(&self, policy: Policy) -> &[usize] {
+        match policy {
+            Policy::Cluster => &self.cluster,
+            Policy::Local => &self.local,
+        }
+    }
+
+    /// The policies whose chains are needed: an external frontend under Local needs both, as pods and the node itself are
+    /// not subject to it.
+    pub(super) fn policies(&self) -> Vec<Policy> {
+        let is_used = |policy| match policy {
+            Policy::Cluster => self.internal == policy || self.is_external(),
+            Policy::Local => self.internal == policy || (self.is_external() && self.external == policy),
+        };
+        Policy::BOTH.into_iter().filter(|policy| is_used(*policy) && !self.pool(*policy).is_empty()).collect()
+    }
+
+    /// What to do with a packet for which this policy has no endpoint; None: it has.
+    pub(super) fn refusal(&self, policy: Policy) -> Option<Refusal> {
+        match (self.pool(policy).is_empty(), self.has_endpoints()) {
+            (false, _) => None,
+            (true, true) => Some(Refusal::Drop),
+            (true, false) => Some(Refusal::Reject),
+        }
+    }
+
+    /// The ingress and external IPs.
+    pub(super) fn external_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.external_ip.into_iter().chain(self.load_balancer)
+    }
+}
+
+/// Those that are ready; if there are none, those that serve until they end.
+fn usable(listed: &[(usize, EndpointState)], is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
+    let of_state = |wanted| {
+        let is_one = |(pod, state): &&(usize, EndpointState)| *state == wanted && is_meant(*pod);
+        listed.iter().filter(is_one).map(|(pod, _)| *pod).collect::<Vec<usize>>()
+    };
+    match of_state(EndpointState::Ready) {
+        ready if ready.is_empty() => of_state(EndpointState::Terminating),
+        ready => ready,
+    }
+}

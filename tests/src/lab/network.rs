@@ -1,0 +1,94 @@
+//! The namespaces of the nodes and of the clients, and the wires between them.
+
+use affinity_user::objects::LIMITS;
+use anyhow::{Context, Result};
+use aya::Ebpf;
+use aya::programs::{Xdp, XdpMode};
+
+use super::netns::{self, Namespace};
+use super::{UNDERLAY_WIRE, WIRE, address};
+
+/// A namespace that forwards.
+pub(super) fn node_namespace(name: String) -> Result<Namespace> {
+    let node = Namespace::create(name)?;
+    node.sysctl(&[
+        ("ipv4/ip_forward", "1"),
+        ("ipv4/conf/all/rp_filter", "0"),
+        ("ipv4/conf/default/rp_filter", "0"),
+        ("ipv6/conf/all/forwarding", "1"),
+        ("ipv6/conf/default/forwarding", "1"),
+        ("ipv6/conf/default/accept_dad", "0"),
+    ])?;
+    node.ip("link set lo up")?;
+    Ok(node)
+}
+
+/// The clients' namespace, and the wire between it and the node.
+pub(super) fn client_namespace(name: String, node: &Namespace) -> Result<Namespace> {
+    let client = Namespace::create(name)?;
+    client.sysctl(&[("ipv6/conf/default/accept_dad", "0")])?;
+    let mut on_node = format!("link add {WIRE} type veth peer name eth0 netns {}\n", client.name());
+    let mut on_client = "link set lo up\n".to_owned();
+    for (index, length) in [24, 64].into_iter().enumerate() {
+        let (router, next_hop) = (address::NODE[index], address::WIRE_CLIENT[index]);
+        on_node += &format!("addr add {router}/{length} dev {WIRE}\n");
+        on_client += &format!("addr add {next_hop}/{length} dev eth0\n");
+    }
+    on_node += &format!("link set {WIRE} up\n");
+    on_client += "link set eth0 up\n";
+    for (index, clients) in address::CLIENTS.into_iter().enumerate() {
+        let (router, next_hop) = (address::NODE[index], address::WIRE_CLIENT[index]);
+        on_node += &format!("route add {clients} via {next_hop}\n");
+        // Every address of the prefix is local, without being configured.
+        on_client += &format!("route add local {clients} dev lo\n");
+        let services = address::SERVICES.map(|prefixes| prefixes[index]);
+        for behind in [address::PODS[index]].into_iter().chain(services) {
+            on_client += &format!("route add {behind} via {router}\n");
+        }
+    }
+    node.ip(&on_node)?;
+    client.ip(&on_client)?;
+    ethtool(&client, "eth0", &["tx", "off", "gro", "on"])?;
+    Ok(client)
+}
+
+/// Puts an XDP program that passes everything on a device, until what is returned is dropped.
+pub(crate) fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
+    namespace.run(|| {
+        let mut limits = Ebpf::load(LIMITS)?;
+        let pass: &mut Xdp = limits.program_mut("xdp_pass").context("program xdp_pass")?.try_into()?;
+        pass.load()?;
+        pass.attach(device, XdpMode::Driver)?;
+        Ok(limits)
+    })?
+}
+
+/// Switches offloads of a device.
+pub(crate) fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
+    netns::run(namespace.command("ethtool").args(["-K", device]).args(switches))
+}
+
+/// The wire between the nodes, and the routes over it. Whatever node A knows no better way to goes to the clients, so
+/// that the rules of a packet filter see what is for an address that nobody has.
+pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace) -> Result<()> {
+    let mut on_a = format!("link add {UNDERLAY_WIRE} type veth peer name {UNDERLAY_WIRE} netns {}\n", node_b.name());
+    let (mut on_b, mut on_client) = (String::new(), String::new());
+    for (index, length) in [24, 64].into_iter().enumerate() {
+        on_a += &format!("addr add {}/{length} dev {UNDERLAY_WIRE}\n", address::UNDERLAY_A[index]);
+        on_b += &format!("addr add {}/{length} dev {UNDERLAY_WIRE}\n", address::UNDERLAY_B[index]);
+    }
+    on_a += &format!("link set {UNDERLAY_WIRE} up\n");
+    on_b += &format!("link set {UNDERLAY_WIRE} up\n");
+    for index in 0..2 {
+        on_a += &format!("route add {} via {}\n", address::PODS_B[index], address::UNDERLAY_B[index]);
+        on_a += &format!("route add default via {}\n", address::WIRE_CLIENT[index]);
+        on_b += &format!("route add default via {}\n", address::UNDERLAY_A[index]);
+        on_client += &format!("route add {} via {}\n", address::UNDERLAY[index], address::NODE[index]);
+    }
+    node_a.ip(&on_a)?;
+    node_b.ip(&on_b)?;
+    client.ip(&on_client)?;
+    // One client may be refused more often than the kernel would tell it.
+    node_a.sysctl(&[("ipv4/icmp_ratelimit", "0"), ("ipv6/icmp/ratelimit", "0")])?;
+    ethtool(node_b, UNDERLAY_WIRE, &["tx", "off", "gro", "on"])
+}

@@ -1,0 +1,204 @@
+//! What is asked: services of every shape, and questions to them, chosen by a seed.
+
+use affinity_tests::dice::Dice;
+use affinity_tests::lab::{EndpointState, FIRST_OF_B, Family, Frontend, PODS, Policy, Protocol, Service};
+
+use EndpointState::{NotReady, Ready, Terminating};
+
+/// The pods that are endpoints, node A's and node B's. The first asks too.
+pub(crate) const ENDPOINTS: [[usize; 2]; 2] = [[0, 1], [FIRST_OF_B, FIRST_OF_B + 1]];
+/// A pod of node A that is nobody's endpoint.
+pub(crate) const BYSTANDER_A: usize = 2;
+/// A pod of node B that is nobody's endpoint.
+pub(crate) const BYSTANDER_B: usize = FIRST_OF_B + 2;
+/// Every pod that asks.
+pub(crate) const ASKING_PODS: [usize; 3] = [ENDPOINTS[0][0], BYSTANDER_A, BYSTANDER_B];
+
+/// How often a question is asked at most, each time by another client where there are several.
+pub(crate) const ATTEMPTS: u32 = 64;
+
+/// The states of a node's two endpoints; None: it is not one.
+const SHAPES: [[Option<EndpointState>; 2]; 6] = [
+    [None, None],
+    [Some(Ready), None],
+    [Some(Ready), Some(Ready)],
+    [Some(Ready), Some(Terminating)],
+    [Some(Terminating), Some(NotReady)],
+    [Some(NotReady), None],
+];
+/// Services of each pair of shapes.
+const ROUNDS: usize = 2;
+/// Questions to each service.
+const QUESTIONS: usize = 8;
+/// The first client outside `Ranges::Outside`.
+const FIRST_STRANGER: u32 = 1 << 16;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Source {
+    /// Clients outside the cluster.
+    Outside,
+    /// Such clients, elsewhere.
+    Stranger,
+    /// The pod with this index.
+    Pod(usize),
+    /// A process in node A's own network namespace.
+    Node,
+}
+
+impl Source {
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Outside,
+        Self::Stranger,
+        Self::Pod(ASKING_PODS[0]),
+        Self::Pod(ASKING_PODS[1]),
+        Self::Pod(ASKING_PODS[2]),
+        Self::Node,
+    ];
+
+    pub(crate) fn is_outside(self) -> bool {
+        matches!(self, Self::Outside | Self::Stranger)
+    }
+}
+
+/// `loadBalancerSourceRanges`, by whom they let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ranges {
+    /// Everybody: there are none.
+    Unsaid,
+    /// `Source::Outside`.
+    Outside,
+    /// The pods.
+    Pods,
+    /// The node.
+    Node,
+    /// `Source::Outside` by IPv4, and everybody by IPv6.
+    OneFamily,
+}
+
+impl Ranges {
+    fn all(self) -> &'static [&'static str] {
+        match self {
+            Self::Unsaid => &[],
+            Self::Outside => &["198.18.0.0/16", "2001:db8:c::/112"],
+            Self::Pods => &PODS,
+            Self::Node => &["192.0.2.0/24", "198.51.100.0/24", "2001:db8::/64", "2001:db8:1::/64"],
+            Self::OneFamily => &["198.18.0.0/16"],
+        }
+    }
+
+    pub(crate) fn let_in(self, source: Source, family: Family) -> bool {
+        match self {
+            Self::Unsaid => true,
+            Self::Outside => source == Source::Outside,
+            Self::Pods => matches!(source, Source::Pod(_)),
+            Self::Node => source == Source::Node,
+            Self::OneFamily => source == Source::Outside || family == Family::V6,
+        }
+    }
+}
+
+/// What the load balancer's status says of its ingress IPs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IpMode {
+    Unsaid,
+    Vip,
+    Proxy,
+}
+
+/// A service, as it was chosen.
+#[derive(Clone, Debug)]
+pub(crate) struct Spec {
+    pub(crate) endpoints: Vec<(usize, EndpointState)>,
+    pub(crate) internal: Policy,
+    pub(crate) external: Policy,
+    pub(crate) ranges: Ranges,
+    pub(crate) ip_mode: IpMode,
+    pub(crate) has_affinity: bool,
+}
+
+impl Spec {
+    fn choose(shapes: [[Option<EndpointState>; 2]; 2], dice: &mut Dice) -> Self {
+        let pods = ENDPOINTS.into_iter().flatten().zip(shapes.into_iter().flatten());
+        Self {
+            endpoints: pods.filter_map(|(pod, state)| Some((pod, state?))).collect(),
+            internal: dice.pick(&Policy::BOTH),
+            external: dice.pick(&Policy::BOTH),
+            ranges: match dice.below(10) {
+                0 => Ranges::Outside,
+                1 => Ranges::Pods,
+                2 => Ranges::Node,
+                3 => Ranges::OneFamily,
+                _ => Ranges::Unsaid,
+            },
+            ip_mode: match dice.below(8) {
+                0 => IpMode::Proxy,
+                1..4 => IpMode::Vip,
+                _ => IpMode::Unsaid,
+            },
+            has_affinity: dice.percent(33),
+        }
+    }
+
+    /// The service of this number, with all that it can be dialled by.
+    pub(crate) fn service(&self, number: u16) -> Service {
+        let service = Service::new(&format!("service-{number}"), number)
+            .tcp("http", 80, 8080)
+            .udp("dns", 53, 5353)
+            .node_ports(30_000 + 2 * number)
+            .external_ips()
+            .internal(self.internal)
+            .external(self.external)
+            .source_ranges(self.ranges.all());
+        let service = match self.ip_mode {
+            IpMode::Unsaid => service.load_balancer(),
+            IpMode::Vip => service.load_balancer_vip(),
+            IpMode::Proxy => service.load_balancer_proxy(),
+        };
+        let service = if self.has_affinity { service.client_ip() } else { service };
+        self.endpoints.iter().fold(service, |service, (pod, state)| service.endpoint(*pod, *state))
+    }
+}
+
+/// One question: can this source reach that frontend, and whom does it reach?
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    /// The number of the service.
+    pub(crate) service: u16,
+    pub(crate) spec: Spec,
+    pub(crate) frontend: Frontend,
+    pub(crate) family: Family,
+    pub(crate) protocol: Protocol,
+    pub(crate) source: Source,
+    /// The number of the first of its clients, where they are outside. Each question has its own.
+    pub(crate) first_client: u32,
+}
+
+/// The questions of this seed. `can_be_asked` says for which of them there is an answer.
+pub(crate) fn choose(seed: u64, can_be_asked: impl Fn(&Case) -> bool) -> Vec<Case> {
+    let mut dice = Dice::new(seed);
+    let mut cases = Vec::new();
+    let shapes = SHAPES.into_iter().flat_map(|of_a| SHAPES.map(|of_b| [of_a, of_b]));
+    for (shapes, service) in shapes.flat_map(|shapes| [shapes; ROUNDS]).zip(1..) {
+        let spec = Spec::choose(shapes, &mut dice);
+        let wanted = cases.len() + QUESTIONS;
+        while cases.len() < wanted {
+            let source = dice.pick(&Source::ALL);
+            let first = if source == Source::Stranger { FIRST_STRANGER } else { 0 };
+            let case = Case {
+                service,
+                spec: spec.clone(),
+                frontend: dice.pick(&Frontend::ALL),
+                family: dice.pick(&Family::BOTH),
+                protocol: dice.pick(&Protocol::BOTH),
+                source,
+                first_client: first + cases.len() as u32 * ATTEMPTS,
+            };
+            if can_be_asked(&case) {
+                cases.push(case);
+            }
+        }
+    }
+    assert!(cases.len() as u32 * ATTEMPTS <= FIRST_STRANGER, "{} cases are too many for the clients", cases.len());
+    cases
+}

@@ -1,0 +1,135 @@
+//! kube-proxy's rules as a function, and where a dataplane is known to differ from it.
+
+use std::collections::BTreeSet;
+
+use affinity_tests::lab::{EndpointState, FIRST_OF_B, Frontend, Policy};
+
+use crate::cases::{Case, IpMode, Source, Spec};
+
+/// What a client met once.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Answer {
+    /// The pod with this index answered, and saw the client like this.
+    Pod(usize, Seen),
+    /// Refused at once.
+    Refused,
+    /// Nobody answered.
+    Silence,
+    /// The kernel told the sender that its packet was kept back.
+    KeptBack,
+    /// Something else, which no rule asks for.
+    Failed(String),
+}
+
+/// Whose address a pod saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Seen {
+    /// The client's own.
+    Client,
+    /// One of node A's.
+    Node,
+    /// Another.
+    Stranger,
+}
+
+/// All that a client can meet at one frontend.
+pub(crate) type Outcome = BTreeSet<Answer>;
+
+/// What puts services into effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dataplane {
+    /// kube-proxy's rules in iptables mode.
+    Iptables,
+    /// kube-proxy's rules in nftables mode.
+    Nftables,
+}
+
+/// What a client meets here.
+pub(crate) fn outcome(case: &Case) -> Outcome {
+    let Case { spec, frontend, source, .. } = case;
+    let inside = matches!(source, Source::Pod(_));
+    let [cluster, local] = [usable(spec, |_| true), usable(spec, |pod| pod < FIRST_OF_B)];
+    if *frontend == Frontend::LoadBalancer && spec.ip_mode == IpMode::Proxy {
+        return Outcome::from([Answer::Silence]);
+    }
+    if cluster.is_empty() {
+        return Outcome::from([Answer::Refused]);
+    }
+    if *frontend == Frontend::LoadBalancer && !spec.ranges.let_in(*source, case.family) {
+        return Outcome::from([Answer::Silence]);
+    }
+    let (pool, is_masqueraded) = match (frontend.is_external(), spec.internal, spec.external) {
+        (false, Policy::Cluster, _) => (cluster, !inside),
+        (false, Policy::Local, _) => (local, !inside),
+        (true, _, Policy::Cluster) => (cluster, true),
+        (true, _, Policy::Local) if source.is_outside() => (local, false),
+        (true, _, Policy::Local) => (cluster, *source == Source::Node),
+    };
+    if pool.is_empty() {
+        return Outcome::from([Answer::Silence]);
+    }
+    let answer = |pod: &usize| {
+        let is_hairpin = *source == Source::Pod(*pod);
+        Answer::Pod(*pod, if is_masqueraded || is_hairpin { Seen::Node } else { Seen::Client })
+    };
+    pool.iter().map(answer).collect()
+}
+
+/// Those that are ready; if none is, those that are shut down and still serve.
+fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
+    let in_state = |wanted| {
+        let pods = spec.endpoints.iter().filter(|(pod, state)| *state == wanted && is_meant(*pod));
+        pods.map(|(pod, _)| *pod).collect::<Vec<_>>()
+    };
+    let ready = in_state(EndpointState::Ready);
+    if ready.is_empty() { in_state(EndpointState::Terminating) } else { ready }
+}
+
+/// Whether there is an answer to expect: where a pod of node B would reach another of node B through node A with its own
+/// address, the reply would take the short way, and node A would never see it.
+pub(crate) fn can_be_asked(case: &Case) -> bool {
+    let from_b = matches!(case.source, Source::Pod(pod) if pod >= FIRST_OF_B);
+    let by_short_way = |answer: &Answer| matches!(answer, Answer::Pod(pod, Seen::Client) if *pod >= FIRST_OF_B);
+    !(from_b && outcome(case).iter().any(by_short_way))
+}
+
+/// A cause for which a dataplane may do something else.
+pub(crate) struct Difference {
+    pub(crate) of: Dataplane,
+    pub(crate) reason: &'static str,
+    pub(crate) applies: fn(&Case) -> bool,
+    /// What is met instead.
+    pub(crate) instead: Answer,
+}
+
+/// Every one that is known. Each must be met, so that none outlives its cause.
+pub(crate) const DIFFERENCES: [Difference; 3] = [
+    Difference {
+        of: Dataplane::Iptables,
+        reason: "KUBE-EXTERNAL-SERVICES is not looked at for the node's own packets: they leave for nowhere",
+        applies: |case| case.source == Source::Node && is_beyond(case) && usable(&case.spec, |_| true).is_empty(),
+        instead: Answer::Silence,
+    },
+    Difference {
+        of: Dataplane::Nftables,
+        reason: "filter-output drops the node's own packets before nat-output could send them to the cluster's pool",
+        applies: |case| {
+            let [cluster, local] = [usable(&case.spec, |_| true), usable(&case.spec, |pod| pod < FIRST_OF_B)];
+            let is_refused = case.spec.external == Policy::Local && local.is_empty() && !cluster.is_empty();
+            case.source == Source::Node && is_beyond(case) && is_refused
+        },
+        instead: Answer::Silence,
+    },
+    Difference {
+        of: Dataplane::Nftables,
+        reason: "firewall-check comes before no-endpoint-services: a source out of range is not told that nobody is there",
+        applies: |case| case.frontend == Frontend::LoadBalancer && !case.spec.ranges.let_in(case.source, case.family),
+        instead: Answer::Silence,
+    },
+];
+
+/// Whether the frontend is an address that no node has.
+fn is_beyond(case: &Case) -> bool {
+    let has_ingress = case.frontend == Frontend::LoadBalancer && case.spec.ip_mode != IpMode::Proxy;
+    has_ingress || case.frontend == Frontend::ExternalIp
+}
