@@ -6,6 +6,7 @@
 //! * [`dice`] is chance that can be repeated.
 //! * [`lab`] brings up clients, a node or two and pods, and runs the `affinity` command on the first node.
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
+//! * [`proxy`] puts services into effect in a lab of two nodes, by those rules or by `affinity`.
 //! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
 //! * [`packet`] builds frames, and checks the checksums of any frame.
 //! * [`kernel`] runs frames through the kernel programs and the model, from the same state.
@@ -20,4 +21,5 @@ pub mod kernel;
 pub mod kubeproxy;
 pub mod lab;
 pub mod packet;
+pub mod proxy;
 pub mod story;

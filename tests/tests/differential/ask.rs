@@ -1,14 +1,14 @@
 //! Asking: every question in the lab, from all sources at the same time.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use affinity_tests::lab::{Cgroup, Family, Lab, Protocol, SocketProcess};
+use affinity_tests::lab::{Lab, Protocol, SocketProcess};
+use affinity_tests::proxy::{Failure, Met, Scene, meet, meet_from_node};
 use anyhow::{Context, Result};
 
 use crate::cases::{ASKING_PODS, ATTEMPTS, Case, Source};
-use crate::oracle::{Answer, Outcome, Seen};
+use crate::oracle::Outcome;
 
 const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 /// Processes on the node that share its questions.
@@ -22,8 +22,6 @@ const SETTLING: u32 = 4;
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a client waits where nobody is to answer.
 const SHORT_PATIENCE: Duration = Duration::from_millis(400);
-/// What pods see of node A that is none of its global addresses: what a socket gets that is connected to a pod itself.
-const POD_ROUTERS: [&str; 2] = ["169.254.1.1", "fe80::1"];
 
 /// A question, and what it should come to.
 pub(crate) struct Question {
@@ -34,13 +32,13 @@ pub(crate) struct Question {
 
 impl Question {
     /// Asks until all is met that can be met.
-    fn ask(&self, mut once: impl FnMut(u32) -> Answer) -> Outcome {
+    fn ask(&self, mut once: impl FnMut(u32) -> Met) -> Outcome {
         let is_pinned = self.is_by_pinned_client();
         let mut met = Outcome::new();
         let mut unanswered = 0;
         for attempt in 0..ATTEMPTS {
             let answer = once(attempt);
-            unanswered += u32::from(!matches!(answer, Answer::Pod(..)));
+            unanswered += u32::from(answer.is_err());
             if is_pinned && attempt == SETTLING {
                 met.clear();
             }
@@ -56,12 +54,12 @@ impl Question {
     /// Whether that is what it should come to. A client that is pinned meets one pod of those that it might. A process on
     /// the node may be told by its own kernel of what others would not hear of.
     pub(crate) fn is_answered_by(&self, met: &Outcome) -> bool {
-        if self.case.source == Source::Node && met.iter().eq([&Answer::KeptBack]) {
+        if self.case.source == Source::Node && met.iter().eq([&Err(Failure::KeptBack)]) {
             let is_datagram = self.case.protocol == Protocol::Udp;
             return self.expected.iter().all(|answer| match answer {
-                Answer::Silence => true,
-                Answer::Refused => is_datagram,
-                Answer::Pod(..) | Answer::KeptBack | Answer::Failed(_) => false,
+                Err(Failure::Silence) => true,
+                Err(Failure::Refused) => is_datagram,
+                Ok(_) | Err(Failure::KeptBack | Failure::Other(_)) => false,
             });
         }
         if self.is_by_pinned_client() { met.len() == 1 && met.is_subset(&self.expected) } else { *met == self.expected }
@@ -73,39 +71,17 @@ impl Question {
     }
 
     fn patience(&self) -> Duration {
-        if self.expected.contains(&Answer::Silence) { SHORT_PATIENCE } else { PATIENCE }
+        if self.expected.contains(&Err(Failure::Silence)) { SHORT_PATIENCE } else { PATIENCE }
     }
-
-    /// What one answer says.
-    fn read(&self, from: Option<IpAddr>, said: Result<String, String>) -> Answer {
-        let body = match said {
-            Ok(body) => body,
-            Err(kind) if kind == "ConnectionRefused" => return Answer::Refused,
-            Err(kind) if kind == "TimedOut" || kind == "WouldBlock" => return Answer::Silence,
-            Err(kind) if kind == "PermissionDenied" => return Answer::KeptBack,
-            Err(kind) => return Answer::Failed(kind),
-        };
-        let parsed = body.strip_prefix("pod-").and_then(|rest| rest.split_once(' '));
-        let parsed = parsed.and_then(|(pod, seen)| Some((pod.parse().ok()?, seen.parse().ok()?)));
-        match parsed {
-            Some((pod, seen)) if Some(seen) == from => Answer::Pod(pod, Seen::Client),
-            Some((pod, seen)) if is_of_node(self.case.family, seen) => Answer::Pod(pod, Seen::Node),
-            Some((pod, _)) => Answer::Pod(pod, Seen::Stranger),
-            None => Answer::Failed(body),
-        }
-    }
-}
-
-fn is_of_node(family: Family, address: IpAddr) -> bool {
-    family.node_addresses().contains(&address) || POD_ROUTERS.iter().any(|router| router.parse() == Ok(address))
 }
 
 /// What is met at each of these questions, in their order.
 ///
 /// # Errors
 /// When somebody could not ask.
-pub(crate) fn ask_all(lab: &Lab, cgroup: &Cgroup, questions: &[Question]) -> Result<Vec<Outcome>> {
-    let processes = (0..PROCESSES).map(|_| cgroup.start(PROCESS, lab.node())).collect::<Result<Vec<_>>>()?;
+pub(crate) fn ask_all(scene: &Scene, questions: &[Question]) -> Result<Vec<Outcome>> {
+    let processes = (0..PROCESSES).map(|_| scene.process_on_node(PROCESS)).collect::<Result<Vec<_>>>()?;
+    let lab = scene.lab();
     let outside = asked_by(questions, Source::is_outside);
     let pods = ASKING_PODS.map(|pod| (pod, asked_by(questions, |source| source == Source::Pod(pod))));
     let node = asked_by(questions, |source| source == Source::Node);
@@ -132,11 +108,9 @@ fn ask_from_outside(lab: &Lab, questions: &[Numbered<'_>]) -> Result<Vec<(usize,
     let client = lab.client();
     let outcomes = client.in_parallel(questions, |(number, question)| {
         let client = client.clone().with_patience(question.patience());
-        let outcome = question.ask(|attempt| {
-            let from = question.case.family.client(question.case.first_client + attempt);
-            question.read(Some(from), named(request(&client, question, from)))
-        });
-        Ok((*number, outcome))
+        let Case { family, protocol, first_client, .. } = question.case;
+        let from = |attempt| family.client(first_client + attempt);
+        Ok((*number, question.ask(|attempt| meet(&client, from(attempt), protocol, question.to))))
     });
     outcomes.context("the clients outside")
 }
@@ -145,40 +119,18 @@ fn ask_from_pod(lab: &Lab, pod: usize, questions: &[Numbered<'_>]) -> Result<Vec
     let client = lab.pod_client(pod);
     let outcomes = client.in_parallel(questions, |(number, question)| {
         let client = client.clone().with_patience(question.patience());
-        let from = question.case.family.pod(pod);
-        let outcome = question.ask(|_| question.read(Some(from), named(request(&client, question, from))));
-        Ok((*number, outcome))
+        let Case { family, protocol, .. } = question.case;
+        Ok((*number, question.ask(|_| meet(&client, family.pod(pod), protocol, question.to))))
     });
     outcomes.with_context(|| format!("pod {pod}"))
 }
 
-/// A process on the node: what it sees of itself is one of the node's addresses in any case.
 fn ask_from_node(mut process: SocketProcess, questions: &[Numbered<'_>]) -> Result<Vec<(usize, Outcome)>> {
-    let mut once = |protocol: Protocol, to| -> Result<Result<String, String>> {
-        let (socket, peer) = process.connect(protocol, to)?;
-        if let Err(error) = peer {
-            return Ok(Err(error));
-        }
-        let answer = process.ask(socket, "/who")?;
-        process.close(socket)?;
-        Ok(answer)
-    };
     let mut outcomes = Vec::new();
     for (number, question) in questions {
-        let outcome = question.ask(|_| match once(question.case.protocol, question.to) {
-            Ok(said) => question.read(None, said),
-            Err(error) => Answer::Failed(format!("{error:#}")),
-        });
+        let mut once = || meet_from_node(&mut process, question.case.protocol, question.to);
+        let outcome = question.ask(|_| once().unwrap_or_else(|error| Err(Failure::Other(format!("{error:#}")))));
         outcomes.push((*number, outcome));
     }
     Ok(outcomes)
-}
-
-fn request(client: &affinity_tests::lab::Client, question: &Question, from: IpAddr) -> io::Result<String> {
-    client.open(question.case.protocol, from, question.to)?.ask_last("/who")
-}
-
-/// An error by its name, as a [`SocketProcess`] tells it.
-fn named(said: io::Result<String>) -> Result<String, String> {
-    said.map_err(|error| format!("{:?}", error.kind()))
 }

@@ -1,48 +1,14 @@
-//! kube-proxy's rules as a function, and where a dataplane is known to differ from it.
+//! kube-proxy's rules as a function, and where a proxy is known to differ from it.
 
 use std::collections::BTreeSet;
 
 use affinity_tests::lab::{EndpointState, FIRST_OF_B, Frontend, Policy};
+use affinity_tests::proxy::{Failure, Met, Proxy, Seen};
 
 use crate::cases::{Case, IpMode, Source, Spec};
 
-/// What a client met once.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Answer {
-    /// The pod with this index answered, and saw the client like this.
-    Pod(usize, Seen),
-    /// Refused at once.
-    Refused,
-    /// Nobody answered.
-    Silence,
-    /// The kernel told the sender that its packet was kept back.
-    KeptBack,
-    /// Something else, which no rule asks for.
-    Failed(String),
-}
-
-/// Whose address a pod saw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Seen {
-    /// The client's own.
-    Client,
-    /// One of node A's.
-    Node,
-    /// Another.
-    Stranger,
-}
-
 /// All that a client can meet at one frontend.
-pub(crate) type Outcome = BTreeSet<Answer>;
-
-/// What puts services into effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Dataplane {
-    /// kube-proxy's rules in iptables mode.
-    Iptables,
-    /// kube-proxy's rules in nftables mode.
-    Nftables,
-}
+pub(crate) type Outcome = BTreeSet<Met>;
 
 /// What a client meets here.
 pub(crate) fn outcome(case: &Case) -> Outcome {
@@ -50,13 +16,13 @@ pub(crate) fn outcome(case: &Case) -> Outcome {
     let inside = matches!(source, Source::Pod(_));
     let [cluster, local] = [usable(spec, |_| true), usable(spec, |pod| pod < FIRST_OF_B)];
     if *frontend == Frontend::LoadBalancer && spec.ip_mode == IpMode::Proxy {
-        return Outcome::from([Answer::Silence]);
+        return Outcome::from([Err(Failure::Silence)]);
     }
     if cluster.is_empty() {
-        return Outcome::from([Answer::Refused]);
+        return Outcome::from([Err(Failure::Refused)]);
     }
     if *frontend == Frontend::LoadBalancer && !spec.ranges.let_in(*source, case.family) {
-        return Outcome::from([Answer::Silence]);
+        return Outcome::from([Err(Failure::Silence)]);
     }
     let (pool, is_masqueraded) = match (frontend.is_external(), spec.internal, spec.external) {
         (false, Policy::Cluster, _) => (cluster, !inside),
@@ -66,11 +32,11 @@ pub(crate) fn outcome(case: &Case) -> Outcome {
         (true, _, Policy::Local) => (cluster, *source == Source::Node),
     };
     if pool.is_empty() {
-        return Outcome::from([Answer::Silence]);
+        return Outcome::from([Err(Failure::Silence)]);
     }
     let answer = |pod: &usize| {
         let is_hairpin = *source == Source::Pod(*pod);
-        Answer::Pod(*pod, if is_masqueraded || is_hairpin { Seen::Node } else { Seen::Client })
+        Ok((*pod, if is_masqueraded || is_hairpin { Seen::Node } else { Seen::Client }))
     };
     pool.iter().map(answer).collect()
 }
@@ -89,42 +55,42 @@ fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
 /// address, the reply would take the short way, and node A would never see it.
 pub(crate) fn can_be_asked(case: &Case) -> bool {
     let from_b = matches!(case.source, Source::Pod(pod) if pod >= FIRST_OF_B);
-    let by_short_way = |answer: &Answer| matches!(answer, Answer::Pod(pod, Seen::Client) if *pod >= FIRST_OF_B);
+    let by_short_way = |met: &Met| matches!(met, Ok((pod, Seen::Client)) if *pod >= FIRST_OF_B);
     !(from_b && outcome(case).iter().any(by_short_way))
 }
 
-/// A cause for which a dataplane may do something else.
+/// A cause for which a proxy may do something else.
 pub(crate) struct Difference {
-    pub(crate) of: Dataplane,
+    pub(crate) of: Proxy,
     pub(crate) reason: &'static str,
     pub(crate) applies: fn(&Case) -> bool,
     /// What is met instead.
-    pub(crate) instead: Answer,
+    pub(crate) instead: Met,
 }
 
 /// Every one that is known. Each must be met, so that none outlives its cause.
 pub(crate) const DIFFERENCES: [Difference; 3] = [
     Difference {
-        of: Dataplane::Iptables,
+        of: Proxy::Iptables,
         reason: "KUBE-EXTERNAL-SERVICES is not looked at for the node's own packets: they leave for nowhere",
         applies: |case| case.source == Source::Node && is_beyond(case) && usable(&case.spec, |_| true).is_empty(),
-        instead: Answer::Silence,
+        instead: Err(Failure::Silence),
     },
     Difference {
-        of: Dataplane::Nftables,
+        of: Proxy::Nftables,
         reason: "filter-output drops the node's own packets before nat-output could send them to the cluster's pool",
         applies: |case| {
             let [cluster, local] = [usable(&case.spec, |_| true), usable(&case.spec, |pod| pod < FIRST_OF_B)];
             let is_refused = case.spec.external == Policy::Local && local.is_empty() && !cluster.is_empty();
             case.source == Source::Node && is_beyond(case) && is_refused
         },
-        instead: Answer::Silence,
+        instead: Err(Failure::Silence),
     },
     Difference {
-        of: Dataplane::Nftables,
+        of: Proxy::Nftables,
         reason: "firewall-check comes before no-endpoint-services: a source out of range is not told that nobody is there",
         applies: |case| case.frontend == Frontend::LoadBalancer && !case.spec.ranges.let_in(case.source, case.family),
-        instead: Answer::Silence,
+        instead: Err(Failure::Silence),
     },
 ];
 

@@ -1,0 +1,144 @@
+//! Whoever puts services into effect on node A of a lab of two nodes: the same story can be told of each.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::Result;
+
+use crate::kubeproxy::Mode;
+use crate::lab::{Cgroup, Client, Family, Lab, Options, Protocol, Service, SocketProcess};
+
+/// How many pods each node has.
+pub const PODS_OF_EACH: usize = 3;
+
+/// What a socket gets for a source that is connected to a pod of its own node, where no route says otherwise.
+const POD_ROUTERS: [&str; 2] = ["169.254.1.1", "fe80::1"];
+
+/// A service proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proxy {
+    /// kube-proxy's rules in iptables mode.
+    Iptables,
+    /// kube-proxy's rules in nftables mode.
+    Nftables,
+}
+
+impl Proxy {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Iptables, Self::Nftables];
+
+    /// Whether this machine has what it needs.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Iptables => Mode::Iptables.is_available(),
+            Self::Nftables => Mode::Nftables.is_available(),
+        }
+    }
+
+    /// Brings up a lab of two nodes, and puts these services into effect on node A.
+    ///
+    /// # Errors
+    /// When the lab does not come up, or the services are refused.
+    pub fn start(self, services: &[Service]) -> Result<Scene> {
+        let lab = Lab::up(&Options { pods: PODS_OF_EACH, pods_of_b: PODS_OF_EACH, ..Options::default() })?;
+        let cgroup = Cgroup::create()?;
+        match self {
+            Self::Iptables => Mode::Iptables.install(&lab, services)?,
+            Self::Nftables => Mode::Nftables.install(&lab, services)?,
+        }
+        Ok(Scene { cgroup, lab })
+    }
+}
+
+/// A lab in which a [`Proxy`] works.
+pub struct Scene {
+    cgroup: Cgroup,
+    lab: Lab,
+}
+
+/// Whose address a pod saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Seen {
+    /// The client's own.
+    Client,
+    /// One of node A's.
+    Node,
+    /// Another.
+    Stranger,
+}
+
+/// What a client met once: the index of the pod that answered and whose address that one saw, or how it failed.
+pub type Met = Result<(usize, Seen), Failure>;
+
+/// How a client failed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Failure {
+    /// It was refused at once.
+    Refused,
+    /// Nobody answered.
+    Silence,
+    /// The kernel told the sender that its packet was kept back.
+    KeptBack,
+    /// Something else, by the name of the error or by what was said.
+    Other(String),
+}
+
+/// What is asked for.
+const PATH: &str = "/who";
+
+impl Scene {
+    /// The lab.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// Starts a process on node A that is one of those that the proxy serves. `program` is the binary `socket_process`.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn process_on_node(&self, program: &str) -> Result<SocketProcess> {
+        self.cgroup.start(program, self.lab.node())
+    }
+}
+
+/// What a client with that address meets, on a new connection from the namespace of the calling thread: inside
+/// [`Client::in_parallel`] the client's.
+pub fn meet(client: &Client, from: IpAddr, protocol: Protocol, to: SocketAddr) -> Met {
+    let said = client.open(protocol, from, to).and_then(|mut open| open.ask_last(PATH));
+    read(said.map_err(|error| format!("{:?}", error.kind())), Some(from))
+}
+
+/// What a process on the node meets, on a new connection. What a pod sees of it is one of the node's addresses in any case.
+///
+/// # Errors
+/// When the process has ended.
+pub fn meet_from_node(process: &mut SocketProcess, protocol: Protocol, to: SocketAddr) -> Result<Met> {
+    let (socket, peer) = process.connect(protocol, to)?;
+    if let Err(error) = peer {
+        return Ok(read(Err(error), None));
+    }
+    let said = process.ask(socket, PATH)?;
+    process.close(socket)?;
+    Ok(read(said, None))
+}
+
+fn read(said: Result<String, String>, from: Option<IpAddr>) -> Met {
+    let body = said.map_err(|error| match error.as_str() {
+        "ConnectionRefused" => Failure::Refused,
+        "TimedOut" | "WouldBlock" => Failure::Silence,
+        "PermissionDenied" => Failure::KeptBack,
+        _ => Failure::Other(error),
+    })?;
+    let parsed = body.strip_prefix("pod-").and_then(|rest| rest.split_once(' '));
+    let parsed = parsed.and_then(|(pod, client)| Some((pod.parse().ok()?, client.parse().ok()?)));
+    let (pod, client): (usize, IpAddr) = parsed.ok_or(Failure::Other(body))?;
+    let is_router = POD_ROUTERS.iter().any(|router| router.parse() == Ok(client));
+    let is_of_node = is_router || Family::BOTH.iter().any(|family| family.node_addresses().contains(&client));
+    let seen = if Some(client) == from {
+        Seen::Client
+    } else if is_of_node {
+        Seen::Node
+    } else {
+        Seen::Stranger
+    };
+    Ok((pod, seen))
+}
