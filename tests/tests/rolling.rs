@@ -1,11 +1,14 @@
 //! All pods of a service are replaced, one after another, under the load of clients with new connections, with kept ones,
 //! and with datagrams: no request is without an answer.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use affinity_tests::lab::{EndpointState, Family, Lab, Load, Options, Protocol, Service, eventually};
+use affinity_tests::lab::{
+    EndpointState, Family, Frontend, Lab, Load, Options, Protocol, Service, eventually, pod_name,
+};
 use affinity_tests::story::{Hook, Route, report, tell_in, web};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// Pods of the service, and as many that replace them.
 const PODS: usize = 3;
@@ -13,55 +16,96 @@ const PODS: usize = 3;
 const CLIENTS: u32 = 30;
 /// Clients that have a datagram socket and speak when they are asked to, beyond those of the load.
 const WITNESSES: std::ops::Range<u32> = 200..240;
+/// A client that never dials, so that no pin narrows what it could reach.
+const NEVER_DIALS: u32 = 30_000;
+/// How long a change of the YAML may take until new connections meet it.
+const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a pod's clients may take to leave it, when it has asked them to.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(20);
 
+/// A load of clients on each route.
+struct Loads {
+    routes: Vec<Route>,
+    loads: Vec<Load>,
+}
+
+impl Loads {
+    /// One by each family and protocol, to this kind of address.
+    fn start(lab: &Lab, service: &Service, frontend: Frontend) -> Result<Self> {
+        let mut routes = Vec::new();
+        for family in Family::BOTH {
+            for protocol in Protocol::BOTH {
+                let to = service.address(frontend, family, protocol).context("the service has no such address")?;
+                routes.push(Route { family, protocol, to });
+            }
+        }
+        let load = |route: &Route| {
+            let first = if route.protocol == Protocol::Tcp { 0 } else { 1_000 };
+            Load::start(&lab.client(), route.protocol, first..first + CLIENTS, route.to)
+        };
+        let loads = routes.iter().map(load).collect();
+        Ok(Self { routes, loads })
+    }
+
+    fn go_on(&self) -> Result<()> {
+        self.loads.iter().try_for_each(|load| load.wait_for(200))
+    }
+
+    /// Publishes a change, and waits until each route leads to the ready pods alone.
+    fn publish(&self, lab: &Lab, service: &Service) -> Result<()> {
+        lab.publish_and_settle(service)?;
+        let ready: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
+        self.routes.iter().try_for_each(|route| {
+            eventually(&format!("{route:?} leads to {ready:?}"), SYNC_PATIENCE, || {
+                let candidates = lab.explain(route.protocol, route.client(NEVER_DIALS), route.to)?.candidates;
+                Ok(candidates.into_iter().map(|pod| pod.name).collect::<BTreeSet<_>>() == ready)
+            })
+        })
+    }
+}
+
 /// As a Deployment does: the new pod is ready, the old one gets no new clients, then ends its connections and goes.
-fn replace(lab: &mut Lab, service: Service, old: usize, loads: &[Load]) -> Result<Service> {
+fn replace(lab: &mut Lab, service: Service, old: usize, loads: &Loads) -> Result<Service> {
     let service = service.endpoint(old + PODS, EndpointState::Ready);
-    lab.publish_and_settle(&service)?;
+    loads.publish(lab, &service)?;
     let mut witnesses = Vec::new();
-    for family in Family::BOTH {
-        let to = service.frontend(family, "dns");
+    for route in loads.routes.iter().filter(|route| route.protocol == Protocol::Udp) {
         for number in WITNESSES {
-            let mut socket = lab.client().connect(Protocol::Udp, family.client(number), to)?;
+            let mut socket = lab.client().connect(Protocol::Udp, route.client(number), route.to)?;
             socket.ask("/")?;
             witnesses.push(socket);
         }
     }
-    loads.iter().try_for_each(|load| load.wait_for(200))?;
+    loads.go_on()?;
 
     let service = service.endpoint(old, EndpointState::Terminating);
-    lab.publish_and_settle(&service)?;
-    let gone = affinity_tests::lab::pod_name(old);
+    loads.publish(lab, &service)?;
+    let gone = pod_name(old);
     for socket in &mut witnesses {
         ensure!(socket.ask("/")? != gone, "the first datagram after the update went to {gone}");
     }
     lab.pods()[old].drain();
     eventually(&format!("{gone} has no connection left"), DRAIN_PATIENCE, || Ok(lab.pods()[old].connections() == 0))?;
     lab.kill_pod(old)?;
-    loads.iter().try_for_each(|load| load.wait_for(200))?;
+    loads.go_on()?;
 
     let service = service.without(old);
-    lab.publish_and_settle(&service)?;
+    loads.publish(lab, &service)?;
     Ok(service)
 }
 
-fn no_request_fails(hook: Hook, first: &Service) -> Result<()> {
+fn no_request_fails(hook: Hook, first: &Service, frontend: Frontend) -> Result<()> {
     let options = Options { pods: 2 * PODS, ..Options::default() };
     tell_in(&options, &hook.args(), &[first], |lab, _| {
-        let loads = Route::all_to(first).map(|route| {
-            let first = if route.protocol == Protocol::Tcp { 0 } else { 1_000 };
-            (route, Load::start(&lab.client(), route.protocol, first..first + CLIENTS, route.to))
-        });
-        let (routes, loads): (Vec<Route>, Vec<Load>) = loads.into_iter().unzip();
-        loads.iter().try_for_each(|load| load.wait_for(200))?;
+        let loads = Loads::start(lab, first, frontend)?;
+        loads.go_on()?;
         (0..PODS).try_fold(first.clone(), |service, old| replace(lab, service, old, &loads))?;
-        loads.iter().try_for_each(|load| load.wait_for(200))?;
-        for (route, load) in routes.iter().zip(loads) {
+        loads.go_on()?;
+        for (route, load) in loads.routes.iter().zip(loads.loads) {
             let told = load.stop()?;
             report(&format!(
-                "{hook:?}, {} {}: {} requests, {} failed, {} broken; {} connections ended by their pod, {} moves to another pod",
+                "{hook:?}, {frontend:?}, {} {}: {} requests, {} failed, {} broken; {} connections ended by their pod, \
+                 {} moves to another pod",
                 route.family, route.protocol, told.requests, told.failed, told.broken, told.handed_over, told.moved
             ));
             told.answered()?;
@@ -77,10 +121,10 @@ fn no_request_fails(hook: Hook, first: &Service) -> Result<()> {
 
 #[test]
 fn a_rolling_update_fails_no_request_of_pinned_clients() -> Result<()> {
-    Hook::ALL.into_iter().try_for_each(|hook| no_request_fails(hook, &web().client_ip()))
+    Hook::ALL.into_iter().try_for_each(|hook| no_request_fails(hook, &web().client_ip(), Frontend::ClusterIp))
 }
 
 #[test]
 fn a_rolling_update_fails_no_request_without_affinity() -> Result<()> {
-    Hook::ALL.into_iter().try_for_each(|hook| no_request_fails(hook, &web()))
+    Hook::ALL.into_iter().try_for_each(|hook| no_request_fails(hook, &web(), Frontend::ClusterIp))
 }

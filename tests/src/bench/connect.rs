@@ -30,7 +30,10 @@ use self::{
     site::Site,
     size::Size,
 };
-use crate::{kubeproxy::Mode, lab::Interrupt};
+use crate::{
+    kubeproxy::Mode,
+    lab::{FIRST_OF_B, Interrupt},
+};
 
 /// What to measure, and how to say it.
 #[derive(clap::Args)]
@@ -42,7 +45,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=30_000))]
     services: Vec<u16>,
     /// Numbers of endpoints, each with the first number of services [default: 3,100,1000; full: 3,100,1000,5000].
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=30_000))]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=FIRST_OF_B as i64))]
     endpoints: Vec<u16>,
     /// Rounds; each measures every way once [default: 15; full: 25].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]

@@ -4,13 +4,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::lab::Service;
+use crate::lab::{FIRST_OF_B, Service};
 
 /// The ports of the measured service, and the pod's.
 pub(super) const PORTS: [(u16, u16); 2] = [(80, 9000), (53, 9001)];
-/// How many addresses a lab's pod has: see [`super::site`].
-pub(super) const ENDPOINT_COUNT: u32 = 1 << 15;
-
 /// Services, and endpoints of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub(super) struct Size {
@@ -26,8 +23,8 @@ impl Size {
         by_services.chain(by_endpoints).collect()
     }
 
-    /// All services, with affinity; the last is the measured one. Each has endpoints of its own, as far as there are
-    /// addresses.
+    /// All services, with affinity; the last is the measured one. Each has endpoints of its own, as far as the node has
+    /// pods' addresses.
     pub(super) fn cluster(self) -> Vec<Service> {
         (1..=self.services).map(|number| self.service(number)).collect()
     }
@@ -47,7 +44,7 @@ impl Size {
     /// The indices of a service's endpoints: the measured service has the first.
     fn endpoints_of(self, number: u16) -> impl Iterator<Item = usize> {
         let first = u32::from(self.services - number) * u32::from(self.endpoints);
-        (first..first + u32::from(self.endpoints)).map(|index| (index % ENDPOINT_COUNT) as usize)
+        (first..first + u32::from(self.endpoints)).map(|index| index as usize % FIRST_OF_B)
     }
 }
 
