@@ -5,6 +5,7 @@
 //! place.
 
 mod attacher;
+mod health;
 pub mod http;
 mod lock;
 mod notices;
@@ -36,6 +37,7 @@ pub use self::{
 };
 use self::{
     attacher::{Attacher, Look, Summary, Worker},
+    health::HealthChecks,
     notices::{LOOK_EVERY, Noticer},
     publish::{Publisher, count},
     status::{TELL_EVERY, Teller},
@@ -43,7 +45,7 @@ use self::{
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
-    desired,
+    desired::{self, NodeFacts},
     events::Consumer,
     load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
@@ -124,8 +126,8 @@ pub struct Options {
     pub load: load::Options,
     /// Where to pin.
     pub pin_dir: PathBuf,
-    /// This node's name in Kubernetes.
-    pub node_name: Option<String>,
+    /// What is said of the node; its addresses are looked at.
+    pub node: NodeFacts,
     /// Which services are ours.
     pub services: desired::Services,
     /// Our name in the label that gives services to a proxy.
@@ -140,8 +142,7 @@ pub struct Options {
 
 impl Options {
     fn desired(&self) -> desired::Options {
-        let Self { node_name, services, proxy_name, shadow, .. } = self.clone();
-        let node = desired::NodeFacts { name: node_name, ..desired::NodeFacts::default() };
+        let Self { node, services, proxy_name, shadow, .. } = self.clone();
         desired::Options { node, services, proxy_name, shadow }
     }
 }
@@ -184,6 +185,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         log_loaded(&loaded, options);
         let mut publisher =
             Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default(), Arc::default());
+        publisher.learn(seen(&devices, &options.node).await?);
         let view = View::default();
         view.is_current_at(monotonic_ns());
         publisher.take(&options.source.read().await?);
@@ -269,6 +271,7 @@ struct Agent {
     devices: Devices,
     attaching: Worker,
     publisher: Publisher,
+    health: HealthChecks,
     feed: Feed,
     /// Whether the dataplane was ever in step with the source.
     is_ready: bool,
@@ -278,7 +281,7 @@ struct Agent {
     teller: Teller,
     /// None where nobody would read them.
     noticer: Option<Noticer>,
-    node_name: String,
+    node: NodeFacts,
     vitals: Arc<Vitals>,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
@@ -312,6 +315,8 @@ impl Agent {
         let consumer = Consumer::new(&store.events)?;
         let filter = Arc::<FilterPlans>::default();
         let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&filter), Arc::clone(&vitals));
+        let mut devices = Devices::new().map_err(no_netlink)?;
+        publisher.learn(seen(&devices, &options.node).await?);
         let mut feed = options.source.watch().await?;
         // A source that does not answer keeps nobody from being served as before, on new devices too.
         let first = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await;
@@ -321,19 +326,19 @@ impl Agent {
         } else {
             warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
         }
-        let mut devices = Devices::new().map_err(no_netlink)?;
         attach_first(&mut attacher, &mut devices).await?;
         sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         let mut agent = Self {
             teller: Teller::new(&pins, &options.source, feed.view.clone())?,
             noticer: feed.notices.clone().map(Noticer::new),
-            node_name: options.node_name.clone().unwrap_or_default(),
+            node: options.node.clone(),
             consumer,
             flush_log: log_reader(&mut loaded),
             closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
             sweeping: Sweeping::start(Sweeper::new(KernelStore::open(&options.pin_dir)?, filter)?, Arc::clone(&vitals))
                 .map_err(|error| AgentError::System("thread", error))?,
             publisher,
+            health: HealthChecks::start(Arc::clone(&vitals)).map_err(|error| AgentError::System("thread", error))?,
             feed,
             is_ready: false,
             attaching: Worker::start(attacher).map_err(|error| AgentError::System("thread", error))?,
@@ -343,6 +348,7 @@ impl Agent {
             _lock: lock,
         };
         agent.vitals.attached(agent.attaching.summary().number);
+        agent.health.follow(agent.publisher.desired());
         if first.is_ok() {
             agent.say_ready()?;
         }
@@ -374,9 +380,9 @@ impl Agent {
                         warn!("{error}; listening again");
                         self.devices = Devices::new().map_err(no_netlink)?;
                     }
-                    self.reconcile().await;
+                    self.reconcile(&mut retry).await?;
                 }
-                _ = look.tick() => self.reconcile().await,
+                _ = look.tick() => self.reconcile(&mut retry).await?,
                 _ = tell.tick() => self.tell()?,
                 _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = consume.tick() => {
@@ -397,6 +403,7 @@ impl Agent {
         match self.publisher.publish() {
             Ok(published) => {
                 retry.succeeded();
+                self.health.follow(self.publisher.desired());
                 if published.left {
                     self.closer.backends_left();
                 }
@@ -421,7 +428,8 @@ impl Agent {
         noticer.look(self.publisher.problems(), self.publisher.desired(), now);
         for service in self.sweeping.take_evicted() {
             if let Some((namespace, name)) = service.split_once('/') {
-                noticer.evicted(&ObjectName::new(namespace, name), &self.node_name, now);
+                let node_name = self.node.name.as_deref().unwrap_or_default();
+                noticer.evicted(&ObjectName::new(namespace, name), node_name, now);
             }
         }
     }
@@ -440,11 +448,30 @@ impl Agent {
         Ok(())
     }
 
-    async fn reconcile(&mut self) {
+    /// Looks at the devices and their addresses, and follows them.
+    async fn reconcile(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
         if let Err(error) = self.attaching.keep_up(&mut self.devices).await {
             error!("network devices cannot be listed: {error}");
         }
+        if self.look_at_node().await { self.publish(retry) } else { Ok(()) }
     }
+
+    /// Looks at the node's addresses; says whether something else is desired by them.
+    async fn look_at_node(&mut self) -> bool {
+        match seen(&self.devices, &self.node).await {
+            Ok(node) => self.publisher.learn(node) && self.is_ready,
+            Err(error) => {
+                error!("{error}");
+                false
+            }
+        }
+    }
+}
+
+/// The node with the addresses that it has now.
+async fn seen(devices: &Devices, node: &NodeFacts) -> Result<NodeFacts, AgentError> {
+    let network = devices.network().await.map_err(no_netlink)?;
+    Ok(NodeFacts { addresses: network.own_addresses(), ..node.clone() })
 }
 
 /// Attaches what is there, and warns of what is not.

@@ -13,6 +13,7 @@ mod events;
 mod explain;
 mod get;
 mod logging;
+mod node;
 mod output;
 mod pin;
 mod progress;

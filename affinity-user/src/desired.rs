@@ -309,7 +309,9 @@ pub struct Desired {
     pub pod_networks: BTreeSet<Network>,
     /// What masquerading uses; none: as it is.
     pub masquerade: Option<Masquerade>,
-    /// The ports at which load balancers ask for services.
+    /// Where load balancers ask for services: on these addresses, or on all of the node's.
+    pub health_addresses: BTreeSet<IpAddr>,
+    /// The ports at which they ask.
     pub health_checks: BTreeMap<ObjectName, HealthCheck>,
     /// The pools of these frontends.
     pub pools: BTreeMap<PoolName, Pool>,

@@ -28,7 +28,7 @@ use affinity_tests::packet::{Frame, tcp_flags};
 use affinity_user::{
     agent,
     attach::{self, Device, Devices, Framing, Hook, XdpPolicy, cgroup::SocketPolicy},
-    desired::{DEFAULT_PROXY_NAME, Services},
+    desired::{DEFAULT_PROXY_NAME, NodeFacts, Services},
     events::{Consumer, EventReader},
     load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
     source::Source,
@@ -785,7 +785,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         sockets: agent::SocketOptions { policy: SocketPolicy::Off, cgroup: None },
         load: Options { sizes: SIZES, ..Options::default() },
         pin_dir: pins.0.root().to_owned(),
-        node_name: None,
+        node: NodeFacts::default(),
         services: Services::All,
         proxy_name: DEFAULT_PROXY_NAME.to_owned(),
         shadow: false,

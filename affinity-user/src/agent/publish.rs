@@ -7,7 +7,7 @@ use tracing::{debug, info};
 
 use super::problems::Problems;
 use crate::{
-    desired::{self, Change, Desired, Memo},
+    desired::{self, Change, Desired, Memo, NodeFacts},
     metrics::Vitals,
     plan::Ledger,
     source::{Problem, Snapshot},
@@ -106,6 +106,15 @@ impl Publisher {
             (Due::Nothing, Some(change)) => Due::Change(Box::new(change)),
             _ => Due::All,
         };
+    }
+
+    /// Takes note of what is known of the node; says whether something else is desired by it.
+    pub(super) fn learn(&mut self, node: NodeFacts) -> bool {
+        let is_news = self.memo.learn(node);
+        if is_news {
+            self.due = Due::All;
+        }
+        is_news
     }
 
     /// Carries out what is to be done, and logs what is wrong.

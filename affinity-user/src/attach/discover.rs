@@ -114,6 +114,23 @@ pub struct Network {
     pub addresses: BTreeMap<u32, BTreeSet<(IpAddr, u8)>>,
 }
 
+impl Network {
+    /// The node's addresses of global scope; first those of devices that default routes leave by.
+    #[must_use]
+    pub fn own_addresses(&self) -> Vec<IpAddr> {
+        let leads_out = |(device, _): &(&u32, _)| !self.default_routes.contains(device);
+        let mut devices: Vec<_> = self.addresses.iter().collect();
+        devices.sort_by_key(leads_out);
+        let mut addresses = Vec::new();
+        for (address, _) in devices.into_iter().flat_map(|(_, addresses)| addresses) {
+            if !addresses.contains(address) {
+                addresses.push(*address);
+            }
+        }
+        addresses
+    }
+}
+
 /// The role of each device, by index.
 #[must_use]
 pub fn roles(devices: &[Device], network: &Network) -> BTreeMap<u32, Finding> {

@@ -16,6 +16,7 @@ use clap::{
 use super::{
     Global,
     error::Error,
+    node::NodeArgs,
     sizes::SizeArgs,
     source::{ClusterArgs, SourceName},
 };
@@ -66,6 +67,8 @@ pub(crate) struct AttachArgs {
     /// What the kernel programs log, for debugging; without it they cannot log, which costs nothing
     #[arg(long, value_name = "LEVEL", value_enum)]
     programs_log: Option<ProgramsLog>,
+    #[command(flatten)]
+    node: NodeArgs,
     #[command(flatten)]
     sizes: SizeArgs,
 }
@@ -125,7 +128,7 @@ impl AttachArgs {
                 fixed: None,
             },
             pin_dir: global.pin_dir.clone(),
-            node_name: Some(global.node_name()),
+            node: self.node.facts(global)?,
             services: self.services(),
             proxy_name: self.service_proxy_name.clone(),
             shadow: self.shadow,

@@ -8,6 +8,7 @@ use clap::{Args, builder::PossibleValuesParser};
 use super::{
     Global,
     error::Error,
+    node::NodeArgs,
     reading::Reading,
     source::{self, ClusterArgs, SourceName},
 };
@@ -37,13 +38,16 @@ pub(crate) struct DumpArgs {
     source: Option<SourceName>,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    node: NodeArgs,
 }
 
 impl DumpArgs {
     pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
         let options = DumpOptions { times: self.times, slots: self.slots };
         if let Some(source) = &self.source {
-            let catalog = source::catalog(&source::read(&self.cluster.source(source, global)?, &global.node_name())?)?;
+            let source = self.cluster.source(source, global)?;
+            let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
             let dump = Dump::new(&catalog, options);
             return self.print(|map| Ok(dump.small(map).unwrap_or_default()));
         }

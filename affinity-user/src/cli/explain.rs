@@ -18,6 +18,7 @@ use clap::Args;
 use super::{
     Global,
     error::Error,
+    node::NodeArgs,
     output::{Format, Tone, object, paint, wants_colour},
     reading::Reading,
     source::{self, ClusterArgs, SourceName},
@@ -41,6 +42,8 @@ pub(crate) struct ExplainArgs {
     source: Option<SourceName>,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    node: NodeArgs,
     /// The form of output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -90,8 +93,8 @@ impl ExplainArgs {
         };
         match (&self.source, question.from) {
             (Some(source), from) => {
-                let catalog =
-                    source::catalog(&source::read(&self.cluster.source(source, global)?, &global.node_name())?)?;
+                let source = self.cluster.source(source, global)?;
+                let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
                 match from {
                     IpAddr::V4(_) => self.print(&explain(&catalog, &question, &of_source::<V4>(&catalog, &question))),
                     IpAddr::V6(_) => self.print(&explain(&catalog, &question, &of_source::<V6>(&catalog, &question))),

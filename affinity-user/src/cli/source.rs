@@ -56,14 +56,13 @@ impl ClusterArgs {
 
 /// Reads a source once and carries out the plan that it makes for an empty dataplane. What is wrong with its objects is
 /// said on standard error; the rest of it counts.
-pub(crate) fn read(source: &Source, node_name: &str) -> Result<MemoryStore, Error> {
+pub(crate) fn read(source: &Source, node: desired::NodeFacts) -> Result<MemoryStore, Error> {
     if let Some(path) = source.path() {
         fs::metadata(path).map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| AgentError::System("runtime", error))?;
     let snapshot = runtime.block_on(source.read()).map_err(AgentError::Source)?;
-    let node = desired::NodeFacts { name: Some(node_name.to_owned()), ..desired::NodeFacts::default() };
     let (desired, of_desired) = desired(&snapshot, &desired::Options { node, ..desired::Options::default() });
     let sizes = Sizes::of_this_machine();
     let capacity = Capacity { backends: sizes.backends, slots: sizes.slots, ranges: MAX_RANGES };

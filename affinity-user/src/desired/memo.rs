@@ -12,7 +12,10 @@ use std::{
 };
 
 use k8s_openapi::{
-    api::{core::v1::Service, discovery::v1::EndpointSlice},
+    api::{
+        core::v1::{Node as ApiNode, Service},
+        discovery::v1::EndpointSlice,
+    },
     jiff::Timestamp,
 };
 
@@ -78,6 +81,8 @@ struct Touched {
 pub struct Memo {
     options: Options,
     node: Node,
+    /// What the last snapshot told of the node.
+    told: Option<Arc<ApiNode>>,
     slices: BTreeMap<ObjectName, KnownSlice>,
     services: BTreeMap<ObjectName, KnownService>,
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
@@ -107,11 +112,13 @@ impl Memo {
             shadow: options.shadow,
             pod_networks: node.pod_networks.clone(),
             masquerade: Some(node.masquerade.clone()),
+            health_addresses: node.health_addresses.clone(),
             ..Desired::default()
         };
         Self {
             options,
             node,
+            told: None,
             slices: BTreeMap::new(),
             services: BTreeMap::new(),
             slices_of: BTreeMap::new(),
@@ -142,18 +149,39 @@ impl Memo {
         self.problems.values().flatten()
     }
 
-    /// Takes note of what is known of the node, beside what snapshots tell. It counts from the next update on.
-    pub fn learn(&mut self, node: NodeFacts) {
+    /// Takes note of what is known of the node, beside what snapshots tell. Says whether that made a difference: then all
+    /// was decided anew.
+    pub fn learn(&mut self, node: NodeFacts) -> bool {
         self.options.node = node;
+        let is_news = Node::new(&self.options.node, self.told.as_deref()) != self.node;
+        if is_news {
+            self.update(&self.snapshot());
+        }
+        is_news
+    }
+
+    /// The last snapshot, without the problems of its source.
+    fn snapshot(&self) -> Snapshot {
+        let services = self.services.iter().map(|(name, known)| (name.clone(), known.source.clone()));
+        let slices = self.slices.iter().map(|(name, known)| (name.clone(), known.source.clone()));
+        Snapshot {
+            services: Arc::new(services.collect()),
+            slices: Arc::new(slices.collect()),
+            node: self.told.clone().map(|object| Sourced { origin: None, object }),
+            problems: Vec::new(),
+            partial: self.desired.known.is_some(),
+        }
     }
 
     /// Decides for a snapshot. Returns what has changed; none where that cannot be told apart from all the rest: at the
     /// first snapshot, where the source was read in part only, and where the node is not what it was.
     pub fn update(&mut self, snapshot: &Snapshot) -> Option<Change> {
-        let node = Node::new(&self.options.node, snapshot.node.as_ref().map(|node| &*node.object));
+        let told = snapshot.node.as_ref().map(|node| Arc::clone(&node.object));
+        let node = Node::new(&self.options.node, told.as_deref());
         if node != self.node {
             *self = Self::on(node, self.options.clone());
         }
+        self.told = told;
         let is_first = self.services.is_empty();
         let was_partial = self.desired.known.is_some();
         let mut touched = Touched::default();

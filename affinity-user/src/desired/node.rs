@@ -58,6 +58,8 @@ pub(super) struct Node {
     pub(super) zone: Option<String>,
     /// Where clients dial node ports.
     pub(super) node_port_addresses: BTreeSet<IpAddr>,
+    /// Where load balancers ask for services; the unspecified addresses stand for all.
+    pub(super) health_addresses: BTreeSet<IpAddr>,
     pub(super) pod_networks: BTreeSet<Network>,
     pub(super) masquerade: Masquerade,
 }
@@ -83,10 +85,16 @@ impl Node {
             [] => told_networks(told),
             given => given.iter().copied().collect(),
         };
+        let node_port_addresses = node_port_addresses(own, &facts.node_port_networks);
+        let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
         Self {
             name: facts.name.clone(),
             zone: labels.and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty()).cloned(),
-            node_port_addresses: node_port_addresses(own, &facts.node_port_networks),
+            health_addresses: match &facts.node_port_networks[..] {
+                [] => all.into(),
+                _ => node_port_addresses.clone(),
+            },
+            node_port_addresses,
             pod_networks,
             masquerade: masquerade(facts, &internal, own),
         }
@@ -168,7 +176,7 @@ mod tests {
     }
 
     fn text(node: &Node) -> String {
-        let Node { name: _, zone, node_port_addresses, pod_networks, masquerade: Masquerade { v4, v6, ports } } = node;
+        let Node { zone, node_port_addresses, pod_networks, masquerade: Masquerade { v4, v6, ports }, .. } = node;
         let ip = |ip: Option<IpAddr>| ip.map_or("-".to_owned(), |ip| ip.to_string());
         let list = |items: Vec<String>| items.join(" ");
         format!(

@@ -1,0 +1,289 @@
+//! Load balancers ask every node at a service's `healthCheckNodePort` whether it has endpoints of the service: answered
+//! as kube-proxy does, 200 with the number of ready endpoints on this node, or 503 where there are none.
+//!
+//! The servers run on a thread of their own, so that an answer never waits for a plan to be carried out. A port that is
+//! taken by somebody else is warned of once, and tried again.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::{IntoResponse, Response},
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with, sockopt};
+use tokio::{net::TcpListener, sync::watch, task::AbortHandle, time::timeout};
+use tracing::{error, warn};
+
+use crate::{
+    desired::{Desired, Family, HealthCheck},
+    load::monotonic_ns,
+    metrics::Vitals,
+    source::ObjectName,
+};
+
+/// When to try a port again that was taken.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
+/// Who waits to be accepted, at most.
+const BACKLOG: i32 = 128;
+
+/// What is asked at one address and port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Answer {
+    service: ObjectName,
+    local: usize,
+}
+
+type Answers = BTreeMap<SocketAddr, Answer>;
+
+/// Answers for the services of a node.
+pub(super) struct HealthChecks {
+    answers: watch::Sender<Answers>,
+}
+
+impl HealthChecks {
+    /// With nothing to answer yet.
+    ///
+    /// # Errors
+    /// The system's answer where there is no thread to be had.
+    pub(super) fn start(vitals: Arc<Vitals>) -> io::Result<Self> {
+        let (answers, told) = watch::channel(Answers::new());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let servers = Servers { current: Arc::default(), vitals, running: BTreeMap::new(), refused: BTreeSet::new() };
+        thread::Builder::new().name("health".to_owned()).spawn(move || runtime.block_on(servers.follow(told)))?;
+        Ok(Self { answers })
+    }
+
+    /// Follows what is desired.
+    pub(super) fn follow(&self, desired: &Desired) {
+        let answers = answers(desired);
+        self.answers.send_if_modified(|current| {
+            let is_news = *current != answers;
+            *current = answers;
+            is_news
+        });
+    }
+}
+
+/// Of two services that ask for one port, the first by name has it.
+fn answers(desired: &Desired) -> Answers {
+    let mut answers = Answers::new();
+    for (service, HealthCheck { port, local }) in &desired.health_checks {
+        for address in &desired.health_addresses {
+            let local = local.get(&Family::of(*address)).copied().unwrap_or(0);
+            let answer = Answer { service: service.clone(), local };
+            answers.entry(SocketAddr::new(*address, *port)).or_insert(answer);
+        }
+    }
+    answers
+}
+
+/// The servers, one for each address and port.
+struct Servers {
+    current: Arc<Mutex<Answers>>,
+    vitals: Arc<Vitals>,
+    running: BTreeMap<SocketAddr, AbortHandle>,
+    /// Ports that were warned of.
+    refused: BTreeSet<u16>,
+}
+
+impl Servers {
+    /// Until nobody tells any more.
+    async fn follow(mut self, mut told: watch::Receiver<Answers>) {
+        while self.change(&mut told).await {
+            let answers = told.borrow_and_update().clone();
+            self.running.retain(|at, server| {
+                let stays = answers.contains_key(at);
+                if !stays {
+                    server.abort();
+                }
+                stays
+            });
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = answers.clone();
+            // A port is free when its former server is gone.
+            tokio::task::yield_now().await;
+            self.refused.retain(|port| answers.keys().any(|at| at.port() == *port));
+            for (at, answer) in answers {
+                if !self.running.contains_key(&at) {
+                    self.start(at, &answer.service);
+                }
+            }
+        }
+    }
+
+    /// Waits for news, or where a port was taken, for a while; false where nobody tells any more.
+    async fn change(&self, told: &mut watch::Receiver<Answers>) -> bool {
+        if self.refused.is_empty() {
+            return told.changed().await.is_ok();
+        }
+        timeout(TRY_AGAIN, told.changed()).await.unwrap_or(Ok(())).is_ok()
+    }
+
+    fn start(&mut self, at: SocketAddr, service: &ObjectName) {
+        let listener = match listener(at) {
+            Ok(listener) => listener,
+            Err(error) => {
+                if self.refused.insert(at.port()) {
+                    warn!("Service {service}: spec.healthCheckNodePort: cannot listen at {at}: {error}");
+                }
+                return;
+            }
+        };
+        let asked = Arc::new(Asked { at, current: Arc::clone(&self.current), vitals: Arc::clone(&self.vitals) });
+        let router = Router::new().fallback(answer).with_state(asked);
+        let server = tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, router).await {
+                error!("health checks at {at} are answered no longer: {error}");
+            }
+        });
+        self.running.insert(at, server.abort_handle());
+    }
+}
+
+/// One of IPv6 is for IPv6 alone, so that the other family has its own.
+fn listener(at: SocketAddr) -> io::Result<TcpListener> {
+    let family = match at.ip() {
+        IpAddr::V4(_) => AddressFamily::INET,
+        IpAddr::V6(_) => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if at.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    bind(&socket, &at)?;
+    listen(&socket, BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// What a handler knows.
+struct Asked {
+    at: SocketAddr,
+    current: Arc<Mutex<Answers>>,
+    vitals: Arc<Vitals>,
+}
+
+async fn answer(State(asked): State<Arc<Asked>>) -> Response {
+    let answer = asked.current.lock().unwrap_or_else(PoisonError::into_inner).get(&asked.at).cloned();
+    let Some(answer) = answer else { return StatusCode::SERVICE_UNAVAILABLE.into_response() };
+    respond(&answer, asked.vitals.is_healthy(monotonic_ns()).is_ok())
+}
+
+fn respond(Answer { service, local }: &Answer, is_healthy: bool) -> Response {
+    let status = if *local > 0 && is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    // Names are DNS labels: nothing in them needs a backslash.
+    let body = format!(
+        "{{\"service\":{{\"namespace\":\"{}\",\"name\":\"{}\"}},\"localEndpoints\":{local},\"serviceProxyHealthy\":{is_healthy}}}",
+        service.namespace, service.name
+    );
+    let headers = [
+        (CONTENT_TYPE.as_str(), "application/json".to_owned()),
+        ("x-content-type-options", "nosniff".to_owned()),
+        ("x-load-balancing-endpoint-weight", local.to_string()),
+    ];
+    (status, headers, body).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{Ipv4Addr, Ipv6Addr, TcpStream},
+        time::Instant,
+    };
+
+    use super::*;
+
+    fn ask(at: SocketAddr) -> io::Result<String> {
+        let mut stream = TcpStream::connect(at)?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// Asks until the answer is right, or for too long.
+    fn comes_to(at: SocketAddr, is_right: impl Fn(&io::Result<String>) -> bool) -> String {
+        let began = Instant::now();
+        loop {
+            let answer = ask(at);
+            if is_right(&answer) {
+                return answer.unwrap_or_default();
+            }
+            assert!(began.elapsed() < Duration::from_secs(10), "{answer:?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// A port that nobody listens at, for the moment.
+    fn free_port() -> u16 {
+        let listener = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).expect("a port");
+        listener.local_addr().expect("its number").port()
+    }
+
+    fn desired(port: u16, local: &[(Family, usize)]) -> Desired {
+        let check = HealthCheck { port, local: local.iter().copied().collect() };
+        let addresses = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+        Desired {
+            health_addresses: addresses.into(),
+            health_checks: BTreeMap::from([(ObjectName::new("shop", "web"), check)]),
+            ..Desired::default()
+        }
+    }
+
+    #[test]
+    fn load_balancers_are_told_how_many_endpoints_are_here() {
+        let vitals = Arc::new(Vitals::default());
+        vitals.tick();
+        let checks = HealthChecks::start(vitals).expect("a thread");
+        let port = free_port();
+        let (v4, v6) = ((Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into());
+        let has = |text: &'static str| move |answer: &io::Result<String>| matches!(answer, Ok(is) if is.contains(text));
+
+        checks.follow(&desired(port, &[(Family::V4, 2)]));
+        let answer = comes_to(v4, has("200 OK"));
+        assert!(answer.contains("x-load-balancing-endpoint-weight: 2\r\n"), "{answer}");
+        assert!(answer.contains("content-type: application/json\r\n"), "{answer}");
+        assert!(
+            answer.ends_with(
+                r#"{"service":{"namespace":"shop","name":"web"},"localEndpoints":2,"serviceProxyHealthy":true}"#
+            ),
+            "{answer}"
+        );
+        // Of the other family none is here.
+        comes_to(v6, has("503 Service Unavailable"));
+        checks.follow(&desired(port, &[(Family::V6, 1)]));
+        comes_to(v4, has("\"localEndpoints\":0"));
+        comes_to(v6, has("200 OK"));
+        // The service is gone.
+        checks.follow(&Desired::default());
+        comes_to(v4, Result::is_err);
+        comes_to(v6, Result::is_err);
+    }
+
+    #[test]
+    fn a_port_that_is_taken_hinders_no_other() {
+        let taken = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let port = taken.local_addr().expect("its number").port();
+        let vitals = Arc::new(Vitals::default());
+        vitals.tick();
+        let checks = HealthChecks::start(vitals).expect("a thread");
+        checks.follow(&desired(port, &[(Family::V4, 1), (Family::V6, 1)]));
+        comes_to((Ipv6Addr::LOCALHOST, port).into(), Result::is_ok);
+        // The next change finds it free.
+        drop(taken);
+        checks.follow(&desired(port, &[(Family::V4, 3), (Family::V6, 1)]));
+        let answer = comes_to((Ipv4Addr::LOCALHOST, port).into(), Result::is_ok);
+        assert!(answer.contains("\"localEndpoints\":3"), "{answer}");
+    }
+}

@@ -1,0 +1,74 @@
+//! What the command line says of the node.
+
+use std::{net::IpAddr, ops::RangeInclusive};
+
+use clap::Args;
+
+use super::{Global, error::Error};
+use crate::desired::{Family, MASQUERADE_PORTS, Network, NodeFacts};
+
+/// Facts of the node that decide about frontends and masquerading.
+#[derive(Args, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct NodeArgs {
+    /// The networks whose addresses of this node have node ports; without it all addresses of the node, but link-local
+    /// ones
+    #[arg(long = "nodeport-addresses", value_name = "CIDR", value_delimiter = ',')]
+    node_port_networks: Vec<Network>,
+    /// A network of pods, whose connections keep their address; one option for each; without it the Node's podCIDRs, with
+    /// --source kubernetes
+    #[arg(long = "pod-cidr", value_name = "CIDR")]
+    pod_networks: Vec<Network>,
+    /// The address that masqueraded connections come from, one for each family; without it the Node's InternalIP, else
+    /// the first global address of a device with a default route, else the first one
+    #[arg(long = "node-address", value_name = "IP")]
+    addresses: Vec<IpAddr>,
+    /// The source ports of masqueraded connections: the node's own processes should use others [default: 1024-29999]
+    #[arg(long, value_name = "FIRST-LAST", value_parser = parse_ports)]
+    masquerade_ports: Option<RangeInclusive<u16>>,
+}
+
+fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let ports = text.split_once('-').and_then(|(first, last)| Some(first.parse().ok()?..=last.parse().ok()?));
+    ports
+        .filter(|ports: &RangeInclusive<u16>| *ports.start() > 0 && !ports.is_empty())
+        .ok_or_else(|| "expected FIRST-LAST, ports from 1 to 65535, such as 1024-29999".to_owned())
+}
+
+impl NodeArgs {
+    /// What is known of the node, before anybody has looked at it.
+    pub(crate) fn facts(&self, global: &Global) -> Result<NodeFacts, Error> {
+        for family in [Family::V4, Family::V6] {
+            let given: Vec<_> = self.addresses.iter().filter(|ip| Family::of(**ip) == family).collect();
+            if let [first, second, ..] = given[..] {
+                return Err(Error::Usage(format!("--node-address {first} and {second}: one for each family")));
+            }
+        }
+        Ok(NodeFacts {
+            name: Some(global.node_name()),
+            addresses: Vec::new(),
+            node_port_networks: self.node_port_networks.clone(),
+            pod_networks: self.pod_networks.clone(),
+            masquerade_addresses: self.addresses.clone(),
+            masquerade_ports: self.masquerade_ports.clone().unwrap_or(MASQUERADE_PORTS),
+        })
+    }
+
+    /// The same where nobody can look: the node has the addresses that are given.
+    pub(crate) fn told(&self, global: &Global) -> Result<NodeFacts, Error> {
+        Ok(NodeFacts { addresses: self.addresses.clone(), ..self.facts(global)? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_from_first_to_last() {
+        assert_eq!(parse_ports("1024-29999"), Ok(1024..=29_999));
+        assert_eq!(parse_ports("1-65535"), Ok(1..=65_535));
+        for bad in ["", "80", "0-80", "81-80", "1-65536", "a-b", "1--2"] {
+            assert!(parse_ports(bad).is_err(), "{bad:?}");
+        }
+    }
+}
