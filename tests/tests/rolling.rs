@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use affinity_tests::lab::{
-    EndpointState, Family, Frontend, Lab, Load, Options, Protocol, Service, eventually, pod_name,
+    EndpointState, Family, Frontend, Lab, Load, Options, Policy, Protocol, Service, eventually, pod_name,
 };
 use affinity_tests::story::{Hook, Route, report, tell_in, web};
 use anyhow::{Context, Result, ensure};
@@ -127,4 +127,15 @@ fn a_rolling_update_fails_no_request_of_pinned_clients() -> Result<()> {
 #[test]
 fn a_rolling_update_fails_no_request_without_affinity() -> Result<()> {
     Hook::ALL.into_iter().try_for_each(|hook| no_request_fails(hook, &web(), Frontend::ClusterIp))
+}
+
+#[test]
+fn a_rolling_update_fails_no_request_to_node_ports() -> Result<()> {
+    for policy in Policy::BOTH {
+        let web = web().client_ip().node_ports(30_080).external(policy);
+        for hook in [Hook::XdpNative, Hook::Tc] {
+            no_request_fails(hook, &web, Frontend::NodePort).with_context(|| format!("{policy:?}"))?;
+        }
+    }
+    Ok(())
 }
