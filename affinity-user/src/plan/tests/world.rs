@@ -64,21 +64,30 @@ struct Exposed {
     ranges: Vec<&'static str>,
 }
 
-/// Up to `services` services over six pods.
+/// Up to `services` services over six pods, some of them reached from outside.
 pub(super) fn world(services: usize) -> impl Strategy<Value = World> {
+    let exposed = prop::option::weighted(0.4, exposed());
+    (world_with(services, exposed), any::<bool>()).prop_map(|(world, knows_pods)| World { knows_pods, ..world })
+}
+
+/// The same with cluster IPs alone.
+pub(super) fn inner_world(services: usize) -> impl Strategy<Value = World> {
+    world_with(services, Just(None))
+}
+
+fn world_with(services: usize, exposed: impl Strategy<Value = Option<Exposed>>) -> impl Strategy<Value = World> {
     let state = prop_oneof![4 => Just(State::Ready), 1 => Just(State::Leaving), 1 => Just(State::Unready)];
     let parts = prop::collection::btree_map(1u8..7, (state, prop::bool::weighted(0.8)), 0..6);
     let flags = (prop::bool::weighted(0.9), any::<bool>(), prop::bool::weighted(0.5));
     // Selection seldom changes: a Maglev table is large, and every state is looked at many times.
     let select = prop_oneof![4 => Just(0usize), 1 => Just(1), 2 => Just(2)];
     let port = prop_oneof![5 => Just(8080u16), 1 => Just(9090)];
-    let exposed = prop::option::weighted(0.4, exposed());
     let spec = (flags, select, port, exposed, parts).prop_map(|(flags, select, target_port, exposed, parts)| {
         let (affinity, dual, grouped) = flags;
         Spec { affinity, dual, select, grouped, target_port, exposed, parts }
     });
     let services = prop::collection::vec(prop::option::weighted(0.85, spec), services);
-    (services, any::<bool>()).prop_map(|(services, knows_pods)| World { services, knows_pods })
+    services.prop_map(|services| World { services, knows_pods: false })
 }
 
 fn exposed() -> impl Strategy<Value = Exposed> {
@@ -141,6 +150,8 @@ impl World {
         let node = NodeFacts {
             name: Some("here".to_owned()),
             addresses: vec![address("198.51.100.1"), address("fd00::1:1")],
+            // One address is enough: each more costs every state of every plan.
+            node_port_networks: vec!["198.51.100.0/24".parse().expect("a network")],
             pod_networks: networks.iter().map(|text| text.parse().expect("a network")).collect(),
             ..NodeFacts::default()
         };
