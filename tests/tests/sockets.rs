@@ -59,6 +59,34 @@ fn ask_unconnected(process: &mut SocketProcess, to: SocketAddr) -> Result<String
 }
 
 #[test]
+fn operators_name_the_node_and_pods_as_listings_do() -> Result<()> {
+    let web = web().client_ip();
+    tell(&NO_DEVICE, &[&web], |scene| {
+        let service = web.full_name();
+        let to = forms(&web, "http");
+        for (process, names) in [(&mut scene.node, ["node"; 2]), (&mut scene.pod, ["pod-0", "default/pod-0"])] {
+            for (name, pod) in names.into_iter().flat_map(|name| ["pod-2", "pod-0", "pod-1"].map(|pod| (name, pod))) {
+                let said = scene.lab.affinity(&["pin", "--service", &service, "--client", name, "--backend", pod])?;
+                assert_eq!(said, format!("pinned {} to {pod} for {service}\n", names[1]));
+                for form in to {
+                    assert_eq!(process.dial(Protocol::Tcp, form)?, pod, "{name} by {form}");
+                }
+                for form in &to[..2] {
+                    let to = form.to_string();
+                    let said = scene.lab.affinity_json(&["explain", "--from", name, "--to", &to])?;
+                    let pinned = &said["pinned"]["backend"]["name"];
+                    assert_eq!((said["reason"].as_str(), pinned.as_str()), (Some("pinned"), Some(pod)), "{said}");
+                }
+            }
+            scene.lab.affinity(&["unpin", "--service", &service, "--client", names[1]])?;
+            let said = scene.lab.affinity_json(&["explain", "--from", names[1], "--to", &to[0].to_string()])?;
+            assert_eq!(said["candidates"].as_array().map(Vec::len), Some(3), "{said}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn ten_dials_reach_one_backend_from_the_node_and_from_a_pod() -> Result<()> {
     let web = web().client_ip();
     tell(&NO_DEVICE, &[&web], |scene| {

@@ -1,8 +1,11 @@
 //! `--client`: whose pins, by address, network, or the name of a network namespace.
 
-use std::str::FromStr;
+use std::{collections::BTreeMap, str::FromStr};
 
-use crate::view::{Client, ClientRef, NETNS, NODE};
+use affinity_common::abi::netns_client;
+
+use super::error::Error;
+use crate::view::{Catalog, Client, ClientRef, NETNS, NODE, ip};
 
 /// What an option names.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -23,6 +26,37 @@ impl ClientArg {
                 let cookie = client.key.netns().map(|cookie| format!("{NETNS}{cookie}"));
                 client.name == Some(name) || short == Some(name) || cookie.as_ref() == Some(name)
             }
+        }
+    }
+
+    /// The cookies of the namespaces that this names: more than one where several have the address of one pod. None of
+    /// addresses.
+    ///
+    /// # Errors
+    /// [`Error`] where no namespace of this machine has the name, or it is that of several pods.
+    pub(crate) fn cookies(&self, catalog: &Catalog) -> Result<Vec<u64>, Error> {
+        let name = match self {
+            Self::Network(client) => return Ok(client.netns().into_iter().collect()),
+            Self::Named(name) => name,
+        };
+        if let Some(cookie) = name.strip_prefix(NETNS).and_then(|cookie| cookie.parse().ok()) {
+            return Ok(vec![cookie]);
+        }
+        // Whatever the family: all of a namespace's keys have its name.
+        let client =
+            |cookie, name| ClientRef { key: Client::new(ip(netns_client(cookie, 4)), u8::MAX), name: Some(name) };
+        let named = catalog.namespaces().iter().filter(|(cookie, name)| self.takes(&client(**cookie, name)));
+        let mut by_name: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (cookie, full) in named {
+            by_name.entry(full.as_str()).or_default().push(*cookie);
+        }
+        let mut names = by_name.into_iter();
+        match (names.next(), names.next()) {
+            (None, _) => Err(Error::no_namespace(name)),
+            (Some((_, cookies)), None) => Ok(cookies),
+            (Some((first, _)), Some((second, _))) => Err(Error::Usage(format!(
+                "{name} may be {first} or {second}: name the namespace too, or {NETNS}COOKIE"
+            ))),
         }
     }
 
@@ -52,10 +86,8 @@ impl FromStr for ClientArg {
 
 #[cfg(test)]
 mod tests {
-    use affinity_common::abi::netns_client;
-
     use super::*;
-    use crate::view::ip;
+    use crate::view::fixture;
 
     #[test]
     fn names_and_addresses_are_told_apart() {
@@ -68,6 +100,29 @@ mod tests {
         for text in ["192.0.2", "192.0.2.1/33", "netns:web", "", "Web"] {
             assert!(text.parse::<ClientArg>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_name_leads_to_its_namespace() {
+        let names = [
+            (7, "node"),
+            (77, "default/web-0"),
+            (78, "shop/web-0"),
+            (79, "shop/cart-0"),
+            (80, "shop/db-0"),
+            (81, "shop/db-0"),
+        ];
+        let catalog = fixture::catalog().with_namespaces(names.map(|(cookie, name)| (cookie, name.to_owned())).into());
+        let cookies =
+            |text: &str| text.parse::<ClientArg>().unwrap().cookies(&catalog).map_err(|error| error.to_string());
+        for (text, found) in [("node", 7), ("shop/web-0", 78), ("cart-0", 79), ("netns:5", 5), ("100::400:0:0:4d", 77)]
+        {
+            assert_eq!(cookies(text), Ok(vec![found]), "{text}");
+        }
+        assert_eq!(cookies("192.0.2.1"), Ok(vec![]));
+        assert_eq!(cookies("shop/db-0"), Ok(vec![80, 81]), "the address of one that has ended, and of its successor");
+        assert!(cookies("web-0").unwrap_err().contains("default/web-0 or shop/web-0"));
+        assert!(cookies("web-9").unwrap_err().contains("not found"));
     }
 
     #[test]

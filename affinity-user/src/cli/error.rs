@@ -110,6 +110,11 @@ impl Error {
         Self::NotFound { what: format!("service {name}"), hint: "`affinity get services` lists all" }
     }
 
+    pub(crate) fn no_namespace(name: &str) -> Self {
+        let hint = "only `node`, netns:COOKIE, and pods of this node that are endpoints have a name";
+        Self::NotFound { what: format!("client {name}"), hint }
+    }
+
     pub(crate) fn no_backend(name: &str) -> Self {
         Self::NotFound { what: format!("pod {name}"), hint: "`affinity get backends` lists all" }
     }

@@ -4,11 +4,10 @@ use std::{
     collections::BTreeMap,
     io::{self, BufWriter, Write},
     net::{IpAddr, SocketAddr},
-    path::Path,
 };
 
 use affinity_common::{
-    abi::{Address, Direction, V4, V6, filter_bit},
+    abi::{Address, Direction, V4, V6, netns_client},
     model::Model,
     parse::{TCP, UDP},
     tables::FamilyTables,
@@ -17,6 +16,7 @@ use clap::Args;
 
 use super::{
     Global,
+    client::ClientArg,
     error::Error,
     node::NodeArgs,
     output::{Format, Tone, object, paint, wants_colour},
@@ -25,14 +25,17 @@ use super::{
 };
 use crate::{
     store::kernel::{Family, KernelStore, filter_word},
-    view::{Catalog, Endpoint, Explanation, FrontendTables, Question, Situation, explain, pool_backends, session_keys},
+    view::{
+        Catalog, Endpoint, Explanation, FrontendTables, Question, Situation, explain, ip, pool_backends, session_keys,
+    },
 };
 
 /// Options of `affinity explain`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct ExplainArgs {
-    /// The client; with a port, that connection of the client
-    #[arg(long, value_name = "IP[:PORT]", value_parser = parse_from)]
+    /// The client; with a port, that connection of the client. By name, a socket of the node itself (`node`) or of a pod on
+    /// it
+    #[arg(long, value_name = "IP[:PORT]|NAME", value_parser = parse_from)]
     from: From,
     /// What it dials; TCP, unless `/udp` follows
     #[arg(long, value_name = "IP:PORT[/udp]", value_parser = parse_to)]
@@ -49,18 +52,24 @@ pub(crate) struct ExplainArgs {
     output: Format,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct From {
-    address: IpAddr,
-    port: Option<u16>,
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum From {
+    Address(IpAddr, Option<u16>),
+    /// A network namespace of this machine, whose sockets are translated.
+    Named(ClientArg),
 }
 
 fn parse_from(text: &str) -> Result<From, String> {
     if let Ok(address) = text.trim_start_matches('[').trim_end_matches(']').parse() {
-        return Ok(From { address, port: None });
+        return Ok(From::Address(address, None));
     }
-    let socket: SocketAddr = text.parse().map_err(|_| "expected IP, IP:PORT or [IPv6]:PORT".to_owned())?;
-    Ok(From { address: socket.ip(), port: Some(socket.port()) })
+    if let Ok(socket) = text.parse::<SocketAddr>() {
+        return Ok(From::Address(socket.ip(), Some(socket.port())));
+    }
+    match text.parse() {
+        Ok(named @ ClientArg::Named(_)) => Ok(From::Named(named)),
+        _ => Err("expected IP, IP:PORT, [IPv6]:PORT, `node`, the name of a pod, or netns:COOKIE".to_owned()),
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,35 +91,62 @@ fn parse_to(text: &str) -> Result<To, String> {
 
 impl ExplainArgs {
     pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
-        if self.from.address.is_ipv4() != self.to.endpoint.address.is_ipv4() {
-            return Err(Error::Usage("--from and --to must both be IPv4, or both IPv6".to_owned()));
-        }
-        let question = Question {
-            from: self.from.address,
-            from_port: self.from.port,
-            to: self.to.endpoint,
-            protocol: self.to.protocol,
-        };
-        match (&self.source, question.from) {
-            (Some(source), from) => {
+        match &self.source {
+            Some(source) => {
                 let source = self.cluster.source(source, global)?;
                 let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
-                match from {
+                let question = self.questions(&catalog)?.remove(0);
+                match question.from {
                     IpAddr::V4(_) => self.print(&explain(&catalog, &question, &of_source::<V4>(&catalog, &question))),
                     IpAddr::V6(_) => self.print(&explain(&catalog, &question, &of_source::<V6>(&catalog, &question))),
                 }
             }
-            (None, IpAddr::V4(_)) => self.of_kernel::<V4>(&global.pin_dir, &question),
-            (None, IpAddr::V6(_)) => self.of_kernel::<V6>(&global.pin_dir, &question),
+            None => {
+                let reading = Reading::open(&global.pin_dir)?;
+                let questions = self.questions(&reading.catalog)?;
+                match questions[0].from {
+                    IpAddr::V4(_) => self.of_kernel::<V4>(&reading, &questions),
+                    IpAddr::V6(_) => self.of_kernel::<V6>(&reading, &questions),
+                }
+            }
         }
     }
 
-    fn of_kernel<A: Family + FrontendTables>(&self, pin_dir: &Path, question: &Question) -> Result<(), Error>
+    /// What is asked: more than one thing where several namespaces have the client's name; never nothing.
+    fn questions(&self, catalog: &Catalog) -> Result<Vec<Question>, Error> {
+        let To { endpoint, protocol } = self.to;
+        let question = |from, from_port| Question { from, from_port, to: endpoint, protocol };
+        match &self.from {
+            From::Address(address, port) => {
+                let question = question(*address, *port);
+                if !question.is_socket() && address.is_ipv4() != endpoint.address.is_ipv4() {
+                    return Err(Error::Usage("--from and --to must both be IPv4, or both IPv6".to_owned()));
+                }
+                Ok(vec![question])
+            }
+            From::Named(name) => {
+                let family = if endpoint.address.is_ipv4() { 4 } else { 6 };
+                let key = |cookie| question(ip(netns_client(cookie, family)), None);
+                Ok(name.cookies(catalog)?.into_iter().map(key).collect())
+            }
+        }
+    }
+
+    fn of_kernel<A: Family + FrontendTables>(&self, reading: &Reading, questions: &[Question]) -> Result<(), Error>
     where
         Model: FamilyTables<A>,
     {
-        let Reading { store, catalog } = Reading::open(pin_dir)?;
-        self.print(&explain(&catalog, question, &of_kernel::<A>(&store, &catalog, question)?))
+        let Reading { store, catalog } = reading;
+        let mut asked = Vec::new();
+        for question in questions {
+            asked.push((question, of_kernel::<A>(store, catalog, question)?));
+        }
+        // Of several namespaces with one name, the one that has a pin.
+        let pinned = asked.iter().find(|(_, situation)| !situation.sessions.is_empty());
+        match pinned.or(asked.first()) {
+            Some((question, situation)) => self.print(&explain(catalog, question, situation)),
+            None => Ok(()),
+        }
     }
 
     fn print(&self, answer: &Explanation<'_>) -> Result<(), Error> {
@@ -136,7 +172,7 @@ fn of_kernel<A: Family + FrontendTables>(
         }
     }
     let key = question.key::<A>();
-    let (word, bit) = filter_word(Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol));
+    let (word, bit) = filter_word(Direction::Forward, question.filter_bit());
     let backends = pool_backends::<A>(catalog, question).into_iter().filter(|&index| index < store.loads.len());
     Ok(Situation {
         in_filter: store.filter.load_u64(word) & bit != 0,
@@ -177,12 +213,15 @@ mod tests {
 
     #[test]
     fn addresses_with_and_without_ports() {
-        let from = |text: &str| parse_from(text).map(|from| (from.address.to_string(), from.port));
-        assert_eq!(from("192.0.2.1"), Ok(("192.0.2.1".to_owned(), None)));
-        assert_eq!(from("192.0.2.1:80"), Ok(("192.0.2.1".to_owned(), Some(80))));
-        assert_eq!(from("2001:db8::1"), Ok(("2001:db8::1".to_owned(), None)));
-        assert_eq!(from("[2001:db8::1]:80"), Ok(("2001:db8::1".to_owned(), Some(80))));
-        assert!(from("web").is_err() && from("192.0.2.1:").is_err());
+        let address = |text: &str, port| Ok(From::Address(text.parse().unwrap(), port));
+        assert_eq!(parse_from("192.0.2.1"), address("192.0.2.1", None));
+        assert_eq!(parse_from("192.0.2.1:80"), address("192.0.2.1", Some(80)));
+        assert_eq!(parse_from("2001:db8::1"), address("2001:db8::1", None));
+        assert_eq!(parse_from("[2001:db8::1]:80"), address("2001:db8::1", Some(80)));
+        for text in ["node", "web-0", "default/web-0", "netns:77"] {
+            assert_eq!(parse_from(text), Ok(From::Named(text.parse().unwrap())));
+        }
+        assert!(parse_from("Web").is_err() && parse_from("192.0.2.1:").is_err() && parse_from("192.0.2.0/24").is_err());
         let to = |text: &str| parse_to(text).map(|to| (to.endpoint.to_string(), to.protocol));
         assert_eq!(to("10.96.0.10:80"), Ok(("10.96.0.10:80".to_owned(), 6)));
         assert_eq!(to("10.96.0.10:53/udp"), Ok(("10.96.0.10:53".to_owned(), 17)));

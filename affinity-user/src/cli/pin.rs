@@ -1,12 +1,14 @@
 //! `affinity pin` and `affinity unpin`: an operator's changes to pins.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Write},
+    net::IpAddr,
     path::Path,
 };
 
 use affinity_common::{
-    abi::{MEMBER_READY, MemberKey, Reason, Session, SessionKey, Timer, V4, V6},
+    abi::{Address, MEMBER_READY, MemberKey, Reason, Session, SessionKey, Timer, V4, V6, netns_client},
     select::next_draw,
 };
 use clap::{ArgGroup, Args};
@@ -19,7 +21,7 @@ use super::{
 };
 use crate::{
     store::kernel::Family,
-    view::{Client, Clock, Policy, mapped},
+    view::{Catalog, Client, Clock, Policy, ip, mapped},
 };
 
 /// Options of `affinity unpin`.
@@ -69,12 +71,21 @@ pub(crate) struct PinArgs {
     /// The service; a pin that it shares with a group is set for the whole group
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: String,
-    /// The client; where the service keys its pins by network, that network
-    #[arg(long, value_name = "IP")]
-    client: std::net::IpAddr,
+    /// The client; where the service keys its pins by network, that network. By name, the sockets of the node itself
+    /// (`node`) or of a pod on it
+    #[arg(long, value_name = "IP|NAME")]
+    client: ClientArg,
     /// The pod: ready, and an endpoint of the service
     #[arg(long, value_name = "IP|NAME")]
     backend: String,
+}
+
+/// A client as the frontends of one family know it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Key {
+    client: Client,
+    /// Whether those are IPv4 frontends.
+    ipv4: bool,
 }
 
 impl PinArgs {
@@ -86,35 +97,60 @@ impl PinArgs {
             let service = &self.service;
             return Err(Error::Usage(format!("{service} keeps no pins: its sessionAffinity is None, not ClientIP")));
         }
-        let (prefix, family) = match self.client {
-            std::net::IpAddr::V4(_) => (policy.prefix_v4, "IPv4"),
-            std::net::IpAddr::V6(_) => (policy.prefix_v6, "IPv6"),
-        };
-        let Some(prefix) = prefix else {
-            return Err(Error::Usage(format!(
-                "{} has no {family} address that {} could dial",
-                self.service, self.client
-            )));
-        };
-        let backend = self.ready_member(&reading, id)?;
-        match self.client {
-            std::net::IpAddr::V4(_) => self.put::<V4>(&reading, id, policy, prefix, backend)?,
-            std::net::IpAddr::V6(_) => self.put::<V6>(&reading, id, policy, prefix, backend)?,
+        let keys = self.keys(&reading.catalog, policy)?;
+        // A namespace dials frontends of both families, and is pinned in those where the pod serves.
+        let members: Vec<_> = keys.iter().map(|key| (key, self.ready_member(&reading, id, *key))).collect();
+        if members.iter().all(|(_, member)| member.is_err()) {
+            return members.into_iter().find_map(|(_, member)| member.err()).map_or(Ok(()), Err);
         }
-        let client = Client::new(self.client, prefix);
-        let pod = reading.catalog.backend_now(backend);
-        writeln!(io::stdout(), "pinned {client} to {pod} for {}", self.service)?;
+        let mut told = BTreeSet::new();
+        for (key, backend) in members.into_iter().filter_map(|(key, member)| Some((key, member.ok()?))) {
+            if key.client.address.is_ipv4() {
+                self.put::<V4>(&reading, id, policy, key.client, backend)?;
+            } else {
+                self.put::<V6>(&reading, id, policy, key.client, backend)?;
+            }
+            let client = reading.catalog.client(key.client.address, id);
+            let pod = reading.catalog.backend_now(backend);
+            told.insert(format!("pinned {client} to {pod} for {}", self.service));
+        }
+        for line in told {
+            writeln!(io::stdout(), "{line}")?;
+        }
         Ok(())
     }
 
+    /// The keys of the client in the service's tables: one, but two of each namespace that can dial both families.
+    fn keys(&self, catalog: &Catalog, policy: &Policy) -> Result<Vec<Key>, Error> {
+        let key = |client, ipv4| Key { client, ipv4 };
+        let cookies = self.client.cookies(catalog)?;
+        if !cookies.is_empty() {
+            let of = |cookie, family| Client::new(ip(netns_client(cookie, family)), V6::BITS);
+            let v4 = cookies.iter().filter_map(|cookie| policy.prefix_v4.map(|_| key(of(*cookie, 4), true)));
+            let v6 = cookies.iter().filter_map(|cookie| policy.prefix_v6.map(|_| key(of(*cookie, 6), false)));
+            return Ok(v4.chain(v6).collect());
+        }
+        let Some(Client { address, .. }) = self.client.address() else {
+            return Err(Error::Usage("--client: a pin is one client's: give an address, not a network".to_owned()));
+        };
+        let (prefix, family) = match address {
+            IpAddr::V4(_) => (policy.prefix_v4, "IPv4"),
+            IpAddr::V6(_) => (policy.prefix_v6, "IPv6"),
+        };
+        let prefix = prefix.ok_or_else(|| {
+            Error::Usage(format!("{} has no {family} address that {address} could dial", self.service))
+        })?;
+        Ok(vec![key(Client::new(address, prefix), address.is_ipv4())])
+    }
+
     /// The index of the pod, where a frontend of the client's family may choose it.
-    fn ready_member(&self, reading: &Reading, service: u32) -> Result<u32, Error> {
+    fn ready_member(&self, reading: &Reading, service: u32, key: Key) -> Result<u32, Error> {
         let catalog = &reading.catalog;
         let called = catalog.backends_called(&self.backend);
         if called.is_empty() {
             return Err(Error::no_backend(&self.backend));
         }
-        let frontends = catalog.frontend_records(self.client.is_ipv4()).filter(|record| record.service == service);
+        let frontends = catalog.frontend_records(key.ipv4).filter(|record| record.service == service);
         let members = &catalog.observed().members;
         let mut candidates = frontends
             .flat_map(|record| called.iter().map(|&backend| MemberKey { pool: record.pool, backend }))
@@ -122,7 +158,8 @@ impl PinArgs {
             .filter(|(backend, member)| catalog.generation(*backend) == Some(member.generation))
             .peekable();
         if candidates.peek().is_none() {
-            let (backend, service, client) = (&self.backend, &self.service, self.client);
+            let (backend, service) = (&self.backend, &self.service);
+            let client = catalog.client(key.client.address, 0);
             return Err(Error::Usage(format!("{backend} is no endpoint of {service} for clients like {client}")));
         }
         candidates.find(|(_, member)| member.state == MEMBER_READY).map(|(backend, _)| backend).ok_or_else(|| {
@@ -135,10 +172,10 @@ impl PinArgs {
         reading: &Reading,
         service: u32,
         policy: &Policy,
-        prefix: u8,
+        client: Client,
         backend: u32,
     ) -> Result<(), Error> {
-        let key = SessionKey::new(policy.group, A::from_mapped(mapped(self.client)), prefix);
+        let key = SessionKey::new(policy.group, A::from_mapped(mapped(client.address)), client.prefix);
         let generation = reading.catalog.generation(backend).unwrap_or(0);
         let old = reading.store.family::<A>().sessions.get(&key)?;
         let same = old.filter(|old| (old.backend, old.generation) == (backend, generation));

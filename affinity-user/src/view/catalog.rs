@@ -107,6 +107,12 @@ impl Catalog {
         Self { status: StatusView::new(status, &self.clock), ..self }
     }
 
+    /// With these names of network namespaces, by their cookies, in place of what the machine tells.
+    #[cfg(test)]
+    pub(crate) fn with_namespaces(self, names: BTreeMap<u64, String>) -> Self {
+        Self { namespaces: names.into(), ..self }
+    }
+
     /// What the agent tells about itself; none where it has not.
     #[must_use]
     pub fn status(&self) -> Option<&StatusView> {
@@ -143,10 +149,12 @@ impl Catalog {
         self.services().keys().map(|name| name.chars().count()).max().unwrap_or(0)
     }
 
-    /// The id of the service `namespace/name`.
+    /// The id of the service `namespace/name`, also of one that has gone and has pins.
     #[must_use]
     pub fn service_id(&self, name: &str) -> Option<u32> {
-        self.policies.keys().copied().find(|&id| self.service_name(id) == name)
+        let mut names = self.observed.names.iter();
+        let known = names.find(|(key, known)| key.kind == NameKind::Service as u32 && *known == name);
+        known.map(|(key, _)| key.id).or_else(|| self.policies.keys().copied().find(|&id| self.service_name(id) == name))
     }
 
     /// `namespace/name`, or `#id` for a service that the `names` map does not know.

@@ -2,13 +2,16 @@
 //!
 //! The packet is the first of a connection: a SYN, or a datagram. Where the client's port is known and has a flow, it is
 //! the next packet of that flow. Nothing that runs here can change a table of the kernel.
+//!
+//! A network namespace of this machine can be asked about too: what its next socket would meet. Its client key is an IPv6
+//! address whatever it dials, so an IPv4 frontend is looked up as an IPv4-mapped one, as a socket may ask for it.
 
 use std::{borrow::Cow, collections::BTreeMap, fmt::Write, net::IpAddr};
 
 use affinity_common::{
     abi::{
         AFFINITY, Address, Direction, FLOW_SHADOW, Flow, FlowKey, Frontend, FrontendKey, MemberKey, Port, Reason,
-        SHADOW, Selection, Session, SessionKey, V4, V6, filter_bit,
+        SHADOW, SHARED, Selection, Session, SessionKey, V4, V6, filter_bit,
     },
     model::Model,
     parse::{Headers, SYN, TCP},
@@ -18,11 +21,15 @@ use affinity_common::{
 use serde::Serialize;
 
 use super::{
-    Catalog, Client, Endpoint, FlowView, SessionView, address::mapped, protocol_name, service::policy_text,
+    Catalog, Client, ClientRef, Endpoint, FlowView, SessionView,
+    address::{from_mapped, mapped},
+    protocol_name,
+    service::policy_text,
     short_duration,
 };
 
-/// A packet to ask about; both addresses are of one family.
+/// A packet to ask about; both addresses are of one family. Or a socket: then the client is the key of its network
+/// namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Question {
     /// The client.
@@ -53,7 +60,36 @@ impl Question {
     /// Whether what it dials is a frontend.
     #[must_use]
     pub fn is_frontend<A: FrontendTables>(&self, catalog: &Catalog) -> bool {
-        A::frontend(catalog, &self.frontend_key()).is_some()
+        self.frontend::<A>(catalog).is_some()
+    }
+
+    /// Whether this is about a socket, and not a packet.
+    #[must_use]
+    pub fn is_socket(&self) -> bool {
+        Client::new(self.from, u8::MAX).netns().is_some()
+    }
+
+    /// The record of the frontend that is dialled. For a socket the whole client key counts, and nothing that is decided by
+    /// where a packet comes from.
+    fn frontend<A: FrontendTables>(&self, catalog: &Catalog) -> Option<Frontend> {
+        if !self.is_socket() {
+            return A::frontend(catalog, &self.frontend_key());
+        }
+        let frontend = match self.to.address.to_canonical() {
+            IpAddr::V4(_) => V4::frontend(catalog, &self.frontend_key()),
+            IpAddr::V6(_) => V6::frontend(catalog, &self.frontend_key()),
+        }?;
+        Some(Frontend { prefix: V6::BITS, flags: frontend.flags & (AFFINITY | SHARED | SHADOW), ..frontend })
+    }
+
+    /// The bit of the filter for what is dialled.
+    #[must_use]
+    pub fn filter_bit(&self) -> u32 {
+        let Self { to: Endpoint { address, port }, protocol, .. } = *self;
+        match address.to_canonical() {
+            IpAddr::V4(address) => filter_bit(V4(address.octets()), Port::new(port), protocol),
+            IpAddr::V6(address) => filter_bit(V6(address.octets()), Port::new(port), protocol),
+        }
     }
 
     fn frontend_key<A: Address>(&self) -> FrontendKey<A> {
@@ -106,7 +142,7 @@ impl FrontendTables for V6 {
 /// Keys under which a client's pins for a frontend may lie: the group's, then the service's own.
 #[must_use]
 pub fn session_keys<A: FrontendTables>(catalog: &Catalog, question: &Question) -> Vec<SessionKey<A>> {
-    let Some(frontend) = A::frontend(catalog, &question.frontend_key()) else { return Vec::new() };
+    let Some(frontend) = question.frontend::<A>(catalog) else { return Vec::new() };
     let client = question.key::<A>().saddr;
     let mut keys: Vec<_> =
         [frontend.group, frontend.own].map(|scope| SessionKey::new(scope, client, frontend.prefix)).to_vec();
@@ -117,8 +153,9 @@ pub fn session_keys<A: FrontendTables>(catalog: &Catalog, question: &Question) -
 /// Indices of the backends in the pool of a question's frontend.
 #[must_use]
 pub fn pool_backends<A: FrontendTables>(catalog: &Catalog, question: &Question) -> Vec<u32> {
-    let frontend = A::frontend(catalog, &question.frontend_key());
-    frontend.map_or_else(Vec::new, |frontend| catalog.members(frontend.pool).map(|(index, _)| index).collect())
+    question
+        .frontend::<A>(catalog)
+        .map_or_else(Vec::new, |frontend| catalog.members(frontend.pool).map(|(index, _)| index).collect())
 }
 
 /// A frontend, as an explanation names it.
@@ -195,7 +232,7 @@ pub fn explain<'a, A: FrontendTables>(
 where
     Model: FamilyTables<A>,
 {
-    Case { catalog, question, situation, frontend: A::frontend(catalog, &question.frontend_key()) }.explain()
+    Case { catalog, question, situation, frontend: question.frontend::<A>(catalog) }.explain()
 }
 
 struct Case<'a, 'q, A: Address> {
@@ -307,7 +344,7 @@ where
         }
         // A connection that exists, a pin, or a pin's own next draw: there is no choice left.
         let pod = self.catalog.backend(flow.backend, flow.generation);
-        let to = Endpoint::new(flow.edit.daddr, flow.edit.dport);
+        let to = destination(flow);
         let (name, namespace) = (pod.name, pod.namespace);
         vec![Candidate { address: to.address, port: to.port, name, namespace, probability: 1.0 }]
     }
@@ -354,6 +391,11 @@ where
     }
 }
 
+/// Where a packet of a flow goes to.
+fn destination<A: Address>(flow: &Flow<A>) -> Endpoint {
+    Endpoint { address: from_mapped(flow.edit.daddr.to_mapped()), port: flow.edit.dport.get() }
+}
+
 // ---- in words ----
 
 /// The texts of reasons begin with what becomes of the packet.
@@ -397,9 +439,8 @@ where
             finds = format!("{} Otherwise: {finds}", text("pass", reason));
         }
         if let Some(flow) = flow {
-            let edit = &flow.edit;
             let _ = match candidates.len() {
-                1 => write!(finds, " The destination becomes {}.", Endpoint::new(edit.daddr, edit.dport)),
+                1 => write!(finds, " The destination becomes {}.", destination(flow)),
                 _ => write!(finds, " The destination becomes that of one candidate."),
             };
         }
@@ -409,11 +450,19 @@ where
 
     fn packet_text(&self) -> String {
         let Question { from, from_port, to, protocol } = self.question;
+        if self.question.is_socket() {
+            let what = if *protocol == TCP { "TCP" } else { "UDP" };
+            return format!("{what} socket of {}, asking for {to}", self.client());
+        }
         let what = if *protocol == TCP { "TCP SYN" } else { "UDP datagram" };
         match from_port {
             Some(port) => format!("{what} from {} to {to}", Endpoint { address: *from, port: *port }),
             None => format!("{what} from {from}, a new port, to {to}"),
         }
+    }
+
+    fn client(&self) -> ClientRef<'_> {
+        self.catalog.client(self.question.from, self.frontend.map_or(0, |frontend| frontend.service))
     }
 
     /// Nothing where no port was asked about.
@@ -455,8 +504,7 @@ where
         let so = match reason {
             Reason::Pinned => "the packet follows",
             Reason::Created if self.situation.sessions.is_empty() => {
-                let client = Client::new(self.question.from, frontend.prefix);
-                return format!("none of {client}: it will be pinned");
+                return format!("none of {}: it will be pinned", self.client());
             }
             Reason::Created => "but that pod does not serve here: pinned here by itself",
             Reason::Expired => "selects anew",
@@ -492,10 +540,10 @@ where
 
 #[cfg(test)]
 mod tests {
-    use affinity_common::abi::{MEMBER_DRAINING, Selection};
+    use affinity_common::abi::{MEMBER_DRAINING, Selection, netns_client};
 
     use super::*;
-    use crate::view::fixture;
+    use crate::view::{fixture, ip};
 
     /// What the first client's packet to the first frontend meets.
     fn ask(
@@ -701,6 +749,39 @@ mod tests {
         assert_eq!(chances(&situation), [(Some("web-0"), 0.5), (Some("web-1"), 0.5)]);
         situation.loads = BTreeMap::from([(1, 7), (2, 6)]);
         assert_eq!(chances(&situation), [(Some("web-1"), 1.0)]);
+    }
+
+    #[test]
+    fn a_socket_follows_the_pin_of_its_namespace() {
+        let catalog = fixture::catalog();
+        let to = Endpoint { address: "10.96.0.10".parse().unwrap(), port: 80 };
+        let from = ip(netns_client(77, 4));
+        let question = Question { from, from_port: None, to, protocol: TCP };
+        let mut situation =
+            Situation::<V6> { in_filter: true, sessions: BTreeMap::new(), flow: None, loads: BTreeMap::new() };
+        let answer = explain(&catalog, &question, &situation);
+        assert_eq!((answer.verdict, answer.reason, answer.candidates.len()), ("forward", "created", 2));
+        insta::assert_snapshot!(steps(&answer), @r"
+        packet: TCP socket of netns:77, asking for 10.96.0.10:80
+        filter: this may be a frontend
+        frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
+        session: none of netns:77: it will be pinned
+        selection: random: web-0 (10.244.0.1:8080) 50.0 %, web-1 (10.244.0.2:8080) 50.0 %
+        verdict: forward (created): a new client was pinned. The destination becomes that of one candidate.
+        ");
+        let [key] = session_keys::<V6>(&catalog, &question)[..] else { panic!("one scope, one key") };
+        assert_eq!(key, SessionKey::new(1, netns_client(77, 4), 128));
+        situation.sessions.insert(key, fixture::session(9_000, 9_000, 2));
+        let answer = explain(&catalog, &question, &situation);
+        assert_eq!(answer.pinned.as_ref().unwrap().client.to_string(), "netns:77");
+        insta::assert_snapshot!(steps(&answer), @r"
+        packet: TCP socket of netns:77, asking for 10.96.0.10:80
+        filter: this may be a frontend
+        frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
+        session: netns:77 is pinned to web-1 in default/web for 16m40s, expires in 2h43m; the packet follows
+        selection: none: the pin names web-1 (10.244.0.2:8080)
+        verdict: forward (pinned): a new connection followed its pin. The destination becomes 10.244.0.2:8080.
+        ");
     }
 
     #[test]
