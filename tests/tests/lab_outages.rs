@@ -6,6 +6,7 @@ use std::time::Duration;
 use affinity_tests::apiserver::{ApiServer, Kind};
 use affinity_tests::lab::{Lab, Load, NODE_NAME, Protocol, Service, eventually};
 use affinity_tests::story::{Hook, Route, tell, web};
+use affinity_user::store::kernel::KernelStore;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
@@ -26,11 +27,11 @@ fn after_a_reboot_the_service_goes_on_with_new_pins() -> Result<()> {
         tell(hook, &[&web], |lab, agent| {
             dial_all(lab, &web)?;
             let before = lab.sessions(&web, None)?;
+            let map = KernelStore::open(lab.pin_dir())?.events.info().id;
             agent.kill()?;
             fs::remove_dir_all(lab.pin_dir()).context("what a reboot takes away")?;
-            // The kernel lets go of a link a moment after its last name is gone.
-            let route = Route::all_to(&web)[0];
-            eventually("nothing is attached", PATIENCE, || Ok(route.dial(lab, 0, 1).is_err()))?;
+            // The kernel lets go of links and programs a moment after their last name is gone, and of their maps then.
+            eventually("nothing is attached", PATIENCE, || Ok(!is_loaded(map)))?;
 
             agent.restart()?;
             ensure!(lab.sessions(&web, None)?.is_empty(), "pins have outlived the reboot");
@@ -44,6 +45,11 @@ fn after_a_reboot_the_service_goes_on_with_new_pins() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Whether the kernel still has the map of this id.
+fn is_loaded(map: u32) -> bool {
+    aya::maps::loaded_maps().any(|loaded| loaded.is_ok_and(|loaded| loaded.id() == map))
 }
 
 /// A lab whose agent follows a cluster's API with this service.
