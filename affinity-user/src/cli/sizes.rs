@@ -17,13 +17,14 @@ pub(crate) struct SizeArgs {
     /// Frontends of each IP family
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_frontends: Option<u32>,
-    /// Pods
+    /// Pods: one for each address, so a pod of both families is two
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_backends: Option<u32>,
     /// Members of all pools and groups
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_members: Option<u32>,
-    /// Slots of all pools
+    /// Slots of all pools: one for each ready pod; under `consistent` 1,021 for a pool of up to 10, 16,381 for one of up to
+    /// 163, and 65,537 beyond
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_slots: Option<u32>,
 }
@@ -36,10 +37,10 @@ impl SizeArgs {
             sessions: self.max_sessions.unwrap_or(default.sessions),
             flows: self.max_flows.unwrap_or(default.flows),
             frontends: self.max_frontends.unwrap_or(default.frontends),
-            backends: self.max_backends.unwrap_or(default.backends),
             members: self.max_members.unwrap_or(default.members),
             slots: self.max_slots.unwrap_or(default.slots),
             ..default
         }
+        .with_backends(self.max_backends.unwrap_or(default.backends))
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! An LRU map is allocated in full when it is made, so the defaults follow the machine: the four large tables together
 //! take a small share of its memory ([`SHARE`]). The other maps are bounded by the configuration, and their sizes are
-//! limits that cost little.
+//! limits that cost little: 10,000 services of both families with 10 endpoints each fit on every machine. Only where many
+//! services select `consistent`, which takes a thousand slots and more for each pool, there may be less room than
+//! configuration; so the slots follow the machine as well.
 
 use std::{fmt, fs, path::Path};
 
@@ -22,6 +24,15 @@ pub const MAX_SESSIONS: u32 = 1 << 21;
 
 /// Of all clients that are pinned few are sockets of this machine: one entry of `sockets` for so many sessions.
 const SESSIONS_PER_SOCKET: u32 = 4;
+
+/// Slots for each session, and slots at most, by default; four bytes each.
+const SLOTS_PER_SESSION: u32 = 16;
+const MAX_SLOTS: u32 = 1 << 24;
+
+/// Backends by default. A pod of both families is two.
+const BACKENDS: u32 = 1 << 18;
+/// Names, and counts, for each backend: those of backends, and as many for services and pools.
+const NAMES_PER_BACKEND: u32 = 2;
 
 /// Ranges of addresses of each family, in all services.
 pub const MAX_RANGES: u32 = 1 << 16;
@@ -77,13 +88,20 @@ impl Sizes {
             sessions,
             flows: 2 * sessions,
             frontends: 1 << 16,
-            members: 1 << 18,
-            backends: 1 << 17,
-            slots: 1 << 20,
-            names: 1 << 18,
-            usage: 1 << 18,
+            members: 1 << 19,
+            backends: BACKENDS,
+            slots: (SLOTS_PER_SESSION * sessions).clamp(1 << 20, MAX_SLOTS),
+            names: NAMES_PER_BACKEND * BACKENDS,
+            usage: NAMES_PER_BACKEND * BACKENDS,
             events_bytes: 1 << 20,
         }
+    }
+
+    /// With so many backends, and room for the names and counts that come with them.
+    #[must_use]
+    pub fn with_backends(self, backends: u32) -> Self {
+        let named = backends.saturating_mul(NAMES_PER_BACKEND);
+        Self { backends, names: self.names.max(named), usage: self.usage.max(named), ..self }
     }
 
     /// The entries of a map; none for one whose size is fixed.
@@ -168,8 +186,32 @@ mod tests {
         assert_eq!(Sizes::of_memory(GIB / 2, None).sessions, MIN_SESSIONS);
         assert_eq!(Sizes::of_memory(4 * GIB, None).sessions, 1 << 16);
         assert_eq!(Sizes::of_memory(24 * GIB, None).sessions, 1 << 18);
+        assert_eq!(Sizes::of_memory(24 * GIB, None).slots, 1 << 22);
+        assert_eq!(Sizes::of_memory(4096 * GIB, None).slots, MAX_SLOTS);
         assert_eq!(Sizes::of_memory(4096 * GIB, None).sessions, MAX_SESSIONS);
         assert_eq!(Sizes::of_memory(24 * GIB, Some(GIB / 4)).sessions, 1 << 16);
+    }
+
+    #[test]
+    fn ten_thousand_services_of_both_families_fit_on_every_machine() {
+        const SERVICES: u32 = 10_000;
+        const ENDPOINTS: u32 = 10;
+        // Of a machine with half a gigabyte; one port.
+        let Sizes { frontends, members, backends, slots, names, usage, .. } = Sizes::of_memory(GIB / 2, None);
+        let (pools, addresses) = (2 * SERVICES, 2 * SERVICES * ENDPOINTS);
+        assert!(frontends >= SERVICES && backends >= addresses && members >= addresses);
+        assert!(names >= SERVICES + pools + addresses && usage >= SERVICES + addresses);
+        // New slots are written beside the old ones.
+        assert!(slots >= 2 * addresses);
+    }
+
+    #[test]
+    fn more_backends_bring_more_names_and_counts() {
+        let default = Sizes::of_memory(GIB, None);
+        let more = default.with_backends(1 << 20);
+        assert_eq!((more.backends, more.names, more.usage), (1 << 20, 1 << 21, 1 << 21));
+        let fewer = default.with_backends(1 << 10);
+        assert_eq!((fewer.backends, fewer.names, fewer.usage), (1 << 10, default.names, default.usage));
     }
 
     #[test]

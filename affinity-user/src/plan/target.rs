@@ -145,7 +145,7 @@ impl<'a> Numbering<'a> {
             let all = self.ledger.capacity.backends;
             self.report(
                 &name.service,
-                format!("{left_out} endpoints of {name} left out: all {all} backends are in use"),
+                format!("{left_out} endpoints of {name} left out: all {all} backends are in use; raise --max-backends"),
             );
         }
     }
@@ -179,7 +179,10 @@ impl<'a> Numbering<'a> {
         }
         let outcome = if own.is_empty() { "it is not published" } else { "its former members stay in use" };
         let all = self.ledger.capacity.slots;
-        self.report(&name.service, format!("no room for {count} slots of {name} among {all}; {outcome}"));
+        self.report(
+            &name.service,
+            format!("no room for {count} slots of {name} among {all}; {outcome}; raise --max-slots"),
+        );
         let kept = own.into_iter().next()?;
         self.target.slots.insert(kept.first, kept.held.to_vec());
         Some(kept)

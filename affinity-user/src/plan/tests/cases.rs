@@ -416,7 +416,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
 
     let few_slots = Capacity { backends: 64, slots: 5, ranges: 64 };
     let (steps, problems) = plan(&Observed::default(), &world.desired(), few_slots);
-    insta::assert_snapshot!(lines(problems), @"Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published");
+    insta::assert_snapshot!(lines(problems), @"Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published; raise --max-slots");
     let mut observed = Observed::default();
     steps.iter().for_each(|step| observed.apply(step));
     assert_eq!(observed.frontends_v4.len(), 3);
@@ -425,8 +425,8 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(4, Ready, true)]]);
     let (steps, problems) = plan(&observed, &world.desired(), few_slots);
     insta::assert_snapshot!(lines(problems), @r"
-    Service default/s2: no room for 1 slots of default/s2:a/TCP/v4 among 5; its former members stay in use
-    Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published
+    Service default/s2: no room for 1 slots of default/s2:a/TCP/v4 among 5; its former members stay in use; raise --max-slots
+    Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published; raise --max-slots
     ");
     insta::assert_snapshot!(steps.iter().map(tell).collect::<Vec<_>>().join("\n"), @r"
     name default/p4
@@ -440,7 +440,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(2, Ready, true), (3, Ready, true)]]);
     let (_, problems) = plan(&Observed::default(), &world.desired(), few_backends);
     insta::assert_snapshot!(lines(problems), @r"
-    Service default/s2: 1 endpoints of default/s2:a/TCP/v4 left out: all 2 backends are in use
-    Service default/s2: 1 endpoints of default/s2:b/UDP/v4 left out: all 2 backends are in use
+    Service default/s2: 1 endpoints of default/s2:a/TCP/v4 left out: all 2 backends are in use; raise --max-backends
+    Service default/s2: 1 endpoints of default/s2:b/UDP/v4 left out: all 2 backends are in use; raise --max-backends
     ");
 }
