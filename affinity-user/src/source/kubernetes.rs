@@ -8,6 +8,7 @@
 //!   list is read anew. Between the two everything stays as it was.
 //! * An event that was overtaken by a later state of its object, or comes twice, changes nothing.
 //! * An object that did not change is not allocated anew: [`std::sync::Arc::ptr_eq`] between two snapshots tells what did.
+//! * An object that cannot be read is reported by name, and takes nothing with it: what was known of it before stays.
 //! * Changes that come together are sent together, and no later than [`SETTLE`] after the first, unless the receiver is
 //!   still busy: then it gets the latest state as soon as it asks.
 //!
@@ -16,6 +17,7 @@
 mod access;
 mod backoff;
 mod cluster;
+mod decode;
 mod events;
 mod held;
 mod objects;

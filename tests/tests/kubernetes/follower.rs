@@ -28,6 +28,8 @@ pub(crate) struct Follower {
     scratch: Scratch,
     /// How many snapshots came.
     pub(crate) snapshots: usize,
+    /// The last one.
+    pub(crate) last: Snapshot,
 }
 
 impl Follower {
@@ -35,7 +37,7 @@ impl Follower {
     pub(crate) async fn of(api: &ApiServer) -> Result<Self> {
         let scratch = Scratch::new()?;
         let source = source(Some(api.kubeconfig(&scratch.0)?));
-        Ok(Self { feed: source.watch().await?, store: store(), scratch, snapshots: 0 })
+        Ok(Self { feed: source.watch().await?, store: store(), scratch, snapshots: 0, last: Snapshot::default() })
     }
 
     /// Takes the next snapshot, and carries out the plan that it makes.
@@ -44,6 +46,7 @@ impl Follower {
         let snapshot = snapshot.context("the source has ended")?;
         self.snapshots += 1;
         publish(&mut self.store, &snapshot)?;
+        self.last = snapshot.clone();
         Ok(snapshot)
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use affinity_tests::apiserver::{Answer, ApiServer, Change, Gone, Kind, Request, Verb};
 use affinity_user::load::monotonic_ns;
-use affinity_user::source::{Notice, ObjectName};
+use affinity_user::source::{Notice, ObjectName, Snapshot};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
@@ -69,10 +69,65 @@ async fn objects_come_change_and_go() -> Result<()> {
     api.delete(Kind::Services, "shop", "web-1")?;
     api.delete(Kind::Slices, "shop", "web-1-abcde")?;
     follower.settle(&api).await?;
+    // Whether it is there makes no difference to the tables: it may go later than its service.
+    while follower.last.slices.contains_key(&ObjectName::new("shop", "web-1-abcde")) {
+        follower.take().await?;
+    }
     let mut headless = service(8);
     headless["metadata"]["labels"] = json!({"service.kubernetes.io/headless": ""});
     api.put(headless)?;
     follower.quiet(A_WHILE).await
+}
+
+/// Takes snapshots until one has this many problems.
+async fn with_problems(follower: &mut Follower, count: usize) -> Result<Snapshot> {
+    loop {
+        let snapshot = follower.take().await.with_context(|| format!("waiting for {count} problems"))?;
+        if snapshot.problems.len() == count {
+            return Ok(snapshot);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_object_that_cannot_be_read_is_named_and_holds_nothing_up() -> Result<()> {
+    let api = cluster(0..3)?;
+    let mut service_of_ports = service(9);
+    service_of_ports["spec"]["ports"] = json!("none");
+    api.put(service_of_ports)?;
+    let mut follower = Follower::of(&api).await?;
+    let listed = follower.take().await?;
+    let [problem] = listed.problems.as_slice() else { panic!("one problem, not {:?}", listed.problems) };
+    assert!(problem.to_string().starts_with("Service shop/web-9: spec.ports: invalid type"), "{problem}");
+    assert_eq!((listed.services.len(), listed.slices.len()), (3, 3));
+    watched(&api).await?;
+
+    let mut slice_of_ports = slice(1, 2);
+    slice_of_ports["ports"][0]["port"] = json!("http");
+    api.put(slice_of_ports)?;
+    api.put(slice(0, 4))?;
+    let after = with_problems(&mut follower, 2).await?;
+    let endpoints = |snapshot: &Snapshot, number| {
+        let name = ObjectName::new("shop", &format!("web-{number}-abcde"));
+        snapshot.slices[&name].object.endpoints.as_ref().map(Vec::len)
+    };
+    assert_eq!(endpoints(&after, 1), Some(2), "it stays as it was");
+    let mut last = after;
+    while endpoints(&last, 0) != Some(4) {
+        last = follower.take().await?;
+    }
+
+    api.delete(Kind::Services, "shop", "web-9")?;
+    with_problems(&mut follower, 1).await?;
+    api.put(slice(1, 3))?;
+    with_problems(&mut follower, 0).await?;
+    follower.settle(&api).await?;
+    watched(&api).await?;
+    for kind in Kind::ALL {
+        ensure!(requests(&api, kind, Verb::List).len() == 1, "{kind:?} were listed anew");
+        ensure!(requests(&api, kind, Verb::Watch).len() <= 2, "{kind:?} were watched again and again");
+    }
+    Ok(())
 }
 
 #[tokio::test]

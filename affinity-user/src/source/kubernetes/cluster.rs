@@ -6,11 +6,12 @@ use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
 };
-use kube::{Api, Client};
+use kube::Client;
 use tokio::sync::Notify;
 
 use super::{
     Error,
+    decode::Item,
     held::Held,
     objects::Watched,
     reflector::{self, Reflector},
@@ -118,7 +119,10 @@ impl Cluster {
         self.current_ns()?;
         let nodes = self.nodes.borrow().objects();
         let node = nodes.values().next().cloned();
-        let problems = if node.is_some() { Vec::new() } else { vec![self.without_node()] };
+        let mut problems = if node.is_some() { Vec::new() } else { vec![self.without_node()] };
+        problems.extend(self.services.borrow().problems());
+        problems.extend(self.slices.borrow().problems());
+        problems.extend(self.nodes.borrow().problems());
         let (services, slices) = (self.services.borrow().objects(), self.slices.borrow().objects());
         Some(Snapshot { services, slices, node, problems, partial: false })
     }
@@ -147,11 +151,18 @@ impl Cluster {
 
 /// Of all objects of a kind that nothing goes without.
 fn reflector<'a, K: Watched>(client: &Client, held: &'a RefCell<Held<K>>, told: &'a dyn Fn(bool)) -> Reflector<'a, K> {
-    Reflector { api: Api::all(client.clone()), fields: String::new(), held, told, do_without: None }
+    Reflector {
+        client: client.clone(),
+        fields: String::new(),
+        held,
+        told,
+        do_without: None,
+        is_strict: Cell::new(true),
+    }
 }
 
 /// All objects of a kind; or why not, and whether the API will not show them to us.
-async fn list<K: Watched>(client: &Client, fields: &str) -> Result<Vec<K>, (Error, bool)> {
-    let listed = reflector::list_once::<K>(&Api::all(client.clone()), fields).await;
+async fn list<K: Watched>(client: &Client, fields: &str) -> Result<Vec<Item<K>>, (Error, bool)> {
+    let listed = reflector::list_once::<K>(client, fields).await;
     listed.map_err(|(message, is_refused)| (Error::List { kind: K::KIND, message }, is_refused))
 }

@@ -2,8 +2,11 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::objects::{Watched, name_of, version};
-use crate::source::{ObjectName, Sourced};
+use super::{
+    decode::{Item, Undecodable},
+    objects::{Watched, name_of, version},
+};
+use crate::source::{ObjectName, Problem, Sourced};
 
 /// What is known of one kind.
 #[derive(Debug)]
@@ -11,6 +14,8 @@ pub(super) struct Held<K> {
     entries: BTreeMap<ObjectName, Entry>,
     /// Changed in place while no snapshot holds it.
     objects: Arc<BTreeMap<ObjectName, Sourced<K>>>,
+    /// Objects whose last state cannot be read.
+    undecodable: BTreeMap<ObjectName, Undecodable>,
     /// Everything up to this version is known: a list's, or a bookmark's.
     floor: u64,
     /// When all of it was last known to be current, `CLOCK_MONOTONIC` in nanoseconds; zero until a list was complete.
@@ -26,24 +31,42 @@ struct Entry {
 
 impl<K> Default for Held<K> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), objects: Arc::default(), floor: 0, current_ns: 0 }
+        Self {
+            entries: BTreeMap::new(),
+            objects: Arc::default(),
+            undecodable: BTreeMap::new(),
+            floor: 0,
+            current_ns: 0,
+        }
     }
 }
 
 impl<K: Watched> Held<K> {
-    /// Takes a complete list in place of everything. Says whether anything differs.
-    pub(super) fn replace(&mut self, objects: Vec<K>, list_version: Option<&str>, now_ns: u64) -> bool {
+    /// Takes a complete list in place of everything; of what cannot be read the former state stays. Says whether anything
+    /// differs.
+    pub(super) fn replace(&mut self, items: Vec<Item<K>>, list_version: Option<&str>, now_ns: u64) -> bool {
         let former = std::mem::take(&mut self.objects);
+        let not_read = std::mem::take(&mut self.undecodable);
         let mut now = BTreeMap::new();
         let mut changed = self.current_ns == 0;
         self.entries.clear();
-        for object in objects {
-            let (name, version, object) = taken(object);
-            let (kept, differs) = keep(former.get(&name), object);
-            changed |= differs;
-            self.entries.insert(name.clone(), Entry { version, is_there: true });
-            now.insert(name, kept);
+        for item in items {
+            match item.map(taken) {
+                Ok((name, version, object)) => {
+                    let (kept, differs) = keep(former.get(&name), object);
+                    changed |= differs;
+                    self.entries.insert(name.clone(), Entry { version, is_there: true });
+                    now.insert(name, kept);
+                }
+                Err(undecodable) => {
+                    let (name, version) = (undecodable.name.clone(), number(&undecodable.version));
+                    self.entries.insert(name.clone(), Entry { version, is_there: true });
+                    now.extend(former.get(&name).map(|known| (name.clone(), known.clone())));
+                    self.undecodable.insert(name, undecodable);
+                }
+            }
         }
+        changed |= self.undecodable != not_read;
         changed |= former.keys().any(|name| !now.contains_key(name));
         self.objects = Arc::new(now);
         self.floor = version(list_version).unwrap_or(0);
@@ -52,33 +75,57 @@ impl<K: Watched> Held<K> {
     }
 
     /// Takes an object that was added or modified. Says whether anything differs.
-    pub(super) fn put(&mut self, object: K, now_ns: u64) -> bool {
+    pub(super) fn put(&mut self, item: Item<K>, now_ns: u64) -> bool {
         self.current_ns = now_ns;
-        let (name, version, object) = taken(object);
+        let (name, version, object) = match item.map(taken) {
+            Ok(taken) => taken,
+            Err(undecodable) => return self.note(undecodable),
+        };
         if self.is_overtaken(&name, version) {
             return false;
         }
+        let was_bad = self.undecodable.remove(&name).is_some();
         self.entries.insert(name.clone(), Entry { version, is_there: true });
         let (kept, differs) = keep(self.objects.get(&name), object);
         if differs {
             Arc::make_mut(&mut self.objects).insert(name, kept);
         }
-        differs
+        differs || was_bad
     }
 
-    /// Takes note of an object's end. Says whether anything differs.
-    pub(super) fn remove(&mut self, object: K, now_ns: u64) -> bool {
-        self.current_ns = now_ns;
-        let (name, version, _) = taken(object);
+    /// Takes note of an object that cannot be read; what was known of it stays. Says whether that is new.
+    fn note(&mut self, undecodable: Undecodable) -> bool {
+        let (name, version) = (undecodable.name.clone(), number(&undecodable.version));
         if self.is_overtaken(&name, version) {
             return false;
         }
+        self.entries.insert(name.clone(), Entry { version, is_there: true });
+        self.undecodable.insert(name, undecodable);
+        true
+    }
+
+    /// Takes note of an object's end; its last state counts for nothing. Says whether anything differs.
+    pub(super) fn remove(&mut self, item: Item<K>, now_ns: u64) -> bool {
+        self.current_ns = now_ns;
+        let (name, version) = match item.map(taken) {
+            Ok((name, version, _)) => (name, version),
+            Err(undecodable) => (undecodable.name, number(&undecodable.version)),
+        };
+        if self.is_overtaken(&name, version) {
+            return false;
+        }
+        let was_bad = self.undecodable.remove(&name).is_some();
         let differs = self.objects.contains_key(&name);
         if differs {
             Arc::make_mut(&mut self.objects).remove(&name);
         }
         self.entries.insert(name, Entry { version, is_there: false });
-        differs
+        differs || was_bad
+    }
+
+    /// What is wrong with objects of this kind.
+    pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
+        self.undecodable.values().map(|undecodable| undecodable.problem(K::KIND))
     }
 
     /// All events up to this version were sent.
@@ -112,6 +159,11 @@ impl<K: Watched> Held<K> {
     }
 }
 
+/// A version as it is compared; zero where it cannot be.
+fn number(text: &str) -> u64 {
+    version(Some(text)).unwrap_or(0)
+}
+
 /// The name and version of an object, and what is kept of it.
 fn taken<K: Watched>(mut object: K) -> (ObjectName, u64, K) {
     let meta = object.meta();
@@ -132,7 +184,7 @@ fn keep<K: PartialEq>(known: Option<&Sourced<K>>, object: K) -> (Sourced<K>, boo
 mod tests {
     use k8s_openapi::api::core::v1::Service;
 
-    use super::*;
+    use super::{super::decode, *};
 
     fn service(name: &str, version: u64, ip: &str) -> Service {
         let json = format!(
@@ -149,37 +201,41 @@ mod tests {
         held.objects().iter().map(|(name, sourced)| shown((&name.name, sourced))).collect::<Vec<_>>().join(" ")
     }
 
+    fn good(objects: Vec<Service>) -> Vec<Item<Service>> {
+        objects.into_iter().map(Ok).collect()
+    }
+
     fn held(objects: Vec<Service>, version: &str) -> Held<Service> {
         let mut held = Held::default();
         assert_eq!(held.current_ns(), None);
-        assert!(held.replace(objects, Some(version), 1));
+        assert!(held.replace(good(objects), Some(version), 1));
         held
     }
 
     #[test]
     fn events_that_were_overtaken_or_come_twice_change_nothing() {
         let mut held = held(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
-        assert!(!held.put(service("x", 9, "9"), 2), "older than the list");
-        assert!(held.put(service("x", 12, "2"), 2));
-        assert!(!held.put(service("x", 11, "9"), 2), "overtaken");
-        assert!(!held.put(service("x", 12, "2"), 2), "the same once more");
-        assert!(held.put(service("y", 11, "3"), 2), "another object's events are its own");
-        assert!(held.remove(service("y", 14, "3"), 2));
-        assert!(!held.put(service("y", 13, "9"), 2), "deleted since");
-        assert!(!held.remove(service("y", 14, "3"), 2), "deleted twice");
+        assert!(!held.put(Ok(service("x", 9, "9")), 2), "older than the list");
+        assert!(held.put(Ok(service("x", 12, "2")), 2));
+        assert!(!held.put(Ok(service("x", 11, "9")), 2), "overtaken");
+        assert!(!held.put(Ok(service("x", 12, "2")), 2), "the same once more");
+        assert!(held.put(Ok(service("y", 11, "3")), 2), "another object's events are its own");
+        assert!(held.remove(Ok(service("y", 14, "3")), 2));
+        assert!(!held.put(Ok(service("y", 13, "9")), 2), "deleted since");
+        assert!(!held.remove(Ok(service("y", 14, "3")), 2), "deleted twice");
         assert_eq!(shown(&held), "x=2");
-        assert!(held.put(service("y", 15, "4"), 2), "made anew");
+        assert!(held.put(Ok(service("y", 15, "4")), 2), "made anew");
         assert_eq!(shown(&held), "x=2 y=4");
     }
 
     #[test]
     fn deletions_are_forgotten_at_a_bookmark() {
         let mut held = held(vec![service("x", 3, "1")], "10");
-        assert!(held.remove(service("x", 11, "1"), 2));
+        assert!(held.remove(Ok(service("x", 11, "1")), 2));
         held.bookmark("12", 3);
         assert!(held.entries.is_empty());
-        assert!(!held.put(service("x", 10, "9"), 3), "older than the bookmark");
-        assert!(held.put(service("x", 13, "2"), 3));
+        assert!(!held.put(Ok(service("x", 10, "9")), 3), "older than the bookmark");
+        assert!(held.put(Ok(service("x", 13, "2")), 3));
         assert_eq!(held.current_ns(), Some(3));
     }
 
@@ -187,15 +243,15 @@ mod tests {
     fn a_list_takes_the_place_of_everything_and_keeps_what_is_equal() {
         let mut held = held(vec![service("x", 3, "1"), service("y", 4, "1"), service("z", 5, "1")], "10");
         let before = held.objects();
-        assert!(held.replace(vec![service("x", 3, "1"), service("y", 15, "2")], Some("20"), 2));
+        assert!(held.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("20"), 2));
         let after = held.objects();
         assert_eq!(shown(&held), "x=1 y=2");
         let x = ObjectName::new("a", "x");
         assert!(Arc::ptr_eq(&before[&x].object, &after[&x].object));
         // The same list once more, at a later version, and even an earlier one: the API may have been restored.
-        assert!(!held.replace(vec![service("x", 3, "1"), service("y", 15, "2")], Some("30"), 3));
-        assert!(!held.replace(vec![service("x", 3, "1"), service("y", 15, "2")], Some("5"), 3));
-        assert!(held.put(service("x", 6, "6"), 4));
+        assert!(!held.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("30"), 3));
+        assert!(!held.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("5"), 3));
+        assert!(held.put(Ok(service("x", 6, "6")), 4));
     }
 
     #[test]
@@ -203,8 +259,33 @@ mod tests {
         let mut held = held(vec![service("x", 3, "1")], "10");
         let x = ObjectName::new("a", "x");
         let before = held.objects()[&x].object.clone();
-        assert!(!held.put(service("x", 11, "1"), 2));
+        assert!(!held.put(Ok(service("x", 11, "1")), 2));
         assert!(Arc::ptr_eq(&before, &held.objects()[&x].object));
-        assert!(!held.put(service("x", 11, "9"), 2), "its version counts all the same");
+        assert!(!held.put(Ok(service("x", 11, "9")), 2), "its version counts all the same");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_and_stays_as_it_was() {
+        let bad = |name: &str, version: u64| {
+            let json = format!(
+                r#"{{"metadata": {{"name": "{name}", "namespace": "a", "resourceVersion": "{version}"}}, "spec": 1}}"#
+            );
+            decode::object::<Service>(serde_json::from_str(&json).expect("an object"))
+        };
+        let told = |held: &Held<Service>| -> Vec<_> {
+            held.problems().filter_map(|problem| Some(problem.object?.name.name)).collect()
+        };
+        let mut held = held(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
+        assert!(!held.put(bad("x", 9), 2), "older than the list");
+        assert!(held.put(bad("x", 11), 2) && held.put(bad("z", 12), 2));
+        assert_eq!((shown(&held), told(&held)), ("x=1 y=1".to_owned(), ["x", "z"].map(str::to_owned).to_vec()));
+        let list = vec![bad("x", 11), Ok(service("y", 5, "1")), bad("z", 12)];
+        assert!(!held.replace(list, Some("20"), 3), "as it was");
+        assert!(held.put(Ok(service("x", 21, "1")), 4), "it can be read again");
+        assert!(held.remove(bad("z", 22), 4), "its last state counts for nothing");
+        assert!(!held.put(bad("z", 21), 4), "deleted since");
+        assert_eq!((shown(&held), told(&held)), ("x=1 y=1".to_owned(), vec![]));
+        assert!(held.remove(bad("y", 23), 4));
+        assert_eq!(shown(&held), "x=1");
     }
 }

@@ -1,16 +1,27 @@
 //! One kind: list it, watch it from there, and come back to it after every failure.
 
-use std::{cell::RefCell, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    time::Duration,
+};
 
 use futures::{Stream, StreamExt};
 use kube::{
-    Api, Error,
+    Client, Error,
     api::{ListParams, WatchEvent, WatchParams},
+    core::Request,
 };
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
 
-use super::{backoff::Backoff, held::Held, objects::Watched};
+use super::{
+    backoff::Backoff,
+    decode::{self, Item},
+    held::Held,
+    objects::Watched,
+};
 use crate::load::monotonic_ns;
 
 /// Objects of one page of a list.
@@ -32,7 +43,7 @@ const REFUSED: [u16; 2] = [403, 404];
 
 /// What keeps one kind in step with the API.
 pub(super) struct Reflector<'a, K> {
-    pub(super) api: Api<K>,
+    pub(super) client: Client,
     /// Which objects, by fields; empty: all.
     pub(super) fields: String,
     pub(super) held: &'a RefCell<Held<K>>,
@@ -40,6 +51,8 @@ pub(super) struct Reflector<'a, K> {
     pub(super) told: &'a dyn Fn(bool),
     /// Called with the reason where the API will not show this kind to us. None: nothing goes without it.
     pub(super) do_without: Option<&'a dyn Fn(String)>,
+    /// Whether events are read as objects at once: until one cannot be, and again after a list.
+    pub(super) is_strict: Cell<bool>,
 }
 
 /// Why a list or a watch has ended.
@@ -115,25 +128,48 @@ impl<K: Watched> Reflector<'_, K> {
     /// Lists everything, and takes it once it is complete. Returns the version to watch from.
     async fn list(&self) -> Result<String, End> {
         let begun_ns = monotonic_ns();
-        let (objects, version) = list(&self.api, &self.fields).await?;
-        let differs = self.held.borrow_mut().replace(objects, Some(&version), begun_ns);
+        let (items, version) = list(&self.client, &self.fields).await?;
+        let differs = self.held.borrow_mut().replace(items, Some(&version), begun_ns);
+        self.is_strict.set(true);
         (self.told)(differs);
         Ok(version)
     }
 
     /// Watches from a version. Returns where to go on, and why it has ended.
     async fn watch(&self, mut version: String, backoff: &mut Backoff) -> (String, End) {
+        if self.is_strict.get() {
+            match self.watch_as::<K>(version, Ok, backoff).await {
+                // What it was is told by reading it once more.
+                (last, End::Failed(error)) if is_undecodable(&error) => version = last,
+                ended => return ended,
+            }
+            self.is_strict.set(false);
+        }
+        self.watch_as::<Value>(version, decode::object, backoff).await
+    }
+
+    /// Watches events with objects in the form `T`.
+    async fn watch_as<T: DeserializeOwned + Clone>(
+        &self,
+        mut version: String,
+        item: fn(T) -> Item<K>,
+        backoff: &mut Backoff,
+    ) -> (String, End) {
         let mut params = WatchParams::default().timeout(WATCH_S);
         params.label_selector = selector(K::LABELS);
         params.field_selector = selector(&self.fields);
-        let events = match timeout(PAGE_PATIENCE, self.api.watch(&params, &version)).await {
+        let request = match Request::new(K::url_path(&(), None)).watch(&params, &version) {
+            Ok(request) => request,
+            Err(error) => return (version, End::Failed(Error::BuildRequest(error))),
+        };
+        let events = match timeout(PAGE_PATIENCE, self.client.request_events::<T>(request)).await {
             Ok(Ok(events)) => events,
             Ok(Err(error)) => return (version, failed(error)),
             Err(_) => return (version, End::Silent),
         };
         let mut events = std::pin::pin!(events);
         loop {
-            match self.next(&mut events).await {
+            match self.next(&mut events, item).await {
                 Ok(seen) => {
                     self.well(backoff);
                     if !seen.is_empty() {
@@ -146,9 +182,10 @@ impl<K: Watched> Reflector<'_, K> {
     }
 
     /// Takes the next event. Returns its version, which may be empty.
-    async fn next(
+    async fn next<T>(
         &self,
-        events: &mut (impl Stream<Item = kube::Result<WatchEvent<K>>> + Unpin),
+        events: &mut (impl Stream<Item = kube::Result<WatchEvent<T>>> + Unpin),
+        item: fn(T) -> Item<K>,
     ) -> Result<String, End> {
         let event = match timeout(SILENCE, events.next()).await {
             Ok(Some(Ok(event))) => event,
@@ -156,12 +193,21 @@ impl<K: Watched> Reflector<'_, K> {
             Ok(None) => return Err(End::Over),
             Err(_) => return Err(End::Silent),
         };
-        let version = |object: &K| object.meta().resource_version.clone().unwrap_or_default();
+        let version = |item: &Item<K>| match item {
+            Ok(object) => object.meta().resource_version.clone().unwrap_or_default(),
+            Err(undecodable) => undecodable.version.clone(),
+        };
         let now_ns = monotonic_ns();
         let mut held = self.held.borrow_mut();
         let (version, differs) = match event {
-            WatchEvent::Added(object) | WatchEvent::Modified(object) => (version(&object), held.put(object, now_ns)),
-            WatchEvent::Deleted(object) => (version(&object), held.remove(object, now_ns)),
+            WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+                let item = item(object);
+                (version(&item), held.put(item, now_ns))
+            }
+            WatchEvent::Deleted(object) => {
+                let item = item(object);
+                (version(&item), held.remove(item, now_ns))
+            }
             WatchEvent::Bookmark(bookmark) => {
                 let version = bookmark.metadata.resource_version;
                 held.bookmark(&version, now_ns);
@@ -176,21 +222,24 @@ impl<K: Watched> Reflector<'_, K> {
 }
 
 /// All objects of a kind, page by page, and the version of the list.
-async fn list<K: Watched>(api: &Api<K>, fields: &str) -> Result<(Vec<K>, String), End> {
+async fn list<K: Watched>(client: &Client, fields: &str) -> Result<(Vec<Item<K>>, String), End> {
+    let request = Request::new(K::url_path(&(), None));
     let mut params = ListParams::default().limit(PAGE);
     params.label_selector = selector(K::LABELS);
     params.field_selector = selector(fields);
-    let mut objects = Vec::new();
+    let mut items = Vec::new();
     loop {
-        let page = match timeout(PAGE_PATIENCE, api.list(&params)).await {
-            Ok(Ok(page)) => page,
+        let request = request.list(&params).map_err(|error| End::Failed(Error::BuildRequest(error)))?;
+        let text = match timeout(PAGE_PATIENCE, client.request_text(request)).await {
+            Ok(Ok(text)) => text,
             Ok(Err(error)) => return Err(failed(error)),
             Err(_) => return Err(End::Silent),
         };
-        objects.extend(page.items);
-        params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+        let page = decode::page(&text).map_err(|error| End::Failed(Error::SerdeError(error)))?;
+        items.extend(page.items);
+        params.continue_token = page.next;
         if params.continue_token.is_none() {
-            return Ok((objects, page.metadata.resource_version.unwrap_or_default()));
+            return Ok((items, page.version));
         }
     }
 }
@@ -199,9 +248,9 @@ async fn list<K: Watched>(api: &Api<K>, fields: &str) -> Result<(Vec<K>, String)
 ///
 /// # Errors
 /// Why not, for people; and whether the API will not show them to us.
-pub(super) async fn list_once<K: Watched>(api: &Api<K>, fields: &str) -> Result<Vec<K>, (String, bool)> {
-    match list(api, fields).await {
-        Ok((objects, _)) => Ok(objects),
+pub(super) async fn list_once<K: Watched>(client: &Client, fields: &str) -> Result<Vec<Item<K>>, (String, bool)> {
+    match list(client, fields).await {
+        Ok((items, _)) => Ok(items),
         Err(End::Failed(error)) => Err((message(&error), is_refused(&error))),
         Err(End::Gone) => Err(("the list changed too much while it was read".to_owned(), false)),
         Err(End::Over | End::Silent) => Err(("no answer".to_owned(), false)),
@@ -214,6 +263,11 @@ fn selector(text: &str) -> Option<String> {
 
 fn failed(error: Error) -> End {
     if code(&error) == Some(GONE) { End::Gone } else { End::Failed(error) }
+}
+
+/// Whether an event could not be read. The client takes one for a status, if it can: for one that says nothing.
+fn is_undecodable(error: &Error) -> bool {
+    matches!(error, Error::SerdeError(_)) || code(error) == Some(0)
 }
 
 fn is_refused(error: &Error) -> bool {

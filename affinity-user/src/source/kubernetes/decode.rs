@@ -1,0 +1,98 @@
+//! From what the API sends to objects, one by one: where one of them is not what its kind should be, the others are.
+
+use kube::core::{ObjectList, TypeMeta};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::objects::Watched;
+use crate::source::{ObjectName, Problem, Severity};
+
+/// An object, or why it is none.
+pub(super) type Item<K> = Result<K, Undecodable>;
+
+/// An object that cannot be read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Undecodable {
+    pub(super) name: ObjectName,
+    /// Its resource version; may be empty.
+    pub(super) version: String,
+    /// The field that is wrong; may be empty.
+    field: String,
+    message: String,
+}
+
+impl Undecodable {
+    /// For whoever owns it.
+    pub(super) fn problem(&self, kind: &str) -> Problem {
+        let message = format!("{}; the object cannot be read, and what was known of it before stays", self.message);
+        Problem::new(Severity::Error, None, message).of(kind, &self.name).field(self.field.clone())
+    }
+}
+
+/// An object of its kind.
+pub(super) fn object<K: DeserializeOwned>(value: Value) -> Item<K> {
+    let text = |field: &str| value.pointer(field).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let name = ObjectName::new(&text("/metadata/namespace"), &text("/metadata/name"));
+    let version = text("/metadata/resourceVersion");
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let field = if path == "." { String::new() } else { path };
+        Undecodable { name, version, field, message: error.into_inner().to_string() }
+    })
+}
+
+/// A page of a list.
+pub(super) struct Page<K> {
+    pub(super) items: Vec<Item<K>>,
+    /// Where the next page begins; none: this is the last one.
+    pub(super) next: Option<String>,
+    pub(super) version: String,
+}
+
+/// A page of a list, from its text.
+///
+/// # Errors
+/// Where it is no list at all.
+pub(super) fn page<K: Watched>(text: &str) -> Result<Page<K>, serde_json::Error> {
+    match serde_json::from_str::<ObjectList<K>>(text) {
+        Ok(list) => Ok(paged(list, Ok)),
+        // Once more, object by object.
+        Err(_) => Ok(paged(serde_json::from_str::<ObjectList<Value>>(text)?, object)),
+    }
+}
+
+fn paged<T: Clone, K>(list: ObjectList<T>, item: impl FnMut(T) -> Item<K>) -> Page<K> {
+    let ObjectList { types: TypeMeta { .. }, metadata, items } = list;
+    Page {
+        items: items.into_iter().map(item).collect(),
+        next: metadata.continue_.filter(|token| !token.is_empty()),
+        version: metadata.resource_version.unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Service;
+
+    use super::*;
+
+    #[test]
+    fn one_bad_object_spoils_no_other() {
+        let text = r#"{"apiVersion": "v1", "kind": "ServiceList", "metadata": {"resourceVersion": "9", "continue": ""},
+            "items": [
+                {"metadata": {"namespace": "shop", "name": "a", "resourceVersion": "3"}, "spec": {"clusterIP": "10.96.0.1"}},
+                {"metadata": {"namespace": "shop", "name": "b", "resourceVersion": "4"}, "spec": {"ports": [{"port": "x"}]}},
+                {"metadata": {"namespace": "shop", "name": 7}},
+                {"metadata": {"namespace": "shop", "name": "c"}}]}"#;
+        let Page { items, next, version } = page::<Service>(text).expect("a list");
+        assert_eq!((next, version.as_str()), (None, "9"));
+        let names: Vec<_> = items.iter().flatten().filter_map(|service| service.metadata.name.as_deref()).collect();
+        assert_eq!(names, ["a", "c"]);
+        let bad: Vec<_> = items.into_iter().filter_map(Result::err).collect();
+        assert_eq!((bad[0].name.to_string().as_str(), bad[0].version.as_str()), ("shop/b", "4"));
+        let problem = bad[0].problem("Service").to_string();
+        assert!(problem.starts_with("Service shop/b: spec.ports[0].port: invalid type: string \"x\""), "{problem}");
+        assert_eq!(bad[1].name.to_string(), "shop/");
+        assert!(page::<Service>("[]").is_err());
+    }
+}
