@@ -41,7 +41,7 @@ use self::{
     notices::{LOOK_EVERY, Noticer},
     publish::{Publisher, count},
     status::{TELL_EVERY, Teller},
-    sweeping::Sweeping,
+    sweeping::{Findings, Sweeping},
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
@@ -421,12 +421,16 @@ impl Agent {
         Ok(())
     }
 
-    /// Tells owners of services what they should know.
+    /// Takes in what the sweep has found, and tells owners of services what they should know.
     fn notice(&mut self) {
+        let Findings { evicted, met } = self.sweeping.take_findings();
+        if let Some(Err(error)) = met.map(|met| self.publisher.forget_names(&met)) {
+            error!("{error}");
+        }
         let Some(noticer) = &mut self.noticer else { return };
         let now = std::time::Instant::now();
         noticer.look(self.publisher.problems(), self.publisher.desired(), now);
-        for service in self.sweeping.take_evicted() {
+        for service in evicted {
             if let Some((namespace, name)) = service.split_once('/') {
                 let node_name = self.node.name.as_deref().unwrap_or_default();
                 noticer.evicted(&ObjectName::new(namespace, name), node_name, now);

@@ -94,6 +94,15 @@ pub struct Census {
     pub evicted: BTreeMap<u32, u64>,
 }
 
+/// The services that a whole pass has met in sessions, flows and sockets.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Met {
+    /// When the pass began, `CLOCK_MONOTONIC` in nanoseconds.
+    pub began_ns: u64,
+    /// Their ids.
+    pub services: BTreeSet<u32>,
+}
+
 /// Walks the tables of one dataplane.
 #[derive(Debug)]
 pub struct Sweeper {
@@ -109,6 +118,7 @@ pub struct Sweeper {
     evicted: BTreeSet<u32>,
     totals: Totals,
     census: Census,
+    met: Met,
 }
 
 /// Where a pass is. Flows come first: sessions need to know their connections.
@@ -142,6 +152,8 @@ struct Pass {
     by_service: BTreeMap<u32, u64>,
     /// Map -> entries that stayed.
     entries: BTreeMap<&'static str, u64>,
+    /// Services of all that stayed.
+    met: BTreeSet<u32>,
 }
 
 impl Pass {
@@ -169,6 +181,7 @@ impl Sweeper {
             evicted: BTreeSet::new(),
             totals: Totals::default(),
             census: Census::default(),
+            met: Met::default(),
             store,
         })
     }
@@ -183,6 +196,12 @@ impl Sweeper {
     #[must_use]
     pub const fn census(&self) -> &Census {
         &self.census
+    }
+
+    /// Which services the last whole pass has met.
+    #[must_use]
+    pub const fn met(&self) -> &Met {
+        &self.met
     }
 
     /// Takes one slice, and says how long to wait before the next. A failure is logged, and the pass begins anew.
@@ -242,6 +261,7 @@ impl Pass {
             before: BTreeMap::new(),
             live: BTreeMap::new(),
             by_service: BTreeMap::new(),
+            met: BTreeSet::new(),
             entries: [V4::SESSIONS, V6::SESSIONS, V4::FLOWS, V6::FLOWS].map(|map| (map, 0)).into(),
         }
     }
@@ -277,6 +297,7 @@ impl Sweeper {
         self.census.by_service = mem::take(&mut self.pass.by_service);
         self.census.by_backend = mem::take(&mut self.pass.loads);
         self.census.entries = mem::take(&mut self.pass.entries);
+        self.met = Met { began_ns: self.pass.began_ns, services: mem::take(&mut self.pass.met) };
         self.need_published()?;
         self.totals.filter_bits += u64::from(self.filter.finish(&self.store.filter));
         self.totals.passes += 1;
@@ -355,10 +376,15 @@ impl Sweeper {
 
     /// The names, `namespace/name`, of services whose pins were evicted since the last call.
     pub fn take_evicted(&mut self) -> Vec<String> {
+        let evicted = mem::take(&mut self.evicted);
+        self.names(&evicted)
+    }
+
+    fn names(&self, services: &BTreeSet<u32>) -> Vec<String> {
         let key = |id| NameKey { kind: NameKind::Service as u32, id };
         // A service without a name has gone meanwhile.
         let name = |id| self.store.names.get(&key(id)).ok().flatten().map(|name| name.as_str().to_owned());
-        std::mem::take(&mut self.evicted).into_iter().filter_map(name).collect()
+        services.iter().filter_map(|id| name(*id)).collect()
     }
 
     /// Notes the pins that operators set and removed: no counter of the programs knows of them.
@@ -392,6 +418,7 @@ impl Sweeper {
                 self.remove_flow(&key, &flow, now_ns)?;
             } else {
                 *self.pass.entries.entry(A::FLOWS).or_default() += 1;
+                self.pass.met.insert(flow.service);
                 self.note_flow(&key, &flow);
             }
         }
@@ -456,6 +483,7 @@ impl Sweeper {
             }
             *self.pass.live.entry(group).or_default() += 1;
             *self.pass.entries.entry(A::SESSIONS).or_default() += 1;
+            self.pass.met.insert(session.service);
             if self.pass.lives(session.backend, session.generation) {
                 *self.pass.by_service.entry(session.service).or_default() += 1;
                 *self.pass.loads.entry(session.backend).or_default() += 1;

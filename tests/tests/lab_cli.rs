@@ -7,9 +7,12 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use affinity_tests::lab::{Family, Lab, Protocol};
+use affinity_tests::lab::{Family, Lab, Protocol, Service, eventually};
 use affinity_tests::story::{Hook, Route, tell, web};
 use anyhow::{Context, Result, ensure};
+
+/// How long the sweep may take for a few passes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn sessions_name_client_service_pod_and_time_left() -> Result<()> {
@@ -94,6 +97,28 @@ fn pin_and_unpin_say_where_the_next_connection_goes() -> Result<()> {
         let left = lab.sessions(&web, None)?;
         assert!(!left.is_empty() && left.iter().all(|session| session.backend.name != "pod-0"), "{left:?}");
         lab.affinity(&["unpin", "--service", &service, "--all"])?;
+        assert!(lab.sessions(&web, None)?.is_empty());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_service_that_has_gone_keeps_its_name_while_it_has_pins() -> Result<()> {
+    let (web, idle) = (web().client_ip(), Service::new("idle", 11).tcp("http", 80, 8080).client_ip());
+    tell(Hook::Tc, &[&web, &idle], |lab, _| {
+        let route = Route::all_to(&web)[0];
+        route.dial(lab, 1, 1)?;
+        lab.withdraw(&web)?;
+        lab.withdraw(&idle)?;
+        let names = || lab.affinity(&["dump", "names"]);
+        eventually("the name of a service that nobody refers to is gone", PATIENCE, || {
+            Ok(!names()?.contains(&idle.full_name()))
+        })?;
+        assert!(!lab.affinity(&["get", "services"])?.contains(&web.full_name()));
+        assert!(names()?.contains(&format!("-> {}", web.full_name())));
+        let [session] = &lab.sessions(&web, None)?[..] else { panic!("the one client of a service that has gone") };
+        assert_eq!((&session.service, &session.client), (&web.full_name(), &route.client(1).to_string()));
+        lab.affinity(&["unpin", "--service", &web.full_name(), "--all"])?;
         assert!(lab.sessions(&web, None)?.is_empty());
         Ok(())
     })

@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    desired::Desired,
+    desired::{Desired, Pool},
     source::{Notice, Notices, ObjectName, Problem, Severity},
 };
 
@@ -52,13 +52,19 @@ impl Noticer {
 
     /// Services without a ready endpoint for long enough.
     fn empty(&mut self, desired: &Desired, now: Instant) -> Vec<Notice> {
-        let mut serves: BTreeMap<&ObjectName, bool> = BTreeMap::new();
-        for (name, pool) in &desired.pools {
-            *serves.entry(&name.service).or_default() |= pool.members.values().any(|member| member.ready);
+        // Pools are in the order of their services.
+        let mut pools = desired.pools.iter().map(|(name, pool)| (&name.service, serves(pool))).peekable();
+        let mut empty = Vec::new();
+        while let Some((service, mut serves)) = pools.next() {
+            while let Some((_, other_port)) = pools.next_if(|(of, _)| *of == service) {
+                serves |= other_port;
+            }
+            if !serves {
+                empty.push(service);
+            }
         }
-        let empty = serves.into_iter().filter(|(_, serves)| !serves);
         let since = |name: &ObjectName| self.empty_since.get(name).copied().unwrap_or(now);
-        self.empty_since = empty.map(|(name, _)| (name.clone(), since(name))).collect();
+        self.empty_since = empty.into_iter().map(|name| (name.clone(), since(name))).collect();
         let long = self.empty_since.iter().filter(|(_, since)| now.duration_since(**since) >= EMPTY_FOR);
         let message = "no endpoint is ready: connections are refused";
         let notice = |service: &ObjectName| Notice {
@@ -84,6 +90,11 @@ impl Noticer {
             self.evictions.insert(service.clone(), now);
         }
     }
+}
+
+/// Whether anybody is ready.
+fn serves(pool: &Pool) -> bool {
+    pool.members.values().any(|member| member.ready)
 }
 
 /// What is wrong with a Service, if it is worth a notice.

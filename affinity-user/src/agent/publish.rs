@@ -1,18 +1,19 @@
 //! From a snapshot of the source to the kernel's maps.
 
-use std::{mem, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, mem, sync::Arc, time::Instant};
 
-use affinity_common::abi::MEMBER_READY;
+use affinity_common::abi::{MEMBER_READY, NameKey, NameKind};
 use tracing::{debug, info};
 
 use super::problems::Problems;
 use crate::{
     desired::{self, Change, Desired, Memo, NodeFacts},
+    load::monotonic_ns,
     metrics::Vitals,
     plan::Ledger,
     source::{Problem, Snapshot},
     store::{Op, Store, StoreError, kernel::KernelStore},
-    sweep::FilterPlans,
+    sweep::{FilterPlans, Met},
 };
 
 /// Brings the maps in step with the last snapshot.
@@ -27,6 +28,8 @@ pub(super) struct Publisher {
     due: Due,
     /// When the snapshot came that is not published yet.
     taken: Option<Instant>,
+    /// Services that have gone and keep their name, and when that was first seen: `CLOCK_MONOTONIC` in nanoseconds.
+    withdrawn: BTreeMap<u32, u64>,
     filter: Arc<FilterPlans>,
     vitals: Arc<Vitals>,
 }
@@ -92,6 +95,7 @@ impl Publisher {
             ledger: None,
             due: Due::All,
             taken: None,
+            withdrawn: BTreeMap::new(),
             filter,
             vitals,
         }
@@ -183,6 +187,31 @@ impl Publisher {
             }
         }
         ledger.plan(self.memo.desired())
+    }
+
+    /// Takes away the names of services that have gone, once a pass of the sweep that began later has met none of their pins
+    /// and flows.
+    ///
+    /// # Errors
+    /// The step that failed; the next plan reads the store anew.
+    pub(super) fn forget_names(&mut self, met: &Met) -> Result<(), StoreError> {
+        let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
+        let now_ns = monotonic_ns();
+        let mut unused: BTreeMap<String, u32> = ledger.withdrawn().map(|(id, name)| (name.to_owned(), id)).collect();
+        if !unused.is_empty() {
+            // There may have been no room to publish them.
+            let wanted = self.memo.desired().pools.keys().map(|pool| pool.service.to_string());
+            wanted.for_each(|name| _ = unused.remove(&name));
+        }
+        let since = |id| (id, self.withdrawn.get(&id).copied().unwrap_or(now_ns));
+        self.withdrawn = unused.into_values().map(since).collect();
+        for (id, _) in self.withdrawn.extract_if(.., |id, since| *since < met.began_ns && !met.services.contains(id)) {
+            let step = Op::RemoveName(NameKey { kind: NameKind::Service as u32, id });
+            self.store.apply(&step)?;
+            ledger.apply(&step);
+        }
+        self.ledger = Some(ledger);
+        Ok(())
     }
 
     /// What is wrong with the source and with what was decided from it.

@@ -12,21 +12,32 @@ use std::{
 
 use tracing::error;
 
-use crate::{metrics::Vitals, sweep::Sweeper};
+use crate::{
+    metrics::Vitals,
+    sweep::{Met, Sweeper},
+};
 
 /// A sweeper at work. It ends when this is dropped.
 pub(super) struct Sweeping {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    evicted: Arc<Evicted>,
+    findings: Arc<Shared>,
 }
 
-/// The names of services whose pins were evicted since somebody asked.
+/// What the sweep has found since somebody asked.
 #[derive(Default)]
-struct Evicted(Mutex<BTreeSet<String>>);
+pub(super) struct Findings {
+    /// The names, `namespace/name`, of services whose pins were evicted.
+    pub(super) evicted: BTreeSet<String>,
+    /// Which services the last pass has met; none where no pass has ended.
+    pub(super) met: Option<Met>,
+}
 
-impl Evicted {
-    fn lock(&self) -> MutexGuard<'_, BTreeSet<String>> {
+#[derive(Default)]
+struct Shared(Mutex<Findings>);
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Findings> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -38,17 +49,17 @@ impl Sweeping {
     /// The system's answer where there is no thread to be had.
     pub(super) fn start(sweeper: Sweeper, vitals: Arc<Vitals>) -> io::Result<Self> {
         let (stop, stopped) = mpsc::channel();
-        let evicted = Arc::new(Evicted::default());
-        let shared = Arc::clone(&evicted);
+        let findings = Arc::new(Shared::default());
+        let shared = Arc::clone(&findings);
         let thread = thread::Builder::new()
             .name("sweep".to_owned())
             .spawn(move || follow(sweeper, &stopped, &vitals, &shared))?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), evicted })
+        Ok(Self { stop: Some(stop), thread: Some(thread), findings })
     }
 
-    /// The names, `namespace/name`, of services whose pins were evicted since the last call.
-    pub(super) fn take_evicted(&self) -> BTreeSet<String> {
-        mem::take(&mut self.evicted.lock())
+    /// What was found since the last call.
+    pub(super) fn take_findings(&self) -> Findings {
+        mem::take(&mut self.findings.lock())
     }
 
     /// Whether the thread is gone, which only a bug does.
@@ -67,13 +78,15 @@ impl Drop for Sweeping {
     }
 }
 
-fn follow(mut sweeper: Sweeper, stopped: &Receiver<()>, vitals: &Vitals, evicted: &Evicted) {
+fn follow(mut sweeper: Sweeper, stopped: &Receiver<()>, vitals: &Vitals, findings: &Shared) {
     loop {
         let passes = sweeper.totals().passes;
         let pause = sweeper.step();
         if sweeper.totals().passes != passes {
             vitals.swept(sweeper.totals(), sweeper.census().clone());
-            evicted.lock().extend(sweeper.take_evicted());
+            let mut findings = findings.lock();
+            findings.evicted.extend(sweeper.take_evicted());
+            findings.met = Some(sweeper.met().clone());
         }
         if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
             return;

@@ -53,6 +53,13 @@ impl Ids {
         (*of == kind as u32 && found == name).then_some(*id)
     }
 
+    /// Ids and names of a kind that nothing refers to.
+    pub(super) fn unused(&self, kind: NameKind) -> impl Iterator<Item = (u32, &str)> {
+        let kind = kind as u32;
+        let of_kind = self.by_name.range((kind, String::new(), 0)..).take_while(move |(of, ..)| *of == kind);
+        of_kind.filter(|(.., id)| self.uses.get(id) == Some(&1)).map(|(_, name, id)| (*id, name.as_str()))
+    }
+
     /// The ids of a service's pools.
     pub(super) fn pools(&self, service: &str) -> impl Iterator<Item = u32> {
         let prefix = format!("{service}:");

@@ -69,6 +69,12 @@ impl Ledger {
         &self.observed
     }
 
+    /// Services of which nothing is left but the name: no plan takes it away, because pins and flows may still tell of
+    /// them.
+    pub fn withdrawn(&self) -> impl Iterator<Item = (u32, &str)> {
+        self.ids.unused(NameKind::Service)
+    }
+
     /// Enters a step that was carried out.
     pub fn apply(&mut self, op: &Op) {
         if matches!(op, Op::Grace) {

@@ -282,6 +282,11 @@ impl<'a> Numbering<'a> {
             self.target.names.extend(part.names.get(&key(*id)).map(|name| (key(*id), name.clone())));
         }
         self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.clone())));
+        // A service keeps its name as long as pins and flows tell of it, which others know: see `Ledger::withdrawn`.
+        let services = part.names.iter().filter(|(key, _)| key.kind == NameKind::Service as u32);
+        for (key, name) in services {
+            self.target.names.entry(*key).or_insert_with(|| name.clone());
+        }
         self.target.usage.extend(claimed.into_iter().map(|id| UsageKey { of: UsageOf::Backend as u32, id }));
         self.target.backends = records;
         (self.target, self.problems)

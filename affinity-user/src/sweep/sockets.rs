@@ -18,6 +18,7 @@ impl Sweeper {
                 self.totals.flows += 1;
                 continue;
             }
+            self.pass.met.insert(socket.service);
             need_frontend(&mut self.filter, socket.frontend, socket.frontend_port, key.protocol);
             self.filter.need_member(socket.peer.0, socket.peer_port, key.protocol);
             let counts = socket.timer == Timer::Alive as u8 && socket.scope != 0;

@@ -176,10 +176,9 @@ fn the_end_of_a_service() {
     remove usage
     remove a name
     remove a name
-    remove a name
     ");
-    // A pod that has gone keeps its name, for the sessions and events that still tell of it.
-    assert_eq!(observed.names.values().collect::<Vec<_>>(), ["default/p1"]);
+    // A pod and a service that have gone keep their names, for the sessions and events that still tell of them.
+    assert_eq!(observed.names.values().collect::<Vec<_>>(), ["default/s1", "default/p1"]);
     assert!(observed.members.is_empty() && observed.slots.is_empty());
 }
 
