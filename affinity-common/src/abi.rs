@@ -184,6 +184,9 @@ impl Port {
     }
 }
 
+/// In `remarks`: all clients that are pinned to a service have the addresses of nodes.
+pub const CLIENTS_ARE_NODES: u32 = 1;
+
 /// Kind of a [`NameKey`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u32)]

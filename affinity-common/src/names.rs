@@ -47,8 +47,11 @@ pub const NAMES: &str = "names";
 /// `array` of one [`crate::abi::Status`]: written by the agent, read by no program.
 pub const STATUS: &str = "status";
 
+/// `hash`: service id -> what the agent has noticed about it, `u32`: [`crate::abi::CLIENTS_ARE_NODES`]. Read by no program.
+pub const REMARKS: &str = "remarks";
+
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 23] = [
+pub const MAPS: [&str; 24] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -72,6 +75,7 @@ pub const MAPS: [&str; 23] = [
     EVENTS,
     NAMES,
     STATUS,
+    REMARKS,
 ];
 
 /// XDP program: forward translation.

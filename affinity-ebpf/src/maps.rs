@@ -61,6 +61,8 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);
 pub static USAGE: PerCpuHashMap<UsageKey, Usage> = PerCpuHashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "status")]
 pub static STATUS: Array<Status> = Array::with_max_entries(1, 0);
+#[map(name = "remarks")]
+pub static REMARKS: HashMap<u32, u32> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 

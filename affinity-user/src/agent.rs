@@ -30,6 +30,7 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
+pub(crate) use self::notices::CLIENTS_ARE_NODES;
 pub use self::{
     attacher::PatternError,
     lock::{Lock, LockError},
@@ -335,8 +336,11 @@ impl Agent {
             consumer,
             flush_log: log_reader(&mut loaded),
             closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
-            sweeping: Sweeping::start(Sweeper::new(KernelStore::open(&options.pin_dir)?, filter)?, Arc::clone(&vitals))
-                .map_err(|error| AgentError::System("thread", error))?,
+            sweeping: Sweeping::start(
+                Sweeper::new(KernelStore::open(&options.pin_dir)?, filter, feed.nodes.clone())?,
+                Arc::clone(&vitals),
+            )
+            .map_err(|error| AgentError::System("thread", error))?,
             publisher,
             health: HealthChecks::start(Arc::clone(&vitals)).map_err(|error| AgentError::System("thread", error))?,
             feed,
@@ -423,17 +427,19 @@ impl Agent {
 
     /// Takes in what the sweep has found, and tells owners of services what they should know.
     fn notice(&mut self) {
-        let Findings { evicted, met } = self.sweeping.take_findings();
+        let Findings { evicted, met, clients_are_nodes } = self.sweeping.take_findings();
         if let Some(Err(error)) = met.map(|met| self.publisher.forget_names(&met)) {
             error!("{error}");
         }
         let Some(noticer) = &mut self.noticer else { return };
         let now = std::time::Instant::now();
+        if let Some(services) = clients_are_nodes {
+            noticer.clients_are_nodes = services.iter().filter_map(|service| named(service)).collect();
+        }
         noticer.look(self.publisher.problems(), self.publisher.desired(), now);
         for service in evicted {
-            if let Some((namespace, name)) = service.split_once('/') {
-                let node_name = self.node.name.as_deref().unwrap_or_default();
-                noticer.evicted(&ObjectName::new(namespace, name), node_name, now);
+            if let Some(service) = named(&service) {
+                noticer.evicted(&service, self.node.name.as_deref().unwrap_or_default(), now);
             }
         }
     }
@@ -488,6 +494,11 @@ async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<
         warn!("no device yet that packets for frontends could enter by; it will be attached when it appears");
     }
     attacher.reconcile_all(&look)?.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// From `namespace/name`.
+fn named(service: &str) -> Option<ObjectName> {
+    service.split_once('/').map(|(namespace, name)| ObjectName::new(namespace, name))
 }
 
 fn source_ended() -> AgentError {

@@ -7,6 +7,7 @@ pub mod directory;
 mod documents;
 mod feed;
 pub mod kubernetes;
+mod nodes;
 mod notice;
 mod problem;
 
@@ -18,6 +19,7 @@ use k8s_openapi::api::{
 };
 
 pub use feed::{Feed, Source, SourceError, View};
+pub use nodes::NodeAddresses;
 pub use notice::{Notice, Notices};
 pub use problem::{Object, Origin, Problem, Severity};
 

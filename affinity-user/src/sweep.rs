@@ -13,6 +13,7 @@
 //! Nothing here decides about packets. What is removed is looked up once more right before, so that a pin or flow that
 //! a packet has just used stays.
 
+mod clients;
 mod evictions;
 mod fate;
 mod filter;
@@ -28,8 +29,8 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Direction, Event, EventKind, FLOW_CLOSED, Flow, FlowKey, FrontendKey, NameKey, NameKind, Reason, Session,
-        SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
+        CLIENTS_ARE_NODES, Direction, Event, EventKind, FLOW_CLOSED, Flow, FlowKey, FrontendKey, NameKey, NameKind,
+        Reason, Session, SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
     },
     parse::TCP,
 };
@@ -42,6 +43,7 @@ pub use self::fate::{
 };
 pub use self::filter::{FilterPlan, FilterPlans};
 use self::{
+    clients::Clients,
     evictions::{Counts, Evictions, Found},
     filter::FilterUse,
     scopes::Scopes,
@@ -49,6 +51,7 @@ use self::{
 use crate::{
     events::EventReader,
     load::monotonic_ns,
+    source::NodeAddresses,
     store::{
         StoreError,
         kernel::{Family, KernelStore, Walk},
@@ -119,6 +122,9 @@ pub struct Sweeper {
     totals: Totals,
     census: Census,
     met: Met,
+    nodes: NodeAddresses,
+    /// Services about which something is remarked.
+    remarked: BTreeSet<u32>,
 }
 
 /// Where a pass is. Flows come first: sessions need to know their connections.
@@ -154,6 +160,7 @@ struct Pass {
     entries: BTreeMap<&'static str, u64>,
     /// Services of all that stayed.
     met: BTreeSet<u32>,
+    clients: Clients,
 }
 
 impl Pass {
@@ -170,7 +177,7 @@ impl Sweeper {
     ///
     /// # Errors
     /// [`SysError`] where the event ring cannot be read.
-    pub fn new(store: KernelStore, plans: Arc<FilterPlans>) -> Result<Self, SysError> {
+    pub fn new(store: KernelStore, plans: Arc<FilterPlans>, nodes: NodeAddresses) -> Result<Self, SysError> {
         Ok(Self {
             operators: EventReader::from_now(&store.events)?,
             stage: Stage::Begin,
@@ -182,6 +189,8 @@ impl Sweeper {
             totals: Totals::default(),
             census: Census::default(),
             met: Met::default(),
+            nodes,
+            remarked: BTreeSet::new(),
             store,
         })
     }
@@ -262,6 +271,7 @@ impl Pass {
             live: BTreeMap::new(),
             by_service: BTreeMap::new(),
             met: BTreeSet::new(),
+            clients: Clients::default(),
             entries: [V4::SESSIONS, V6::SESSIONS, V4::FLOWS, V6::FLOWS].map(|map| (map, 0)).into(),
         }
     }
@@ -271,7 +281,7 @@ impl Pass {
 
 impl Sweeper {
     fn begin(&mut self, now_ns: u64) -> Result<(), StoreError> {
-        self.pass = Pass { began_ns: now_ns, ..Pass::begin() };
+        self.pass = Pass { began_ns: now_ns, clients: Clients::begin(&self.nodes), ..Pass::begin() };
         for entry in &self.store.backends {
             self.pass.generations.push(entry?.1.generation);
         }
@@ -298,10 +308,25 @@ impl Sweeper {
         self.census.by_backend = mem::take(&mut self.pass.loads);
         self.census.entries = mem::take(&mut self.pass.entries);
         self.met = Met { began_ns: self.pass.began_ns, services: mem::take(&mut self.pass.met) };
+        self.remark()?;
         self.need_published()?;
         self.totals.filter_bits += u64::from(self.filter.finish(&self.store.filter));
         self.totals.passes += 1;
         debug!(totals = ?self.totals, took = ?self.pass.began.elapsed(), "sweep: end of a pass");
+        Ok(())
+    }
+
+    /// Writes down which services' clients all look like nodes; as many as there is room for.
+    fn remark(&mut self) -> Result<(), StoreError> {
+        let room = self.store.remarks.info().max_entries as usize;
+        self.remarked = self.pass.clients.look_like_nodes(&self.nodes).into_iter().take(room).collect();
+        let written = self.store.remarks.iter().collect::<Result<BTreeMap<u32, u32>, _>>()?;
+        for service in written.keys().filter(|service| !self.remarked.contains(service)) {
+            self.store.remarks.remove(service)?;
+        }
+        for service in self.remarked.iter().filter(|service| !written.contains_key(service)) {
+            self.store.remarks.put(service, &CLIENTS_ARE_NODES)?;
+        }
         Ok(())
     }
 
@@ -378,6 +403,12 @@ impl Sweeper {
     pub fn take_evicted(&mut self) -> Vec<String> {
         let evicted = mem::take(&mut self.evicted);
         self.names(&evicted)
+    }
+
+    /// The names of services whose clients all looked like nodes in the last whole pass.
+    #[must_use]
+    pub fn clients_are_nodes(&self) -> Vec<String> {
+        self.names(&self.remarked)
     }
 
     fn names(&self, services: &BTreeSet<u32>) -> Vec<String> {
@@ -487,6 +518,7 @@ impl Sweeper {
             if self.pass.lives(session.backend, session.generation) {
                 *self.pass.by_service.entry(session.service).or_default() += 1;
                 *self.pass.loads.entry(session.backend).or_default() += 1;
+                self.pass.clients.note(session.service, key.client);
             }
         }
         Ok(true)

@@ -31,7 +31,7 @@ use affinity_user::{
     desired::{DEFAULT_PROXY_NAME, NodeFacts, Services},
     events::{Consumer, EventReader},
     load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
-    source::Source,
+    source::{NodeAddresses, Source},
     store::{
         Op, Store,
         kernel::{KernelStore, OpenError},
@@ -591,7 +591,7 @@ fn swept_beside(sizes: Sizes, frontend: Frontend, plans: Arc<FilterPlans>) -> Re
     let mut store = pins.store()?;
     publish().iter().try_for_each(|op| store.apply(op))?;
     store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, TCP), frontend))?;
-    let sweeper = Sweeper::new(pins.store()?, plans)?;
+    let sweeper = Sweeper::new(pins.store()?, plans, NodeAddresses::default())?;
     Ok((pins, store, sweeper))
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
+use std::net::IpAddr;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -120,6 +121,37 @@ fn a_service_that_has_gone_keeps_its_name_while_it_has_pins() -> Result<()> {
         assert_eq!((&session.service, &session.client), (&web.full_name(), &route.client(1).to_string()));
         lab.affinity(&["unpin", "--service", &web.full_name(), "--all"])?;
         assert!(lab.sessions(&web, None)?.is_empty());
+        Ok(())
+    })
+}
+
+/// A Node object with an address.
+fn node(address: IpAddr) -> String {
+    let name = address.to_string().replace([':', '.'], "-");
+    format!(
+        "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{name}}}\n\
+         status: {{addresses: [{{type: InternalIP, address: '{address}'}}, {{type: Hostname, address: node}}]}}\n"
+    )
+}
+
+#[test]
+fn clients_that_all_look_like_nodes_are_told_of() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::Tc, &[&web], |lab, _| {
+        let routes = Route::all_to(&web);
+        let nodes = [routes[0].client(1), routes[0].client(2), routes[2].client(1)].map(node);
+        lab.publish_text("nodes.yaml", &nodes.concat())?;
+        for (route, client) in [(routes[0], 1), (routes[0], 2), (routes[2], 1)] {
+            route.dial(lab, client, 1)?;
+        }
+        let told = || Ok::<_, anyhow::Error>(lab.affinity_json(&["get", "services"])?[0]["clientsAreNodes"] == true);
+        eventually("all clients look like nodes", PATIENCE, told)?;
+        let table = lab.affinity(&["get", "services"])?;
+        assert!(table.contains(&format!("{}: all clients look like nodes", web.full_name())), "{table}");
+        assert!(lab.affinity(&["dump", "remarks"])?.contains(&web.full_name()));
+        routes[0].dial(lab, 3, 1)?;
+        eventually("one client is none", PATIENCE, || Ok(!told()?))?;
+        assert!(!lab.affinity(&["get", "services"])?.contains("look like nodes"));
         Ok(())
     })
 }

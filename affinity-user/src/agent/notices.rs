@@ -4,7 +4,7 @@
 //! its Events. What holds only for a moment, as during a rolling update, is not worth one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -13,6 +13,10 @@ use crate::{
     source::{Notice, Notices, ObjectName, Problem, Severity},
 };
 
+/// What the owner of such a service, and whoever lists it, is told.
+pub(crate) const CLIENTS_ARE_NODES: &str = "all clients look like nodes of the cluster, so something before them masquerades \
+                                            and all who come through one node share a pin; externalTrafficPolicy: Local \
+                                            keeps the addresses of clients of node ports and load balancers";
 /// How often to look what holds.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long a service must be without endpoints.
@@ -29,18 +33,31 @@ pub(super) struct Noticer {
     empty_since: BTreeMap<ObjectName, Instant>,
     /// Evictions, which are over when they are noticed, and when they were sent.
     evictions: BTreeMap<ObjectName, Instant>,
+    /// Services whose clients all look like nodes of the cluster.
+    pub(super) clients_are_nodes: BTreeSet<ObjectName>,
 }
 
 impl Noticer {
     pub(super) fn new(notices: Notices) -> Self {
-        Self { notices, sent: BTreeMap::new(), empty_since: BTreeMap::new(), evictions: BTreeMap::new() }
+        Self {
+            notices,
+            sent: BTreeMap::new(),
+            empty_since: BTreeMap::new(),
+            evictions: BTreeMap::new(),
+            clients_are_nodes: BTreeSet::new(),
+        }
     }
 
     /// Looks at what is wrong, and at what should be there.
     pub(super) fn look<'a>(&mut self, problems: impl Iterator<Item = &'a Problem>, desired: &Desired, now: Instant) {
         let empty = self.empty(desired, now);
+        let masqueraded = self.clients_are_nodes.iter().map(|service| Notice {
+            service: service.clone(),
+            reason: "ClientsAreNodes",
+            message: CLIENTS_ARE_NODES.to_owned(),
+        });
         let mut sent = BTreeMap::new();
-        for notice in problems.filter_map(misconfigured).chain(empty) {
+        for notice in problems.filter_map(misconfigured).chain(empty).chain(masqueraded) {
             let before = self.sent.get(&notice).copied().filter(|before| now.duration_since(*before) < AGAIN);
             // Where there is no room it is tried again at the next look.
             if before.is_some() || self.notices.send(notice.clone()) {
@@ -192,6 +209,22 @@ endpoints: [{addresses: [10.244.0.1]}]
             noticer.look(problems.iter(), &Desired::default(), Instant::now());
             assert_eq!(reasons(&mut queue), ["Misconfigured"]);
         }
+    }
+
+    #[test]
+    fn clients_that_look_like_nodes_are_noticed_while_they_do() {
+        let (sender, mut queue) = mpsc::channel(8);
+        let mut noticer = Noticer::new(Notices::new(sender));
+        let start = Instant::now();
+        let mut look = |services: &[&str], after_s: u64| {
+            noticer.clients_are_nodes = services.iter().map(|name| ObjectName::new("shop", name)).collect();
+            noticer.look(std::iter::empty(), &Desired::default(), start + Duration::from_secs(after_s));
+            reasons(&mut queue)
+        };
+        assert_eq!(look(&["web"], 0), ["ClientsAreNodes"]);
+        assert_eq!(look(&["web"], 2), [""; 0], "once");
+        assert_eq!(look(&[], 4), [""; 0]);
+        assert_eq!(look(&["web", "cart"], 6), ["ClientsAreNodes"; 2]);
     }
 
     #[test]

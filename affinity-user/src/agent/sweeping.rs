@@ -31,6 +31,8 @@ pub(super) struct Findings {
     pub(super) evicted: BTreeSet<String>,
     /// Which services the last pass has met; none where no pass has ended.
     pub(super) met: Option<Met>,
+    /// The names of services whose clients all looked like nodes in the last pass; none where no pass has ended.
+    pub(super) clients_are_nodes: Option<BTreeSet<String>>,
 }
 
 #[derive(Default)]
@@ -87,6 +89,7 @@ fn follow(mut sweeper: Sweeper, stopped: &Receiver<()>, vitals: &Vitals, finding
             let mut findings = findings.lock();
             findings.evicted.extend(sweeper.take_evicted());
             findings.met = Some(sweeper.met().clone());
+            findings.clients_are_nodes = Some(sweeper.clients_are_nodes().into_iter().collect());
         }
         if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
             return;

@@ -90,6 +90,7 @@ fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>,
         names::SOCKETS => dump.sockets(store.sockets.iter().collect::<Result<Vec<_>, _>>()?),
         names::EVENTS => dump.events(&EventReader::from_oldest(&store.events)?.collect::<Vec<_>>()),
         names::STATUS => dump.status(),
+        names::REMARKS => dump.remarks(),
         names::COUNTERS => dump.counters(&store.counter_sums()?),
         _ => Vec::new(),
     })

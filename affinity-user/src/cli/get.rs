@@ -16,6 +16,7 @@ use super::{
     reading::{Filter, FilterArgs, Reading},
 };
 use crate::{
+    agent::CLIENTS_ARE_NODES,
     attach::{self, device_name},
     load::PinDir,
     view::{
@@ -137,6 +138,7 @@ impl GetArgs {
                 let mut services = ServiceView::all(catalog, &reading.live_sessions()?);
                 services.retain(|view| self.filter.service.as_ref().is_none_or(|wanted| *wanted == view.service));
                 let rows = self.list(out, &services)?;
+                self.masqueraded(&services, out)?;
                 self.age(catalog.status(), out)?;
                 Ok(rows)
             }
@@ -152,6 +154,18 @@ impl GetArgs {
             Resource::Counters => self.list(out, &CounterView::all(&reading.store.counter_sums()?)),
             Resource::Devices => self.list(out, &devices(pin_dir)?),
         }
+    }
+
+    /// Lines under the table: services whose clients all look alike.
+    fn masqueraded(&self, services: &[ServiceView<'_>], out: &mut impl Write) -> Result<(), Error> {
+        let named = services.iter().filter(|service| service.clients_are_nodes);
+        let lines = named.map(|service| format!("{}: {CLIENTS_ARE_NODES}", service.service));
+        let is_table = matches!(self.output, Format::Table | Format::Wide);
+        for (number, line) in lines.filter(|_| is_table).enumerate() {
+            let line = paint(&line, Tone::Attention, wants_colour());
+            writeln!(out, "{}{line}", if number == 0 { "\n" } else { "" })?;
+        }
+        Ok(())
     }
 
     /// A line under the table: how old the source's view is.

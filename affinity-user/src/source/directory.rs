@@ -10,8 +10,9 @@
 mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,6 +20,7 @@ use std::{
 use super::{
     ObjectName, Origin, Problem, Severity, Snapshot, Sourced,
     documents::{self, Entry, Loaded},
+    nodes::addresses_of,
 };
 
 pub use watch::watch;
@@ -98,6 +100,14 @@ impl Reader {
             insert(&mut snapshot, entry, false);
         }
         snapshot
+    }
+
+    /// The addresses of all nodes that the last reading found.
+    #[must_use]
+    pub fn node_addresses(&self) -> BTreeSet<IpAddr> {
+        let entries = self.files.values().flat_map(|content| content.fresh.iter().chain(&content.kept));
+        let nodes = entries.filter_map(|entry| if let Loaded::Node(node) = &entry.loaded { Some(node) } else { None });
+        nodes.flat_map(|node| addresses_of(node)).collect()
     }
 
     /// Whether the last reading found all there is: nothing in use is older than that.
@@ -187,6 +197,8 @@ fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
     let first = match loaded {
         Loaded::Service(object) => put(Arc::make_mut(&mut snapshot.services), name, origin, object),
         Loaded::Slice(object) => put(Arc::make_mut(&mut snapshot.slices), name, origin, object),
+        // Of interest for their addresses alone: `Reader::node_addresses`.
+        Loaded::Node(_) => None,
     };
     if let (Some(first), true) = (first, fresh) {
         let message = format!("given twice; the one in {first} is used, this one is ignored");

@@ -5,7 +5,10 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+};
 use serde::de::DeserializeOwned;
 use serde_ignored::Path as FieldPath;
 use serde_json::{Map, Value};
@@ -18,6 +21,7 @@ use super::{ObjectName, Origin, Problem, Severity};
 pub(super) enum Loaded {
     Service(Arc<Service>),
     Slice(Arc<EndpointSlice>),
+    Node(Arc<Node>),
 }
 
 impl Loaded {
@@ -25,6 +29,7 @@ impl Loaded {
         match self {
             Self::Service(_) => SERVICE,
             Self::Slice(_) => SLICE,
+            Self::Node(_) => NODE,
         }
     }
 }
@@ -51,6 +56,7 @@ pub(super) struct Documents {
 
 const SERVICE: &str = "Service";
 const SLICE: &str = "EndpointSlice";
+const NODE: &str = "Node";
 
 /// Reads the text of `file`; JSON if its name says so.
 pub(super) fn parse(file: &Path, text: &str) -> Documents {
@@ -101,6 +107,7 @@ impl Documents {
         match (version.as_str(), kind.as_str()) {
             ("v1", SERVICE) => self.decode(origin, SERVICE, map, Loaded::Service),
             ("discovery.k8s.io/v1", SLICE) => self.decode(origin, SLICE, map, Loaded::Slice),
+            ("v1", NODE) => self.decode(origin, NODE, map, Loaded::Node),
             (version, SERVICE) if !version.contains('/') => self.reject_version(origin, SERVICE, &map, version, "v1"),
             (version, SLICE) if version.starts_with("discovery.k8s.io/") => {
                 self.reject_version(origin, SLICE, &map, version, "discovery.k8s.io/v1");
@@ -159,7 +166,7 @@ impl Documents {
     fn report_others(&mut self, file: &Path) {
         for (kind, count) in &self.others {
             let origin = Origin { file: file.to_owned(), document: None };
-            let message = format!("{count} of kind {kind} ignored: only {SERVICE} and {SLICE} are used");
+            let message = format!("{count} of kind {kind} ignored: only {SERVICE}, {SLICE} and {NODE} are used");
             self.problems.push(Problem::new(Severity::Info, Some(origin), message));
         }
     }

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::mpsc::Receiver;
 
-use super::{Notices, Snapshot, directory, kubernetes};
+use super::{NodeAddresses, Notices, Snapshot, directory, kubernetes};
 
 /// A source cannot be used at all. What is wrong with single objects is a [`super::Problem`] instead.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,8 @@ pub struct Feed {
     pub snapshots: Receiver<Snapshot>,
     /// How current they are.
     pub view: View,
+    /// What is known of the addresses of nodes.
+    pub nodes: NodeAddresses,
     /// Takes what owners of services should know; none where it would reach nobody.
     pub notices: Option<Notices>,
 }

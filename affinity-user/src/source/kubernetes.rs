@@ -32,7 +32,7 @@ use kube::{
 use tokio::sync::{mpsc, oneshot};
 
 use self::{cluster::Cluster, events::Poster};
-use super::{Feed, Notice, Notices, Snapshot, View};
+use super::{Feed, NodeAddresses, Notice, Notices, Snapshot, View};
 
 /// How long after a change further ones are waited for.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -83,7 +83,8 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
     let (queue, notices) = mpsc::channel(events::QUEUE);
-    let (cluster, written) = (Cluster::new(options.node_name.clone()), view.clone());
+    let nodes = NodeAddresses::default();
+    let (cluster, written, told) = (Cluster::new(options.node_name.clone()), view.clone(), nodes.clone());
     let (started, outcome) = oneshot::channel();
     thread::Builder::new().name("source".to_owned()).spawn(move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -95,7 +96,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
             match access::client(config) {
                 Ok(client) => {
                     drop(started.send(Ok(())));
-                    run(&client, &cluster, &sender, &written, notices).await;
+                    run(&client, &cluster, &sender, (&written, &told), notices).await;
                 }
                 Err(error) => drop(started.send(Err(error))),
             }
@@ -103,7 +104,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     })?;
     outcome.await.unwrap_or_else(|_| Err(io::Error::other("its thread has ended").into()))?;
     let notices = options.events.then(|| Notices::new(queue));
-    Ok(Feed { snapshots, view, notices })
+    Ok(Feed { snapshots, view, nodes, notices })
 }
 
 /// Until nobody takes snapshots any more.
@@ -111,7 +112,7 @@ async fn run(
     client: &Client,
     cluster: &Cluster,
     snapshots: &mpsc::Sender<Snapshot>,
-    view: &View,
+    (view, nodes): (&View, &NodeAddresses),
     notices: mpsc::Receiver<Notice>,
 ) {
     let poster = Poster { client, cluster };
@@ -120,6 +121,7 @@ async fn run(
         () = cluster.reflect(client, view) => {}
         () = publish(cluster, snapshots) => {}
         () = poster.run(notices) => {}
+        () = cluster.find_nodes(client, nodes) => {}
     }
 }
 

@@ -130,6 +130,8 @@ pub struct KernelStore {
     pub loads: Words,
     /// What the agent tells about itself, under the key zero.
     pub status: Table<u32, Status>,
+    /// Service id -> what the agent has noticed about it.
+    pub remarks: Table<u32, u32>,
     /// The event ring.
     pub events: sys::Map,
     report: OwnedFd,
@@ -175,6 +177,7 @@ impl KernelStore {
             filter: words(names::FILTER)?,
             loads: words(names::LOADS)?,
             status: Table::open(maps, names::STATUS)?,
+            remarks: Table::open(maps, names::REMARKS)?,
             events: table::open(maps, names::EVENTS)?,
             report: sys::obj_get(&pins.prog(names::REPORT)).map_err(|error| failed(names::EVENTS, "report", error))?,
             maps: infos.collect::<Result<_, StoreError>>()?,

@@ -8,8 +8,8 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, OUTSIDE, SHADOW, Selection,
-    Status, Timer, Usage, UsageKey,
+    AFFINITY, Address, CLIENTS_ARE_NODES, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, OUTSIDE,
+    SHADOW, Selection, Status, Timer, Usage, UsageKey,
 };
 
 use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
@@ -69,6 +69,8 @@ pub struct Catalog {
     pub(crate) frontends: Vec<CatalogFrontend>,
     policies: BTreeMap<u32, Policy>,
     status: Option<StatusView>,
+    /// Service -> what the agent has noticed about it.
+    remarks: BTreeMap<u32, u32>,
     namespaces: OnceLock<BTreeMap<u64, String>>,
 }
 
@@ -98,13 +100,34 @@ impl Catalog {
                 policy.prefix_v6 = Some(record.prefix);
             }
         }
-        Self { observed, usage, clock, frontends, policies, status: None, namespaces: OnceLock::new() }
+        Self {
+            observed,
+            usage,
+            clock,
+            frontends,
+            policies,
+            status: None,
+            remarks: BTreeMap::new(),
+            namespaces: OnceLock::new(),
+        }
     }
 
     /// With what the agent tells about itself.
     #[must_use]
     pub fn with_status(self, status: &Status) -> Self {
         Self { status: StatusView::new(status, &self.clock), ..self }
+    }
+
+    /// With what the agent has noticed about services.
+    #[must_use]
+    pub fn with_remarks(self, remarks: BTreeMap<u32, u32>) -> Self {
+        Self { remarks, ..self }
+    }
+
+    /// Whether all clients that are pinned to a service look like nodes of the cluster.
+    #[must_use]
+    pub fn clients_are_nodes(&self, service: u32) -> bool {
+        self.remarks.get(&service).is_some_and(|remarks| remarks & CLIENTS_ARE_NODES != 0)
     }
 
     /// With these names of network namespaces, by their cookies, in place of what the machine tells.

@@ -330,6 +330,13 @@ impl<'a> Dump<'a> {
         counted.map(|(reason, packets)| format!("{} {} -> {packets}", names::COUNTERS, reason.name())).collect()
     }
 
+    /// What the agent has noticed about services.
+    #[must_use]
+    pub fn remarks(&self) -> Vec<String> {
+        let services = self.catalog.services().into_iter().filter(|(_, id)| self.catalog.clients_are_nodes(*id));
+        services.map(|(name, _)| format!("{} {name} -> clients-are-nodes", names::REMARKS)).collect()
+    }
+
     /// How old the source's view is; only with times.
     #[must_use]
     pub fn status(&self) -> Vec<String> {

@@ -29,7 +29,8 @@ impl Catalog {
             observed = store.observe()?;
         }
         let status = store.status.get(&0)?.unwrap_or_default();
-        Ok(Self::new(observed, store.usage_sums()?, Clock::now()).with_status(&status))
+        let remarks = store.remarks.iter().collect::<Result<_, _>>()?;
+        Ok(Self::new(observed, store.usage_sums()?, Clock::now()).with_status(&status).with_remarks(remarks))
     }
 }
 

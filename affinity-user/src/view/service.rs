@@ -111,6 +111,8 @@ pub struct ServiceView<'a> {
     pub sessions: u64,
     /// New connections, by what decided them.
     pub connections: Connections,
+    /// Whether all clients that are pinned look like nodes of the cluster: then something before them masquerades.
+    pub clients_are_nodes: bool,
     /// When everything that the source held was last known; null: never.
     pub as_of: Option<Moment>,
 }
@@ -178,6 +180,7 @@ impl<'a> ServiceView<'a> {
             endpoints: Endpoints::count(&all),
             sessions: live.of_service(id),
             connections: Connections(usage.map_or([0; 8], |usage| usage.counts)),
+            clients_are_nodes: catalog.clients_are_nodes(id),
             as_of: catalog.status().and_then(|status| status.as_of),
         }
     }

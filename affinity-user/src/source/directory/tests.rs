@@ -51,6 +51,25 @@ fn service(name: &str, ip: &str) -> String {
 }
 
 #[test]
+fn nodes_are_known_by_their_addresses() {
+    let scratch = Scratch::new();
+    let node = |name: &str, address: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n\
+             status: {{addresses: [{{type: InternalIP, address: '{address}'}}, {{type: Hostname, address: {name}}}]}}\n"
+        )
+    };
+    scratch.write("web.yaml", &service("web", "10.96.0.1"));
+    scratch.write("nodes.yaml", &[node("a", "192.0.2.1"), node("b", "2001:db8::1")].concat());
+    let mut reader = Reader::new(&scratch.0);
+    assert_eq!(scratch.show(&reader.read()), "service default/web 10.96.0.1");
+    assert_eq!(reader.node_addresses(), ["192.0.2.1", "2001:db8::1"].map(|address| address.parse().unwrap()).into());
+    fs::remove_file(scratch.0.join("nodes.yaml")).expect("removed");
+    reader.read();
+    assert!(reader.node_addresses().is_empty());
+}
+
+#[test]
 fn several_documents_lists_and_json() {
     let scratch = Scratch::new();
     scratch.write(
@@ -78,7 +97,7 @@ fn several_documents_lists_and_json() {
     service default/d
     service shop/c
     slice default/c-1
-    info: b.yml: 2 of kind Pod ignored: only Service and EndpointSlice are used
+    info: b.yml: 2 of kind Pod ignored: only Service, EndpointSlice and Node are used
     ");
 }
 

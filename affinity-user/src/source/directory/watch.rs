@@ -24,7 +24,7 @@ use tracing::warn;
 use super::{Reader, list};
 use crate::{
     load::monotonic_ns,
-    source::{Feed, Snapshot, View},
+    source::{Feed, NodeAddresses, Snapshot, View},
 };
 
 /// A change is read once nothing has changed for this long,
@@ -41,12 +41,13 @@ const POLL: Duration = Duration::from_secs(5);
 pub fn watch(path: &Path) -> io::Result<Feed> {
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
-    let (path, written) = (path.to_owned(), view.clone());
-    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, &sender, &written))?;
-    Ok(Feed { snapshots, view, notices: None })
+    let nodes = NodeAddresses::default();
+    let (path, written, told) = (path.to_owned(), view.clone(), nodes.clone());
+    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, &sender, &written, &told))?;
+    Ok(Feed { snapshots, view, nodes, notices: None })
 }
 
-fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>, view: &View) {
+fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>, view: &View, nodes: &NodeAddresses) {
     let (events, changes) = std_mpsc::channel();
     let mut watches = Watches::new(events);
     let mut reader = Reader::new(path);
@@ -58,6 +59,7 @@ fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>, view: &View) {
         let looked_ns = monotonic_ns();
         if last.as_ref().is_none_or(|(former, _)| *former != fingerprint) {
             let snapshot = reader.read();
+            nodes.tell(reader.node_addresses());
             let changed = last.as_ref().is_none_or(|(_, former)| *former != snapshot);
             if changed && snapshots.blocking_send(snapshot.clone()).is_err() {
                 return;

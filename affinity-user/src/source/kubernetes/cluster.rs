@@ -1,13 +1,17 @@
 //! All kinds together: what is known of the cluster, and when it makes a snapshot.
 
-use std::cell::{Cell, RefCell};
+use std::{
+    cell::{Cell, RefCell},
+    time::Duration,
+};
 
 use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::Client;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::sleep};
+use tracing::warn;
 
 use super::{
     Error,
@@ -19,8 +23,11 @@ use super::{
 use crate::{
     desired::hash32,
     load::monotonic_ns,
-    source::{ObjectName, Problem, Severity, Snapshot, View},
+    source::{NodeAddresses, ObjectName, Problem, Severity, Snapshot, View, nodes::addresses_of},
 };
+
+/// How often the addresses of all nodes are read, on average and where somebody wants them.
+const NODES_EVERY: Duration = Duration::from_hours(1);
 
 /// What is known of the cluster.
 pub(super) struct Cluster {
@@ -131,6 +138,26 @@ impl Cluster {
         let reason = self.node_refused.borrow().clone();
         let reason = reason.as_deref().unwrap_or("the cluster has no such node; its name is set by --node-name");
         Problem::new(Severity::Warning, None, format!("node {}: {reason}", self.node_name))
+    }
+
+    /// Reads the addresses of all nodes when somebody wants them, but not often; for ever.
+    pub(super) async fn find_nodes(&self, client: &Client, nodes: &NodeAddresses) {
+        // Not all nodes of a large cluster at once.
+        let spread = NODES_EVERY.mul_f64(f64::from(hash32(&self.node_name)) / f64::from(u32::MAX));
+        loop {
+            nodes.wanted().await;
+            let pause = match reflector::list_once::<Node>(client, "").await {
+                Ok(listed) => {
+                    nodes.tell(listed.iter().flatten().flat_map(addresses_of).collect());
+                    NODES_EVERY / 2 + spread
+                }
+                Err((message, _)) => {
+                    warn!("whether clients look like nodes cannot be told: Nodes: {message}");
+                    NODES_EVERY / 4
+                }
+            };
+            sleep(pause).await;
+        }
     }
 
     /// Lists everything once.

@@ -1,0 +1,80 @@
+//! The addresses of the cluster's nodes, for whoever asks.
+//!
+//! Nobody needs them often, and a large cluster has many: so a source reads them when they are wanted, and not before.
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use k8s_openapi::api::core::v1::Node;
+use tokio::sync::Notify;
+
+/// What a source knows of nodes' addresses; a clone knows the same.
+#[derive(Clone, Debug, Default)]
+pub struct NodeAddresses(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    known: Mutex<Option<Arc<BTreeSet<IpAddr>>>>,
+    wanted: Notify,
+}
+
+impl NodeAddresses {
+    /// The addresses of all nodes; none where the source does not know them, or not yet.
+    #[must_use]
+    pub fn known(&self) -> Option<Arc<BTreeSet<IpAddr>>> {
+        self.lock().clone()
+    }
+
+    /// Asks the source to find out, or to look whether they have changed.
+    pub fn want(&self) {
+        self.0.wanted.notify_one();
+    }
+
+    /// Waits until somebody wants them.
+    pub async fn wanted(&self) {
+        self.0.wanted.notified().await;
+    }
+
+    /// These are all.
+    pub fn tell(&self, addresses: BTreeSet<IpAddr>) {
+        *self.lock() = Some(Arc::new(addresses));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<BTreeSet<IpAddr>>>> {
+        self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The addresses of a node, of either family, as far as they are some.
+pub(super) fn addresses_of(node: &Node) -> impl Iterator<Item = IpAddr> {
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    addresses.filter_map(|address| address.address.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_names_are_no_addresses() {
+        let node = r#"{"metadata": {"name": "a"}, "status": {"addresses": [
+            {"type": "InternalIP", "address": "192.0.2.1"}, {"type": "InternalIP", "address": "2001:db8::1"},
+            {"type": "Hostname", "address": "a"}]}}"#;
+        let node: Node = serde_json::from_str(node).expect("a node");
+        let addresses: Vec<_> = addresses_of(&node).map(|address| address.to_string()).collect();
+        assert_eq!(addresses, ["192.0.2.1", "2001:db8::1"]);
+    }
+
+    #[tokio::test]
+    async fn who_wants_them_is_heard_later_too() {
+        let nodes = NodeAddresses::default();
+        assert_eq!(nodes.known(), None);
+        nodes.clone().want();
+        nodes.wanted().await;
+        nodes.tell(BTreeSet::new());
+        assert_eq!(nodes.clone().known(), Some(Arc::default()));
+    }
+}

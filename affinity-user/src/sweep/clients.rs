@@ -1,0 +1,112 @@
+//! Whether all clients of a service look like nodes of the cluster: then something before them masquerades, and all who
+//! come through one node share a pin.
+//!
+//! Sockets of this machine are not clients in this sense, nor are its own addresses: they are known for what they are.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use affinity_common::abi::{Address, V6, netns_of};
+
+use crate::{netns::Namespace, source::NodeAddresses, view::ip};
+
+/// A service must have so many pins before anything is said of its clients. (There are no more of them than nodes.)
+const LEAST: u64 = 2;
+
+/// What a pass has met of clients.
+#[derive(Debug, Default)]
+pub(super) struct Clients {
+    /// None where nobody knows them.
+    nodes: Option<Arc<BTreeSet<IpAddr>>>,
+    own: BTreeSet<IpAddr>,
+    by_service: BTreeMap<u32, Count>,
+}
+
+/// Live pins of a service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Count {
+    all: u64,
+    /// Whose client has the address of a node.
+    of_nodes: u64,
+}
+
+impl Clients {
+    pub(super) fn begin(nodes: &NodeAddresses) -> Self {
+        // Where they cannot be listed, a pin of this node's own is one more of a node.
+        let own = Namespace::own().and_then(|own| own.addresses()).unwrap_or_default();
+        Self { nodes: nodes.known(), own, by_service: BTreeMap::new() }
+    }
+
+    /// A live pin.
+    pub(super) fn note<A: Address>(&mut self, service: u32, client: A) {
+        if A::BITS == V6::BITS && netns_of(V6(client.to_mapped())).is_some() {
+            return;
+        }
+        let client = ip(client);
+        if self.own.contains(&client) {
+            return;
+        }
+        let count = self.by_service.entry(service).or_default();
+        count.all += 1;
+        count.of_nodes += u64::from(self.nodes.as_ref().is_some_and(|nodes| nodes.contains(&client)));
+    }
+
+    /// The services whose clients all look like nodes. Whoever knows the nodes is asked where that may matter.
+    pub(super) fn look_like_nodes(&self, nodes: &NodeAddresses) -> BTreeSet<u32> {
+        let enough = || self.by_service.iter().filter(|(_, count)| count.all >= LEAST);
+        if enough().next().is_some() {
+            nodes.want();
+        }
+        enough().filter(|(_, count)| count.of_nodes == count.all).map(|(service, _)| *service).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use affinity_common::abi::{V4, netns_client};
+
+    use super::*;
+    use crate::view::mapped;
+
+    fn looks(nodes: &NodeAddresses, pins: &[(u32, &str)]) -> Vec<u32> {
+        let own = BTreeSet::from(["192.0.2.1".parse().unwrap()]);
+        let mut clients = Clients { own, nodes: nodes.known(), ..Clients::default() };
+        for (service, client) in pins {
+            match client.parse().unwrap() {
+                IpAddr::V4(client) => clients.note(*service, V4(client.octets())),
+                client @ IpAddr::V6(_) => clients.note(*service, V6(mapped(client))),
+            }
+        }
+        clients.note(7, netns_client(5, 4));
+        clients.look_like_nodes(nodes).into_iter().collect()
+    }
+
+    #[test]
+    fn all_and_more_than_one_must_be_nodes() {
+        let nodes = NodeAddresses::default();
+        let pins = [(1, "192.0.2.2"), (1, "2001:db8::2"), (2, "192.0.2.2"), (2, "192.0.2.99"), (3, "192.0.2.2")];
+        assert_eq!(looks(&nodes, &pins), [0; 0], "nobody knows the nodes");
+        nodes.tell(["192.0.2.1", "192.0.2.2", "2001:db8::2"].map(|address| address.parse().unwrap()).into());
+        assert_eq!(looks(&nodes, &pins), [1]);
+        assert_eq!(
+            looks(&nodes, &[(7, "192.0.2.2"), (7, "2001:db8::2")]),
+            [7],
+            "a socket of this machine is no client"
+        );
+        assert_eq!(looks(&nodes, &[(1, "192.0.2.1"), (1, "192.0.2.2")]), [0; 0], "nor is this node itself");
+    }
+
+    #[tokio::test]
+    async fn nodes_are_asked_for_only_where_it_may_matter() {
+        let nodes = NodeAddresses::default();
+        let is_wanted =
+            async || tokio::time::timeout(std::time::Duration::from_millis(1), nodes.wanted()).await.is_ok();
+        looks(&nodes, &[(1, "192.0.2.2"), (2, "192.0.2.3")]);
+        assert!(!is_wanted().await);
+        looks(&nodes, &[(1, "192.0.2.2"), (1, "192.0.2.3")]);
+        assert!(is_wanted().await);
+    }
+}
