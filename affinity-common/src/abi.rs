@@ -27,7 +27,7 @@ pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member,
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
 pub use flow::{
-    Direction, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, FragmentKey,
+    Direction, Draft, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, FragmentKey,
 };
 pub use frontend::{
     AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, Node, OUTSIDE, PODS,
@@ -262,6 +262,8 @@ unsafe impl<A: Address> Pod for FlowKey<A> {}
 unsafe impl<A: Address> Pod for Edit<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> Pod for Flow<A> {}
+// SAFETY: as above.
+unsafe impl<A: Address> Pod for Draft<A> {}
 
 /// Sum of the sizes of the fields: equal to the size of the type if and only if it has no padding.
 macro_rules! assert_no_padding {
@@ -291,6 +293,8 @@ assert_no_padding!(
     Edit<V6>: 16 + 16 + 2 + 2 + 2 + 2,
     Flow<V4>: 8 + 8 + 8 + 16 + 5 * 4 + 4,
     Flow<V6>: 8 + 8 + 8 + 40 + 5 * 4 + 4,
+    Draft<V4>: 2 * 64 + 2 * 16,
+    Draft<V6>: 2 * 88 + 2 * 40,
     SocketKey: 8 + 16 + 2 + 1 + 1 + 4,
     Socket: 3 * 8 + 3 * 16 + 2 + 2 + 5 * 4 + 1 + 7,
     UsageKey: 4 + 4,

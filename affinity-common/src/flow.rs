@@ -2,9 +2,10 @@
 
 use crate::{
     abi::{
-        Address, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, Frontend, FrontendKey,
-        MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
+        Address, Draft, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, Frontend, FrontendKey,
+        MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
+    masquerade,
     parse::{FIN, Headers, RST, UDP},
     rewrite,
     session::{self, Resolved},
@@ -84,7 +85,7 @@ fn note_change<A: Address, T: FamilyTables<A>>(
     entry: &T::Entry<Flow<A>>,
     now_ns: u64,
 ) {
-    let from_client = headers.key.direction == Direction::Forward as u8;
+    let from_client = headers.key.is_from_client();
     if now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS {
         entry.update(|flow| flow.last_used_ns = now_ns);
         if from_client {
@@ -142,7 +143,7 @@ fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Heade
     if flow.timer != Timer::Alive as u8 || flow.scope == 0 {
         return;
     }
-    let from_client = headers.key.direction == Direction::Forward as u8;
+    let from_client = headers.key.is_from_client();
     let client = if from_client { headers.key.saddr } else { flow.edit.daddr };
     let key = SessionKey::new(flow.scope, client, flow.prefix);
     session::end_connection(tables, &key, (flow.backend, flow.generation), now_ns);
@@ -150,22 +151,23 @@ fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Heade
 
 /// The state of a flow after a packet with FIN or RST.
 #[inline(always)]
-const fn after_end<A>(state: u8, headers: &Headers<A>) -> u8 {
+const fn after_end<A: Address>(state: u8, headers: &Headers<A>) -> u8 {
     if headers.flags & RST != 0 {
         return state | FLOW_CLOSED;
     }
-    let sender = if headers.key.direction == Direction::Forward as u8 { FLOW_FIN_CLIENT } else { FLOW_FIN_SERVER };
+    let sender = if headers.key.is_from_client() { FLOW_FIN_CLIENT } else { FLOW_FIN_SERVER };
     let state = state | sender;
     // In shadow mode the server's FIN is not seen.
     let is_last = state & FLOW_FIN_CLIENT != 0 && state & (FLOW_FIN_SERVER | FLOW_SHADOW) != 0;
     if is_last { state | FLOW_CLOSED } else { state }
 }
 
-/// Stores the two records of a new connection; the reverse one first, so that no reply finds it missing. In shadow mode
-/// replies are not ours, and there is no reverse one.
+/// Stores the records of a new connection; that of the packets to come last, so that no reply finds its own missing. In
+/// shadow mode replies are not ours, and have none.
 ///
 /// # Errors
-/// [`Reason::FlowNotStored`] where the kernel has no room; [`Reason::Inconsistent`] where the backend has no record.
+/// [`Reason::FlowNotStored`] where the kernel has no room; [`Reason::PortsExhausted`] where its source has to change and
+/// cannot; [`Reason::Inconsistent`] where the backend has no record.
 #[inline(never)]
 pub fn begin<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -175,32 +177,46 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     resolved: &Resolved,
 ) -> Result<(), Reason> {
     let key = &headers.key;
-    let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
-    let port = resolved.chosen.member.port;
     let is_shadow = frontend.flags & SHADOW != 0;
-    let state = if is_shadow { FLOW_SHADOW } else { 0 };
-    let edit = rewrite::edit(key, key.saddr, A::from_mapped(backend.address), key.sport, port);
-    let mut flow = Flow {
+    let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
+    let stored = tables.draft(|draft| {
+        (draft.flow.created_ns, draft.flow.edit.daddr) = (now_ns, A::from_mapped(backend.address));
+        draft_flow(draft, headers, frontend, resolved);
+        if !is_shadow {
+            masquerade::claim_replies(tables, key, draft)?;
+            let is_hairpin = key.saddr == draft.flow.edit.daddr;
+            if is_hairpin || frontend.flags & MASQUERADE != 0 {
+                masquerade::masquerade(tables, key.protocol, draft)?;
+            } else {
+                masquerade::forget(tables, key.protocol, draft);
+            }
+        }
+        tables.put_flow(key, &draft.flow).map_err(|NotStored| Reason::FlowNotStored)
+    });
+    stored.unwrap_or(Err(Reason::Inconsistent))
+}
+
+/// Drafts the record of a flow, given when it begins and the pod's address. Apart, because what it needs of the stack is free again when the flow is stored.
+#[inline(never)]
+fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: &Frontend, resolved: &Resolved) {
+    let Headers { key, flags, .. } = headers;
+    let now_ns = draft.flow.created_ns;
+    let chosen = &resolved.chosen;
+    let state = if frontend.flags & SHADOW != 0 { FLOW_SHADOW } else { 0 };
+    draft.flow = Flow {
         created_ns: now_ns,
         last_used_ns: now_ns,
         timeout_ns: frontend.timeout_ns,
-        edit,
-        backend: resolved.chosen.backend,
-        generation: resolved.chosen.member.generation,
+        edit: rewrite::edit(key, key.saddr, draft.flow.edit.daddr, key.sport, chosen.member.port),
+        backend: chosen.backend,
+        generation: chosen.member.generation,
         pool: frontend.pool,
         scope: resolved.scope,
         service: frontend.service,
         // A connection that is not known may be at its end already.
-        state: if headers.flags & (FIN | RST) != 0 { after_end(state, headers) } else { state },
+        state: if flags & (FIN | RST) != 0 { after_end(state, headers) } else { state },
         timer: frontend.timer,
         prefix: frontend.prefix,
         pad: 0,
     };
-    if !is_shadow {
-        let reverse_key = key.opposite(&edit);
-        flow.edit = rewrite::edit(&reverse_key, key.daddr, key.saddr, key.dport, key.sport);
-        tables.put_flow(&reverse_key, &flow).map_err(|NotStored| Reason::FlowNotStored)?;
-        flow.edit = edit;
-    }
-    tables.put_flow(key, &flow).map_err(|NotStored| Reason::FlowNotStored)
 }

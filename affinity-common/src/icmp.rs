@@ -12,8 +12,8 @@ use crate::{
     abi::{Address, Direction, Edit, FLOW_SHADOW, Flow, FlowKey, Port, Reason, V4, V6, filter_bit},
     checksum,
     packet::Packet,
-    parse::{TCP, UDP, skip_extensions},
-    rewrite::{IPV4_CHECKSUM, IPV6_ADDRESSES, UDP_CHECKSUM},
+    parse::{SCTP, TCP, UDP, Upper, skip_extensions},
+    rewrite::{UDP_CHECKSUM, write_addresses},
     tables::{Entry, FamilyTables},
 };
 
@@ -58,7 +58,7 @@ pub fn ipv4<P: Packet, T: FamilyTables<V4>>(
     l3: usize,
     direction: Direction,
 ) -> Result<(), Reason> {
-    translate(packet, tables, &quote_v4(packet, l3, direction).ok_or(Reason::OtherProtocol)?)
+    translate(packet, tables, &mut quote_v4(packet, l3, direction).ok_or(Reason::OtherProtocol)?)
 }
 
 /// Translates an IPv6 packet at `l3` if it is an error about a known flow.
@@ -72,7 +72,7 @@ pub fn ipv6<P: Packet, T: FamilyTables<V6>>(
     l3: usize,
     direction: Direction,
 ) -> Result<(), Reason> {
-    translate(packet, tables, &quote_v6(packet, l3, direction).ok_or(Reason::OtherProtocol)?)
+    translate(packet, tables, &mut quote_v6(packet, l3, direction).ok_or(Reason::OtherProtocol)?)
 }
 
 /// Reads an ICMP error (RFC 792): destination unreachable, time exceeded, parameter problem.
@@ -114,8 +114,8 @@ fn quote_v6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Option<Qu
     }
     let inner_l3 = l4 + HEADER;
     let inner = Ipv6::read(packet, inner_l3)?;
-    let (protocol, extensions_len) = skip_extensions(packet, inner_l3 + Ipv6Hdr::LEN, inner.next).ok()?;
-    let inner_l4 = inner_l3 + Ipv6Hdr::LEN + extensions_len;
+    let Upper { protocol, len, .. } = skip_extensions(packet, inner_l3 + Ipv6Hdr::LEN, inner.next).ok()?;
+    let inner_l4 = inner_l3 + Ipv6Hdr::LEN + len;
     let ports = Ports::read(packet, inner_l4, protocol)?;
     Some(Quote {
         key: ports.key(inner.saddr, inner.daddr, direction),
@@ -187,7 +187,7 @@ impl Ports {
     #[inline(always)]
     fn read<P: Packet>(packet: &P, at: usize, protocol: u8) -> Option<Self> {
         let [a, b, c, d, _, _, e, f]: [u8; 8] = packet.read(at)?;
-        if protocol != TCP && protocol != UDP {
+        if protocol != TCP && protocol != UDP && protocol != SCTP {
             return None;
         }
         let udp_checksum = if protocol == UDP { [e, f] } else { [0; 2] };
@@ -213,34 +213,40 @@ impl Ports {
 fn translate<A: Address, P: Packet, T: FamilyTables<A>>(
     packet: &mut P,
     tables: &T,
-    quote: &Quote<A>,
+    quote: &mut Quote<A>,
 ) -> Result<(), Reason> {
-    let flow = flow_of(tables, &quote.key).ok_or(Reason::OtherProtocol)?;
+    let flow = flow_of(tables, &mut quote.key).ok_or(Reason::OtherProtocol)?;
     let is_done = flow.with(|flow| rewrite(packet, quote, &flow.edit));
     if is_done { Ok(()) } else { Err(Reason::NotRewritten) }
 }
 
-/// The flow, by the filter first, as for any packet of its direction.
+/// The flow, by the filter first, as for any packet that enters or leaves; `key` gets its direction.
 #[inline(always)]
-fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &FlowKey<A>) -> Option<T::Entry<Flow<A>>> {
-    let (direction, bit) = if key.direction == Direction::Forward as u8 {
-        (Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol))
+fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &mut FlowKey<A>) -> Option<T::Entry<Flow<A>>> {
+    let (from, to) = (filter_bit(key.saddr, key.sport, key.protocol), filter_bit(key.daddr, key.dport, key.protocol));
+    let ways = if key.is_entering() {
+        [(Direction::Forward, to), (Direction::Return, to)]
     } else {
-        (Direction::Reverse, filter_bit(key.saddr, key.sport, key.protocol))
+        [(Direction::Reverse, from), (Direction::Outward, to)]
     };
-    if !tables.filter(direction, bit) {
-        return None;
+    for (direction, bit) in ways {
+        if tables.filter(direction, bit) {
+            key.direction = direction as u8;
+            let flow = tables.flow(key).filter(|flow| flow.with(|flow| flow.state) & FLOW_SHADOW == 0);
+            if flow.is_some() {
+                return flow;
+            }
+        }
     }
-    tables.flow(key).filter(|flow| flow.with(|flow| flow.state) & FLOW_SHADOW == 0)
+    None
 }
 
 /// Gives the error the addresses that packets of its direction get, and the quoted packet those of the other direction
 /// before translation; and all checksums to match. False where the frame ends before.
 #[inline(always)]
 fn rewrite<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<A>) -> bool {
-    let is_reply = quote.key.direction == Direction::Reverse as u8;
-    // Where a router on the way to the pod speaks up, it is the frontend that the client knows.
-    let saddr = if is_reply { edit.saddr } else { quote.saddr };
+    // Where a router on the way to the pod speaks up, it is the frontend that the client knows; and the pod the node.
+    let saddr = if quote.key.is_entering() { quote.saddr } else { edit.saddr };
     let old = checksum::fold(quote.saddr.sum() + quote.daddr.sum());
     let outer_delta = checksum::delta(old, checksum::fold(saddr.sum() + edit.daddr.sum()));
 
@@ -263,26 +269,6 @@ fn message_delta<A: Address>(quote: &Quote<A>, edit: &Edit<A>, outer_delta: u16)
         (true, false) => edit.port_delta,
         (false, true) => outer_delta,
         (false, false) => checksum::join(outer_delta, checksum::join(edit.addr_delta, edit.port_delta)),
-    }
-}
-
-#[inline(always)]
-fn write_addresses<A: Address, P: Packet>(
-    packet: &mut P,
-    l3: usize,
-    l3_checksum: [u8; 2],
-    delta: u16,
-    saddr: A,
-    daddr: A,
-) -> bool {
-    if A::BITS == V4::BITS {
-        let [c, d] = checksum::update(l3_checksum, delta);
-        let (V4([e, f, g, h]), V4([i, j, k, l])) =
-            (V4::from_mapped(saddr.to_mapped()), V4::from_mapped(daddr.to_mapped()));
-        packet.write(l3 + IPV4_CHECKSUM, [c, d, e, f, g, h, i, j, k, l])
-    } else {
-        packet.write(l3 + IPV6_ADDRESSES, saddr.to_mapped())
-            && packet.write(l3 + IPV6_ADDRESSES + 16, daddr.to_mapped())
     }
 }
 

@@ -8,7 +8,9 @@
 pub mod abi;
 pub mod checksum;
 pub mod flow;
+pub mod fragment;
 pub mod icmp;
+pub mod masquerade;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod names;

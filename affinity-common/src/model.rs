@@ -10,12 +10,16 @@ use std::{
     vec::Vec,
 };
 
+use bytemuck::Zeroable;
+
 use crate::{
     abi::{
-        Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Node, RangeKey, Reason,
-        Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
+        Address, Backend, Direction, Draft, Event, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member,
+        MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
     },
     packet::Packet,
+    parse::Headers,
+    pipeline::{self, Opened},
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables},
 };
 
@@ -142,8 +146,8 @@ pub struct Model {
     pub ranges_v6: BTreeSet<RangeKey<V6>>,
     /// What masquerading uses.
     pub node: Node,
-    /// Bits set in the filter, by half.
-    pub filter: BTreeSet<(Direction, u32)>,
+    /// Bits set in the filter, by part.
+    pub filter: RefCell<BTreeSet<(Direction, u32)>>,
     /// Slots in use.
     pub slots: BTreeMap<u32, u32>,
     /// Members.
@@ -160,6 +164,12 @@ pub struct Model {
     pub flows_v4: RefCell<Lru<FlowKey<V4>, Flow<V4>>>,
     /// Flows, IPv6.
     pub flows_v6: RefCell<Lru<FlowKey<V6>, Flow<V6>>>,
+    /// Packets in pieces, IPv4.
+    pub fragments_v4: RefCell<Lru<FragmentKey<V4>, FlowKey<V4>>>,
+    /// Packets in pieces, IPv6.
+    pub fragments_v6: RefCell<Lru<FragmentKey<V6>, FlowKey<V6>>>,
+    /// Source ports tried, by backend.
+    pub tried: RefCell<BTreeMap<u32, u64>>,
     /// Sockets.
     pub sockets: RefCell<Lru<SocketKey, Socket>>,
     /// Packets by reason.
@@ -183,7 +193,7 @@ impl Model {
             ranges_v4: BTreeSet::new(),
             ranges_v6: BTreeSet::new(),
             node: Node::default(),
-            filter: BTreeSet::new(),
+            filter: RefCell::default(),
             slots: BTreeMap::new(),
             members: BTreeMap::new(),
             backends: BTreeMap::new(),
@@ -192,6 +202,9 @@ impl Model {
             sessions_v6: RefCell::new(Lru::new(capacity)),
             flows_v4: RefCell::new(Lru::new(capacity)),
             flows_v6: RefCell::new(Lru::new(capacity)),
+            fragments_v4: RefCell::new(Lru::new(capacity)),
+            fragments_v6: RefCell::new(Lru::new(capacity)),
+            tried: RefCell::default(),
             sockets: RefCell::new(Lru::new(capacity)),
             counters: RefCell::default(),
             usage: RefCell::default(),
@@ -217,7 +230,22 @@ impl Tables for Model {
     }
 
     fn filter(&self, direction: Direction, bit: u32) -> bool {
-        self.filter.contains(&(direction, bit))
+        self.filter.borrow().contains(&(direction, bit))
+    }
+
+    fn mark(&self, direction: Direction, bit: u32) {
+        self.filter.borrow_mut().insert((direction, bit));
+    }
+
+    fn node(&self) -> Option<Node> {
+        Some(self.node)
+    }
+
+    fn tried(&self, backend: u32) -> u64 {
+        let mut tried = self.tried.borrow_mut();
+        let count = tried.entry(backend).or_default();
+        *count += 1;
+        *count - 1
     }
 
     fn slot(&self, index: u32) -> Option<u32> {
@@ -258,10 +286,18 @@ impl Tables for Model {
 }
 
 macro_rules! family {
-    ($address:ty, $frontends:ident, $sessions:ident, $flows:ident) => {
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $fragments:ident) => {
         impl FamilyTables<$address> for Model {
+            fn open(&self, headers: &Headers<$address>) -> Opened {
+                pipeline::open(self, headers)
+            }
+
             fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
                 self.$frontends.get(key)
+            }
+
+            fn is_within(&self, scope: u32, address: $address) -> bool {
+                (0..=<$address>::BITS).any(|bits| self.$ranges.contains(&RangeKey::new(scope, address, bits)))
             }
 
             fn session(&self, key: &SessionKey<$address>) -> Option<Shared<Session>> {
@@ -285,12 +321,33 @@ macro_rules! family {
                 self.$flows.borrow_mut().insert(*key, *flow);
                 Ok(())
             }
+
+            fn add_flow(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> Result<(), NotStored> {
+                let is_new = self.$flows.borrow().get(key).is_none();
+                if is_new { self.put_flow(key, flow) } else { Err(NotStored) }
+            }
+
+            fn remove_flow(&self, key: &FlowKey<$address>) {
+                self.$flows.borrow_mut().remove(key);
+            }
+
+            fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
+                Some(work(&mut Draft::zeroed()))
+            }
+
+            fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
+                self.$fragments.borrow_mut().touch(key).map(|found| found.get())
+            }
+
+            fn put_fragment(&self, key: &FragmentKey<$address>, flow: &FlowKey<$address>) {
+                self.$fragments.borrow_mut().insert(*key, *flow);
+            }
         }
     };
 }
 
-family!(V4, frontends_v4, sessions_v4, flows_v4);
-family!(V6, frontends_v6, sessions_v6, flows_v6);
+family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, fragments_v4);
+family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, fragments_v6);
 
 impl SocketTables for Model {
     fn socket(&self, key: &SocketKey) -> Option<Shared<Socket>> {

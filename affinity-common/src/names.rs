@@ -32,6 +32,10 @@ pub const FLOWS_V6: &str = "flows_v6";
 pub const FRAGMENTS_V4: &str = "fragments_v4";
 /// `lru_hash`: [`crate::abi::FragmentKey`] -> [`crate::abi::FlowKey`], IPv6.
 pub const FRAGMENTS_V6: &str = "fragments_v6";
+/// `percpu_array` of one [`crate::abi::Draft`], IPv4.
+pub const DRAFTS_V4: &str = "drafts_v4";
+/// `percpu_array` of one [`crate::abi::Draft`], IPv6.
+pub const DRAFTS_V6: &str = "drafts_v6";
 /// `array`: backend index -> how many source ports were tried for connections to it, `u64`.
 pub const TRIED: &str = "tried";
 /// `lru_hash`: [`crate::abi::SocketKey`] -> [`crate::abi::Socket`].
@@ -51,7 +55,7 @@ pub const STATUS: &str = "status";
 pub const REMARKS: &str = "remarks";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 24] = [
+pub const MAPS: [&str; 26] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -68,6 +72,8 @@ pub const MAPS: [&str; 24] = [
     FLOWS_V6,
     FRAGMENTS_V4,
     FRAGMENTS_V6,
+    DRAFTS_V4,
+    DRAFTS_V6,
     TRIED,
     SOCKETS,
     COUNTERS,

@@ -1,5 +1,5 @@
-//! From a frame to its headers: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with extension headers, TCP and
-//! UDP. Anything else, and anything that contradicts itself, is named by a [`Reason`] and passes.
+//! From a frame to its headers: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with extension headers, TCP, UDP
+//! and SCTP. Anything else, and anything that contradicts itself, is named by a [`Reason`] and passes.
 
 use network_types::{
     eth::{EthHdr, EtherType},
@@ -17,8 +17,10 @@ use crate::{
 pub const TCP: u8 = IpProto::Tcp as u8;
 /// IANA number of UDP.
 pub const UDP: u8 = IpProto::Udp as u8;
+/// IANA number of SCTP.
+pub const SCTP: u8 = IpProto::Sctp as u8;
 
-/// TCP flag: no more data from the sender.
+/// TCP flag: no more data from the sender. The flags stand for what SCTP says in other words, too.
 pub const FIN: u8 = 0x01;
 /// TCP flag: a connection begins.
 pub const SYN: u8 = 0x02;
@@ -26,6 +28,9 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 /// TCP flag: the acknowledgement number counts.
 pub const ACK: u8 = 0x10;
+
+/// Length of the common header of SCTP (RFC 9260).
+const SCTP_LEN: usize = 12;
 
 /// VLAN tags in a frame, at most.
 const MAX_TAGS: usize = 2;
@@ -37,8 +42,9 @@ const ETH_IPV6: [u8; 2] = (EtherType::Ipv6 as u16).to_ne_bytes();
 const ETH_VLAN: [u8; 2] = [0x81, 0x00];
 const ETH_QINQ: [u8; 2] = [0x88, 0xa8];
 
-/// What the pipeline knows of a frame.
+/// What the pipeline knows of a frame. Without padding: the verifier wants every byte written before it is passed on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
 pub struct Headers<A> {
     /// Addresses, ports and protocol, and the direction they were parsed for.
     pub key: FlowKey<A>,
@@ -52,9 +58,18 @@ pub struct Headers<A> {
     pub l4_checksum: [u8; 2],
     /// TCP flags; zero for UDP.
     pub flags: u8,
+    /// 1: it is the first fragment of a packet in pieces; else 0.
+    pub first_fragment: u8,
+    /// Zero.
+    pub pad: [u8; 6],
 }
 
 impl<A> Headers<A> {
+    /// Of a packet of which nothing but this is known.
+    pub const fn new(key: FlowKey<A>, flags: u8) -> Self {
+        Self { key, l3: 0, l4: 0, l3_checksum: [0; 2], l4_checksum: [0; 2], flags, first_fragment: 0, pad: [0; 6] }
+    }
+
     /// Offset of the IP header.
     #[inline(always)]
     pub const fn l3(&self) -> usize {
@@ -67,7 +82,13 @@ impl<A> Headers<A> {
         self.l4 as usize
     }
 
-    /// A TCP packet that opens a connection.
+    /// Whether it is the first fragment of a packet in pieces.
+    #[inline(always)]
+    pub const fn is_first_fragment(&self) -> bool {
+        self.first_fragment != 0
+    }
+
+    /// A packet that opens a connection.
     #[inline(always)]
     pub const fn is_opening(&self) -> bool {
         self.flags & (SYN | ACK) == SYN
@@ -118,8 +139,8 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     if version_ihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    // More fragments, or an offset.
-    if fragment_hi & 0x3f != 0 || fragment_lo != 0 {
+    // An offset: it has no ports.
+    if fragment_hi & 0x1f != 0 || fragment_lo != 0 {
         return Err(Reason::Fragment);
     }
     let total_len = usize::from(u16::from_be_bytes([length_hi, length_lo]));
@@ -134,6 +155,9 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
         l3_checksum: [sum_hi, sum_lo],
         l4_checksum: transport.checksum,
         flags: transport.flags,
+        // More fragments.
+        first_fragment: u8::from(fragment_hi & 0x20 != 0),
+        pad: [0; 6],
     })
 }
 
@@ -151,7 +175,7 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
         return Err(Reason::Malformed);
     }
     let payload_len = usize::from(u16::from_be_bytes([length_hi, length_lo]));
-    let (protocol, extensions_len) = skip_extensions(packet, l3 + Ipv6Hdr::LEN, first)?;
+    let Upper { protocol, len: extensions_len, is_first_fragment } = skip_extensions(packet, l3 + Ipv6Hdr::LEN, first)?;
     let l4 = l3 + Ipv6Hdr::LEN + extensions_len;
     let ports = Transport { l4, protocol, ip_payload_len: payload_len.checked_sub(extensions_len) };
     // A payload length of zero is a large segment made by this host (BIG TCP), or a jumbogram.
@@ -163,38 +187,71 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
         l3_checksum: [0; 2],
         l4_checksum: transport.checksum,
         flags: transport.flags,
+        first_fragment: u8::from(is_first_fragment),
+        pad: [0; 6],
     })
 }
 
-/// The transport protocol, and the length of the extension headers before it.
-#[inline(always)]
-pub(crate) fn skip_extensions<P: Packet>(packet: &P, start: usize, first: u8) -> Result<(u8, usize), Reason> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const DESTINATION: u8 = 60;
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
 
-    let mut protocol = first;
-    let mut len = 0;
+/// What lies behind the extension headers of an IPv6 packet.
+pub(crate) struct Upper {
+    pub(crate) protocol: u8,
+    /// Length of the extension headers.
+    pub(crate) len: usize,
+    pub(crate) is_first_fragment: bool,
+}
+
+/// Finds the transport header behind the extension headers.
+#[inline(always)]
+pub(crate) fn skip_extensions<P: Packet>(packet: &P, start: usize, first: u8) -> Result<Upper, Reason> {
+    let mut upper = Upper { protocol: first, len: 0, is_first_fragment: false };
     for _ in 0..MAX_EXTENSIONS {
-        if protocol == TCP || protocol == UDP {
-            return Ok((protocol, len));
+        if is_transport(upper.protocol) {
+            return Ok(upper);
         }
-        if !matches!(protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
+        if !matches!(upper.protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
             return Err(Reason::OtherProtocol);
         }
-        let [next, units, hi, lo]: [u8; 4] = packet.read(start + len).ok_or(Reason::Truncated)?;
-        match protocol {
-            // An offset or more fragments; a lone ("atomic", RFC 6946) fragment is a whole packet.
-            FRAGMENT if hi != 0 || lo & 0xf9 != 0 => return Err(Reason::Fragment),
+        let [next, units, hi, lo]: [u8; 4] = packet.read(start + upper.len).ok_or(Reason::Truncated)?;
+        match upper.protocol {
+            FRAGMENT if hi != 0 || lo & 0xf8 != 0 => return Err(Reason::Fragment),
             // Segments left: the destination is not yet the one that the checksum covers.
             ROUTING if lo != 0 => return Err(Reason::OtherProtocol),
-            FRAGMENT => len += 8,
-            _ => len += (usize::from(units) + 1) * 8,
+            FRAGMENT => {
+                // A lone ("atomic", RFC 6946) fragment is a whole packet.
+                upper.is_first_fragment |= lo & 1 != 0;
+                upper.len += 8;
+            }
+            _ => upper.len += (usize::from(units) + 1) * 8,
+        }
+        upper.protocol = next;
+    }
+    if is_transport(upper.protocol) { Ok(upper) } else { Err(Reason::OtherProtocol) }
+}
+
+/// The identification in the fragment header of an IPv6 packet.
+#[inline(always)]
+pub(crate) fn fragment_id<P: Packet>(packet: &P, start: usize, first: u8) -> Option<[u8; 4]> {
+    let (mut protocol, mut at) = (first, start);
+    for _ in 0..MAX_EXTENSIONS {
+        let [next, units, _, _]: [u8; 4] = packet.read(at)?;
+        match protocol {
+            FRAGMENT => return packet.read(at + 4),
+            HOP_BY_HOP | ROUTING | DESTINATION => at += (usize::from(units) + 1) * 8,
+            _ => return None,
         }
         protocol = next;
     }
-    if protocol == TCP || protocol == UDP { Ok((protocol, len)) } else { Err(Reason::OtherProtocol) }
+    None
+}
+
+#[inline(always)]
+const fn is_transport(protocol: u8) -> bool {
+    protocol == TCP || protocol == UDP || protocol == SCTP
 }
 
 /// Where a transport header should be.
@@ -219,6 +276,7 @@ impl Transport {
         let minimum = match self.protocol {
             TCP => TcpHdr::LEN,
             UDP => UdpHdr::LEN,
+            SCTP => SCTP_LEN,
             _ => return Err(Reason::OtherProtocol),
         };
         if !any_length && self.ip_payload_len.is_none_or(|len| len < minimum) {
@@ -228,6 +286,11 @@ impl Transport {
             let [a, b, c, d, _, _, e, f]: [u8; UdpHdr::LEN] = packet.read(self.l4).ok_or(Reason::Truncated)?;
             return Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags: 0 });
         }
+        if self.protocol == SCTP {
+            let [a, b, c, d]: [u8; 4] = packet.read(self.l4).ok_or(Reason::Truncated)?;
+            let [chunk]: [u8; 1] = packet.read(self.l4 + SCTP_LEN).ok_or(Reason::Truncated)?;
+            return Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [0; 2], flags: sctp_flags(chunk) });
+        }
         let header: [u8; TcpHdr::LEN] = packet.read(self.l4).ok_or(Reason::Truncated)?;
         let [a, b, c, d, ..] = header;
         let [.., offset, flags, _, _, e, f, _, _] = header;
@@ -235,6 +298,19 @@ impl Transport {
             return Err(Reason::Malformed);
         }
         Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags })
+    }
+}
+
+/// What a packet's first chunk says (RFC 9260, section 3.2), in flags of TCP.
+#[inline(always)]
+const fn sctp_flags(chunk: u8) -> u8 {
+    const INIT: u8 = 1;
+    const ABORT: u8 = 6;
+    const SHUTDOWN_COMPLETE: u8 = 14;
+    match chunk {
+        INIT => SYN,
+        ABORT | SHUTDOWN_COMPLETE => RST,
+        _ => ACK,
     }
 }
 

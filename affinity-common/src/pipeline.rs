@@ -8,11 +8,14 @@
 mod tests;
 
 use crate::{
-    abi::{Address, BESIDE, Direction, Flow, Frontend, FrontendKey, Reason, SHADOW, V4, V6, filter_bit},
+    abi::{
+        Address, BESIDE, Direction, Flow, FlowKey, Frontend, FrontendKey, PODS, RANGES, Reason, SHADOW, SILENT, SPLIT,
+        V4, V6, filter_bit,
+    },
     flow::{self, Admission},
-    icmp,
+    fragment, icmp,
     packet::Packet,
-    parse::{self, Headers, Network, TCP},
+    parse::{self, Headers, Network, UDP},
     refuse,
     session::{self, Opening, Resolved},
     tables::{Entry, FamilyTables, Tables},
@@ -59,50 +62,84 @@ pub enum Verdict {
     Drop,
 }
 
-/// A packet that enters a device: perhaps a client's, to a frontend.
+/// A packet that enters a device: perhaps a client's, to a frontend; or a reply to the node's address.
 #[inline(always)]
 pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Forward) {
-            Ok(headers) => carry_out(packet, tables, &headers, &to_frontend(tables, &headers)),
-            Err(Reason::OtherProtocol) => related(tables, icmp::ipv4(packet, tables, l3, Direction::Forward)),
-            Err(reason) => pass(tables, reason),
+            Ok(mut headers) => {
+                let outcome = to_frontend(tables, &mut headers);
+                carry_out(packet, tables, &headers, &outcome)
+            }
+            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Forward)),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Forward) {
-            Ok(headers) => carry_out(packet, tables, &headers, &to_frontend(tables, &headers)),
-            Err(Reason::OtherProtocol) => related(tables, icmp::ipv6(packet, tables, l3, Direction::Forward)),
-            Err(reason) => pass(tables, reason),
+            Ok(mut headers) => {
+                let outcome = to_frontend(tables, &mut headers);
+                carry_out(packet, tables, &headers, &outcome)
+            }
+            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Forward)),
         },
         Err(reason) => pass(tables, reason),
     }
 }
 
-/// A packet that leaves a device: perhaps a backend's reply.
+/// A packet that leaves a device: perhaps a backend's reply; or a client's, that is to have the node's address.
 #[inline(always)]
 pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Reverse) {
-            Ok(headers) => carry_out(packet, tables, &headers, &from_backend(tables, &headers)),
-            Err(Reason::OtherProtocol) => related(tables, icmp::ipv4(packet, tables, l3, Direction::Reverse)),
-            Err(reason) => pass(tables, reason),
+            Ok(mut headers) => {
+                let outcome = from_backend(tables, &mut headers);
+                carry_out(packet, tables, &headers, &outcome)
+            }
+            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Reverse)),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Reverse) {
-            Ok(headers) => carry_out(packet, tables, &headers, &from_backend(tables, &headers)),
-            Err(Reason::OtherProtocol) => related(tables, icmp::ipv6(packet, tables, l3, Direction::Reverse)),
-            Err(reason) => pass(tables, reason),
+            Ok(mut headers) => {
+                let outcome = from_backend(tables, &mut headers);
+                carry_out(packet, tables, &headers, &outcome)
+            }
+            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Reverse)),
         },
         Err(reason) => pass(tables, reason),
     }
 }
 
-/// Decides about a client's packet: filter, flow, else a new connection, which then is a flow.
+/// A packet without ports: errors about flows and later fragments are translated with theirs, all others pass.
 #[inline(always)]
-pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<T::Entry<Flow<A>>> {
-    let key = &headers.key;
-    if !tables.filter(Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol)) {
-        return Outcome::new(Decision::Pass, Reason::NotFrontend);
-    }
-    if let Some(flow) = tables.flow(key) {
+fn others<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + FamilyTables<A>>(
+    packet: &mut P,
+    tables: &T,
+    l3: usize,
+    (reason, direction): (Reason, Direction),
+) -> Verdict {
+    let is_v4 = A::BITS == V4::BITS;
+    let translated = if reason == Reason::Fragment {
+        let is_leaving = matches!(direction, Direction::Reverse);
+        fragment::follow::<A, P, T>(packet, tables, l3, is_leaving).map(|()| Reason::LaterFragment)
+    } else if reason != Reason::OtherProtocol {
+        Err(reason)
+    } else if is_v4 {
+        icmp::ipv4(packet, tables, l3, direction).map(|()| Reason::RelatedError)
+    } else {
+        icmp::ipv6(packet, tables, l3, direction).map(|()| Reason::RelatedError)
+    };
+    let (verdict, reason) = match translated {
+        Ok(reason) => (Verdict::Forward, reason),
+        Err(Reason::NotRewritten) => (Verdict::Drop, Reason::NotRewritten),
+        Err(reason) => (Verdict::Pass, reason),
+    };
+    tables.conclude(reason);
+    verdict
+}
+
+/// Decides about a packet that enters: filter, flow, else a new connection, which then is a flow.
+#[inline(always)]
+pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &mut Headers<A>) -> Outcome<T::Entry<Flow<A>>> {
+    let bit = filter_bit(headers.key.daddr, headers.key.dport, headers.key.protocol);
+    let may_be_frontend = tables.filter(Direction::Forward, bit);
+    if may_be_frontend && let Some(flow) = tables.flow(&headers.key) {
         match flow::admit(tables, headers, &flow) {
             Admission::Established => {
                 flow::note_packet(tables, headers, &flow);
@@ -116,35 +153,84 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
             Admission::Afresh => flow::supersede(tables, headers, &flow),
         }
     }
-    let opened = open(tables, headers);
-    match opened {
-        Opened::As(reason) => match tables.flow(key) {
+    if tables.filter(Direction::Return, bit) {
+        if let Some(flow) = second_translation(tables, headers, Direction::Return) {
+            return Outcome::new(Decision::Forward(flow), Reason::Returned);
+        }
+        headers.key.direction = Direction::Forward as u8;
+    }
+    if !may_be_frontend {
+        return Outcome::new(Decision::Pass, Reason::NotFrontend);
+    }
+    match tables.open(headers) {
+        Opened::As(reason) => match tables.flow(&headers.key) {
             Some(flow) => Outcome::new(Decision::Forward(flow), reason),
             None => Outcome::new(Decision::Drop, Reason::FlowNotStored),
         },
         Opened::NotOurs(reason) => Outcome::new(Decision::Pass, reason),
-        Opened::NobodyThere => rejected(headers, Reason::NoEndpoints),
+        Opened::Refused(reason) => rejected(headers, reason),
         Opened::Failed(reason) => Outcome::new(Decision::Drop, reason),
     }
 }
 
+/// The flow of a packet that has, or is to get, an address of the node: see [`crate::masquerade`].
+#[inline(always)]
+fn second_translation<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    headers: &mut Headers<A>,
+    direction: Direction,
+) -> Option<T::Entry<Flow<A>>> {
+    headers.key.direction = direction as u8;
+    let flow = tables.flow(&headers.key)?;
+    flow::note_packet(tables, headers, &flow);
+    Some(flow)
+}
+
 /// What came of a new connection.
-enum Opened {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Opened {
     /// It is a flow now, for this reason.
     As(Reason),
     /// The packet is somebody else's business.
     NotOurs(Reason),
-    NobodyThere,
+    /// Its sender is to be told.
+    Refused(Reason),
+    /// The packet cannot go on.
     Failed(Reason),
 }
 
+impl Opened {
+    /// As a number, for a function whose result is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn to_bits(self) -> u64 {
+        let (kind, reason) = match self {
+            Self::As(reason) => (0, reason),
+            Self::NotOurs(reason) => (1, reason),
+            Self::Refused(reason) => (2, reason),
+            Self::Failed(reason) => (3, reason),
+        };
+        kind << 8 | reason as u64
+    }
+
+    /// The inverse of [`Opened::to_bits`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> Self {
+        let Some(reason) = Reason::from_byte(bits as u8) else { return Self::Failed(Reason::Inconsistent) };
+        match bits >> 8 {
+            0 => Self::As(reason),
+            1 => Self::NotOurs(reason),
+            2 => Self::Refused(reason),
+            _ => Self::Failed(reason),
+        }
+    }
+}
+
 /// Opens a new connection: frontend, session or selection, and remembers it as a flow.
-#[inline(never)]
-fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
-    let key = &headers.key;
-    let Some(frontend) = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol)) else {
-        return Opened::NotOurs(Reason::NotFrontend);
-    };
+#[inline(always)]
+pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
+    let Some(frontend) = frontend_for(tables, &headers.key) else { return Opened::NotOurs(Reason::NotFrontend) };
     if is_of_another_proxy(headers, frontend) {
         return Opened::NotOurs(Reason::OtherProxy);
     }
@@ -154,9 +240,20 @@ fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Ope
     match found.and_then(|()| flow::begin(tables, headers, frontend, now_ns, &resolved)) {
         _ if frontend.flags & SHADOW != 0 => Opened::NotOurs(Reason::Shadow),
         Ok(()) => Opened::As(resolved.reason),
-        Err(Reason::NoEndpoints) => Opened::NobodyThere,
+        Err(reason @ (Reason::NoEndpoints | Reason::PortsExhausted)) => Opened::Refused(reason),
         Err(reason) => Opened::Failed(reason),
     }
+}
+
+/// The frontend that a client dials: where clients outside of the pod networks have a record of their own, theirs.
+#[inline(always)]
+fn frontend_for<'t, A: Address, T: FamilyTables<A>>(tables: &'t T, key: &FlowKey<A>) -> Option<&'t Frontend> {
+    let frontend_key = FrontendKey::new(key.daddr, key.dport, key.protocol);
+    let frontend = tables.frontend(&frontend_key)?;
+    if frontend.flags & SPLIT == 0 || tables.is_within(PODS, key.saddr) {
+        return Some(frontend);
+    }
+    tables.frontend(&frontend_key.outside())
 }
 
 /// The member for a packet's new connection: apart, because what it needs of the stack is free again when the flow begins.
@@ -168,25 +265,38 @@ fn member_for<A: Address, T: FamilyTables<A>>(
     now_ns: u64,
     resolved: &mut Resolved,
 ) -> Result<(), Reason> {
-    session::open(tables, &Opening::by_packet(headers, frontend, now_ns), resolved)
+    if frontend.flags & RANGES != 0 && !tables.is_within(frontend.service, headers.key.saddr) {
+        return Err(Reason::NotInRanges);
+    }
+    let is_silent = frontend.flags & SILENT != 0;
+    let opened = session::open(tables, &Opening::by_packet(headers, frontend, now_ns), resolved);
+    if is_silent && opened == Err(Reason::NoEndpoints) { Err(Reason::NoLocalEndpoints) } else { opened }
 }
 
 /// Whether a packet that belongs to no known flow is in the middle of a connection that another proxy has made.
 #[inline(always)]
 fn is_of_another_proxy<A: Address>(headers: &Headers<A>, frontend: &Frontend) -> bool {
-    frontend.flags & (BESIDE | SHADOW) != 0 && headers.key.protocol == TCP && !headers.is_opening()
+    frontend.flags & (BESIDE | SHADOW) != 0 && headers.key.protocol != UDP && !headers.is_opening()
 }
 
 /// Decides about a packet that leaves: filter, then flow. It is translated for as long as its flow is known, even if
 /// its pod has just gone: what the client is sent must be from whom it asked.
 #[inline(always)]
-pub fn from_backend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Outcome<T::Entry<Flow<A>>> {
-    let key = &headers.key;
-    if tables.filter(Direction::Reverse, filter_bit(key.saddr, key.sport, key.protocol))
-        && let Some(flow) = tables.flow(key)
+pub fn from_backend<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    headers: &mut Headers<A>,
+) -> Outcome<T::Entry<Flow<A>>> {
+    let FlowKey { saddr, daddr, sport, dport, protocol, .. } = headers.key;
+    if tables.filter(Direction::Reverse, filter_bit(saddr, sport, protocol))
+        && let Some(flow) = tables.flow(&headers.key)
     {
         flow::note_packet(tables, headers, &flow);
         return Outcome::new(Decision::Forward(flow), Reason::Reply);
+    }
+    if tables.filter(Direction::Outward, filter_bit(daddr, dport, protocol))
+        && let Some(flow) = second_translation(tables, headers, Direction::Outward)
+    {
+        return Outcome::new(Decision::Forward(flow), Reason::Masqueraded);
     }
     Outcome::new(Decision::Pass, Reason::NotReply)
 }
@@ -208,6 +318,9 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     headers: &Headers<A>,
     outcome: &Outcome<T::Entry<Flow<A>>>,
 ) -> Verdict {
+    if headers.is_first_fragment() && matches!(outcome.decision, Decision::Forward(_)) {
+        fragment::remember(packet, tables, headers);
+    }
     let (verdict, reason) = match &outcome.decision {
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
@@ -217,18 +330,6 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
         Decision::Forward(_) => (Verdict::Drop, Reason::NotRewritten),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
-    };
-    tables.conclude(reason);
-    verdict
-}
-
-/// An ICMP error about a flow is translated with it; any other packet that is not for us passes.
-#[inline(always)]
-fn related<T: Tables>(tables: &T, translated: Result<(), Reason>) -> Verdict {
-    let (verdict, reason) = match translated {
-        Ok(()) => (Verdict::Forward, Reason::RelatedError),
-        Err(Reason::NotRewritten) => (Verdict::Drop, Reason::NotRewritten),
-        Err(reason) => (Verdict::Pass, reason),
     };
     tables.conclude(reason);
     verdict

@@ -135,8 +135,8 @@ fn one_service() -> Model {
         let port = Port::new(80);
         model.frontends_v4.insert(FrontendKey::new(V4([9; 4]), port, protocol), frontend);
         model.frontends_v6.insert(FrontendKey::new(V6([9; 16]), port, protocol), frontend);
-        model.filter.insert((Direction::Forward, filter_bit(V4([9; 4]), port, protocol)));
-        model.filter.insert((Direction::Forward, filter_bit(V6([9; 16]), port, protocol)));
+        model.filter.borrow_mut().insert((Direction::Forward, filter_bit(V4([9; 4]), port, protocol)));
+        model.filter.borrow_mut().insert((Direction::Forward, filter_bit(V6([9; 16]), port, protocol)));
     }
     model
 }

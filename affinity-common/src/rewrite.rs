@@ -1,10 +1,10 @@
 //! Translating a packet: the edit of a flow, and its application to a frame with complete checksums.
 
 use crate::{
-    abi::{Address, Edit, FlowKey, Port, V4, V6},
+    abi::{Address, Edit, FlowKey, Port, V4},
     checksum,
     packet::Packet,
-    parse::{Headers, TCP},
+    parse::{Headers, SCTP, TCP},
 };
 
 /// Offset of the checksum in a TCP header (RFC 9293).
@@ -33,6 +33,13 @@ pub fn edit<A: Address>(key: &FlowKey<A>, saddr: A, daddr: A, sport: Port, dport
     }
 }
 
+/// Makes `set` the edit that turns packets of `key` into those whose replies are of `opposite`. Apart, for the sake of its
+/// callers' stack.
+#[inline(never)]
+pub fn set_edit<A: Address>(set: &mut Edit<A>, key: &FlowKey<A>, opposite: &FlowKey<A>) {
+    *set = edit(key, opposite.daddr, opposite.saddr, opposite.dport, opposite.sport);
+}
+
 /// Offset of the transport checksum in a frame.
 #[inline(always)]
 #[must_use]
@@ -57,25 +64,36 @@ pub fn l4_checksum<A: Address>(headers: &Headers<A>, edit: &Edit<A>) -> [u8; 2] 
     }
 }
 
-/// Applies `edit` to a frame whose checksums are complete; false where the frame is shorter than its headers said.
+/// Applies `edit` to a frame whose checksums are complete; false where the frame is shorter than its headers said. The
+/// checksum of SCTP covers no address, and its ports are never changed.
 #[inline(always)]
 pub fn in_place<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Headers<A>, edit: &Edit<A>) -> bool {
-    write_addresses(packet, headers, edit)
-        && write_ports(packet, headers, edit)
-        && packet.write(l4_checksum_offset(headers), l4_checksum(headers, edit))
+    let Edit { saddr, daddr, addr_delta, .. } = *edit;
+    write_addresses(packet, headers.l3(), headers.l3_checksum, addr_delta, saddr, daddr)
+        && (headers.key.protocol == SCTP
+            || write_ports(packet, headers, edit)
+                && packet.write(l4_checksum_offset(headers), l4_checksum(headers, edit)))
 }
 
-/// Writes the addresses and, for IPv4, the header checksum.
+/// Writes the addresses of the IP header at `l3` and, for IPv4, its checksum, which was `l3_checksum`; `delta` is what the
+/// addresses change.
 #[inline(always)]
-pub fn write_addresses<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+pub fn write_addresses<A: Address, P: Packet + ?Sized>(
+    packet: &mut P,
+    l3: usize,
+    l3_checksum: [u8; 2],
+    delta: u16,
+    saddr: A,
+    daddr: A,
+) -> bool {
     if A::BITS == V4::BITS {
-        let [c, d] = checksum::update(headers.l3_checksum, edit.addr_delta);
+        let [c, d] = checksum::update(l3_checksum, delta);
         let (V4([e, f, g, h]), V4([i, j, k, l])) =
-            (V4::from_mapped(edit.saddr.to_mapped()), V4::from_mapped(edit.daddr.to_mapped()));
-        packet.write(headers.l3() + IPV4_CHECKSUM, [c, d, e, f, g, h, i, j, k, l])
+            (V4::from_mapped(saddr.to_mapped()), V4::from_mapped(daddr.to_mapped()));
+        packet.write(l3 + IPV4_CHECKSUM, [c, d, e, f, g, h, i, j, k, l])
     } else {
-        let (V6(saddr), V6(daddr)) = (V6(edit.saddr.to_mapped()), V6(edit.daddr.to_mapped()));
-        packet.write(headers.l3() + IPV6_ADDRESSES, saddr) && packet.write(headers.l3() + IPV6_ADDRESSES + 16, daddr)
+        packet.write(l3 + IPV6_ADDRESSES, saddr.to_mapped())
+            && packet.write(l3 + IPV6_ADDRESSES + 16, daddr.to_mapped())
     }
 }
 

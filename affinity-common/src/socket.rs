@@ -19,8 +19,8 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, SessionKey, Socket,
-        SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
+        Address, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, RANGES, Reason, SHADOW, SessionKey,
+        Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
     },
     flow::REFRESH_NS,
     session::{self, Opening, Resolved},
@@ -237,6 +237,10 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
     let Some(frontend) = to.frontend(tables, caller.protocol) else {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
     };
+    if frontend.flags & RANGES != 0 {
+        // What the packets' source will be is not known yet: they are decided about where they enter a device.
+        return concluded(tables, Answer::Leave, Reason::NotInRanges);
+    }
     if frontend.flags & SHADOW != 0 {
         // Its packets are decided about where they enter a device, and counted there.
         return concluded(tables, Answer::Leave, Reason::Shadow);

@@ -1,9 +1,13 @@
 //! What the pipeline needs of the maps. Two real implementations: BPF maps in the kernel programs, and
 //! [`crate::model`]. Lookups are by copy, but for records that are never changed in place; nothing here blocks or loops.
 
-use crate::abi::{
-    Address, Backend, Direction, Event, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Reason, Session,
-    SessionKey, Socket, SocketKey, UsageOf, V4, V6,
+use crate::{
+    abi::{
+        Address, Backend, Direction, Draft, Event, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member,
+        MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
+    },
+    parse::Headers,
+    pipeline::Opened,
 };
 
 /// A value inside a table, found by a lookup.
@@ -39,8 +43,14 @@ pub trait Tables {
     fn now_ns(&self) -> u64;
     /// A random number.
     fn random(&self) -> u32;
-    /// Whether a bit is set in the half of the filter that packets of `direction` consult.
+    /// Whether a bit is set in the part of the filter that packets of `direction` consult.
     fn filter(&self, direction: Direction, bit: u32) -> bool;
+    /// Sets a bit in that part.
+    fn mark(&self, direction: Direction, bit: u32);
+    /// What masquerading uses.
+    fn node(&self) -> Option<Node>;
+    /// How many source ports were tried for connections to a backend before; this is one more.
+    fn tried(&self, backend: u32) -> u64;
     /// The backend index in a slot.
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend's record.
@@ -66,8 +76,12 @@ pub trait Tables {
 
 /// The tables of one family.
 pub trait FamilyTables<A: Address>: Tables {
+    /// Opens a new connection: [`crate::pipeline::open`], as a function that the kernel verifies by itself.
+    fn open(&self, headers: &Headers<A>) -> Opened;
     /// A frontend's record: replaced as a whole, never changed in place.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
+    /// Whether an address lies within a range of `scope`.
+    fn is_within(&self, scope: u32, address: A) -> bool;
     /// A session.
     fn session(&self, key: &SessionKey<A>) -> Option<Self::Pin>;
     /// Stores a session if there is none under its key.
@@ -82,6 +96,19 @@ pub trait FamilyTables<A: Address>: Tables {
     /// # Errors
     /// [`NotStored`] where the kernel has no room.
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
+    /// Stores a flow if there is none under its key.
+    ///
+    /// # Errors
+    /// [`NotStored`] where there is one, or where the kernel has no room.
+    fn add_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
+    /// Removes a flow, if it is there.
+    fn remove_flow(&self, key: &FlowKey<A>);
+    /// Works something out in the processor's own memory; `None` where there is none, which the kernel rules out.
+    fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R>;
+    /// The flow of a packet that came in pieces.
+    fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>>;
+    /// Remembers a packet that comes in pieces; where there is no room, its later pieces pass as they are.
+    fn put_fragment(&self, key: &FragmentKey<A>, flow: &FlowKey<A>);
 }
 
 /// The table of sockets, and all that a socket's call consults.

@@ -3,7 +3,7 @@
 use affinity_common::{
     abi::{Address, Edit, V6},
     packet::Packet,
-    parse::{Headers, UDP},
+    parse::{Headers, SCTP, UDP},
     rewrite,
 };
 use aya_ebpf::{
@@ -112,9 +112,10 @@ impl Packet for Skb<'_> {
     /// helper comes last because it invalidates the pointers.
     #[inline(always)]
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
-        rewrite::write_addresses(self, headers, edit)
-            && rewrite::write_ports(self, headers, edit)
-            && self.replace_checksum(headers, edit)
+        let Edit { saddr, daddr, addr_delta, .. } = *edit;
+        rewrite::write_addresses(self, headers.l3(), headers.l3_checksum, addr_delta, saddr, daddr)
+            && (headers.key.protocol == SCTP
+                || rewrite::write_ports(self, headers, edit) && self.replace_checksum(headers, edit))
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 
 use core::{
     arch::asm,
-    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd},
+    intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd},
     mem::{MaybeUninit, offset_of},
     ptr,
 };
@@ -190,6 +190,22 @@ pub fn copied<V: Copy>(pointer: Option<*const V>) -> Option<V> {
     pointer.map(|pointer| unsafe { *pointer })
 }
 
+/// The argument of a function that is verified by itself. It is a pointer, because the verifier looks at its type; and it
+/// may be none, as far as the verifier knows.
+#[inline(always)]
+pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
+    // SAFETY: the verifier has every caller pass memory of this size, which nobody changes or frees meanwhile.
+    pointer.and_then(|pointer| unsafe { pointer.as_ref() })
+}
+
+/// Works on a value of a map that each processor has its own of. Only one work at a time uses it: the programs that do are
+/// not interrupted by each other, because no packet is looked at while another one is on the same processor.
+#[inline(always)]
+pub fn exclusively<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
+    // SAFETY: a lookup gave this pointer, see `MapValue::get`; nobody else uses it, see above.
+    pointer.map(|pointer| work(unsafe { &mut *pointer }))
+}
+
 /// A value of a map whose elements are replaced as a whole and freed only when no program runs (`BPF_F_NO_PREALLOC`).
 #[inline(always)]
 pub fn borrowed<M, V>(_maps: &M, pointer: Option<*const V>) -> Option<&V> {
@@ -203,6 +219,20 @@ impl MapValue<u64> {
     pub fn add(self, amount: i64) {
         // SAFETY: see `MapValue::get`; a map's value is aligned to eight bytes.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, amount as u64) };
+    }
+
+    /// Adds one, and returns what was there.
+    #[inline(always)]
+    pub fn count_up(self) -> u64 {
+        // SAFETY: as above. Not relaxed: of a relaxed addition the compiler drops the result.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(self.0, 1) }
+    }
+
+    /// Sets a bit of a word that other processors, and the agent, set bits of.
+    #[inline(always)]
+    pub fn set_bit(self, bit: u32) {
+        // SAFETY: as above.
+        unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, 1 << (bit % 64)) };
     }
 }
 

@@ -5,6 +5,7 @@
 #![no_main]
 
 mod maps;
+mod open;
 mod sock;
 mod tables;
 

@@ -1,8 +1,8 @@
 //! Every map. The loader sets the sizes; those here are the smallest that make sense.
 
 use affinity_common::abi::{
-    Backend, Event, FILTER_WORDS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey,
-    Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+    Backend, Draft, Event, FILTER_WORDS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name,
+    NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -49,6 +49,10 @@ pub static FLOWS_V6: LruHashMap<FlowKey<V6>, Flow<V6>> = LruHashMap::with_max_en
 pub static FRAGMENTS_V4: LruHashMap<FragmentKey<V4>, FlowKey<V4>> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "fragments_v6")]
 pub static FRAGMENTS_V6: LruHashMap<FragmentKey<V6>, FlowKey<V6>> = LruHashMap::with_max_entries(4096, 0);
+#[map(name = "drafts_v4")]
+pub static DRAFTS_V4: PerCpuArray<Draft<V4>> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "drafts_v6")]
+pub static DRAFTS_V6: PerCpuArray<Draft<V6>> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "tried")]
 pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
 

@@ -4,17 +4,24 @@ use core::mem::offset_of;
 
 use affinity_common::{
     abi::{
-        Backend, Config, Direction, Event, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey,
-        Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
+        Address, Backend, Config, Direction, Draft, Event, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend,
+        FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4,
+        V6, usage_index,
     },
+    parse::Headers,
+    pipeline::Opened,
     tables::{Entry, FamilyTables, NotStored, SocketTables, Tables},
 };
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key};
 use aya_log_ebpf::{debug, trace};
 
-use crate::maps::{
-    BACKENDS, COUNTERS, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, SESSIONS_V4,
-    SESSIONS_V6, SLOTS, SOCKETS, USAGE,
+use crate::{
+    maps::{
+        BACKENDS, COUNTERS, DRAFTS_V4, DRAFTS_V6, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRAGMENTS_V4, FRAGMENTS_V6,
+        FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4, RANGES_V6, Ranged, SESSIONS_V4, SESSIONS_V6,
+        SLOTS, SOCKETS, TRIED, USAGE,
+    },
+    open,
 };
 use affinity_ebpf::kernel::{self, CONFIG, MapValue};
 
@@ -58,8 +65,24 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn filter(&self, direction: Direction, bit: u32) -> bool {
-        let word = direction as u32 * (FILTER_BITS / 64) + bit / 64;
-        kernel::copied(FILTER.get_ptr(word)).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+        kernel::copied(FILTER.get_ptr(filter_word(direction, bit))).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+    }
+
+    #[inline(always)]
+    fn mark(&self, direction: Direction, bit: u32) {
+        if let Some(word) = FILTER.get_ptr_mut(filter_word(direction, bit)) {
+            MapValue::new(word).set_bit(bit % 64);
+        }
+    }
+
+    #[inline(always)]
+    fn node(&self) -> Option<Node> {
+        kernel::copied(NODE.get_ptr(0))
+    }
+
+    #[inline(always)]
+    fn tried(&self, backend: u32) -> u64 {
+        TRIED.get_ptr_mut(backend).map_or(0, |tried| MapValue::new(tried).count_up())
     }
 
     #[inline(always)]
@@ -132,12 +155,29 @@ impl Tables for Maps {
     }
 }
 
+/// The word of the filter that holds a bit of one part.
+#[inline(always)]
+fn filter_word(direction: Direction, bit: u32) -> u32 {
+    direction as u32 * (FILTER_BITS / 64) + bit / 64
+}
+
 macro_rules! family {
-    ($address:ty, $frontends:ident, $sessions:ident, $flows:ident) => {
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $fragments:ident, $drafts:ident, $open:ident) => {
         impl FamilyTables<$address> for Maps {
+            #[inline(always)]
+            fn open(&self, headers: &Headers<$address>) -> Opened {
+                Opened::from_bits(open::$open(headers))
+            }
+
             #[inline(always)]
             fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
                 kernel::borrowed(self, $frontends.get_ptr(key))
+            }
+
+            #[inline(always)]
+            fn is_within(&self, scope: u32, address: $address) -> bool {
+                let bits = 32 + u32::from(<$address>::BITS);
+                $ranges.get(Key::new(bits, Ranged { scope, address })).is_some()
             }
 
             #[inline(always)]
@@ -159,12 +199,39 @@ macro_rules! family {
             fn put_flow(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> Result<(), NotStored> {
                 $flows.insert(key, flow, 0).map_err(|_| NotStored)
             }
+
+            #[inline(always)]
+            fn add_flow(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> Result<(), NotStored> {
+                $flows.insert(key, flow, u64::from(BPF_NOEXIST)).map_err(|_| NotStored)
+            }
+
+            #[inline(always)]
+            fn remove_flow(&self, key: &FlowKey<$address>) {
+                // Where it has gone already there is nothing to do.
+                let _ = $flows.remove(key);
+            }
+
+            #[inline(always)]
+            fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
+                kernel::exclusively($drafts.get_ptr_mut(0), work)
+            }
+
+            #[inline(always)]
+            fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
+                kernel::copied($fragments.get_ptr(key))
+            }
+
+            #[inline(always)]
+            fn put_fragment(&self, key: &FragmentKey<$address>, flow: &FlowKey<$address>) {
+                // Where there is no room, later fragments pass as they are.
+                let _ = $fragments.insert(key, flow, 0);
+            }
         }
     };
 }
 
-family!(V4, FRONTENDS_V4, SESSIONS_V4, FLOWS_V4);
-family!(V6, FRONTENDS_V6, SESSIONS_V6, FLOWS_V6);
+family!(V4, FRONTENDS_V4, RANGES_V4, SESSIONS_V4, FLOWS_V4, FRAGMENTS_V4, DRAFTS_V4, open_v4);
+family!(V6, FRONTENDS_V6, RANGES_V6, SESSIONS_V6, FLOWS_V6, FRAGMENTS_V6, DRAFTS_V6, open_v6);
 
 impl SocketTables for Maps {
     #[inline(always)]

@@ -487,6 +487,9 @@ impl Sweeper {
             self.filter.need_source(key.saddr, key.sport, key.protocol);
             return;
         }
+        if key.direction != Direction::Forward as u8 {
+            return;
+        }
         self.filter.need_frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
         let is_open = key.protocol == TCP && flow.state & FLOW_CLOSED == 0;
         if is_open && flow.scope != 0 && flow.timer == Timer::Alive as u8 {

@@ -9,7 +9,7 @@ mod family;
 mod state;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fmt::Debug,
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -17,14 +17,14 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Backend, Event, Flow, FlowKey, Frontend, FrontendKey, REASONS, Session, SessionKey},
-    model::{Lru, Model},
+    abi::{Backend, Event, FILTER_WORDS, REASONS, V4, V6},
+    model::Model,
     names,
     pipeline::{self, Verdict},
 };
 use affinity_user::{
     load::{self, Options, PinDir, Sizes},
-    store::kernel::{FamilyTables, KernelStore, Table, filter_word},
+    store::kernel::{Family as StoreFamily, KernelStore, Table, filter_word},
     sys::{self, Ring, RingConsumer},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -193,11 +193,13 @@ impl Kernel {
     pub fn put(&mut self, model: &Model) -> Result<()> {
         self.put_filter(model);
         let store = &self.store;
-        put_family(&store.v4, &model.frontends_v4, &model.sessions_v4.borrow(), &model.flows_v4.borrow())?;
-        put_family(&store.v6, &model.frontends_v6, &model.sessions_v6.borrow(), &model.flows_v6.borrow())?;
+        put_family::<V4>(store, model)?;
+        put_family::<V6>(store, model)?;
+        store.node.put(&0, &model.node)?;
         put_hash(&store.members, model.members.iter().map(|(key, member)| (*key, *member)))?;
         for index in 0..store.backends.info().max_entries {
             store.backends.put(&index, model.backends.get(&index).context("the model lacks a backend")?)?;
+            store.tried.put(&index, &model.tried.borrow().get(&index).copied().unwrap_or(0))?;
             store.loads.store_u64(index, model.loads.borrow().get(&index).copied().unwrap_or(0));
         }
         for slot in 0..store.slots.len() {
@@ -224,10 +226,12 @@ impl Kernel {
     }
 
     fn put_filter(&mut self, model: &Model) {
-        for word in std::mem::take(&mut self.filter_words) {
+        // The latter half is the programs' own.
+        let programs = (FILTER_WORDS / 2..FILTER_WORDS).filter(|word| self.store.filter.load_u64(*word) != 0);
+        for word in std::mem::take(&mut self.filter_words).into_iter().chain(programs) {
             self.store.filter.store_u64(word, 0);
         }
-        for &(direction, bit) in &model.filter {
+        for &(direction, bit) in &*model.filter.borrow() {
             let (word, mask) = filter_word(direction, bit);
             self.store.filter.set_bits(word, mask);
             self.filter_words.insert(word);
@@ -268,15 +272,14 @@ impl Kernel {
     }
 }
 
-fn put_family<A: Address>(
-    tables: &FamilyTables<A>,
-    frontends: &BTreeMap<FrontendKey<A>, Frontend>,
-    sessions: &Lru<SessionKey<A>, Session>,
-    flows: &Lru<FlowKey<A>, Flow<A>>,
-) -> Result<()> {
-    put_hash(&tables.frontends, frontends.iter().map(|(key, frontend)| (*key, *frontend)))?;
-    put_hash(&tables.sessions, sessions.iter())?;
-    put_hash(&tables.flows, flows.iter())
+fn put_family<A: ModelFamily + StoreFamily>(store: &KernelStore, model: &Model) -> Result<()> {
+    let tables = store.family::<A>();
+    let frontends = A::frontends(model).iter();
+    put_hash(&tables.frontends, frontends.map(|(key, frontend)| (*key, *frontend)))?;
+    put_hash(&tables.ranges, A::ranges(model).iter().map(|key| (*key, 1)))?;
+    put_hash(&tables.sessions, A::sessions(model).borrow().iter())?;
+    put_hash(&tables.flows, A::flows(model).borrow().iter())?;
+    put_hash(&tables.fragments, A::fragments(model).borrow().iter())
 }
 
 /// Makes a hash hold these entries and no others.

@@ -334,6 +334,7 @@ fn another_size_carries_the_entries_over() -> Result<()> {
         names::SESSIONS_V6,
         names::SLOTS,
         names::SOCKETS,
+        names::TRIED,
         names::USAGE,
     ];
     assert_eq!(loaded.resized, resized);

@@ -18,15 +18,6 @@ pub enum Direction {
     Return = 3,
 }
 
-impl Direction {
-    /// Whether the client sent the packet.
-    #[inline(always)]
-    #[must_use]
-    pub const fn is_from_client(self) -> bool {
-        self as u8 & 1 == 0
-    }
-}
-
 /// Key of `flows_v4` and `flows_v6`: the packet's addresses and ports before translation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
 #[repr(C, align(8))]
@@ -48,11 +39,26 @@ pub struct FlowKey<A> {
 }
 
 impl<A: Address> FlowKey<A> {
+    /// The key of a packet after its translation.
+    #[inline(always)]
+    #[must_use]
+    pub fn translated(edit: &Edit<A>, protocol: u8, direction: Direction) -> Self {
+        let Edit { saddr, daddr, sport, dport, .. } = *edit;
+        Self { saddr, daddr, sport, dport, protocol, direction: direction as u8, pad: [0; 2] }
+    }
+
     /// Whether the client sent the packet.
     #[inline(always)]
     #[must_use]
     pub const fn is_from_client(&self) -> bool {
         self.direction & 1 == 0
+    }
+
+    /// Whether the packet enters a device; else it leaves one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_entering(&self) -> bool {
+        self.direction == Direction::Forward as u8 || self.direction == Direction::Return as u8
     }
 
     /// The key of the other direction, given what this direction is translated to.
@@ -138,6 +144,21 @@ pub struct FragmentKey<A> {
     pub is_leaving: u8,
     /// Zero.
     pub pad: [u8; 2],
+}
+
+/// The one value, for each processor, of `drafts_v4` and `drafts_v6`: what is being worked out about a new connection. A
+/// program's stack has no room for it; and none that uses it is interrupted by another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
+#[repr(C)]
+pub struct Draft<A> {
+    /// The record of the flow.
+    pub flow: Flow<A>,
+    /// That of its second translation: see [`crate::masquerade`].
+    pub second: Flow<A>,
+    /// The key of a packet that the client sends, as the second translation meets it.
+    pub forth: FlowKey<A>,
+    /// The key of a reply.
+    pub back: FlowKey<A>,
 }
 
 /// [`Flow::state`]: the client has sent FIN.

@@ -6,7 +6,7 @@ use std::{cell::Cell, vec::Vec};
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, Backend, Event, FlowKey, Frontend, MEMBER_READY, Member, MemberKey, Port, Session, SessionKey,
+        AFFINITY, Backend, Draft, Event, FragmentKey, MEMBER_READY, Member, MemberKey, Node, Port, Session, SessionKey,
         UsageKey, UsageOf, V4, V6,
     },
     model::Model,
@@ -48,6 +48,15 @@ impl Tables for Failing {
     fn filter(&self, direction: Direction, bit: u32) -> bool {
         self.model.filter(direction, bit)
     }
+    fn mark(&self, direction: Direction, bit: u32) {
+        self.model.mark(direction, bit);
+    }
+    fn node(&self) -> Option<Node> {
+        self.model.node()
+    }
+    fn tried(&self, backend: u32) -> u64 {
+        self.model.tried(backend)
+    }
     fn slot(&self, index: u32) -> Option<u32> {
         self.model.slot(index)
     }
@@ -78,6 +87,28 @@ impl<A: Address> FamilyTables<A> for Failing
 where
     Model: FamilyTables<A>,
 {
+    fn open(&self, headers: &Headers<A>) -> Opened {
+        open(self, headers)
+    }
+    fn is_within(&self, scope: u32, address: A) -> bool {
+        self.model.is_within(scope, address)
+    }
+    fn add_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored> {
+        self.flows.set(self.flows.get().checked_sub(1).ok_or(NotStored)?);
+        self.model.add_flow(key, flow)
+    }
+    fn remove_flow(&self, key: &FlowKey<A>) {
+        self.model.remove_flow(key);
+    }
+    fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R> {
+        self.model.draft(work)
+    }
+    fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
+        self.model.fragment(key)
+    }
+    fn put_fragment(&self, key: &FragmentKey<A>, flow: &FlowKey<A>) {
+        self.model.put_fragment(key, flow);
+    }
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
         self.model.frontend(key)
     }
@@ -131,7 +162,7 @@ fn failing(sessions: Sessions, flows: u32) -> Failing {
     };
     let port = Port::new(SERVICE.1);
     model.frontends_v4.insert(FrontendKey::new(SERVICE.0, port, TCP), frontend);
-    model.filter.insert((Direction::Forward, filter_bit(SERVICE.0, port, TCP)));
+    model.filter.borrow_mut().insert((Direction::Forward, filter_bit(SERVICE.0, port, TCP)));
     model.usage.get_mut().insert(UsageKey { of: UsageOf::Service as u32, id: 1 }, Default::default());
     Failing { model, sessions, flows: Cell::new(flows) }
 }
@@ -176,7 +207,7 @@ fn without_room_for_its_flow_a_connection_is_dropped() {
         assert_eq!(frame, first_frame());
         assert_eq!(counters(&tables), [(Reason::FlowNotStored, 1)]);
         // The client's next try finds its pin.
-        tables.flows.set(2);
+        tables.flows.set(3);
         assert_eq!(forward(&mut frame, &tables), Verdict::Forward);
         assert_eq!(counters(&tables), [(Reason::Pinned, 1), (Reason::FlowNotStored, 1)]);
     }

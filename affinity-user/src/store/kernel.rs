@@ -17,9 +17,9 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Frontend, FrontendKey, Member,
-        MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, Status, Usage,
-        UsageKey, V4, V6,
+        Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey,
+        Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, Status,
+        Usage, UsageKey, V4, V6,
     },
     names,
 };
@@ -56,18 +56,21 @@ pub struct FamilyTables<A: Address> {
     pub ranges: Table<RangeKey<A>, u32>,
     /// Sessions.
     pub sessions: Table<SessionKey<A>, Session>,
-    /// Flows, both directions.
+    /// Flows, all directions.
     pub flows: Table<FlowKey<A>, Flow<A>>,
+    /// Packets that came in pieces.
+    pub fragments: Table<FragmentKey<A>, FlowKey<A>>,
 }
 
 impl<A: Address> FamilyTables<A> {
-    fn open(maps: &Path, names: [&'static str; 4]) -> Result<Self, StoreError> {
-        let [frontends, ranges, sessions, flows] = names;
+    fn open(maps: &Path, names: [&'static str; 5]) -> Result<Self, StoreError> {
+        let [frontends, ranges, sessions, flows, fragments] = names;
         Ok(Self {
             frontends: Table::open(maps, frontends)?,
             ranges: Table::open(maps, ranges)?,
             sessions: Table::open(maps, sessions)?,
             flows: Table::open(maps, flows)?,
+            fragments: Table::open(maps, fragments)?,
         })
     }
 }
@@ -110,6 +113,8 @@ pub struct KernelStore {
     pub v6: FamilyTables<V6>,
     /// What masquerading uses, under the key zero.
     pub node: Table<u32, Node>,
+    /// Backend index -> how many source ports were tried for connections to it.
+    pub tried: Table<u32, u64>,
     /// Members of pools.
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
@@ -164,9 +169,16 @@ impl KernelStore {
         let words = |name| table::open(maps, name)?.words().map_err(|error| failed(name, "share", error));
         let infos = names::MAPS.iter().map(|&name| Ok((name, *table::open(maps, name)?.info())));
         Ok(Self {
-            v4: FamilyTables::open(maps, [names::FRONTENDS_V4, names::RANGES_V4, names::SESSIONS_V4, names::FLOWS_V4])?,
-            v6: FamilyTables::open(maps, [names::FRONTENDS_V6, names::RANGES_V6, names::SESSIONS_V6, names::FLOWS_V6])?,
+            v4: FamilyTables::open(
+                maps,
+                [names::FRONTENDS_V4, names::RANGES_V4, names::SESSIONS_V4, names::FLOWS_V4, names::FRAGMENTS_V4],
+            )?,
+            v6: FamilyTables::open(
+                maps,
+                [names::FRONTENDS_V6, names::RANGES_V6, names::SESSIONS_V6, names::FLOWS_V6, names::FRAGMENTS_V6],
+            )?,
             node: Table::open(maps, names::NODE)?,
+            tried: Table::open(maps, names::TRIED)?,
             members: Table::open(maps, names::MEMBERS)?,
             backends: Table::open(maps, names::BACKENDS)?,
             sockets: Table::open(maps, names::SOCKETS)?,

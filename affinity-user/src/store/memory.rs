@@ -42,7 +42,7 @@ impl Store for MemoryStore {
             Op::PutMember(key, member) => _ = model.members.insert(*key, *member),
             Op::RemoveMember(key) => _ = model.members.remove(key),
             Op::WriteSlots { first, backends } => model.slots.extend((*first..).zip(backends.iter().copied())),
-            Op::SetFilter(direction, bits) => model.filter.extend(bits.iter().map(|bit| (*direction, *bit))),
+            Op::SetFilter(direction, bits) => model.filter.get_mut().extend(bits.iter().map(|bit| (*direction, *bit))),
             Op::PutUsage(key) => _ = model.usage.get_mut().entry(*key).or_default(),
             Op::RemoveUsage(key) => _ = model.usage.get_mut().remove(key),
             Op::PutNode(node) => model.node = *node,

@@ -261,14 +261,14 @@ impl<'a> Dump<'a> {
         lines.into_values().collect()
     }
 
-    /// Flows of one family in both directions, by protocol, source and destination.
+    /// Flows of one family in all directions, by protocol, source and destination.
     #[must_use]
     pub fn flows<A: Address>(&self, entries: impl IntoIterator<Item = (FlowKey<A>, Flow<A>)>) -> Vec<String> {
         let map = if A::BITS == V4::BITS { names::FLOWS_V4 } else { names::FLOWS_V6 };
         let lines: BTreeMap<_, _> = entries
             .into_iter()
             .map(|(key, flow)| {
-                let direction = if key.direction == 0 { "forward" } else { "reverse" };
+                let direction = ["forward", "reverse", "outward", "return"][usize::from(key.direction & 3)];
                 let edit = &flow.edit;
                 let mut line = format!(
                     "{map} {direction} {} {} > {} -> {} > {} backend={} service={} state={}",

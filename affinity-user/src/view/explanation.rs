@@ -248,8 +248,8 @@ where
 {
     fn explain(&self) -> Explanation<'a> {
         let model = self.model();
-        let headers = self.headers();
-        let outcome = pipeline::to_frontend(&model, &headers);
+        let mut headers = self.headers();
+        let outcome = pipeline::to_frontend(&model, &mut headers);
         let decided = outcome.reason;
         let (would, flow) = match outcome.decision {
             Decision::Pass => ("pass", None),
@@ -285,7 +285,7 @@ where
 
     fn headers(&self) -> Headers<A> {
         let flags = if self.question.protocol == TCP { SYN } else { 0 };
-        Headers { key: self.question.key(), l3: 0, l4: 0, l3_checksum: [0; 2], l4_checksum: [0; 2], flags }
+        Headers::new(self.question.key(), flags)
     }
 
     /// The tables as far as this packet can see them.
@@ -296,7 +296,7 @@ where
         model.now_ns.set(catalog.clock.now_ns);
         let key = question.key::<A>();
         if situation.in_filter {
-            model.filter.insert((Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol)));
+            model.filter.borrow_mut().insert((Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol)));
         }
         if let Some(mut frontend) = self.frontend {
             // What would be decided without shadow mode; but a connection of that time is another proxy's.

@@ -22,7 +22,7 @@ pub const ACK: u8 = 0x10;
 /// With more extension headers a packet is not translated.
 const MAX_EXTENSIONS: usize = 6;
 
-/// A packet in a frame: IPv4 or IPv6, whole, over a known transport.
+/// A packet in a frame: IPv4 or IPv6, whole or its first fragment, over a known transport.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
     /// IPv6, not IPv4.
@@ -43,7 +43,7 @@ pub struct Reading {
     pub ports: [u16; 2],
 }
 
-/// Reads a frame; `None` where no whole packet over a known transport is in it.
+/// Reads a frame; `None` where no packet with the header of a known transport is in it.
 pub fn read(frame: &[u8]) -> Option<Reading> {
     let mut l3 = 14;
     let mut tags = 0;
@@ -60,8 +60,8 @@ pub fn read(frame: &[u8]) -> Option<Reading> {
 
 fn read_v4(frame: &[u8], l3: usize) -> Option<Reading> {
     let header = frame.get(l3..l3 + 20)?;
-    let is_fragment = word(header, 6)? & 0x3fff != 0;
-    if header[0] >> 4 != 4 || header[0] & 0xf < 5 || is_fragment {
+    let is_later_fragment = word(header, 6)? & 0x1fff != 0;
+    if header[0] >> 4 != 4 || header[0] & 0xf < 5 || is_later_fragment {
         return None;
     }
     let l4 = l3 + usize::from(header[0] & 0xf) * 4;
@@ -83,7 +83,7 @@ fn read_v6(frame: &[u8], l3: usize) -> Option<Reading> {
         let extension = frame.get(l4..l4 + 4)?;
         let is_whole = match protocol {
             43 => extension[3] == 0,
-            44 => word(extension, 2)? & 0xfff9 == 0,
+            44 => word(extension, 2)? & 0xfff8 == 0,
             _ => true,
         };
         if !is_whole || extensions > MAX_EXTENSIONS {

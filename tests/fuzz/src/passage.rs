@@ -27,8 +27,8 @@ impl Passage {
         let pins_before = pins_of(model, frame);
         let mut after = frame.to_vec();
         let verdict = match direction {
-            Direction::Forward => pipeline::forward(&mut after, model),
-            Direction::Reverse => pipeline::reverse(&mut after, model),
+            Direction::Forward | Direction::Return => pipeline::forward(&mut after, model),
+            Direction::Reverse | Direction::Outward => pipeline::reverse(&mut after, model),
         };
         let counted = model.counters.borrow();
         let grown: Vec<_> =
@@ -50,7 +50,7 @@ impl Passage {
         passage
     }
 
-    /// The frame's plain reading before its passage. Only whole packets are ever touched, so a touched one has it.
+    /// The frame's plain reading before its passage. Only packets with a transport header are ever touched here.
     pub(crate) fn reading(&self) -> Reading {
         read(&self.before).expect("only a whole packet is touched")
     }

@@ -65,7 +65,12 @@ fn shapes(is_v6: bool, protocol: u8, flags: u8) -> Vec<(&'static str, Vec<u8>)> 
         &[1, 1, 1, 0]
     };
     let extended = Shape { between, ..plain }.frame();
-    let fragment = if is_v6 { with(&extended, 14 + 40 + 8 + 8 + 3, 9) } else { with(&plain.frame(), 14 + 6, 0x20) };
+    // Further on in their packet; and with others to follow.
+    let (later, first) = if is_v6 {
+        (with(&extended, 14 + 40 + 8 + 8 + 3, 8), with(&extended, 14 + 40 + 8 + 8 + 3, 1))
+    } else {
+        (with(&plain.frame(), 14 + 7, 9), with(&plain.frame(), 14 + 6, 0x20))
+    };
     // Where the headers keep the protocol, the low byte of the length, and the destination's last byte.
     let (protocol_at, length_at, address_at) = if is_v6 { (20, 19, 53) } else { (23, 17, 33) };
     let l4 = address_at + 1;
@@ -74,9 +79,10 @@ fn shapes(is_v6: bool, protocol: u8, flags: u8) -> Vec<(&'static str, Vec<u8>)> 
         ("vlan", Shape { tags: &[0x81, 0, 0, 7], ..plain }.frame()),
         ("qinq", Shape { tags: &[0x88, 0xa8, 0, 7, 0x81, 0, 0, 8], ..plain }.frame()),
         ("truncated", plain.frame()[..40].to_vec()),
-        ("fragment", fragment),
+        ("later-fragment", later),
+        ("first-fragment", first),
         ("elsewhere", with(&plain.frame(), address_at, 77)),
-        ("sctp", with(&plain.frame(), protocol_at, 132)),
+        ("gre", with(&plain.frame(), protocol_at, 47)),
         ("arp", with(&plain.frame(), 13, 6)),
         ("wrong-version", with(&plain.frame(), 14, 0x15)),
         ("short-length", with(&plain.frame(), length_at, 7)),

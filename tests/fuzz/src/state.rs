@@ -155,7 +155,7 @@ impl State {
                 } else {
                     filter_bit(pod_v6(index), Port::new(target), protocol)
                 };
-                model.filter.insert((Direction::Reverse, bit));
+                model.filter.borrow_mut().insert((Direction::Reverse, bit));
             }
         }
         let frontend = self.frontend(pool, slot_first, slot_count);
@@ -227,7 +227,7 @@ fn add_frontend(model: &mut Model, is_v4: bool, port: Port, protocol: u8, fronte
         model.frontends_v6.insert(FrontendKey::new(ADDRESS_V6, port, protocol), frontend);
         filter_bit(ADDRESS_V6, port, protocol)
     };
-    model.filter.insert((Direction::Forward, bit));
+    model.filter.borrow_mut().insert((Direction::Forward, bit));
 }
 
 /// Makes `port` of the service the destination of a frame.

@@ -1,9 +1,13 @@
 //! What is the same for both families, written once: where a model and a [`State`] keep a family's tables.
 
-use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use affinity_common::{
-    abi::{Address, Flow, FlowKey, Frontend, FrontendKey, Session, SessionKey, V4, V6},
+    abi::{Address, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, RangeKey, Session, SessionKey, V4, V6},
     model::{Lru, Model},
 };
 
@@ -14,7 +18,15 @@ pub trait ModelFamily: Address {
     /// The address; `None` where it is of the other family.
     fn of(address: IpAddr) -> Option<Self>;
     /// The model's frontends.
-    fn frontends(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend>;
+    fn frontends(model: &Model) -> &BTreeMap<FrontendKey<Self>, Frontend>;
+    /// The same, to be changed.
+    fn frontends_mut(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend>;
+    /// The model's ranges of addresses.
+    fn ranges(model: &Model) -> &BTreeSet<RangeKey<Self>>;
+    /// The same, to be changed.
+    fn ranges_mut(model: &mut Model) -> &mut BTreeSet<RangeKey<Self>>;
+    /// The model's packets in pieces.
+    fn fragments(model: &Model) -> &RefCell<Lru<FragmentKey<Self>, FlowKey<Self>>>;
     /// The model's sessions.
     fn sessions(model: &Model) -> &RefCell<Lru<SessionKey<Self>, Session>>;
     /// The model's flows.
@@ -26,14 +38,30 @@ pub trait ModelFamily: Address {
 }
 
 macro_rules! family {
-    ($address:ident, $frontends:ident, $sessions:ident, $flows:ident) => {
+    ($address:ident, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $fragments:ident) => {
         impl ModelFamily for $address {
             fn of(address: IpAddr) -> Option<Self> {
                 if let IpAddr::$address(address) = address { Some(Self(address.octets())) } else { None }
             }
 
-            fn frontends(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend> {
+            fn frontends(model: &Model) -> &BTreeMap<FrontendKey<Self>, Frontend> {
+                &model.$frontends
+            }
+
+            fn frontends_mut(model: &mut Model) -> &mut BTreeMap<FrontendKey<Self>, Frontend> {
                 &mut model.$frontends
+            }
+
+            fn ranges(model: &Model) -> &BTreeSet<RangeKey<Self>> {
+                &model.$ranges
+            }
+
+            fn ranges_mut(model: &mut Model) -> &mut BTreeSet<RangeKey<Self>> {
+                &mut model.$ranges
+            }
+
+            fn fragments(model: &Model) -> &RefCell<Lru<FragmentKey<Self>, FlowKey<Self>>> {
+                &model.$fragments
             }
 
             fn sessions(model: &Model) -> &RefCell<Lru<SessionKey<Self>, Session>> {
@@ -55,5 +83,5 @@ macro_rules! family {
     };
 }
 
-family!(V4, frontends_v4, sessions_v4, flows_v4);
-family!(V6, frontends_v6, sessions_v6, flows_v6);
+family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, fragments_v4);
+family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, fragments_v6);

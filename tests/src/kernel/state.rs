@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fmt::Debug};
 
 use affinity_common::{
-    abi::{Event, Flow, FlowKey, REASONS, Reason, Session, SessionKey, USAGES, Usage, UsageKey, V4, V6, usage_index},
+    abi::{
+        Event, Flow, FlowKey, FragmentKey, REASONS, Reason, Session, SessionKey, USAGES, Usage, UsageKey, V4, V6,
+        usage_index,
+    },
     model::Model,
 };
 use anyhow::Result;
@@ -21,6 +24,10 @@ pub struct State {
     pub flows_v4: BTreeMap<FlowKey<V4>, Flow<V4>>,
     /// Flows, IPv6.
     pub flows_v6: BTreeMap<FlowKey<V6>, Flow<V6>>,
+    /// Packets in pieces, IPv4.
+    pub fragments_v4: BTreeMap<FragmentKey<V4>, FlowKey<V4>>,
+    /// Packets in pieces, IPv6.
+    pub fragments_v6: BTreeMap<FragmentKey<V6>, FlowKey<V6>>,
     /// Live sessions by backend; none is not listed.
     pub loads: BTreeMap<u32, u64>,
     /// Packets by reason; none is not listed.
@@ -48,6 +55,8 @@ impl State {
             sessions_v6: model.sessions_v6.borrow().iter().collect(),
             flows_v4: model.flows_v4.borrow().iter().collect(),
             flows_v6: model.flows_v6.borrow().iter().collect(),
+            fragments_v4: model.fragments_v4.borrow().iter().collect(),
+            fragments_v6: model.fragments_v6.borrow().iter().collect(),
             loads: without_zeros(model.loads.borrow().iter().map(|(index, load)| (*index, *load))),
             counters: without_zeros(model.counters.borrow().iter().map(|(reason, count)| (*reason, *count))),
             usage: usage.collect(),
@@ -63,6 +72,8 @@ impl State {
             sessions_v6: store.v6.sessions.iter().collect::<Result<_, _>>()?,
             flows_v4: store.v4.flows.iter().collect::<Result<_, _>>()?,
             flows_v6: store.v6.flows.iter().collect::<Result<_, _>>()?,
+            fragments_v4: store.v4.fragments.iter().collect::<Result<_, _>>()?,
+            fragments_v6: store.v6.fragments.iter().collect::<Result<_, _>>()?,
             loads: without_zeros((0..store.loads.len()).map(|index| (index, store.loads.load_u64(index)))),
             counters: without_zeros(REASONS.iter().map(|&reason| (reason, counts[reason as usize]))),
             usage: store.usage_sums()?,
@@ -77,12 +88,14 @@ impl State {
 
     /// Where the kernel's state differs from the model's: one line each; none where they are equal.
     pub fn differences(kernel: &Self, model: &Self) -> Vec<String> {
-        let Self { sessions_v4, sessions_v6, flows_v4, flows_v6, loads, counters, usage, events } = kernel;
+        let Self { sessions_v4, sessions_v6, flows_v4, flows_v6, loads, counters, usage, events, .. } = kernel;
         let mut lines = Vec::new();
         compare(&mut lines, "session", sessions_v4, &model.sessions_v4);
         compare(&mut lines, "session", sessions_v6, &model.sessions_v6);
         compare(&mut lines, "flow", flows_v4, &model.flows_v4);
         compare(&mut lines, "flow", flows_v6, &model.flows_v6);
+        compare(&mut lines, "fragment", &kernel.fragments_v4, &model.fragments_v4);
+        compare(&mut lines, "fragment", &kernel.fragments_v6, &model.fragments_v6);
         compare(&mut lines, "load", loads, &model.loads);
         compare(&mut lines, "counter", counters, &model.counters);
         compare(&mut lines, "usage", usage, &model.usage);

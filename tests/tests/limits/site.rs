@@ -88,12 +88,12 @@ fn publish<A: ModelFamily>(model: &mut Model, family: Family, change: impl Fn(&m
             change(&mut frontend);
         }
         let (address, port) = (address::<A>(at.ip()), Port::new(at.port()));
-        A::frontends(model).insert(FrontendKey::new(address, port, TCP), frontend);
-        model.filter.insert((Direction::Forward, filter_bit(address, port, TCP)));
+        A::frontends_mut(model).insert(FrontendKey::new(address, port, TCP), frontend);
+        model.filter.borrow_mut().insert((Direction::Forward, filter_bit(address, port, TCP)));
     }
     for (index, _) in (0..2 * PODS).zip(Family::BOTH.repeat(PODS as usize)).filter(|(_, of)| *of == family) {
         let pod = address::<A>(family.pod(index as usize));
-        model.filter.insert((Direction::Reverse, filter_bit(pod, Port::new(8080), TCP)));
+        model.filter.borrow_mut().insert((Direction::Reverse, filter_bit(pod, Port::new(8080), TCP)));
     }
 }
 

@@ -37,6 +37,10 @@ pub(crate) fn random(dice: &mut Dice, world: &World) -> (Hook, Vec<u8>) {
 }
 
 fn request(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
+    if dice.percent(12) {
+        let pod = dice.pick(&world.pods);
+        return (pod, World::node(family(pod), dice.below(6)), dice.pick(&[6, 17]));
+    }
     if dice.percent(50) {
         let known = dice.pick(&world.connections);
         return (known.client, known.service, known.protocol);
@@ -48,9 +52,18 @@ fn request(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
 }
 
 fn reply(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
-    if dice.percent(75) {
+    if dice.percent(60) {
         let known = dice.pick(&world.connections);
         return (known.pod, known.client, known.protocol);
+    }
+    if dice.percent(50) {
+        let known = dice.pick(&world.connections);
+        let pod = dice.pick(&world.pods);
+        return if pod.is_ipv4() == known.client.is_ipv4() {
+            (known.client, pod, known.protocol)
+        } else {
+            (known.client, known.pod, known.protocol)
+        };
     }
     let pod = dice.pick(&world.pods);
     let to = SocketAddr::new(World::client(dice, family(pod)), 40_000 + dice.below(8) as u16);
@@ -91,7 +104,7 @@ fn shape(dice: &mut Dice, from: SocketAddr, to: SocketAddr, protocol: u8) -> Fra
         let count = dice.below(41);
         frame = frame.ipv4_options(&dice.bytes(count));
     }
-    if dice.percent(5) {
+    if dice.percent(10) {
         frame = frame.ipv4_fragment(dice.pick(&[0, 0, 1, 185]), dice.percent(50));
     }
     if dice.percent(25) {

@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use affinity_common::{
     abi::{
         Backend, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, Frontend,
-        FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Port, Reason, Session, SessionKey,
-        TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
+        FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS, Port, RANGES, RangeKey,
+        Reason, SILENT, SPLIT, Session, SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     model::Model,
     parse::{TCP, UDP},
@@ -22,6 +22,8 @@ use affinity_tests::dice::Dice;
 
 const SECOND_NS: u64 = 1_000_000_000;
 const TIMEOUTS_NS: [u64; 5] = [SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS, TIMEOUT_UNLIMITED, 0];
+/// Flags of frontends that no plain one has.
+const OF_A_PROXY: [u8; 8] = [0, 0, 0, MASQUERADE, MASQUERADE, SPLIT, RANGES, SILENT];
 const PREFIXES: [u8; 8] = [32, 128, 128, 128, 24, 64, 0, 255];
 const BACKENDS: u32 = 12;
 const POOLS: u32 = 4;
@@ -29,6 +31,8 @@ const SLOTS_OF_A_POOL: u32 = 8;
 const SERVICES: u32 = 3;
 const FIRST_SCOPE: u32 = 100;
 const SCOPES: u32 = 6;
+/// The first source port of the node, and how many there are at most.
+const NODE_PORTS: (u16, usize) = (30_000, 6);
 
 /// A connection that the flow table may know.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +61,12 @@ impl World {
             connections: Vec::new(),
             now_ns: fixed.now_ns,
         };
+        world.model.node = Node {
+            address_v6: address(Self::node(Family::V6, 0)),
+            address_v4: address(Self::node(Family::V4, 0)),
+            port_first: Port::new(NODE_PORTS.0),
+            port_count: dice.pick(&[0, 2, NODE_PORTS.1 as u16, NODE_PORTS.1 as u16]),
+        };
         world.add_backends(dice);
         world.add_pools(dice);
         for family in Family::BOTH {
@@ -69,6 +79,15 @@ impl World {
             world.count_for(dice, UsageOf::Service, id);
         }
         world
+    }
+
+    /// The node's address, and one of its ports.
+    pub(crate) fn node(family: Family, number: usize) -> SocketAddr {
+        let ip: IpAddr = match family {
+            Family::V4 => Ipv4Addr::new(192, 0, 2, 9).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, 0x100, 0, 0, 0, 0, 0, 9).into(),
+        };
+        SocketAddr::new(ip, NODE_PORTS.0 + (number % NODE_PORTS.1) as u16)
     }
 
     /// The address of a client; few, of two networks, and seldom one that no host has.
@@ -175,10 +194,14 @@ impl World {
                 for protocol in [TCP, UDP] {
                     if dice.percent(95) {
                         let bit = filter_bit::<A>(address(pod), Port::new(port), protocol);
-                        self.model.filter.insert((Direction::Reverse, bit));
+                        self.model.filter.borrow_mut().insert((Direction::Reverse, bit));
                     }
                 }
             }
+        }
+        for scope in [PODS].into_iter().chain(0..SERVICES) {
+            let within = RangeKey::new(scope, address(SocketAddr::new(family.client(1), 0)), dice.pick(&PREFIXES));
+            A::ranges_mut(&mut self.model).insert(within);
         }
         for scope in FIRST_SCOPE..FIRST_SCOPE + SCOPES {
             for _ in 0..5 {
@@ -223,12 +246,18 @@ impl World {
             select: dice.pick(&[0, 1, 2, 2, 3]),
             timer: dice.pick(&[0, 1, 2, 3, 3, 4]),
             prefix: dice.pick(&PREFIXES),
-            flags: dice.pick(&[0, 1, 1, 1, 3, 3, 3, 2, 5, 7, 9, 11, 0xff]),
+            flags: dice.pick(&[0, 1, 1, 1, 3, 3, 3, 2, 5, 7, 9, 11, 0xff]) | dice.pick(&OF_A_PROXY),
         };
         let port = Port::new(at.port());
-        A::frontends(&mut self.model).insert(FrontendKey::new(address(at), port, protocol), frontend);
+        let key = FrontendKey::new(address(at), port, protocol);
+        let frontends = A::frontends_mut(&mut self.model);
+        frontends.insert(key, frontend);
+        if dice.percent(80) {
+            let flags = frontend.flags ^ dice.pick(&OF_A_PROXY);
+            frontends.insert(key.outside(), Frontend { flags, slot_count: dice.pick(&[0, 3]), ..frontend });
+        }
         if dice.percent(97) {
-            self.model.filter.insert((Direction::Forward, filter_bit::<A>(address(at), port, protocol)));
+            self.model.filter.borrow_mut().insert((Direction::Forward, filter_bit::<A>(address(at), port, protocol)));
         }
         self.frontends.push((at, protocol));
         for _ in 0..6 {

@@ -5,8 +5,10 @@ use std::{cell::Cell, vec::Vec};
 
 use super::*;
 use crate::{
-    abi::{Flow, FlowKey},
+    abi::{Draft, Flow, FlowKey, FragmentKey, Node},
     model::Shared,
+    parse::Headers,
+    pipeline::{self, Opened},
     tables::{Entry, FamilyTables, NotStored, Pin},
 };
 
@@ -84,6 +86,15 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
     fn filter(&self, direction: Direction, bit: u32) -> bool {
         self.cluster.0.filter(direction, bit)
     }
+    fn mark(&self, direction: Direction, bit: u32) {
+        self.cluster.0.mark(direction, bit);
+    }
+    fn node(&self) -> Option<Node> {
+        self.cluster.0.node()
+    }
+    fn tried(&self, backend: u32) -> u64 {
+        self.cluster.0.tried(backend)
+    }
     fn slot(&self, index: u32) -> Option<u32> {
         self.cluster.0.slot(index)
     }
@@ -117,6 +128,27 @@ impl<A: crate::abi::Address> FamilyTables<A> for &Interrupted<'_>
 where
     Model: FamilyTables<A>,
 {
+    fn open(&self, headers: &Headers<A>) -> Opened {
+        pipeline::open(self, headers)
+    }
+    fn is_within(&self, scope: u32, address: A) -> bool {
+        self.cluster.0.is_within(scope, address)
+    }
+    fn add_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored> {
+        self.cluster.0.add_flow(key, flow)
+    }
+    fn remove_flow(&self, key: &FlowKey<A>) {
+        self.cluster.0.remove_flow(key);
+    }
+    fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R> {
+        self.cluster.0.draft(work)
+    }
+    fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
+        self.cluster.0.fragment(key)
+    }
+    fn put_fragment(&self, key: &FragmentKey<A>, flow: &FlowKey<A>) {
+        self.cluster.0.put_fragment(key, flow);
+    }
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
         self.cluster.0.frontend(key)
     }

@@ -270,12 +270,11 @@ fn policies_and_ranges_change_while_a_service_lives() {
     put range of a service of 24
     put range of pods of 30
     put range of pods of 126
-    set 4 bits Forward
+    set 3 bits Forward
     put frontend :80 outside slots 0+2 masqueraded
     put frontend :81 outside slots 2+2 masqueraded
     put frontend :80 slots 0+2 split
     put frontend :81 slots 2+2 split
-    put frontend :30080 slots 0+2 masqueraded
     put frontend :30080 slots 0+2 masqueraded
     put frontend :80 slots 0+2 masqueraded in ranges
     put frontend :81 slots 2+2 masqueraded in ranges
@@ -289,7 +288,6 @@ fn policies_and_ranges_change_while_a_service_lives() {
     put frontend :81 slots 2+2 shared split
     put frontend :81 outside slots 2+2 shared masqueraded
     put frontend :30080 slots 0+2 shared masqueraded
-    put frontend :30080 slots 0+2 shared masqueraded
     put frontend :80 slots 0+2 shared masqueraded in ranges
     put frontend :81 slots 2+2 shared masqueraded in ranges
     write slots 4: [1]
@@ -297,12 +295,10 @@ fn policies_and_ranges_change_while_a_service_lives() {
     put frontend :80 outside slots 4+1 shared masqueraded
     put frontend :81 outside slots 5+1 shared masqueraded
     put frontend :30080 outside slots 4+1 shared
-    put frontend :30080 outside slots 4+1 shared
     put frontend :80 outside slots 4+1 shared in ranges
     put frontend :81 outside slots 5+1 shared in ranges
     put frontend :80 slots 4+1 shared split
     put frontend :81 slots 5+1 shared split
-    put frontend :30080 slots 0+2 shared split
     put frontend :30080 slots 0+2 shared split
     put frontend :80 slots 0+2 shared split in ranges
     put frontend :81 slots 2+2 shared split in ranges
@@ -323,11 +319,9 @@ fn policies_and_ranges_change_while_a_service_lives() {
     put frontend :80 slots 0+2 split
     put frontend :81 slots 2+2 split
     put frontend :30080 slots 0+2 masqueraded
-    put frontend :30080 slots 0+2 masqueraded
     put frontend :80 slots 0+2 masqueraded
     put frontend :81 slots 2+2 masqueraded
     grace
-    remove frontend :30080 outside
     remove frontend :30080 outside
     remove frontend :80 outside
     remove frontend :81 outside

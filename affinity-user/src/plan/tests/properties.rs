@@ -274,7 +274,7 @@ where
     fn arrive(model: &Model, sport: u16, frontends: &Frontends<A>) -> Self {
         let mut pins = Pins::new();
         for sport in [sport - 1, sport] {
-            for (key, frontend) in frontends.iter().filter(|(key, _)| key.side == EVERYBODY) {
+            for (key, frontend) in frontends.iter().filter(|(key, frontend)| is_for_everybody(key, frontend)) {
                 for client in 0..CLIENTS {
                     if let Some(pin) = connect(model, key, frontend, client, sport) {
                         pins.insert((*key, client), (*frontend, pin));
@@ -291,7 +291,9 @@ where
         for (key, before) in tables[0] {
             both.extend(tables[1].get(key).map(|after| (key, before, after)));
         }
-        both.retain(|(key, before, after)| key.side == EVERYBODY && before.slot_count > 0 && after.slot_count > 0);
+        both.retain(|(key, before, after)| {
+            [before, after].iter().all(|frontend| is_for_everybody(key, frontend) && frontend.slot_count > 0)
+        });
         if reversed {
             both.reverse();
         }
@@ -319,6 +321,11 @@ where
             assert_eq!((fate.to, fate.reason), (Some(pin.to), Reason::Established), "client {client} was cut off");
         }
     }
+}
+
+/// Whether a record is what all clients meet, wherever they are.
+fn is_for_everybody<A: TestAddress>(key: &FrontendKey<A>, frontend: &Frontend) -> bool {
+    key.side == EVERYBODY && frontend.flags & (SPLIT | RANGES) == 0
 }
 
 fn is_usable(observed: &Observed, frontend: &Frontend, (ip, port): (IpAddr, u16)) -> bool {
@@ -365,7 +372,7 @@ where
             for (client, (key, frontend)) in
                 self.clients.clone().flat_map(|client| frontends.iter().map(move |f| (client, f)))
             {
-                if key.side != EVERYBODY {
+                if !is_for_everybody(key, frontend) {
                     continue;
                 }
                 let Some(pin) = connect(model, key, frontend, client, self.sport) else { continue };
@@ -387,7 +394,7 @@ fn mapped(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// DESIGN invariant: no prefix of a plan loses or re-homes a client.
+/// No prefix of a plan loses or re-homes a client.
 pub(super) fn check_prefixes(worlds: &[World]) {
     let mut store = store(ROOMY);
     let (mut new_v4, mut new_v6) = (Newcomers::<V4>::new(), Newcomers::<V6>::new());

@@ -307,13 +307,13 @@ pub(super) fn send<A: TestAddress>(model: &Model, frontend: &FrontendKey<A>, cli
 where
     Model: FamilyTables<A>,
 {
-    let headers = headers(frontend, client, sport, flags);
-    let outcome = to_frontend(model, &headers);
+    let mut headers = headers(frontend, client, sport, flags);
+    let outcome = to_frontend(model, &mut headers);
     let to = match outcome.decision {
         Decision::Forward(flow) => {
             let edit = flow.with(|flow| flow.edit);
-            let reply = Headers { key: headers.key.opposite(&edit), ..headers };
-            let answer = from_backend(model, &reply).decision;
+            let mut reply = Headers { key: headers.key.opposite(&edit), ..headers };
+            let answer = from_backend(model, &mut reply).decision;
             assert!(matches!(answer, Decision::Forward(_)), "the filter or the flows know nothing of the reply");
             Some((edit.daddr.ip(), edit.dport.get()))
         }
@@ -333,5 +333,5 @@ fn headers<A: TestAddress>(frontend: &FrontendKey<A>, client: u8, sport: u16, fl
         pad: [0; 2],
     };
     let flags = if frontend.protocol == affinity_common::parse::TCP { flags } else { 0 };
-    Headers { key, l3: 14, l4: 34, l3_checksum: [0; 2], l4_checksum: [0; 2], flags }
+    Headers::new(key, flags)
 }

@@ -1,0 +1,191 @@
+//! The source of a connection, where it cannot stay as it is.
+//!
+//! A reply is told from others by the pod's address and port, and by the client's. So two connections of one client's
+//! port that reach one pod by different frontends would be mixed up: the second one gets another source port
+//! ([`claim_replies`]). And replies that would not come back by this node at all - to a client outside that another
+//! node could answer directly, or to the pod itself - are made to: the source becomes the node's ([`masquerade`]).
+//!
+//! The node's address is put in last, where the packet leaves towards the pod ([`Direction::Outward`]), and taken out
+//! first, where the reply enters ([`Direction::Return`]). In between the node's stack sees the client, as its policies
+//! and its connection tracking expect, and nothing that would come from one of its own addresses.
+
+use crate::{
+    abi::{Address, Direction, Draft, FLOW_CLOSED, Flow, FlowKey, Node, Port, Reason, V4, filter_bit},
+    parse::SCTP,
+    rewrite,
+    select::next_draw,
+    tables::{Entry, FamilyTables, NotStored},
+};
+
+/// Source ports that are tried for a connection which collides with another.
+const TRIES_COLLIDING: u32 = 8;
+/// Source ports of the node that are tried for a connection.
+const TRIES: u32 = 64;
+
+impl Node {
+    /// The address of a family; none: nothing is masqueraded.
+    #[inline(always)]
+    fn address<A: Address>(&self) -> Option<A> {
+        let is_v4 = A::BITS == V4::BITS;
+        let address = A::from_mapped(if is_v4 { self.address_v4.to_mapped() } else { self.address_v6.0 });
+        let is_there = if is_v4 { self.address_v4.0 != [0; 4] } else { self.address_v6.0 != [0; 16] };
+        (is_there && self.port_count > 0).then_some(address)
+    }
+
+    /// The source port of a try.
+    #[inline(always)]
+    fn port(&self, tried: u64) -> Port {
+        let offset = tried.checked_rem(u64::from(self.port_count)).unwrap_or(0);
+        Port::new(self.port_first.get().wrapping_add(offset as u16))
+    }
+}
+
+/// Stores the record of a new flow's replies. The draft holds its translation forward, which gets another source port
+/// where the replies would be those of another connection.
+///
+/// # Errors
+/// [`Reason::FlowNotStored`], [`Reason::PortsExhausted`].
+#[inline(never)]
+pub fn claim_replies<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    key: &FlowKey<A>,
+    draft: &mut Draft<A>,
+) -> Result<(), Reason> {
+    if claim_replies_to(tables, key, draft)? {
+        return Ok(());
+    }
+    let is_claimed = find_source_port(tables, key.protocol, draft) && claim_replies_to(tables, key, draft)?;
+    if is_claimed { Ok(()) } else { Err(Reason::PortsExhausted) }
+}
+
+/// The same for the source port of the draft; false where its replies are another connection's.
+#[inline(never)]
+fn claim_replies_to<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    key: &FlowKey<A>,
+    draft: &mut Draft<A>,
+) -> Result<bool, Reason> {
+    draft.back = key.opposite(&draft.flow.edit);
+    rewrite::set_edit(&mut draft.flow.edit, &draft.back, key);
+    let is_claimed = claim(tables, &draft.back, &draft.flow, true);
+    rewrite::set_edit(&mut draft.flow.edit, key, &draft.back);
+    is_claimed
+}
+
+/// Finds a source port with which replies are nobody else's.
+#[inline(never)]
+fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &mut Draft<A>) -> bool {
+    let mut draw = tables.random();
+    for _ in 0..TRIES_COLLIDING {
+        // Not a port of a system service. The checksum of SCTP is not one that could be kept in step.
+        draft.back.dport = Port::new(draw as u16 | 1024);
+        if protocol != SCTP && is_free(tables, &draft.back) {
+            draft.flow.edit.sport = draft.back.dport;
+            return true;
+        }
+        draw = next_draw(draw);
+    }
+    false
+}
+
+/// Gives a new flow, whose translation forward is final, a source of the node.
+///
+/// # Errors
+/// [`Reason::FlowNotStored`], [`Reason::PortsExhausted`].
+#[inline(never)]
+pub fn masquerade<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    protocol: u8,
+    draft: &mut Draft<A>,
+) -> Result<(), Reason> {
+    let Some(node) = tables.node() else { return Ok(()) };
+    let Some(address) = node.address() else { return Ok(()) };
+    draft.second = draft.flow;
+    (draft.second.scope, draft.second.state) = (0, 0);
+    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
+    if renew(tables, draft) {
+        return Ok(());
+    }
+    draft.second.edit.saddr = address;
+    draft.back = draft.forth.opposite(&draft.second.edit);
+    if !find_port(tables, &node, draft) {
+        return Err(Reason::PortsExhausted);
+    }
+    rewrite::set_edit(&mut draft.second.edit, &draft.back, &draft.forth);
+    if !claim(tables, &draft.back, &draft.second, false)? {
+        return Err(Reason::PortsExhausted);
+    }
+    rewrite::set_edit(&mut draft.second.edit, &draft.forth, &draft.back);
+    tables.mark(Direction::Return, filter_bit(draft.back.daddr, draft.back.dport, protocol));
+    tables.mark(Direction::Outward, filter_bit(draft.forth.daddr, draft.forth.dport, protocol));
+    tables.put_flow(&draft.forth, &draft.second).map_err(|NotStored| Reason::FlowNotStored)
+}
+
+/// A new flow keeps its source: what another one of the same addresses and ports had is no more.
+#[inline(never)]
+pub fn forget<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &mut Draft<A>) {
+    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
+    let bit = filter_bit(draft.forth.daddr, draft.forth.dport, protocol);
+    if tables.filter(Direction::Outward, bit) {
+        tables.remove_flow(&draft.forth);
+    }
+}
+
+/// Finds a port of the node for replies to come back to. SCTP keeps the client's: its checksum covers ports, and is not
+/// one that could be kept in step.
+#[inline(never)]
+fn find_port<A: Address, T: FamilyTables<A>>(tables: &T, node: &Node, draft: &mut Draft<A>) -> bool {
+    if draft.back.protocol == SCTP {
+        return is_free(tables, &draft.back);
+    }
+    for _ in 0..TRIES {
+        draft.back.dport = node.port(tables.tried(draft.flow.backend));
+        if is_free(tables, &draft.back) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether the same addresses and ports have a port of the node already: then they keep it.
+#[inline(always)]
+fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
+    let Some(known) = tables.flow(&draft.forth) else { return false };
+    draft.back = known.with(|known| draft.forth.opposite(&known.edit));
+    let Some(back) = tables.flow(&draft.back) else { return false };
+    for record in [known, back] {
+        record.update(|record| {
+            record.last_used_ns = draft.flow.last_used_ns;
+            record.backend = draft.flow.backend;
+            record.generation = draft.flow.generation;
+            record.state = 0;
+        });
+    }
+    true
+}
+
+/// Whether nobody has a key, or its holder has closed.
+#[inline(always)]
+fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, key: &FlowKey<A>) -> bool {
+    tables.flow(key).is_none_or(|holder| holder.with(|holder| holder.state) & FLOW_CLOSED != 0)
+}
+
+/// Stores a flow for packets that come back, unless another open connection has them; one with the same translation is no
+/// other where `renews`.
+#[inline(always)]
+fn claim<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    back: &FlowKey<A>,
+    flow: &Flow<A>,
+    renews: bool,
+) -> Result<bool, Reason> {
+    if tables.add_flow(back, flow).is_ok() {
+        return Ok(true);
+    }
+    let Some(holder) = tables.flow(back) else { return Err(Reason::FlowNotStored) };
+    let is_free = holder.with(|holder| holder.state & FLOW_CLOSED != 0 || renews && holder.edit == flow.edit);
+    if is_free {
+        tables.put_flow(back, flow).map_err(|NotStored| Reason::FlowNotStored)?;
+    }
+    Ok(is_free)
+}
