@@ -5,7 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::Result;
 
 use crate::kubeproxy::Mode;
-use crate::lab::{Cgroup, Client, Family, Lab, Options, Protocol, Service, SocketProcess};
+use crate::lab::{
+    Agent, Cgroup, Client, Family, Lab, Options, PODS, Protocol, Service, SocketProcess, UNDERLAY_WIRE, WIRE,
+};
 
 /// How many pods each node has.
 pub const PODS_OF_EACH: usize = 3;
@@ -20,17 +22,17 @@ pub enum Proxy {
     Iptables,
     /// kube-proxy's rules in nftables mode.
     Nftables,
+    /// `affinity`, by TC on every device, and at the sockets of the node's own processes.
+    Tc,
 }
 
 impl Proxy {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Iptables, Self::Nftables];
-
     /// Whether this machine has what it needs.
     pub fn is_available(self) -> bool {
         match self {
             Self::Iptables => Mode::Iptables.is_available(),
             Self::Nftables => Mode::Nftables.is_available(),
+            Self::Tc => true,
         }
     }
 
@@ -41,16 +43,27 @@ impl Proxy {
     pub fn start(self, services: &[Service]) -> Result<Scene> {
         let lab = Lab::up(&Options { pods: PODS_OF_EACH, pods_of_b: PODS_OF_EACH, ..Options::default() })?;
         let cgroup = Cgroup::create()?;
-        match self {
-            Self::Iptables => Mode::Iptables.install(&lab, services)?,
-            Self::Nftables => Mode::Nftables.install(&lab, services)?,
-        }
-        Ok(Scene { cgroup, lab })
+        let agent = match self {
+            Self::Iptables => Mode::Iptables.install(&lab, services).map(|()| None)?,
+            Self::Nftables => Mode::Nftables.install(&lab, services).map(|()| None)?,
+            Self::Tc => Some(run(&lab, &cgroup, services)?),
+        };
+        Ok(Scene { agent, cgroup, lab })
     }
+}
+
+/// Starts `affinity` for all services on all devices, and for processes in this cgroup.
+fn run(lab: &Lab, cgroup: &Cgroup, services: &[Service]) -> Result<Agent> {
+    services.iter().try_for_each(|service| lab.publish(service))?;
+    let [pods_v4, pods_v6] = PODS;
+    let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6, "--xdp", "off"];
+    let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
+    lab.agent(&Lab::socket_args(cgroup, &[args.as_slice(), &devices].concat())?)
 }
 
 /// A lab in which a [`Proxy`] works.
 pub struct Scene {
+    agent: Option<Agent>,
     cgroup: Cgroup,
     lab: Lab,
 }
@@ -86,6 +99,11 @@ pub enum Failure {
 const PATH: &str = "/who";
 
 impl Scene {
+    /// What the agent wrote, where there is one.
+    pub fn log(&self) -> String {
+        self.agent.as_ref().map(|agent| agent.log().join("\n")).unwrap_or_default()
+    }
+
     /// The lab.
     pub fn lab(&self) -> &Lab {
         &self.lab

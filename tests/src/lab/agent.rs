@@ -16,7 +16,7 @@ use super::netns::output;
 use super::{Lab, NODE_NAME, eventually};
 
 /// How long the agent may take from its start to its readiness, unless more is granted, and from SIGTERM to its end.
-const AGENT_PATIENCE: Duration = Duration::from_secs(15);
+const AGENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The capabilities that the agent needs, as a container's `securityContext` names them.
 pub const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];

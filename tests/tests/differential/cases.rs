@@ -87,6 +87,12 @@ impl Ranges {
         }
     }
 
+    /// Those of one family.
+    pub(crate) fn all_of(self, family: Family) -> impl Iterator<Item = &'static str> {
+        let is_of_family = move |range: &&str| range.contains(':') == (family == Family::V6);
+        self.all().iter().copied().filter(is_of_family)
+    }
+
     pub(crate) fn let_in(self, source: Source, family: Family) -> bool {
         match self {
             Self::Unsaid => true,

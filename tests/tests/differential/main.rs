@@ -25,7 +25,7 @@ fn questions(proxy: Proxy) -> Result<Vec<(Question, Option<&'static str>)>> {
         let to = case.spec.service(case.service).address(case.frontend, case.family, case.protocol);
         let usual = outcome(&case);
         let known = DIFFERENCES.iter().find(|known| {
-            known.of == proxy && (known.applies)(&case) && usual != Outcome::from([known.instead.clone()])
+            known.of.contains(&proxy) && (known.applies)(&case) && usual != Outcome::from([known.instead.clone()])
         });
         let expected = known.map_or(usual, |known| Outcome::from([known.instead.clone()]));
         Ok((Question { to: to.context("it has every frontend")?, case, expected }, known.map(|known| known.reason)))
@@ -61,8 +61,9 @@ fn tell(proxy: Proxy) -> Result<()> {
         })
         .collect();
     let shown = wrong.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("\n");
-    ensure!(wrong.is_empty(), "{proxy:?}: {} of {} answers are wrong:\n{shown}", wrong.len(), questions.len());
-    for difference in DIFFERENCES.iter().filter(|difference| difference.of == proxy) {
+    let (count, of) = (wrong.len(), questions.len());
+    ensure!(wrong.is_empty(), "{proxy:?}: {count} of {of} answers are wrong:\n{shown}\n{}", scene.log());
+    for difference in DIFFERENCES.iter().filter(|difference| difference.of.contains(&proxy)) {
         let met = known.iter().filter(|reason| **reason == Some(difference.reason)).count();
         ensure!(met > 0, "nothing is asked any more that differs because: {}", difference.reason);
         report(&format!("{proxy:?}: {met} of {} answers differ: {}", questions.len(), difference.reason));
@@ -79,4 +80,9 @@ fn kube_proxys_iptables_rules_do_what_the_function_says() -> Result<()> {
 #[test]
 fn kube_proxys_nftables_rules_do_what_the_function_says() -> Result<()> {
     tell(Proxy::Nftables)
+}
+
+#[test]
+fn affinity_does_what_the_function_says() -> Result<()> {
+    tell(Proxy::Tc)
 }

@@ -61,7 +61,7 @@ pub(crate) fn can_be_asked(case: &Case) -> bool {
 
 /// A cause for which a proxy may do something else.
 pub(crate) struct Difference {
-    pub(crate) of: Proxy,
+    pub(crate) of: &'static [Proxy],
     pub(crate) reason: &'static str,
     pub(crate) applies: fn(&Case) -> bool,
     /// What is met instead.
@@ -69,30 +69,52 @@ pub(crate) struct Difference {
 }
 
 /// Every one that is known. Each must be met, so that none outlives its cause.
-pub(crate) const DIFFERENCES: [Difference; 3] = [
+pub(crate) const DIFFERENCES: [Difference; 5] = [
     Difference {
-        of: Proxy::Iptables,
+        of: &[Proxy::Iptables],
         reason: "KUBE-EXTERNAL-SERVICES is not looked at for the node's own packets: they leave for nowhere",
         applies: |case| case.source == Source::Node && is_beyond(case) && usable(&case.spec, |_| true).is_empty(),
         instead: Err(Failure::Silence),
     },
     Difference {
-        of: Proxy::Nftables,
+        of: &[Proxy::Nftables],
         reason: "filter-output drops the node's own packets before nat-output could send them to the cluster's pool",
         applies: |case| {
-            let [cluster, local] = [usable(&case.spec, |_| true), usable(&case.spec, |pod| pod < FIRST_OF_B)];
-            let is_refused = case.spec.external == Policy::Local && local.is_empty() && !cluster.is_empty();
-            case.source == Source::Node && is_beyond(case) && is_refused
+            let is_local = case.spec.external == Policy::Local;
+            case.source == Source::Node && is_beyond(case) && is_local && is_only_elsewhere(case)
         },
         instead: Err(Failure::Silence),
     },
     Difference {
-        of: Proxy::Nftables,
-        reason: "firewall-check comes before no-endpoint-services: a source out of range is not told that nobody is there",
+        of: &[Proxy::Nftables, Proxy::Tc],
+        reason: "ranges are looked at before endpoints: a source out of range is not told that nobody is there",
         applies: |case| case.frontend == Frontend::LoadBalancer && !case.spec.ranges.let_in(case.source, case.family),
         instead: Err(Failure::Silence),
     },
+    Difference {
+        of: &[Proxy::Tc],
+        reason: "a process on the node is told when it connects that nobody will answer, and need not wait",
+        applies: |case| {
+            let is_local = case.spec.internal == Policy::Local;
+            case.source == Source::Node && case.frontend == Frontend::ClusterIp && is_local && is_only_elsewhere(case)
+        },
+        instead: Err(Failure::Refused),
+    },
+    Difference {
+        of: &[Proxy::Tc],
+        reason: "when a socket connects, its address is not known yet: ranges are left to the load balancer to look at",
+        applies: |case| {
+            let has_ranges = case.spec.ranges.all_of(case.family).next().is_some();
+            case.source == Source::Node && case.frontend == Frontend::LoadBalancer && has_ranges
+        },
+        instead: Err(Failure::Silence),
+    },
 ];
+
+/// Whether there are endpoints, and none on node A.
+fn is_only_elsewhere(case: &Case) -> bool {
+    usable(&case.spec, |pod| pod < FIRST_OF_B).is_empty() && !usable(&case.spec, |_| true).is_empty()
+}
 
 /// Whether the frontend is an address that no node has.
 fn is_beyond(case: &Case) -> bool {
