@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use affinity_tests::lab::{Lab, Protocol, SocketProcess};
-use affinity_tests::proxy::{Failure, Met, Scene, Seen, meet, meet_from_node};
+use affinity_tests::proxy::{Failure, Met, Scene, meet, meet_from_node};
 use anyhow::{Context, Result};
 
 use crate::cases::{ASKING_PODS, ATTEMPTS, Case, Source};
@@ -62,8 +62,7 @@ impl Question {
                 Ok(_) | Err(Failure::KeptBack | Failure::Other(_)) => false,
             });
         }
-        let met = without_stale_sources(met);
-        if self.is_by_pinned_client() { met.len() == 1 && met.is_subset(&self.expected) } else { met == self.expected }
+        if self.is_by_pinned_client() { met.len() == 1 && met.is_subset(&self.expected) } else { *met == self.expected }
     }
 
     /// Whether one client asks, which stays where it came to.
@@ -74,14 +73,6 @@ impl Question {
     fn patience(&self) -> Duration {
         if self.expected.contains(&Err(Failure::Silence)) { SHORT_PATIENCE } else { PATIENCE }
     }
-}
-
-/// What was met, but for connections that a pod saw come from the node while it saw others of this client come from the
-/// client: they had a port again that a masqueraded one to the same pod had just before, and whose translation they took
-/// over.
-fn without_stale_sources(met: &Outcome) -> Outcome {
-    let is_stale = |one: &Met| matches!(one, Ok((pod, Seen::Node)) if met.contains(&Ok((*pod, Seen::Client))));
-    met.iter().filter(|one| !is_stale(one)).cloned().collect()
 }
 
 /// What is met at each of these questions, in their order.
