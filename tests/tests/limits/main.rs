@@ -1,6 +1,7 @@
 //! Many clients, full tables, floods, two processors at once, and the passing of time: under the kernel's own clock and
 //! chance, without a wire. No test waits: time passes by making the maps' entries older.
 
+mod ports;
 mod race;
 mod site;
 
