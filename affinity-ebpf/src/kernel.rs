@@ -190,6 +190,22 @@ pub fn copied<V: Copy>(pointer: Option<*const V>) -> Option<V> {
     pointer.map(|pointer| unsafe { *pointer })
 }
 
+/// A function that the verifier takes by itself, because it is known by its name. Its body is given what its caller passed
+/// a reference to.
+#[macro_export]
+macro_rules! verified_alone {
+    ($(#[$about:meta])* fn $name:ident($argument:ident: $of:ty) -> u64 $body:block) => {
+        $(#[$about])*
+        #[expect(unsafe_code, reason = "the name is nobody else's")]
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name($argument: *const $of) -> u64 {
+            let $argument = $crate::kernel::argument(Some($argument));
+            $body
+        }
+    };
+}
+
 /// The argument of a function that is verified by itself. It is a pointer, because the verifier looks at its type; and it
 /// may be none, as far as the verifier knows.
 #[inline(always)]

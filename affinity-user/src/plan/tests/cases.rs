@@ -252,20 +252,22 @@ fn what_could_not_be_read_is_kept() {
     assert!(steps.iter().any(|step| matches!(step, Op::RemoveFrontendV4(_))));
 }
 
-/// Between any two of these steps, nobody who may not comes in, and nobody who may is kept out.
-#[test]
-fn policies_and_ranges_change_while_a_service_lives() {
+/// What is done about the frontends of two pods' service that is exposed, each time another way.
+fn exposing() -> impl FnMut(bool, &[&'static str]) -> String {
     let mut observed = Observed::default();
     let pods: &[_] = &[(1, Ready, true), (2, Ready, true)];
     bring(&mut observed, &World::of(&[pods]));
-    let mut expose = |is_local, ranges: &[&'static str]| {
+    move |is_local, ranges| {
         let steps = bring(&mut observed, &World::of(&[pods]).exposed(is_local, ranges));
-        steps
-            .into_iter()
-            .filter(|step| !step.starts_with("name") && !step.starts_with("put member"))
-            .collect::<Vec<_>>()
-            .join("\n")
-    };
+        let of_frontends = |step: &String| !step.starts_with("name") && !step.starts_with("put member");
+        steps.into_iter().filter(of_frontends).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Between any two of these steps, nobody who may not comes in, and nobody who may is kept out.
+#[test]
+fn policies_and_ranges_are_set_while_a_service_lives() {
+    let mut expose = exposing();
     insta::assert_snapshot!(expose(false, &["192.0.2.0/24"]), @r"
     put range of a service of 24
     put range of pods of 30
@@ -304,6 +306,12 @@ fn policies_and_ranges_change_while_a_service_lives() {
     put frontend :81 slots 2+2 shared split in ranges
     grace
     ");
+}
+
+#[test]
+fn policies_and_ranges_are_taken_back_while_a_service_lives() {
+    let mut expose = exposing();
+    expose(true, &["192.0.2.0/24", "198.51.100.0/24"]);
     insta::assert_snapshot!(expose(true, &[]), @r"
     put frontend :80 outside slots 4+1 shared
     put frontend :81 outside slots 5+1 shared
