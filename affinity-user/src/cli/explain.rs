@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Direction, V4, V6, netns_client},
+    abi::{Address, Direction, FlowKey, V4, V6, netns_client},
     model::Model,
     parse::{TCP, UDP},
     tables::FamilyTables,
@@ -174,10 +174,13 @@ fn of_kernel<A: Family + FrontendTables>(
     let key = question.key::<A>();
     let (word, bit) = filter_word(Direction::Forward, question.filter_bit());
     let backends = pool_backends::<A>(catalog, question).into_iter().filter(|&index| index < store.loads.len());
+    let flow = if question.from_port.is_some() { tables.flows.get(&key)? } else { None };
+    let outward = flow.map(|flow| FlowKey::translated(&flow.edit, question.protocol, Direction::Outward));
     Ok(Situation {
         in_filter: store.filter.load_u64(word) & bit != 0,
         sessions,
-        flow: if question.from_port.is_some() { tables.flows.get(&key)? } else { None },
+        flow,
+        is_masqueraded: outward.map(|outward| tables.flows.get(&outward)).transpose()?.flatten().is_some(),
         loads: backends.map(|index| (index, store.loads.load_u64(index))).collect(),
     })
 }
@@ -188,6 +191,7 @@ fn of_source<A: Address + FrontendTables>(catalog: &Catalog, question: &Question
         in_filter: question.is_frontend::<A>(catalog),
         sessions: BTreeMap::new(),
         flow: None,
+        is_masqueraded: false,
         loads: BTreeMap::new(),
     }
 }

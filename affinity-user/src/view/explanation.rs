@@ -6,12 +6,17 @@
 //! A network namespace of this machine can be asked about too: what its next socket would meet. Its client key is an IPv6
 //! address whatever it dials, so an IPv4 frontend is looked up as an IPv4-mapped one, as a socket may ask for it.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt::Write, net::IpAddr};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    net::IpAddr,
+};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, Direction, FLOW_SHADOW, Flow, FlowKey, Frontend, FrontendKey, MemberKey, Port, Reason,
-        SHADOW, SHARED, Selection, Session, SessionKey, V4, V6, filter_bit,
+        AFFINITY, Address, Direction, FLOW_SHADOW, Flow, FlowKey, Frontend, FrontendKey, MASQUERADE, MemberKey, PODS,
+        Port, RangeKey, Reason, SHADOW, SHARED, SPLIT, Selection, Session, SessionKey, V4, V6, filter_bit,
     },
     model::Model,
     parse::{Headers, SYN, TCP},
@@ -69,11 +74,19 @@ impl Question {
         Client::new(self.from, u8::MAX).netns().is_some()
     }
 
-    /// The record of the frontend that is dialled. For a socket the whole client key counts, and nothing that is decided by
+    /// The record of the frontend that is dialled, as this client meets it. For a socket the whole client key counts, and nothing that is decided by
     /// where a packet comes from.
     fn frontend<A: FrontendTables>(&self, catalog: &Catalog) -> Option<Frontend> {
         if !self.is_socket() {
-            return A::frontend(catalog, &self.frontend_key());
+            let (key, client) = (self.frontend_key::<A>(), self.key::<A>().saddr);
+            let frontend = A::frontend(catalog, &key)?;
+            let is_inside =
+                || (0..=A::BITS).any(|bits| A::ranges(catalog).contains(&RangeKey::new(PODS, client, bits)));
+            return if frontend.flags & SPLIT == 0 || is_inside() {
+                Some(Frontend { flags: frontend.flags & !SPLIT, ..frontend })
+            } else {
+                A::frontend(catalog, &key.outside())
+            };
         }
         let frontend = match self.to.address.to_canonical() {
             IpAddr::V4(_) => V4::frontend(catalog, &self.frontend_key()),
@@ -107,6 +120,8 @@ pub struct Situation<A: Address> {
     pub sessions: BTreeMap<SessionKey<A>, Session>,
     /// The flow that the packet belongs to.
     pub flow: Option<Flow<A>>,
+    /// Whether that flow has a source of the node.
+    pub is_masqueraded: bool,
     /// Live sessions of the pool's backends.
     pub loads: BTreeMap<u32, u64>,
 }
@@ -115,8 +130,10 @@ pub struct Situation<A: Address> {
 pub trait FrontendTables: Address {
     /// The record of a frontend.
     fn frontend(catalog: &Catalog, key: &FrontendKey<Self>) -> Option<Frontend>;
-    /// Copies a frontend into the model.
-    fn put_frontend(model: &mut Model, key: FrontendKey<Self>, frontend: Frontend);
+    /// The ranges of addresses.
+    fn ranges(catalog: &Catalog) -> &BTreeSet<RangeKey<Self>>;
+    /// Copies a frontend and all ranges into the model.
+    fn put_frontend(model: &mut Model, catalog: &Catalog, key: FrontendKey<Self>, frontend: Frontend);
 }
 
 impl FrontendTables for V4 {
@@ -124,8 +141,13 @@ impl FrontendTables for V4 {
         catalog.observed.frontends_v4.get(key).copied()
     }
 
-    fn put_frontend(model: &mut Model, key: FrontendKey<Self>, frontend: Frontend) {
+    fn ranges(catalog: &Catalog) -> &BTreeSet<RangeKey<Self>> {
+        &catalog.observed.ranges_v4
+    }
+
+    fn put_frontend(model: &mut Model, catalog: &Catalog, key: FrontendKey<Self>, frontend: Frontend) {
         model.frontends_v4.insert(key, frontend);
+        model.ranges_v4.clone_from(&catalog.observed.ranges_v4);
     }
 }
 
@@ -134,8 +156,13 @@ impl FrontendTables for V6 {
         catalog.observed.frontends_v6.get(key).copied()
     }
 
-    fn put_frontend(model: &mut Model, key: FrontendKey<Self>, frontend: Frontend) {
+    fn ranges(catalog: &Catalog) -> &BTreeSet<RangeKey<Self>> {
+        &catalog.observed.ranges_v6
+    }
+
+    fn put_frontend(model: &mut Model, catalog: &Catalog, key: FrontendKey<Self>, frontend: Frontend) {
         model.frontends_v6.insert(key, frontend);
+        model.ranges_v6.clone_from(&catalog.observed.ranges_v6);
     }
 }
 
@@ -258,6 +285,7 @@ where
             Decision::Drop => ("drop", None),
         };
         let candidates = flow.map_or_else(Vec::new, |flow| self.candidates(&flow, decided));
+        let masquerade = flow.is_some_and(|flow| self.is_masqueraded(&model, &flow, decided, candidates.len()));
         let pinned = flow.and_then(|flow| self.pin(&flow, decided));
         let known = self.situation.flow;
         let established = known.filter(|_| matches!(decided, Reason::Established | Reason::FlowGone | Reason::Shadow));
@@ -272,9 +300,9 @@ where
             verdict,
             reason: reason.name(),
             pinned,
-            steps: self.steps((would, decided), reason, flow.as_ref(), &candidates),
+            steps: self.steps((would, decided), reason, flow.as_ref().map(|flow| (flow, masquerade)), &candidates),
             candidates,
-            masquerade: false,
+            masquerade,
             flow: established.and_then(|flow| FlowView::new(self.catalog, &headers.key, &flow)),
         }
     }
@@ -303,7 +331,7 @@ where
             if situation.flow.is_none_or(|flow| flow.state & FLOW_SHADOW == 0) {
                 frontend.flags &= !SHADOW;
             }
-            A::put_frontend(&mut model, question.frontend_key(), frontend);
+            A::put_frontend(&mut model, catalog, question.frontend_key(), frontend);
             let slots = observed.slots.get(&frontend.slot_first).into_iter().flatten();
             model.slots.extend((frontend.slot_first..).zip(slots.copied()));
             for scope in [frontend.pool, frontend.group] {
@@ -311,6 +339,7 @@ where
                 model.members.extend(observed.members.range(range).map(|(key, member)| (*key, *member)));
             }
         }
+        model.node = observed.node;
         model.backends.clone_from(&observed.backends);
         model.loads.borrow_mut().extend(&situation.loads);
         for (key, session) in &situation.sessions {
@@ -321,6 +350,16 @@ where
             let _ = model.put_flow(&key, flow);
         }
         model
+    }
+
+    /// Whether the source is translated too: for all candidates, or for the only one.
+    fn is_masqueraded(&self, model: &Model, flow: &Flow<A>, reason: Reason, candidates: usize) -> bool {
+        if reason == Reason::Established {
+            return self.situation.is_masqueraded;
+        }
+        let outward = FlowKey::translated(&flow.edit, self.question.protocol, Direction::Outward);
+        let is_for_all = self.frontend.is_some_and(|frontend| frontend.flags & MASQUERADE != 0);
+        model.flow(&outward).is_some() && (is_for_all || candidates == 1)
     }
 
     /// The pin that the packet's flow hangs on.
@@ -412,7 +451,7 @@ where
         &self,
         decided: (&str, Reason),
         reason: Reason,
-        flow: Option<&Flow<A>>,
+        flow: Option<(&Flow<A>, bool)>,
         candidates: &[Candidate<'_>],
     ) -> Vec<Step> {
         let mut steps = vec![Step { step: "packet", finds: self.packet_text() }];
@@ -426,7 +465,10 @@ where
             }
             step("frontend", self.frontend_text());
             if self.frontend.is_some_and(|frontend| frontend.slot_count > 0)
-                && !matches!(decided.1, Reason::Established | Reason::Shadow)
+                && !matches!(
+                    decided.1,
+                    Reason::Established | Reason::Shadow | Reason::NotInRanges | Reason::PortsExhausted
+                )
             {
                 step("session", self.session_text(decided.1));
                 step("selection", self.selection_text(decided.1, candidates));
@@ -438,11 +480,14 @@ where
         if reason != decided.1 {
             finds = format!("{} Otherwise: {finds}", text("pass", reason));
         }
-        if let Some(flow) = flow {
+        if let Some((flow, is_masqueraded)) = flow {
             let _ = match candidates.len() {
                 1 => write!(finds, " The destination becomes {}.", destination(flow)),
                 _ => write!(finds, " The destination becomes that of one candidate."),
             };
+            if is_masqueraded {
+                finds += " The source becomes one of the node, where the packet leaves for the pod.";
+            }
         }
         step("verdict", finds);
         steps
@@ -540,7 +585,7 @@ where
 
 #[cfg(test)]
 mod tests {
-    use affinity_common::abi::{MEMBER_DRAINING, Selection, netns_client};
+    use affinity_common::abi::{MEMBER_DRAINING, RANGES, Selection, netns_client};
 
     use super::*;
     use crate::view::{fixture, ip};
@@ -565,6 +610,7 @@ mod tests {
             in_filter: question.is_frontend::<V4>(catalog),
             sessions: sessions.iter().filter(|(key, _)| keys.contains(key)).copied().collect(),
             flow: None,
+            is_masqueraded: false,
             loads: BTreeMap::new(),
         };
         (question, situation)
@@ -573,6 +619,31 @@ mod tests {
     fn steps(explanation: &Explanation<'_>) -> String {
         let lines = explanation.steps.iter().map(|step| format!("{}: {}", step.step, step.finds));
         lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// What a client outside of the pod networks meets, and what one of them does.
+    #[test]
+    fn an_outsider_has_a_record_and_a_source_of_its_own() {
+        let mut catalog = fixture::catalog();
+        let key = FrontendKey::new(V4([10, 96, 0, 10]), Port::new(80), TCP);
+        let record = catalog.observed.frontends_v4[&key];
+        let (inside, outside) = (record.flags | SPLIT, record.flags | MASQUERADE | RANGES);
+        catalog.observed.frontends_v4.insert(key, Frontend { flags: inside, ..record });
+        catalog.observed.frontends_v4.insert(key.outside(), Frontend { flags: outside, ..record });
+        catalog.observed.ranges_v4.insert(RangeKey::new(PODS, V4([10, 244, 0, 0]), 16));
+        catalog.observed.ranges_v4.insert(RangeKey::new(record.service, V4([192, 0, 2, 0]), 24));
+        let node = (V4([192, 0, 2, 1]), Port::new(1024));
+        (catalog.observed.node.address_v4, catalog.observed.node.port_first) = node;
+        catalog.observed.node.port_count = 9;
+
+        let met = |from: &str| {
+            let (question, situation) = ask(&catalog, from, "10.96.0.10:80", &[]);
+            let explanation = explain(&catalog, &question, &situation);
+            (explanation.verdict, explanation.reason, explanation.masquerade)
+        };
+        assert_eq!(met("10.244.7.7"), ("forward", "created", false));
+        assert_eq!(met("192.0.2.77"), ("forward", "created", true));
+        assert_eq!(met("198.51.100.1"), ("drop", "not-in-ranges", false));
     }
 
     #[test]
@@ -757,8 +828,13 @@ mod tests {
         let to = Endpoint { address: "10.96.0.10".parse().unwrap(), port: 80 };
         let from = ip(netns_client(77, 4));
         let question = Question { from, from_port: None, to, protocol: TCP };
-        let mut situation =
-            Situation::<V6> { in_filter: true, sessions: BTreeMap::new(), flow: None, loads: BTreeMap::new() };
+        let mut situation = Situation::<V6> {
+            in_filter: true,
+            sessions: BTreeMap::new(),
+            flow: None,
+            is_masqueraded: false,
+            loads: BTreeMap::new(),
+        };
         let answer = explain(&catalog, &question, &situation);
         assert_eq!((answer.verdict, answer.reason, answer.candidates.len()), ("forward", "created", 2));
         insta::assert_snapshot!(steps(&answer), @r"
