@@ -6,7 +6,7 @@ use crate::{
         MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
     masquerade,
-    parse::{FIN, Headers, RST, UDP},
+    parse::{ACK, FIN, Headers, RST, SYN, UDP},
     rewrite,
     session::{self, Resolved},
     tables::{Entry, FamilyTables, NotStored},
@@ -65,6 +65,14 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
         frontend.is_some_and(|frontend| frontend.flags & SHADOW == 0)
     };
     if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
+}
+
+/// Whether a reply begins a connection that never asked for the frontend: its ports were those of a flow that has ended,
+/// and whoever opens one anew by a frontend renews that.
+#[inline(always)]
+pub fn is_past<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, flow: &E) -> bool {
+    const ENDED: u8 = FLOW_FIN_CLIENT | FLOW_FIN_SERVER | FLOW_CLOSED;
+    headers.flags & (SYN | ACK | FIN | RST) == SYN | ACK && flow.with(|flow| flow.state) & ENDED != 0
 }
 
 /// Notes that a packet passed: time of last use, the pin's timer where packets restart it, and the connection's end.

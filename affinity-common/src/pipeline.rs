@@ -290,6 +290,10 @@ pub fn from_backend<A: Address, T: FamilyTables<A>>(
     if tables.filter(Direction::Reverse, filter_bit(saddr, sport, protocol))
         && let Some(flow) = tables.flow(&headers.key)
     {
+        if flow::is_past(headers, &flow) {
+            tables.remove_flow(&headers.key);
+            return Outcome::new(Decision::Pass, Reason::NotReply);
+        }
         flow::note_packet(tables, headers, &flow);
         return Outcome::new(Decision::Forward(flow), Reason::Reply);
     }
