@@ -3,4 +3,5 @@
 
 pub mod connect;
 pub mod packet;
+mod spread;
 pub mod sync;

@@ -41,8 +41,7 @@ impl Mode {
 
     /// All rules of one family for these services, as one input for [`Mode::command`].
     pub fn rules(self, family: Family, services: &[Service]) -> String {
-        let ports: Vec<ServicePort> =
-            services.iter().flat_map(|service| ServicePort::all_of(service, family)).collect();
+        let ports = ServicePort::all_of(services, family);
         match self {
             Self::Iptables => iptables::rules(family, &ports),
             Self::Nftables => nftables::rules(family, &ports),

@@ -34,6 +34,16 @@ impl Hook {
     }
 }
 
+/// Makes tests of stories: functions that take a [`Hook`] and return a result. Each is a test of its own for each hook.
+#[macro_export]
+macro_rules! on_every_hook {
+    ($($story:ident),* $(,)?) => {
+        mod xdp_native { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::story::Hook::XdpNative) })* }
+        mod xdp_generic { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::story::Hook::XdpGeneric) })* }
+        mod tc { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::story::Hook::Tc) })* }
+    };
+}
+
 /// One way for clients to reach a service.
 #[derive(Clone, Copy, Debug)]
 pub struct Route {

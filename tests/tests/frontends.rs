@@ -11,6 +11,7 @@ use std::time::Duration;
 use affinity_tests::lab::{
     EndpointState, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
 };
+use affinity_tests::on_every_hook;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
@@ -20,15 +21,6 @@ const CONFIRMATIONS: usize = 15;
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 /// Where load balancers ask.
 const HEALTH_PORT: u16 = 32_000;
-
-/// One test for each story and hook.
-macro_rules! on_every_hook {
-    ($($story:ident),* $(,)?) => {
-        mod xdp_native { $(#[test] fn $story() -> anyhow::Result<()> { super::$story(super::Hook::XdpNative) })* }
-        mod xdp_generic { $(#[test] fn $story() -> anyhow::Result<()> { super::$story(super::Hook::XdpGeneric) })* }
-        mod tc { $(#[test] fn $story() -> anyhow::Result<()> { super::$story(super::Hook::Tc) })* }
-    };
-}
 
 on_every_hook! {
     ten_dials_reach_one_backend,

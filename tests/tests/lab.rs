@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use affinity_tests::lab::{Capture, Connection, Direction, Family, Lab, Options, Protocol, Service, WIRE, eventually};
+use affinity_tests::on_every_hook;
 use affinity_tests::packet::{Verified, verify_checksums};
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use anyhow::{Context, Result, ensure};
@@ -18,15 +19,6 @@ const CONFIRMATIONS: usize = 15;
 const AT_ONCE: Duration = Duration::from_millis(900);
 /// How long a change of the YAML may take until new connections meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
-
-/// One test for each story and hook.
-macro_rules! on_every_hook {
-    ($($story:ident),* $(,)?) => {
-        mod xdp_native { $(#[test] fn $story() -> anyhow::Result<()> { super::$story(super::Hook::XdpNative) })* }
-        mod xdp_generic { $(#[test] fn $story() -> anyhow::Result<()> { super::$story(super::Hook::XdpGeneric) })* }
-        mod tc { $(#[test] fn $story() -> anyhow::Result<()> { super::$story(super::Hook::Tc) })* }
-    };
-}
 
 on_every_hook! {
     ten_dials_reach_one_backend,

@@ -10,8 +10,8 @@ use crate::lab::{Family, Policy};
 /// The input for `iptables-restore`.
 pub(super) fn rules(family: Family, ports: &[ServicePort]) -> String {
     let mut text = Text::of(family);
-    for (number, port) in ports.iter().enumerate() {
-        let chains = Chains { number, port };
+    for port in ports {
+        let chains = Chains(port);
         chains.capture(&mut text);
         chains.internal(&mut text);
         if port.has_endpoints() && port.is_external() {
@@ -57,43 +57,40 @@ impl Text {
 }
 
 /// The chains of one service port.
-struct Chains<'a> {
-    number: usize,
-    port: &'a ServicePort,
-}
+struct Chains<'a>(&'a ServicePort);
 
 impl Chains<'_> {
     fn of_policy(&self, policy: Policy) -> String {
         match policy {
-            Policy::Cluster => format!("KUBE-SVC-{:016}", self.number),
-            Policy::Local => format!("KUBE-SVL-{:016}", self.number),
+            Policy::Cluster => format!("KUBE-SVC-{:016}", self.0.number),
+            Policy::Local => format!("KUBE-SVL-{:016}", self.0.number),
         }
     }
 
     fn of_external(&self) -> String {
-        format!("KUBE-EXT-{:016}", self.number)
+        format!("KUBE-EXT-{:016}", self.0.number)
     }
 
     fn of_firewall(&self) -> String {
-        format!("KUBE-FW-{:016}", self.number)
+        format!("KUBE-FW-{:016}", self.0.number)
     }
 
     fn of_endpoint(&self, endpoint: usize) -> String {
-        format!("KUBE-SEP-{:08}{endpoint:08}", self.number)
+        format!("KUBE-SEP-{:08}{endpoint:08}", self.0.number)
     }
 
     fn comment(&self) -> String {
-        format!("-m comment --comment \"{}\"", self.port.name)
+        format!("-m comment --comment \"{}\"", self.0.name)
     }
 
     fn matches(&self, address: IpAddr) -> String {
-        let ServicePort { protocol, port, .. } = self.port;
+        let ServicePort { protocol, port, .. } = self.0;
         format!("-d {address} -p {protocol} -m {protocol} --dport {port}")
     }
 
     /// Sends what is for a frontend to a chain of the service, or refuses it.
     fn capture(&self, text: &mut Text) {
-        let (port, comment) = (self.port, self.comment());
+        let (port, comment) = (self.0, self.comment());
         let mut send = |to: IpAddr, chain: &str| {
             let _ = writeln!(text.services, "-A KUBE-SERVICES {comment} {} -j {chain}", self.matches(to));
         };
@@ -106,7 +103,7 @@ impl Chains<'_> {
             port.load_balancer.iter().for_each(|to| send(*to, &firewall));
         }
         let node_port = |port: u16| {
-            let protocol = self.port.protocol;
+            let protocol = self.0.protocol;
             format!("{comment} -p {protocol} -m {protocol} --dport {port}")
         };
         if let Some(number) = port.node_port.filter(|_| port.has_endpoints()) {
@@ -128,8 +125,8 @@ impl Chains<'_> {
 
     /// What comes from outside the pod networks to the ClusterIP may have to leave the node again: masqueraded.
     fn internal(&self, text: &mut Text) {
-        if self.port.refusal(self.port.internal).is_none() {
-            let (chain, to) = (self.of_policy(self.port.internal), self.matches(self.port.cluster_ip));
+        if self.0.refusal(self.0.internal).is_none() {
+            let (chain, to) = (self.of_policy(self.0.internal), self.matches(self.0.cluster_ip));
             let _ = writeln!(text.details, "-A {chain} {to} ! -s {} -j KUBE-MARK-MASQ", text.family.pods());
         }
     }
@@ -137,7 +134,7 @@ impl Chains<'_> {
     fn external(&self, text: &mut Text) {
         let (chain, cluster) = (self.of_external(), self.of_policy(Policy::Cluster));
         let _ = writeln!(text.chains, ":{chain} - [0:0]");
-        match self.port.external {
+        match self.0.external {
             Policy::Cluster => {
                 let _ = writeln!(text.details, "-A {chain} -j KUBE-MARK-MASQ");
             }
@@ -150,17 +147,17 @@ impl Chains<'_> {
                 );
             }
         }
-        if self.port.refusal(self.port.external).is_none() {
-            let _ = writeln!(text.details, "-A {chain} -j {}", self.of_policy(self.port.external));
+        if self.0.refusal(self.0.external).is_none() {
+            let _ = writeln!(text.details, "-A {chain} -j {}", self.of_policy(self.0.external));
         }
     }
 
     /// What is not in the source ranges is not translated, and dropped by the filter.
     fn firewall(&self, text: &mut Text) {
-        let Some(to) = self.port.load_balancer.filter(|_| !self.port.source_ranges.is_empty()) else { return };
+        let Some(to) = self.0.load_balancer.filter(|_| !self.0.source_ranges.is_empty()) else { return };
         let chain = self.of_firewall();
         let _ = writeln!(text.chains, ":{chain} - [0:0]");
-        for range in &self.port.source_ranges {
+        for range in &self.0.source_ranges {
             let _ = writeln!(text.details, "-A {chain} -s {range} -j {}", self.of_external());
         }
         let what = format!("{} {}", self.comment(), self.matches(to));
@@ -169,9 +166,9 @@ impl Chains<'_> {
 
     /// One rule for each endpoint's list of recent clients, then the dice.
     fn service(&self, policy: Policy, text: &mut Text) {
-        let (chain, pool) = (self.of_policy(policy), self.port.pool(policy));
+        let (chain, pool) = (self.of_policy(policy), self.0.pool(policy));
         let _ = writeln!(text.chains, ":{chain} - [0:0]");
-        if let Some(timeout_s) = self.port.affinity_timeout_s {
+        if let Some(timeout_s) = self.0.affinity_timeout_s {
             for endpoint in pool.iter().map(|endpoint| self.of_endpoint(*endpoint)) {
                 let _ = writeln!(
                     text.details,
@@ -189,18 +186,16 @@ impl Chains<'_> {
     }
 
     fn endpoints(&self, text: &mut Text) {
-        let is_used = |endpoint| self.port.policies().iter().any(|policy| self.port.pool(*policy).contains(&endpoint));
-        let used = self.port.endpoints.iter().enumerate().filter(|(index, _)| is_used(*index));
-        for (index, endpoint) in used {
+        for (index, endpoint) in self.0.used_endpoints() {
             let chain = self.of_endpoint(index);
             let _ = writeln!(text.chains, ":{chain} - [0:0]");
             // What comes back to where it was sent from would never meet the node again.
             let _ = writeln!(text.details, "-A {chain} -s {} -j KUBE-MARK-MASQ", endpoint.ip());
-            let set = match self.port.affinity_timeout_s {
+            let set = match self.0.affinity_timeout_s {
                 Some(_) => format!("-m recent --name {chain} --set "),
                 None => String::new(),
             };
-            let protocol = self.port.protocol;
+            let protocol = self.0.protocol;
             let _ = writeln!(text.details, "-A {chain} {set}-p {protocol} -j DNAT --to-destination {endpoint}");
         }
     }

@@ -10,8 +10,8 @@ use crate::lab::{Family, Policy};
 /// The input for `nft -f`.
 pub(super) fn rules(family: Family, ports: &[ServicePort]) -> String {
     let mut text = Text::of(family);
-    for (number, port) in ports.iter().enumerate() {
-        let chains = Chains { number, port };
+    for port in ports {
+        let chains = Chains(port);
         chains.capture(&mut text);
         if port.has_endpoints() && port.is_external() {
             chains.external(&mut text);
@@ -84,34 +84,31 @@ impl Text {
 }
 
 /// The chains of one service port.
-struct Chains<'a> {
-    number: usize,
-    port: &'a ServicePort,
-}
+struct Chains<'a>(&'a ServicePort);
 
 impl Chains<'_> {
     fn of_policy(&self, policy: Policy) -> String {
         match policy {
-            Policy::Cluster => format!("service-{}", self.number),
-            Policy::Local => format!("local-{}", self.number),
+            Policy::Cluster => format!("service-{}", self.0.number),
+            Policy::Local => format!("local-{}", self.0.number),
         }
     }
 
     /// An element of a map of addresses.
     fn entry(&self, address: IpAddr, verdict: &str) -> String {
-        let ServicePort { name, protocol, port, .. } = self.port;
+        let ServicePort { name, protocol, port, .. } = self.0;
         format!("{address} . {protocol} . {port} comment \"{name}\" : {verdict}")
     }
 
     /// An element of a map of node ports.
     fn port_entry(&self, node_port: u16, verdict: &str) -> String {
-        let ServicePort { name, protocol, .. } = self.port;
+        let ServicePort { name, protocol, .. } = self.0;
         format!("{protocol} . {node_port} comment \"{name}\" : {verdict}")
     }
 
     /// Sends what is for a frontend to a chain of the service, or refuses it.
     fn capture(&self, text: &mut Text) {
-        let port = self.port;
+        let port = self.0;
         text.cluster_ips.push(port.cluster_ip.to_string());
         match port.refusal(port.internal) {
             Some(refusal) => text.refused.push(self.entry(port.cluster_ip, verdict_of(refusal))),
@@ -121,7 +118,7 @@ impl Chains<'_> {
             }
         }
         if port.has_endpoints() {
-            let chain = format!("goto external-{}", self.number);
+            let chain = format!("goto external-{}", self.0.number);
             text.service_ips.extend(port.external_addresses().map(|to| self.entry(to, &chain)));
             text.node_ports.extend(port.node_port.map(|number| self.port_entry(number, &chain)));
         }
@@ -135,8 +132,8 @@ impl Chains<'_> {
     fn external(&self, text: &mut Text) {
         let Text { ip, pods, chains, .. } = text;
         let cluster = self.of_policy(Policy::Cluster);
-        let _ = writeln!(chains, "chain external-{} {{", self.number);
-        let _ = match self.port.external {
+        let _ = writeln!(chains, "chain external-{} {{", self.0.number);
+        let _ = match self.0.external {
             Policy::Cluster => writeln!(chains, " jump mark-for-masquerade"),
             Policy::Local => writeln!(
                 chains,
@@ -144,37 +141,37 @@ impl Chains<'_> {
                  fib saddr type local goto {cluster}"
             ),
         };
-        if self.port.refusal(self.port.external).is_none() {
-            let _ = writeln!(chains, " goto {}", self.of_policy(self.port.external));
+        if self.0.refusal(self.0.external).is_none() {
+            let _ = writeln!(chains, " goto {}", self.of_policy(self.0.external));
         }
         let _ = writeln!(chains, "}}");
     }
 
     /// What is not in the source ranges is dropped before it is translated.
     fn firewall(&self, text: &mut Text) {
-        let Some(to) = self.port.load_balancer.filter(|_| !self.port.source_ranges.is_empty()) else { return };
-        let ranges = self.port.source_ranges.join(", ");
+        let Some(to) = self.0.load_balancer.filter(|_| !self.0.source_ranges.is_empty()) else { return };
+        let ranges = self.0.source_ranges.join(", ");
         let _ =
-            writeln!(text.chains, "chain firewall-{} {{\n {} saddr != {{ {ranges} }} drop\n}}", self.number, text.ip);
-        text.firewalls.push(self.entry(to, &format!("goto firewall-{}", self.number)));
+            writeln!(text.chains, "chain firewall-{} {{\n {} saddr != {{ {ranges} }} drop\n}}", self.0.number, text.ip);
+        text.firewalls.push(self.entry(to, &format!("goto firewall-{}", self.0.number)));
     }
 
     /// Without affinity one rule that chooses and translates. With it, each endpoint's set of clients, then the dice.
     fn service(&self, policy: Policy, text: &mut Text) {
-        let ServicePort { protocol, cluster_ip, port, endpoints, affinity_timeout_s, .. } = self.port;
+        let ServicePort { protocol, cluster_ip, port, endpoints, affinity_timeout_s, .. } = self.0;
         let Text { ip, pods, chains, hairpins, .. } = text;
-        let pool = self.port.pool(policy);
+        let pool = self.0.pool(policy);
         let _ = writeln!(chains, "chain {} {{", self.of_policy(policy));
-        if self.port.internal == policy {
+        if self.0.internal == policy {
             let to = format!("{ip} daddr {cluster_ip} {protocol} dport {port}");
             let _ = writeln!(chains, " {to} {ip} saddr != {pods} jump mark-for-masquerade");
         }
         if affinity_timeout_s.is_some() {
             for endpoint in pool {
-                let id = format!("{}-{endpoint}", self.number);
+                let id = format!("{}-{endpoint}", self.0.number);
                 let _ = writeln!(chains, " {ip} saddr @affinity-{id} goto endpoint-{id}");
             }
-            let goto = |(index, endpoint)| format!("{index} : goto endpoint-{}-{endpoint}", self.number);
+            let goto = |(index, endpoint)| format!("{index} : goto endpoint-{}-{endpoint}", self.0.number);
             let goto: Vec<String> = pool.iter().enumerate().map(goto).collect();
             let _ = writeln!(chains, " numgen random mod {} vmap {{ {} }}\n}}", pool.len(), goto.join(", "));
             return;
@@ -192,11 +189,10 @@ impl Chains<'_> {
 
     /// With affinity, a chain for each endpoint, which remembers the client.
     fn endpoints(&self, text: &mut Text) {
-        let Some(timeout_s) = self.port.affinity_timeout_s else { return };
+        let Some(timeout_s) = self.0.affinity_timeout_s else { return };
         let Text { ip, address, chains, .. } = text;
-        let is_used = |endpoint| self.port.policies().iter().any(|policy| self.port.pool(*policy).contains(&endpoint));
-        for (index, endpoint) in self.port.endpoints.iter().enumerate().filter(|(index, _)| is_used(*index)) {
-            let (id, protocol) = (format!("{}-{index}", self.number), self.port.protocol);
+        for (index, endpoint) in self.0.used_endpoints() {
+            let (id, protocol) = (format!("{}-{index}", self.0.number), self.0.protocol);
             let _ = writeln!(
                 chains,
                 "set affinity-{id} {{ type {address}; flags dynamic,timeout; timeout {timeout_s}s; }}\n\

@@ -6,6 +6,8 @@ use crate::lab::{EndpointState, FIRST_OF_B, Family, Policy, Protocol, Service};
 
 /// One port of a service in one family, as both rule sets want it.
 pub(super) struct ServicePort {
+    /// Its place among all ports of the family: what its chains are named by.
+    pub(super) number: usize,
     /// `ns/name:port`, as in kube-proxy's comments and hashes.
     pub(super) name: String,
     pub(super) protocol: &'static str,
@@ -37,7 +39,14 @@ pub(super) enum Refusal {
 }
 
 impl ServicePort {
-    pub(super) fn all_of(service: &Service, family: Family) -> Vec<Self> {
+    /// Every port of these services.
+    pub(super) fn all_of(services: &[Service], family: Family) -> Vec<Self> {
+        let mut ports: Vec<Self> = services.iter().flat_map(|service| Self::of_service(service, family)).collect();
+        ports.iter_mut().enumerate().for_each(|(number, port)| port.number = number);
+        ports
+    }
+
+    fn of_service(service: &Service, family: Family) -> Vec<Self> {
         let listed: Vec<(usize, EndpointState)> = service.endpoints().collect();
         let cluster = usable(&listed, |_| true);
         let local = usable(&listed, |pod| pod < FIRST_OF_B);
@@ -46,6 +55,7 @@ impl ServicePort {
         pods.dedup();
         let indices = |of: &[usize]| of.iter().filter_map(|pod| pods.binary_search(pod).ok()).collect();
         let port = |port: crate::lab::ServicePort| Self {
+            number: 0,
             name: format!("{}:{}", service.full_name(), port.name),
             protocol: match port.protocol {
                 Protocol::Tcp => "tcp",
@@ -92,6 +102,13 @@ impl ServicePort {
             Policy::Local => self.internal == policy || (self.is_external() && self.external == policy),
         };
         Policy::BOTH.into_iter().filter(|policy| is_used(*policy) && !self.pool(*policy).is_empty()).collect()
+    }
+
+    /// The endpoints that a chain may lead to, with their indices.
+    pub(super) fn used_endpoints(&self) -> impl Iterator<Item = (usize, SocketAddr)> {
+        let policies = self.policies();
+        let is_used = move |index: &usize| policies.iter().any(|policy| self.pool(*policy).contains(index));
+        (0..self.endpoints.len()).filter(is_used).map(|index| (index, self.endpoints[index]))
     }
 
     /// What to do with a packet for which this policy has no endpoint; None: it has.

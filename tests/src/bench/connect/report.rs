@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{Measure, Way, size::Size};
+use crate::bench::spread::Spread;
 
 /// How it was measured.
 #[derive(Clone, Copy, Serialize)]
@@ -45,20 +46,6 @@ struct Row {
     per_second: Spread,
     /// Multiple of plain routing, round by round.
     ratio: Spread,
-}
-
-#[derive(Serialize, Clone, Copy)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        Self { median: values[values.len() / 2], min: values[0], max: values[values.len() - 1] }
-    }
 }
 
 impl Report {

@@ -9,6 +9,7 @@ use super::{
     course::{CASES, Case},
     rig::{Family, Hook},
 };
+use crate::bench::spread::Spread;
 
 /// Nanoseconds per packet of every round, by hook, family and case.
 #[derive(Default)]
@@ -28,20 +29,6 @@ struct Row {
     limit: &'static str,
     /// Multiple of the limit, round by round.
     ratio: Spread,
-}
-
-#[derive(Serialize, Clone, Copy)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        Self { median: values[values.len() / 2], min: values[0], max: values[values.len() - 1] }
-    }
 }
 
 impl Report {
