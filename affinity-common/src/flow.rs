@@ -34,10 +34,12 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     let is_datagram = headers.key.protocol == UDP;
     let (pool, backend, generation, state) = flow.with(|flow| (flow.pool, flow.backend, flow.generation, flow.state));
     let lives = if is_datagram {
-        // A datagram has no connection to lose: it goes where new ones would be allowed to go.
-        tables
-            .member(&MemberKey { pool, backend })
-            .is_some_and(|member| member.generation == generation && member.state == MEMBER_READY)
+        // A datagram has no connection to lose: it goes where new ones would be allowed to go, and to the port that is
+        // served there now.
+        let port = flow.with(|flow| flow.edit.dport);
+        tables.member(&MemberKey { pool, backend }).is_some_and(|member| {
+            member.generation == generation && member.state == MEMBER_READY && member.port == port
+        })
     } else {
         tables.backend(backend).is_some_and(|backend| backend.generation == generation)
     };

@@ -192,12 +192,14 @@ fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &P
     (entry.with(peer_of) == *peer).then(|| entry.with(frontend_of))
 }
 
-/// A datagram has no connection to lose: it goes where new ones would be allowed to go.
+/// A datagram has no connection to lose: it goes where new ones would be allowed to go, and to the port that is served
+/// there now.
 #[inline(always)]
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let (pool, backend, generation) = entry.with(|socket| (socket.pool, socket.backend, socket.generation));
+    let port = entry.with(|socket| socket.peer_port);
     let member = tables.member(&MemberKey { pool, backend });
-    member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY)
+    member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY && member.port == port)
 }
 
 #[inline(always)]

@@ -2,8 +2,8 @@
 //!
 //! A socket that was sent to a backend speaks to it for as long as it lives, and no packet of it meets a program. So when
 //! a backend goes, the agent asks the kernel to end the sockets that speak to it (`SOCK_DESTROY`): of TCP, and of UDP
-//! where they are connected. UDP follows its pool too: a backend that is merely not ready any more loses its connected
-//! sockets, while TCP goes on with one that is draining. Sockets that are not connected need none of this: their next
+//! where they are connected. UDP follows its pool too: a backend that is merely not ready any more, or serves another port,
+//! loses its connected sockets, while TCP goes on with one that is draining. Sockets that are not connected need none of this: their next
 //! datagram selects anew.
 //!
 //! Only sockets that the programs have noted are ended, each told by its cookie and by whom it speaks to. They are looked
@@ -70,7 +70,7 @@ impl Closer {
         Ok(closer)
     }
 
-    /// Backends have gone, or are no longer ready.
+    /// Backends have gone, are no longer ready, or serve another port.
     pub fn backends_left(&self) {
         // Where the thread has ended it has said why.
         let _ = self.0.send(());
@@ -135,7 +135,10 @@ fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool
         return store.is_alive(backend, generation);
     }
     let member = store.members.get(&MemberKey { pool, backend })?;
-    Ok(member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY))
+    Ok(member.is_some_and(|member| {
+        let is_there = member.generation == generation && member.port == socket.peer_port;
+        is_there && member.state == MEMBER_READY
+    }))
 }
 
 /// Closes those of the calling thread's namespace, and returns their cookies.

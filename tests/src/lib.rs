@@ -7,6 +7,7 @@
 //! * [`lab`] brings up clients, a node or two and pods, and runs the `affinity` command on the first node.
 //! * [`kubeproxy`] writes the rules that kube-proxy would write for the same services, for comparison.
 //! * [`proxy`] puts services into effect in a lab of two nodes, by those rules or by `affinity`.
+//! * [`callers`] are clients of every kind in such a lab: outside, in pods, on the node.
 //! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
 //! * [`packet`] builds frames, and checks the checksums of any frame.
 //! * [`kernel`] runs frames through the kernel programs and the model, from the same state.
@@ -16,6 +17,7 @@
 
 pub mod apiserver;
 pub mod bench;
+pub mod callers;
 pub mod dice;
 pub mod kernel;
 pub mod kubeproxy;

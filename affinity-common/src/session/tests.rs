@@ -401,6 +401,20 @@ fn datagrams_of_a_known_client_go_to_another_pod_at_once() {
 }
 
 #[test]
+fn datagrams_follow_a_changed_target_port_and_connections_do_not() {
+    let mut cluster = Cluster::new(|_| {});
+    cluster.publish(WEB, UDP, 1, 0..PODS, &|_| {});
+    let port_of = |cluster: &Cluster, shape: &Shape| {
+        let mut frame = shape.frame(&Ends { from: (CLIENT, 1), to: WEB });
+        assert_eq!(pipeline::forward(&mut frame, &cluster.0), Verdict::Forward);
+        u16::from_be_bytes([frame[36], frame[37]])
+    };
+    assert_eq!([Shape::tcp(SYN), Shape::udp()].map(|shape| port_of(&cluster, &shape)), [POD_PORT; 2]);
+    cluster.0.members.values_mut().for_each(|member| member.port = Port::new(POD_PORT + 1));
+    assert_eq!([Shape::tcp(ACK), Shape::udp()].map(|shape| port_of(&cluster, &shape)), [POD_PORT, POD_PORT + 1]);
+}
+
+#[test]
 fn consistent_gives_a_pod_that_returns_its_clients_back() {
     let mut cluster = Cluster::new(|frontend| frontend.select = Selection::Consistent as u8);
     let before: Vec<u32> = (0..100).map(|number| cluster.connect(client(number), 1)).collect();

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, mem, sync::Arc, time::Instant};
 
-use affinity_common::abi::{MEMBER_READY, NameKey, NameKind};
+use affinity_common::abi::{MEMBER_READY, Member, NameKey, NameKind};
 use tracing::{debug, info};
 
 use super::problems::Problems;
@@ -12,7 +12,7 @@ use crate::{
     metrics::Vitals,
     plan::Ledger,
     source::{Problem, Snapshot},
-    store::{Op, Store, StoreError, kernel::KernelStore},
+    store::{Observed, Op, Store, StoreError, kernel::KernelStore},
     sweep::{FilterPlans, Met},
 };
 
@@ -48,15 +48,18 @@ enum Due {
 pub(super) struct Published {
     /// Steps taken.
     pub(super) steps: usize,
-    /// Whether backends went, or are no longer ready somewhere.
+    /// Whether backends went, or are somewhere no longer ready or at another port.
     pub(super) left: bool,
 }
 
-/// Whether connections may have lost their backend by a step.
-const fn takes_away(step: &Op) -> bool {
+/// Whether connections lose their backend by a step from this state on.
+fn takes_away(step: &Op, observed: &Observed) -> bool {
     match step {
         Op::PutBackend(_, backend) => backend.generation.is_multiple_of(2),
-        Op::PutMember(_, member) => member.state != MEMBER_READY,
+        Op::PutMember(key, member) => {
+            let moves = |before: &Member| before.port != member.port;
+            member.state != MEMBER_READY || observed.members.get(key).is_some_and(moves)
+        }
         Op::RemoveMember(_) => true,
         Op::PutName(..)
         | Op::RemoveName(_)
@@ -158,8 +161,8 @@ impl Publisher {
             for step in &steps {
                 debug!(?step, "apply");
                 self.store.apply(step)?;
+                published.left |= takes_away(step, ledger.observed());
                 ledger.apply(step);
-                published.left |= takes_away(step);
             }
             published.steps += steps.len();
             if is_last {

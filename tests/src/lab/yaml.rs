@@ -329,12 +329,12 @@ impl Service {
 
     /// The YAML: one document for the Service, and one for each family's EndpointSlice.
     pub fn to_yaml(&self) -> String {
-        let mut yaml = self.service_yaml();
-        for family in Family::BOTH {
-            yaml += "---\n";
-            yaml += &self.slice_yaml(family);
-        }
-        yaml
+        self.service_yaml() + &self.slices_yaml("slice")
+    }
+
+    /// The EndpointSlices alone, one document for each family, with this in their names: a service may have others beside.
+    pub fn slices_yaml(&self, name: &str) -> String {
+        Family::BOTH.iter().map(|family| format!("---\n{}", self.slice_yaml(name, *family))).collect()
     }
 
     fn service_yaml(&self) -> String {
@@ -372,11 +372,11 @@ impl Service {
         )
     }
 
-    fn slice_yaml(&self, family: Family) -> String {
+    fn slice_yaml(&self, slice: &str, family: Family) -> String {
         let name = &self.name;
         let suffix = if family == Family::V4 { "v4" } else { "v6" };
         let mut yaml = format!(
-            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-{suffix}\n  \
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-{slice}-{suffix}\n  \
              namespace: default\n  labels:\n    kubernetes.io/service-name: {name}\naddressType: {family}\n"
         );
         yaml += if self.ports.is_empty() { "ports: []\n" } else { "ports:\n" };
