@@ -303,7 +303,7 @@ assert_no_padding!(
     NameKey: 4 + 4,
     Name: 2 + 318,
     Status: 8 + 8 + 4 + 4,
-    Config: 6 * 8,
+    Config: 7 * 8,
 );
 
 #[cfg(test)]

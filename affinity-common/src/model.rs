@@ -146,6 +146,8 @@ pub struct Model {
     pub ranges_v6: BTreeSet<RangeKey<V6>>,
     /// What masquerading uses.
     pub node: Node,
+    /// The cookie of the node's network namespace.
+    pub node_netns: u64,
     /// Bits set in the filter, by part.
     pub filter: RefCell<BTreeSet<(Direction, u32)>>,
     /// Slots in use.
@@ -193,6 +195,7 @@ impl Model {
             ranges_v4: BTreeSet::new(),
             ranges_v6: BTreeSet::new(),
             node: Node::default(),
+            node_netns: 0,
             filter: RefCell::default(),
             slots: BTreeMap::new(),
             members: BTreeMap::new(),
@@ -350,6 +353,10 @@ family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, fragments_v4);
 family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, fragments_v6);
 
 impl SocketTables for Model {
+    fn node_netns(&self) -> u64 {
+        self.node_netns
+    }
+
     fn socket(&self, key: &SocketKey) -> Option<Shared<Socket>> {
         self.sockets.borrow_mut().touch(key).map(Shared)
     }

@@ -68,6 +68,16 @@ impl Peer {
         u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 && [i, j, k, l] == [0, 0, 0xff, 0xff]
     }
 
+    /// Whether it is the namespace itself, which is the node for the node's processes alone.
+    #[inline(always)]
+    fn is_loopback(&self) -> bool {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.address.0;
+        if self.is_ipv4() {
+            return m == 127;
+        }
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 && [i, j, k, l, m, n, o, p] == [0, 0, 0, 0, 0, 0, 0, 1]
+    }
+
     /// Whether the filter knows it: as a frontend, or as a member.
     #[inline(always)]
     fn may_be<T: Tables>(&self, tables: &T, direction: Direction, protocol: u8) -> bool {
@@ -236,7 +246,8 @@ fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>,
 /// A new connection, or the first datagram to a frontend: finds the member and remembers it.
 #[inline(always)]
 fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRole) -> Answer {
-    let Some(frontend) = to.frontend(tables, caller.protocol) else {
+    let frontend = to.frontend(tables, caller.protocol);
+    let Some(frontend) = frontend.filter(|_| !to.is_loopback() || caller.netns == tables.node_netns()) else {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
     };
     if frontend.flags & RANGES != 0 {

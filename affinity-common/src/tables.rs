@@ -113,6 +113,8 @@ pub trait FamilyTables<A: Address>: Tables {
 
 /// The table of sockets, and all that a socket's call consults.
 pub trait SocketTables: FamilyTables<V4> + FamilyTables<V6> {
+    /// The cookie of the node's network namespace.
+    fn node_netns(&self) -> u64;
     /// A socket's entry.
     fn socket(&self, key: &SocketKey) -> Option<Self::Entry<Socket>>;
     /// Stores an entry, in place of any under its key.

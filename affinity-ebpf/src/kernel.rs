@@ -64,6 +64,7 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
     tick_ns: 0,
     tick_base: 0,
     refuse_errno: 0,
+    node_netns: 0,
     fixed_now_ns: 0,
     fixed_random: 0,
 });

@@ -235,6 +235,11 @@ family!(V6, FRONTENDS_V6, RANGES_V6, SESSIONS_V6, FLOWS_V6, FRAGMENTS_V6, DRAFTS
 
 impl SocketTables for Maps {
     #[inline(always)]
+    fn node_netns(&self) -> u64 {
+        config(offset_of!(Config, node_netns))
+    }
+
+    #[inline(always)]
     fn socket(&self, key: &SocketKey) -> Option<MapValue<Socket>> {
         SOCKETS.get_ptr_mut(key).map(MapValue::new)
     }

@@ -37,6 +37,7 @@ pub use self::{
 };
 use crate::{
     attach::{self, AttachError},
+    netns,
     objects::PROGRAMS,
     sys::{self, Map, MapInfo, SysError},
 };
@@ -245,7 +246,10 @@ fn load_beside(
     let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
     let Ticks { tick_ns, tick_base } = ticks;
     let refuse_errno = refuse_errno();
-    let config = Config { magic: CONFIG_MAGIC, tick_ns, tick_base, refuse_errno, fixed_now_ns, fixed_random };
+    // Without it the node has no node ports on loopback; everything else is as ever.
+    let node_netns = netns::Namespace::own().and_then(|own| own.cookie()).unwrap_or(0);
+    let config =
+        Config { magic: CONFIG_MAGIC, tick_ns, tick_base, refuse_errno, node_netns, fixed_now_ns, fixed_random };
     let log_level = options.log_level.map_or(0, |level| level as u8);
 
     let mut loader = EbpfLoader::new();

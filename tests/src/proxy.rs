@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::kubeproxy::Mode;
 use crate::lab::{
@@ -115,6 +115,14 @@ impl Scene {
     /// When it does not start.
     pub fn process_on_node(&self, program: &str) -> Result<SocketProcess> {
         self.cgroup.start(program, self.lab.node())
+    }
+
+    /// The same in a pod.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn process_in_pod(&self, pod: usize, program: &str) -> Result<SocketProcess> {
+        self.cgroup.start(program, self.lab.pod(pod).namespace().context("it lives")?)
     }
 }
 

@@ -17,6 +17,8 @@ pub struct Config {
     pub tick_base: u64,
     /// The error number that a socket is refused with where nobody is there; zero: the kernel's own, `EPERM`.
     pub refuse_errno: u64,
+    /// The cookie of the node's network namespace, whose loopback has node ports. Zero: none has.
+    pub node_netns: u64,
     /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,
     /// For tests: the random number that the programs draw, where `fixed_now_ns` is not zero.

@@ -172,6 +172,24 @@ fn what_is_no_frontend_is_left_alone() {
 }
 
 #[test]
+fn a_node_port_on_loopback_is_for_the_nodes_processes_alone() {
+    let mut node = Node::new(|_| {});
+    node.0.node_netns = NODE;
+    let loopback =
+        [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]];
+    for (address, like) in loopback.into_iter().zip([WEB_V4, WEB_V6]) {
+        let to = Peer { address: V6(address), port: Port::new(30_080) };
+        let frontend = *like.frontend(&node.0, UDP).unwrap();
+        node.publish(to, UDP, frontend);
+        let of_pod = Caller { netns: NODE + 1, ..udp(1) };
+        assert_ne!(node.send(&udp(2), &to), to);
+        assert_eq!(send(&node.0, &of_pod, &to), Answer::Leave);
+        assert_ne!(redirected(send(&node.0, &of_pod, &like)), like, "the pod is served where it asks for the service");
+    }
+    assert_eq!(node.count(Reason::NotFrontend), 2);
+}
+
+#[test]
 fn shadow_mode_leaves_the_decision_to_the_packets() {
     let node = Node::new(|frontend| frontend.flags |= SHADOW);
     assert_eq!(connect(&node.0, &tcp(1), &WEB_V4), Answer::Leave);
