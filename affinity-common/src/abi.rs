@@ -27,7 +27,8 @@ pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member,
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
 pub use flow::{
-    Direction, Draft, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, FragmentKey,
+    Direction, Draft, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_REMOTE, FLOW_SHADOW, Flow, FlowKey,
+    FragmentKey,
 };
 pub use frontend::{
     AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, Node, OUTSIDE, PODS,

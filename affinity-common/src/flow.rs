@@ -2,8 +2,8 @@
 
 use crate::{
     abi::{
-        Address, Draft, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, Frontend, FrontendKey,
-        MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
+        Address, BACKEND_LOCAL, Draft, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_REMOTE, FLOW_SHADOW, Flow,
+        Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
     masquerade,
     parse::{ACK, FIN, Headers, RST, SYN, UDP},
@@ -191,6 +191,7 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
     let stored = tables.draft(|draft| {
         (draft.flow.created_ns, draft.flow.edit.daddr) = (now_ns, A::from_mapped(backend.address));
+        draft.flow.flags = if backend.flags & BACKEND_LOCAL == 0 { FLOW_REMOTE } else { 0 };
         draft_flow(draft, headers, frontend, resolved);
         if !is_shadow {
             masquerade::claim_replies(tables, key, draft)?;
@@ -206,7 +207,8 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     stored.unwrap_or(Err(Reason::Inconsistent))
 }
 
-/// Drafts the record of a flow, given when it begins and the pod's address. Apart, because what it needs of the stack is free again when the flow is stored.
+/// Drafts the record of a flow, given when it begins, and the pod's address and whether it is on this node. Apart, because
+/// what it needs of the stack is free again when the flow is stored.
 #[inline(never)]
 fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: &Frontend, resolved: &Resolved) {
     let Headers { key, flags, .. } = headers;
@@ -227,6 +229,6 @@ fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: 
         state: if flags & (FIN | RST) != 0 { after_end(state, headers) } else { state },
         timer: frontend.timer,
         prefix: frontend.prefix,
-        pad: 0,
+        flags: draft.flow.flags,
     };
 }

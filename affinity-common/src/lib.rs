@@ -14,6 +14,7 @@ pub mod masquerade;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod names;
+pub mod onward;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;

@@ -54,8 +54,13 @@ pub const STATUS: &str = "status";
 /// `hash`: service id -> what the agent has noticed about it, `u32`: [`crate::abi::CLIENTS_ARE_NODES`]. Read by no program.
 pub const REMARKS: &str = "remarks";
 
+/// `hash`: ifindex -> 1, `u32`: the devices that XDP may send frames out of.
+pub const WIRES: &str = "wires";
+/// `prog_array`: what a program goes on with: [`XDP_ONWARD`] alone.
+pub const STAGES: &str = "stages";
+
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 26] = [
+pub const MAPS: [&str; 28] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -82,10 +87,14 @@ pub const MAPS: [&str; 26] = [
     NAMES,
     STATUS,
     REMARKS,
+    WIRES,
+    STAGES,
 ];
 
 /// XDP program: forward translation.
 pub const XDP_FORWARD: &str = "xdp_forward";
+/// XDP program that [`XDP_FORWARD`] goes on with: sends packets to other nodes, and back to clients.
+pub const XDP_ONWARD: &str = "xdp_onward";
 /// TC program on ingress: forward translation.
 pub const TC_FORWARD: &str = "tc_forward";
 /// TC program on egress: reverse translation.

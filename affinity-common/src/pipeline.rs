@@ -9,8 +9,8 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, BESIDE, Direction, Flow, FlowKey, Frontend, FrontendKey, PODS, RANGES, Reason, SHADOW, SILENT, SPLIT,
-        V4, V6, filter_bit,
+        Address, BESIDE, Direction, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey, PODS, RANGES, Reason, SHADOW,
+        SILENT, SPLIT, V4, V6, filter_bit,
     },
     flow::{self, Admission},
     fragment, icmp,
@@ -56,6 +56,8 @@ pub enum Verdict {
     Pass,
     /// Translated, to the next program or the stack.
     Forward,
+    /// The same, for a pod on another node or from there: where the hook can send it out itself, see [`crate::onward`].
+    Onward,
     /// Now its own refusal, to be sent out where it came in.
     Answer,
     /// To be dropped.
@@ -329,7 +331,8 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
         Decision::Forward(flow) if flow.with(|flow| packet.rewrite(headers, &flow.edit)) => {
-            (Verdict::Forward, outcome.reason)
+            let is_remote = flow.with(|flow| flow.flags & FLOW_REMOTE != 0);
+            (if is_remote { Verdict::Onward } else { Verdict::Forward }, outcome.reason)
         }
         Decision::Forward(_) => (Verdict::Drop, Reason::NotRewritten),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),

@@ -3,7 +3,9 @@
 use proptest::prelude::*;
 
 use crate::{
-    abi::{AFFINITY, Address, Backend, Direction, Frontend, FrontendKey, Port, Reason, V4, V6, filter_bit},
+    abi::{
+        AFFINITY, Address, BACKEND_LOCAL, Backend, Direction, Frontend, FrontendKey, Port, Reason, V4, V6, filter_bit,
+    },
     model::Model,
     packet::Packet,
     parse::{self, ACK, FIN, Headers, Network, RST, SYN, TCP, UDP},
@@ -116,7 +118,7 @@ fn refused_rightly<A: Parsed>(shape: &Shape, ends: &Ends<A>) -> Result<(), TestC
 fn one_service() -> Model {
     let mut model = Model::new(64);
     model.now_ns.set(1);
-    model.backends.insert(0, Backend { address: [10; 16], generation: 1, flags: 0 });
+    model.backends.insert(0, Backend { address: [10; 16], generation: 1, flags: BACKEND_LOCAL });
     let frontend = Frontend {
         timeout_ns: 1,
         service: 1,
@@ -240,7 +242,7 @@ proptest! {
         match pipeline::forward(&mut frame, &one_service()) {
             Verdict::Pass | Verdict::Drop => prop_assert_eq!(frame, before),
             Verdict::Answer => prop_assert_ne!(frame, before),
-            Verdict::Forward => prop_assert!(false, "forwarded without an endpoint"),
+            Verdict::Forward | Verdict::Onward => prop_assert!(false, "forwarded without an endpoint"),
         }
     }
 }

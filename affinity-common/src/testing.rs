@@ -18,6 +18,7 @@ pub(crate) struct Ends<A> {
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     pub(crate) tags: usize,
+    pub(crate) time_to_live: u8,
     pub(crate) protocol: u8,
     /// Units of four bytes: IPv4 options.
     pub(crate) option_words: u8,
@@ -36,6 +37,7 @@ impl Shape {
     pub(crate) fn tcp(flags: u8) -> Self {
         Self {
             tags: 0,
+            time_to_live: 64,
             protocol: TCP,
             option_words: 0,
             extensions: Vec::new(),
@@ -87,7 +89,7 @@ impl Shape {
         let len = 20 + 4 * usize::from(self.option_words);
         let mut header = vec![0x45 + self.option_words, 0];
         header.extend(((len + segment_len) as u16).to_be_bytes());
-        header.extend([0, 7, 0x40, 0, 64, self.protocol, 0, 0]);
+        header.extend([0, 7, 0x40, 0, self.time_to_live, self.protocol, 0, 0]);
         header.extend(octets(ends.from.0));
         header.extend(octets(ends.to.0));
         header.resize(len, 1);
@@ -106,7 +108,7 @@ impl Shape {
         }
         let mut header = vec![0x60, 0, 0, 0];
         header.extend(((extensions.len() + segment_len) as u16).to_be_bytes());
-        header.extend([if extensions.is_empty() { self.protocol } else { DESTINATION_OPTIONS }, 64]);
+        header.extend([if extensions.is_empty() { self.protocol } else { DESTINATION_OPTIONS }, self.time_to_live]);
         header.extend(octets(ends.from.0));
         header.extend(octets(ends.to.0));
         header.extend(extensions);

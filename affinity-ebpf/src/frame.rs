@@ -2,6 +2,7 @@
 
 use affinity_common::{
     abi::{Address, Edit, V6},
+    onward::{Hop, Routes, Way},
     packet::Packet,
     parse::{Headers, SCTP, UDP},
     rewrite,
@@ -37,6 +38,13 @@ impl XdpFrame {
         let xdp = Xdp::new(ctx.ctx);
         Self { xdp, bytes: xdp.bytes() }
     }
+
+    /// The device that it came in by.
+    #[inline(always)]
+    #[must_use]
+    pub fn ifindex(&self) -> u32 {
+        self.xdp.ifindex()
+    }
 }
 
 impl Packet for XdpFrame {
@@ -55,6 +63,14 @@ impl Packet for XdpFrame {
         let done = self.xdp.resize(len);
         self.bytes = self.xdp.bytes();
         done
+    }
+}
+
+impl Routes for XdpFrame {
+    /// A device that is to send a frame of several buffers would have to be asked whether it can.
+    #[inline(always)]
+    fn hop<A: Address>(&self, way: &Way<A>) -> Option<Hop> {
+        if self.xdp.is_linear() { self.xdp.next_hop(way) } else { None }
     }
 }
 

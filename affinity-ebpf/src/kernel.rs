@@ -10,6 +10,7 @@ use core::{
 
 use affinity_common::{
     abi::{Address, CONFIG_MAGIC, Config, Event, Port, Session, V4, V6},
+    onward::{Hop, Way},
     packet::Packet,
     parse::{TCP, UDP},
     socket::{Caller, Peer},
@@ -17,7 +18,7 @@ use affinity_common::{
 };
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, bpf_sock, bpf_sock_addr, xdp_md},
+    bindings::{__sk_buff, bpf_fib_lookup, bpf_sock, bpf_sock_addr, xdp_md},
     helpers,
     maps::ProgramArray,
     programs::{SockAddrContext, SockContext},
@@ -426,6 +427,67 @@ impl Xdp {
             }
         }
     }
+
+    /// Whether the whole frame is linear.
+    #[inline(always)]
+    pub fn is_linear(self) -> bool {
+        // SAFETY: as above.
+        unsafe { helpers::bpf_xdp_get_buff_len(self.0) as usize == self.bytes().size() }
+    }
+
+    /// The device that the frame came in by.
+    #[inline(always)]
+    pub fn ifindex(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ingress_ifindex }
+    }
+
+    /// The next hop of the frame's packet: see [`next_hop`].
+    #[inline(always)]
+    pub fn next_hop<A: Address>(self, way: &Way<A>) -> Option<Hop> {
+        next_hop(self.0.cast(), self.ifindex(), way)
+    }
+}
+
+/// The next hop of a packet that came in by the device `ifindex`, as the node's routes and neighbours are; none where the
+/// stack would do anything else than forward it.
+#[inline(always)]
+fn next_hop<A: Address>(ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>) -> Option<Hop> {
+    const LOOKUP: i32 = size_of::<bpf_fib_lookup>() as i32;
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+
+    // SAFETY: all zeroes are a lookup, which has no padding and is written field by field; a helper reads and writes as
+    // many bytes as it is told. A field of a union is read as what the helper has written it.
+    unsafe {
+        let mut lookup: bpf_fib_lookup = MaybeUninit::zeroed().assume_init();
+        let is_v4 = A::BITS == V4::BITS;
+        lookup.family = if is_v4 { AF_INET } else { AF_INET6 };
+        lookup.l4_protocol = way.protocol;
+        lookup.__bindgen_anon_1.tot_len = way.len;
+        lookup.ifindex = ifindex;
+        let (saddr, daddr) = (words(way.saddr), words(way.daddr));
+        if is_v4 {
+            lookup.__bindgen_anon_2.tos = way.class;
+            (lookup.__bindgen_anon_3.ipv4_src, lookup.__bindgen_anon_4.ipv4_dst) = (saddr[3], daddr[3]);
+        } else {
+            lookup.__bindgen_anon_2.flowinfo = (u32::from(way.class) << 20).to_be();
+            (lookup.__bindgen_anon_3.ipv6_src, lookup.__bindgen_anon_4.ipv6_dst) = (saddr, daddr);
+        }
+        if helpers::bpf_fib_lookup(ctx, &raw mut lookup, LOOKUP, 0) != 0 {
+            return None;
+        }
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (lookup.dmac, lookup.smac);
+        Some(Hop { link: [a, b, c, d, e, f, g, h, i, j, k, l], ifindex: lookup.ifindex })
+    }
+}
+
+/// An address as four words in network byte order, IPv4-mapped where it is IPv4.
+#[inline(always)]
+fn words<A: Address>(address: A) -> [u32; 4] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address.to_mapped();
+    let word = u32::from_ne_bytes;
+    [word([a, b, c, d]), word([e, f, g, h]), word([i, j, k, l]), word([m, n, o, p])]
 }
 
 /// The context of a TC program.
@@ -629,6 +691,13 @@ pub fn fail_with(errno: i32) {
 pub fn tail_call<C: EbpfContext>(programs: &ProgramArray, ctx: &C, index: u32) {
     // SAFETY: the loader puts only programs of the caller's type into the array; the kernel checks it too.
     unsafe { programs.tail_call(ctx, index) };
+}
+
+/// Sends the frame of an XDP program out by another device: the action to return.
+#[inline(always)]
+pub fn redirect(ifindex: u32) -> u32 {
+    // SAFETY: the kernel checks the device.
+    unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
 }
 
 /// The event that the agent wrote into a packet, behind the room of a link header.

@@ -9,14 +9,20 @@ mod open;
 mod sock;
 mod tables;
 
-use affinity_common::pipeline::{self, Verdict};
+use affinity_common::{
+    onward,
+    pipeline::{self, Verdict},
+};
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 
-use crate::tables::Maps;
+use crate::{
+    maps::{STAGES, WIRES},
+    tables::Maps,
+};
 use affinity_ebpf::{
     frame::{Skb, XdpFrame},
     kernel,
@@ -28,8 +34,24 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&ctx);
     match pipeline::forward(&mut frame, &Maps) {
         Verdict::Pass | Verdict::Forward => xdp_action::XDP_PASS,
+        Verdict::Onward => {
+            kernel::tail_call(&STAGES, &ctx, 0);
+            xdp_action::XDP_PASS
+        }
         Verdict::Answer => xdp_action::XDP_TX,
         Verdict::Drop => xdp_action::XDP_DROP,
+    }
+}
+
+/// What [`xdp_forward`] goes on with where a pod is on another node: a program of its own, with a stack of its own.
+#[xdp(frags)]
+pub fn xdp_onward(ctx: XdpContext) -> u32 {
+    let mut frame = XdpFrame::new(&ctx);
+    match onward::send_on(&mut frame, &Maps, |ifindex| WIRES.get_ptr(ifindex).is_some()) {
+        Ok(ifindex) if ifindex == frame.ifindex() => xdp_action::XDP_TX,
+        Ok(ifindex) => kernel::redirect(ifindex),
+        Err(Verdict::Forward) => xdp_action::XDP_PASS,
+        Err(_) => xdp_action::XDP_DROP,
     }
 }
 
@@ -53,7 +75,7 @@ pub fn tc_reverse(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::Pass | Verdict::Forward => TC_ACT_UNSPEC,
+        Verdict::Pass | Verdict::Forward | Verdict::Onward => TC_ACT_UNSPEC,
         Verdict::Answer => skb.send_back(),
         Verdict::Drop => TC_ACT_SHOT,
     }

@@ -7,7 +7,7 @@ use affinity_common::abi::{
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf},
 };
 
 // Without preallocation a replaced element is freed only when no program can see it, so a copy is never torn.
@@ -55,6 +55,11 @@ pub static DRAFTS_V4: PerCpuArray<Draft<V4>> = PerCpuArray::with_max_entries(1, 
 pub static DRAFTS_V6: PerCpuArray<Draft<V6>> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "tried")]
 pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
+
+#[map(name = "wires")]
+pub static WIRES: HashMap<u32, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "stages")]
+pub static STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 #[map(name = "sockets")]
 pub static SOCKETS: LruHashMap<SocketKey, Socket> = LruHashMap::with_max_entries(1024, 0);

@@ -119,6 +119,8 @@ pub struct Options {
     pub source: Source,
     /// Names and glob patterns of devices; none: they are found.
     pub devices: Vec<String>,
+    /// Names and glob patterns of those that XDP is for; none: their kinds decide.
+    pub xdp_devices: Vec<String>,
     /// How to attach them.
     pub attach: attach::Options,
     /// Whether and where sockets are translated.
@@ -173,7 +175,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
     runtime()?.block_on(async {
         let _lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let mut attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
+        let mut attacher = Attacher::new(pins.clone(), &options.devices, &options.xdp_devices, options.attach)?;
         let mut devices = Devices::new().map_err(no_netlink)?;
         let look = Look::at(&mut devices, attacher.finds()).await.map_err(no_netlink)?;
         if let Some(missing) = attacher.without_device(&look).pop() {
@@ -304,7 +306,7 @@ impl Agent {
     async fn start(options: &Options) -> Result<Self, AgentError> {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let mut attacher = Attacher::new(pins.clone(), &options.devices, options.attach)?;
+        let mut attacher = Attacher::new(pins.clone(), &options.devices, &options.xdp_devices, options.attach)?;
         let vitals = Arc::new(Vitals::default());
         if let Some(http) = &options.http {
             http::serve(http, &options.pin_dir, Arc::clone(&vitals))

@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod devices;
 pub mod discover;
 mod hook;
+pub mod wires;
 
 use std::{
     collections::BTreeSet,
@@ -29,6 +30,7 @@ pub use self::{
 };
 use crate::{
     load::{PinDir, PinError},
+    store::StoreError,
     sys::{self, SysError},
 };
 
@@ -81,6 +83,9 @@ pub enum AttachError {
     /// A pin could not be made or read.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// A map could not be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A call failed.
     #[error(transparent)]
     Sys(#[from] SysError),
@@ -106,11 +111,13 @@ pub struct Options {
     pub xdp: XdpPolicy,
     /// Whether tcx may be used where the kernel has it; otherwise clsact.
     pub tcx: bool,
+    /// Whether [`XdpPolicy::Auto`] means a device of any kind.
+    pub any_kind: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { xdp: XdpPolicy::default(), tcx: true }
+        Self { xdp: XdpPolicy::default(), tcx: true, any_kind: false }
     }
 }
 
@@ -201,8 +208,8 @@ fn parse_pin_name(path: &Path) -> Option<(u32, Hook)> {
 
 /// Hooks for packets from clients, best first.
 fn ingress_hooks(device: &Device, options: Options) -> Vec<Hook> {
-    let internal = device.framing == Framing::Loopback
-        || device.kind.as_deref().is_some_and(|kind| INTERNAL_KINDS.contains(&kind));
+    let is_internal_kind = device.kind.as_deref().is_some_and(|kind| INTERNAL_KINDS.contains(&kind));
+    let internal = device.framing == Framing::Loopback || is_internal_kind && !options.any_kind;
     let mut hooks = match options.xdp {
         XdpPolicy::Native => return vec![Hook::XdpNative],
         XdpPolicy::Generic => return vec![Hook::XdpGeneric],
@@ -385,6 +392,9 @@ pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, At
 }
 
 fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {
+    if attachment.hook == Hook::XdpNative {
+        wires::withdraw(pins, attachment.ifindex)?;
+    }
     if attachment.hook.link().is_some() {
         // The kernel would detach a link that nobody holds, but only some time after the pin has gone.
         match sys::obj_get(&attachment.path) {

@@ -12,7 +12,7 @@ pub mod sizes;
 
 use std::{
     collections::BTreeMap,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
 use affinity_common::{
@@ -39,11 +39,11 @@ use crate::{
     attach::{self, AttachError},
     netns,
     objects::PROGRAMS,
-    sys::{self, Map, MapInfo, SysError},
+    sys::{self, Map, MapInfo, SysError, Write},
 };
 
 /// The programs that stay loaded, beside those for sockets; [`names::CLOCK`] is needed only to load them.
-const PINNED: [&str; 4] = [names::XDP_FORWARD, names::TC_FORWARD, names::TC_REVERSE, names::REPORT];
+const PINNED: [&str; 5] = [names::XDP_FORWARD, names::XDP_ONWARD, names::TC_FORWARD, names::TC_REVERSE, names::REPORT];
 
 /// The dataplane cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -323,6 +323,9 @@ fn switch(
         sys::obj_pin(program.as_fd(), &next)?;
         pins.rename(&next, &pins.prog(name))?;
     }
+    if let Some(onward) = programs.get(names::XDP_ONWARD) {
+        set_stage(pins, onward)?;
+    }
     // Even where one attachment could not follow: the others use the new maps already.
     let upgraded = attach::upgrade(pins);
     for (&name, plan) in plans {
@@ -334,6 +337,12 @@ fn switch(
         pins.rename(&next, &pins.map(name))?;
     }
     Ok(upgraded?)
+}
+
+/// Tells the XDP program what it goes on with.
+fn set_stage(pins: &PinDir, program: &OwnedFd) -> Result<(), SysError> {
+    let stages = Map::open(&pins.map(names::STAGES))?;
+    stages.update(&0_u32.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any).map(drop)
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of every time in the maps.

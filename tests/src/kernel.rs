@@ -114,13 +114,14 @@ pub struct Ran {
     pub frame: Vec<u8>,
 }
 
-/// Runs a frame through the model.
+/// Runs a frame through the model. The kernel knows no device here that frames could be sent out of.
 pub fn run_model(model: &Model, hook: Hook, frame: &[u8]) -> Ran {
     let mut bytes = frame.to_vec();
     let verdict = match hook {
         Hook::XdpForward | Hook::TcForward => pipeline::forward(&mut bytes, model),
         Hook::TcReverse => pipeline::reverse(&mut bytes, model),
     };
+    let verdict = if verdict == Verdict::Onward { Verdict::Forward } else { verdict };
     Ran { verdict, frame: bytes }
 }
 

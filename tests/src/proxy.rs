@@ -24,6 +24,8 @@ pub enum Proxy {
     Nftables,
     /// `affinity`, by TC on every device, and at the sockets of the node's own processes.
     Tc,
+    /// The same with XDP on the wires, by which it sends to node B itself.
+    Xdp,
 }
 
 impl Proxy {
@@ -32,7 +34,7 @@ impl Proxy {
         match self {
             Self::Iptables => Mode::Iptables.is_available(),
             Self::Nftables => Mode::Nftables.is_available(),
-            Self::Tc => true,
+            Self::Tc | Self::Xdp => true,
         }
     }
 
@@ -46,19 +48,20 @@ impl Proxy {
         let agent = match self {
             Self::Iptables => Mode::Iptables.install(&lab, services).map(|()| None)?,
             Self::Nftables => Mode::Nftables.install(&lab, services).map(|()| None)?,
-            Self::Tc => Some(run(&lab, &cgroup, services)?),
+            Self::Tc => Some(run(&lab, &cgroup, services, &["--xdp", "off"])?),
+            Self::Xdp => Some(run(&lab, &cgroup, services, &["--xdp-device", WIRE, UNDERLAY_WIRE])?),
         };
         Ok(Scene { agent, cgroup, lab })
     }
 }
 
 /// Starts `affinity` for all services on all devices, and for processes in this cgroup.
-fn run(lab: &Lab, cgroup: &Cgroup, services: &[Service]) -> Result<Agent> {
+fn run(lab: &Lab, cgroup: &Cgroup, services: &[Service], hooks: &[&str]) -> Result<Agent> {
     services.iter().try_for_each(|service| lab.publish(service))?;
     let [pods_v4, pods_v6] = PODS;
-    let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6, "--xdp", "off"];
+    let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];
     let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
-    lab.agent(&Lab::socket_args(cgroup, &[args.as_slice(), &devices].concat())?)
+    lab.agent(&Lab::socket_args(cgroup, &[args.as_slice(), &devices, hooks].concat())?)
 }
 
 /// A lab in which a [`Proxy`] works.

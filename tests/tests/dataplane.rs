@@ -434,7 +434,8 @@ fn each_policy_has_its_hooks_and_switching_leaves_no_other() -> Result<()> {
         assert_eq!((device.kind.as_deref(), device.framing), (Some("veth"), Framing::Ethernet));
         for (xdp, tcx, hooks) in cases {
             for _ in 0..2 {
-                let attached = attach::attach(&pins.0, &device, attach::Options { xdp, tcx })?;
+                let attached =
+                    attach::attach(&pins.0, &device, attach::Options { xdp, tcx, ..attach::Options::default() })?;
                 assert_eq!(attached.hooks, hooks, "{:?}", attached.refused);
                 let attachments = attach::attachments(&pins.0)?;
                 assert_eq!(attachments.iter().map(|attachment| attachment.hook).collect::<Vec<_>>(), hooks);
@@ -453,7 +454,11 @@ fn an_upgrade_reaches_every_hook_and_detach_every_program() -> Result<()> {
         wire.inside(async || {
             let options = [("wire", XdpPolicy::Native), ("peer", XdpPolicy::Off)];
             for (name, xdp) in options {
-                attach::attach(&pins.0, &device(name).await?, attach::Options { xdp, tcx })?;
+                attach::attach(
+                    &pins.0,
+                    &device(name).await?,
+                    attach::Options { xdp, tcx, ..attach::Options::default() },
+                )?;
             }
             let before = attach::attachments(&pins.0)?;
             assert_eq!(before.len(), 4);
@@ -514,7 +519,7 @@ fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
             (XdpPolicy::Off, true),
             (XdpPolicy::Off, false),
         ]) {
-            attach::attach(&pins.0, &device, attach::Options { xdp, tcx })?;
+            attach::attach(&pins.0, &device, attach::Options { xdp, tcx, ..attach::Options::default() })?;
             say_hello(client)?;
             let key = SessionKey::new(1, V4([198, 18, 0, client]), 32);
             let deadline = Instant::now() + Duration::from_secs(5);
@@ -782,6 +787,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
     let mut options = agent::Options {
         source: Source::Directory(source.clone()),
         devices: vec!["wire".to_owned(), "pe*".to_owned()],
+        xdp_devices: Vec::new(),
         attach: attach::Options::default(),
         sockets: agent::SocketOptions { policy: SocketPolicy::Off, cgroup: None },
         load: Options { sizes: SIZES, ..Options::default() },
@@ -845,7 +851,11 @@ fn a_device_that_changes_wakes_whoever_waits_and_leaves_no_pin_behind() -> Resul
         let first = device("wire").await?;
         for tcx in [true, false] {
             let device = device("wire").await?;
-            attach::attach(&pins.0, &device, attach::Options { xdp: XdpPolicy::Native, tcx })?;
+            attach::attach(
+                &pins.0,
+                &device,
+                attach::Options { xdp: XdpPolicy::Native, tcx, ..attach::Options::default() },
+            )?;
             wire.ip(&["link", "del", "wire"])?;
             wire.ip(&["link", "add", "wire", "type", "veth", "peer", "name", "peer"])?;
             tokio::time::timeout(Duration::from_secs(5), devices.changed()).await??;
@@ -878,7 +888,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
     store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, UDP), Frontend { slot_count: 3, ..frontend() }))?;
     wire.carry_clients()?;
     wire.inside(async || {
-        let options = attach::Options { xdp: XdpPolicy::Native, tcx: true };
+        let options = attach::Options { xdp: XdpPolicy::Native, ..attach::Options::default() };
         attach::attach(&pins.0, &device("wire").await?, options)?;
         let dial_all = || (1..=250).try_for_each(say_hello);
         dial_all()?;

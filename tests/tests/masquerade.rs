@@ -1,9 +1,12 @@
-//! Connections that leave with the node's address, with real sockets: the node has only so many ports.
+//! Connections that leave with the node's address, with real sockets: the node has only so many ports, and XDP sends to
+//! other nodes past its stack.
 
+use std::fs;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use affinity_tests::lab::{Connection, Family, Frontend, Lab, Options, Protocol, Service, eventually};
+use affinity_tests::lab::{Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Protocol, Service, eventually};
+use affinity_tests::proxy::Proxy;
 use affinity_tests::story::tell_in;
 use anyhow::{Context, Result, ensure};
 
@@ -15,10 +18,10 @@ const AT_ONCE: Duration = Duration::from_millis(900);
 /// How long a port may take to be free again, once its connection has been closed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
-fn exhausted(lab: &Lab) -> Result<u64> {
+fn count(lab: &Lab, reason: &str) -> Result<u64> {
     let counters = lab.affinity_json(&["get", "counters"])?;
     let rows = counters.as_array().context("an array")?;
-    let row = rows.iter().find(|row| row["reason"] == "ports-exhausted").context("it has a counter")?;
+    let row = rows.iter().find(|row| row["reason"] == reason).context("it has a counter")?;
     row["packets"].as_u64().with_context(|| row.to_string())
 }
 
@@ -34,10 +37,10 @@ fn a_connection_beyond_the_nodes_ports_is_refused_and_a_closed_one_makes_room() 
                 let seen: std::net::IpAddr = connection.ask("/client")?.parse()?;
                 ensure!(family.node_addresses().contains(&seen), "the pod sees {seen}");
             }
-            let (before, began) = (exhausted(lab)?, Instant::now());
+            let (before, began) = (count(lab, "ports-exhausted")?, Instant::now());
             let kind = dial(PORTS).map(drop).map_err(|error| error.kind());
             ensure!(kind == Err(ErrorKind::ConnectionRefused) && began.elapsed() < AT_ONCE, "{kind:?}");
-            ensure!(exhausted(lab)? > before, "it is counted");
+            ensure!(count(lab, "ports-exhausted")? > before, "it is counted");
             for connection in &mut open {
                 connection.ask("/").context("those that are there go on")?;
             }
@@ -46,4 +49,42 @@ fn a_connection_beyond_the_nodes_ports_is_refused_and_a_closed_one_makes_room() 
         }
         Ok(())
     })
+}
+
+/// Packets that node A's stack has forwarded, of each family.
+fn forwarded(lab: &Lab) -> Result<[u64; 2]> {
+    lab.node().run(|| {
+        let snmp = fs::read_to_string("/proc/thread-self/net/snmp")?;
+        let [names, numbers] = [0, 1].map(|line| snmp.lines().filter(|text| text.starts_with("Ip:")).nth(line));
+        let (names, numbers) = (names.context("Ip")?.split(' '), numbers.context("Ip")?.split(' '));
+        let v4 = names.zip(numbers).find(|(name, _)| *name == "ForwDatagrams").context("ForwDatagrams")?.1;
+        let snmp6 = fs::read_to_string("/proc/thread-self/net/snmp6")?;
+        let v6 = snmp6.lines().find_map(|line| line.strip_prefix("Ip6OutForwDatagrams")).context("snmp6")?;
+        Ok([v4.parse()?, v6.trim().parse()?])
+    })?
+}
+
+#[test]
+fn xdp_sends_to_another_node_and_back_past_the_stack() -> Result<()> {
+    const REQUESTS: u32 = 20;
+    let web = Service::new("web", 10).tcp("http", 80, 8080).node_ports(30_080).on([FIRST_OF_B]);
+    let scene = Proxy::Xdp.start(std::slice::from_ref(&web))?;
+    let lab = scene.lab();
+    for (index, family) in Family::BOTH.into_iter().enumerate() {
+        let to = web.address(Frontend::NodePort, family, Protocol::Tcp).context("a node port")?;
+        let request = |number| -> Result<()> {
+            let seen: std::net::IpAddr =
+                lab.client().connect(Protocol::Tcp, family.client(number), to)?.ask_last("/client")?.parse()?;
+            ensure!(family.node_addresses().contains(&seen), "the pod sees {seen}");
+            Ok(())
+        };
+        // The stack finds out the neighbours' link addresses.
+        request(0)?;
+        let (sent_before, stack_before) = (count(lab, "sent-on")?, forwarded(lab)?[index]);
+        (0..REQUESTS).try_for_each(request)?;
+        let (sent, by_stack) = (count(lab, "sent-on")? - sent_before, forwarded(lab)?[index] - stack_before);
+        ensure!(sent >= u64::from(REQUESTS) * 8, "{family:?}: {sent} were sent on");
+        ensure!(by_stack == 0, "{family:?}: the stack has forwarded {by_stack}");
+    }
+    Ok(())
 }

@@ -123,8 +123,8 @@ pub struct Flow<A> {
     pub timer: u8,
     /// The pin's prefix length.
     pub prefix: u8,
-    /// Zero.
-    pub pad: u8,
+    /// [`FLOW_REMOTE`].
+    pub flags: u8,
 }
 
 /// Key of `fragments_v4` and `fragments_v6`: an IP packet that came in pieces (RFC 791; RFC 8200, section 4.5), before
@@ -167,5 +167,7 @@ pub const FLOW_FIN_CLIENT: u8 = 1;
 pub const FLOW_FIN_SERVER: u8 = 2;
 /// [`Flow::state`]: both have sent FIN, or one has sent RST.
 pub const FLOW_CLOSED: u8 = 4;
+/// [`Flow::flags`]: the backend is on another node.
+pub const FLOW_REMOTE: u8 = 1;
 /// [`Flow::state`]: decided in shadow mode: its packets pass, and it has no record for the other direction.
 pub const FLOW_SHADOW: u8 = 8;

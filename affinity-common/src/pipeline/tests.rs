@@ -6,8 +6,8 @@ use std::{cell::Cell, vec::Vec};
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, Backend, Draft, Event, FragmentKey, MEMBER_READY, Member, MemberKey, Node, Port, Session, SessionKey,
-        UsageKey, UsageOf, V4, V6,
+        AFFINITY, BACKEND_LOCAL, Backend, Draft, Event, FragmentKey, MEMBER_READY, Member, MemberKey, Node, Port,
+        Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, TCP},
@@ -141,7 +141,7 @@ fn failing(sessions: Sessions, flows: u32) -> Failing {
     model.fixed_random = true;
     for pod in [0, 1] {
         let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 0, pod as u8];
-        model.backends.insert(pod, Backend { address, generation: 1, flags: 0 });
+        model.backends.insert(pod, Backend { address, generation: 1, flags: BACKEND_LOCAL });
         let member = Member { generation: 1, port: Port::new(8080), state: MEMBER_READY, pad: 0 };
         model.members.insert(MemberKey { pool: 1, backend: pod }, member);
         model.slots.insert(pod, pod);

@@ -6,9 +6,9 @@ use std::{collections::BTreeSet, vec::Vec};
 
 use crate::{
     abi::{
-        AFFINITY, Backend, Direction, Event, EventKind, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member,
-        MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey, TIMEOUT_UNLIMITED, Timer, UsageKey, UsageOf,
-        V4, filter_bit,
+        AFFINITY, BACKEND_LOCAL, Backend, Direction, Event, EventKind, Frontend, FrontendKey, MEMBER_DRAINING,
+        MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey, TIMEOUT_UNLIMITED,
+        Timer, UsageKey, UsageOf, V4, filter_bit,
     },
     model::Model,
     parse::{ACK, FIN, RST, SYN, TCP, UDP},
@@ -85,7 +85,7 @@ impl Cluster {
     fn start(&mut self, pod: u32) {
         let generation = self.0.backends.get(&pod).map_or(0, |before| before.generation) + 1;
         let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 0, pod as u8];
-        self.0.backends.insert(pod, Backend { address, generation, flags: 0 });
+        self.0.backends.insert(pod, Backend { address, generation, flags: BACKEND_LOCAL });
         self.0
             .filter
             .borrow_mut()
@@ -125,7 +125,7 @@ impl Cluster {
         let mut frame = shape.frame(&Ends { from, to });
         match pipeline::forward(&mut frame, &self.0) {
             Verdict::Forward => Ok(u32::from(frame[33])),
-            verdict @ (Verdict::Pass | Verdict::Answer | Verdict::Drop) => Err(verdict),
+            verdict @ (Verdict::Pass | Verdict::Onward | Verdict::Answer | Verdict::Drop) => Err(verdict),
         }
     }
 

@@ -19,14 +19,15 @@ use glob::Pattern;
 use tracing::{error, info, warn};
 
 use crate::{
-    attach::{self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, device_name, roles},
+    attach::{self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, XdpPolicy, device_name, roles},
     load::PinDir,
 };
 
-/// A pattern of `--device` makes no sense.
+/// A pattern of `--device` or `--xdp-device` makes no sense.
 #[derive(Debug, thiserror::Error)]
-#[error("--device {pattern}: {source}")]
+#[error("{option} {pattern}: {source}")]
 pub struct PatternError {
+    option: &'static str,
     pattern: String,
     source: glob::PatternError,
 }
@@ -74,6 +75,8 @@ pub(super) struct Attacher {
     pins: PinDir,
     /// None: devices are found.
     patterns: Vec<Pattern>,
+    /// The devices that XDP is for; none: [`attach::Options`] tell by themselves.
+    for_xdp: Vec<Pattern>,
     options: attach::Options,
     /// By index; what this process attached or found attached.
     attached: BTreeMap<u32, (String, Vec<Hook>)>,
@@ -82,12 +85,32 @@ pub(super) struct Attacher {
 }
 
 impl Attacher {
-    pub(super) fn new(pins: PinDir, patterns: &[String], options: attach::Options) -> Result<Self, PatternError> {
-        let compile = |pattern: &String| {
-            Pattern::new(pattern).map_err(|source| PatternError { pattern: pattern.clone(), source })
+    pub(super) fn new(
+        pins: PinDir,
+        devices: &[String],
+        for_xdp: &[String],
+        options: attach::Options,
+    ) -> Result<Self, PatternError> {
+        let compile = |option, patterns: &[String]| {
+            let compile = |pattern: &String| {
+                Pattern::new(pattern).map_err(|source| PatternError { option, pattern: pattern.clone(), source })
+            };
+            patterns.iter().map(compile).collect::<Result<Vec<_>, _>>()
         };
-        let patterns = patterns.iter().map(compile).collect::<Result<_, _>>()?;
-        Ok(Self { pins, patterns, options, attached: BTreeMap::new(), failed: BTreeMap::new() })
+        let patterns = compile("--device", devices)?;
+        let for_xdp = compile("--xdp-device", for_xdp)?;
+        Ok(Self { pins, patterns, for_xdp, options, attached: BTreeMap::new(), failed: BTreeMap::new() })
+    }
+
+    /// How a device is to be attached.
+    fn options(&self, device: &Device) -> attach::Options {
+        if self.for_xdp.is_empty() {
+            self.options
+        } else if self.for_xdp.iter().any(|pattern| pattern.matches(&device.name)) {
+            attach::Options { any_kind: true, ..self.options }
+        } else {
+            attach::Options { xdp: XdpPolicy::Off, ..self.options }
+        }
     }
 
     /// Whether devices are found, and not named.
@@ -151,6 +174,8 @@ impl Attacher {
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
+        let native = self.attached.iter().filter(|(_, (_, hooks))| hooks.contains(&Hook::XdpNative));
+        attach::wires::publish(&self.pins, &native.map(|(&index, _)| index).collect())?;
         Ok(progress)
     }
 
@@ -180,7 +205,7 @@ impl Attacher {
     }
 
     fn attach(&mut self, device: &Device, found: Option<&Finding>) -> Option<AttachError> {
-        match attach::attach(&self.pins, device, self.options) {
+        match attach::attach(&self.pins, device, self.options(device)) {
             Ok(Attached { hooks, refused }) => {
                 for error in &refused {
                     info!("{error}");

@@ -55,6 +55,9 @@ pub(crate) struct AttachArgs {
     /// Where XDP is used: auto tries native, then generic, then TC; off uses TC
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
     xdp: XdpPolicy,
+    /// Of the devices, those that XDP is used on, whatever their kind; the others have TC. Without it their kinds decide
+    #[arg(long = "xdp-device", value_name = "NAME|GLOB", num_args = 1..)]
+    xdp_devices: Vec<String>,
     /// Translate when processes of this machine connect, its own and pods': auto does in the node's own network namespace
     #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
     socket: SocketPolicy,
@@ -120,7 +123,8 @@ impl AttachArgs {
         Ok(agent::Options {
             source: self.cluster.source(&self.source, global)?,
             devices: self.devices.clone(),
-            attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx },
+            xdp_devices: self.xdp_devices.clone(),
+            attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx, any_kind: false },
             sockets: agent::SocketOptions { policy: self.socket, cgroup: self.cgroup.clone() },
             load: load::Options {
                 sizes: self.sizes.sizes(),

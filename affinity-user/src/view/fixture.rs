@@ -168,7 +168,7 @@ pub(crate) fn flow() -> (FlowKey<V4>, Flow<V4>) {
         state: FLOW_FIN_CLIENT,
         timer: 0,
         prefix: 32,
-        pad: 0,
+        flags: 0,
     };
     (key, flow)
 }

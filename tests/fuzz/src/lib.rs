@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     /// The reasons that only the kernel can give, the agent, or a socket.
-    const NOT_OF_THE_MODEL: [Reason; 14] = [
+    const NOT_OF_THE_MODEL: [Reason; 15] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,
         Reason::FlowNotStored,
@@ -136,6 +136,7 @@ mod tests {
         Reason::Returned,
         Reason::LaterFragment,
         Reason::TableFull,
+        Reason::SentOn,
     ];
 
     #[test]

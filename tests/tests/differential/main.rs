@@ -86,3 +86,8 @@ fn kube_proxys_nftables_rules_do_what_the_function_says() -> Result<()> {
 fn affinity_does_what_the_function_says() -> Result<()> {
     tell(Proxy::Tc)
 }
+
+#[test]
+fn affinity_does_what_the_function_says_by_xdp() -> Result<()> {
+    tell(Proxy::Xdp)
+}

@@ -86,13 +86,13 @@ pub(crate) const DIFFERENCES: [Difference; 5] = [
         instead: Err(Failure::Silence),
     },
     Difference {
-        of: &[Proxy::Nftables, Proxy::Tc],
+        of: &[Proxy::Nftables, Proxy::Tc, Proxy::Xdp],
         reason: "ranges are looked at before endpoints: a source out of range is not told that nobody is there",
         applies: |case| case.frontend == Frontend::LoadBalancer && !case.spec.ranges.let_in(case.source, case.family),
         instead: Err(Failure::Silence),
     },
     Difference {
-        of: &[Proxy::Tc],
+        of: &[Proxy::Tc, Proxy::Xdp],
         reason: "a process on the node is told when it connects that nobody will answer, and need not wait",
         applies: |case| {
             let is_local = case.spec.internal == Policy::Local;
@@ -101,7 +101,7 @@ pub(crate) const DIFFERENCES: [Difference; 5] = [
         instead: Err(Failure::Refused),
     },
     Difference {
-        of: &[Proxy::Tc],
+        of: &[Proxy::Tc, Proxy::Xdp],
         reason: "when a socket connects, its address is not known yet: ranges are left to the load balancer to look at",
         applies: |case| {
             let has_ranges = case.spec.ranges.all_of(case.family).next().is_some();

@@ -178,6 +178,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::SocketNotStored
         | Reason::EventLost
         | Reason::OperatorPinned
-        | Reason::TableFull => false,
+        | Reason::TableFull
+        | Reason::SentOn => false,
     }
 }

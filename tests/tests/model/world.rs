@@ -310,7 +310,7 @@ impl World {
             state: dice.pick(&states),
             timer: frontend.timer,
             prefix: frontend.prefix,
-            pad: 0,
+            flags: 0,
         };
         let reverse = key.opposite(&edit);
         let back = rewrite::edit(&reverse, key.daddr, key.saddr, key.dport, key.sport);

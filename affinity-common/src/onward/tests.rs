@@ -1,0 +1,203 @@
+//! The way of a masqueraded connection to a pod on another node and back, past the stack; and what is left to the stack.
+
+use std::vec::Vec;
+
+use super::*;
+use crate::{
+    abi::{
+        Backend, Direction, Edit, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Node, Port,
+        filter_bit,
+    },
+    model::Model,
+    packet::Packet,
+    parse::{ACK, Headers, SYN, TCP},
+    rewrite,
+    testing::{Ends, Shape},
+};
+
+const LINK: [u8; 12] = [1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16];
+const WIRE: u32 = 7;
+const NODE_PORT: u16 = 30_000;
+
+/// A family's addresses.
+trait Sited: Address {
+    const CLIENT: Self;
+    const SERVICE: Self;
+    const NODE: Self;
+    const POD: Self;
+
+    fn publish(model: &mut Model, key: FrontendKey<Self>, frontend: Frontend);
+}
+
+impl Sited for V4 {
+    const CLIENT: Self = V4([198, 18, 0, 1]);
+    const SERVICE: Self = V4([192, 0, 2, 80]);
+    const NODE: Self = V4([192, 0, 2, 1]);
+    const POD: Self = V4([10, 244, 1, 10]);
+
+    fn publish(model: &mut Model, key: FrontendKey<V4>, frontend: Frontend) {
+        model.frontends_v4.insert(key, frontend);
+        model.node.address_v4 = Self::NODE;
+    }
+}
+
+impl Sited for V6 {
+    const CLIENT: Self = V6([0x20; 16]);
+    const SERVICE: Self = V6([0x30; 16]);
+    const NODE: Self = V6([0x40; 16]);
+    const POD: Self = V6([0x50; 16]);
+
+    fn publish(model: &mut Model, key: FrontendKey<V6>, frontend: Frontend) {
+        model.frontends_v6.insert(key, frontend);
+        model.node.address_v6 = Self::NODE;
+    }
+}
+
+/// A frame of a hook that knows one way: by `hop`.
+struct Frame {
+    bytes: Vec<u8>,
+    hop: Option<Hop>,
+}
+
+impl Packet for Frame {
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.read(offset)
+    }
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        self.bytes.write(offset, bytes)
+    }
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        rewrite::in_place(self, headers, edit)
+    }
+    fn resize(&mut self, len: usize) -> bool {
+        Packet::resize(&mut self.bytes, len)
+    }
+}
+
+impl Routes for Frame {
+    fn hop<A: Address>(&self, way: &Way<A>) -> Option<Hop> {
+        assert_eq!(usize::from(way.len), self.bytes.len() - EthHdr::LEN);
+        assert_eq!((way.protocol, way.class), (TCP, 0));
+        self.hop
+    }
+}
+
+/// A node port whose one pod is on another node, if `remote`.
+fn world<A: Sited>(remote: bool) -> Model {
+    let mut model = Model::new(16);
+    model.now_ns.set(1);
+    let flags = u32::from(!remote);
+    model.backends.insert(0, Backend { address: A::POD.to_mapped(), generation: 1, flags });
+    let member = Member { generation: 1, port: Port::new(8080), state: MEMBER_READY, pad: 0 };
+    model.members.insert(MemberKey { pool: 1, backend: 0 }, member);
+    model.slots.insert(0, 0);
+    model.node = Node { port_first: Port::new(NODE_PORT), port_count: 1, ..Node::default() };
+    let frontend = Frontend {
+        timeout_ns: 1,
+        service: 1,
+        pool: 1,
+        group: 1,
+        own: 1,
+        slot_first: 0,
+        slot_count: 1,
+        seed: 0,
+        select: 0,
+        timer: 0,
+        prefix: A::BITS,
+        flags: MASQUERADE,
+    };
+    let port = Port::new(80);
+    model.filter.borrow_mut().insert((Direction::Forward, filter_bit(A::SERVICE, port, TCP)));
+    model.filter.borrow_mut().insert((Direction::Reverse, filter_bit(A::POD, member.port, TCP)));
+    A::publish(&mut model, FrontendKey::new(A::SERVICE, port, TCP), frontend);
+    model
+}
+
+const fn from_client<A: Sited>() -> Ends<A> {
+    Ends { from: (A::CLIENT, 40_000), to: (A::SERVICE, 80) }
+}
+
+/// Sends a frame through the node; where to, or what else becomes of it.
+fn send(model: &Model, frame: &mut Frame, is_wire: bool) -> Result<u32, Verdict> {
+    match pipeline::forward(frame, model) {
+        Verdict::Onward => send_on(frame, model, |ifindex| is_wire && ifindex == WIRE),
+        verdict @ (Verdict::Pass | Verdict::Forward | Verdict::Answer | Verdict::Drop) => Err(verdict),
+    }
+}
+
+/// A segment as it leaves by the wire: one hop older.
+fn sent<A: Sited>(flags: u8, ends: &Ends<A>) -> Vec<u8> {
+    let mut frame = Shape { time_to_live: 63, ..Shape::tcp(flags) }.frame(ends);
+    frame[..LINK.len()].copy_from_slice(&LINK);
+    frame
+}
+
+fn goes_to_the_pod_and_back<A: Sited>() {
+    let model = world::<A>(true);
+    let hop = Some(Hop { link: LINK, ifindex: WIRE });
+    let mut there = Frame { bytes: Shape::tcp(SYN).frame(&from_client::<A>()), hop };
+    assert_eq!(send(&model, &mut there, true), Ok(WIRE));
+    let to_pod = Ends { from: (A::NODE, NODE_PORT), to: (A::POD, 8080) };
+    assert_eq!(there.bytes, sent(SYN, &to_pod));
+
+    let reply = Ends { from: to_pod.to, to: to_pod.from };
+    let mut back = Frame { bytes: Shape::tcp(SYN | ACK).frame(&reply), hop };
+    assert_eq!(send(&model, &mut back, true), Ok(WIRE));
+    let Ends { from, to } = from_client::<A>();
+    assert_eq!(back.bytes, sent(SYN | ACK, &Ends { from: to, to: from }));
+    assert_eq!(model.counters.borrow().get(&Reason::SentOn), Some(&2));
+}
+
+#[test]
+fn a_connection_goes_to_a_pod_on_another_node_and_back() {
+    goes_to_the_pod_and_back::<V4>();
+    goes_to_the_pod_and_back::<V6>();
+}
+
+/// The stack gets the packet with its first translation alone, as where there is no XDP.
+fn leaves_to_the_stack<A: Sited>(shape: &Shape, hop: Option<Hop>, is_wire: bool) {
+    let model = world::<A>(true);
+    let mut frame = Frame { bytes: shape.frame(&from_client::<A>()), hop };
+    assert_eq!(send(&model, &mut frame, is_wire), Err(Verdict::Forward), "{shape:?}");
+    let Ends { from, .. } = from_client::<A>();
+    assert_eq!(frame.bytes, shape.frame(&Ends { from, to: (A::POD, 8080) }), "{shape:?}");
+    assert_eq!(model.counters.borrow().get(&Reason::SentOn), None);
+}
+
+#[test]
+fn what_is_not_plain_is_left_to_the_stack() {
+    let hop = Some(Hop { link: LINK, ifindex: WIRE });
+    for shape in [
+        Shape { tags: 1, ..Shape::tcp(SYN) },
+        Shape { option_words: 1, extensions: vec![0], ..Shape::tcp(SYN) },
+        Shape { time_to_live: 1, ..Shape::tcp(SYN) },
+    ] {
+        leaves_to_the_stack::<V4>(&shape, hop, true);
+        leaves_to_the_stack::<V6>(&shape, hop, true);
+    }
+}
+
+#[test]
+fn without_a_way_out_it_is_left_to_the_stack() {
+    let shape = Shape::tcp(SYN);
+    for (hop, is_wire) in [(None, true), (Some(Hop { link: LINK, ifindex: WIRE }), false)] {
+        leaves_to_the_stack::<V4>(&shape, hop, is_wire);
+        leaves_to_the_stack::<V6>(&shape, hop, is_wire);
+    }
+}
+
+#[test]
+fn a_first_fragment_is_left_to_the_stack() {
+    const MORE_FRAGMENTS: u8 = 0x20;
+    let model = world::<V4>(true);
+    let mut bytes = Shape::tcp(SYN).frame(&from_client::<V4>());
+    bytes[20] = MORE_FRAGMENTS;
+    let mut frame = Frame { bytes, hop: Some(Hop { link: LINK, ifindex: WIRE }) };
+    assert_eq!(send(&model, &mut frame, true), Err(Verdict::Forward));
+}
+
+#[test]
+fn a_pod_of_this_node_is_for_the_stack() {
+    let mut frame = Frame { bytes: Shape::tcp(SYN).frame(&from_client::<V4>()), hop: None };
+    assert_eq!(send(&world::<V4>(false), &mut frame, true), Err(Verdict::Forward));
+}
