@@ -2,7 +2,8 @@
 //! other nodes past its stack.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use affinity_tests::lab::{Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Protocol, Service, eventually};
@@ -34,7 +35,7 @@ fn a_connection_beyond_the_nodes_ports_is_refused_and_a_closed_one_makes_room() 
             let dial = |number: u32| lab.client().connect(Protocol::Tcp, family.client(number), to);
             let mut open: Vec<Connection> = (0..PORTS).map(dial).collect::<Result<_, _>>()?;
             for connection in &mut open {
-                let seen: std::net::IpAddr = connection.ask("/client")?.parse()?;
+                let seen: IpAddr = connection.ask("/client")?.parse()?;
                 ensure!(family.node_addresses().contains(&seen), "the pod sees {seen}");
             }
             let (before, began) = (count(lab, "ports-exhausted")?, Instant::now());
@@ -73,7 +74,7 @@ fn xdp_sends_to_another_node_and_back_past_the_stack() -> Result<()> {
     for (index, family) in Family::BOTH.into_iter().enumerate() {
         let to = web.address(Frontend::NodePort, family, Protocol::Tcp).context("a node port")?;
         let request = |number| -> Result<()> {
-            let seen: std::net::IpAddr =
+            let seen: IpAddr =
                 lab.client().connect(Protocol::Tcp, family.client(number), to)?.ask_last("/client")?.parse()?;
             ensure!(family.node_addresses().contains(&seen), "the pod sees {seen}");
             Ok(())
@@ -86,5 +87,50 @@ fn xdp_sends_to_another_node_and_back_past_the_stack() -> Result<()> {
         ensure!(sent >= u64::from(REQUESTS) * 8, "{family:?}: {sent} were sent on");
         ensure!(by_stack == 0, "{family:?}: the stack has forwarded {by_stack}");
     }
+    Ok(())
+}
+
+/// A server at an address of the clients' namespace, which tells each client its address.
+fn echo_at(lab: &Lab, endpoint: &'static str) -> Result<()> {
+    let listener = lab.client_namespace().run(|| TcpListener::bind((endpoint, 8080)))??;
+    std::thread::spawn(move || {
+        // It ends with the test's process.
+        for mut stream in listener.incoming().flatten() {
+            let Ok(peer) = stream.peer_addr() else { continue };
+            let (body, mut request) = (peer.ip().to_string(), [0; 1024]);
+            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            // A client that has gone sees to it by itself.
+            let _ = stream.read(&mut request).and_then(|_| stream.write_all(answer.as_bytes()));
+        }
+    });
+    Ok(())
+}
+
+#[test]
+fn xdp_sends_back_out_of_the_wire_that_a_frame_came_in_by() -> Result<()> {
+    // An endpoint that is no pod: it is where the clients are, and so are its replies.
+    const ENDPOINT: &str = "198.18.9.9";
+    let yaml = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: outside, namespace: default}}\n\
+         spec: {{type: NodePort, clusterIP: 10.96.0.77, ports: [{{name: http, port: 80, nodePort: 30077}}]}}\n---\n\
+         apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: outside-1, namespace: default, \
+         labels: {{kubernetes.io/service-name: outside}}}}\naddressType: IPv4\n\
+         ports: [{{name: http, port: 8080}}]\nendpoints: [{{addresses: [{ENDPOINT}], conditions: {{ready: true}}}}]\n"
+    );
+    let lab = Lab::with_pods(0)?;
+    lab.publish_text("outside.yaml", &yaml)?;
+    echo_at(&lab, ENDPOINT)?;
+    let _agent = lab.agent(&["--device", "wire0", "--xdp-device", "wire0"])?;
+    let to = SocketAddr::new(Family::V4.node_addresses()[0], 30_077);
+    let request = |number| -> Result<()> {
+        let seen: IpAddr = lab.client().http_get(Family::V4.client(number), to, "/")?.parse()?;
+        ensure!(Family::V4.node_addresses().contains(&seen), "the server sees {seen}");
+        Ok(())
+    };
+    request(0)?;
+    let (sent_before, stack_before) = (count(&lab, "sent-on")?, forwarded(&lab)?[0]);
+    (0..10).try_for_each(request)?;
+    let (sent, by_stack) = (count(&lab, "sent-on")? - sent_before, forwarded(&lab)?[0] - stack_before);
+    ensure!(sent >= 80 && by_stack == 0, "{sent} were sent on, the stack has forwarded {by_stack}");
     Ok(())
 }
