@@ -16,6 +16,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_
 
 use super::address::{Family, Protocol};
 use super::netns::Door;
+use super::server::DATAGRAM_MAX;
 
 /// How long a client waits for a connection, and for an answer, unless told otherwise. Long enough for a few retransmissions.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -185,7 +186,7 @@ impl Connection {
             }
             Self::Udp(socket) => {
                 socket.send(path.as_bytes())?;
-                let mut datagram = vec![0; 2048];
+                let mut datagram = vec![0; DATAGRAM_MAX];
                 let length = socket.recv(&mut datagram).map_err(timed_out)?;
                 datagram.truncate(length);
                 String::from_utf8(datagram).map_err(io::Error::other)?

@@ -33,6 +33,8 @@ pub const UDP_PORTS: [u16; 2] = [5353, 5354];
 
 /// A request's head may not be longer than this.
 const HEAD_MAX: usize = 8192;
+/// No datagram is longer.
+pub(super) const DATAGRAM_MAX: usize = 1 << 16;
 /// Connections that may wait for the server: more than a burst of clients brings at once.
 const BACKLOG: i32 = 4096;
 
@@ -166,7 +168,7 @@ async fn read_head(stream: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<Op
 }
 
 async fn echo(socket: UdpSocket, port: u16, duty: Arc<Duty>) {
-    let mut datagram = [0; 128];
+    let mut datagram = vec![0; DATAGRAM_MAX];
     loop {
         // Errors here tell of clients that no longer listen.
         let Ok((length, peer)) = socket.recv_from(&mut datagram).await else { continue };
