@@ -10,7 +10,7 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Frontend, MASQUERADE,
+        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend, MASQUERADE,
         MEMBER_READY, MemberKey, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey, SHADOW, SHARED, SILENT, SPLIT,
         Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
     },
@@ -268,13 +268,10 @@ impl<'a> Dump<'a> {
         let lines: BTreeMap<_, _> = entries
             .into_iter()
             .map(|(key, flow)| {
-                let direction = ["forward", "reverse", "outward", "return"][usize::from(key.direction & 3)];
                 let edit = &flow.edit;
                 let mut line = format!(
-                    "{map} {direction} {} {} > {} -> {} > {} backend={} service={} state={}",
-                    protocol_name(key.protocol),
-                    Endpoint::new(key.saddr, key.sport),
-                    Endpoint::new(key.daddr, key.dport),
+                    "{map} {} -> {} > {} backend={} service={} state={}",
+                    flow_text(&key),
                     Endpoint::new(edit.saddr, edit.sport),
                     Endpoint::new(edit.daddr, edit.dport),
                     self.catalog.backend(flow.backend, flow.generation).full_name(),
@@ -289,6 +286,40 @@ impl<'a> Dump<'a> {
             })
             .collect();
         lines.into_values().collect()
+    }
+
+    /// Packets of one family that came in pieces, by source and destination: the flow that later pieces follow.
+    #[must_use]
+    pub fn fragments<A: Address>(
+        &self,
+        entries: impl IntoIterator<Item = (FragmentKey<A>, FlowKey<A>)>,
+    ) -> Vec<String> {
+        let is_v4 = A::BITS == V4::BITS;
+        let map = if is_v4 { names::FRAGMENTS_V4 } else { names::FRAGMENTS_V6 };
+        let lines: BTreeMap<_, _> = entries
+            .into_iter()
+            .map(|(key, flow)| {
+                let way = if key.is_leaving == 0 { "entering" } else { "leaving" };
+                let [saddr, daddr] = [key.saddr, key.daddr].map(|address| from_mapped(address.to_mapped()));
+                let id = if is_v4 { &key.id[..2] } else { &key.id };
+                let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+                let line = format!("{map} {way} {saddr} > {daddr} id={id} -> {}", flow_text(&flow));
+                ((key.is_leaving, key), line)
+            })
+            .collect();
+        lines.into_values().collect()
+    }
+
+    /// Backends for whose connections the node's source ports were tried; `tried` is the map, by backend index.
+    #[must_use]
+    pub fn tried(&self, tried: impl IntoIterator<Item = (u32, u64)>) -> Vec<String> {
+        let counted = tried.into_iter().filter(|&(_, ports)| ports != 0);
+        let lines: BTreeSet<_> = counted
+            .map(|(index, ports)| {
+                format!("{} {} -> {ports} ports", names::TRIED, self.catalog.backend_now(index).full_name())
+            })
+            .collect();
+        lines.into_iter().collect()
     }
 
     /// Sockets, by what each is found for, protocol and cookie.
@@ -364,6 +395,13 @@ impl<'a> Dump<'a> {
     }
 }
 
+/// The packets of a flow in one direction.
+fn flow_text<A: Address>(key: &FlowKey<A>) -> String {
+    let direction = ["forward", "reverse", "outward", "return"][usize::from(key.direction & 3)];
+    let (from, to) = (Endpoint::new(key.saddr, key.sport), Endpoint::new(key.daddr, key.dport));
+    format!("{direction} {} {from} > {to}", protocol_name(key.protocol))
+}
+
 /// `name x count`, in the order of names.
 fn shares(backends: impl Iterator<Item = String>) -> String {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
@@ -406,6 +444,16 @@ mod tests {
         lines.extend(dump.sessions(fixture::sessions_v4()));
         lines.extend(dump.sessions::<V6>(fixture::sessions_v6()));
         lines.extend(dump.flows([(key.opposite(&flow.edit), flow), (key, flow)]));
+        let fragment = FragmentKey {
+            saddr: key.saddr,
+            daddr: key.daddr,
+            id: [0x1a, 0x2b, 0, 0],
+            protocol: 6,
+            is_leaving: 0,
+            pad: [0; 2],
+        };
+        lines.extend(dump.fragments([(fragment, key)]));
+        lines.extend(dump.tried([(1, 7), (2, 0), (3, 65)]));
         lines.extend(dump.counters(&[0, 2, 0, 0, 0, 70]));
         lines.extend(dump.events(&fixture::events()));
         lines.join("\n")
@@ -458,6 +506,9 @@ mod tests {
         sessions_v6 kube-system/infra(group) 2001:db8::/64 -> 10.244.0.3 service=kube-system/dns reason=operator uses=3 connections=0
         flows_v4 forward TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
         flows_v4 reverse TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
+        fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> forward TCP 192.0.2.1:40000 > 10.96.0.10:80
+        tried 10.244.0.3 -> 65 ports
+        tried default/web-0 -> 7 ports
         counters truncated -> 2
         counters not-frontend -> 70
         events created default/web 192.0.2.1 -> default/web-0
