@@ -25,7 +25,8 @@ const TRIES: u32 = 64;
 impl Node {
     /// The address of a family; none: nothing is masqueraded.
     #[inline(always)]
-    fn address<A: Address>(&self) -> Option<A> {
+    #[must_use]
+    pub fn address<A: Address>(&self) -> Option<A> {
         let is_v4 = A::BITS == V4::BITS;
         let address = A::from_mapped(if is_v4 { self.address_v4.to_mapped() } else { self.address_v6.0 });
         let is_there = if is_v4 { self.address_v4.0 != [0; 4] } else { self.address_v6.0 != [0; 16] };

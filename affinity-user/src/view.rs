@@ -17,9 +17,11 @@ mod dump;
 mod event;
 mod explanation;
 mod flow;
+mod question;
 mod reading;
 mod service;
 mod session;
+mod situation;
 mod status;
 
 pub use address::{Client, Endpoint, protocol_name};
@@ -32,14 +34,13 @@ pub use counter::CounterView;
 pub use device::DeviceView;
 pub use dump::{Dump, DumpOptions};
 pub use event::EventView;
-pub use explanation::{
-    Candidate, ExplainedFrontend, Explanation, FrontendTables, Question, Situation, Step, explain, pool_backends,
-    session_keys,
-};
+pub use explanation::{Candidate, ExplainedFrontend, Explanation, Step, explain};
 pub use flow::{FlowState, FlowView};
+pub use question::{FrontendTables, Question};
 pub(crate) use service::policy_text;
 pub use service::{Endpoints, FrontendView, LiveSessions, ServiceView};
 pub use session::{ServicePins, SessionView, expires_in_s};
+pub use situation::Situation;
 pub use status::StatusView;
 
 #[cfg(test)]

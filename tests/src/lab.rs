@@ -67,7 +67,7 @@ pub use pod::Pod;
 pub use server::{HTTP_PORTS, UDP_PORTS};
 pub use sweep::sweep_stale;
 pub use terminal::Terminal;
-pub use yaml::{EndpointState, Frontend, Policy, Service, ServicePort, node_of, pod_name};
+pub use yaml::{EndpointState, Frontend, Policy, Service, ServicePort, node_of, pod_index, pod_name};
 
 pub(crate) use address::WIRE_CLIENT;
 pub(crate) use netns::feed;

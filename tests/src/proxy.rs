@@ -107,6 +107,11 @@ impl Scene {
         self.agent.as_ref().map(|agent| agent.log().join("\n")).unwrap_or_default()
     }
 
+    /// Whether it is `affinity` that works here: then it can be asked what it would do.
+    pub fn has_agent(&self) -> bool {
+        self.agent.is_some()
+    }
+
     /// The lab.
     pub fn lab(&self) -> &Lab {
         &self.lab

@@ -7,9 +7,9 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Direction, FlowKey, V4, V6, netns_client},
+    abi::{V4, V6, netns_client},
     model::Model,
-    parse::{TCP, UDP},
+    parse::{SCTP, TCP, UDP},
     tables::FamilyTables,
 };
 use clap::Args;
@@ -24,22 +24,26 @@ use super::{
     source::{self, ClusterArgs, SourceName},
 };
 use crate::{
-    store::kernel::{Family, KernelStore, filter_word},
-    view::{
-        Catalog, Endpoint, Explanation, FrontendTables, Question, Situation, explain, ip, pool_backends, session_keys,
-    },
+    attach::cgroup,
+    load::PinDir,
+    netns::Namespace,
+    store::kernel::Family,
+    view::{Catalog, Client, Endpoint, Explanation, FrontendTables, NODE, Question, Situation, explain, ip},
 };
+
+/// The cookie of this node's network namespace, where only a source is asked.
+const NODE_OF_SOURCE: u64 = 1;
 
 /// Options of `affinity explain`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct ExplainArgs {
     /// The client; with a port, that connection of the client. By name, a socket of the node itself (`node`) or of a pod on
-    /// it
+    /// it; an address of this node is the node
     #[arg(long, value_name = "IP[:PORT]|NAME", value_parser = parse_from)]
     from: From,
-    /// What it dials; TCP, unless `/udp` follows
-    #[arg(long, value_name = "IP:PORT[/udp]", value_parser = parse_to)]
-    to: To,
+    /// What it dials; TCP, unless `/udp` or `/sctp` follows. Given more than once: each of them, in this order
+    #[arg(long, value_name = "IP:PORT[/udp|/sctp]", value_parser = parse_to, required = true)]
+    to: Vec<To>,
     /// Ask this YAML, or the API of a cluster, instead of the kernel: needs no root, and knows no pins
     #[arg(long, value_name = "PATH|kubernetes")]
     source: Option<SourceName>,
@@ -83,117 +87,148 @@ fn parse_to(text: &str) -> Result<To, String> {
     let protocol = match protocol.to_ascii_lowercase().as_str() {
         "tcp" => TCP,
         "udp" => UDP,
-        other => return Err(format!("`/{other}`: expected /tcp or /udp")),
+        "sctp" => SCTP,
+        other => return Err(format!("`/{other}`: expected /tcp, /udp or /sctp")),
     };
     let socket: SocketAddr = socket.parse().map_err(|_| "expected IP:PORT or [IPv6]:PORT".to_owned())?;
     Ok(To { endpoint: Endpoint { address: socket.ip(), port: socket.port() }, protocol })
 }
 
-impl ExplainArgs {
-    pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
-        match &self.source {
-            Some(source) => {
-                let source = self.cluster.source(source, global)?;
-                let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
-                let question = self.questions(&catalog)?.remove(0);
-                match question.from {
-                    IpAddr::V4(_) => self.print(&explain(&catalog, &question, &of_source::<V4>(&catalog, &question))),
-                    IpAddr::V6(_) => self.print(&explain(&catalog, &question, &of_source::<V6>(&catalog, &question))),
-                }
-            }
-            None => {
-                let reading = Reading::open(&global.pin_dir)?;
-                let questions = self.questions(&reading.catalog)?;
-                match questions[0].from {
-                    IpAddr::V4(_) => self.of_kernel::<V4>(&reading, &questions),
-                    IpAddr::V6(_) => self.of_kernel::<V6>(&reading, &questions),
-                }
-            }
+/// Whom to ask.
+enum Dataplane {
+    Kernel(Box<Reading>),
+    /// What a source would make, which no packet has met yet.
+    Source(Box<Catalog>),
+}
+
+impl Dataplane {
+    fn catalog(&self) -> &Catalog {
+        match self {
+            Self::Kernel(reading) => &reading.catalog,
+            Self::Source(catalog) => catalog,
         }
     }
 
-    /// What is asked: more than one thing where several namespaces have the client's name; never nothing.
-    fn questions(&self, catalog: &Catalog) -> Result<Vec<Question>, Error> {
-        let To { endpoint, protocol } = self.to;
-        let question = |from, from_port| Question { from, from_port, to: endpoint, protocol };
-        match &self.from {
-            From::Address(address, port) => {
-                let question = question(*address, *port);
-                if !question.is_socket() && address.is_ipv4() != endpoint.address.is_ipv4() {
-                    return Err(Error::Usage("--from and --to must both be IPv4, or both IPv6".to_owned()));
-                }
-                Ok(vec![question])
-            }
-            From::Named(name) => {
-                let family = if endpoint.address.is_ipv4() { 4 } else { 6 };
-                let key = |cookie| question(ip(netns_client(cookie, family)), None);
-                Ok(name.cookies(catalog)?.into_iter().map(key).collect())
-            }
+    fn situation<A: Family + FrontendTables>(&self, question: &Question) -> Result<Situation<A>, Error> {
+        match self {
+            Self::Kernel(reading) => Ok(Situation::of_kernel(&reading.store, &reading.catalog, question)?),
+            Self::Source(catalog) => Ok(Situation::untouched(catalog, question)),
         }
     }
 
-    fn of_kernel<A: Family + FrontendTables>(&self, reading: &Reading, questions: &[Question]) -> Result<(), Error>
+    /// The answer to the same question about each of these clients: of several namespaces with one name, the one that has
+    /// a pin.
+    fn explain<A: Family + FrontendTables>(&self, questions: &[Question]) -> Result<Option<Explanation<'_>>, Error>
     where
         Model: FamilyTables<A>,
     {
-        let Reading { store, catalog } = reading;
         let mut asked = Vec::new();
         for question in questions {
-            asked.push((question, of_kernel::<A>(store, catalog, question)?));
+            asked.push((question, self.situation::<A>(question)?));
         }
-        // Of several namespaces with one name, the one that has a pin.
         let pinned = asked.iter().find(|(_, situation)| !situation.sessions.is_empty());
-        match pinned.or(asked.first()) {
-            Some((question, situation)) => self.print(&explain(catalog, question, situation)),
-            None => Ok(()),
+        Ok(pinned.or(asked.first()).map(|(question, situation)| explain(self.catalog(), question, situation)))
+    }
+}
+
+impl ExplainArgs {
+    pub(crate) fn run(&self, global: &Global) -> Result<(), Error> {
+        let dataplane = match &self.source {
+            Some(source) => {
+                let source = self.cluster.source(source, global)?;
+                let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
+                let names = BTreeMap::from([(NODE_OF_SOURCE, NODE.to_owned())]);
+                Dataplane::Source(Box::new(catalog.with_namespaces(names)))
+            }
+            None => Dataplane::Kernel(Box::new(Reading::open(&global.pin_dir)?)),
+        };
+        let from = match &self.from {
+            From::Address(address, _) if self.source.is_none() && is_of_this_node(*address)? => From::node(),
+            From::Address(..) | From::Named(_) => self.from.clone(),
+        };
+        if from.is_socket() && self.source.is_none() {
+            ensure_sockets(global)?;
         }
+        let mut answers = Vec::new();
+        for to in &self.to {
+            let questions = from.questions(to, dataplane.catalog())?;
+            let is_ipv4 = questions.first().is_some_and(|question| question.from.is_ipv4());
+            let answer =
+                if is_ipv4 { dataplane.explain::<V4>(&questions) } else { dataplane.explain::<V6>(&questions) };
+            answers.extend(answer?);
+        }
+        self.print(&answers)
     }
 
-    fn print(&self, answer: &Explanation<'_>) -> Result<(), Error> {
+    /// One answer as an object, several as a list.
+    fn print(&self, answers: &[Explanation<'_>]) -> Result<(), Error> {
         let mut out = BufWriter::new(io::stdout().lock());
-        if !object(&mut out, self.output, answer)? {
-            print_steps(&mut out, answer, wants_colour())?;
+        let is_printed = match answers {
+            [answer] => object(&mut out, self.output, answer)?,
+            answers => object(&mut out, self.output, &answers)?,
+        };
+        if !is_printed {
+            for (number, answer) in answers.iter().enumerate() {
+                out.write_all(if number == 0 { b"" } else { b"\n" })?;
+                print_steps(&mut out, answer, wants_colour())?;
+            }
         }
         Ok(out.flush()?)
     }
 }
 
-/// Copies of what the packet would meet in the kernel.
-fn of_kernel<A: Family + FrontendTables>(
-    store: &KernelStore,
-    catalog: &Catalog,
-    question: &Question,
-) -> Result<Situation<A>, Error> {
-    let tables = store.family::<A>();
-    let mut sessions = BTreeMap::new();
-    for key in session_keys::<A>(catalog, question) {
-        if let Some(session) = tables.sessions.get(&key)? {
-            sessions.insert(key, session);
+impl From {
+    /// This node's own processes.
+    fn node() -> Self {
+        Self::Named(ClientArg::Named(NODE.to_owned()))
+    }
+
+    fn is_socket(&self) -> bool {
+        match self {
+            Self::Address(address, _) => Client::new(*address, u8::MAX).netns().is_some(),
+            Self::Named(_) => true,
         }
     }
-    let key = question.key::<A>();
-    let (word, bit) = filter_word(Direction::Forward, question.filter_bit());
-    let backends = pool_backends::<A>(catalog, question).into_iter().filter(|&index| index < store.loads.len());
-    let flow = if question.from_port.is_some() { tables.flows.get(&key)? } else { None };
-    let outward = flow.map(|flow| FlowKey::translated(&flow.edit, question.protocol, Direction::Outward));
-    Ok(Situation {
-        in_filter: store.filter.load_u64(word) & bit != 0,
-        sessions,
-        flow,
-        is_masqueraded: outward.map(|outward| tables.flows.get(&outward)).transpose()?.flatten().is_some(),
-        loads: backends.map(|index| (index, store.loads.load_u64(index))).collect(),
-    })
+
+    /// What is asked: more than one thing where several namespaces have the client's name; never nothing.
+    fn questions(&self, to: &To, catalog: &Catalog) -> Result<Vec<Question>, Error> {
+        let To { endpoint, protocol } = *to;
+        let question = |from, from_port| Question { from, from_port, to: endpoint, protocol };
+        let questions = match self {
+            Self::Address(address, port) => vec![question(*address, *port)],
+            Self::Named(name) => {
+                let family = if endpoint.address.is_ipv4() { 4 } else { 6 };
+                let key = |cookie| question(ip(netns_client(cookie, family)), None);
+                name.cookies(catalog)?.into_iter().map(key).collect()
+            }
+        };
+        for question in &questions {
+            if question.is_socket() && protocol == SCTP {
+                return Err(Error::Usage("sockets of SCTP are not translated: ask by the client's address".to_owned()));
+            }
+            if !question.is_socket() && question.from.is_ipv4() != endpoint.address.is_ipv4() {
+                return Err(Error::Usage("--from and --to must both be IPv4, or both IPv6".to_owned()));
+            }
+        }
+        Ok(questions)
+    }
 }
 
-/// A dataplane that no packet has met yet.
-fn of_source<A: Address + FrontendTables>(catalog: &Catalog, question: &Question) -> Situation<A> {
-    Situation {
-        in_filter: question.is_frontend::<A>(catalog),
-        sessions: BTreeMap::new(),
-        flow: None,
-        is_masqueraded: false,
-        loads: BTreeMap::new(),
+/// Whether what comes from an address comes from this node's own sockets, and enters no device.
+fn is_of_this_node(address: IpAddr) -> Result<bool, Error> {
+    let own = Namespace::own().and_then(|own| own.addresses());
+    let own = own.map_err(|error| Error::Failed(format!("the addresses of this node: {error}")))?;
+    Ok(address.is_loopback() || own.contains(&address))
+}
+
+/// Fails where no process has its sockets translated.
+fn ensure_sockets(global: &Global) -> Result<(), Error> {
+    if cgroup::attachments(&PinDir::new(&global.pin_dir))?.is_empty() {
+        let why = "no socket is translated here (--socket off), and what the node's own processes send enters no device; \
+                   of pods ask by their address";
+        return Err(Error::Failed(why.to_owned()));
     }
+    Ok(())
 }
 
 fn print_steps(out: &mut impl Write, answer: &Explanation<'_>, colour: bool) -> io::Result<()> {

@@ -131,7 +131,7 @@ impl Catalog {
     }
 
     /// With these names of network namespaces, by their cookies, in place of what the machine tells.
-    #[cfg(test)]
+    #[must_use]
     pub(crate) fn with_namespaces(self, names: BTreeMap<u64, String>) -> Self {
         Self { namespaces: names.into(), ..self }
     }

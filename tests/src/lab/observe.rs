@@ -1,11 +1,13 @@
 //! What the `affinity` command says of a lab, as values.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::address::{CLIENT_COUNT, Family, Protocol};
 use super::yaml::{Service, pod_name};
@@ -54,9 +56,11 @@ pub struct Explanation {
     /// Why.
     pub reason: String,
     /// The client's session, if it has one.
-    pub pinned: Option<serde_json::Value>,
+    pub pinned: Option<Value>,
     /// The backends that it could reach.
     pub candidates: Vec<Candidate>,
+    /// Whether each of them would see the node's address.
+    pub masquerade: bool,
 }
 
 /// A backend that an explanation names.
@@ -68,6 +72,8 @@ pub struct Candidate {
     pub port: u16,
     /// The pod's name.
     pub name: String,
+    /// Whether it would see the node's address.
+    pub masquerade: bool,
 }
 
 impl Lab {
@@ -85,17 +91,29 @@ impl Lab {
         serde_json::from_value(json.clone()).with_context(|| format!("sessions as documented, not {json}"))
     }
 
-    /// What the next packet of this client to this frontend would meet.
+    /// What the next packet of this client to this frontend would meet; or the next socket, where the client is named
+    /// `node`, or as a pod.
     ///
     /// # Errors
     /// As [`Lab::sessions`].
-    pub fn explain(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> Result<Explanation> {
-        let to = match protocol {
-            Protocol::Tcp => to.to_string(),
-            Protocol::Udp => format!("{to}/udp"),
-        };
-        let json = self.affinity_json(&["explain", "--from", &from.to_string(), "--to", &to])?;
-        serde_json::from_value(json.clone()).with_context(|| format!("an explanation as documented, not {json}"))
+    pub fn explain(&self, protocol: Protocol, from: impl Display, to: SocketAddr) -> Result<Explanation> {
+        self.explain_each(from, &[(protocol, to)])?.pop().context("one explanation")
+    }
+
+    /// The same of several frontends, at one moment and in their order.
+    ///
+    /// # Errors
+    /// As [`Lab::sessions`].
+    pub fn explain_each(&self, from: impl Display, to: &[(Protocol, SocketAddr)]) -> Result<Vec<Explanation>> {
+        let from = from.to_string();
+        let to: Vec<_> = to.iter().map(|(protocol, to)| format!("{to}/{protocol}")).collect();
+        let mut args = vec!["explain", "--from", &from];
+        args.extend(to.iter().flat_map(|to| ["--to", to]));
+        let json = self.affinity_json(&args)?;
+        let json = if json.is_array() { json } else { Value::Array(vec![json]) };
+        let said: Vec<_> = Deserialize::deserialize(&json).with_context(|| format!("explanations, not {json}"))?;
+        ensure!(said.len() == to.len(), "{} explanations of {}", said.len(), to.len());
+        Ok(said)
     }
 
     /// Writes the service's YAML as [`Lab::publish`] does, and waits as [`Lab::settle`] does.

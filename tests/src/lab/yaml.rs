@@ -16,6 +16,11 @@ pub fn pod_name(index: usize) -> String {
     format!("pod-{index}")
 }
 
+/// The index of the pod with this name; None: it is none of a lab's pods.
+pub fn pod_index(name: &str) -> Option<usize> {
+    name.strip_prefix("pod-")?.parse().ok()
+}
+
 /// The name of the node that the pod with this index is on.
 pub fn node_of(index: usize) -> &'static str {
     if index < FIRST_OF_B { NODE_NAME } else { NODE_B_NAME }

@@ -66,7 +66,7 @@ impl Question {
     }
 
     /// Whether one client asks, which stays where it came to.
-    fn is_by_pinned_client(&self) -> bool {
+    pub(crate) fn is_by_pinned_client(&self) -> bool {
         self.case.spec.has_affinity && !self.case.source.is_outside()
     }
 

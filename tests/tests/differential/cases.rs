@@ -31,7 +31,7 @@ const ROUNDS: usize = 2;
 /// Questions to each service.
 const QUESTIONS: usize = 8;
 /// The first client outside `Ranges::Outside`.
-const FIRST_STRANGER: u32 = 1 << 16;
+pub(crate) const FIRST_STRANGER: u32 = 1 << 16;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -205,6 +205,6 @@ pub(crate) fn choose(seed: u64, can_be_asked: impl Fn(&Case) -> bool) -> Vec<Cas
             }
         }
     }
-    assert!(cases.len() as u32 * ATTEMPTS <= FIRST_STRANGER, "{} cases are too many for the clients", cases.len());
+    assert!((cases.len() as u32 + 1) * ATTEMPTS < FIRST_STRANGER, "{} cases are too many for the clients", cases.len());
     cases
 }

@@ -4,15 +4,17 @@
 
 mod ask;
 mod cases;
+mod explain;
 mod oracle;
 
 use affinity_tests::lab::Service;
-use affinity_tests::proxy::Proxy;
+use affinity_tests::proxy::{Proxy, Scene};
 use affinity_tests::story::report;
 use anyhow::{Context, Result, ensure};
 
 use ask::{Question, ask_all};
 use cases::{Case, choose};
+use explain::{explain_all, objection, objection_to_pinned};
 use oracle::{DIFFERENCES, Outcome, can_be_asked, outcome};
 
 const SEED: u64 = 4;
@@ -41,7 +43,7 @@ fn services(questions: &[(Question, Option<&'static str>)]) -> Vec<Service> {
     services.into_iter().map(|(number, spec)| spec.service(number)).collect()
 }
 
-/// Asks everything of this proxy.
+/// Asks everything of this proxy; and what it says itself of every question, where it does.
 fn tell(proxy: Proxy) -> Result<()> {
     if !proxy.is_available() {
         report(&format!("{proxy:?}: not on this machine, so there is nothing to compare with"));
@@ -50,26 +52,58 @@ fn tell(proxy: Proxy) -> Result<()> {
     let questions = questions(proxy)?;
     let scene = proxy.start(&services(&questions))?;
     let (questions, known): (Vec<_>, Vec<_>) = questions.into_iter().unzip();
+    if scene.has_agent() {
+        check_explained(&scene, &questions)?;
+    }
     let outcomes = ask_all(&scene, &questions)?;
-    let wrong: Vec<String> = questions
-        .iter()
-        .zip(&outcomes)
-        .filter(|(question, met)| !question.is_answered_by(met))
-        .map(|(question, met)| {
-            let Question { case, to, expected } = question;
-            format!("{case:?}\n  at {to}: met {met:?}, and not {expected:?}")
-        })
-        .collect();
-    let shown = wrong.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("\n");
-    let (count, of) = (wrong.len(), questions.len());
-    ensure!(wrong.is_empty(), "{proxy:?}: {count} of {of} answers are wrong:\n{shown}\n{}", scene.log());
+    let wrong = questions.iter().zip(&outcomes).filter(|(question, met)| !question.is_answered_by(met));
+    let wrong = wrong.map(|(question, met)| {
+        let Question { case, to, expected } = question;
+        format!("{case:?}\n  at {to}: met {met:?}, and not {expected:?}")
+    });
+    let (wrong, of) = (wrong.collect::<Vec<_>>(), questions.len());
+    ensure!(wrong.is_empty(), "{proxy:?}: {}\n{}", shown(&wrong, of), scene.log());
+    if scene.has_agent() {
+        check_explained_to_pinned(&scene, &questions, &outcomes)?;
+    }
     for difference in DIFFERENCES.iter().filter(|difference| difference.of.contains(&proxy)) {
         let met = known.iter().filter(|reason| **reason == Some(difference.reason)).count();
         ensure!(met > 0, "nothing is asked any more that differs because: {}", difference.reason);
-        report(&format!("{proxy:?}: {met} of {} answers differ: {}", questions.len(), difference.reason));
+        report(&format!("{proxy:?}: {met} of {of} answers differ: {}", difference.reason));
     }
-    report(&format!("{proxy:?}: {} questions, all answered as kube-proxy would", questions.len()));
+    report(&format!("{proxy:?}: {of} questions, all answered as kube-proxy would"));
     Ok(())
+}
+
+/// What `affinity explain` says before anybody has asked anything.
+fn check_explained(scene: &Scene, questions: &[Question]) -> Result<()> {
+    let explained = explain_all(scene.lab(), &questions.iter().collect::<Vec<_>>())?;
+    let wrong = questions.iter().zip(&explained).filter_map(|(question, said)| objection(question, said));
+    let (wrong, of) = (wrong.collect::<Vec<_>>(), questions.len());
+    ensure!(wrong.is_empty(), "explained: {}", shown(&wrong, of));
+    report(&format!("{of} questions explained, all as they will be answered"));
+    Ok(())
+}
+
+/// What it says of those that ask again, and are pinned.
+fn check_explained_to_pinned(scene: &Scene, questions: &[Question], outcomes: &[Outcome]) -> Result<()> {
+    let is_pinned =
+        |(question, met): &(&Question, &Outcome)| question.is_by_pinned_client() && met.iter().any(Result::is_ok);
+    let (questions, outcomes): (Vec<_>, Vec<_>) = questions.iter().zip(outcomes).filter(is_pinned).unzip();
+    let explained = explain_all(scene.lab(), &questions)?;
+    let asked = questions.iter().zip(&outcomes).zip(&explained);
+    let wrong = asked.filter_map(|((question, met), said)| objection_to_pinned(question, met, said));
+    let (wrong, of) = (wrong.collect::<Vec<_>>(), questions.len());
+    ensure!(wrong.is_empty(), "explained to pinned clients: {}", shown(&wrong, of));
+    ensure!(of > 0, "nobody who asks is pinned any more");
+    report(&format!("{of} questions of pinned clients explained, all as they were answered"));
+    Ok(())
+}
+
+/// How many of them are wrong, and the first few.
+fn shown(wrong: &[String], of: usize) -> String {
+    let first = wrong.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("\n");
+    format!("{} of {of} answers are wrong:\n{first}", wrong.len())
 }
 
 #[test]

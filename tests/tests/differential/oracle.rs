@@ -42,7 +42,7 @@ pub(crate) fn outcome(case: &Case) -> Outcome {
 }
 
 /// Those that are ready; if none is, those that are shut down and still serve.
-fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
+pub(crate) fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
     let in_state = |wanted| {
         let pods = spec.endpoints.iter().filter(|(pod, state)| *state == wanted && is_meant(*pod));
         pods.map(|(pod, _)| *pod).collect::<Vec<_>>()

@@ -33,6 +33,8 @@ const FIRST_SCOPE: u32 = 100;
 const SCOPES: u32 = 6;
 /// The first source port of the node, and how many there are at most.
 const NODE_PORTS: (u16, usize) = (30_000, 6);
+/// By how much there are more where there is one for everybody.
+const NODE_PORTS_FOR_ALL: u16 = 1_000;
 
 /// A connection that the flow table may know.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +79,31 @@ impl World {
         }
         for id in 0..SERVICES {
             world.count_for(dice, UsageOf::Service, id);
+        }
+        world
+    }
+
+    /// A state as publishing makes them: pools of one family, whose slots name ready members, and frontends of one pool
+    /// with the same slots; and with ports to masquerade with, if any, for everybody. Pins and connections are whatever
+    /// they are.
+    pub(crate) fn published(dice: &mut Dice, fixed: Fixed) -> Self {
+        let mut world = Self::new(dice, fixed);
+        let model = &mut world.model;
+        model.node.port_count = model.node.port_count.saturating_mul(NODE_PORTS_FOR_ALL);
+        model.backends.values_mut().for_each(|backend| backend.generation |= 1);
+        model.members.retain(|key, _| key.pool >= FIRST_SCOPE || family_of(key.pool) == family_of(key.backend));
+        for (key, member) in model.members.iter_mut().filter(|(_, member)| member.state == MEMBER_READY) {
+            member.generation = model.backends[&key.backend].generation;
+        }
+        for pool in 0..POOLS {
+            let is_ready = |(key, member): &(&MemberKey, &Member)| key.pool == pool && member.state == MEMBER_READY;
+            let ready: Vec<u32> = model.members.iter().filter(is_ready).map(|(key, _)| key.backend).collect();
+            let slots = pool * SLOTS_OF_A_POOL..(pool + 1) * SLOTS_OF_A_POOL;
+            model.slots.extend(slots.zip(ready.iter().copied().cycle()));
+            let frontends = model.frontends_v4.values_mut().chain(model.frontends_v6.values_mut());
+            for frontend in frontends.filter(|frontend| frontend.pool == pool && frontend.slot_count > 0) {
+                frontend.slot_count = SLOTS_OF_A_POOL.min(ready.len() as u32);
+            }
         }
         world
     }

@@ -1,0 +1,70 @@
+//! What the large tables say about a question, copied: a client's pins, its connection, how loaded pods are.
+
+use std::collections::BTreeMap;
+
+use affinity_common::abi::{Address, Direction, Flow, FlowKey, Session, SessionKey};
+
+use super::{
+    Catalog, Question,
+    question::{FrontendTables, pool_backends, session_keys},
+};
+use crate::store::{
+    StoreError,
+    kernel::{Family, KernelStore, filter_word},
+};
+
+/// What the large tables say about a question.
+#[derive(Clone, Debug)]
+pub struct Situation<A: Address> {
+    /// Whether the filter lets the packet in.
+    pub in_filter: bool,
+    /// The client's pins in the scopes of the frontend.
+    pub sessions: BTreeMap<SessionKey<A>, Session>,
+    /// The flow that the packet belongs to.
+    pub flow: Option<Flow<A>>,
+    /// Whether that flow has a source of the node.
+    pub is_masqueraded: bool,
+    /// Live sessions of the pool's backends.
+    pub loads: BTreeMap<u32, u64>,
+}
+
+impl<A: Address + FrontendTables> Situation<A> {
+    /// Of a dataplane that no packet has met yet.
+    #[must_use]
+    pub fn untouched(catalog: &Catalog, question: &Question) -> Self {
+        Self {
+            in_filter: question.is_frontend::<A>(catalog),
+            sessions: BTreeMap::new(),
+            flow: None,
+            is_masqueraded: false,
+            loads: BTreeMap::new(),
+        }
+    }
+}
+
+impl<A: Family + FrontendTables> Situation<A> {
+    /// Of a running dataplane.
+    ///
+    /// # Errors
+    /// [`StoreError`] where a map could not be read.
+    pub fn of_kernel(store: &KernelStore, catalog: &Catalog, question: &Question) -> Result<Self, StoreError> {
+        let tables = store.family::<A>();
+        let mut sessions = BTreeMap::new();
+        for key in session_keys::<A>(catalog, question) {
+            if let Some(session) = tables.sessions.get(&key)? {
+                sessions.insert(key, session);
+            }
+        }
+        let (word, bit) = filter_word(Direction::Forward, question.filter_bit());
+        let backends = pool_backends::<A>(catalog, question).into_iter().filter(|&index| index < store.loads.len());
+        let flow = if question.from_port.is_some() { tables.flows.get(&question.key())? } else { None };
+        let outward = flow.map(|flow| FlowKey::translated(&flow.edit, question.protocol, Direction::Outward));
+        Ok(Self {
+            in_filter: store.filter.load_u64(word) & bit != 0,
+            sessions,
+            flow,
+            is_masqueraded: outward.map(|outward| tables.flows.get(&outward)).transpose()?.flatten().is_some(),
+            loads: backends.map(|index| (index, store.loads.load_u64(index))).collect(),
+        })
+    }
+}

@@ -1,0 +1,92 @@
+//! What `affinity explain` says must be what is met: whom a question may reach, whose address is seen there, whether it
+//! is refused or left without an answer, and why.
+
+use std::collections::BTreeMap;
+
+use affinity_tests::lab::{CLIENT_COUNT, Candidate, Explanation, Frontend, Lab, pod_index};
+use affinity_tests::proxy::{Failure, Seen};
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::ask::Question;
+use crate::cases::{Case, FIRST_STRANGER, IpMode, Source};
+use crate::oracle::{Outcome, usable};
+
+/// What is said of each of these questions, in their order; at one moment of all that one client asks.
+///
+/// # Errors
+/// When a command fails.
+pub(crate) fn explain_all(lab: &Lab, questions: &[&Question]) -> Result<Vec<Explanation>> {
+    let mut by_client: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for (number, question) in questions.iter().enumerate() {
+        by_client.entry(client(&question.case)).or_default().push(number);
+    }
+    let mut explained = BTreeMap::new();
+    for (client, numbers) in by_client {
+        let asked = |number: &usize| (questions[*number].case.protocol, questions[*number].to);
+        let to: Vec<_> = numbers.iter().map(asked).collect();
+        let said = lab.explain_each(&client, &to).with_context(|| format!("explain --from {client}"))?;
+        explained.extend(numbers.into_iter().zip(said));
+    }
+    Ok(explained.into_values().collect())
+}
+
+/// Who is said to ask: of the clients outside one that never does.
+fn client(case: &Case) -> String {
+    match case.source {
+        Source::Outside => case.family.client(FIRST_STRANGER - 1).to_string(),
+        Source::Stranger => case.family.client(CLIENT_COUNT - 1).to_string(),
+        Source::Pod(pod) => case.family.pod(pod).to_string(),
+        Source::Node => "node".to_owned(),
+    }
+}
+
+/// What is wrong with what is said of a question before anybody has asked; None: nothing.
+pub(crate) fn objection(question: &Question, said: &Explanation) -> Option<String> {
+    let is_as_expected = implied(question.case.source, said).is_ok_and(|implied| implied == question.expected);
+    let (verdict, reason) = cause(question);
+    let is_so = is_as_expected && said.verdict == verdict && said.reason == reason;
+    (!is_so).then(|| format!("expected {verdict} ({reason}), said {said:?}"))
+}
+
+/// The same for a pinned client, once it has asked and met this.
+pub(crate) fn objection_to_pinned(question: &Question, met: &Outcome, said: &Explanation) -> Option<String> {
+    let is_as_met = implied(question.case.source, said).is_ok_and(|implied| implied == *met);
+    let is_so = is_as_met && said.reason == "pinned" && said.pinned.is_some();
+    (!is_so).then(|| format!("met {met:?}, said {said:?}"))
+}
+
+/// All that can be met if that is so.
+fn implied(source: Source, said: &Explanation) -> Result<Outcome> {
+    let met = |candidate: &Candidate| {
+        let pod = pod_index(&candidate.name).with_context(|| format!("{} is no pod", candidate.name))?;
+        // A process on the node is the node.
+        let is_of_node = candidate.masquerade || source == Source::Node;
+        Ok(Ok((pod, if is_of_node { Seen::Node } else { Seen::Client })))
+    };
+    let is_for_all = said.candidates.iter().all(|candidate| candidate.masquerade) && !said.candidates.is_empty();
+    ensure!(said.masquerade == is_for_all, "masquerade contradicts the candidates");
+    match (said.verdict.as_str(), said.candidates.as_slice()) {
+        ("forward", candidates @ [_, ..]) => candidates.iter().map(met).collect(),
+        ("reject", []) => Ok(Outcome::from([Err(Failure::Refused)])),
+        // Nobody but a service proxy knows what is at these addresses.
+        ("drop" | "pass", []) => Ok(Outcome::from([Err(Failure::Silence)])),
+        (verdict, _) => bail!("{verdict}, and such candidates"),
+    }
+}
+
+/// The verdict, and the reason for it, by which a client without a pin meets what is expected.
+fn cause(Question { case, expected, .. }: &Question) -> (&'static str, &'static str) {
+    let Case { spec, frontend, family, source, .. } = case;
+    let has_ranges = spec.ranges.all_of(*family).next().is_some();
+    match (frontend, source) {
+        (Frontend::LoadBalancer, _) if spec.ip_mode == IpMode::Proxy => ("pass", "not-frontend"),
+        // The load balancer is left to look at them.
+        (Frontend::LoadBalancer, Source::Node) if has_ranges => ("pass", "not-in-ranges"),
+        (Frontend::LoadBalancer, _) if !spec.ranges.let_in(*source, *family) => ("drop", "not-in-ranges"),
+        _ if expected.iter().any(Result::is_ok) => ("forward", if spec.has_affinity { "created" } else { "selected" }),
+        // A process on the node need not wait.
+        (_, Source::Node) => ("reject", "no-endpoints"),
+        _ if usable(spec, |_| true).is_empty() => ("reject", "no-endpoints"),
+        _ => ("drop", "no-local-endpoints"),
+    }
+}
