@@ -41,6 +41,7 @@ mod network;
 mod observe;
 mod pod;
 mod screen;
+mod sctp;
 mod server;
 mod sweep;
 mod terminal;
@@ -64,6 +65,7 @@ pub use load::{Load, Report};
 pub use netns::{Door, Namespace};
 pub use observe::{Backend, Candidate, Explanation, Session};
 pub use pod::Pod;
+pub use sctp::{Association, SctpServer};
 pub use server::{HTTP_PORTS, UDP_PORTS};
 pub use sweep::sweep_stale;
 pub use terminal::Terminal;
@@ -229,6 +231,15 @@ impl Lab {
     /// When that pod is dead.
     pub fn pod_client(&self, index: usize) -> Client {
         Client::new(self.pod(index).namespace().expect("the pod lives").door())
+    }
+
+    /// Lets a pod answer SCTP.
+    ///
+    /// # Errors
+    /// When it is dead, or gets no raw socket.
+    pub fn serve_sctp(&self, index: usize) -> Result<SctpServer> {
+        let pod = self.pod(index);
+        Ok(SctpServer::start(pod.namespace().context("the pod is dead")?.door(), &pod.name(), index)?)
     }
 
     /// Takes a pod away as a power cut would: its address no longer answers, and nobody is told.

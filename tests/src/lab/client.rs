@@ -16,6 +16,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_
 
 use super::address::{Family, Protocol};
 use super::netns::Door;
+use super::sctp::{self, Association};
 use super::server::DATAGRAM_MAX;
 
 /// How long a client waits for a connection, and for an answer, unless told otherwise. Long enough for a few retransmissions.
@@ -58,6 +59,11 @@ impl Client {
     /// The name of the pod that answers a new connection, over either protocol.
     pub fn ask(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> io::Result<String> {
         self.door.run(|| self.open(protocol, from, to)?.ask_last("/"))?
+    }
+
+    /// Begins an SCTP association from an address and a port: whom with. A pod answers after [`super::Lab::serve_sctp`].
+    pub fn associate(&self, from: SocketAddr, to: SocketAddr) -> io::Result<Association> {
+        sctp::associate(&self.door, from, to, self.patience).map_err(timed_out)
     }
 
     /// A connection to keep.
