@@ -1,6 +1,7 @@
 //! `cargo xtask check`: what needs no test to be seen to be wrong.
 
 mod code;
+mod named;
 mod rules;
 
 use std::process::Command;
@@ -22,6 +23,7 @@ const RUSTDOCFLAGS: &str = "-Dwarnings -Arustdoc::private-intra-doc-links";
 pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     steps.step("format", || run_command(&mut cargo(["fmt", "--all", "--check"])))?;
     steps.step("source rules", rules::check)?;
+    steps.step("tests that are named", named::check)?;
     steps.step("lints", || {
         run_command(
             cargo(["clippy", "--workspace", "--exclude", "affinity-ebpf", "--all-targets"])

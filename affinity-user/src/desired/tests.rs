@@ -666,6 +666,28 @@ fn hints_count_if_all_ready_endpoints_have_them_and_one_is_for_us() {
     ");
 }
 
+/// The control plane makes hints of it, and a proxy looks at nothing else: for the zone, or for the node with the zone to
+/// fall back on. Without an endpoint there, hints are for whoever is left.
+#[test]
+fn traffic_distribution_comes_as_hints_and_falls_back() {
+    let of = |distribution: &str, endpoints: &[&str]| {
+        let spec = format!("trafficDistribution: {distribution}; ports: [{{port: 80}}]");
+        let case = case_at(here(), Some("z"), &(service("web", "10.0.0.1", &spec) + &placed("web", endpoints)));
+        assert!(!case.contains("warning") && !case.contains("error"), "{case}");
+        let ready =
+            case.lines().filter(|line| line.contains(" ready")).filter_map(|line| line.split_whitespace().next());
+        ready.map(str::to_owned).collect::<Vec<_>>().join(" ")
+    };
+    for distribution in ["PreferClose", "PreferSameZone"] {
+        assert_eq!(of(distribution, &["10.1.0.1@here~z/", "10.1.0.2@near~z/", "10.1.0.3@far~y/"]), "10.1.0.1 10.1.0.2");
+        assert_eq!(of(distribution, &["10.1.0.3@far~y/", "10.1.0.4@far~y/"]), "10.1.0.3 10.1.0.4", "none in the zone");
+    }
+    let [here, near, far] = ["10.1.0.1@here~z/here", "10.1.0.2@near~z/near", "10.1.0.3@far~y/far"];
+    assert_eq!(of("PreferSameNode", &[here, near, far]), "10.1.0.1");
+    assert_eq!(of("PreferSameNode", &[near, far]), "10.1.0.2", "none on the node");
+    assert_eq!(of("PreferSameNode", &[far]), "10.1.0.3", "none in the zone");
+}
+
 #[test]
 fn where_no_pods_are_known_nobody_is_outside_of_a_cluster_ip() {
     let unknown = NodeFacts { pod_networks: Vec::new(), ..here() };
