@@ -1,5 +1,6 @@
 //! Properties of parsing, rewriting and refusing that hold for every frame.
 
+use bytemuck::Zeroable;
 use proptest::prelude::*;
 
 use crate::{
@@ -119,20 +120,8 @@ fn one_service() -> Model {
     let mut model = Model::new(64);
     model.now_ns.set(1);
     model.backends.insert(0, Backend { address: [10; 16], generation: 1, flags: BACKEND_LOCAL });
-    let frontend = Frontend {
-        timeout_ns: 1,
-        service: 1,
-        pool: 1,
-        group: 1,
-        own: 1,
-        slot_first: 0,
-        slot_count: 0,
-        seed: 0,
-        select: 0,
-        timer: 0,
-        prefix: 128,
-        flags: AFFINITY,
-    };
+    let (timeout_ns, prefix, flags) = (1, 128, AFFINITY);
+    let frontend = Frontend { timeout_ns, service: 1, pool: 1, group: 1, own: 1, prefix, flags, ..Frontend::zeroed() };
     for protocol in [TCP, UDP] {
         let port = Port::new(80);
         model.frontends_v4.insert(FrontendKey::new(V4([9; 4]), port, protocol), frontend);

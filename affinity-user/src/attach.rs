@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod devices;
 pub mod discover;
 mod hook;
+mod netdev;
 pub mod wires;
 
 use std::{
@@ -27,6 +28,7 @@ pub use self::{
     devices::{Device, Devices, Framing, OtherEnd, survey},
     discover::{Finding, Network, Role, Why, roles},
     hook::{Hook, UnknownHook, UnknownPolicy, XdpPolicy},
+    netdev::{XdpFeatures, xdp_features},
 };
 use crate::{
     load::{PinDir, PinError},

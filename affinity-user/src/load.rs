@@ -172,7 +172,10 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
 }
 
 /// The layout that each map must have.
-fn needed(sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, LoadError> {
+///
+/// # Errors
+/// [`LoadError`] where the object cannot be read.
+pub(crate) fn needed(sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, LoadError> {
     let object = Object::parse(PROGRAMS)?;
     let maps = names::MAPS.iter().map(|&name| {
         let map = object.maps.get(name).ok_or(LoadError::Missing(name))?;

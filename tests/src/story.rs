@@ -135,7 +135,10 @@ pub fn tell_in(
         .iter()
         .try_for_each(|service| lab.publish_and_settle(service))
         .and_then(|()| story(&mut lab, &mut agent));
-    told.with_context(|| format!("the agent's log:\n{}", agent.log().join("\n")))
+    told.with_context(|| {
+        let counters = lab.affinity(&["get", "counters"]).unwrap_or_else(|error| format!("{error:#}"));
+        format!("the agent's log:\n{}\n{counters}", agent.log().join("\n"))
+    })
 }
 
 /// Writes a line for whoever runs the tests: a figure, or why there is nothing to compare with. It shows also where the

@@ -2,6 +2,8 @@
 
 use std::vec::Vec;
 
+use bytemuck::Zeroable;
+
 use super::*;
 use crate::{
     abi::{
@@ -92,20 +94,8 @@ fn world<A: Sited>(remote: bool) -> Model {
     model.members.insert(MemberKey { pool: 1, backend: 0 }, member);
     model.slots.insert(0, 0);
     model.node = Node { port_first: Port::new(NODE_PORT), port_count: 1, ..Node::default() };
-    let frontend = Frontend {
-        timeout_ns: 1,
-        service: 1,
-        pool: 1,
-        group: 1,
-        own: 1,
-        slot_first: 0,
-        slot_count: 1,
-        seed: 0,
-        select: 0,
-        timer: 0,
-        prefix: A::BITS,
-        flags: MASQUERADE,
-    };
+    let (slot_count, prefix, flags) = (1, A::BITS, MASQUERADE);
+    let frontend = Frontend { service: 1, pool: 1, slot_count, prefix, flags, ..Frontend::zeroed() };
     let port = Port::new(80);
     model.filter.borrow_mut().insert((Direction::Forward, filter_bit(A::SERVICE, port, TCP)));
     model.filter.borrow_mut().insert((Direction::Reverse, filter_bit(A::POD, member.port, TCP)));

@@ -1,6 +1,5 @@
 //! `affinity check`: what this kernel offers, what would be used, what is missing and how to get it.
 
-mod netdev;
 mod probes;
 
 use std::{

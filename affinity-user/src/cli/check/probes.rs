@@ -2,20 +2,14 @@
 
 use std::{fs, io, path::Path};
 
-use affinity_common::names;
-use aya_obj::Object;
 use rustix::process::Resource;
 
-use super::{
-    Finding,
-    netdev::{XdpFeatures, xdp_features},
-};
+use super::Finding;
 use crate::{
-    attach,
-    load::{PinDir, Sizes, cost, mib, release, version},
+    attach::{self, XdpFeatures, xdp_features},
+    load::{self, PinDir, Sizes, cost, mib, release, version},
     objects::PROGRAMS,
     store::kernel::KernelStore,
-    sys::MapInfo,
 };
 
 /// XDP programs that take frames of several buffers; everything else is older.
@@ -154,11 +148,13 @@ pub(super) fn xdp(device: &str) -> Finding {
         .as_deref()
         .and_then(Path::file_name)
         .map_or_else(|| "virtual".to_owned(), |name| name.to_string_lossy().into_owned());
-    match xdp_features(index) {
-        Ok(XdpFeatures { native: true, multi_buffer: true }) => {
+    let features = xdp_features()
+        .and_then(|devices| devices.get(&index).copied().ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV)));
+    match features {
+        Ok(XdpFeatures { native: true, multi_buffer: true, .. }) => {
             Finding::ok("xdp", format!("{device} ({driver}): native, jumbo frames too"))
         }
-        Ok(XdpFeatures { native: true, multi_buffer: false }) => {
+        Ok(XdpFeatures { native: true, multi_buffer: false, .. }) => {
             Finding::ok("xdp", format!("{device} ({driver}): native, at an MTU that fits one buffer"))
         }
         Ok(XdpFeatures { native: false, .. }) => {
@@ -174,19 +170,7 @@ pub(super) fn xdp(device: &str) -> Finding {
 
 /// What the maps would cost: the layout is in the object.
 fn cost_of(sizes: &Sizes) -> Option<u64> {
-    let object = Object::parse(PROGRAMS).ok()?;
-    let costs = names::MAPS.iter().map(|&name| {
-        let map = object.maps.get(name)?;
-        Some(cost(&MapInfo {
-            kind: map.map_type(),
-            id: 0,
-            key_size: map.key_size(),
-            value_size: map.value_size(),
-            max_entries: sizes.entries(name).unwrap_or(map.max_entries()),
-            flags: map.map_flags(),
-        }))
-    });
-    costs.sum()
+    Some(load::needed(sizes).ok()?.iter().map(|(_, info)| cost(info)).sum())
 }
 
 pub(super) fn memory(sizes: &Sizes) -> Finding {
