@@ -48,7 +48,16 @@ fn node_port(number: u16) -> u16 {
 }
 
 #[test]
-fn live_services_change_under_their_clients() -> Result<()> {
+fn live_services_change_under_their_clients_by_tc() -> Result<()> {
+    tell(Proxy::Tc)
+}
+
+#[test]
+fn live_services_change_under_their_clients_by_xdp() -> Result<()> {
+    tell(Proxy::Xdp)
+}
+
+fn tell(proxy: Proxy) -> Result<()> {
     let stories: [(&str, Story); 5] = [
         ("datagrams of an endpoint that has gone", datagrams_of_an_endpoint_that_has_gone_go_elsewhere_at_once),
         ("connections to a terminating endpoint", connections_to_a_terminating_endpoint_go_on_until_it_has_gone),
@@ -56,7 +65,7 @@ fn live_services_change_under_their_clients() -> Result<()> {
         ("a changed type", a_live_service_changes_its_type),
         ("several slices", slices_with_target_ports_of_their_own_make_one_service),
     ];
-    let scene = Proxy::Tc.start(&[])?;
+    let scene = proxy.start(&[])?;
     let (lab, mut callers) = (scene.lab(), Callers::new(&scene, PROCESS)?);
     (1..).zip(stories).try_for_each(|(number, (name, story))| {
         story(lab, &mut callers).with_context(|| format!("{name}\n{}", scene.log()))?;

@@ -21,10 +21,9 @@ const SMALL_MTU: &str = "1280";
 const USUAL_MTU: &str = "1500";
 /// More than two packets.
 const LONG: usize = 4000;
-/// All devices, by TC.
-const TC: [&str; 6] = ["--xdp", "off", "--device", WIRE, UNDERLAY_WIRE, "pod*"];
-/// Those that are like devices of a machine, by XDP.
-const XDP: [&str; 5] = ["--xdp", "native", "--device", WIRE, UNDERLAY_WIRE];
+/// What the agent is told of hooks: TC alone, or XDP where devices are like those of a machine.
+const TC: [&str; 2] = ["--xdp", "off"];
+const XDP: [&str; 3] = ["--xdp-device", WIRE, UNDERLAY_WIRE];
 
 /// One way to a service.
 #[derive(Clone, Copy, Debug)]
@@ -39,22 +38,18 @@ struct Call {
 }
 
 impl Call {
-    /// All that are translated where the programs are. What comes from outside is masqueraded, but for the policy Local.
-    fn all(has_pods: bool) -> Vec<Self> {
+    /// What comes from outside is masqueraded, but for the policy Local; pods keep their address at the cluster IP.
+    fn all() -> Vec<Self> {
         let mut calls = Vec::new();
         for family in Family::BOTH {
             let call = |pod, frontend, to, policy| Self { pod, family, frontend, to, policy };
-            for frontend in [Frontend::ClusterIp, Frontend::NodePort] {
-                calls.push(call(None, frontend, B, Policy::Cluster));
-                if has_pods {
-                    calls.push(call(None, frontend, A, Policy::Cluster));
-                    calls.push(call(Some(BYSTANDER), frontend, A, Policy::Cluster));
-                    calls.push(call(Some(BYSTANDER), frontend, B, Policy::Cluster));
-                }
+            for (frontend, to) in
+                [Frontend::ClusterIp, Frontend::NodePort].into_iter().flat_map(|of| [(of, A), (of, B)])
+            {
+                calls.push(call(None, frontend, to, Policy::Cluster));
+                calls.push(call(Some(BYSTANDER), frontend, to, Policy::Cluster));
             }
-            if has_pods {
-                calls.push(call(None, Frontend::NodePort, A, Policy::Local));
-            }
+            calls.push(call(None, Frontend::NodePort, A, Policy::Local));
         }
         calls
     }
@@ -90,12 +85,14 @@ fn service(pod: usize, policy: Policy) -> Service {
         .on([pod])
 }
 
-fn tell(devices: &[&str], story: impl FnOnce(&Lab, &[Call]) -> Result<()>) -> Result<()> {
+fn tell(hooks: &[&str], story: impl FnOnce(&Lab, &[Call]) -> Result<()>) -> Result<()> {
     let options = Options { pods: 2, pods_of_b: 1, ..Options::default() };
     let services = [service(A, Policy::Cluster), service(B, Policy::Cluster), service(A, Policy::Local)];
     let [pods_v4, pods_v6] = PODS;
-    let args = [&["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6], devices].concat();
-    tell_in(&options, &args, &services.each_ref(), |lab, _| story(lab, &Call::all(devices.contains(&"pod*"))))
+    let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];
+    let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
+    let args = [args.as_slice(), &devices, hooks].concat();
+    tell_in(&options, &args, &services.each_ref(), |lab, _| story(lab, &Call::all()))
 }
 
 /// What a reason has been counted for.

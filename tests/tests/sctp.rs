@@ -51,8 +51,17 @@ fn address(service: &Service, frontend: Frontend, family: Family) -> Result<Sock
 }
 
 #[test]
-fn associations_reach_one_pod_where_no_port_changes() -> Result<()> {
-    let scene = Proxy::Tc.start(&[])?;
+fn associations_reach_one_pod_by_tc() -> Result<()> {
+    tell(Proxy::Tc)
+}
+
+#[test]
+fn associations_reach_one_pod_by_xdp() -> Result<()> {
+    tell(Proxy::Xdp)
+}
+
+fn tell(proxy: Proxy) -> Result<()> {
+    let scene = proxy.start(&[])?;
     let lab = scene.lab();
     let _servers = ENDPOINTS.iter().map(|pod| lab.serve_sctp(*pod)).collect::<Result<Vec<_>>>()?;
     let (wide, local) = (service(1, PORT, PORT), service(2, PORT, PORT + 1).external(Policy::Local));
