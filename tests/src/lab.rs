@@ -69,7 +69,7 @@ pub use sctp::{Association, SctpServer};
 pub use server::{HTTP_PORTS, UDP_PORTS};
 pub use sweep::sweep_stale;
 pub use terminal::Terminal;
-pub use yaml::{EndpointState, Frontend, Policy, Service, ServicePort, node_of, pod_index, pod_name};
+pub use yaml::{EndpointState, Frontend, Hints, Policy, Service, ServicePort, node_of, pod_index, pod_name};
 
 pub(crate) use address::WIRE_CLIENT;
 pub(crate) use netns::feed;
@@ -207,6 +207,31 @@ impl Lab {
     /// When the lab has one node.
     pub fn node_b(&self) -> &Namespace {
         &self.second.as_ref().expect("a lab of two nodes").node
+    }
+
+    /// Clients that are processes of node B; they ask from [`Family::node_b`].
+    ///
+    /// # Panics
+    /// When the lab has one node.
+    pub fn node_b_client(&self) -> Client {
+        Client::new(self.node_b().door())
+    }
+
+    /// The zone that a node with this name is in, once [`Lab::publish_zone`] has said so.
+    pub fn zone_of(node: &str) -> String {
+        format!("zone-of-{node}")
+    }
+
+    /// Says which zone node A is in.
+    ///
+    /// # Errors
+    /// As [`Lab::publish_text`].
+    pub fn publish_zone(&self) -> Result<()> {
+        let zone = Self::zone_of(NODE_NAME);
+        let yaml = format!(
+            "apiVersion: v1\nkind: Node\nmetadata:\n  name: {NODE_NAME}\n  labels: {{topology.kubernetes.io/zone: {zone}}}\n"
+        );
+        self.publish_text("node.yaml", &yaml)
     }
 
     /// The pods of node A, dead ones too.

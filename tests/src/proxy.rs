@@ -57,6 +57,7 @@ impl Proxy {
 
 /// Starts `affinity` for all services on all devices, and for processes in this cgroup.
 fn run(lab: &Lab, cgroup: &Cgroup, services: &[Service], hooks: &[&str]) -> Result<Agent> {
+    lab.publish_zone()?;
     services.iter().try_for_each(|service| lab.publish(service))?;
     let [pods_v4, pods_v6] = PODS;
     let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];

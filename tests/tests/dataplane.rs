@@ -785,7 +785,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
     let source = std::env::temp_dir().join(format!("affinity-dp-{}.yaml", std::process::id()));
     fs::write(&source, YAML)?;
     let mut options = agent::Options {
-        source: Source::Directory(source.clone()),
+        source: Source::Directory { path: source.clone(), node_name: String::new() },
         devices: vec!["wire".to_owned(), "pe*".to_owned()],
         xdp_devices: Vec::new(),
         attach: attach::Options::default(),

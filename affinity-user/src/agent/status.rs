@@ -32,7 +32,7 @@ impl Teller {
         let table: Table<u32, Status> = Table::open(&pins.maps(), names::STATUS)?;
         let former = table.get(&0)?.unwrap_or_default();
         let kind = match source {
-            Source::Directory(_) => SourceKind::Directory,
+            Source::Directory { .. } => SourceKind::Directory,
             Source::Kubernetes(_) => SourceKind::Kubernetes,
         };
         let told = Status { started_ns: monotonic_ns(), source: kind as u32, ..former };

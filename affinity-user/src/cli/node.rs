@@ -14,11 +14,11 @@ pub(crate) struct NodeArgs {
     /// ones
     #[arg(long = "nodeport-addresses", value_name = "CIDR", value_delimiter = ',')]
     node_port_networks: Vec<Network>,
-    /// A network of pods, whose connections keep their address; one option for each; without it the Node's podCIDRs, with
-    /// --source kubernetes
+    /// A network of pods, whose connections keep their address; one option for each; without it the podCIDRs of its
+    /// Node object
     #[arg(long = "pod-cidr", value_name = "CIDR")]
     pod_networks: Vec<Network>,
-    /// The address that masqueraded connections come from, one for each family; without it the Node's InternalIP, else
+    /// The address that masqueraded connections come from, one for each family; without it the InternalIP of its Node object, else
     /// the first global address of a device with a default route, else the first one
     #[arg(long = "node-address", value_name = "IP")]
     addresses: Vec<IpAddr>,

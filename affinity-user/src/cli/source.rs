@@ -43,7 +43,9 @@ impl ClusterArgs {
     /// The source of that name.
     pub(crate) fn source(&self, name: &SourceName, global: &Global) -> Result<Source, Error> {
         match (name, &self.kubeconfig) {
-            (SourceName::Path(path), None) => Ok(Source::Directory(path.clone())),
+            (SourceName::Path(path), None) => {
+                Ok(Source::Directory { path: path.clone(), node_name: global.node_name() })
+            }
             (SourceName::Path(_), Some(_)) => Err(Error::Usage("--kubeconfig needs --source kubernetes".to_owned())),
             (SourceName::Kubernetes, kubeconfig) => Ok(Source::Kubernetes(kubernetes::Options {
                 kubeconfig: kubeconfig.clone(),

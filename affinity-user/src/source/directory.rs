@@ -17,6 +17,8 @@ use std::{
     sync::Arc,
 };
 
+use k8s_openapi::api::core::v1::Node;
+
 use super::{
     ObjectName, Origin, Problem, Severity, Snapshot, Sourced,
     documents::{self, Entry, Loaded},
@@ -25,10 +27,10 @@ use super::{
 
 pub use watch::watch;
 
-/// Reads `path` once.
+/// Reads `path` once, as the node with this name.
 #[must_use]
-pub fn read(path: &Path) -> Snapshot {
-    Reader::new(path).read()
+pub fn read(path: &Path, node_name: &str) -> Snapshot {
+    Reader::new(path, node_name).read()
 }
 
 /// Reads the text of one file that is called `file`.
@@ -44,6 +46,7 @@ pub fn parse(file: &Path, text: &str) -> Snapshot {
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,
+    node_name: String,
     /// Whether the path itself was ever read.
     listed: bool,
     /// Whether the last reading found everything good.
@@ -64,10 +67,11 @@ struct Content {
 }
 
 impl Reader {
-    /// A reader of `path`, a file or a directory, that has read nothing yet.
+    /// A reader of `path`, a file or a directory, on the node with this name; it has read nothing yet.
     #[must_use]
-    pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), listed: false, good: false, files: BTreeMap::new() }
+    pub fn new(path: &Path, node_name: &str) -> Self {
+        let (path, node_name) = (path.to_owned(), node_name.to_owned());
+        Self { path, node_name, listed: false, good: false, files: BTreeMap::new() }
     }
 
     /// Reads everything. Where the path itself cannot be read, everything stays as it was.
@@ -99,14 +103,31 @@ impl Reader {
         for entry in self.files.values().flat_map(|content| &content.kept) {
             insert(&mut snapshot, entry, false);
         }
+        snapshot.node = self.own_node();
         snapshot
+    }
+
+    /// The node that this runs on; the first one of that name.
+    fn own_node(&self) -> Option<Sourced<Node>> {
+        self.entries().find_map(|Entry { name, origin, loaded }| match loaded {
+            Loaded::Node(object) if name.name == self.node_name => {
+                Some(Sourced { origin: Some(origin.clone()), object: Arc::clone(object) })
+            }
+            Loaded::Node(_) | Loaded::Service(_) | Loaded::Slice(_) => None,
+        })
+    }
+
+    /// All objects: fresh ones first.
+    fn entries(&self) -> impl Iterator<Item = &Entry> {
+        let fresh = self.files.values().flat_map(|content| &content.fresh);
+        fresh.chain(self.files.values().flat_map(|content| &content.kept))
     }
 
     /// The addresses of all nodes that the last reading found.
     #[must_use]
     pub fn node_addresses(&self) -> BTreeSet<IpAddr> {
-        let entries = self.files.values().flat_map(|content| content.fresh.iter().chain(&content.kept));
-        let nodes = entries.filter_map(|entry| if let Loaded::Node(node) = &entry.loaded { Some(node) } else { None });
+        let nodes =
+            self.entries().filter_map(|entry| if let Loaded::Node(node) = &entry.loaded { Some(node) } else { None });
         nodes.flat_map(|node| addresses_of(node)).collect()
     }
 
@@ -197,7 +218,7 @@ fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
     let first = match loaded {
         Loaded::Service(object) => put(Arc::make_mut(&mut snapshot.services), name, origin, object),
         Loaded::Slice(object) => put(Arc::make_mut(&mut snapshot.slices), name, origin, object),
-        // Of interest for their addresses alone: `Reader::node_addresses`.
+        // Of interest for their addresses, and one of them for itself: `Reader::node_addresses`, `Reader::own_node`.
         Loaded::Node(_) => None,
     };
     if let (Some(first), true) = (first, fresh) {

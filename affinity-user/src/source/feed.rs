@@ -28,7 +28,12 @@ pub enum SourceError {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
     /// A file, or a directory of files, of Kubernetes YAML.
-    Directory(PathBuf),
+    Directory {
+        /// Where it is.
+        path: PathBuf,
+        /// Which Node object is the node that this process runs on.
+        node_name: String,
+    },
     /// A cluster's API.
     Kubernetes(kubernetes::Options),
 }
@@ -53,7 +58,7 @@ impl Source {
     /// [`SourceError`] where it cannot be started. A source that merely does not answer is waited for.
     pub async fn watch(&self) -> Result<Feed, SourceError> {
         match self {
-            Self::Directory(path) => Ok(directory::watch(path)?),
+            Self::Directory { path, node_name } => Ok(directory::watch(path, node_name)?),
             Self::Kubernetes(options) => Ok(kubernetes::watch(options).await?),
         }
     }
@@ -64,7 +69,7 @@ impl Source {
     /// [`SourceError`] where there is nothing to read from. What cannot be read of a directory is a problem of the snapshot.
     pub async fn read(&self) -> Result<Snapshot, SourceError> {
         match self {
-            Self::Directory(path) => Ok(directory::read(path)),
+            Self::Directory { path, node_name } => Ok(directory::read(path, node_name)),
             Self::Kubernetes(options) => Ok(kubernetes::read(options).await?),
         }
     }
@@ -73,7 +78,7 @@ impl Source {
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         match self {
-            Self::Directory(path) => Some(path),
+            Self::Directory { path, .. } => Some(path),
             Self::Kubernetes(_) => None,
         }
     }
@@ -82,7 +87,7 @@ impl Source {
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Directory(path) => write!(f, "{}", path.display()),
+            Self::Directory { path, .. } => write!(f, "{}", path.display()),
             Self::Kubernetes(_) => f.write_str("the cluster's API"),
         }
     }

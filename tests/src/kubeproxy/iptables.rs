@@ -26,7 +26,9 @@ pub(super) fn rules(family: Family, ports: &[ServicePort]) -> String {
     let Text { filter, chains, services, node_ports, details, .. } = text;
     let filter_base = FILTER.replace("%MARK%", MASQUERADE_MARK);
     let jumps = NAT_JUMPS.replace("%MARK%", MASQUERADE_MARK);
-    let last = "-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n";
+    // As with `--localhost-nodeports=false`; by IPv6 there is no other way.
+    let loopback = if family == Family::V4 { "127.0.0.0/8" } else { "::1/128" };
+    let last = format!("-A KUBE-SERVICES -m addrtype --dst-type LOCAL ! -d {loopback} -j KUBE-NODEPORTS\n");
     format!("{filter_base}{filter}COMMIT\n{NAT_CHAINS}{chains}{jumps}{services}{last}{node_ports}{details}COMMIT\n")
 }
 

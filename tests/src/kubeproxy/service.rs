@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::lab::{EndpointState, FIRST_OF_B, Family, Policy, Protocol, Service};
+use crate::lab::{EndpointState, FIRST_OF_B, Family, Hints, Lab, NODE_NAME, Policy, Protocol, Service};
 
 /// One port of a service in one family, as both rule sets want it.
 pub(super) struct ServicePort {
@@ -48,7 +48,7 @@ impl ServicePort {
 
     fn of_service(service: &Service, family: Family) -> Vec<Self> {
         let listed: Vec<(usize, EndpointState)> = service.endpoints().collect();
-        let cluster = usable(&listed, |_| true);
+        let cluster = usable(&meant_for_us(service, &listed), |_| true);
         let local = usable(&listed, |pod| pod < FIRST_OF_B);
         let mut pods: Vec<usize> = cluster.iter().chain(&local).copied().collect();
         pods.sort_unstable();
@@ -124,6 +124,24 @@ impl ServicePort {
     pub(super) fn external_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.external_ip.into_iter().chain(self.load_balancer)
     }
+}
+
+/// The endpoints without those that are ready, and meant for other nodes: as `CategorizeEndpoints` reads hints, by node if
+/// all that are ready have such ones and one of them is for this node, else by zone if the same holds of zones.
+fn meant_for_us(service: &Service, listed: &[(usize, EndpointState)]) -> Vec<(usize, EndpointState)> {
+    type Names = fn(&Hints) -> &[String];
+    let by_node: (Names, String) = (|hints| &hints.nodes, NODE_NAME.to_owned());
+    let by_zone: (Names, String) = (|hints| &hints.zones, Lab::zone_of(NODE_NAME));
+    for (names, ours) in [by_node, by_zone] {
+        let names = |pod| service.hints(pod).map_or(&[][..], names);
+        let is_ours = |pod| names(pod).contains(&ours);
+        let ready = || listed.iter().filter(|(_, state)| *state == EndpointState::Ready).map(|(pod, _)| *pod);
+        if ready().all(|pod| !names(pod).is_empty()) && ready().any(is_ours) {
+            let is_kept = |(pod, state): &&(usize, EndpointState)| *state != EndpointState::Ready || is_ours(*pod);
+            return listed.iter().filter(is_kept).copied().collect();
+        }
+    }
+    listed.to_vec()
 }
 
 /// Those that are ready; if there are none, those that serve until they end.

@@ -107,6 +107,19 @@ impl Family {
         [NODE, UNDERLAY_A].map(|addresses| addresses[self as usize].parse().expect("an address"))
     }
 
+    /// Node B's address.
+    pub fn node_b(self) -> IpAddr {
+        UNDERLAY_B[self as usize].parse().expect("an address")
+    }
+
+    /// A node's, or a pod's, own address for itself.
+    pub fn loopback(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::LOCALHOST.into(),
+            Self::V6 => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+
     /// The prefix of the pods of all nodes.
     pub fn pods(self) -> &'static str {
         PODS[self as usize]

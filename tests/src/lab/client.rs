@@ -251,10 +251,12 @@ fn read_response(stream: &mut BufReader<TcpStream>) -> io::Result<(String, bool)
             break;
         } else if status.is_empty() {
             status = line.to_owned();
-        } else if let Some(value) = line.strip_prefix("Content-Length: ") {
-            length = value.parse().map_err(io::Error::other)?;
-        } else if line == "Connection: close" {
-            last = true;
+        } else if let Some((name, value)) = line.split_once(": ") {
+            match name.to_ascii_lowercase().as_str() {
+                "content-length" => length = value.parse().map_err(io::Error::other)?,
+                "connection" => last = value == "close",
+                _ => {}
+            }
         }
     }
     if status != "HTTP/1.1 200 OK" {

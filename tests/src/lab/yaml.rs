@@ -51,8 +51,28 @@ struct Port {
 #[derive(Clone, Debug)]
 struct Endpoint {
     state: EndpointState,
-    /// What `hints` says, as YAML in one line.
-    hints: Option<String>,
+    hints: Hints,
+}
+
+/// What an EndpointSlice says of whom an endpoint is meant for; empty: nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// Names of nodes.
+    pub nodes: Vec<String>,
+    /// Names of zones.
+    pub zones: Vec<String>,
+}
+
+impl Hints {
+    fn yaml(&self) -> String {
+        let list = |field: &str, names: &[String]| {
+            let names: Vec<_> = names.iter().map(|name| format!("{{name: {name}}}")).collect();
+            (!names.is_empty()).then(|| format!("{field}: [{}]", names.join(", ")))
+        };
+        let said: Vec<_> =
+            [list("forNodes", &self.nodes), list("forZones", &self.zones)].into_iter().flatten().collect();
+        if said.is_empty() { String::new() } else { format!("    hints: {{{}}}\n", said.join(", ")) }
+    }
 }
 
 /// One port of a service in one family, as a client and a proxy see it.
@@ -209,13 +229,13 @@ impl Service {
 
     /// With these pods, all ready, as its only endpoints.
     pub fn on(self, pods: impl IntoIterator<Item = usize>) -> Self {
-        let ready = Endpoint { state: EndpointState::Ready, hints: None };
+        let ready = Endpoint { state: EndpointState::Ready, hints: Hints::default() };
         Self { endpoints: pods.into_iter().map(|pod| (pod, ready.clone())).collect(), ..self }
     }
 
     /// With this pod as one of its endpoints, in this state.
     pub fn endpoint(mut self, pod: usize, state: EndpointState) -> Self {
-        self.endpoints.insert(pod, Endpoint { state, hints: None });
+        self.endpoints.insert(pod, Endpoint { state, hints: Hints::default() });
         self
     }
 
@@ -224,7 +244,7 @@ impl Service {
     /// # Panics
     /// When the pod is no endpoint.
     pub fn hinted_for_node(self, pod: usize, node: &str) -> Self {
-        self.hinted(pod, format!("{{forNodes: [{{name: {node}}}]}}"))
+        self.hinted(pod, |hints| hints.nodes.push(node.to_owned()))
     }
 
     /// With a hint that the endpoint on this pod is for nodes in this zone.
@@ -232,11 +252,11 @@ impl Service {
     /// # Panics
     /// When the pod is no endpoint.
     pub fn hinted_for_zone(self, pod: usize, zone: &str) -> Self {
-        self.hinted(pod, format!("{{forZones: [{{name: {zone}}}]}}"))
+        self.hinted(pod, |hints| hints.zones.push(zone.to_owned()))
     }
 
-    fn hinted(mut self, pod: usize, hints: String) -> Self {
-        self.endpoints.get_mut(&pod).expect("an endpoint").hints = Some(hints);
+    fn hinted(mut self, pod: usize, hint: impl FnOnce(&mut Hints)) -> Self {
+        hint(&mut self.endpoints.get_mut(&pod).expect("an endpoint").hints);
         self
     }
 
@@ -284,6 +304,12 @@ impl Service {
                 self.exposure.load_balancer.map(|_| SocketAddr::new(family.load_balancer_ip(self.number), port))
             }
             Frontend::ExternalIp => port.external_ip,
+            Frontend::Loopback => Some(SocketAddr::new(family.loopback(), port.node_port?)),
+            Frontend::Unclaimed => {
+                let taken = |port: &u16| self.ports.iter().any(|claimed| claimed.port == *port);
+                let free = (port.cluster_ip.port()..).find(|port| !taken(port))?;
+                Some(SocketAddr::new(port.cluster_ip.ip(), free))
+            }
         }
     }
 
@@ -330,6 +356,11 @@ impl Service {
     /// The endpoints: the indices of their pods, and their states.
     pub fn endpoints(&self) -> impl Iterator<Item = (usize, EndpointState)> {
         self.endpoints.iter().map(|(pod, endpoint)| (*pod, endpoint.state))
+    }
+
+    /// Whom the endpoint on a pod is meant for; None: it is no endpoint.
+    pub fn hints(&self, pod: usize) -> Option<&Hints> {
+        self.endpoints.get(&pod).map(|endpoint| &endpoint.hints)
     }
 
     /// The YAML: one document for the Service, and one for each family's EndpointSlice.
@@ -395,7 +426,7 @@ impl Service {
                 EndpointState::NotReady => (false, false, false),
                 EndpointState::Terminating => (false, true, true),
             };
-            let hints = hints.as_ref().map(|hints| format!("    hints: {hints}\n")).unwrap_or_default();
+            let hints = hints.yaml();
             let _ = writeln!(
                 yaml,
                 "  - addresses: [\"{}\"]\n    conditions: {{ready: {ready}, serving: {serving}, \

@@ -84,10 +84,12 @@ pub(crate) fn ask_all(scene: &Scene, questions: &[Question]) -> Result<Vec<Outco
     let lab = scene.lab();
     let outside = asked_by(questions, Source::is_outside);
     let pods = ASKING_PODS.map(|pod| (pod, asked_by(questions, |source| source == Source::Pod(pod))));
+    let node_b = asked_by(questions, |source| source == Source::NodeB);
     let node = asked_by(questions, |source| source == Source::Node);
     let shares = node.chunks(node.len().div_ceil(PROCESSES).max(1));
     let outcomes: Result<Vec<_>> = std::thread::scope(|scope| {
         let mut asking = vec![scope.spawn(|| ask_from_outside(lab, &outside))];
+        asking.push(scope.spawn(|| ask_from_node_b(lab, &node_b)));
         asking.extend(pods.iter().map(|(pod, asked)| scope.spawn(|| ask_from_pod(lab, *pod, asked))));
         asking.extend(shares.zip(processes).map(|(share, process)| scope.spawn(|| ask_from_node(process, share))));
         asking.into_iter().map(|asked| asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
@@ -113,6 +115,16 @@ fn ask_from_outside(lab: &Lab, questions: &[Numbered<'_>]) -> Result<Vec<(usize,
         Ok((*number, question.ask(|attempt| meet(&client, from(attempt), protocol, question.to))))
     });
     outcomes.context("the clients outside")
+}
+
+fn ask_from_node_b(lab: &Lab, questions: &[Numbered<'_>]) -> Result<Vec<(usize, Outcome)>> {
+    let client = lab.node_b_client();
+    let outcomes = client.in_parallel(questions, |(number, question)| {
+        let client = client.clone().with_patience(question.patience());
+        let Case { family, protocol, .. } = question.case;
+        Ok((*number, question.ask(|_| meet(&client, family.node_b(), protocol, question.to))))
+    });
+    outcomes.context("node B")
 }
 
 fn ask_from_pod(lab: &Lab, pod: usize, questions: &[Numbered<'_>]) -> Result<Vec<(usize, Outcome)>> {

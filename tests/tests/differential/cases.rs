@@ -1,7 +1,9 @@
 //! What is asked: services of every shape, and questions to them, chosen by a seed.
 
 use affinity_tests::dice::Dice;
-use affinity_tests::lab::{EndpointState, FIRST_OF_B, Family, Frontend, PODS, Policy, Protocol, Service};
+use affinity_tests::lab::{
+    EndpointState, FIRST_OF_B, Family, Frontend, Lab, NODE_B_NAME, NODE_NAME, PODS, Policy, Protocol, Service, node_of,
+};
 
 use EndpointState::{NotReady, Ready, Terminating};
 
@@ -33,6 +35,18 @@ const QUESTIONS: usize = 8;
 /// The first client outside `Ranges::Outside`.
 pub(crate) const FIRST_STRANGER: u32 = 1 << 16;
 
+/// What is dialled: also what is for the node alone, and what nobody has.
+const DIALLED: [Frontend; 8] = [
+    Frontend::ClusterIp,
+    Frontend::ClusterIp,
+    Frontend::NodePort,
+    Frontend::NodePortInside,
+    Frontend::LoadBalancer,
+    Frontend::ExternalIp,
+    Frontend::Loopback,
+    Frontend::Unclaimed,
+];
+
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Source {
@@ -44,16 +58,19 @@ pub(crate) enum Source {
     Pod(usize),
     /// A process in node A's own network namespace.
     Node,
+    /// A process of node B, that has come this way.
+    NodeB,
 }
 
 impl Source {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Outside,
         Self::Stranger,
         Self::Pod(ASKING_PODS[0]),
         Self::Pod(ASKING_PODS[1]),
         Self::Pod(ASKING_PODS[2]),
         Self::Node,
+        Self::NodeB,
     ];
 
     pub(crate) fn is_outside(self) -> bool {
@@ -70,8 +87,8 @@ pub(crate) enum Ranges {
     Outside,
     /// The pods.
     Pods,
-    /// The node.
-    Node,
+    /// The nodes.
+    Nodes,
     /// `Source::Outside` by IPv4, and everybody by IPv6.
     OneFamily,
 }
@@ -82,7 +99,7 @@ impl Ranges {
             Self::Unsaid => &[],
             Self::Outside => &["198.18.0.0/16", "2001:db8:c::/112"],
             Self::Pods => &PODS,
-            Self::Node => &["192.0.2.0/24", "198.51.100.0/24", "2001:db8::/64", "2001:db8:1::/64"],
+            Self::Nodes => &["192.0.2.0/24", "198.51.100.0/24", "2001:db8::/64", "2001:db8:1::/64"],
             Self::OneFamily => &["198.18.0.0/16"],
         }
     }
@@ -98,7 +115,7 @@ impl Ranges {
             Self::Unsaid => true,
             Self::Outside => source == Source::Outside,
             Self::Pods => matches!(source, Source::Pod(_)),
-            Self::Node => source == Source::Node,
+            Self::Nodes => matches!(source, Source::Node | Source::NodeB),
             Self::OneFamily => source == Source::Outside || family == Family::V6,
         }
     }
@@ -112,6 +129,40 @@ pub(crate) enum IpMode {
     Proxy,
 }
 
+/// Whom the endpoints are meant for, as the control plane would write it for topology-aware routing and
+/// `trafficDistribution`, or seldom would.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Meant {
+    /// Nobody has said.
+    Unsaid,
+    /// Each for its own node.
+    ForNodes,
+    /// Each for its own zone, where its node is alone.
+    ForZones,
+    /// Node A's for the zone of node B, and the other way round.
+    Crossed,
+    /// Each for its own zone, but for the first one, of which nobody has said.
+    Incomplete,
+    /// Each for its own zone, and for a node that is not there.
+    ForAnother,
+}
+
+impl Meant {
+    /// The service, with what is said of its endpoint on this pod.
+    fn say(self, service: Service, pod: usize, is_first: bool) -> Service {
+        let own = node_of(pod);
+        let other = if own == NODE_NAME { NODE_B_NAME } else { NODE_NAME };
+        match self {
+            Self::Unsaid => service,
+            Self::Incomplete if is_first => service,
+            Self::ForNodes => service.hinted_for_node(pod, own),
+            Self::ForZones | Self::Incomplete => service.hinted_for_zone(pod, &Lab::zone_of(own)),
+            Self::Crossed => service.hinted_for_zone(pod, &Lab::zone_of(other)),
+            Self::ForAnother => service.hinted_for_zone(pod, &Lab::zone_of(own)).hinted_for_node(pod, "node-c"),
+        }
+    }
+}
+
 /// A service, as it was chosen.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
@@ -121,6 +172,7 @@ pub(crate) struct Spec {
     pub(crate) ranges: Ranges,
     pub(crate) ip_mode: IpMode,
     pub(crate) has_affinity: bool,
+    pub(crate) meant: Meant,
 }
 
 impl Spec {
@@ -133,7 +185,7 @@ impl Spec {
             ranges: match dice.below(10) {
                 0 => Ranges::Outside,
                 1 => Ranges::Pods,
-                2 => Ranges::Node,
+                2 => Ranges::Nodes,
                 3 => Ranges::OneFamily,
                 _ => Ranges::Unsaid,
             },
@@ -143,6 +195,14 @@ impl Spec {
                 _ => IpMode::Unsaid,
             },
             has_affinity: dice.percent(33),
+            meant: match dice.below(10) {
+                0 => Meant::ForNodes,
+                1 => Meant::ForZones,
+                2 => Meant::Crossed,
+                3 => Meant::Incomplete,
+                4 => Meant::ForAnother,
+                _ => Meant::Unsaid,
+            },
         }
     }
 
@@ -162,7 +222,18 @@ impl Spec {
             IpMode::Proxy => service.load_balancer_proxy(),
         };
         let service = if self.has_affinity { service.client_ip() } else { service };
-        self.endpoints.iter().fold(service, |service, (pod, state)| service.endpoint(*pod, *state))
+        let service = match self.health_check(number) {
+            Some(port) => service.health_check(port),
+            None => service,
+        };
+        self.endpoints.iter().enumerate().fold(service, |service, (index, (pod, state))| {
+            self.meant.say(service.endpoint(*pod, *state), *pod, index == 0)
+        })
+    }
+
+    /// The port at which load balancers ask whether endpoints are here; None: they need not.
+    pub(crate) fn health_check(&self, number: u16) -> Option<u16> {
+        (self.external == Policy::Local).then_some(31_000 + number)
     }
 }
 
@@ -194,7 +265,7 @@ pub(crate) fn choose(seed: u64, can_be_asked: impl Fn(&Case) -> bool) -> Vec<Cas
             let case = Case {
                 service,
                 spec: spec.clone(),
-                frontend: dice.pick(&Frontend::ALL),
+                frontend: dice.pick(&DIALLED),
                 family: dice.pick(&Family::BOTH),
                 protocol: dice.pick(&Protocol::BOTH),
                 source,

@@ -37,6 +37,7 @@ fn client(case: &Case) -> String {
         Source::Stranger => case.family.client(CLIENT_COUNT - 1).to_string(),
         Source::Pod(pod) => case.family.pod(pod).to_string(),
         Source::Node => "node".to_owned(),
+        Source::NodeB => case.family.node_b().to_string(),
     }
 }
 
@@ -79,6 +80,7 @@ fn cause(Question { case, expected, .. }: &Question) -> (&'static str, &'static 
     let Case { spec, frontend, family, source, .. } = case;
     let has_ranges = spec.ranges.all_of(*family).next().is_some();
     match (frontend, source) {
+        (Frontend::Unclaimed, _) => ("pass", "not-frontend"),
         (Frontend::LoadBalancer, _) if spec.ip_mode == IpMode::Proxy => ("pass", "not-frontend"),
         // The load balancer is left to look at them.
         (Frontend::LoadBalancer, Source::Node) if has_ranges => ("pass", "not-in-ranges"),

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use affinity_tests::lab::{EndpointState, FIRST_OF_B, Frontend, Policy};
 use affinity_tests::proxy::{Failure, Met, Proxy, Seen};
 
-use crate::cases::{Case, IpMode, Source, Spec};
+use crate::cases::{Case, IpMode, Meant, Source, Spec};
 
 /// All that a client can meet at one frontend.
 pub(crate) type Outcome = BTreeSet<Met>;
@@ -14,7 +14,10 @@ pub(crate) type Outcome = BTreeSet<Met>;
 pub(crate) fn outcome(case: &Case) -> Outcome {
     let Case { spec, frontend, source, .. } = case;
     let inside = matches!(source, Source::Pod(_));
-    let [cluster, local] = [usable(spec, |_| true), usable(spec, |pod| pod < FIRST_OF_B)];
+    let [cluster, local] = [usable(spec, |pod| is_meant_for_us(spec, pod)), usable(spec, |pod| pod < FIRST_OF_B)];
+    if *frontend == Frontend::Unclaimed {
+        return Outcome::from([Err(Failure::Silence)]);
+    }
     if *frontend == Frontend::LoadBalancer && spec.ip_mode == IpMode::Proxy {
         return Outcome::from([Err(Failure::Silence)]);
     }
@@ -28,7 +31,7 @@ pub(crate) fn outcome(case: &Case) -> Outcome {
         (false, Policy::Cluster, _) => (cluster, !inside),
         (false, Policy::Local, _) => (local, !inside),
         (true, _, Policy::Cluster) => (cluster, true),
-        (true, _, Policy::Local) if source.is_outside() => (local, false),
+        (true, _, Policy::Local) if source.is_outside() || *source == Source::NodeB => (local, false),
         (true, _, Policy::Local) => (cluster, *source == Source::Node),
     };
     if pool.is_empty() {
@@ -41,6 +44,28 @@ pub(crate) fn outcome(case: &Case) -> Outcome {
     pool.iter().map(answer).collect()
 }
 
+/// How many endpoints on node A are ready.
+pub(crate) fn local_ready(spec: &Spec) -> usize {
+    spec.endpoints.iter().filter(|(pod, state)| *pod < FIRST_OF_B && *state == EndpointState::Ready).count()
+}
+
+/// Whether an endpoint may be used on node A where there is a choice: what is said counts if it is said of every endpoint
+/// that is ready, and any of them is for node A. Those that are not ready are used only where there is no choice.
+fn is_meant_for_us(spec: &Spec, pod: usize) -> bool {
+    let is_ready = |pod: usize| spec.endpoints.contains(&(pod, EndpointState::Ready));
+    let ours = |is_ours: fn(usize) -> bool| {
+        let is_there = spec.endpoints.iter().any(|(pod, _)| is_ready(*pod) && is_ours(*pod));
+        !is_there || !is_ready(pod) || is_ours(pod)
+    };
+    let is_first_ready = spec.endpoints.first().is_some_and(|(pod, _)| is_ready(*pod));
+    match spec.meant {
+        Meant::Unsaid => true,
+        Meant::Incomplete if is_first_ready => true,
+        Meant::ForNodes | Meant::ForZones | Meant::Incomplete | Meant::ForAnother => ours(|pod| pod < FIRST_OF_B),
+        Meant::Crossed => ours(|pod| pod >= FIRST_OF_B),
+    }
+}
+
 /// Those that are ready; if none is, those that are shut down and still serve.
 pub(crate) fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
     let in_state = |wanted| {
@@ -51,12 +76,14 @@ pub(crate) fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize
     if ready.is_empty() { in_state(EndpointState::Terminating) } else { ready }
 }
 
-/// Whether there is an answer to expect: where a pod of node B would reach another of node B through node A with its own
+/// Whether there is an answer to expect: loopback is another node for everybody else; and where a pod of node B would reach another of node B through node A with its own
 /// address, the reply would take the short way, and node A would never see it.
 pub(crate) fn can_be_asked(case: &Case) -> bool {
     let from_b = matches!(case.source, Source::Pod(pod) if pod >= FIRST_OF_B);
     let by_short_way = |met: &Met| matches!(met, Ok((pod, Seen::Client)) if *pod >= FIRST_OF_B);
-    !(from_b && outcome(case).iter().any(by_short_way))
+    let is_of_another_node = case.frontend == Frontend::Loopback && case.source != Source::Node;
+    let goes_by_short_way = || from_b && outcome(case).iter().any(by_short_way);
+    !is_of_another_node && !goes_by_short_way()
 }
 
 /// A cause for which a proxy may do something else.
@@ -69,7 +96,28 @@ pub(crate) struct Difference {
 }
 
 /// Every one that is known. Each must be met, so that none outlives its cause.
-pub(crate) const DIFFERENCES: [Difference; 5] = [
+pub(crate) const DIFFERENCES: [Difference; 8] = [
+    Difference {
+        of: &[Proxy::Iptables],
+        reason: "KUBE-EXTERNAL-SERVICES drops what is for a node port without local endpoints, on loopback too",
+        applies: |case| {
+            let is_local = case.spec.external == Policy::Local;
+            case.frontend == Frontend::Loopback && is_local && is_only_elsewhere(case)
+        },
+        instead: Err(Failure::Silence),
+    },
+    Difference {
+        of: &[Proxy::Iptables, Proxy::Nftables],
+        reason: "there are no node ports on loopback (`--nodeport-addresses primary`)",
+        applies: |case| case.frontend == Frontend::Loopback,
+        instead: Err(Failure::Refused),
+    },
+    Difference {
+        of: &[Proxy::Nftables],
+        reason: "the chain cluster-ips rejects what is for other ports of a ClusterIP",
+        applies: |case| case.frontend == Frontend::Unclaimed,
+        instead: Err(Failure::Refused),
+    },
     Difference {
         of: &[Proxy::Iptables],
         reason: "KUBE-EXTERNAL-SERVICES is not looked at for the node's own packets: they leave for nowhere",

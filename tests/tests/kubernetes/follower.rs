@@ -113,7 +113,7 @@ pub(crate) fn snapshot_as_files(snapshot: &Snapshot) -> Result<Scratch> {
 
 /// The tables that the files of a directory make.
 pub(crate) fn of_files(directory: &Path) -> Result<Vec<String>> {
-    let snapshot = directory::read(directory);
+    let snapshot = directory::read(directory, "");
     ensure!(snapshot.problems.is_empty(), "{:?}", snapshot.problems);
     of_snapshot(&snapshot)
 }

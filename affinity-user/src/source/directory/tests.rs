@@ -36,7 +36,7 @@ impl Scratch {
     }
 
     fn read(&self) -> String {
-        self.show(&read(&self.0))
+        self.show(&read(&self.0, "a"))
     }
 }
 
@@ -51,6 +51,25 @@ fn service(name: &str, ip: &str) -> String {
 }
 
 #[test]
+fn the_node_is_the_one_of_its_name() {
+    let scratch = Scratch::new();
+    let node = |name: &str, zone: &str| {
+        format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: {{zone: {zone}}}}}\n")
+    };
+    scratch.write("nodes.yaml", &[node("b", "west"), node("a", "east")].concat());
+    let mut reader = Reader::new(&scratch.0, "a");
+    let mut zone = || {
+        let labels = reader.read().node?.object.metadata.labels.clone()?;
+        labels.get("zone").cloned()
+    };
+    assert_eq!(zone().as_deref(), Some("east"));
+    scratch.write("nodes.yaml", &[&node("a", "south"), "---\nkind: ["].concat());
+    assert_eq!(zone().as_deref(), Some("south"));
+    scratch.write("nodes.yaml", &node("b", "west"));
+    assert_eq!(zone(), None);
+}
+
+#[test]
 fn nodes_are_known_by_their_addresses() {
     let scratch = Scratch::new();
     let node = |name: &str, address: &str| {
@@ -61,7 +80,7 @@ fn nodes_are_known_by_their_addresses() {
     };
     scratch.write("web.yaml", &service("web", "10.96.0.1"));
     scratch.write("nodes.yaml", &[node("a", "192.0.2.1"), node("b", "2001:db8::1")].concat());
-    let mut reader = Reader::new(&scratch.0);
+    let mut reader = Reader::new(&scratch.0, "a");
     assert_eq!(scratch.show(&reader.read()), "service default/web 10.96.0.1");
     assert_eq!(reader.node_addresses(), ["192.0.2.1", "2001:db8::1"].map(|address| address.parse().unwrap()).into());
     fs::remove_file(scratch.0.join("nodes.yaml")).expect("removed");
@@ -146,7 +165,7 @@ fn a_bad_document_spoils_no_other() {
 #[test]
 fn a_damaged_file_keeps_what_it_gave() {
     let scratch = Scratch::new();
-    let mut reader = Reader::new(&scratch.0);
+    let mut reader = Reader::new(&scratch.0, "a");
     scratch.write("a.yaml", &format!("{}---\n{}", service("a", "10.0.0.1"), service("b", "10.0.0.2")));
     scratch.write("b.yaml", &service("c", "10.0.0.3"));
     reader.read();
@@ -190,7 +209,7 @@ fn a_damaged_file_keeps_what_it_gave() {
 fn a_path_that_cannot_be_read_changes_nothing() {
     let scratch = Scratch::new();
     let inner = scratch.0.join("inner");
-    let mut reader = Reader::new(&inner);
+    let mut reader = Reader::new(&inner, "a");
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
     partial
     error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use
@@ -234,7 +253,7 @@ async fn until(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &
 async fn changes_of_files_are_seen() {
     let scratch = Scratch::new();
     scratch.write("a.yaml", &service("a", "10.0.0.1"));
-    let mut receiver = watch(&scratch.0).expect("watching").snapshots;
+    let mut receiver = watch(&scratch.0, "a").expect("watching").snapshots;
     until(&mut receiver, &["a"]).await;
     scratch.write("a.yaml", &service("b", "10.0.0.1"));
     until(&mut receiver, &["b"]).await;
@@ -258,8 +277,8 @@ async fn the_swap_of_a_mounted_config_map_is_seen() {
     };
     publish("..1", "a");
     symlink("..data/a.yaml", scratch.0.join("a.yaml")).expect("a link");
-    let mut directory = watch(&scratch.0).expect("watching").snapshots;
-    let mut file = watch(&scratch.0.join("a.yaml")).expect("watching").snapshots;
+    let mut directory = watch(&scratch.0, "a").expect("watching").snapshots;
+    let mut file = watch(&scratch.0.join("a.yaml"), "a").expect("watching").snapshots;
     until(&mut directory, &["a"]).await;
     until(&mut file, &["a"]).await;
     publish("..2", "b");
@@ -275,7 +294,7 @@ async fn a_link_to_another_directory_is_followed() {
         scratch.write(&format!("{name}/x.yaml"), &service(name, "10.0.0.1"));
     }
     symlink("a", scratch.0.join("current")).expect("a link");
-    let mut receiver = watch(&scratch.0.join("current")).expect("watching").snapshots;
+    let mut receiver = watch(&scratch.0.join("current"), "a").expect("watching").snapshots;
     until(&mut receiver, &["a"]).await;
     symlink("b", scratch.0.join("next")).expect("a link");
     fs::rename(scratch.0.join("next"), scratch.0.join("current")).expect("renamed");

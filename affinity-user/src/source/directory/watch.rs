@@ -34,23 +34,23 @@ const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
 /// How often to look without being told.
 const POLL: Duration = Duration::from_secs(5);
 
-/// Reads `path` at once and after each change, in a thread of its own that ends after the receiver is dropped.
+/// Reads `path` at once and after each change, as the node with this name, in a thread of its own that ends after the receiver is dropped.
 ///
 /// # Errors
 /// Where the thread could not be started. Where notifications are not to be had, changes are seen by polling alone.
-pub fn watch(path: &Path) -> io::Result<Feed> {
+pub fn watch(path: &Path, node_name: &str) -> io::Result<Feed> {
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
     let nodes = NodeAddresses::default();
     let (path, written, told) = (path.to_owned(), view.clone(), nodes.clone());
-    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, &sender, &written, &told))?;
+    let reader = Reader::new(&path, node_name);
+    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, reader, &sender, &written, &told))?;
     Ok(Feed { snapshots, view, nodes, notices: None })
 }
 
-fn run(path: &Path, snapshots: &mpsc::Sender<Snapshot>, view: &View, nodes: &NodeAddresses) {
+fn run(path: &Path, mut reader: Reader, snapshots: &mpsc::Sender<Snapshot>, view: &View, nodes: &NodeAddresses) {
     let (events, changes) = std_mpsc::channel();
     let mut watches = Watches::new(events);
-    let mut reader = Reader::new(path);
     let mut last: Option<(Fingerprint, Snapshot)> = None;
     while !snapshots.is_closed() {
         watches.follow(path);

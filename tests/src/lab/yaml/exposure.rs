@@ -39,10 +39,14 @@ pub enum Frontend {
     LoadBalancer,
     /// An external IP.
     ExternalIp,
+    /// The node port, on loopback: for the node's own processes.
+    Loopback,
+    /// A port of the ClusterIP that the service does not have.
+    Unclaimed,
 }
 
 impl Frontend {
-    /// All of them.
+    /// All that a service has for everybody.
     pub const ALL: [Self; 5] =
         [Self::ClusterIp, Self::NodePort, Self::NodePortInside, Self::LoadBalancer, Self::ExternalIp];
 
