@@ -75,6 +75,13 @@ fn a_new_client_may_reach_every_ready_pod() {
     selection: random: web-0 (10.244.0.1:8080) 50.0 %, web-1 (10.244.0.2:8080) 50.0 %
     verdict: forward (created): a new client was pinned. The destination becomes that of one candidate.
     ");
+}
+
+#[test]
+fn an_explanation_is_one_object() {
+    let catalog = fixture::catalog();
+    let (question, situation) = ask(&catalog, "192.0.2.99", "10.96.0.10:80", &fixture::sessions_v4());
+    let answer = explain(&catalog, &question, &situation);
     insta::assert_snapshot!(serde_json::to_string_pretty(&answer).unwrap(), @r#"
     {
       "frontend": {
