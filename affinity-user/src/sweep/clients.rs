@@ -13,7 +13,9 @@ use affinity_common::abi::{Address, V6, netns_of};
 
 use crate::{netns::Namespace, source::NodeAddresses, view::ip};
 
-/// A service must have so many pins before anything is said of its clients. (There are no more of them than nodes.)
+/// A service must have so many pins before anything is said of its clients. (There are no more of them than nodes.) One
+/// pin of a node's address says nothing: a process of another node's own is such a client, rightly. So nothing is ever
+/// said in a cluster of one node: what masquerades before it is no node, and has an address like any client's.
 const LEAST: u64 = 2;
 
 /// What a pass has met of clients.
@@ -97,6 +99,8 @@ mod tests {
             "a socket of this machine is no client"
         );
         assert_eq!(looks(&nodes, &[(1, "192.0.2.1"), (1, "192.0.2.2")]), [0; 0], "nor is this node itself");
+        nodes.tell(["192.0.2.1".parse().unwrap()].into());
+        assert_eq!(looks(&nodes, &[(1, "192.0.2.1"), (1, "192.0.2.99")]), [0; 0], "a cluster of one node has no other");
     }
 
     #[tokio::test]
