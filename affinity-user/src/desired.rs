@@ -28,6 +28,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::IpAddr,
+    sync::Arc,
 };
 
 use affinity_common::abi::{Selection, Timer};
@@ -210,7 +211,7 @@ pub struct BackendName {
     /// The pod's address.
     pub address: IpAddr,
     /// `namespace/pod`; empty where the slices name none.
-    pub pod: String,
+    pub pod: Arc<str>,
 }
 
 /// The scope within which a client has one pin.
@@ -271,7 +272,7 @@ pub struct Pool {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Route {
     /// The pool that they are spread over.
-    pub pool: PoolName,
+    pub pool: Arc<PoolName>,
     /// Whether they come to a backend from the node's address.
     pub masquerade: bool,
     /// Where the pool has no usable member: whether there are some elsewhere, so that nobody answers.

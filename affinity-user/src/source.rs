@@ -23,20 +23,20 @@ pub use nodes::NodeAddresses;
 pub use notice::{Notice, Notices};
 pub use problem::{Object, Origin, Problem, Severity};
 
-/// Namespace and name of an object.
+/// Namespace and name of an object. Cheap to clone: many things go by the name of one service.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct ObjectName {
     /// The namespace; `default` where the object names none.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// The name.
-    pub name: String,
+    pub name: Arc<str>,
 }
 
 impl ObjectName {
     /// From its parts.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self { namespace: namespace.to_owned(), name: name.to_owned() }
+        Self { namespace: namespace.into(), name: name.into() }
     }
 }
 

@@ -70,7 +70,7 @@ pub(super) fn read(name: &ObjectName, slice: &EndpointSlice, node: &Node, report
     for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
         let Some(address) = address(endpoint, family, index, report) else { continue };
         endpoints.push(Endpoint {
-            backend: BackendName { address, pod: pod(endpoint, name) },
+            backend: BackendName { address, pod: pod(endpoint, name).into() },
             condition: condition(endpoint.conditions.as_ref()),
             local: node.name.is_some() && endpoint.node_name == node.name,
             hints: hints(endpoint),
@@ -216,7 +216,7 @@ pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeM
 pub(super) fn backends(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = BackendName> {
     slice.endpoints.iter().flatten().filter_map(|endpoint| {
         let address = endpoint.addresses.first()?.parse().ok()?;
-        Some(BackendName { address, pod: pod(endpoint, name) })
+        Some(BackendName { address, pod: pod(endpoint, name).into() })
     })
 }
 

@@ -13,6 +13,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use super::{
@@ -173,6 +174,6 @@ impl Decision<'_> {
             spec.pool(family, members)
         });
         let is_empty = pool.members.values().all(|member| !member.ready);
-        Route { pool: name, masquerade: false, silent: is_empty && listed.has_any() }
+        Route { pool: Arc::new(name), masquerade: false, silent: is_empty && listed.has_any() }
     }
 }

@@ -390,7 +390,7 @@ fn services_are_ours_or_anothers() {
         let options = Options { services, proxy_name: proxy_name.to_owned(), ..Options::default() };
         let (desired, problems) = desired(&snapshot, &options);
         let ours: BTreeSet<_> =
-            desired.frontends.values().map(|frontend| frontend.inside.pool.service.name.as_str()).collect();
+            desired.frontends.values().map(|frontend| &*frontend.inside.pool.service.name).collect();
         let others: Vec<_> = desired.others.iter().map(|backend| backend.address.to_string()).collect();
         (ours.into_iter().collect::<Vec<_>>().join(" "), others.join(" "), desired.beside, problems.len())
     };

@@ -169,7 +169,7 @@ impl<'a> Claims<'a> {
 /// Who has an index that is in use.
 pub(super) fn identity(observed: &Observed, index: u32, record: &Backend) -> BackendName {
     let key = NameKey { kind: NameKind::Backend as u32, id: index };
-    let pod = observed.names.get(&key).cloned().unwrap_or_default();
+    let pod = observed.names.get(&key).map(String::as_str).unwrap_or_default().into();
     BackendName { address: Ipv6Addr::from(record.address).to_canonical(), pod }
 }
 
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     fn name(last: u8) -> BackendName {
-        BackendName { address: IpAddr::from([10, 0, 0, last]), pod: format!("default/p{last}") }
+        BackendName { address: IpAddr::from([10, 0, 0, last]), pod: format!("default/p{last}").into() }
     }
 
     /// What a store holds after `backends` are all that is desired.
@@ -197,7 +197,7 @@ mod tests {
         let indices: Vec<Option<u32>> = names.iter().map(|last| claims.claim(&name(*last), false)).collect();
         let (records, _) = claims.finish(&observed.backends);
         for (id, last) in indices.iter().zip(names).filter_map(|(index, last)| Some(((*index)?, last))) {
-            observed.names.insert(NameKey { kind: NameKind::Backend as u32, id }, name(*last).pod);
+            observed.names.insert(NameKey { kind: NameKind::Backend as u32, id }, name(*last).pod.to_string());
         }
         observed.backends = records;
         indices
@@ -223,7 +223,7 @@ mod tests {
         let (roster, none) = (Roster::new(8), BTreeMap::new());
         let mut claims = Claims::new(&roster, &none);
         let first = claims.claim(&name(1), false);
-        let other = BackendName { pod: "default/q".to_owned(), ..name(1) };
+        let other = BackendName { pod: "default/q".into(), ..name(1) };
         assert_ne!(claims.claim(&other, true), first);
         let (records, _) = claims.finish(&none);
         assert_eq!(records[&0].address, records[&1].address);

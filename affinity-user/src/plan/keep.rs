@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
 };
 
 use affinity_common::abi::{
@@ -48,7 +49,7 @@ impl Keeper<'_> {
         if !self.known.services.contains(&name.service) {
             let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
             let has = |flag| frontend.flags & flag != 0;
-            let route = Route { pool: name.clone(), masquerade: has(MASQUERADE), silent: has(SILENT) };
+            let route = Route { pool: Arc::new(name.clone()), masquerade: has(MASQUERADE), silent: has(SILENT) };
             if key.side == OUTSIDE {
                 // The record for everybody came before this one.
                 match self.desired.frontends.get_mut(&address) {
@@ -76,7 +77,7 @@ impl Keeper<'_> {
         let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
         let Some(frontend) = self.desired.frontends.get_mut(&address) else { return };
         let route = if key.side == OUTSIDE { frontend.outside.as_mut() } else { Some(&mut frontend.inside) };
-        if let Some(route) = route.filter(|route| route.pool == *name) {
+        if let Some(route) = route.filter(|route| *route.pool == *name) {
             route.silent = record.flags & SILENT != 0;
         }
     }

@@ -281,7 +281,7 @@ impl<'a> Numbering<'a> {
         for id in records.keys() {
             self.target.names.extend(part.names.get(&key(*id)).map(|name| (key(*id), name.clone())));
         }
-        self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.clone())));
+        self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.to_string())));
         // A service keeps its name as long as pins and flows tell of it, which others know: see `Ledger::withdrawn`.
         let services = part.names.iter().filter(|(key, _)| key.kind == NameKind::Service as u32);
         for (key, name) in services {
@@ -302,7 +302,7 @@ fn publish<A: Address>(
 ) {
     let flag = |is_set, flag| if is_set { flag } else { 0 };
     let record = |route: &Route| {
-        let record = records.get(&route.pool)?;
+        let record = records.get(&*route.pool)?;
         let own = flag(route.masquerade, MASQUERADE) | flag(route.silent, SILENT) | flag(*ranges, RANGES);
         Some(Frontend { flags: record.flags | own, ..*record })
     };

@@ -110,7 +110,7 @@ impl Reader {
     /// The node that this runs on; the first one of that name.
     fn own_node(&self) -> Option<Sourced<Node>> {
         self.entries().find_map(|Entry { name, origin, loaded }| match loaded {
-            Loaded::Node(object) if name.name == self.node_name => {
+            Loaded::Node(object) if *name.name == *self.node_name => {
                 Some(Sourced { origin: Some(origin.clone()), object: Arc::clone(object) })
             }
             Loaded::Node(_) | Loaded::Service(_) | Loaded::Slice(_) => None,

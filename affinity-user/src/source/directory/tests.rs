@@ -239,7 +239,7 @@ async fn until(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &
     let wait = async {
         loop {
             let snapshot = receiver.recv().await.expect("the thread lives");
-            let names: Vec<String> = snapshot.services.keys().map(|name| name.name.clone()).collect();
+            let names: Vec<String> = snapshot.services.keys().map(|name| name.name.to_string()).collect();
             if names == services {
                 return;
             }

@@ -95,15 +95,15 @@ impl Poster<'_> {
         Event {
             metadata: ObjectMeta {
                 name: Some(format!("{}.{:016x}", service.name, hash64(identity.as_bytes(), 0))),
-                namespace: Some(service.namespace.clone()),
+                namespace: Some(service.namespace.to_string()),
                 ..ObjectMeta::default()
             },
             event_time: Some(MicroTime(Timestamp::now())),
             regarding: Some(ObjectReference {
                 api_version: Some("v1".to_owned()),
                 kind: Some("Service".to_owned()),
-                namespace: Some(service.namespace.clone()),
-                name: Some(service.name.clone()),
+                namespace: Some(service.namespace.to_string()),
+                name: Some(service.name.to_string()),
                 uid,
                 ..ObjectReference::default()
             }),

@@ -273,7 +273,7 @@ mod tests {
             decode::object::<Service>(serde_json::from_str(&json).expect("an object"))
         };
         let told = |held: &Held<Service>| -> Vec<_> {
-            held.problems().filter_map(|problem| Some(problem.object?.name.name)).collect()
+            held.problems().filter_map(|problem| Some(problem.object?.name.name.to_string())).collect()
         };
         let mut held = held(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
         assert!(!held.put(bad("x", 9), 2), "older than the list");
