@@ -11,7 +11,7 @@
 
 use crate::{
     abi::{Address, Direction, Draft, FLOW_CLOSED, Flow, FlowKey, Node, Port, Reason, V4, filter_bit},
-    parse::SCTP,
+    parse::{SCTP, UDP},
     rewrite,
     select::next_draw,
     tables::{Entry, FamilyTables, NotStored},
@@ -19,8 +19,17 @@ use crate::{
 
 /// Source ports that are tried for a connection which collides with another.
 const TRIES_COLLIDING: u32 = 8;
-/// Source ports of the node that are tried for a connection.
+/// Source ports of the node that are tried for a connection. They are taken in turn, so the next one is the one that was
+/// taken longest ago.
 const TRIES: u32 = 64;
+
+/// How long an exchange of datagrams may be silent before another one may have its port: longer than anybody waits for an
+/// answer.
+pub const EXCHANGE_SILENT_NS: u64 = 10_000_000_000;
+/// The same for one that has lasted for [`STREAM_NS`]; conntrack holds both for as long (`nf_conntrack_udp_timeout_stream`).
+pub const STREAM_SILENT_NS: u64 = 120_000_000_000;
+/// How long datagrams go on where they are a stream.
+pub const STREAM_NS: u64 = 2_000_000_000;
 
 impl Node {
     /// The address of a family; none: nothing is masqueraded.
@@ -68,7 +77,7 @@ fn claim_replies_to<A: Address, T: FamilyTables<A>>(
 ) -> Result<bool, Reason> {
     draft.back = key.opposite(&draft.flow.edit);
     rewrite::set_edit(&mut draft.flow.edit, &draft.back, key);
-    let is_claimed = claim(tables, &draft.back, &draft.flow, true);
+    let is_claimed = claim(tables, draft, true);
     rewrite::set_edit(&mut draft.flow.edit, key, &draft.back);
     is_claimed
 }
@@ -80,7 +89,7 @@ fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, dr
     for _ in 0..TRIES_COLLIDING {
         // Not a port of a system service. The checksum of SCTP is not one that could be kept in step.
         draft.back.dport = Port::new(draw as u16 | 1024);
-        if protocol != SCTP && is_free(tables, &draft.back) {
+        if protocol != SCTP && is_free(tables, &draft.back, draft.flow.created_ns) {
             draft.flow.edit.sport = draft.back.dport;
             return true;
         }
@@ -113,7 +122,7 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
         return Err(Reason::PortsExhausted);
     }
     rewrite::set_edit(&mut draft.second.edit, &draft.back, &draft.forth);
-    if !claim(tables, &draft.back, &draft.second, false)? {
+    if !claim(tables, draft, false)? {
         return Err(Reason::PortsExhausted);
     }
     rewrite::set_edit(&mut draft.second.edit, &draft.forth, &draft.back);
@@ -137,11 +146,11 @@ pub fn forget<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &
 #[inline(never)]
 fn find_port<A: Address, T: FamilyTables<A>>(tables: &T, node: &Node, draft: &mut Draft<A>) -> bool {
     if draft.back.protocol == SCTP {
-        return is_free(tables, &draft.back);
+        return is_free(tables, &draft.back, draft.flow.created_ns);
     }
     for _ in 0..TRIES {
         draft.back.dport = node.port(tables.tried(draft.flow.backend));
-        if is_free(tables, &draft.back) {
+        if is_free(tables, &draft.back, draft.flow.created_ns) {
             return true;
         }
     }
@@ -165,28 +174,59 @@ fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bo
     true
 }
 
-/// Whether nobody has a key, or its holder has closed.
+/// Whether nobody has a key, or its holder is over.
 #[inline(always)]
-fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, key: &FlowKey<A>) -> bool {
-    tables.flow(key).is_none_or(|holder| holder.with(|holder| holder.state) & FLOW_CLOSED != 0)
+fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, key: &FlowKey<A>, now_ns: u64) -> bool {
+    tables.flow(key).is_none_or(|holder| holder.with(|holder| is_over(holder, key.protocol, now_ns)))
 }
 
-/// Stores a flow for packets that come back, unless another open connection has them; one with the same translation is no
-/// other where `renews`.
+/// Whether a flow has closed, or, where no end can be seen, has been silent for long.
 #[inline(always)]
-fn claim<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    back: &FlowKey<A>,
-    flow: &Flow<A>,
-    renews: bool,
-) -> Result<bool, Reason> {
-    if tables.add_flow(back, flow).is_ok() {
+fn is_over<A>(flow: &Flow<A>, protocol: u8, now_ns: u64) -> bool {
+    let is_stream = flow.last_used_ns.saturating_sub(flow.created_ns) >= STREAM_NS;
+    let limit_ns = if is_stream { STREAM_SILENT_NS } else { EXCHANGE_SILENT_NS };
+    flow.state & FLOW_CLOSED != 0 || protocol == UDP && now_ns.saturating_sub(flow.last_used_ns) >= limit_ns
+}
+
+/// Removes all records of the flow that had the draft's key for replies, so that its next packet, if there is one, begins
+/// another.
+#[inline(never)]
+fn dissolve<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) {
+    let Some(holder) = tables.flow(&draft.back) else { return };
+    draft.other = holder.with(|holder| draft.back.opposite(&holder.edit));
+    tables.remove_flow(&draft.other);
+    if draft.back.direction != Direction::Return as u8 {
+        return;
+    }
+    let FlowKey { saddr, daddr, sport, dport, .. } = draft.other;
+    (draft.other.saddr, draft.other.daddr, draft.other.sport, draft.other.dport) = (daddr, saddr, dport, sport);
+    draft.other.direction = Direction::Reverse as u8;
+    if let Some(flow) = tables.flow(&draft.other) {
+        let forward = flow.with(|flow| draft.other.opposite(&flow.edit));
+        tables.remove_flow(&draft.other);
+        tables.remove_flow(&forward);
+    }
+}
+
+/// Stores a record for packets that come back, unless another flow has them that is not over: the draft's flow, which renews
+/// one of the same translation; else its second translation.
+#[inline(always)]
+fn claim<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_first: bool) -> Result<bool, Reason> {
+    let record = if is_first { &draft.flow } else { &draft.second };
+    if tables.add_flow(&draft.back, record).is_ok() {
         return Ok(true);
     }
-    let Some(holder) = tables.flow(back) else { return Err(Reason::FlowNotStored) };
-    let is_free = holder.with(|holder| holder.state & FLOW_CLOSED != 0 || renews && holder.edit == flow.edit);
-    if is_free {
-        tables.put_flow(back, flow).map_err(|NotStored| Reason::FlowNotStored)?;
+    let Some(holder) = tables.flow(&draft.back) else { return Err(Reason::FlowNotStored) };
+    let is_same = is_first && holder.with(|holder| holder.edit == draft.flow.edit);
+    if !is_same {
+        if !holder.with(|holder| is_over(holder, draft.back.protocol, draft.flow.created_ns)) {
+            return Ok(false);
+        }
+        if draft.back.protocol == UDP {
+            dissolve(tables, draft);
+        }
     }
-    Ok(is_free)
+    let record = if is_first { &draft.flow } else { &draft.second };
+    tables.put_flow(&draft.back, record).map_err(|NotStored| Reason::FlowNotStored)?;
+    Ok(true)
 }

@@ -4,7 +4,7 @@ use affinity_common::{
     abi::{Address, Edit, V6},
     onward::{Hop, Routes, Way},
     packet::Packet,
-    parse::{Headers, SCTP, UDP},
+    parse::{Headers, SCTP, TCP, UDP},
     rewrite,
 };
 use aya_ebpf::{
@@ -81,6 +81,23 @@ pub struct Skb<'a> {
     _ctx: core::marker::PhantomData<&'a TcContext>,
 }
 
+/// Whether what lies before the end is all that is looked at: TCP or UDP right behind an IP header without options, as
+/// nearly always. To make more linear may mean to copy the head.
+#[inline(always)]
+fn has_plain_headers(bytes: &Bytes) -> bool {
+    const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
+    const IPV6: [u8; 2] = [0x86, 0xdd];
+    const ENDS: [usize; 2] = [14 + 20 + 20, 14 + 40 + 20];
+
+    let Some([a, b, c, _, _, _, _, _, in_ipv6, _, _, in_ipv4]) = bytes.read(12) else { return false };
+    let (end, protocol) = match [a, b, c] {
+        IPV4 => (ENDS[0], in_ipv4),
+        [a, b, _] if [a, b] == IPV6 => (ENDS[1], in_ipv6),
+        _ => return false,
+    };
+    matches!(protocol, TCP | UDP) && bytes.size() >= end
+}
+
 impl<'a> Skb<'a> {
     /// The frame of a program's own context, its headers made linear.
     #[inline(always)]
@@ -88,7 +105,7 @@ impl<'a> Skb<'a> {
     pub fn new(ctx: &'a TcContext) -> Self {
         let skb = SkBuff::new(ctx.skb.skb);
         let mut bytes = skb.bytes();
-        if bytes.size() < LINEAR && skb.size() > bytes.size() {
+        if bytes.size() < LINEAR && skb.size() > bytes.size() && !has_plain_headers(&bytes) {
             skb.pull(skb.size().min(LINEAR));
             bytes = skb.bytes();
         }
@@ -137,6 +154,7 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn resize(&mut self, len: usize) -> bool {
         let done = self.skb.resize(len);
+        self.skb.pull(len);
         self.bytes = self.skb.bytes();
         done
     }

@@ -159,6 +159,8 @@ pub struct Draft<A> {
     pub forth: FlowKey<A>,
     /// The key of a reply.
     pub back: FlowKey<A>,
+    /// A key of the flow that makes way, where one has to.
+    pub other: FlowKey<A>,
 }
 
 /// [`Flow::state`]: the client has sent FIN.
