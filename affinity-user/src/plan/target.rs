@@ -232,6 +232,12 @@ impl<'a> Numbering<'a> {
                 }
             }
         }
+        // A frontend is withheld where one of its pools has no room; then nobody may name the slots of the other.
+        let Observed { frontends_v4, frontends_v6, slots, .. } = &mut self.target;
+        let published = frontends_v4.values().chain(frontends_v6.values());
+        let named: BTreeSet<u32> =
+            published.filter(|frontend| frontend.slot_count > 0).map(|frontend| frontend.slot_first).collect();
+        slots.retain(|first, _| named.contains(first));
     }
 
     /// The networks of pods, and the ranges of services.
