@@ -58,6 +58,8 @@ pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
     fn fold(self) -> u32;
     /// The sum of its 16-bit words, as [`crate::checksum`] takes it.
     fn sum(self) -> u32;
+    /// Whether it is a host's own, and on no wire (RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3).
+    fn is_loopback(self) -> bool;
 }
 
 mod sealed {
@@ -109,6 +111,11 @@ impl Address for V4 {
         let word = u32::from_ne_bytes(self.0);
         (word >> 16) + (word & 0xffff)
     }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self.0[0] == 127
+    }
 }
 
 impl V6 {
@@ -155,6 +162,11 @@ impl Address for V6 {
         let sum = words(high) + words(low);
         let sum = (sum >> 32) + (sum & 0xffff_ffff);
         (sum >> 16) as u32 + (sum & 0xffff) as u32
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self.halves() == [0, 1_u64.to_be()]
     }
 }
 

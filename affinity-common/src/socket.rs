@@ -71,11 +71,7 @@ impl Peer {
     /// Whether it is the namespace itself, which is the node for the node's processes alone.
     #[inline(always)]
     fn is_loopback(&self) -> bool {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.address.0;
-        if self.is_ipv4() {
-            return m == 127;
-        }
-        u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 && [i, j, k, l, m, n, o, p] == [0, 0, 0, 0, 0, 0, 0, 1]
+        if self.is_ipv4() { V4::from_mapped(self.address.0).is_loopback() } else { self.address.is_loopback() }
     }
 
     /// Whether the filter knows it: as a frontend, or as a member.
