@@ -174,18 +174,30 @@ fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bo
     true
 }
 
-/// Whether nobody has a key, or its holder is over.
-#[inline(always)]
-fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, key: &FlowKey<A>, now_ns: u64) -> bool {
-    tables.flow(key).is_none_or(|holder| holder.with(|holder| is_over(holder, key.protocol, now_ns)))
+/// Whether nobody has a key for replies, or its holder is over: it has closed, or, where no end can be seen, it has been
+/// silent for long, at the pod too.
+#[inline(never)]
+fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, back: &FlowKey<A>, now_ns: u64) -> bool {
+    let Some(holder) = tables.flow(back) else { return true };
+    let is_closed = holder.with(|holder| holder.state & FLOW_CLOSED != 0);
+    if is_closed || back.protocol != UDP {
+        return is_closed;
+    }
+    if back.direction == Direction::Return as u8 {
+        let reply = holder.with(|holder| FlowKey::translated(&holder.edit, back.protocol, Direction::Reverse));
+        if tables.flow(&reply).is_some_and(|flow| flow.with(|flow| !is_silent(flow, now_ns))) {
+            return false;
+        }
+    }
+    holder.with(|holder| is_silent(holder, now_ns))
 }
 
-/// Whether a flow has closed, or, where no end can be seen, has been silent for long.
+/// Whether datagrams have not been seen for so long that nobody waits for more.
 #[inline(always)]
-fn is_over<A>(flow: &Flow<A>, protocol: u8, now_ns: u64) -> bool {
+fn is_silent<A>(flow: &Flow<A>, now_ns: u64) -> bool {
     let is_stream = flow.last_used_ns.saturating_sub(flow.created_ns) >= STREAM_NS;
     let limit_ns = if is_stream { STREAM_SILENT_NS } else { EXCHANGE_SILENT_NS };
-    flow.state & FLOW_CLOSED != 0 || protocol == UDP && now_ns.saturating_sub(flow.last_used_ns) >= limit_ns
+    now_ns.saturating_sub(flow.last_used_ns) >= limit_ns
 }
 
 /// Removes all records of the flow that had the draft's key for replies, so that its next packet, if there is one, begins
@@ -219,7 +231,7 @@ fn claim<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_fi
     let Some(holder) = tables.flow(&draft.back) else { return Err(Reason::FlowNotStored) };
     let is_same = is_first && holder.with(|holder| holder.edit == draft.flow.edit);
     if !is_same {
-        if !holder.with(|holder| is_over(holder, draft.back.protocol, draft.flow.created_ns)) {
+        if !is_free(tables, &draft.back, draft.flow.created_ns) {
             return Ok(false);
         }
         if draft.back.protocol == UDP {
