@@ -323,9 +323,9 @@ where
     }
 }
 
-/// Whether a record is what all clients meet, wherever they are.
+/// Whether a record is what the packets of all clients meet, wherever they are.
 fn is_for_everybody<A: TestAddress>(key: &FrontendKey<A>, frontend: &Frontend) -> bool {
-    key.side == EVERYBODY && frontend.flags & (SPLIT | RANGES) == 0
+    key.side == EVERYBODY && frontend.flags & (SPLIT | RANGES) == 0 && !key.address.is_loopback()
 }
 
 fn is_usable(observed: &Observed, frontend: &Frontend, (ip, port): (IpAddr, u16)) -> bool {
