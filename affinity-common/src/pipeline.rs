@@ -232,9 +232,7 @@ impl Opened {
 /// Opens a new connection: frontend, session or selection, and remembers it as a flow.
 #[inline(always)]
 pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
-    // A frontend on loopback is for the node's own sockets: no such packet comes by a wire in good faith.
-    let frontend = if headers.key.daddr.is_loopback() { None } else { frontend_for(tables, &headers.key) };
-    let Some(frontend) = frontend else { return Opened::NotOurs(Reason::NotFrontend) };
+    let Some(frontend) = frontend_for(tables, &headers.key) else { return Opened::NotOurs(Reason::NotFrontend) };
     if is_of_another_proxy(headers, frontend) {
         return Opened::NotOurs(Reason::OtherProxy);
     }
