@@ -49,9 +49,9 @@ pub struct Headers<A> {
     /// Addresses, ports and protocol, and the direction they were parsed for.
     pub key: FlowKey<A>,
     /// Offset of the IP header.
-    pub l3: u16,
+    pub l3: u32,
     /// Offset of the TCP or UDP header.
-    pub l4: u16,
+    pub l4: u32,
     /// The IPv4 header's checksum; zero for IPv6.
     pub l3_checksum: [u8; 2],
     /// The TCP or UDP checksum.
@@ -61,13 +61,13 @@ pub struct Headers<A> {
     /// 1: it is the first fragment of a packet in pieces; else 0.
     pub first_fragment: u8,
     /// Zero.
-    pub pad: [u8; 6],
+    pub pad: [u8; 2],
 }
 
 impl<A> Headers<A> {
     /// Of a packet of which nothing but this is known.
     pub const fn new(key: FlowKey<A>, flags: u8) -> Self {
-        Self { key, l3: 0, l4: 0, l3_checksum: [0; 2], l4_checksum: [0; 2], flags, first_fragment: 0, pad: [0; 6] }
+        Self { key, l3: 0, l4: 0, l3_checksum: [0; 2], l4_checksum: [0; 2], flags, first_fragment: 0, pad: [0; 2] }
     }
 
     /// Offset of the IP header.
@@ -150,14 +150,14 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let transport = ports.read(packet, total_len == 0)?;
     Ok(Headers {
         key: transport.key(V4([a, b, c, d]), V4([e, f, g, h]), protocol, direction),
-        l3: l3 as u16,
-        l4: (l3 + header_len) as u16,
+        l3: l3 as u32,
+        l4: (l3 + header_len) as u32,
         l3_checksum: [sum_hi, sum_lo],
         l4_checksum: transport.checksum,
         flags: transport.flags,
         // More fragments.
         first_fragment: u8::from(fragment_hi & 0x20 != 0),
-        pad: [0; 6],
+        pad: [0; 2],
     })
 }
 
@@ -182,13 +182,13 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let transport = ports.read(packet, payload_len == 0)?;
     Ok(Headers {
         key: transport.key(saddr, daddr, protocol, direction),
-        l3: l3 as u16,
-        l4: l4 as u16,
+        l3: l3 as u32,
+        l4: l4 as u32,
         l3_checksum: [0; 2],
         l4_checksum: transport.checksum,
         flags: transport.flags,
         first_fragment: u8::from(is_first_fragment),
-        pad: [0; 6],
+        pad: [0; 2],
     })
 }
 

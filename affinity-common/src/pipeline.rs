@@ -330,11 +330,14 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     let (verdict, reason) = match &outcome.decision {
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
-        Decision::Forward(flow) if flow.with(|flow| packet.rewrite(headers, &flow.edit)) => {
-            let is_remote = flow.with(|flow| flow.flags & FLOW_REMOTE != 0);
-            (if is_remote { Verdict::Onward } else { Verdict::Forward }, outcome.reason)
+        Decision::Forward(flow) => {
+            let (edit, flags) = flow.with(|flow| (flow.edit, flow.flags));
+            match (packet.rewrite(headers, &edit), flags & FLOW_REMOTE) {
+                (false, _) => (Verdict::Drop, Reason::NotRewritten),
+                (true, 0) => (Verdict::Forward, outcome.reason),
+                (true, _) => (Verdict::Onward, outcome.reason),
+            }
         }
-        Decision::Forward(_) => (Verdict::Drop, Reason::NotRewritten),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
     };
