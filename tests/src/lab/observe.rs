@@ -131,41 +131,25 @@ impl Lab {
     /// # Errors
     /// When that does not come about.
     pub fn settle(&self, service: &Service) -> Result<()> {
-        let wanted: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
-        if service.is_consistent() {
-            return self.settle_by_many(service, &wanted);
-        }
-        for family in Family::BOTH {
-            for port in service.ports_of(family) {
-                let what = format!("{} {family} {} has {wanted:?}", service.full_name(), port.name);
-                eventually(&what, SYNC_PATIENCE, || {
-                    let said = self.explain(port.protocol, family.client(NEVER_DIALS), port.cluster_ip)?;
-                    let names: BTreeSet<String> = said.candidates.into_iter().map(|pod| pod.name).collect();
-                    Ok(said.verdict != "pass" && names == wanted)
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Under `consistent`, a client has one candidate: asks for several clients of every frontend.
-    fn settle_by_many(&self, service: &Service, wanted: &BTreeSet<String>) -> Result<()> {
+        // Under `consistent`, a client has one candidate: several clients together have all of them.
         const PROBES: u32 = 5;
+        let wanted: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
+        let probes = if service.is_consistent() { PROBES } else { 1 };
         eventually(&format!("{} has {wanted:?}", service.full_name()), SYNC_PATIENCE, || {
-            let mut names = BTreeSet::new();
+            let mut found = BTreeSet::new();
             for family in Family::BOTH {
-                for port in service.ports_of(family) {
-                    for probe in 0..PROBES {
-                        let from = family.client(NEVER_DIALS - probe);
-                        let said = self.explain(port.protocol, from, port.cluster_ip)?;
-                        if said.verdict == "pass" {
+                let to: Vec<_> = service.ports_of(family).map(|port| (port.protocol, port.cluster_ip)).collect();
+                for probe in 0..probes {
+                    for said in self.explain_each(family.client(NEVER_DIALS - probe), &to)? {
+                        let names: BTreeSet<String> = said.candidates.into_iter().map(|pod| pod.name).collect();
+                        if said.verdict == "pass" || probes == 1 && names != wanted {
                             return Ok(false);
                         }
-                        names.extend(said.candidates.into_iter().map(|pod| pod.name));
+                        found.extend(names);
                     }
                 }
             }
-            Ok(names == *wanted)
+            Ok(found == wanted)
         })
     }
 }
