@@ -29,6 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const BEFORE_OTHERS: i32 = -20;
 /// The ports of connections that are not kept go round here, for each client.
 const PORTS: std::ops::RangeInclusive<u16> = 4096..=u16::MAX;
+/// The port of each client for the connection that it keeps, and that of the stream.
+const REQUESTS_PORT: u16 = 1024;
+const STREAM_PORT: u16 = 1025;
 /// Connections that may wait for the pod.
 const BACKLOG: i32 = 128;
 /// What a stream is written in.
@@ -170,18 +173,23 @@ impl Ends {
 
     /// Which of the pod's addresses a client is connected to.
     fn place(&mut self, client: usize) -> Result<IpAddr> {
-        let [near, far] = self.dial(client)?;
+        let [near, far] = self.dial_anew(client)?;
         let place = far.local_addr()?.ip();
         close(near, far)?;
         Ok(place)
     }
 
-    /// A new connection of a client: its end and the pod's.
-    fn dial(&mut self, client: usize) -> Result<[TcpStream; 2]> {
-        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-        // A port of our choice spares the kernel's search for one, and the measurement its cost.
+    /// A new connection of a client that is to end soon.
+    fn dial_anew(&mut self, client: usize) -> Result<[TcpStream; 2]> {
         self.next_port = self.next_port.checked_add(1).unwrap_or(*PORTS.start());
-        let from = SocketAddr::from((self.course.clients[client], self.next_port));
+        self.dial(client, self.next_port)
+    }
+
+    /// A new connection of a client: its end and the pod's. A port of our choice spares the kernel's search for one, and
+    /// the measurement its cost.
+    fn dial(&self, client: usize, port: u16) -> Result<[TcpStream; 2]> {
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let from = SocketAddr::from((self.course.clients[client], port));
         bind(&socket, &from).with_context(|| from.to_string())?;
         let to = self.course.stream_to[client % self.course.stream_to.len()];
         connect(&socket, &to).with_context(|| format!("{from} to {to}"))?;
@@ -196,7 +204,7 @@ impl Ends {
 
     fn connect_once(&mut self) -> Result<u64> {
         let client = self.turn();
-        let [mut near, mut far] = self.dial(client)?;
+        let [mut near, mut far] = self.dial_anew(client)?;
         let mut byte = [0];
         near.write_all(b"?")?;
         far.read_exact(&mut byte)?;
@@ -208,7 +216,7 @@ impl Ends {
 
     fn keep_requests(&mut self) -> Result<()> {
         for client in self.requests.len()..self.course.clients.len() {
-            let ends = self.dial_to_keep(client)?;
+            let ends = self.dial_to_keep(client, REQUESTS_PORT)?;
             self.requests.push(ends);
         }
         Ok(())
@@ -216,15 +224,15 @@ impl Ends {
 
     fn keep_stream(&mut self) -> Result<()> {
         if self.stream.is_none() {
-            let ends = self.dial_to_keep(0)?;
+            let ends = self.dial_to_keep(0, STREAM_PORT)?;
             ends.iter().try_for_each(|end| end.set_nonblocking(true))?;
             self.stream = Some(ends);
         }
         Ok(())
     }
 
-    fn dial_to_keep(&mut self, client: usize) -> Result<[TcpStream; 2]> {
-        let ends = self.dial(client)?;
+    fn dial_to_keep(&self, client: usize, port: u16) -> Result<[TcpStream; 2]> {
+        let ends = self.dial(client, port)?;
         for end in &ends {
             end.set_nodelay(true)?;
             end.set_read_timeout(Some(PATIENCE))?;

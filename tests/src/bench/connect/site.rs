@@ -143,7 +143,7 @@ fn agent(size: Size, lab: &Lab, args: &[&str]) -> Result<Agent> {
 /// What the ends are to know.
 fn course(way: Way, size: Size, clients: u16, cpu: usize, lab: &Lab) -> Result<Course> {
     let pods: Vec<IpAddr> = size.measured().ready_pods().map(|pod| Family::V4.pod(pod)).collect();
-    let [(_, http), (_, dns)] = PORTS;
+    let [(_, http), (_, echo)] = PORTS;
     let service = size.measured();
     let targets = |name: &str, port: u16| match way {
         Way::Direct | Way::XdpPass => pods.iter().map(|pod| SocketAddr::new(*pod, port)).collect(),
@@ -154,9 +154,9 @@ fn course(way: Way, size: Size, clients: u16, cpu: usize, lab: &Lab) -> Result<C
         cpu,
         clients: (0..u32::from(clients)).map(|number| (FIRST_CLIENT.to_bits() + number).into()).collect(),
         stream_to: targets("http", http),
-        datagrams_to: targets("dns", dns),
+        datagrams_to: targets("echo", echo),
         stream_port: http,
-        datagram_port: dns,
+        datagram_port: echo,
         endpoints: pods,
     })
 }

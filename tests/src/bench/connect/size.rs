@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use crate::lab::{FIRST_OF_B, Service};
 
-/// The ports of the measured service, and the pod's.
-pub(super) const PORTS: [(u16, u16); 2] = [(80, 9000), (53, 9001)];
+/// The ports of the measured service, and the pod's: none that a machine may look into, as it may into DNS.
+pub(super) const PORTS: [(u16, u16); 2] = [(80, 9000), (7, 9001)];
 /// Services, and endpoints of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub(super) struct Size {
@@ -35,9 +35,9 @@ impl Size {
     }
 
     fn service(self, number: u16) -> Service {
-        let [(http, http_target), (dns, dns_target)] = PORTS;
+        let [(http, http_target), (echo, echo_target)] = PORTS;
         let service = Service::new(&format!("service-{number}"), number).tcp("http", http, http_target).client_ip();
-        let service = if number == self.services { service.udp("dns", dns, dns_target) } else { service };
+        let service = if number == self.services { service.udp("echo", echo, echo_target) } else { service };
         service.on(self.endpoints_of(number))
     }
 
