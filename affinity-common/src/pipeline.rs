@@ -69,17 +69,11 @@ pub enum Verdict {
 pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Forward) {
-            Ok(mut headers) => {
-                let outcome = to_frontend(tables, &mut headers);
-                carry_out(packet, tables, &headers, &outcome)
-            }
+            Ok(headers) => enter(packet, tables, headers),
             Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Forward)),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Forward) {
-            Ok(mut headers) => {
-                let outcome = to_frontend(tables, &mut headers);
-                carry_out(packet, tables, &headers, &outcome)
-            }
+            Ok(headers) => enter(packet, tables, headers),
             Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Forward)),
         },
         Err(reason) => pass(tables, reason),
@@ -91,21 +85,31 @@ pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
 pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Reverse) {
-            Ok(mut headers) => {
-                let outcome = from_backend(tables, &mut headers);
-                carry_out(packet, tables, &headers, &outcome)
-            }
+            Ok(headers) => leave(packet, tables, headers),
             Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Reverse)),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Reverse) {
-            Ok(mut headers) => {
-                let outcome = from_backend(tables, &mut headers);
-                carry_out(packet, tables, &headers, &outcome)
-            }
+            Ok(headers) => leave(packet, tables, headers),
             Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Reverse)),
         },
         Err(reason) => pass(tables, reason),
     }
+}
+
+/// A frontend on loopback is for the node's own sockets: what comes there by a wire is left to the stack, which drops it.
+#[inline(always)]
+fn enter<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
+    if headers.key.daddr.is_loopback() {
+        return pass(tables, Reason::NotFrontend);
+    }
+    let outcome = to_frontend(tables, &mut headers);
+    carry_out(packet, tables, &headers, &outcome)
+}
+
+#[inline(always)]
+fn leave<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
+    let outcome = from_backend(tables, &mut headers);
+    carry_out(packet, tables, &headers, &outcome)
 }
 
 /// A packet without ports: errors about flows and later fragments are translated with theirs, all others pass.

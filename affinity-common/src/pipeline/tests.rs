@@ -260,3 +260,17 @@ fn a_service_of_the_other_family_is_another() {
     assert_eq!(forward(&mut frame, &tables), Verdict::Pass);
     assert_eq!(counters(&tables), [(Reason::NotFrontend, 1)]);
 }
+
+/// A node port on loopback is for the node's own sockets; whoever sends there by a wire is not heard.
+#[test]
+fn a_frontend_on_loopback_is_for_no_packet() {
+    const LOOPBACK: V4 = V4([127, 0, 0, 1]);
+    let mut tables = failing(Sessions::Taken, 2);
+    let port = Port::new(SERVICE.1);
+    let frontend = tables.model.frontends_v4[&FrontendKey::new(SERVICE.0, port, TCP)];
+    tables.model.frontends_v4.insert(FrontendKey::new(LOOPBACK, port, TCP), frontend);
+    tables.model.filter.borrow_mut().insert((Direction::Forward, filter_bit(LOOPBACK, port, TCP)));
+    let mut frame = Shape::tcp(SYN).frame(&Ends { from: CLIENT, to: (LOOPBACK, SERVICE.1) });
+    assert_eq!(forward(&mut frame, &tables), Verdict::Pass);
+    assert_eq!(counters(&tables), [(Reason::NotFrontend, 1)]);
+}

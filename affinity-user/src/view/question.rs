@@ -58,6 +58,10 @@ impl Question {
     pub(super) fn frontend<A: FrontendTables>(&self, catalog: &Catalog) -> Option<Frontend> {
         if !self.is_socket() {
             let (key, client) = (self.frontend_key::<A>(), self.key::<A>().saddr);
+            if self.to.address.is_loopback() {
+                // It is for the node's own sockets.
+                return None;
+            }
             let frontend = A::frontend(catalog, &key)?;
             let is_inside =
                 || (0..=A::BITS).any(|bits| A::ranges(catalog).contains(&RangeKey::new(PODS, client, bits)));

@@ -369,4 +369,7 @@ fn loopback_is_the_node_for_the_node_alone() {
         let situation = Situation::<V6> { in_filter: true, ..Situation::untouched(&catalog, &question) };
         assert_eq!(explain(&catalog, &question, &situation).reason, reason);
     }
+    let question = Question { from: "198.51.100.7".parse().unwrap(), from_port: None, to, protocol: TCP };
+    let situation = Situation::<V4> { in_filter: true, ..Situation::untouched(&catalog, &question) };
+    assert_eq!(explain(&catalog, &question, &situation).reason, "not-frontend", "no packet comes there by a wire");
 }
