@@ -26,7 +26,8 @@ const TRIES: u32 = 64;
 /// How long an exchange of datagrams may be silent before another one may have its port: longer than anybody waits for an
 /// answer.
 pub const EXCHANGE_SILENT_NS: u64 = 10_000_000_000;
-/// The same for one that has lasted for [`STREAM_NS`]; conntrack holds both for as long (`nf_conntrack_udp_timeout_stream`).
+/// The same for one that has lasted for [`STREAM_NS`]: as long as the kernel's connection tracking holds a stream
+/// (`nf_conntrack_udp_timeout_stream`), which it takes for one after as long (`nf_conntrack_proto_udp.c`).
 pub const STREAM_SILENT_NS: u64 = 120_000_000_000;
 /// How long datagrams go on where they are a stream.
 pub const STREAM_NS: u64 = 2_000_000_000;
@@ -210,9 +211,7 @@ fn dissolve<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) {
     if draft.back.direction != Direction::Return as u8 {
         return;
     }
-    let FlowKey { saddr, daddr, sport, dport, .. } = draft.other;
-    (draft.other.saddr, draft.other.daddr, draft.other.sport, draft.other.dport) = (daddr, saddr, dport, sport);
-    draft.other.direction = Direction::Reverse as u8;
+    draft.other = holder.with(|holder| FlowKey::translated(&holder.edit, draft.back.protocol, Direction::Reverse));
     if let Some(flow) = tables.flow(&draft.other) {
         let forward = flow.with(|flow| draft.other.opposite(&flow.edit));
         tables.remove_flow(&draft.other);

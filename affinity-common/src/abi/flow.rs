@@ -169,7 +169,8 @@ pub const FLOW_FIN_CLIENT: u8 = 1;
 pub const FLOW_FIN_SERVER: u8 = 2;
 /// [`Flow::state`]: both have sent FIN, or one has sent RST.
 pub const FLOW_CLOSED: u8 = 4;
-/// [`Flow::flags`]: the backend is on another node.
-pub const FLOW_REMOTE: u8 = 1;
 /// [`Flow::state`]: decided in shadow mode: its packets pass, and it has no record for the other direction.
 pub const FLOW_SHADOW: u8 = 8;
+
+/// [`Flow::flags`]: the backend is on another node.
+pub const FLOW_REMOTE: u8 = 1;
