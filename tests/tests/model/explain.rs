@@ -16,7 +16,7 @@ use affinity_common::{
 };
 use affinity_tests::{
     dice::Dice,
-    kernel::{Fixed, Hook, Kernel, SMALL},
+    kernel::{Fixed, Hook, Kernel},
     lab::Family,
     packet::{
         Frame,
@@ -29,7 +29,7 @@ use affinity_user::{
 };
 use anyhow::{Context, Result, ensure};
 
-use crate::{FIXED, seed, world::World};
+use crate::{over_states, world::World};
 
 const STATES_OF_EACH: usize = 20;
 const QUESTIONS_TO_A_STATE: usize = 150;
@@ -48,17 +48,11 @@ struct Coverage {
 
 #[test]
 fn what_is_explained_is_what_the_kernel_does() -> Result<()> {
-    let seed = seed()?;
-    let mut dice = Dice::new(seed);
     let mut coverage = Coverage::default();
-    for fixed in FIXED {
-        let mut kernel = Kernel::load(SMALL, Some(fixed))?;
-        for state in 0..STATES_OF_EACH {
-            let world = World::published(&mut dice, fixed);
-            ask_all(&mut kernel, fixed, &world, &mut dice, &mut coverage)
-                .with_context(|| format!("AFFINITY_SEED={seed}, {fixed:?}, state {state}"))?;
-        }
-    }
+    over_states(STATES_OF_EACH, |kernel, fixed, dice| {
+        let world = World::published(dice, fixed);
+        ask_all(kernel, fixed, &world, dice, &mut coverage)
+    })?;
     for (reason, count) in &coverage.reasons {
         println!("{}: {count}", reason.name());
     }

@@ -52,22 +52,33 @@ fn seed() -> Result<u64> {
     }
 }
 
-#[test]
-fn random_frames_over_random_states_come_out_alike() -> Result<()> {
+/// Loads the programs with each of [`FIXED`], and lets a story happen over so many random states.
+fn over_states(
+    states_of_each: usize,
+    mut story: impl FnMut(&mut Kernel, Fixed, &mut Dice) -> Result<()>,
+) -> Result<()> {
     let seed = seed()?;
     let mut dice = Dice::new(seed);
-    let mut coverage = Coverage::default();
     for fixed in FIXED {
         let mut kernel = Kernel::load(SMALL, Some(fixed))?;
-        for state in 0..STATES_OF_EACH {
-            let world = World::new(&mut dice, fixed);
-            let frames: Vec<_> = (0..FRAMES_OF_A_STATE).map(|_| frames::random(&mut dice, &world)).collect();
-            run(&mut kernel, &world.model, &frames, &mut coverage)
+        for state in 0..states_of_each {
+            story(&mut kernel, fixed, &mut dice)
                 .with_context(|| format!("AFFINITY_SEED={seed}, {fixed:?}, state {state}"))?;
         }
     }
+    Ok(())
+}
+
+#[test]
+fn random_frames_over_random_states_come_out_alike() -> Result<()> {
+    let mut coverage = Coverage::default();
+    over_states(STATES_OF_EACH, |kernel, fixed, dice| {
+        let world = World::new(dice, fixed);
+        let frames: Vec<_> = (0..FRAMES_OF_A_STATE).map(|_| frames::random(dice, &world)).collect();
+        run(kernel, &world.model, &frames, &mut coverage)
+    })?;
     println!(
-        "seed {seed}: {} frames over {} states; {} more were too short for BPF_PROG_TEST_RUN",
+        "{} frames over {} states; {} more were too short for BPF_PROG_TEST_RUN",
         coverage.frames,
         FIXED.len() * STATES_OF_EACH,
         coverage.refused_by_test_run
