@@ -5,8 +5,23 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use crate::lab::{Answer, Connection, Family, Frontend, Protocol, Service, SocketNumber, SocketProcess};
-use crate::proxy::Scene;
+use crate::lab::{Answer, Connection, Family, Frontend, Lab, Protocol, Service, SocketNumber, SocketProcess};
+use crate::proxy::{Proxy, Scene};
+
+/// What is to be seen in a lab with its callers.
+pub type Story = fn(&Lab, &mut Callers<'_>) -> Result<()>;
+
+/// Tells stories in one lab of two nodes, one after the other. `process` is the binary `socket_process`.
+///
+/// # Errors
+/// The first that a story has, with its name and what the agent wrote.
+pub fn tell(proxy: Proxy, process: &str, stories: impl IntoIterator<Item = (&'static str, Story)>) -> Result<()> {
+    let scene = proxy.start(&[])?;
+    let mut callers = Callers::new(&scene, process)?;
+    stories.into_iter().try_for_each(|(name, story)| {
+        story(scene.lab(), &mut callers).with_context(|| format!("{name}\n{}", scene.log()))
+    })
+}
 
 /// Who calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

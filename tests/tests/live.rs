@@ -5,10 +5,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use affinity_tests::callers::{Call, Callers, Door, Line, Who};
+use affinity_tests::callers::{Call, Callers, Door, Line, Story, Who, tell};
 use affinity_tests::lab::{EndpointState, FIRST_OF_B, Family, Frontend, Lab, Protocol, Service, eventually, pod_name};
 use affinity_tests::proxy::Proxy;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 /// An endpoint on node A.
@@ -49,15 +49,16 @@ fn node_port(number: u16) -> u16 {
 
 #[test]
 fn live_services_change_under_their_clients_by_tc() -> Result<()> {
-    tell(Proxy::Tc)
+    tell_all(Proxy::Tc)
 }
 
 #[test]
 fn live_services_change_under_their_clients_by_xdp() -> Result<()> {
-    tell(Proxy::Xdp)
+    tell_all(Proxy::Xdp)
 }
 
-fn tell(proxy: Proxy) -> Result<()> {
+/// Each with a service of its own, which goes with it: an endpoint is gone when no service lists it.
+fn tell_all(proxy: Proxy) -> Result<()> {
     let stories: [(&str, Story); 5] = [
         ("datagrams of an endpoint that has gone", datagrams_of_an_endpoint_that_has_gone_go_elsewhere_at_once),
         ("connections to a terminating endpoint", connections_to_a_terminating_endpoint_go_on_until_it_has_gone),
@@ -65,16 +66,8 @@ fn tell(proxy: Proxy) -> Result<()> {
         ("a changed type", a_live_service_changes_its_type),
         ("several slices", slices_with_target_ports_of_their_own_make_one_service),
     ];
-    let scene = proxy.start(&[])?;
-    let (lab, mut callers) = (scene.lab(), Callers::new(&scene, PROCESS)?);
-    (1..).zip(stories).try_for_each(|(number, (name, story))| {
-        story(lab, &mut callers).with_context(|| format!("{name}\n{}", scene.log()))?;
-        // An endpoint is gone when no service lists it.
-        lab.withdraw(&web(number))
-    })
+    tell(proxy, PROCESS, stories)
 }
-
-type Story = fn(&Lab, &mut Callers<'_>) -> Result<()>;
 
 /// A connection of each way, and nobody else than this pod at its other end.
 fn open_all(callers: &mut Callers<'_>, service: &Service, protocol: Protocol, pod: usize) -> Result<Vec<(Call, Line)>> {
@@ -103,7 +96,7 @@ fn datagrams_of_an_endpoint_that_has_gone_go_elsewhere_at_once(lab: &Lab, caller
             ensure!(began.elapsed() < AT_ONCE, "{call:?}: after {:?}", began.elapsed());
         }
     }
-    Ok(())
+    lab.withdraw(&web)
 }
 
 fn connections_to_a_terminating_endpoint_go_on_until_it_has_gone(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
@@ -126,7 +119,7 @@ fn connections_to_a_terminating_endpoint_go_on_until_it_has_gone(lab: &Lab, call
             eventually(&format!("{call:?} ends"), AT_ONCE, || Ok(callers.ask(line, "/")?.is_err()))?;
         }
     }
-    Ok(())
+    lab.withdraw(&web)
 }
 
 fn a_changed_target_port_takes_effect(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
@@ -159,7 +152,7 @@ fn a_changed_target_port_takes_effect(lab: &Lab, callers: &mut Callers<'_>) -> R
     }
     let told = on_node.await_end(connected)?;
     ensure!(told == Ok("ConnectionAborted".to_owned()), "whoever sends to the old port is told: {told:?}");
-    Ok(())
+    lab.withdraw(&web(3))
 }
 
 fn a_live_service_changes_its_type(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
@@ -182,7 +175,7 @@ fn a_live_service_changes_its_type(lab: &Lab, callers: &mut Callers<'_>) -> Resu
             callers.dial(call, "/")?;
         }
     }
-    Ok(())
+    lab.withdraw(&web(4))
 }
 
 /// And TCP and UDP share a number.
@@ -207,5 +200,5 @@ fn slices_with_target_ports_of_their_own_make_one_service(lab: &Lab, callers: &m
             })?;
         }
     }
-    Ok(())
+    lab.withdraw(&web(5))
 }

@@ -7,13 +7,13 @@ use std::io;
 use std::thread::sleep;
 use std::time::Duration;
 
-use affinity_tests::callers::{Call, Callers, Door, Who};
+use affinity_tests::callers::{Call, Callers, Door, Story, Who, tell};
 use affinity_tests::lab::{
     EndpointState, FIRST_OF_B, Family, Frontend, Lab, NODE_B_NAME, NODE_NAME, Policy, Protocol, Service, eventually,
     pod_name,
 };
 use affinity_tests::proxy::Proxy;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 /// Endpoints: two on node A, one on node B.
@@ -62,19 +62,17 @@ fn calls(service: &Service) -> Vec<Call> {
     Protocol::BOTH.iter().flat_map(|protocol| Call::all(service, &WAYS, *protocol)).collect()
 }
 
-type Story = fn(&Lab, &mut Callers<'_>) -> Result<()>;
-
 #[test]
 fn clients_of_every_kind_are_pinned_by_tc() -> Result<()> {
-    tell(Proxy::Tc)
+    tell_all(Proxy::Tc)
 }
 
 #[test]
 fn clients_of_every_kind_are_pinned_by_xdp() -> Result<()> {
-    tell(Proxy::Xdp)
+    tell_all(Proxy::Xdp)
 }
 
-fn tell(proxy: Proxy) -> Result<()> {
+fn tell_all(proxy: Proxy) -> Result<()> {
     let stories: [(&str, Story); 5] = [
         ("pinned", every_answer_is_one_pod),
         ("switched", affinity_is_switched_on_a_live_service),
@@ -82,13 +80,8 @@ fn tell(proxy: Proxy) -> Result<()> {
         ("localhost", the_node_port_on_loopback_is_the_nodes_own),
         ("hints", hints_narrow_what_connections_reach),
     ];
-    let scene = proxy.start(&[])?;
-    let mut callers = Callers::new(&scene, PROCESS)?;
     // What only waits is the same whoever translates.
-    let stories = stories.iter().filter(|(name, _)| proxy == Proxy::Tc || *name != "expired");
-    stories.into_iter().try_for_each(|(name, story)| {
-        story(scene.lab(), &mut callers).with_context(|| format!("{name}\n{}", scene.log()))
-    })
+    tell(proxy, PROCESS, stories.into_iter().filter(|(name, _)| proxy == Proxy::Tc || *name != "expired"))
 }
 
 fn settle(lab: &Lab, services: &[(Policy, Service)]) -> Result<()> {
