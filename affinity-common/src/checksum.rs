@@ -1,7 +1,8 @@
 //! The Internet checksum (RFC 1071) and its incremental update (RFC 1624).
 //!
-//! Sums are over 16-bit words as they lie in memory, which RFC 1071 shows to be as good as any order. A *delta* is the one's complement sum of what replaces words of a packet
-//! minus what they were; it is the same for every packet of a flow.
+//! Sums are over 16-bit words as they lie in memory, which RFC 1071 shows to be as good as any order. A *delta* is the
+//! one's complement sum of what replaces words of a packet minus what they were; it is the same for every packet of a
+//! flow.
 
 /// Folds a sum of up to 2^16 words to 16 bits, with end-around carry.
 #[inline(always)]

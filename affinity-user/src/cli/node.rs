@@ -18,8 +18,8 @@ pub(crate) struct NodeArgs {
     /// Node object
     #[arg(long = "pod-cidr", value_name = "CIDR")]
     pod_networks: Vec<Network>,
-    /// The address that masqueraded connections come from, one for each family; without it the InternalIP of its Node object, else
-    /// the first global address of a device with a default route, else the first one
+    /// The address that masqueraded connections come from, one for each family; without it the InternalIP of its Node
+    /// object, else the first global address of a device with a default route, else the first one
     #[arg(long = "node-address", value_name = "IP")]
     addresses: Vec<IpAddr>,
     /// The source ports of masqueraded connections: the node's own processes should use others [default: 1024-29999]

@@ -78,8 +78,8 @@ const _: () = assert!(
         && std::mem::offset_of!(Flow<V6>, last_used_ns) == 8
 );
 
-/// Copies the sessions, flows or sockets that were used since `since_ns`, where the new map does not know better: of two entries
-/// under one key the older one wins, since its client went there first; of two readings of one, the later.
+/// Copies the sessions, flows or sockets that were used since `since_ns`, where the new map does not know better: of
+/// two entries under one key the older one wins, since its client went there first; of two readings of one, the later.
 ///
 /// # Errors
 /// [`SysError`].

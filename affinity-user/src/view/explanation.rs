@@ -40,7 +40,7 @@ pub struct ExplainedFrontend<'a> {
     /// Address and port.
     #[serde(flatten)]
     pub endpoint: Endpoint,
-    /// `TCP` or `UDP`.
+    /// `TCP`, `UDP` or `SCTP`.
     pub protocol: &'static str,
 }
 

@@ -53,15 +53,15 @@ impl Question {
         Client::new(self.from, u8::MAX).netns().is_some()
     }
 
-    /// The record of the frontend that is dialled, as this client meets it. For a socket the whole client key counts, and nothing that is decided by
-    /// where a packet comes from.
+    /// The record of the frontend that is dialled, as this client meets it. For a socket the whole client key counts,
+    /// and nothing that is decided by where a packet comes from.
     pub(super) fn frontend<A: FrontendTables>(&self, catalog: &Catalog) -> Option<Frontend> {
         if !self.is_socket() {
-            let (key, client) = (self.frontend_key::<A>(), self.key::<A>().saddr);
             if self.to.address.is_loopback() {
                 // It is for the node's own sockets.
                 return None;
             }
+            let (key, client) = (self.frontend_key::<A>(), self.key::<A>().saddr);
             let frontend = A::frontend(catalog, &key)?;
             let is_inside =
                 || (0..=A::BITS).any(|bits| A::ranges(catalog).contains(&RangeKey::new(PODS, client, bits)));

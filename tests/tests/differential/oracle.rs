@@ -76,8 +76,9 @@ pub(crate) fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize
     if ready.is_empty() { in_state(EndpointState::Terminating) } else { ready }
 }
 
-/// Whether there is an answer to expect: loopback is another node for everybody else; and where a pod of node B would reach another of node B through node A with its own
-/// address, the reply would take the short way, and node A would never see it.
+/// Whether there is an answer to expect: loopback is another node for everybody else; and where a pod of node B would
+/// reach another of node B through node A with its own address, the reply would take the short way, and node A would
+/// never see it.
 pub(crate) fn can_be_asked(case: &Case) -> bool {
     let from_b = matches!(case.source, Source::Pod(pod) if pod >= FIRST_OF_B);
     let by_short_way = |met: &Met| matches!(met, Ok((pod, Seen::Client)) if *pod >= FIRST_OF_B);

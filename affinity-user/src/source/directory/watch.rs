@@ -34,7 +34,8 @@ const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
 /// How often to look without being told.
 const POLL: Duration = Duration::from_secs(5);
 
-/// Reads `path` at once and after each change, as the node with this name, in a thread of its own that ends after the receiver is dropped.
+/// Reads `path` at once and after each change, as the node with this name, in a thread of its own that ends after the
+/// receiver is dropped.
 ///
 /// # Errors
 /// Where the thread could not be started. Where notifications are not to be had, changes are seen by polling alone.
