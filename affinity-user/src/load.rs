@@ -13,6 +13,8 @@ pub mod sizes;
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    panic::resume_unwind,
+    thread,
 };
 
 use affinity_common::{
@@ -229,7 +231,7 @@ fn measure_clock() -> Result<Ticks, LoadError> {
         loader.map_max_entries(name, 1);
     }
     let mut ebpf = loader.load(PROGRAMS)?;
-    let clock = load_program(&mut ebpf, names::CLOCK)?;
+    let clock = load_program(names::CLOCK, ebpf.program_mut(names::CLOCK).ok_or(LoadError::Missing(names::CLOCK))?)?;
     Ok(clock::measure(clock.as_fd())?)
 }
 
@@ -271,11 +273,15 @@ fn load_beside(
         );
     }
     let mut ebpf = loader.load(PROGRAMS)?;
-    let mut programs = Programs::new();
-    for name in PINNED {
-        programs.insert(name, load_program(&mut ebpf, name)?);
-    }
-    let without_sockets = load_for_sockets(&mut ebpf, &mut programs).err().map(|error| error.to_string());
+    let mut programs = load_programs(&mut ebpf, &PINNED)?;
+    // A kernel built without cgroup programs has the others nevertheless.
+    let without_sockets = match load_programs(&mut ebpf, &names::SOCKET_PROGRAMS) {
+        Ok(for_sockets) => {
+            programs.extend(for_sockets);
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    };
     for (name, plan) in plans {
         if let Plan::Replace(old) = plan {
             carry::carry(old, &Map::open(&pins.next_map(name))?)?;
@@ -284,11 +290,21 @@ fn load_beside(
     Ok((ebpf, programs, without_sockets))
 }
 
-/// All of them or none: a kernel built without cgroup programs has the others nevertheless.
-fn load_for_sockets(ebpf: &mut Ebpf, programs: &mut Programs) -> Result<(), LoadError> {
-    let loaded = names::SOCKET_PROGRAMS.map(|name| load_program(ebpf, name).map(|fd| (name, fd)));
-    programs.extend(loaded.into_iter().collect::<Result<Vec<_>, _>>()?);
-    Ok(())
+/// Loads all of these programs or none; at the same time, because nearly all of a start is the verifier's.
+fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<Programs, LoadError> {
+    thread::scope(|scope| {
+        let mut loads = BTreeMap::new();
+        for (found, program) in ebpf.programs_mut() {
+            if let Some(&name) = names.iter().find(|name| **name == found) {
+                loads.insert(name, scope.spawn(move || load_program(name, program)));
+            }
+        }
+        let load = |&name: &&'static str| {
+            let load = loads.remove(name).ok_or(LoadError::Missing(name))?;
+            Ok((name, load.join().unwrap_or_else(|panic| resume_unwind(panic))?))
+        };
+        names.iter().map(load).collect()
+    })
 }
 
 /// Programs on sockets may name an error of their own since this kernel.
@@ -298,9 +314,8 @@ fn refuse_errno() -> u64 {
     if version(&release()) >= KERNEL_RETVAL { libc::ECONNREFUSED as u64 } else { 0 }
 }
 
-fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, LoadError> {
+fn load_program(name: &'static str, program: &mut Program) -> Result<OwnedFd, LoadError> {
     let failed = |source: ProgramError| LoadError::Program { name, source: Box::new(source) };
-    let program = ebpf.program_mut(name).ok_or(LoadError::Missing(name))?;
     #[expect(clippy::wildcard_enum_match_arm, reason = "all others are for TC, and refused where they are not")]
     let loaded = match &mut *program {
         Program::Xdp(xdp) => xdp.load(),

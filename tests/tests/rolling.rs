@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use affinity_tests::lab::{
-    EndpointState, Family, Frontend, Lab, Load, Options, Policy, Protocol, Service, eventually, pod_name,
+    EndpointState, Explanation, Family, Frontend, Lab, Load, Options, Policy, Protocol, Service, eventually, pod_name,
 };
 use affinity_tests::story::{Hook, Route, report, tell_in, web};
 use anyhow::{Context, Result, ensure};
@@ -55,10 +55,13 @@ impl Loads {
     fn publish(&self, lab: &Lab, service: &Service) -> Result<()> {
         lab.publish_and_settle(service)?;
         let ready: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
-        self.routes.iter().try_for_each(|route| {
-            eventually(&format!("{route:?} leads to {ready:?}"), SYNC_PATIENCE, || {
-                let candidates = lab.explain(route.protocol, route.client(NEVER_DIALS), route.to)?.candidates;
-                Ok(candidates.into_iter().map(|pod| pod.name).collect::<BTreeSet<_>>() == ready)
+        Family::BOTH.into_iter().try_for_each(|family| {
+            let routes = self.routes.iter().filter(|route| route.family == family);
+            let to: Vec<_> = routes.map(|route| (route.protocol, route.to)).collect();
+            eventually(&format!("{to:?} lead to {ready:?}"), SYNC_PATIENCE, || {
+                let said = lab.explain_each(family.client(NEVER_DIALS), &to)?;
+                let names = |said: Explanation| said.candidates.into_iter().map(|pod| pod.name).collect();
+                Ok(said.into_iter().map(names).all(|names: BTreeSet<_>| names == ready))
             })
         })
     }
