@@ -294,7 +294,7 @@ assert_no_padding!(
     Node: 16 + 4 + 2 + 2,
     MemberKey: 4 + 4,
     Member: 4 + 2 + 1 + 1,
-    Backend: 16 + 4 + 4,
+    Backend: 4 + 4 + 16,
     SessionKey<V4>: 4 + 4,
     SessionKey<V6>: 16 + 4 + 4,
     Session: 8 + 8 + 6 * 4 + 8,

@@ -32,7 +32,7 @@ pub static SLOTS: Array<u32> = Array::with_max_entries(1024, BPF_F_MMAPABLE);
 #[map(name = "filter")]
 pub static FILTER: Array<u64> = Array::with_max_entries(FILTER_WORDS, BPF_F_MMAPABLE);
 #[map(name = "backends")]
-pub static BACKENDS: Array<Backend> = Array::with_max_entries(1024, 0);
+pub static BACKENDS: Array<Backend> = Array::with_max_entries(1024, BPF_F_MMAPABLE);
 #[map(name = "loads")]
 pub static LOADS: Array<u64> = Array::with_max_entries(1024, BPF_F_MMAPABLE);
 

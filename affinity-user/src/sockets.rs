@@ -132,7 +132,7 @@ fn lost(store: &KernelStore) -> Result<Lost, StoreError> {
 fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool, StoreError> {
     let &Socket { pool, backend, generation, .. } = socket;
     if key.protocol != UDP {
-        return store.is_alive(backend, generation);
+        return Ok(store.is_alive(backend, generation));
     }
     let member = store.members.get(&MemberKey { pool, backend })?;
     Ok(member.is_some_and(|member| {

@@ -282,9 +282,8 @@ impl Pass {
 impl Sweeper {
     fn begin(&mut self, now_ns: u64) -> Result<(), StoreError> {
         self.pass = Pass { began_ns: now_ns, clients: Clients::begin(&self.nodes), ..Pass::begin() };
-        for entry in &self.store.backends {
-            self.pass.generations.push(entry?.1.generation);
-        }
+        let generations = &self.store.generations;
+        self.pass.generations.extend((0..generations.len()).map(|backend| generations.load_u32(backend)));
         for entry in &self.store.v4.frontends {
             self.pass.scopes.add(&entry?.1);
         }

@@ -11,12 +11,12 @@ use super::Port;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct Backend {
-    /// IPv6, or IPv4-mapped, network byte order.
-    pub address: [u8; 16],
-    /// Odd: in use; even: vacant.
+    /// Odd: in use; even: vacant; zero: it never was in use. The first field, which the agent reads of all records at once.
     pub generation: u32,
     /// [`BACKEND_LOCAL`].
     pub flags: u32,
+    /// IPv6, or IPv4-mapped, network byte order.
+    pub address: [u8; 16],
 }
 
 /// [`Backend::flags`]: the pod runs on this node.

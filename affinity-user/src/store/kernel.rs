@@ -1,8 +1,8 @@
 //! The store that is the kernel: the pinned maps of a running dataplane.
 //!
-//! Everything but the slots, the filter and the loads goes through bpf(2); those three are arrays shared by mmap. The
-//! store holds no state of its own, so any number of them may be open at once: the agent's, and one in each CLI
-//! command. Only the agent applies plans.
+//! Everything but the slots, the filter, the loads and the backends' generations goes through bpf(2); those are arrays
+//! shared by mmap. The store holds no state of its own, so any number of them may be open at once: the agent's, and one
+//! in each CLI command. Only the agent applies plans.
 
 mod pin;
 mod table;
@@ -119,6 +119,8 @@ pub struct KernelStore {
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
     pub backends: Table<u32, Backend>,
+    /// Backend index -> generation: the beginning of its record, `u32`.
+    pub generations: Words,
     /// Sockets that were sent to a backend.
     pub sockets: Table<SocketKey, Socket>,
     /// Names of ids and backends.
@@ -181,6 +183,7 @@ impl KernelStore {
             tried: Table::open(maps, names::TRIED)?,
             members: Table::open(maps, names::MEMBERS)?,
             backends: Table::open(maps, names::BACKENDS)?,
+            generations: words(names::BACKENDS)?,
             sockets: Table::open(maps, names::SOCKETS)?,
             names: Table::open(maps, names::NAMES)?,
             counters: PerCpu::open(maps, names::COUNTERS)?,
@@ -225,11 +228,9 @@ impl KernelStore {
     }
 
     /// Whether a backend's index still means the pod that it meant under `generation`.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn is_alive(&self, backend: u32, generation: u32) -> Result<bool, StoreError> {
-        Ok(self.backends.get(&backend)?.is_some_and(|record| record.generation == generation))
+    #[must_use]
+    pub fn is_alive(&self, backend: u32, generation: u32) -> bool {
+        backend < self.generations.len() && self.generations.load_u32(backend) == generation
     }
 
     /// Forgets every socket.
@@ -320,7 +321,7 @@ impl KernelStore {
 
     /// Counts a session in or out of its backend's load, unless its backend has gone: the index may be another's.
     fn add_load(&self, session: &Session, sessions: i64) -> Result<(), StoreError> {
-        if session.backend < self.loads.len() && self.is_alive(session.backend, session.generation)? {
+        if session.backend < self.loads.len() && self.is_alive(session.backend, session.generation) {
             self.loads.add_u64(session.backend, sessions);
         }
         Ok(())
@@ -432,7 +433,9 @@ impl Store for KernelStore {
                 (frontend.slot_first, slots.collect())
             })
             .collect();
-        let backends = self.backends.iter().filter(|entry| !matches!(entry, Ok((_, backend)) if is_unused(backend)));
+        let ever_used = (0..self.generations.len()).filter(|index| self.generations.load_u32(*index) != 0);
+        let backends =
+            ever_used.filter_map(|index| Some(self.backends.get(&index).transpose()?.map(|record| (index, record))));
         let usage = self.usage.iter().map(|entry| entry.map(|(key, _)| key));
         Ok(Observed {
             frontends_v4,
@@ -464,9 +467,4 @@ impl KernelStore {
     fn all_names(&self) -> Result<BTreeMap<NameKey, String>, StoreError> {
         self.names.iter().map(|entry| entry.map(|(key, name)| (key, name.as_str().to_owned()))).collect()
     }
-}
-
-/// A record that no backend ever had.
-fn is_unused(backend: &Backend) -> bool {
-    backend.generation == 0
 }
