@@ -14,6 +14,7 @@ mod config;
 mod event;
 mod flow;
 mod frontend;
+mod onward;
 mod reason;
 mod session;
 mod socket;
@@ -33,6 +34,9 @@ pub use flow::{
 pub use frontend::{
     AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, Node, OUTSIDE, PODS,
     RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
+};
+pub use onward::{
+    SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD, WIRE_TC, WIRE_XDP,
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};
@@ -316,7 +320,7 @@ assert_no_padding!(
     NameKey: 4 + 4,
     Name: 2 + 318,
     Status: 8 + 8 + 4 + 4,
-    Config: 7 * 8,
+    Config: 8 * 8,
 );
 
 #[cfg(test)]

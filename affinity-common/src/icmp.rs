@@ -18,7 +18,7 @@ use crate::{
 };
 
 const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
+pub(crate) const ICMPV6: u8 = 58;
 
 /// Bytes of an ICMP error's header; the quoted packet follows.
 const HEADER: usize = 8;

@@ -54,13 +54,16 @@ pub const STATUS: &str = "status";
 /// `hash`: service id -> what the agent has noticed about it, `u32`: [`crate::abi::CLIENTS_ARE_NODES`]. Read by no program.
 pub const REMARKS: &str = "remarks";
 
-/// `hash`: ifindex -> 1, `u32`: the devices that XDP may send frames out of.
+/// `hash`: ifindex -> what may be sent out of the device, `u32`: [`crate::abi::WIRE_XDP`], [`crate::abi::WIRE_TC`],
+/// [`crate::abi::WIRE_POD`].
 pub const WIRES: &str = "wires";
-/// `prog_array`: what a program goes on with: [`XDP_ONWARD`] alone.
-pub const STAGES: &str = "stages";
+/// `prog_array`: what [`XDP_FORWARD`] goes on with: [`XDP_ONWARD`].
+pub const XDP_STAGES: &str = "xdp_stages";
+/// `prog_array`: what [`TC_FORWARD`] goes on with, where TC redirects: [`TC_ONWARD`], [`TC_REPLY`].
+pub const TC_STAGES: &str = "tc_stages";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 28] = [
+pub const MAPS: [&str; 29] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -88,7 +91,8 @@ pub const MAPS: [&str; 28] = [
     STATUS,
     REMARKS,
     WIRES,
-    STAGES,
+    XDP_STAGES,
+    TC_STAGES,
 ];
 
 /// XDP program: forward translation.
@@ -99,6 +103,10 @@ pub const XDP_ONWARD: &str = "xdp_onward";
 pub const TC_FORWARD: &str = "tc_forward";
 /// TC program on egress: reverse translation.
 pub const TC_REVERSE: &str = "tc_reverse";
+/// TC program that [`TC_FORWARD`] goes on with: redirects what it has translated.
+pub const TC_ONWARD: &str = "tc_onward";
+/// TC program that [`TC_FORWARD`] goes on with: redirects replies, among what it has passed.
+pub const TC_REPLY: &str = "tc_reply";
 /// Programs on a cgroup: what processes ask their sockets for.
 pub const SOCKET_PROGRAMS: [&str; 9] = [
     "connect4",

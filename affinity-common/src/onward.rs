@@ -1,22 +1,26 @@
-//! Sending a translated packet out by the hook that it came in by, past the node's stack: to a pod on another node, or
-//! back from there to the client.
+//! Sending a packet out by the hook that it came in by, past the node's stack: a translated one to its pod, or a reply to
+//! its client. XDP does for pods on other nodes; TC, where it is to redirect, for all.
 //!
-//! It then leaves by no other hook, so all that the egress program would do is done here too: [`pipeline::reverse`]. And
+//! It then meets no egress program in need of work, so all that one would do is done here too: [`pipeline::reverse`]. And
 //! what the stack would do: the next hop's link addresses, and a lower time to live. Whatever is not plain is left to the
 //! stack, which knows how to tell a sender of it: tags, options, fragments, a packet at the end of its life, or no next
-//! hop, be it that there is no route, that the packet is too long for it, or that a neighbour's link address is not known
-//! yet.
+//! hop, be it that there is no route, that the packet is too long for it, or, in XDP, that a neighbour's link address is
+//! not known yet.
 
 #[cfg(test)]
 mod tests;
 
-use network_types::{eth::EthHdr, ip::Ipv6Hdr};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+};
 
 use crate::{
-    abi::{Address, Reason, V4, V6},
-    checksum,
+    abi::{Address, Direction, Reason, V4, V6, filter_bit},
+    checksum, flow,
+    icmp::ICMPV6,
     packet::Packet,
-    parse::{self, Network, SCTP, TCP, UDP},
+    parse::{self, Headers, Network, SCTP, TCP, UDP},
     pipeline::{self, Verdict},
     tables::FamilyTables,
 };
@@ -36,53 +40,90 @@ pub struct Way<A> {
     pub class: u8,
 }
 
-/// Where a frame is sent next.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Hop {
-    /// The link addresses of a frame: destination, then source.
-    pub link: [u8; 12],
-    /// The device.
-    pub ifindex: u32,
+impl<A: Address> Way<A> {
+    /// That of an answer of the same length.
+    #[inline(always)]
+    #[must_use]
+    pub const fn back(&self) -> Self {
+        Self { saddr: self.daddr, daddr: self.saddr, ..*self }
+    }
+
+    /// Offset of the transport header in a plain frame.
+    #[inline(always)]
+    #[must_use]
+    pub const fn transport(&self) -> usize {
+        EthHdr::LEN + if A::BITS == V4::BITS { Ipv4Hdr::LEN } else { Ipv6Hdr::LEN }
+    }
 }
+
+/// The link addresses of a frame: destination, then source.
+pub type Link = [u8; 12];
 
 /// A frame whose hook can send it out by another device.
 pub trait Routes: Packet {
-    /// The next hop of its packet; `None` where there is none that it could be sent to at once.
-    fn hop<A: Address>(&self, way: &Way<A>) -> Option<Hop>;
+    /// Where a frame is sent next; or that it cannot be told.
+    type Hop;
+    /// The next hop of its packet.
+    fn hop<A: Address>(&self, way: &Way<A>) -> Self::Hop;
+    /// The link addresses of the frame for it, where they are known.
+    fn link(hop: &Self::Hop) -> Option<Link>;
 }
 
-/// Sends a packet on that [`pipeline::forward`] gave [`Verdict::Onward`], where the next hop's device `is_wire`: one that the
-/// hook can send out of. Returns the device that the frame is to leave by.
+/// Whether what [`pipeline::forward`] has passed is a reply that [`send_on`] would translate.
+#[inline(always)]
+pub fn is_reply<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &P, tables: &T) -> bool {
+    match parse::network(packet) {
+        Ok(Network::V4(l3)) => parse::ipv4(packet, l3, Direction::Reverse).is_ok_and(|of| has_flow(tables, &of)),
+        Ok(Network::V6(l3)) => parse::ipv6(packet, l3, Direction::Reverse).is_ok_and(|of| has_flow(tables, &of)),
+        Err(_) => false,
+    }
+}
+
+#[inline(always)]
+fn has_flow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
+    let bit = filter_bit(headers.key.saddr, headers.key.sport, headers.key.protocol);
+    tables.filter(Direction::Reverse, bit)
+        && tables.flow(&headers.key).is_some_and(|flow| !flow::is_past(headers, &flow))
+}
+
+/// Sends on what [`pipeline::forward`] has translated, or a reply; `take` gives the hook's action for the next hop, where its
+/// device takes the frame. Returns that action.
 ///
 /// # Errors
 /// What becomes of it instead: [`Verdict::Forward`], as it was, to the stack; or [`Verdict::Drop`].
 #[inline(always)]
-pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>>(
+pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>, R>(
     packet: &mut P,
     tables: &T,
-    is_wire: impl FnOnce(u32) -> bool,
-) -> Result<u32, Verdict> {
-    let (hop, is_written) = match parse::network(packet) {
-        Ok(Network::V4(EthHdr::LEN)) => ipv4(packet, is_wire),
-        Ok(Network::V6(EthHdr::LEN)) => ipv6(packet, is_wire),
+    take: impl FnOnce(&P::Hop) -> Option<R>,
+) -> Result<R, Verdict> {
+    let (action, is_written) = match parse::network(packet) {
+        Ok(Network::V4(EthHdr::LEN)) => ipv4(packet, take),
+        Ok(Network::V6(EthHdr::LEN)) => ipv6(packet, take),
         _ => None,
     }
     .ok_or(Verdict::Forward)?;
-    if !is_written || !packet.write(0, hop.link) {
+    if !is_written {
         return Err(Verdict::Drop);
     }
     match pipeline::reverse(packet, tables) {
         Verdict::Pass | Verdict::Forward | Verdict::Onward => {
             tables.count(Reason::SentOn);
-            Ok(hop.ifindex)
+            Ok(action)
         }
         Verdict::Answer | Verdict::Drop => Err(Verdict::Drop),
     }
 }
 
-/// The next hop of an IPv4 packet, and whether that is written which the hop changes.
+/// Whether a frame got the link addresses that its next hop needs.
 #[inline(always)]
-fn ipv4<P: Routes>(packet: &mut P, is_wire: impl FnOnce(u32) -> bool) -> Option<(Hop, bool)> {
+fn address<P: Routes>(packet: &mut P, hop: &P::Hop) -> bool {
+    P::link(hop).is_none_or(|link| packet.write(0, link))
+}
+
+/// The action for an IPv4 packet's next hop, and whether that is written which the hop changes.
+#[inline(always)]
+fn ipv4<P: Routes, R>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<R>) -> Option<(R, bool)> {
     const PLAIN: u8 = 0x45;
     const FRAGMENT: [u8; 2] = 0x3fff_u16.to_be_bytes();
     const TIME_TO_LIVE: usize = 8;
@@ -96,11 +137,13 @@ fn ipv4<P: Routes>(packet: &mut P, is_wire: impl FnOnce(u32) -> bool) -> Option<
     }
     let (saddr, daddr) = (V4([a, b, c, d]), V4([e, f, g, h]));
     let way = Way { saddr, daddr, len: u16::from_be_bytes([len_hi, len_lo]), protocol, class };
-    let hop = packet.hop(&way).filter(|hop| is_wire(hop.ifindex))?;
+    let hop = packet.hop(&way);
+    let action = take(&hop)?;
     let older = time_to_live - 1;
     let delta = checksum::delta(word(time_to_live, protocol), word(older, protocol));
     let [sum_hi, sum_lo] = checksum::update([sum_hi, sum_lo], delta);
-    Some((hop, packet.write(EthHdr::LEN + TIME_TO_LIVE, [older, protocol, sum_hi, sum_lo])))
+    let is_older = packet.write(EthHdr::LEN + TIME_TO_LIVE, [older, protocol, sum_hi, sum_lo]);
+    Some((action, is_older && address(packet, &hop)))
 }
 
 /// Two bytes of a header as the word that its checksum sums.
@@ -111,18 +154,20 @@ const fn word(first: u8, second: u8) -> u16 {
 
 /// The same of an IPv6 packet.
 #[inline(always)]
-fn ipv6<P: Routes>(packet: &mut P, is_wire: impl FnOnce(u32) -> bool) -> Option<(Hop, bool)> {
+fn ipv6<P: Routes, R>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<R>) -> Option<(R, bool)> {
     const HOP_LIMIT: usize = 7;
     const ADDRESSES: usize = 8;
 
     let [first, second, _, _, len_hi, len_lo, protocol, hop_limit]: [u8; 8] = packet.read(EthHdr::LEN)?;
     let saddr = V6(packet.read(EthHdr::LEN + ADDRESSES)?);
     let daddr = V6(packet.read(EthHdr::LEN + ADDRESSES + 16)?);
-    if !matches!(protocol, TCP | UDP | SCTP) || hop_limit <= 1 {
+    if !matches!(protocol, TCP | UDP | SCTP | ICMPV6) || hop_limit <= 1 {
         return None;
     }
     let len = u16::from_be_bytes([len_hi, len_lo]).saturating_add(Ipv6Hdr::LEN as u16);
     let way = Way { saddr, daddr, len, protocol, class: first << 4 | second >> 4 };
-    let hop = packet.hop(&way).filter(|hop| is_wire(hop.ifindex))?;
-    Some((hop, packet.write(EthHdr::LEN + HOP_LIMIT, [hop_limit - 1])))
+    let hop = packet.hop(&way);
+    let action = take(&hop)?;
+    let is_older = packet.write(EthHdr::LEN + HOP_LIMIT, [hop_limit - 1]);
+    Some((action, is_older && address(packet, &hop)))
 }

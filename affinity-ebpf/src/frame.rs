@@ -2,17 +2,19 @@
 
 use affinity_common::{
     abi::{Address, Edit, V6},
-    onward::{Hop, Routes, Way},
+    onward::{Link, Routes, Way},
     packet::Packet,
-    parse::{Headers, SCTP, TCP, UDP},
+    parse::{ACK, Headers, SCTP, SYN, TCP, UDP},
     rewrite,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    maps::ProgramArray,
     programs::{TcContext, XdpContext},
 };
+use network_types::{eth::EthHdr, udp::UdpHdr};
 
-use crate::kernel::{Bytes, SkBuff, Xdp};
+use crate::kernel::{Bytes, Hop, SkBuff, Xdp};
 
 /// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel
 /// 6.16; older ones refuse it).
@@ -47,6 +49,36 @@ impl XdpFrame {
     }
 }
 
+impl XdpFrame {
+    /// Makes room for a word to TC; false where the driver has none. A frame is looked at after that.
+    #[inline(always)]
+    #[must_use]
+    pub fn make_room_for_word(ctx: &XdpContext) -> bool {
+        Xdp::new(ctx.ctx).make_room_for_word()
+    }
+
+    /// Tells TC what became of the frame, where there is room for a word.
+    #[inline(always)]
+    pub fn leave_word(&self, word: u32) {
+        self.xdp.leave_word(word);
+    }
+
+    /// Whether it opens a TCP connection.
+    #[inline(always)]
+    fn opens<A: Address>(&self, way: &Way<A>) -> bool {
+        const FLAGS: usize = 13;
+
+        let flags = self.read(way.transport() + FLAGS).map_or(0, |[flags]| flags);
+        way.protocol == TCP && flags & (SYN | ACK) == SYN
+    }
+}
+
+/// Whether XDP could send an answer on. Apart, for the room that it needs on the stack.
+#[inline(never)]
+fn can_come_back<A: Address>(xdp: Xdp, way: &Way<A>) -> bool {
+    xdp.next_hop(&way.back()).link().is_some()
+}
+
 impl Packet for XdpFrame {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
@@ -67,10 +99,22 @@ impl Packet for XdpFrame {
 }
 
 impl Routes for XdpFrame {
-    /// A device that is to send a frame of several buffers would have to be asked whether it can.
+    type Hop = Hop;
+
+    /// A device that is to send a frame of several buffers would have to be asked whether it can. And a connection's first
+    /// packet goes by the stack where the reply would have to, for want of a neighbour: connection tracking would take a
+    /// reply alone for invalid.
     #[inline(always)]
-    fn hop<A: Address>(&self, way: &Way<A>) -> Option<Hop> {
-        if self.xdp.is_linear() { self.xdp.next_hop(way) } else { None }
+    fn hop<A: Address>(&self, way: &Way<A>) -> Hop {
+        if !self.xdp.is_linear() || self.opens(way) && !can_come_back(self.xdp, way) {
+            return Hop::unknown();
+        }
+        self.xdp.next_hop(way)
+    }
+
+    #[inline(always)]
+    fn link(hop: &Hop) -> Option<Link> {
+        hop.link()
     }
 }
 
@@ -112,10 +156,39 @@ impl<'a> Skb<'a> {
         Self { skb, bytes, _ctx: core::marker::PhantomData }
     }
 
+    /// What XDP tells of the frame.
+    #[inline(always)]
+    pub fn word_of_xdp(&self) -> Option<u32> {
+        self.skb.word_of_xdp()
+    }
+
+    /// Goes on with another program; comes back only where there is none at `index`.
+    #[inline(always)]
+    pub fn go_on_with(&self, programs: &ProgramArray, index: u32) {
+        self.skb.go_on_with(programs, index);
+    }
+
     /// Sends the frame out of the device that it came in by: the action to return.
     #[inline(always)]
     pub fn send_back(&self) -> i32 {
         self.skb.send_back()
+    }
+
+    /// Length of the longest packet that the frame is to be sent as, from the IP header on; none where it cannot be told.
+    #[inline(always)]
+    fn longest<A: Address>(&self, way: &Way<A>) -> Option<u16> {
+        const TCP_WORDS: usize = 12;
+
+        let Some(segment) = self.skb.segment_size() else { return Some(way.len) };
+        let transport = match way.protocol {
+            TCP => {
+                let [words]: [u8; 1] = self.read(way.transport() + TCP_WORDS)?;
+                usize::from(words >> 4) * 4
+            }
+            UDP => UdpHdr::LEN,
+            _ => return None,
+        };
+        segment.checked_add((way.transport() - EthHdr::LEN + transport) as u16)
     }
 
     #[inline(always)]
@@ -157,5 +230,23 @@ impl Packet for Skb<'_> {
         self.skb.pull(len);
         self.bytes = self.skb.bytes();
         done
+    }
+}
+
+impl Routes for Skb<'_> {
+    type Hop = Hop;
+
+    /// A frame that is not for this node, or has a tag beside its data, belongs to another device.
+    #[inline(always)]
+    fn hop<A: Address>(&self, way: &Way<A>) -> Hop {
+        match self.longest(way) {
+            Some(len) if self.skb.is_for_this_device() => self.skb.next_hop(&Way { len, ..*way }),
+            _ => Hop::unknown(),
+        }
+    }
+
+    #[inline(always)]
+    fn link(hop: &Hop) -> Option<Link> {
+        hop.link()
     }
 }

@@ -10,7 +10,7 @@ use core::{
 
 use affinity_common::{
     abi::{Address, CONFIG_MAGIC, Config, Event, Port, Session, V4, V6},
-    onward::{Hop, Way},
+    onward::{Link, Way},
     packet::Packet,
     parse::{TCP, UDP},
     socket::{Caller, Peer},
@@ -18,10 +18,13 @@ use affinity_common::{
 };
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, bpf_fib_lookup, bpf_sock, bpf_sock_addr, xdp_md},
+    bindings::{
+        __sk_buff, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
+        bpf_redir_neigh, bpf_sock, bpf_sock_addr, xdp_md,
+    },
     helpers,
     maps::ProgramArray,
-    programs::{SockAddrContext, SockContext},
+    programs::{SockAddrContext, SockContext, TcContext},
 };
 
 /// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.
@@ -66,9 +69,16 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
     tick_base: 0,
     refuse_errno: 0,
     node_netns: 0,
+    redirect: 0,
     fixed_now_ns: 0,
     fixed_random: 0,
 });
+
+/// Whether TC redirects past the stack; the verifier knows, and leaves out what is not to be.
+#[inline(always)]
+pub fn redirects() -> bool {
+    CONFIG.word(offset_of!(Config, redirect)) != 0
+}
 
 /// A value inside a map.
 #[derive(Clone, Copy)]
@@ -428,6 +438,21 @@ impl Xdp {
         }
     }
 
+    /// Makes room for [`Xdp::leave_word`]; false where the driver has none.
+    #[inline(always)]
+    pub fn make_room_for_word(self) -> bool {
+        // SAFETY: as above.
+        unsafe { helpers::bpf_xdp_adjust_meta(self.0, -(size_of::<u32>() as i32)) == 0 }
+    }
+
+    /// Leaves a word for TC.
+    #[inline(always)]
+    pub fn leave_word(self, word: u32) {
+        // SAFETY: as above.
+        let room = unsafe { Bytes { start: (*self.0).data_meta as usize, end: (*self.0).data as usize } };
+        room.write(0, word.to_ne_bytes());
+    }
+
     /// Whether the whole frame is linear.
     #[inline(always)]
     pub fn is_linear(self) -> bool {
@@ -442,31 +467,43 @@ impl Xdp {
         unsafe { (*self.0).ingress_ifindex }
     }
 
-    /// The next hop of the frame's packet: see [`next_hop`].
+    /// The next hop of the frame's packet.
     #[inline(always)]
-    pub fn next_hop<A: Address>(self, way: &Way<A>) -> Option<Hop> {
-        next_hop(self.0.cast(), self.ifindex(), way)
+    pub fn next_hop<A: Address>(self, way: &Way<A>) -> Hop {
+        Hop::find(self.0.cast(), self.ifindex(), way)
     }
 }
 
-/// The next hop of a packet that came in by the device `ifindex`, as the node's routes and neighbours are; none where the
-/// stack would do anything else than forward it.
-#[inline(always)]
-fn next_hop<A: Address>(ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>) -> Option<Hop> {
-    const LOOKUP: i32 = size_of::<bpf_fib_lookup>() as i32;
-    const AF_INET: u8 = 2;
-    const AF_INET6: u8 = 10;
+/// What the node's routes and neighbours say of a packet.
+#[derive(Clone, Copy)]
+pub struct Hop {
+    lookup: bpf_fib_lookup,
+    answer: u32,
+}
 
-    // SAFETY: all zeroes are a lookup, which has no padding and is written field by field; a helper reads and writes as
-    // many bytes as it is told. A field of a union is read as what the helper has written it.
-    unsafe {
-        let mut lookup: bpf_fib_lookup = MaybeUninit::zeroed().assume_init();
+impl Hop {
+    /// Nothing.
+    #[inline(always)]
+    pub fn unknown() -> Self {
+        // SAFETY: all zeroes are a lookup.
+        Self { lookup: unsafe { MaybeUninit::zeroed().assume_init() }, answer: BPF_FIB_LKUP_RET_NOT_FWDED }
+    }
+
+    /// The next hop of a packet that came in by the device `ifindex`.
+    #[inline(always)]
+    fn find<A: Address>(ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>) -> Self {
+        const LOOKUP: i32 = size_of::<bpf_fib_lookup>() as i32;
+        const AF_INET: u8 = 2;
+        const AF_INET6: u8 = 10;
+
+        let mut hop = Self::unknown();
+        let lookup = &mut hop.lookup;
         let is_v4 = A::BITS == V4::BITS;
+        let (saddr, daddr) = (words(way.saddr), words(way.daddr));
         lookup.family = if is_v4 { AF_INET } else { AF_INET6 };
         lookup.l4_protocol = way.protocol;
         lookup.__bindgen_anon_1.tot_len = way.len;
         lookup.ifindex = ifindex;
-        let (saddr, daddr) = (words(way.saddr), words(way.daddr));
         if is_v4 {
             lookup.__bindgen_anon_2.tos = way.class;
             (lookup.__bindgen_anon_3.ipv4_src, lookup.__bindgen_anon_4.ipv4_dst) = (saddr[3], daddr[3]);
@@ -474,11 +511,44 @@ fn next_hop<A: Address>(ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>)
             lookup.__bindgen_anon_2.flowinfo = (u32::from(way.class) << 20).to_be();
             (lookup.__bindgen_anon_3.ipv6_src, lookup.__bindgen_anon_4.ipv6_dst) = (saddr, daddr);
         }
-        if helpers::bpf_fib_lookup(ctx, &raw mut lookup, LOOKUP, 0) != 0 {
-            return None;
+        // SAFETY: the context is the program's own, and the helper reads and writes as many bytes as it is told; the lookup
+        // has no padding.
+        hop.answer = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
+        hop
+    }
+
+    /// The device, where there is a route that the stack would forward the packet by.
+    #[inline(always)]
+    pub fn device(&self) -> Option<u32> {
+        matches!(self.answer, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH).then_some(self.lookup.ifindex)
+    }
+
+    /// The link addresses, where the neighbour's is known.
+    #[inline(always)]
+    pub fn link(&self) -> Option<Link> {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.lookup.dmac, self.lookup.smac);
+        (self.answer == BPF_FIB_LKUP_RET_SUCCESS).then_some([a, b, c, d, e, f, g, h, i, j, k, l])
+    }
+
+    /// Sends the frame of a TC program there, by the stack's neighbour, whose link address it finds out: the action to return.
+    #[inline(always)]
+    pub fn redirect_by_neighbour(&self) -> i32 {
+        const NEIGHBOUR: i32 = size_of::<bpf_redir_neigh>() as i32;
+        // SAFETY: the helper reads as many bytes as it is told, and the kernel checks the device. A packet of one family may
+        // have a neighbour of the other (RFC 5549).
+        unsafe {
+            let mut neighbour: bpf_redir_neigh = MaybeUninit::zeroed().assume_init();
+            neighbour.nh_family = u32::from(self.lookup.family);
+            neighbour.__bindgen_anon_1.ipv6_nh = self.lookup.__bindgen_anon_4.ipv6_dst;
+            helpers::bpf_redirect_neigh(self.lookup.ifindex, &raw mut neighbour, NEIGHBOUR, 0) as i32
         }
-        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (lookup.dmac, lookup.smac);
-        Some(Hop { link: [a, b, c, d, e, f, g, h, i, j, k, l], ifindex: lookup.ifindex })
+    }
+
+    /// Has the frame of a TC program come in by the other end of the device, in the pod's namespace: the action to return.
+    #[inline(always)]
+    pub fn redirect_into(&self) -> i32 {
+        // SAFETY: the kernel checks the device.
+        unsafe { helpers::bpf_redirect_peer(self.lookup.ifindex, 0) as i32 }
     }
 }
 
@@ -534,6 +604,43 @@ impl SkBuff {
     pub fn replace_l4_checksum(self, offset: usize, difference: u64, flags: u64) -> bool {
         // SAFETY: as above; the helper checks the offset.
         unsafe { helpers::bpf_l4_csum_replace(self.0, offset as u32, 0, difference, flags) == 0 }
+    }
+
+    /// The word that XDP has left.
+    #[inline(always)]
+    pub fn word_of_xdp(self) -> Option<u32> {
+        // SAFETY: as above.
+        let left = unsafe { Bytes { start: (*self.0).data_meta as usize, end: (*self.0).data as usize } };
+        left.read(0).map(u32::from_ne_bytes)
+    }
+
+    /// Whether the frame was sent to the device that it came in by, and has no tag beside its data.
+    #[inline(always)]
+    pub fn is_for_this_device(self) -> bool {
+        const PACKET_HOST: u32 = 0;
+        // SAFETY: as above.
+        unsafe { (*self.0).pkt_type == PACKET_HOST && (*self.0).vlan_present == 0 }
+    }
+
+    /// How much data each packet is to have that the frame will be cut into; none for one that is not to be cut.
+    #[inline(always)]
+    pub fn segment_size(self) -> Option<u16> {
+        // SAFETY: as above. The kernel's field has 16 bits.
+        let size = unsafe { (*self.0).gso_size };
+        if size == 0 { None } else { Some(size as u16) }
+    }
+
+    /// The next hop of the frame's packet.
+    #[inline(always)]
+    pub fn next_hop<A: Address>(self, way: &Way<A>) -> Hop {
+        // SAFETY: as above.
+        Hop::find(self.0.cast(), unsafe { (*self.0).ifindex }, way)
+    }
+
+    /// Goes on with another program; comes back only where there is none at `index`.
+    #[inline(always)]
+    pub fn go_on_with(self, programs: &ProgramArray, index: u32) {
+        tail_call(programs, &TcContext::new(self.0), index);
     }
 
     /// Sends the frame out of the device that it came in by: the action to return.

@@ -10,6 +10,9 @@ mod sock;
 mod tables;
 
 use affinity_common::{
+    abi::{
+        SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD, WIRE_TC, WIRE_XDP,
+    },
     onward,
     pipeline::{self, Verdict},
 };
@@ -20,22 +23,27 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps::{STAGES, WIRES},
+    maps::{TC_STAGES, WIRES, XDP_STAGES},
     tables::Maps,
 };
 use affinity_ebpf::{
     frame::{Skb, XdpFrame},
-    kernel,
+    kernel::{self, Hop},
 };
 
 /// Forward translation where a client's frame enters the node, before a socket buffer exists.
 #[xdp(frags)]
 pub fn xdp_forward(ctx: XdpContext) -> u32 {
+    // Of what XDP does TC has to know where it redirects; a frame that cannot be told of is TC's.
+    if kernel::redirects() && !XdpFrame::make_room_for_word(&ctx) {
+        return xdp_action::XDP_PASS;
+    }
     let mut frame = XdpFrame::new(&ctx);
     match pipeline::forward(&mut frame, &Maps) {
-        Verdict::Pass | Verdict::Forward => xdp_action::XDP_PASS,
+        Verdict::Pass => pass(&frame, SEEN_PASSED),
+        Verdict::Forward => pass(&frame, SEEN_TRANSLATED),
         Verdict::Onward => {
-            kernel::tail_call(&STAGES, &ctx, 0);
+            kernel::tail_call(&XDP_STAGES, &ctx, STAGE_XDP_ONWARD);
             xdp_action::XDP_PASS
         }
         Verdict::Answer => xdp_action::XDP_TX,
@@ -47,20 +55,78 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 pub fn xdp_onward(ctx: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&ctx);
-    match onward::send_on(&mut frame, &Maps, |ifindex| WIRES.get_ptr(ifindex).is_some()) {
-        Ok(ifindex) if ifindex == frame.ifindex() => xdp_action::XDP_TX,
-        Ok(ifindex) => kernel::redirect(ifindex),
-        Err(Verdict::Forward) => xdp_action::XDP_PASS,
+    let came_by = frame.ifindex();
+    let take = |hop: &Hop| match hop.device() {
+        Some(ifindex) if hop.link().is_none() || wire(ifindex) & WIRE_XDP == 0 => None,
+        Some(ifindex) if ifindex == came_by => Some(xdp_action::XDP_TX),
+        Some(ifindex) => Some(kernel::redirect(ifindex)),
+        None => None,
+    };
+    match onward::send_on(&mut frame, &Maps, take) {
+        Ok(action) => action,
+        Err(Verdict::Forward) => pass(&frame, SEEN_TRANSLATED),
         Err(_) => xdp_action::XDP_DROP,
     }
+}
+
+/// To the stack, or to TC before it: where that redirects, it is told what became of the frame.
+#[inline(always)]
+fn pass(frame: &XdpFrame, seen: u32) -> u32 {
+    if kernel::redirects() {
+        frame.leave_word(seen);
+    }
+    xdp_action::XDP_PASS
 }
 
 /// Forward translation on devices of pods, where frames may carry partial checksums, and where XDP is not to be had.
 #[classifier]
 pub fn tc_forward(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let verdict = pipeline::forward(&mut skb, &Maps);
+    if !kernel::redirects() {
+        let verdict = pipeline::forward(&mut skb, &Maps);
+        return tc_action(&skb, verdict);
+    }
+    let verdict = match skb.word_of_xdp() {
+        Some(SEEN_PASSED) => Verdict::Pass,
+        Some(SEEN_TRANSLATED) => Verdict::Forward,
+        _ => pipeline::forward(&mut skb, &Maps),
+    };
+    match verdict {
+        Verdict::Pass => skb.go_on_with(&TC_STAGES, STAGE_TC_REPLY),
+        Verdict::Forward | Verdict::Onward => skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD),
+        Verdict::Answer | Verdict::Drop => {}
+    }
     tc_action(&skb, verdict)
+}
+
+/// What [`tc_forward`] goes on with, where TC is to redirect, for what it has translated; and [`tc_reply`] for replies.
+#[classifier]
+pub fn tc_onward(ctx: TcContext) -> i32 {
+    let mut skb = Skb::new(&ctx);
+    let take = |hop: &Hop| match hop.device().map(wire)? {
+        way if way & WIRE_TC == 0 => None,
+        way if way & WIRE_POD != 0 => Some(hop.redirect_into()),
+        _ => Some(hop.redirect_by_neighbour()),
+    };
+    match onward::send_on(&mut skb, &Maps, take) {
+        Ok(action) => action,
+        Err(verdict) => tc_action(&skb, verdict),
+    }
+}
+
+/// What [`tc_forward`] goes on with, where TC is to redirect, for what it has passed: there may be replies among it.
+#[classifier]
+pub fn tc_reply(ctx: TcContext) -> i32 {
+    if onward::is_reply(&Skb::new(&ctx), &Maps) {
+        kernel::tail_call(&TC_STAGES, &ctx, STAGE_TC_ONWARD);
+    }
+    TC_ACT_UNSPEC
+}
+
+/// How a device takes frames that came in by others.
+#[inline(always)]
+fn wire(ifindex: u32) -> u32 {
+    kernel::copied(WIRES.get_ptr(ifindex)).unwrap_or(0)
 }
 
 /// Reverse translation where a reply leaves the node, or goes to a pod.

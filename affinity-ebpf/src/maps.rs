@@ -58,8 +58,11 @@ pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
 
 #[map(name = "wires")]
 pub static WIRES: HashMap<u32, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
-#[map(name = "stages")]
-pub static STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);
+// Apart, because all programs of an array are of one kind.
+#[map(name = "xdp_stages")]
+pub static XDP_STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map(name = "tc_stages")]
+pub static TC_STAGES: ProgramArray = ProgramArray::with_max_entries(2, 0);
 
 #[map(name = "sockets")]
 pub static SOCKETS: LruHashMap<SocketKey, Socket> = LruHashMap::with_max_entries(1024, 0);

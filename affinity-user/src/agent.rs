@@ -175,9 +175,9 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
     runtime()?.block_on(async {
         let _lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let mut attacher = Attacher::new(pins.clone(), &options.devices, &options.xdp_devices, options.attach)?;
+        let mut attacher = Attacher::new(pins.clone(), options)?;
         let mut devices = Devices::new().map_err(no_netlink)?;
-        let look = Look::at(&mut devices, attacher.finds()).await.map_err(no_netlink)?;
+        let look = Look::at(&mut devices, attacher.needs_roles()).await.map_err(no_netlink)?;
         if let Some(missing) = attacher.without_device(&look).pop() {
             return Err(AgentError::NoDevice(missing));
         }
@@ -306,7 +306,7 @@ impl Agent {
     async fn start(options: &Options) -> Result<Self, AgentError> {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let mut attacher = Attacher::new(pins.clone(), &options.devices, &options.xdp_devices, options.attach)?;
+        let mut attacher = Attacher::new(pins.clone(), options)?;
         let vitals = Arc::new(Vitals::default());
         if let Some(http) = &options.http {
             http::serve(http, &options.pin_dir, Arc::clone(&vitals))
@@ -488,7 +488,7 @@ async fn seen(devices: &Devices, node: &NodeFacts) -> Result<NodeFacts, AgentErr
 
 /// Attaches what is there, and warns of what is not.
 async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<(), AgentError> {
-    let look = Look::at(devices, attacher.finds()).await.map_err(no_netlink)?;
+    let look = Look::at(devices, attacher.needs_roles()).await.map_err(no_netlink)?;
     for pattern in attacher.without_device(&look) {
         warn!("--device {pattern}: no such device yet; it will be attached when it appears");
     }

@@ -2,7 +2,8 @@
 //!
 //! An attachment is a link pinned as `links/IFINDEX-HOOK`: it lives without the agent, and says itself which device and
 //! program it joins. Where the kernel has no tcx the pin holds the program instead, as a note of the clsact filter
-//! that runs it. On each device there is one hook for packets from clients, and one for replies to them.
+//! that runs it. On each device there is one hook for packets from clients, and one for replies to
+//! them; two for packets from clients where TC redirects what XDP has looked at.
 
 pub mod cgroup;
 pub mod devices;
@@ -115,11 +116,13 @@ pub struct Options {
     pub tcx: bool,
     /// Whether [`XdpPolicy::Auto`] means a device of any kind.
     pub any_kind: bool,
+    /// Whether devices with XDP have TC too, so that it redirects what XDP has looked at.
+    pub redirect: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { xdp: XdpPolicy::default(), tcx: true, any_kind: false }
+        Self { xdp: XdpPolicy::default(), tcx: true, any_kind: false, redirect: false }
     }
 }
 
@@ -154,7 +157,7 @@ pub fn device_name(ifindex: u32) -> Option<String> {
 /// What is attached to a device after [`attach`], and what was tried in vain before.
 #[derive(Debug)]
 pub struct Attached {
-    /// Its hooks: ingress, then egress.
+    /// Its hooks: ingress, the best first; then egress.
     pub hooks: Vec<Hook>,
     /// Why better hooks could not be had.
     pub refused: Vec<AttachError>,
@@ -180,7 +183,12 @@ pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attach
     // Replies first: a client whose packets are translated must not meet replies that are not.
     let egress = attach_first(pins, device, &egress_hooks(options), &mut refused)?;
     let ingress = attach_first(pins, device, &ingress_hooks(device, options), &mut refused)?;
-    let attached = Attached { hooks: vec![ingress, egress], refused };
+    let mut hooks = vec![ingress];
+    if options.redirect && ingress.is_xdp() {
+        hooks.push(attach_first(pins, device, &tc_ingress_hooks(options), &mut refused)?);
+    }
+    hooks.push(egress);
+    let attached = Attached { hooks, refused };
     for stale in attachments_of(pins, device.index)?.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
         detach_one(pins, stale)?;
     }
@@ -218,9 +226,12 @@ fn ingress_hooks(device: &Device, options: Options) -> Vec<Hook> {
         XdpPolicy::Auto if !internal => vec![Hook::XdpNative, Hook::XdpGeneric],
         XdpPolicy::Auto | XdpPolicy::Off => Vec::new(),
     };
-    hooks.extend(options.tcx.then_some(Hook::TcxIngress));
-    hooks.push(Hook::ClsactIngress);
+    hooks.extend(tc_ingress_hooks(options));
     hooks
+}
+
+fn tc_ingress_hooks(options: Options) -> Vec<Hook> {
+    options.tcx.then_some(Hook::TcxIngress).into_iter().chain([Hook::ClsactIngress]).collect()
 }
 
 /// Hooks for replies to clients, best first.
@@ -394,7 +405,7 @@ pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, At
 }
 
 fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {
-    if attachment.hook == Hook::XdpNative {
+    if attachment.hook.is_ingress() {
         wires::withdraw(pins, attachment.ifindex)?;
     }
     if attachment.hook.link().is_some() {

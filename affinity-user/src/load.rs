@@ -18,7 +18,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{CONFIG_MAGIC, Config},
+    abi::{CONFIG_MAGIC, Config, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD},
     flow::REFRESH_NS,
     names,
 };
@@ -45,7 +45,22 @@ use crate::{
 };
 
 /// The programs that stay loaded, beside those for sockets; [`names::CLOCK`] is needed only to load them.
-const PINNED: [&str; 5] = [names::XDP_FORWARD, names::XDP_ONWARD, names::TC_FORWARD, names::TC_REVERSE, names::REPORT];
+const PINNED: [&str; 7] = [
+    names::XDP_FORWARD,
+    names::XDP_ONWARD,
+    names::TC_FORWARD,
+    names::TC_REVERSE,
+    names::TC_ONWARD,
+    names::TC_REPLY,
+    names::REPORT,
+];
+
+/// What programs go on with, and where they find it.
+const STAGES: [(&str, u32, &str); 3] = [
+    (names::XDP_STAGES, STAGE_XDP_ONWARD, names::XDP_ONWARD),
+    (names::TC_STAGES, STAGE_TC_ONWARD, names::TC_ONWARD),
+    (names::TC_STAGES, STAGE_TC_REPLY, names::TC_REPLY),
+];
 
 /// The dataplane cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +124,8 @@ pub struct Options {
     pub sizes: Sizes,
     /// What the programs log; none costs nothing.
     pub log_level: Option<Level>,
+    /// Whether TC redirects what was translated past the stack.
+    pub redirect: bool,
     /// For tests: the programs' time in nanoseconds and random number, in place of the kernel's.
     pub fixed: Option<(u64, u64)>,
 }
@@ -253,8 +270,16 @@ fn load_beside(
     let refuse_errno = refuse_errno();
     // Without it the node has no node ports on loopback; everything else is as ever.
     let node_netns = netns::Namespace::own().and_then(|own| own.cookie()).unwrap_or(0);
-    let config =
-        Config { magic: CONFIG_MAGIC, tick_ns, tick_base, refuse_errno, node_netns, fixed_now_ns, fixed_random };
+    let config = Config {
+        magic: CONFIG_MAGIC,
+        tick_ns,
+        tick_base,
+        refuse_errno,
+        node_netns,
+        redirect: u64::from(options.redirect),
+        fixed_now_ns,
+        fixed_random,
+    };
     let log_level = options.log_level.map_or(0, |level| level as u8);
 
     let mut loader = EbpfLoader::new();
@@ -341,9 +366,7 @@ fn switch(
         sys::obj_pin(program.as_fd(), &next)?;
         pins.rename(&next, &pins.prog(name))?;
     }
-    if let Some(onward) = programs.get(names::XDP_ONWARD) {
-        set_stage(pins, onward)?;
-    }
+    set_stages(pins, programs)?;
     // Even where one attachment could not follow: the others use the new maps already.
     let upgraded = attach::upgrade(pins);
     for (&name, plan) in plans {
@@ -357,10 +380,13 @@ fn switch(
     Ok(upgraded?)
 }
 
-/// Tells the XDP program what it goes on with.
-fn set_stage(pins: &PinDir, program: &OwnedFd) -> Result<(), SysError> {
-    let stages = Map::open(&pins.map(names::STAGES))?;
-    stages.update(&0_u32.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any).map(drop)
+/// Tells programs what they go on with.
+fn set_stages(pins: &PinDir, programs: &Programs) -> Result<(), LoadError> {
+    for (stages, place, name) in STAGES {
+        let program = programs.get(name).ok_or(LoadError::Missing(name))?;
+        Map::open(&pins.map(stages))?.update(&place.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any)?;
+    }
+    Ok(())
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of every time in the maps.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::kubeproxy::Mode;
 use crate::lab::{
-    Agent, Cgroup, Client, Family, Lab, Options, PODS, Protocol, Service, SocketProcess, UNDERLAY_WIRE, WIRE,
+    Agent, Cgroup, Client, Family, Lab, Options, PODS, Protocol, Service, SocketProcess, UNDERLAY_WIRE, WIRE, feed,
 };
 
 /// How many pods each node has.
@@ -24,9 +24,24 @@ pub enum Proxy {
     Nftables,
     /// `affinity`, by TC on every device, and at the sockets of the node's own processes.
     Tc,
-    /// The same with XDP on the wires, by which it sends to node B itself.
+    /// The same, past the node's stack.
+    TcRedirect,
+    /// As by TC, with XDP on the wires, by which it sends to node B itself.
     Xdp,
+    /// The same, and what XDP leaves to the node, past its stack.
+    XdpRedirect,
 }
+
+/// What the agent is told of hooks: TC alone, or XDP where devices are like those of a machine.
+pub const TC: [&str; 2] = ["--xdp", "off"];
+/// See [`TC`].
+pub const XDP: [&str; 3] = ["--xdp-device", WIRE, UNDERLAY_WIRE];
+/// With either: past the node's stack.
+pub const REDIRECT: [&str; 2] = ["--forwarding", "redirect"];
+
+/// What a node's packet filter commonly drops, and kube-proxy's rules do: what connection tracking makes no sense of.
+const STRICT: &str = "table inet strict { chain forward { \
+    type filter hook forward priority 0; ct state invalid counter drop; }; }";
 
 impl Proxy {
     /// Whether this machine has what it needs.
@@ -34,9 +49,12 @@ impl Proxy {
         match self {
             Self::Iptables => Mode::Iptables.is_available(),
             Self::Nftables => Mode::Nftables.is_available(),
-            Self::Tc | Self::Xdp => true,
+            Self::Tc | Self::TcRedirect | Self::Xdp | Self::XdpRedirect => true,
         }
     }
+
+    /// `affinity`, in every way.
+    pub const OURS: [Self; 4] = [Self::Tc, Self::TcRedirect, Self::Xdp, Self::XdpRedirect];
 
     /// Brings up a lab of two nodes, and puts these services into effect on node A.
     ///
@@ -48,15 +66,18 @@ impl Proxy {
         let agent = match self {
             Self::Iptables => Mode::Iptables.install(&lab, services).map(|()| None)?,
             Self::Nftables => Mode::Nftables.install(&lab, services).map(|()| None)?,
-            Self::Tc => Some(run(&lab, &cgroup, services, &["--xdp", "off"])?),
-            Self::Xdp => Some(run(&lab, &cgroup, services, &["--xdp-device", WIRE, UNDERLAY_WIRE])?),
+            Self::Tc => Some(run(&lab, &cgroup, services, &TC)?),
+            Self::TcRedirect => Some(run(&lab, &cgroup, services, &[TC.as_slice(), &REDIRECT].concat())?),
+            Self::Xdp => Some(run(&lab, &cgroup, services, &XDP)?),
+            Self::XdpRedirect => Some(run(&lab, &cgroup, services, &[XDP.as_slice(), &REDIRECT].concat())?),
         };
         Ok(Scene { agent, cgroup, lab })
     }
 }
 
-/// Starts `affinity` for all services on all devices, and for processes in this cgroup.
+/// Starts `affinity` for all services on all devices, and for processes in this cgroup; beside a strict packet filter.
 fn run(lab: &Lab, cgroup: &Cgroup, services: &[Service], hooks: &[&str]) -> Result<Agent> {
+    feed(lab.node().command("nft").args(["-f", "-"]), STRICT)?;
     lab.publish_zone()?;
     services.iter().try_for_each(|service| lab.publish(service))?;
     let [pods_v4, pods_v6] = PODS;

@@ -53,8 +53,18 @@ fn live_services_change_under_their_clients_by_tc() -> Result<()> {
 }
 
 #[test]
+fn live_services_change_under_their_clients_by_tc_redirecting() -> Result<()> {
+    tell_all(Proxy::TcRedirect)
+}
+
+#[test]
 fn live_services_change_under_their_clients_by_xdp() -> Result<()> {
     tell_all(Proxy::Xdp)
+}
+
+#[test]
+fn live_services_change_under_their_clients_by_xdp_and_redirects() -> Result<()> {
+    tell_all(Proxy::XdpRedirect)
 }
 
 /// Each with a service of its own, which goes with it: an endpoint is gone when no service lists it.

@@ -1,12 +1,14 @@
-//! Connections that leave with the node's address, with real sockets: the node has only so many ports, and XDP sends to
-//! other nodes past its stack.
+//! Connections that leave with the node's address, with real sockets: the node has only so many ports, and XDP, and TC
+//! where it redirects, send past its stack.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
-use affinity_tests::lab::{Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Protocol, Service, eventually};
+use affinity_tests::lab::{
+    Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
+};
 use affinity_tests::proxy::Proxy;
 use affinity_tests::story::tell_in;
 use anyhow::{Context, Result, ensure};
@@ -65,29 +67,115 @@ fn forwarded(lab: &Lab) -> Result<[u64; 2]> {
     })?
 }
 
-#[test]
-fn xdp_sends_to_another_node_and_back_past_the_stack() -> Result<()> {
+/// Frontends by which a pod of the node sees the node, or the client.
+const TO_THE_NODE: [(Frontend, Policy); 2] =
+    [(Frontend::NodePort, Policy::Cluster), (Frontend::NodePort, Policy::Local)];
+
+/// What becomes of connections over a frontend: how many packets were sent on, and how many the stack has forwarded.
+fn sent_on_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
+    let (sent_before, stack_before) = (count(lab, "sent-on")?, forwarded(lab)?[family as usize]);
+    requests()?;
+    Ok((count(lab, "sent-on")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
+}
+
+/// Connections of a client outside to a service of this pod, by frontends whose pods see the node, or the client.
+fn go_past_the_stack(proxy: Proxy, pod: usize, frontends: &[(Frontend, Policy)]) -> Result<()> {
     const REQUESTS: u32 = 20;
-    let web = Service::new("web", 10).tcp("http", 80, 8080).node_ports(30_080).on([FIRST_OF_B]);
-    let scene = Proxy::Xdp.start(std::slice::from_ref(&web))?;
+    let service = |number, policy| {
+        let web = Service::new(&format!("web-{number}"), number).tcp("http", 80, 8080).udp("dns", 53, 5353);
+        web.node_ports(30_080 + 2 * number).external(policy).on([pod])
+    };
+    let services = [service(1, Policy::Cluster), service(2, Policy::Local)];
+    let scene = proxy.start(&services)?;
     let lab = scene.lab();
-    for (index, family) in Family::BOTH.into_iter().enumerate() {
-        let to = web.address(Frontend::NodePort, family, Protocol::Tcp).context("a node port")?;
-        let request = |number| -> Result<()> {
-            let seen: IpAddr =
-                lab.client().connect(Protocol::Tcp, family.client(number), to)?.ask_last("/client")?.parse()?;
-            ensure!(family.node_addresses().contains(&seen), "the pod sees {seen}");
-            Ok(())
-        };
-        // The stack finds out the neighbours' link addresses.
-        request(0)?;
-        let (sent_before, stack_before) = (count(lab, "sent-on")?, forwarded(lab)?[index]);
-        (0..REQUESTS).try_for_each(request)?;
-        let (sent, by_stack) = (count(lab, "sent-on")? - sent_before, forwarded(lab)?[index] - stack_before);
-        ensure!(sent >= u64::from(REQUESTS) * 8, "{family:?}: {sent} were sent on");
-        ensure!(by_stack == 0, "{family:?}: the stack has forwarded {by_stack}");
+    for (family, protocol) in Family::BOTH.into_iter().flat_map(|family| Protocol::BOTH.map(|of| (family, of))) {
+        for (frontend, policy) in frontends {
+            let service = &services[usize::from(*policy == Policy::Local)];
+            let to = service.address(*frontend, family, protocol).context("it has every frontend")?;
+            let request = |number| -> Result<()> {
+                let from = family.client(number);
+                let seen: IpAddr = lab.client().connect(protocol, from, to)?.ask_last("/client")?.parse()?;
+                let sees_node = *policy == Policy::Cluster && *frontend == Frontend::NodePort;
+                let is_right = if sees_node { family.node_addresses().contains(&seen) } else { seen == from };
+                ensure!(is_right, "by {frontend:?} under {policy:?} the pod sees {seen}");
+                Ok(())
+            };
+            // The stack finds out the neighbours' link addresses.
+            request(0)?;
+            let (sent, by_stack) = sent_on_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
+            let least = if protocol == Protocol::Tcp { 8 } else { 2 };
+            let way = format!("{family:?} {protocol} by {frontend:?} under {policy:?}");
+            ensure!(sent >= u64::from(REQUESTS) * least, "{way}: {sent} were sent on");
+            ensure!(by_stack == 0, "{way}: the stack has forwarded {by_stack}");
+        }
     }
     Ok(())
+}
+
+#[test]
+fn xdp_sends_to_another_node_and_back_past_the_stack() -> Result<()> {
+    go_past_the_stack(Proxy::Xdp, FIRST_OF_B, &[(Frontend::NodePort, Policy::Cluster)])
+}
+
+#[test]
+fn tc_redirects_to_another_node_and_back_past_the_stack() -> Result<()> {
+    go_past_the_stack(Proxy::TcRedirect, FIRST_OF_B, &[(Frontend::NodePort, Policy::Cluster)])
+}
+
+#[test]
+fn tc_redirects_to_a_pod_of_the_node_and_back_past_the_stack() -> Result<()> {
+    go_past_the_stack(Proxy::TcRedirect, 0, &TO_THE_NODE)
+}
+
+#[test]
+fn tc_redirects_what_xdp_has_translated() -> Result<()> {
+    go_past_the_stack(Proxy::XdpRedirect, 0, &TO_THE_NODE)
+}
+
+/// A packet filter that drops what connection tracking makes no sense of drops no reply to a client whose link address the
+/// node does not know, while it knows the pod's.
+fn needs_no_known_neighbour(proxy: Proxy) -> Result<()> {
+    let web = |number, pod| {
+        Service::new(&format!("web-{number}"), number).tcp("http", 80, 8080).node_ports(30_080 + number).on([pod])
+    };
+    let services = [web(1, 0), web(2, FIRST_OF_B)];
+    let scene = proxy.start(&services)?;
+    let lab = scene.lab();
+    for family in Family::BOTH {
+        for (service, frontend) in
+            services.iter().flat_map(|of| [Frontend::ClusterIp, Frontend::NodePort].map(|frontend| (of, frontend)))
+        {
+            let to = service.address(frontend, family, Protocol::Tcp).context("it has every frontend")?;
+            for number in 0..5 {
+                let status = lab.node().command("ip").args(["neigh", "flush", "dev", WIRE]).status()?;
+                ensure!(status.success(), "{status}");
+                let began = Instant::now();
+                lab.client().http_get(family.client(number), to, "/")?;
+                ensure!(began.elapsed() < AT_ONCE, "{to}: {:?} to find neighbours", began.elapsed());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn no_neighbour_needs_to_be_known_to_tc() -> Result<()> {
+    needs_no_known_neighbour(Proxy::Tc)
+}
+
+#[test]
+fn no_neighbour_needs_to_be_known_to_redirects() -> Result<()> {
+    needs_no_known_neighbour(Proxy::TcRedirect)
+}
+
+#[test]
+fn no_neighbour_needs_to_be_known_to_xdp_and_redirects() -> Result<()> {
+    needs_no_known_neighbour(Proxy::XdpRedirect)
+}
+
+#[test]
+fn no_neighbour_needs_to_be_known_to_xdp() -> Result<()> {
+    needs_no_known_neighbour(Proxy::Xdp)
 }
 
 /// A server at an address of the clients' namespace, which tells each client its address.
@@ -128,9 +216,7 @@ fn xdp_sends_back_out_of_the_wire_that_a_frame_came_in_by() -> Result<()> {
         Ok(())
     };
     request(0)?;
-    let (sent_before, stack_before) = (count(&lab, "sent-on")?, forwarded(&lab)?[0]);
-    (0..10).try_for_each(request)?;
-    let (sent, by_stack) = (count(&lab, "sent-on")? - sent_before, forwarded(&lab)?[0] - stack_before);
+    let (sent, by_stack) = sent_on_and_forwarded(&lab, Family::V4, || (0..10).try_for_each(request))?;
     ensure!(sent >= 80 && by_stack == 0, "{sent} were sent on, the stack has forwarded {by_stack}");
     Ok(())
 }

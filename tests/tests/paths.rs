@@ -7,6 +7,7 @@ use std::fs;
 use affinity_tests::lab::{
     FIRST_OF_B, Family, Frontend, Lab, Namespace, Options, PODS, Policy, Protocol, Service, UNDERLAY_WIRE, WIRE,
 };
+use affinity_tests::proxy::{REDIRECT, TC, XDP};
 use affinity_tests::story::tell_in;
 use anyhow::{Context, Result, ensure};
 
@@ -21,9 +22,6 @@ const SMALL_MTU: &str = "1280";
 const USUAL_MTU: &str = "1500";
 /// More than two packets.
 const LONG: usize = 4000;
-/// What the agent is told of hooks: TC alone, or XDP where devices are like those of a machine.
-const TC: [&str; 2] = ["--xdp", "off"];
-const XDP: [&str; 3] = ["--xdp-device", WIRE, UNDERLAY_WIRE];
 
 /// One way to a service.
 #[derive(Clone, Copy, Debug)]
@@ -220,6 +218,16 @@ fn what_does_not_fit_arrives_by_tc() -> Result<()> {
 }
 
 #[test]
+fn what_does_not_fit_arrives_by_tc_redirecting() -> Result<()> {
+    tell(&[TC.as_slice(), &REDIRECT].concat(), what_does_not_fit_arrives)
+}
+
+#[test]
 fn what_does_not_fit_arrives_by_xdp() -> Result<()> {
     tell(&XDP, what_does_not_fit_arrives)
+}
+
+#[test]
+fn what_does_not_fit_arrives_by_xdp_and_redirects() -> Result<()> {
+    tell(&[XDP.as_slice(), &REDIRECT].concat(), what_does_not_fit_arrives)
 }

@@ -56,8 +56,18 @@ fn associations_reach_one_pod_by_tc() -> Result<()> {
 }
 
 #[test]
+fn associations_reach_one_pod_by_tc_redirecting() -> Result<()> {
+    tell(Proxy::TcRedirect)
+}
+
+#[test]
 fn associations_reach_one_pod_by_xdp() -> Result<()> {
     tell(Proxy::Xdp)
+}
+
+#[test]
+fn associations_reach_one_pod_by_xdp_and_redirects() -> Result<()> {
+    tell(Proxy::XdpRedirect)
 }
 
 fn tell(proxy: Proxy) -> Result<()> {

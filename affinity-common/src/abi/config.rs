@@ -19,6 +19,8 @@ pub struct Config {
     pub refuse_errno: u64,
     /// The cookie of the node's network namespace, whose loopback has node ports. Zero: none has.
     pub node_netns: u64,
+    /// One: TC redirects what was translated past the stack. Zero: it goes through.
+    pub redirect: u64,
     /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,
     /// For tests: the random number that the programs draw, where `fixed_now_ns` is not zero.

@@ -18,6 +18,7 @@ use crate::{
 };
 
 const LINK: [u8; 12] = [1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16];
+/// A device, as the one hop that there is.
 const WIRE: u32 = 7;
 const NODE_PORT: u16 = 30_000;
 
@@ -58,7 +59,7 @@ impl Sited for V6 {
 /// A frame of a hook that knows one way: by `hop`.
 struct Frame {
     bytes: Vec<u8>,
-    hop: Option<Hop>,
+    hop: Option<u32>,
 }
 
 impl Packet for Frame {
@@ -77,10 +78,16 @@ impl Packet for Frame {
 }
 
 impl Routes for Frame {
-    fn hop<A: Address>(&self, way: &Way<A>) -> Option<Hop> {
+    type Hop = Option<u32>;
+
+    fn hop<A: Address>(&self, way: &Way<A>) -> Option<u32> {
         assert_eq!(usize::from(way.len), self.bytes.len() - EthHdr::LEN);
         assert_eq!((way.protocol, way.class), (TCP, 0));
         self.hop
+    }
+
+    fn link(hop: &Option<u32>) -> Option<Link> {
+        hop.map(|_| LINK)
     }
 }
 
@@ -110,7 +117,7 @@ const fn from_client<A: Sited>() -> Ends<A> {
 /// Sends a frame through the node; where to, or what else becomes of it.
 fn send(model: &Model, frame: &mut Frame, is_wire: bool) -> Result<u32, Verdict> {
     match pipeline::forward(frame, model) {
-        Verdict::Onward => send_on(frame, model, |ifindex| is_wire && ifindex == WIRE),
+        Verdict::Onward => send_on(frame, model, |hop| hop.filter(|_| is_wire)),
         verdict @ (Verdict::Pass | Verdict::Forward | Verdict::Answer | Verdict::Drop) => Err(verdict),
     }
 }
@@ -124,7 +131,7 @@ fn sent<A: Sited>(flags: u8, ends: &Ends<A>) -> Vec<u8> {
 
 fn goes_to_the_pod_and_back<A: Sited>() {
     let model = world::<A>(true);
-    let hop = Some(Hop { link: LINK, ifindex: WIRE });
+    let hop = Some(WIRE);
     let mut there = Frame { bytes: Shape::tcp(SYN).frame(&from_client::<A>()), hop };
     assert_eq!(send(&model, &mut there, true), Ok(WIRE));
     let to_pod = Ends { from: (A::NODE, NODE_PORT), to: (A::POD, 8080) };
@@ -145,7 +152,7 @@ fn a_connection_goes_to_a_pod_on_another_node_and_back() {
 }
 
 /// The stack gets the packet with its first translation alone, as where there is no XDP.
-fn leaves_to_the_stack<A: Sited>(shape: &Shape, hop: Option<Hop>, is_wire: bool) {
+fn leaves_to_the_stack<A: Sited>(shape: &Shape, hop: Option<u32>, is_wire: bool) {
     let model = world::<A>(true);
     let mut frame = Frame { bytes: shape.frame(&from_client::<A>()), hop };
     assert_eq!(send(&model, &mut frame, is_wire), Err(Verdict::Forward), "{shape:?}");
@@ -156,7 +163,7 @@ fn leaves_to_the_stack<A: Sited>(shape: &Shape, hop: Option<Hop>, is_wire: bool)
 
 #[test]
 fn what_is_not_plain_is_left_to_the_stack() {
-    let hop = Some(Hop { link: LINK, ifindex: WIRE });
+    let hop = Some(WIRE);
     for shape in [
         Shape { tags: 1, ..Shape::tcp(SYN) },
         Shape { option_words: 1, extensions: vec![0], ..Shape::tcp(SYN) },
@@ -170,7 +177,7 @@ fn what_is_not_plain_is_left_to_the_stack() {
 #[test]
 fn without_a_way_out_it_is_left_to_the_stack() {
     let shape = Shape::tcp(SYN);
-    for (hop, is_wire) in [(None, true), (Some(Hop { link: LINK, ifindex: WIRE }), false)] {
+    for (hop, is_wire) in [(None, true), (Some(WIRE), false)] {
         leaves_to_the_stack::<V4>(&shape, hop, is_wire);
         leaves_to_the_stack::<V6>(&shape, hop, is_wire);
     }
@@ -182,7 +189,7 @@ fn a_first_fragment_is_left_to_the_stack() {
     let model = world::<V4>(true);
     let mut bytes = Shape::tcp(SYN).frame(&from_client::<V4>());
     bytes[20] = MORE_FRAGMENTS;
-    let mut frame = Frame { bytes, hop: Some(Hop { link: LINK, ifindex: WIRE }) };
+    let mut frame = Frame { bytes, hop: Some(WIRE) };
     assert_eq!(send(&model, &mut frame, true), Err(Verdict::Forward));
 }
 

@@ -18,8 +18,11 @@ use std::{
 use glob::Pattern;
 use tracing::{error, info, warn};
 
+use super::Options;
 use crate::{
-    attach::{self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, XdpPolicy, device_name, roles},
+    attach::{
+        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Why, XdpPolicy, device_name, roles,
+    },
     load::PinDir,
 };
 
@@ -35,18 +38,18 @@ pub struct PatternError {
 /// The devices of this namespace, as they were at one moment.
 pub(super) struct Look {
     devices: Vec<Device>,
-    /// By index; empty where the user names devices.
+    /// By index; empty where nobody asks for them.
     roles: BTreeMap<u32, Finding>,
 }
 
 impl Look {
-    /// At all devices; `find` their roles, where nobody names any.
+    /// At all devices, and their roles where an attacher `needs_roles`.
     ///
     /// # Errors
     /// The system's answer.
-    pub(super) async fn at(devices: &mut Devices, find: bool) -> io::Result<Self> {
+    pub(super) async fn at(devices: &mut Devices, needs_roles: bool) -> io::Result<Self> {
         let list = devices.list().await?;
-        let roles = if find { roles(&list, &devices.network().await?) } else { BTreeMap::new() };
+        let roles = if needs_roles { roles(&list, &devices.network().await?) } else { BTreeMap::new() };
         Ok(Self { devices: list, roles })
     }
 }
@@ -85,21 +88,21 @@ pub(super) struct Attacher {
 }
 
 impl Attacher {
-    pub(super) fn new(
-        pins: PinDir,
-        devices: &[String],
-        for_xdp: &[String],
-        options: attach::Options,
-    ) -> Result<Self, PatternError> {
+    pub(super) fn new(pins: PinDir, options: &Options) -> Result<Self, PatternError> {
         let compile = |option, patterns: &[String]| {
             let compile = |pattern: &String| {
                 Pattern::new(pattern).map_err(|source| PatternError { option, pattern: pattern.clone(), source })
             };
             patterns.iter().map(compile).collect::<Result<Vec<_>, _>>()
         };
-        let patterns = compile("--device", devices)?;
-        let for_xdp = compile("--xdp-device", for_xdp)?;
-        Ok(Self { pins, patterns, for_xdp, options, attached: BTreeMap::new(), failed: BTreeMap::new() })
+        Ok(Self {
+            pins,
+            patterns: compile("--device", &options.devices)?,
+            for_xdp: compile("--xdp-device", &options.xdp_devices)?,
+            options: options.attach,
+            attached: BTreeMap::new(),
+            failed: BTreeMap::new(),
+        })
     }
 
     /// How a device is to be attached.
@@ -116,6 +119,11 @@ impl Attacher {
     /// Whether devices are found, and not named.
     pub(super) const fn finds(&self) -> bool {
         self.patterns.is_empty()
+    }
+
+    /// Whether it matters where devices lead.
+    pub(super) const fn needs_roles(&self) -> bool {
+        self.finds() || self.options.redirect
     }
 
     /// Whether devices should have been found, and none was.
@@ -174,8 +182,9 @@ impl Attacher {
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        let native = self.attached.iter().filter(|(_, (_, hooks))| hooks.contains(&Hook::XdpNative));
-        attach::wires::publish(&self.pins, &native.map(|(&index, _)| index).collect())?;
+        let pods = look.roles.iter().filter(|(_, finding)| finding.why == Why::PodSide).map(|(&index, _)| index);
+        let attached = self.attached.iter().map(|(&index, (_, hooks))| (index, hooks.as_slice()));
+        attach::wires::publish(&self.pins, attached, &pods.collect())?;
         Ok(progress)
     }
 
@@ -258,7 +267,7 @@ const NAMED: usize = 8;
 pub(super) struct Worker {
     looks: Option<Sender<Look>>,
     thread: Option<JoinHandle<()>>,
-    finds: bool,
+    needs_roles: bool,
     summary: Arc<Mutex<Summary>>,
 }
 
@@ -269,13 +278,13 @@ impl Worker {
     /// The system's answer where there is no thread to be had.
     pub(super) fn start(mut attacher: Attacher) -> io::Result<Self> {
         let (looks, given) = mpsc::channel();
-        let finds = attacher.finds();
+        let needs_roles = attacher.needs_roles();
         let summary = Arc::new(Mutex::new(attacher.summary()));
         let shared = Arc::clone(&summary);
         // A thread is in the network namespace of the one that made it.
         let thread =
             thread::Builder::new().name("attacher".to_owned()).spawn(move || attacher.follow(&given, &shared))?;
-        Ok(Self { looks: Some(looks), thread: Some(thread), finds, summary })
+        Ok(Self { looks: Some(looks), thread: Some(thread), needs_roles, summary })
     }
 
     /// The devices that are attached, as of the last change.
@@ -288,7 +297,7 @@ impl Worker {
     /// # Errors
     /// The system's answer where they cannot be listed.
     pub(super) async fn keep_up(&self, devices: &mut Devices) -> io::Result<()> {
-        let look = Look::at(devices, self.finds).await?;
+        let look = Look::at(devices, self.needs_roles).await?;
         match &self.looks {
             Some(looks) => looks.send(look).map_err(|_| io::Error::other("the attacher has ended")),
             None => Ok(()),

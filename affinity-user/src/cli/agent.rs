@@ -58,6 +58,10 @@ pub(crate) struct AttachArgs {
     /// Of the devices, those that XDP is used on, whatever their kind; the others have TC. Without it their kinds decide
     #[arg(long = "xdp-device", value_name = "NAME|GLOB", num_args = 1..)]
     xdp_devices: Vec<String>,
+    /// How translated packets and replies to them go on: through the node's stack, with its packet filter and connection
+    /// tracking; or past it, redirected by TC between attached devices, which is faster
+    #[arg(long, value_name = "WAY", value_enum, default_value_t = Forwarding::Stack)]
+    forwarding: Forwarding,
     /// Translate when processes of this machine connect, its own and pods': auto does in the node's own network namespace
     #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
     socket: SocketPolicy,
@@ -86,6 +90,13 @@ fn socket_policy() -> impl TypedValueParser<Value = SocketPolicy> {
 
 fn services() -> impl TypedValueParser<Value = Services> {
     PossibleValuesParser::new(Services::ALL.map(Services::name)).try_map(|name| name.parse::<Services>())
+}
+
+/// How translated packets go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Forwarding {
+    Stack,
+    Redirect,
 }
 
 /// Levels of the kernel programs' log.
@@ -120,15 +131,17 @@ impl AttachArgs {
     }
 
     fn options(&self, global: &Global, detach_on_exit: bool) -> Result<agent::Options, Error> {
+        let redirect = self.forwarding == Forwarding::Redirect;
         Ok(agent::Options {
             source: self.cluster.source(&self.source, global)?,
             devices: self.devices.clone(),
             xdp_devices: self.xdp_devices.clone(),
-            attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx, any_kind: false },
+            attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx, any_kind: false, redirect },
             sockets: agent::SocketOptions { policy: self.socket, cgroup: self.cgroup.clone() },
             load: load::Options {
                 sizes: self.sizes.sizes(),
                 log_level: self.programs_log.map(Level::from),
+                redirect,
                 fixed: None,
             },
             pin_dir: global.pin_dir.clone(),

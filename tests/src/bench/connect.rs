@@ -90,8 +90,12 @@ pub enum Way {
     Nftables,
     /// affinity on TC ingress.
     Tc,
+    /// The same, on the pod's device too, and redirecting past the stack.
+    TcRedirect,
     /// affinity on XDP, in the driver.
     Xdp,
+    /// The same, and TC redirecting past the stack what XDP has translated.
+    XdpRedirect,
     /// affinity at the client's `connect()`.
     Socket,
 }
@@ -102,7 +106,13 @@ impl Way {
         match self {
             Self::Iptables => Mode::Iptables.is_available(),
             Self::Nftables => Mode::Nftables.is_available(),
-            Self::Direct | Self::XdpPass | Self::Tc | Self::Xdp | Self::Socket => true,
+            Self::Direct
+            | Self::XdpPass
+            | Self::Tc
+            | Self::TcRedirect
+            | Self::Xdp
+            | Self::XdpRedirect
+            | Self::Socket => true,
         }
     }
 }

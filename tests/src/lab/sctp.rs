@@ -23,6 +23,10 @@ const COOKIE_ECHO: u8 = 10;
 const COOKIE_ACK: u8 = 11;
 /// The common header: ports, verification tag, checksum.
 const HEADER: usize = 12;
+/// The verification tag that both ends choose. A node that tracks connections watches over it.
+const TAG: u32 = 1;
+/// What INIT and INIT ACK begin with: the tag, a window, streams in both directions, the first sequence number.
+const PARAMETERS: [u8; 16] = [0, 0, 0, TAG as u8, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1];
 /// How long a pod looks away from whether it is to end.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -38,12 +42,14 @@ struct Packet {
 impl Packet {
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = [self.source.to_be_bytes(), self.destination.to_be_bytes()].concat();
-        // The tag that whoever began has chosen, but for the packet that tells of it.
-        let tag: u32 = if self.chunk == INIT { 0 } else { 1 };
+        // The tag that the receiver has chosen: none that whoever begins knows.
+        let tag = if self.chunk == INIT { 0 } else { TAG };
         bytes.extend(tag.to_be_bytes());
         bytes.extend([0; 4]);
         bytes.extend([self.chunk, 0]);
-        bytes.extend((4 + self.value.len() as u16).to_be_bytes());
+        let parameters = parameters(self.chunk);
+        bytes.extend((4 + parameters.len() as u16 + self.value.len() as u16).to_be_bytes());
+        bytes.extend(parameters);
         bytes.extend(&self.value);
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         let checksum = crc32c(&bytes);
@@ -60,13 +66,19 @@ impl Packet {
         }
         let word = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
         let length = usize::from(word(HEADER + 2)?);
+        let chunk = *bytes.get(HEADER)?;
         Some(Self {
             source: word(0)?,
             destination: word(2)?,
-            chunk: *bytes.get(HEADER)?,
-            value: bytes.get(HEADER + 4..HEADER + length)?.to_vec(),
+            chunk,
+            value: bytes.get(HEADER + 4 + parameters(chunk).len()..HEADER + length)?.to_vec(),
         })
     }
+}
+
+/// What a chunk begins with.
+fn parameters(chunk: u8) -> &'static [u8] {
+    if matches!(chunk, INIT | INIT_ACK) { &PARAMETERS } else { &[] }
 }
 
 /// By the polynomial of Castagnoli, bit by bit.

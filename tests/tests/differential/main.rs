@@ -131,6 +131,16 @@ fn affinity_does_what_the_function_says() -> Result<()> {
 }
 
 #[test]
+fn affinity_does_what_the_function_says_by_tc_redirecting() -> Result<()> {
+    tell(Proxy::TcRedirect)
+}
+
+#[test]
 fn affinity_does_what_the_function_says_by_xdp() -> Result<()> {
     tell(Proxy::Xdp)
+}
+
+#[test]
+fn affinity_does_what_the_function_says_by_xdp_and_redirects() -> Result<()> {
+    tell(Proxy::XdpRedirect)
 }

@@ -135,13 +135,13 @@ pub(crate) const DIFFERENCES: [Difference; 8] = [
         instead: Err(Failure::Silence),
     },
     Difference {
-        of: &[Proxy::Nftables, Proxy::Tc, Proxy::Xdp],
+        of: &[Proxy::Nftables, Proxy::Tc, Proxy::TcRedirect, Proxy::Xdp, Proxy::XdpRedirect],
         reason: "ranges are looked at before endpoints: a source out of range is not told that nobody is there",
         applies: |case| case.frontend == Frontend::LoadBalancer && !case.spec.ranges.let_in(case.source, case.family),
         instead: Err(Failure::Silence),
     },
     Difference {
-        of: &[Proxy::Tc, Proxy::Xdp],
+        of: &Proxy::OURS,
         reason: "a process on the node is told when it connects that nobody will answer, and need not wait",
         applies: |case| {
             let is_local = case.spec.internal == Policy::Local;
@@ -150,7 +150,7 @@ pub(crate) const DIFFERENCES: [Difference; 8] = [
         instead: Err(Failure::Refused),
     },
     Difference {
-        of: &[Proxy::Tc, Proxy::Xdp],
+        of: &Proxy::OURS,
         reason: "when a socket connects, its address is not known yet: ranges are left to the load balancer to look at",
         applies: |case| {
             let has_ranges = case.spec.ranges.all_of(case.family).next().is_some();

@@ -118,10 +118,22 @@ fn translate(way: Way, size: Size, lab: &Lab, cgroup: &Cgroup) -> Result<(Option
         Way::XdpPass => Ok((None, Some(pass_by_xdp(lab.node(), WIRE)?))),
         Way::Iptables => install(Mode::Iptables, size, lab).map(|()| (None, None)),
         Way::Nftables => install(Mode::Nftables, size, lab).map(|()| (None, None)),
-        Way::Tc => Ok((Some(agent(size, lab, &["--device", WIRE, "--xdp", "off", "--socket", "off"])?), None)),
-        Way::Xdp => Ok((Some(agent(size, lab, &["--device", WIRE, "--xdp", "native", "--socket", "off"])?), None)),
+        Way::Tc => by_packets(size, lab, &["--device", WIRE, "--xdp", "off"]),
+        Way::TcRedirect => {
+            by_packets(size, lab, &["--device", WIRE, "pod*", "--xdp", "off", "--forwarding", "redirect"])
+        }
+        Way::Xdp => by_packets(size, lab, &["--device", WIRE, "--xdp", "native"]),
+        Way::XdpRedirect => {
+            let devices = ["--device", WIRE, "pod*", "--xdp-device", WIRE];
+            by_packets(size, lab, &[devices.as_slice(), &["--forwarding", "redirect"]].concat())
+        }
         Way::Socket => Ok((Some(agent(size, lab, &Lab::socket_args(cgroup, &["--device", "none*"])?)?), None)),
     }
+}
+
+/// The agent, by packets alone.
+fn by_packets(size: Size, lab: &Lab, args: &[&str]) -> Result<(Option<Agent>, Option<Ebpf>)> {
+    Ok((Some(agent(size, lab, &[args, &["--socket", "off"]].concat())?), None))
 }
 
 /// kube-proxy's rules. What it remembers of closed connections leaves soon, or its table would be full after a few rounds.
@@ -147,7 +159,9 @@ fn course(way: Way, size: Size, clients: u16, cpu: usize, lab: &Lab) -> Result<C
     let service = size.measured();
     let targets = |name: &str, port: u16| match way {
         Way::Direct | Way::XdpPass => pods.iter().map(|pod| SocketAddr::new(*pod, port)).collect(),
-        Way::Iptables | Way::Nftables | Way::Tc | Way::Xdp | Way::Socket => vec![service.frontend(Family::V4, name)],
+        Way::Iptables | Way::Nftables | Way::Tc | Way::TcRedirect | Way::Xdp | Way::XdpRedirect | Way::Socket => {
+            vec![service.frontend(Family::V4, name)]
+        }
     };
     Ok(Course {
         pod: lab.pods()[0].namespace().context("the pod lives")?.path(),

@@ -1,0 +1,20 @@
+//! What sends packets on past the stack: how devices take frames that came in by others, and the places of the programs.
+
+/// `wires`: XDP may send frames out of the device. It runs XDP in its driver, which takes frames of others.
+pub const WIRE_XDP: u32 = 1;
+/// `wires`: TC may. What comes back by the device meets TC too, so that packets of both directions go the same way.
+pub const WIRE_TC: u32 = 2;
+/// `wires`: the device is one end of a pair, with a pod at the other.
+pub const WIRE_POD: u32 = 4;
+
+/// The metadata of a frame that XDP has looked at, for TC: it passes.
+pub const SEEN_PASSED: u32 = 0xaff0;
+/// The same: it was translated.
+pub const SEEN_TRANSLATED: u32 = 0xaff1;
+
+/// `xdp_stages`: what sends on the packets of pods on other nodes.
+pub const STAGE_XDP_ONWARD: u32 = 0;
+/// `tc_stages`: what sends on translated packets.
+pub const STAGE_TC_ONWARD: u32 = 0;
+/// `tc_stages`: what sends on replies.
+pub const STAGE_TC_REPLY: u32 = 1;
