@@ -32,14 +32,8 @@ pub enum Proxy {
     XdpRedirect,
 }
 
-/// What the agent is told of hooks: TC alone, or XDP where devices are like those of a machine.
-pub const TC: [&str; 2] = ["--xdp", "off"];
-/// See [`TC`].
-pub const XDP: [&str; 3] = ["--xdp-device", WIRE, UNDERLAY_WIRE];
-/// With either: past the node's stack.
-pub const REDIRECT: [&str; 2] = ["--forwarding", "redirect"];
-
-/// What a node's packet filter commonly drops, and kube-proxy's rules do: what connection tracking makes no sense of.
+/// What is beside `affinity` on the node. Packet filters commonly drop, as kube-proxy's rules do, what connection tracking
+/// makes no sense of.
 const STRICT: &str = "table inet strict { chain forward { \
     type filter hook forward priority 0; ct state invalid counter drop; }; }";
 
@@ -66,24 +60,39 @@ impl Proxy {
         let agent = match self {
             Self::Iptables => Mode::Iptables.install(&lab, services).map(|()| None)?,
             Self::Nftables => Mode::Nftables.install(&lab, services).map(|()| None)?,
-            Self::Tc => Some(run(&lab, &cgroup, services, &TC)?),
-            Self::TcRedirect => Some(run(&lab, &cgroup, services, &[TC.as_slice(), &REDIRECT].concat())?),
-            Self::Xdp => Some(run(&lab, &cgroup, services, &XDP)?),
-            Self::XdpRedirect => Some(run(&lab, &cgroup, services, &[XDP.as_slice(), &REDIRECT].concat())?),
+            Self::Tc | Self::TcRedirect | Self::Xdp | Self::XdpRedirect => {
+                feed(lab.node().command("nft").args(["-f", "-"]), STRICT)?;
+                lab.publish_zone()?;
+                services.iter().try_for_each(|service| lab.publish(service))?;
+                Some(self.agent(&lab, &cgroup)?)
+            }
         };
         Ok(Scene { agent, cgroup, lab })
     }
-}
 
-/// Starts `affinity` for all services on all devices, and for processes in this cgroup; beside a strict packet filter.
-fn run(lab: &Lab, cgroup: &Cgroup, services: &[Service], hooks: &[&str]) -> Result<Agent> {
-    feed(lab.node().command("nft").args(["-f", "-"]), STRICT)?;
-    lab.publish_zone()?;
-    services.iter().try_for_each(|service| lab.publish(service))?;
-    let [pods_v4, pods_v6] = PODS;
-    let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];
-    let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
-    lab.agent(&Lab::socket_args(cgroup, &[args.as_slice(), &devices, hooks].concat())?)
+    /// Starts `affinity` for all services on all devices, and for processes in this cgroup.
+    fn agent(self, lab: &Lab, cgroup: &Cgroup) -> Result<Agent> {
+        let [pods_v4, pods_v6] = PODS;
+        let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];
+        let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
+        lab.agent(&Lab::socket_args(cgroup, &[args.as_slice(), &devices, &self.hooks()].concat())?)
+    }
+
+    /// What the agent is told of hooks, where it is one.
+    pub fn hooks(self) -> Vec<&'static str> {
+        const TC: [&str; 2] = ["--xdp", "off"];
+        // Devices are like those of a machine there.
+        const XDP: [&str; 3] = ["--xdp-device", WIRE, UNDERLAY_WIRE];
+        const REDIRECT: [&str; 2] = ["--forwarding", "redirect"];
+
+        match self {
+            Self::Iptables | Self::Nftables => Vec::new(),
+            Self::Tc => TC.to_vec(),
+            Self::TcRedirect => [TC.as_slice(), &REDIRECT].concat(),
+            Self::Xdp => XDP.to_vec(),
+            Self::XdpRedirect => [XDP.as_slice(), &REDIRECT].concat(),
+        }
+    }
 }
 
 /// A lab in which a [`Proxy`] works.
@@ -127,6 +136,16 @@ impl Scene {
     /// What the agent wrote, where there is one.
     pub fn log(&self) -> String {
         self.agent.as_ref().map(|agent| agent.log().join("\n")).unwrap_or_default()
+    }
+
+    /// Starts another agent in the place of this one.
+    ///
+    /// # Errors
+    /// When one does not end, or the other does not start.
+    pub fn go_on_as(&mut self, proxy: Proxy) -> Result<()> {
+        self.agent.take().map_or(Ok(()), Agent::terminate)?;
+        self.agent = Some(proxy.agent(&self.lab, &self.cgroup)?);
+        Ok(())
     }
 
     /// Whether it is `affinity` that works here: then it can be asked what it would do.

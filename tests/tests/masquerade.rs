@@ -132,13 +132,17 @@ fn tc_redirects_what_xdp_has_translated() -> Result<()> {
     go_past_the_stack(Proxy::XdpRedirect, 0, &TO_THE_NODE)
 }
 
+/// A service with a pod of this node, and one with a pod of the other.
+fn on_either_node() -> [Service; 2] {
+    [(1, 0), (2, FIRST_OF_B)].map(|(number, pod)| {
+        Service::new(&format!("web-{number}"), number).tcp("http", 80, 8080).node_ports(30_080 + number).on([pod])
+    })
+}
+
 /// A packet filter that drops what connection tracking makes no sense of drops no reply to a client whose link address the
 /// node does not know, while it knows the pod's.
 fn needs_no_known_neighbour(proxy: Proxy) -> Result<()> {
-    let web = |number, pod| {
-        Service::new(&format!("web-{number}"), number).tcp("http", 80, 8080).node_ports(30_080 + number).on([pod])
-    };
-    let services = [web(1, 0), web(2, FIRST_OF_B)];
+    let services = on_either_node();
     let scene = proxy.start(&services)?;
     let lab = scene.lab();
     for family in Family::BOTH {
@@ -176,6 +180,31 @@ fn no_neighbour_needs_to_be_known_to_xdp_and_redirects() -> Result<()> {
 #[test]
 fn no_neighbour_needs_to_be_known_to_xdp() -> Result<()> {
     needs_no_known_neighbour(Proxy::Xdp)
+}
+
+/// Connections that began in the stack go on past it, and the other way round. Those that have been in the stack, then past
+/// it, do not come back: its connection tracking has missed what was acknowledged meanwhile.
+#[test]
+fn connections_outlive_a_change_of_their_way() -> Result<()> {
+    let services = on_either_node();
+    let mut scene = Proxy::Tc.start(&services)?;
+    for ways in [[Proxy::TcRedirect, Proxy::XdpRedirect].as_slice(), &[Proxy::Tc]] {
+        let mut lines = Vec::new();
+        for (family, service) in Family::BOTH.into_iter().flat_map(|family| services.iter().map(move |of| (family, of)))
+        {
+            let to = service.address(Frontend::NodePort, family, Protocol::Tcp).context("it has every frontend")?;
+            let mut line = scene.lab().client().connect(Protocol::Tcp, family.client(1), to)?;
+            line.ask("/")?;
+            lines.push(line);
+        }
+        for way in ways {
+            scene.go_on_as(*way)?;
+            for line in &mut lines {
+                line.ask("/").with_context(|| format!("{way:?}\n{}", scene.log()))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A server at an address of the clients' namespace, which tells each client its address.

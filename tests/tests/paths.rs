@@ -7,7 +7,7 @@ use std::fs;
 use affinity_tests::lab::{
     FIRST_OF_B, Family, Frontend, Lab, Namespace, Options, PODS, Policy, Protocol, Service, UNDERLAY_WIRE, WIRE,
 };
-use affinity_tests::proxy::{REDIRECT, TC, XDP};
+use affinity_tests::proxy::Proxy;
 use affinity_tests::story::tell_in;
 use anyhow::{Context, Result, ensure};
 
@@ -83,13 +83,13 @@ fn service(pod: usize, policy: Policy) -> Service {
         .on([pod])
 }
 
-fn tell(hooks: &[&str], story: impl FnOnce(&Lab, &[Call]) -> Result<()>) -> Result<()> {
+fn tell(proxy: Proxy, story: impl FnOnce(&Lab, &[Call]) -> Result<()>) -> Result<()> {
     let options = Options { pods: 2, pods_of_b: 1, ..Options::default() };
     let services = [service(A, Policy::Cluster), service(B, Policy::Cluster), service(A, Policy::Local)];
     let [pods_v4, pods_v6] = PODS;
     let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];
     let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
-    let args = [args.as_slice(), &devices, hooks].concat();
+    let args = [args.as_slice(), &devices, &proxy.hooks()].concat();
     tell_in(&options, &args, &services.each_ref(), |lab, _| story(lab, &Call::all()))
 }
 
@@ -214,20 +214,20 @@ fn a_small_path_beyond_the_other_node_is_found_out(lab: &Lab, calls: &[Call]) ->
 
 #[test]
 fn what_does_not_fit_arrives_by_tc() -> Result<()> {
-    tell(&TC, what_does_not_fit_arrives)
+    tell(Proxy::Tc, what_does_not_fit_arrives)
 }
 
 #[test]
 fn what_does_not_fit_arrives_by_tc_redirecting() -> Result<()> {
-    tell(&[TC.as_slice(), &REDIRECT].concat(), what_does_not_fit_arrives)
+    tell(Proxy::TcRedirect, what_does_not_fit_arrives)
 }
 
 #[test]
 fn what_does_not_fit_arrives_by_xdp() -> Result<()> {
-    tell(&XDP, what_does_not_fit_arrives)
+    tell(Proxy::Xdp, what_does_not_fit_arrives)
 }
 
 #[test]
 fn what_does_not_fit_arrives_by_xdp_and_redirects() -> Result<()> {
-    tell(&[XDP.as_slice(), &REDIRECT].concat(), what_does_not_fit_arrives)
+    tell(Proxy::XdpRedirect, what_does_not_fit_arrives)
 }
