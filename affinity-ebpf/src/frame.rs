@@ -47,9 +47,7 @@ impl XdpFrame {
     pub fn ifindex(&self) -> u32 {
         self.xdp.ifindex()
     }
-}
 
-impl XdpFrame {
     /// Makes room for a word to TC; false where the driver has none. A frame is looked at after that.
     #[inline(always)]
     #[must_use]

@@ -1,27 +1,13 @@
-//! Devices that nobody names: which are found and why, and how the agent keeps up with many that come and go.
+//! Devices that nobody names: which are found and why.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use affinity_tests::lab::{Agent, Family, Lab, Options, WIRE, eventually};
-use affinity_tests::story::{Route, report, tell_in, web};
+use affinity_tests::lab::{Family, Lab, Options, WIRE, eventually};
+use affinity_tests::story::{Route, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Of devices that come and go at once.
-const CROWD: usize = 1_000;
-/// The kernel waits for two grace periods at each device that is attached, one after the other.
-const CROWD_PATIENCE: Duration = Duration::from_secs(90);
-
-/// Runs lines of `ip` on the lab's node.
-fn ip(lab: &Lab, script: &str) -> Result<()> {
-    let file = lab.scratch().join("ip-batch");
-    fs::write(&file, script)?;
-    let done = lab.node().command("ip").arg("-batch").arg(&file).output()?;
-    ensure!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));
-    Ok(())
-}
 
 /// The attached devices of the lab's node, and what each leads to.
 fn attached(lab: &Lab) -> Result<BTreeMap<String, String>> {
@@ -29,12 +15,6 @@ fn attached(lab: &Lab) -> Result<BTreeMap<String, String>> {
     let field = |device: &serde_json::Value, name: &str| device[name].as_str().unwrap_or("-").to_owned();
     let devices = devices.as_array().context("an array")?.iter();
     Ok(devices.map(|device| (field(device, "device"), field(device, "role"))).collect())
-}
-
-/// The number of pins of attachments: without asking the agent's program for it.
-fn pins(lab: &Lab) -> Result<usize> {
-    let versions = fs::read_dir(lab.pin_dir())?.collect::<Result<Vec<_>, _>>()?;
-    versions.iter().try_fold(0, |sum, version| Ok(sum + fs::read_dir(version.path().join("links"))?.count()))
 }
 
 fn eventually_attached(lab: &Lab, device: &str, role: &str) -> Result<()> {
@@ -71,24 +51,21 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
     let web = web().client_ip();
     tell_in(&Options::default(), &[], &[&web], |lab, _| {
         let elsewhere = lab.client_namespace().name();
-        ip(
-            lab,
-            &format!(
-                "link add br-pods type bridge\n\
-                 addr add 10.245.0.1/24 dev br-pods\n\
-                 link add port type veth peer name far netns {elsewhere}\n\
-                 link set port master br-pods\n\
-                 link add near type veth peer name beside\n\
-                 link add overlay type vxlan id 7 local 192.0.2.1 dstport 4789\n\
-                 addr add 10.246.0.0/32 dev overlay\n\
-                 link add virtual type ifb\n\
-                 addr add 10.96.0.10/32 dev virtual\n\
-                 tuntap add dev guest mode tap\n\
-                 tuntap add dev raw mode tun\n\
-                 addr add 10.247.0.1/24 dev raw\n\
-                 link add link {WIRE} name out type macvlan\n"
-            ),
-        )?;
+        lab.node().ip(&format!(
+            "link add br-pods type bridge\n\
+             addr add 10.245.0.1/24 dev br-pods\n\
+             link add port type veth peer name far netns {elsewhere}\n\
+             link set port master br-pods\n\
+             link add near type veth peer name beside\n\
+             link add overlay type vxlan id 7 local 192.0.2.1 dstport 4789\n\
+             addr add 10.246.0.0/32 dev overlay\n\
+             link add virtual type ifb\n\
+             addr add 10.96.0.10/32 dev virtual\n\
+             tuntap add dev guest mode tap\n\
+             tuntap add dev raw mode tun\n\
+             addr add 10.247.0.1/24 dev raw\n\
+             link add link {WIRE} name out type macvlan\n"
+        ))?;
         for device in ["br-pods", "port", "guest"] {
             eventually_attached(lab, device, "internal")?;
         }
@@ -98,12 +75,12 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
             ensure!(!is_attached(name)?, "{name} is attached");
         }
         // What makes it worth attaching may come later, and stays for as long as the device.
-        ip(lab, "addr add 192.0.2.77/24 dev out\n")?;
+        lab.node().ip("addr add 192.0.2.77/24 dev out\n")?;
         eventually_attached(lab, "out", "external")?;
-        ip(lab, "link set near up\nlink set beside up\nroute add default dev near\n")?;
+        lab.node().ip("link set near up\nlink set beside up\nroute add default dev near\n")?;
         eventually_attached(lab, "near", "external")?;
         ensure!(!is_attached("beside")?, "both ends of a pair are attached");
-        ip(lab, "route del default dev near\nlink add later type ifb\n")?;
+        lab.node().ip("route del default dev near\nlink add later type ifb\n")?;
         std::thread::sleep(Duration::from_millis(500));
         ensure!(is_attached("near")?, "a default route that has gone took its device along");
 
@@ -119,43 +96,9 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
 fn where_nothing_can_be_found_attach_says_so() -> Result<()> {
     let lab = Lab::with_pods(0)?;
     lab.publish(&web())?;
-    ip(&lab, &format!("link del {WIRE}\n"))?;
+    lab.node().ip(&format!("link del {WIRE}\n"))?;
     let source = lab.source().display().to_string();
     let error = lab.affinity(&["attach", "--source", &source]).unwrap_err().to_string();
     ensure!(error.contains("no device was found"), "{error}");
-    Ok(())
-}
-
-#[test]
-fn a_thousand_devices_come_and_go_without_trouble() -> Result<()> {
-    let web = web().client_ip();
-    tell_in(&Options::default(), &[], &[&web], |lab, agent| {
-        let elsewhere = lab.client_namespace().name().to_owned();
-        let before = pins(lab)?;
-        let appear: String = (0..CROWD)
-            .map(|n| format!("link add crowd{n} group 7 type veth peer name far{n} netns {elsewhere}\n"))
-            .collect();
-        let vanish = String::from("link del group 7\n");
-        for (what, script, expected) in [("appear", appear, before + 2 * CROWD), ("vanish", vanish, before)] {
-            watch(lab, agent, what, &script, expected)?;
-        }
-        for route in Route::all_to(&web) {
-            route.dial(lab, 2, 2)?;
-        }
-        Ok(())
-    })
-}
-
-/// Runs a script that changes many devices, and waits until as many attachments are there as expected.
-fn watch(lab: &Lab, agent: &Agent, what: &str, script: &str, expected: usize) -> Result<()> {
-    let (start, cpu) = (Instant::now(), agent.cpu_time()?);
-    ip(lab, script)?;
-    let made = start.elapsed();
-    eventually(&format!("the agent has seen {CROWD} devices {what}"), CROWD_PATIENCE, || Ok(pins(lab)? == expected))?;
-    let (elapsed, spent) = (start.elapsed(), agent.cpu_time()? - cpu);
-    report(&format!(
-        "{CROWD} devices {what} within {made:.1?}; all in step after {elapsed:.1?}, for {spent:.1?} of processor time"
-    ));
-    ensure!(spent < elapsed / 5, "{spent:?} of processor time");
     Ok(())
 }

@@ -41,10 +41,10 @@ fn rendered() -> Result<()> {
     Ok(())
 }
 
-/// The tests that make namespaces, load programs and send packets. They share the machine's
-/// kernel, so they run one after the other; and all of them, so that one run shows all that fails.
+/// The tests that make namespaces, load programs and send packets. They share the machine's kernel, so there are two at a time,
+/// of one binary; and all of them, so that one run shows all that fails.
 fn kernel_tests() -> Result<()> {
     ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
     run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
-    run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-fail-fast", "--", "--test-threads=1"]))
+    run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-fail-fast", "--", "--test-threads=2"]))
 }

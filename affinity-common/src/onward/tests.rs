@@ -12,7 +12,7 @@ use crate::{
     },
     model::Model,
     packet::Packet,
-    parse::{ACK, Headers, SYN, TCP},
+    parse::{ACK, Headers, RST, SYN, TCP},
     rewrite,
     testing::{Ends, Shape},
 };
@@ -149,6 +149,31 @@ fn goes_to_the_pod_and_back<A: Sited>() {
 fn a_connection_goes_to_a_pod_on_another_node_and_back() {
     goes_to_the_pod_and_back::<V4>();
     goes_to_the_pod_and_back::<V6>();
+}
+
+fn knows_replies<A: Sited>() {
+    let model = world::<A>(true);
+    let reply = Shape::tcp(ACK).frame(&Ends { from: (A::POD, 8080), to: (A::CLIENT, 40_000) });
+    assert!(!is_reply(&reply, &model), "nobody has asked");
+
+    let mut request = Shape::tcp(SYN).frame(&from_client::<A>());
+    assert_eq!(pipeline::forward(&mut request, &model), Verdict::Onward);
+    let there = Shape::tcp(SYN).frame(&Ends { from: (A::CLIENT, 40_000), to: (A::POD, 8080) });
+    assert_eq!(request, there);
+    let back = |flags, port| Shape::tcp(flags).frame(&Ends { from: (A::POD, 8080), to: (A::CLIENT, port) });
+    assert!(is_reply(&back(ACK, 40_000), &model));
+    assert!(!is_reply(&back(ACK, 40_001), &model), "of another connection");
+    assert!(!is_reply(&there, &model), "the way there");
+
+    let mut end = Shape::tcp(RST).frame(&from_client::<A>());
+    assert_eq!(pipeline::forward(&mut end, &model), Verdict::Onward);
+    assert!(!is_reply(&back(SYN | ACK, 40_000), &model), "of a connection that never asked for the frontend");
+}
+
+#[test]
+fn a_reply_is_known_by_its_flow() {
+    knows_replies::<V4>();
+    knows_replies::<V6>();
 }
 
 /// The stack gets the packet with its first translation alone, as where there is no XDP.

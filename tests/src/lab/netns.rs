@@ -104,7 +104,10 @@ impl Namespace {
     }
 
     /// Runs a few `ip` commands inside, one a line.
-    pub(crate) fn ip(&self, script: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// What `ip` says when it fails.
+    pub fn ip(&self, script: &str) -> Result<()> {
         let mut ip = Command::new("ip");
         ip.args(["-n", &self.name, "-batch", "-"]);
         feed(&mut ip, script).with_context(|| format!("in {}:\n{script}", self.name))

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use clap::ValueEnum;
 use serde::Serialize;
 
 use super::{Measure, Way, size::Size};
@@ -96,13 +97,13 @@ impl Report {
         for place in &self.sites {
             let of_size = || rows.iter().filter(|row| row.size == place.size);
             if last.replace(place.size) != Some(place.size) {
-                table += &format!("\n{}\n{:<9}", place.size, "");
+                table += &format!("\n{}\n{:<12}", place.size, "");
                 for row in of_size().filter(|row| row.way == Way::Direct) {
                     table += &format!(" {:>28}", heading(row.measure));
                 }
                 table += "  loading  moved\n";
             }
-            table += &format!("{:<9}", format!("{:?}", place.way).to_lowercase());
+            table += &format!("{:<12}", name(place.way));
             for row in of_size().filter(|row| row.way == place.way) {
                 table += &format!(" {:>28}", cell(row));
             }
@@ -110,6 +111,11 @@ impl Report {
         }
         table
     }
+}
+
+/// As `--ways` takes it.
+fn name(way: Way) -> String {
+    way.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 fn heading(measure: Measure) -> &'static str {
@@ -148,9 +154,9 @@ mod tests {
 2 clients with ClientIP affinity; medians of 3 rounds of 0.5 s, and ratios to direct (min..max)
 
 1 service, 3 endpoints each
-                     new connections/s  loading  moved
-direct          50                        0.0 s      0
-xdp             40   0.90 (0.80..0.99)    1.5 s      1
+                        new connections/s  loading  moved
+direct             50                        0.0 s      0
+xdp                40   0.90 (0.80..0.99)    1.5 s      1
 ";
         assert_eq!(report.table(), expected);
     }
