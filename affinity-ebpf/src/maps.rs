@@ -57,7 +57,7 @@ pub static DRAFTS_V6: PerCpuArray<Draft<V6>> = PerCpuArray::with_max_entries(1, 
 pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
 
 #[map(name = "wires")]
-pub static WIRES: HashMap<u32, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+pub static WIRES: HashMap<u32, u32> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
 // Apart, because all programs of an array are of one kind.
 #[map(name = "xdp_stages")]
 pub static XDP_STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);

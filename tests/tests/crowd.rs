@@ -9,7 +9,7 @@ use affinity_tests::story::{Route, report, tell_in, web};
 use anyhow::{Result, ensure};
 
 /// Of devices that come and go at once.
-const CROWD: usize = 1_000;
+const CROWD: usize = 1_100;
 /// The kernel waits for two grace periods at each device that is attached, one after the other.
 const PATIENCE: Duration = Duration::from_secs(90);
 

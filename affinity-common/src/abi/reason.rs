@@ -81,7 +81,7 @@ reasons! {
     Returned = 34, "returned", "Forwarded: a reply to the node's address goes back to its client.";
     LaterFragment = 35, "later-fragment", "Forwarded: a later fragment of a packet whose first one was translated.";
     TableFull = 36, "table-full", "Not a packet: the table of pins was full, and the kernel dropped some.";
-    SentOn = 37, "sent-on", "Forwarded: sent to the pod's node, or back to its client, past this node's stack.";
+    SentOn = 37, "sent-on", "Forwarded: sent on to the pod, or back to its client, past this node's stack.";
 }
 
 /// What a [`UsageKey`] counts for.
