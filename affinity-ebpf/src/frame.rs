@@ -154,6 +154,12 @@ impl<'a> Skb<'a> {
         Self { skb, bytes, _ctx: core::marker::PhantomData }
     }
 
+    /// The device that it came in by.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        self.skb.ifindex()
+    }
+
     /// What XDP tells of the frame.
     #[inline(always)]
     pub fn word_of_xdp(&self) -> Option<u32> {

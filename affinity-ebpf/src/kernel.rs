@@ -606,6 +606,13 @@ impl SkBuff {
         unsafe { helpers::bpf_l4_csum_replace(self.0, offset as u32, 0, difference, flags) == 0 }
     }
 
+    /// The device that the frame came in by.
+    #[inline(always)]
+    pub fn ifindex(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ifindex }
+    }
+
     /// The word that XDP has left.
     #[inline(always)]
     pub fn word_of_xdp(self) -> Option<u32> {
@@ -633,8 +640,7 @@ impl SkBuff {
     /// The next hop of the frame's packet.
     #[inline(always)]
     pub fn next_hop<A: Address>(self, way: &Way<A>) -> Hop {
-        // SAFETY: as above.
-        Hop::find(self.0.cast(), unsafe { (*self.0).ifindex }, way)
+        Hop::find(self.0.cast(), self.ifindex(), way)
     }
 
     /// Goes on with another program; comes back only where there is none at `index`.
@@ -647,7 +653,7 @@ impl SkBuff {
     #[inline(always)]
     pub fn send_back(self) -> i32 {
         // SAFETY: as above.
-        unsafe { helpers::bpf_redirect((*self.0).ifindex, 0) as i32 }
+        unsafe { helpers::bpf_redirect(self.ifindex(), 0) as i32 }
     }
 }
 

@@ -93,8 +93,8 @@ pub fn tc_forward(ctx: TcContext) -> i32 {
     };
     match verdict {
         Verdict::Pass => skb.go_on_with(&TC_STAGES, STAGE_TC_REPLY),
-        Verdict::Forward | Verdict::Onward => skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD),
-        Verdict::Answer | Verdict::Drop => {}
+        Verdict::Forward | Verdict::Onward if may_redirect(&skb) => skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD),
+        Verdict::Forward | Verdict::Onward | Verdict::Answer | Verdict::Drop => {}
     }
     tc_action(&skb, verdict)
 }
@@ -117,10 +117,17 @@ pub fn tc_onward(ctx: TcContext) -> i32 {
 /// What [`tc_forward`] goes on with, where TC is to redirect, for what it has passed: there may be replies among it.
 #[classifier]
 pub fn tc_reply(ctx: TcContext) -> i32 {
-    if onward::is_reply(&Skb::new(&ctx), &Maps) {
-        kernel::tail_call(&TC_STAGES, &ctx, STAGE_TC_ONWARD);
+    let skb = Skb::new(&ctx);
+    if onward::is_reply(&skb, &Maps) && may_redirect(&skb) {
+        skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD);
     }
     TC_ACT_UNSPEC
+}
+
+/// Whether what came in by this device may be redirected.
+#[inline(always)]
+fn may_redirect(skb: &Skb<'_>) -> bool {
+    wire(skb.ifindex()) & WIRE_TC != 0
 }
 
 /// How a device takes frames that came in by others.

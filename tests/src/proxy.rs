@@ -32,10 +32,17 @@ pub enum Proxy {
     XdpRedirect,
 }
 
-/// What is beside `affinity` on the node. Packet filters commonly drop, as kube-proxy's rules do, what connection tracking
-/// makes no sense of.
-const STRICT: &str = "table inet strict { chain forward { \
-    type filter hook forward priority 0; ct state invalid counter drop; }; }";
+/// Puts a packet filter on node A that drops what connection tracking makes no sense of, as kube-proxy's rules and many
+/// others do.
+///
+/// # Errors
+/// What `nft` says when it refuses it.
+pub fn drop_invalid(lab: &Lab) -> Result<()> {
+    const STRICT: &str = "table inet strict { chain forward { \
+        type filter hook forward priority 0; ct state invalid counter drop; }; }";
+
+    feed(lab.node().command("nft").args(["-f", "-"]), STRICT)
+}
 
 impl Proxy {
     /// Whether this machine has what it needs.
@@ -61,7 +68,7 @@ impl Proxy {
             Self::Iptables => Mode::Iptables.install(&lab, services).map(|()| None)?,
             Self::Nftables => Mode::Nftables.install(&lab, services).map(|()| None)?,
             Self::Tc | Self::TcRedirect | Self::Xdp | Self::XdpRedirect => {
-                feed(lab.node().command("nft").args(["-f", "-"]), STRICT)?;
+                drop_invalid(&lab)?;
                 lab.publish_zone()?;
                 services.iter().try_for_each(|service| lab.publish(service))?;
                 Some(self.agent(&lab, &cgroup)?)

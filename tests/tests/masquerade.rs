@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use affinity_tests::lab::{
     Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
 };
-use affinity_tests::proxy::Proxy;
+use affinity_tests::proxy::{Proxy, drop_invalid};
 use affinity_tests::story::tell_in;
 use anyhow::{Context, Result, ensure};
 
@@ -180,6 +180,36 @@ fn no_neighbour_needs_to_be_known_to_xdp_and_redirects() -> Result<()> {
 #[test]
 fn no_neighbour_needs_to_be_known_to_xdp() -> Result<()> {
     needs_no_known_neighbour(Proxy::Xdp)
+}
+
+/// What a pod's port of the bridge sees is routed from the bridge: neither way is redirected.
+#[test]
+fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
+    let lab = Lab::with_pods(2)?;
+    drop_invalid(&lab)?;
+    let mut script = "link add br0 address 02:00:00:00:00:01 type bridge\nlink set br0 up\n\
+                      addr add 169.254.1.1/32 dev br0 scope link\n"
+        .to_owned();
+    for pod in 0..2 {
+        let (device, address) = (lab.pod(pod).device(), Family::V4.pod(pod));
+        script += &format!("link set {device} master br0\naddr del 169.254.1.1/32 dev {device}\n");
+        script += &format!("route replace {address} dev br0\n");
+    }
+    lab.node().ip(&script)?;
+    let services =
+        [0, 1].map(|pod| Service::new(&format!("web-{pod}"), pod + 1).tcp("http", 80, 8080).on([pod.into()]));
+    services.iter().try_for_each(|service| lab.publish(service))?;
+    let devices = ["--device", WIRE, "br0", "pod*"];
+    let _agent = lab.agent(&[devices.as_slice(), &Proxy::TcRedirect.hooks()].concat())?;
+    for (service, other) in services.iter().zip([1, 0]) {
+        let to = service.frontend(Family::V4, "http");
+        for _ in 0..3 {
+            lab.pod_client(other).http_get(Family::V4.pod(other), to, "/")?;
+            lab.client().http_get(Family::V4.client(1), to, "/")?;
+        }
+    }
+    ensure!(count(&lab, "sent-on")? == 0, "half of a connection would be seen by the stack");
+    Ok(())
 }
 
 /// Connections that began in the stack go on past it, and the other way round. Those that have been in the stack, then past

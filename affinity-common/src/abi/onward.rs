@@ -2,15 +2,16 @@
 
 /// `wires`: XDP may send frames out of the device. It runs XDP in its driver, which takes frames of others.
 pub const WIRE_XDP: u32 = 1;
-/// `wires`: TC may. What comes back by the device meets TC too, so that packets of both directions go the same way.
+/// `wires`: TC may, what came in by another such device. What comes back meets TC as well, so that both directions of a
+/// connection go the same way.
 pub const WIRE_TC: u32 = 2;
 /// `wires`: the device is one end of a pair, with a pod at the other.
 pub const WIRE_POD: u32 = 4;
 
 /// The metadata of a frame that XDP has looked at, for TC: it passes.
-pub const SEEN_PASSED: u32 = 0xaff0;
+pub const SEEN_PASSED: u32 = 0x6166_6670;
 /// The same: it was translated.
-pub const SEEN_TRANSLATED: u32 = 0xaff1;
+pub const SEEN_TRANSLATED: u32 = 0x6166_6674;
 
 /// `xdp_stages`: what sends on the packets of pods on other nodes.
 pub const STAGE_XDP_ONWARD: u32 = 0;

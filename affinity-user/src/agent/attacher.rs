@@ -22,6 +22,7 @@ use super::Options;
 use crate::{
     attach::{
         self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Why, XdpPolicy, device_name, roles,
+        wires::Wire,
     },
     load::PinDir,
 };
@@ -182,10 +183,17 @@ impl Attacher {
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        let pods = look.roles.iter().filter(|(_, finding)| finding.why == Why::PodSide).map(|(&index, _)| index);
-        let attached = self.attached.iter().map(|(&index, (_, hooks))| (index, hooks.as_slice()));
-        attach::wires::publish(&self.pins, attached, &pods.collect())?;
+        attach::wires::publish(&self.pins, &self.wires(look))?;
         Ok(progress)
+    }
+
+    fn wires(&self, look: &Look) -> Vec<Wire<'_>> {
+        let wire = |device: &Device| {
+            let (_, hooks) = self.attached.get(&device.index)?;
+            let leads_to_pod = look.roles.get(&device.index).is_some_and(|finding| finding.why == Why::PodSide);
+            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller: device.controller })
+        };
+        look.devices.iter().filter_map(wire).collect()
     }
 
     /// As [`Attacher::reconcile`], until all devices have been seen to. Returns the first failure of a device that the user

@@ -19,22 +19,28 @@ use crate::{
     store::{StoreError, kernel::Table},
 };
 
-/// Makes `wires` say how these devices take frames; `pods` are those that lead to pods.
+/// An attached device.
+#[derive(Clone, Copy, Debug)]
+pub struct Wire<'h> {
+    /// Its index.
+    pub ifindex: u32,
+    /// Where it is attached.
+    pub hooks: &'h [Hook],
+    /// Whether it is one end of a pair, with a pod at the other.
+    pub leads_to_pod: bool,
+    /// The bridge or bond that it is a port of, by index.
+    pub controller: Option<u32>,
+}
+
+/// Makes `wires` say how these devices take frames.
 ///
 /// # Errors
 /// [`StoreError`].
-pub fn publish<'h>(
-    pins: &PinDir,
-    attached: impl Iterator<Item = (u32, &'h [Hook])>,
-    pods: &BTreeSet<u32>,
-) -> Result<(), StoreError> {
+pub fn publish(pins: &PinDir, attached: &[Wire<'_>]) -> Result<(), StoreError> {
     let table: Table<u32, u32> = Table::open(&pins.maps(), names::WIRES)?;
     let known = table.iter().collect::<Result<BTreeMap<_, _>, _>>()?;
-    let mut wires: BTreeMap<u32, u32> = attached.map(|(ifindex, hooks)| (ifindex, bits(hooks))).collect();
+    let mut wires = ways(attached);
     keep_senders(&mut wires);
-    for (ifindex, bits) in &mut wires {
-        *bits |= if pods.contains(ifindex) { WIRE_POD } else { 0 };
-    }
     for ifindex in known.keys().filter(|ifindex| !wires.contains_key(ifindex)) {
         table.remove(ifindex)?;
     }
@@ -42,6 +48,19 @@ pub fn publish<'h>(
         table.put(ifindex, bits)?;
     }
     Ok(())
+}
+
+/// The bits of each device. TC sends nothing out of ports and of what they are ports of: a packet that is translated at a
+/// port is routed from the bridge, and its reply may never leave the bridge.
+fn ways(attached: &[Wire<'_>]) -> BTreeMap<u32, u32> {
+    let bridges: BTreeSet<u32> = attached.iter().filter_map(|wire| wire.controller).collect();
+    let way = |wire: &Wire<'_>| {
+        let is_bridged = wire.controller.is_some() || bridges.contains(&wire.ifindex);
+        let pod = if wire.leads_to_pod { WIRE_POD } else { 0 };
+        let by_tc = if is_bridged { 0 } else { WIRE_TC | pod };
+        (wire.ifindex, (bits(wire.hooks) | pod) & (WIRE_XDP | by_tc))
+    };
+    attached.iter().map(way).collect()
 }
 
 /// What hooks make possible.
@@ -77,4 +96,33 @@ fn keep_senders(wires: &mut BTreeMap<u32, u32>) {
 pub(super) fn withdraw(pins: &PinDir, ifindex: u32) -> Result<(), StoreError> {
     let table: Table<u32, u32> = Table::open(&pins.maps(), names::WIRES)?;
     table.remove(&ifindex).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TC: [Hook; 2] = [Hook::TcxIngress, Hook::TcxEgress];
+
+    fn wire(ifindex: u32, hooks: &[Hook]) -> Wire<'_> {
+        Wire { ifindex, hooks, leads_to_pod: false, controller: None }
+    }
+
+    #[test]
+    fn hooks_say_what_may_be_sent_out() {
+        let both = [Hook::XdpNative, Hook::ClsactIngress, Hook::ClsactEgress];
+        let (xdp, generic) = ([Hook::XdpNative, Hook::TcxEgress], [Hook::XdpGeneric, Hook::TcxEgress]);
+        let pod = Wire { leads_to_pod: true, ..wire(6, &TC) };
+        let attached = [wire(2, &TC), wire(3, &xdp), wire(4, &both), wire(5, &generic), pod];
+        let expected = [(2, WIRE_TC), (3, WIRE_XDP), (4, WIRE_XDP | WIRE_TC), (5, 0), (6, WIRE_TC | WIRE_POD)];
+        assert_eq!(ways(&attached), BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn nothing_is_redirected_to_a_bridge_or_its_ports() {
+        let port = Wire { leads_to_pod: true, controller: Some(3), ..wire(6, &TC) };
+        let attached = [wire(2, &TC), wire(3, &TC), port];
+        assert_eq!(ways(&attached), BTreeMap::from([(2, WIRE_TC), (3, 0), (6, 0)]));
+        assert_eq!(ways(&attached[..2]), BTreeMap::from([(2, WIRE_TC), (3, WIRE_TC)]), "its ports are not attached");
+    }
 }
