@@ -20,6 +20,19 @@ use super::screen::Screen;
 /// How long a change may take to be seen.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// The same command; what it has by way of environment included.
+fn with_default_signals(command: &Command) -> Command {
+    let mut env = Command::new("env");
+    env.arg("--default-signal").arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => env.env(name, value),
+            None => env.env_remove(name),
+        };
+    }
+    env
+}
+
 /// A command with a terminal of its own. Dropping it kills the command.
 pub struct Terminal {
     child: Child,
@@ -31,8 +44,10 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Starts a command with this terminal as its standard input, output and error.
-    pub fn start(mut command: Command, columns: u16, rows: u16) -> Result<Self> {
+    /// Starts a command with this terminal as its standard input, output and error. Signals do to it what they do by default,
+    /// also where whoever runs the tests ignores them.
+    pub fn start(command: Command, columns: u16, rows: u16) -> Result<Self> {
+        let mut command = with_default_signals(&command);
         let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         grantpt(&keyboard)?;
         unlockpt(&keyboard)?;
