@@ -67,10 +67,6 @@ fn forwarded(lab: &Lab) -> Result<[u64; 2]> {
     })?
 }
 
-/// Frontends by which a pod of the node sees the node, or the client.
-const TO_THE_NODE: [(Frontend, Policy); 2] =
-    [(Frontend::NodePort, Policy::Cluster), (Frontend::NodePort, Policy::Local)];
-
 /// What becomes of connections over a frontend: how many packets were sent on, and how many the stack has forwarded.
 fn sent_on_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
     let (sent_before, stack_before) = (count(lab, "sent-on")?, forwarded(lab)?[family as usize]);
@@ -78,8 +74,9 @@ fn sent_on_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> R
     Ok((count(lab, "sent-on")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
 }
 
-/// Connections of a client outside to a service of this pod, by frontends whose pods see the node, or the client.
-fn go_past_the_stack(proxy: Proxy, pod: usize, frontends: &[(Frontend, Policy)]) -> Result<()> {
+/// Connections of a client outside to node ports of this pod, which sees the node under the policy Cluster, and the client
+/// under Local.
+fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()> {
     const REQUESTS: u32 = 20;
     let service = |number, policy| {
         let web = Service::new(&format!("web-{number}"), number).tcp("http", 80, 8080).udp("dns", 53, 5353);
@@ -89,22 +86,22 @@ fn go_past_the_stack(proxy: Proxy, pod: usize, frontends: &[(Frontend, Policy)])
     let scene = proxy.start(&services)?;
     let lab = scene.lab();
     for (family, protocol) in Family::BOTH.into_iter().flat_map(|family| Protocol::BOTH.map(|of| (family, of))) {
-        for (frontend, policy) in frontends {
+        for policy in policies {
             let service = &services[usize::from(*policy == Policy::Local)];
-            let to = service.address(*frontend, family, protocol).context("it has every frontend")?;
+            let to = service.address(Frontend::NodePort, family, protocol).context("a node port")?;
             let request = |number| -> Result<()> {
                 let from = family.client(number);
                 let seen: IpAddr = lab.client().connect(protocol, from, to)?.ask_last("/client")?.parse()?;
-                let sees_node = *policy == Policy::Cluster && *frontend == Frontend::NodePort;
+                let sees_node = *policy == Policy::Cluster;
                 let is_right = if sees_node { family.node_addresses().contains(&seen) } else { seen == from };
-                ensure!(is_right, "by {frontend:?} under {policy:?} the pod sees {seen}");
+                ensure!(is_right, "under {policy:?} the pod sees {seen}");
                 Ok(())
             };
             // The stack finds out the neighbours' link addresses.
             request(0)?;
             let (sent, by_stack) = sent_on_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
             let least = if protocol == Protocol::Tcp { 8 } else { 2 };
-            let way = format!("{family:?} {protocol} by {frontend:?} under {policy:?}");
+            let way = format!("{family:?} {protocol} under {policy:?}");
             ensure!(sent >= u64::from(REQUESTS) * least, "{way}: {sent} were sent on");
             ensure!(by_stack == 0, "{way}: the stack has forwarded {by_stack}");
         }
@@ -114,22 +111,22 @@ fn go_past_the_stack(proxy: Proxy, pod: usize, frontends: &[(Frontend, Policy)])
 
 #[test]
 fn xdp_sends_to_another_node_and_back_past_the_stack() -> Result<()> {
-    go_past_the_stack(Proxy::Xdp, FIRST_OF_B, &[(Frontend::NodePort, Policy::Cluster)])
+    go_past_the_stack(Proxy::Xdp, FIRST_OF_B, &[Policy::Cluster])
 }
 
 #[test]
 fn tc_redirects_to_another_node_and_back_past_the_stack() -> Result<()> {
-    go_past_the_stack(Proxy::TcRedirect, FIRST_OF_B, &[(Frontend::NodePort, Policy::Cluster)])
+    go_past_the_stack(Proxy::TcRedirect, FIRST_OF_B, &[Policy::Cluster])
 }
 
 #[test]
 fn tc_redirects_to_a_pod_of_the_node_and_back_past_the_stack() -> Result<()> {
-    go_past_the_stack(Proxy::TcRedirect, 0, &TO_THE_NODE)
+    go_past_the_stack(Proxy::TcRedirect, 0, &[Policy::Cluster, Policy::Local])
 }
 
 #[test]
 fn tc_redirects_what_xdp_has_translated() -> Result<()> {
-    go_past_the_stack(Proxy::XdpRedirect, 0, &TO_THE_NODE)
+    go_past_the_stack(Proxy::XdpRedirect, 0, &[Policy::Cluster, Policy::Local])
 }
 
 /// A service with a pod of this node, and one with a pod of the other.
