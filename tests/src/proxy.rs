@@ -44,6 +44,18 @@ pub fn drop_invalid(lab: &Lab) -> Result<()> {
     feed(lab.node().command("nft").args(["-f", "-"]), STRICT)
 }
 
+/// Makes tests of stories: functions that take a [`Proxy`] and return a result. Each is a test of its own for each of
+/// [`Proxy::OURS`].
+#[macro_export]
+macro_rules! in_every_way {
+    ($($story:ident),* $(,)?) => {
+        mod tc { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::proxy::Proxy::Tc) })* }
+        mod tc_redirect { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::proxy::Proxy::TcRedirect) })* }
+        mod xdp { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::proxy::Proxy::Xdp) })* }
+        mod xdp_redirect { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::proxy::Proxy::XdpRedirect) })* }
+    };
+}
+
 impl Proxy {
     /// Whether this machine has what it needs.
     pub fn is_available(self) -> bool {

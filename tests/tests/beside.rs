@@ -54,13 +54,6 @@ fn ask_all(connections: &mut [Connection]) -> Result<Vec<String>> {
     asked.map(|(number, open)| open.ask("/").with_context(|| format!("connection {number}"))).collect()
 }
 
-fn counter(lab: &Lab, reason: &str) -> Result<u64> {
-    let counters = lab.affinity_json(&["get", "counters"])?;
-    let rows = counters.as_array().context("an array")?;
-    let row = rows.iter().find(|row| row["reason"] == reason).with_context(|| format!("no counter {reason}"))?;
-    row["packets"].as_u64().with_context(|| format!("{row}"))
-}
-
 fn is_ours(lab: &Lab, service: &Service) -> Result<bool> {
     let services = lab.affinity_json(&["get", "services"])?;
     Ok(services.as_array().context("an array")?.iter().any(|row| row["service"] == service.full_name()))
@@ -96,7 +89,7 @@ fn a_service_changes_hands_and_no_connection_breaks() -> Result<()> {
             let (client, to) = (lab.client(), theirs.frontend(Family::V4, "http"));
             let mut before = connect_all(&client, 0..CLIENTS, to)?;
             let at_first = ask_all(&mut before)?;
-            ensure!(counter(lab, "established")? == 0, "kube-proxy's service went through affinity");
+            ensure!(lab.count("established")? == 0, "kube-proxy's service went through affinity");
 
             // Taken over: what is open stays where it is, what is new is pinned.
             let ours = web().client_ip();
@@ -106,16 +99,16 @@ fn a_service_changes_hands_and_no_connection_breaks() -> Result<()> {
             let pinned = ask_all(&mut between)?;
             ensure!(ask_all(&mut between)? == pinned && ask_all(&mut before)? == at_first);
             ensure!(lab.client().ask_all(Protocol::Tcp, 0..CLIENTS, to)? == pinned, "a pinned client moved");
-            ensure!(counter(lab, "other-proxy")? > 0);
+            ensure!(lab.count("other-proxy")? > 0);
 
             // Given back.
             lab.publish(&theirs)?;
             eventually("the service is kube-proxy's again", PATIENCE, || Ok(!is_ours(lab, &ours)?))?;
             ensure!(ask_all(&mut between)? == pinned && ask_all(&mut before)? == at_first);
-            let created = counter(lab, "created")?;
+            let created = lab.count("created")?;
             let asked = lab.client().ask_all(Protocol::Tcp, 0..200, to)?;
             ensure!(asked.iter().collect::<std::collections::BTreeSet<_>>().len() == 3, "they do not spread");
-            ensure!(counter(lab, "created")? == created, "a new connection went through affinity");
+            ensure!(lab.count("created")? == created, "a new connection went through affinity");
             ensure!(ask_all(&mut between)? == pinned && ask_all(&mut before)? == at_first);
             Ok(())
         })
@@ -138,7 +131,7 @@ fn shadow_mode_decides_and_counts_and_changes_nothing() -> Result<()> {
             let row = &services[0];
             ensure!(row["shadow"] == true && row["connections"]["pinned"] == 400, "{row}");
             for reason in ["established", "reply", "created", "pinned"] {
-                ensure!(counter(lab, reason)? == 0, "{reason}: a packet was changed");
+                ensure!(lab.count(reason)? == 0, "{reason}: a packet was changed");
             }
             let to = web.frontend(Family::V4, "http").to_string();
             let explained = lab.affinity_json(&["explain", "--from", "198.18.0.1", "--to", &to])?;

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use affinity_tests::callers::{Call, Callers, Door, Line, Story, Who, tell};
+use affinity_tests::in_every_way;
 use affinity_tests::lab::{EndpointState, FIRST_OF_B, Family, Frontend, Lab, Protocol, Service, eventually, pod_name};
 use affinity_tests::proxy::Proxy;
 use anyhow::{Result, ensure};
@@ -47,28 +48,10 @@ fn node_port(number: u16) -> u16 {
     30_000 + 2 * number
 }
 
-#[test]
-fn live_services_change_under_their_clients_by_tc() -> Result<()> {
-    tell_all(Proxy::Tc)
-}
-
-#[test]
-fn live_services_change_under_their_clients_by_tc_redirecting() -> Result<()> {
-    tell_all(Proxy::TcRedirect)
-}
-
-#[test]
-fn live_services_change_under_their_clients_by_xdp() -> Result<()> {
-    tell_all(Proxy::Xdp)
-}
-
-#[test]
-fn live_services_change_under_their_clients_by_xdp_and_redirects() -> Result<()> {
-    tell_all(Proxy::XdpRedirect)
-}
+in_every_way!(live_services_change_under_their_clients);
 
 /// Each with a service of its own, which goes with it: an endpoint is gone when no service lists it.
-fn tell_all(proxy: Proxy) -> Result<()> {
+fn live_services_change_under_their_clients(proxy: Proxy) -> Result<()> {
     let stories: [(&str, Story); 5] = [
         ("datagrams of an endpoint that has gone", datagrams_of_an_endpoint_that_has_gone_go_elsewhere_at_once),
         ("connections to a terminating endpoint", connections_to_a_terminating_endpoint_go_on_until_it_has_gone),

@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
+use affinity_tests::in_every_way;
 use affinity_tests::lab::{
     Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
 };
@@ -21,13 +22,6 @@ const AT_ONCE: Duration = Duration::from_millis(900);
 /// How long a port may take to be free again, once its connection has been closed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
-fn count(lab: &Lab, reason: &str) -> Result<u64> {
-    let counters = lab.affinity_json(&["get", "counters"])?;
-    let rows = counters.as_array().context("an array")?;
-    let row = rows.iter().find(|row| row["reason"] == reason).context("it has a counter")?;
-    row["packets"].as_u64().with_context(|| row.to_string())
-}
-
 #[test]
 fn a_connection_beyond_the_nodes_ports_is_refused_and_a_closed_one_makes_room() -> Result<()> {
     let web = Service::new("web", 10).tcp("http", 80, 8080).node_ports(30_080).on([0]);
@@ -40,10 +34,10 @@ fn a_connection_beyond_the_nodes_ports_is_refused_and_a_closed_one_makes_room() 
                 let seen: IpAddr = connection.ask("/client")?.parse()?;
                 ensure!(family.node_addresses().contains(&seen), "the pod sees {seen}");
             }
-            let (before, began) = (count(lab, "ports-exhausted")?, Instant::now());
+            let (before, began) = (lab.count("ports-exhausted")?, Instant::now());
             let kind = dial(PORTS).map(drop).map_err(|error| error.kind());
             ensure!(kind == Err(ErrorKind::ConnectionRefused) && began.elapsed() < AT_ONCE, "{kind:?}");
-            ensure!(count(lab, "ports-exhausted")? > before, "it is counted");
+            ensure!(lab.count("ports-exhausted")? > before, "it is counted");
             for connection in &mut open {
                 connection.ask("/").context("those that are there go on")?;
             }
@@ -69,9 +63,9 @@ fn forwarded(lab: &Lab) -> Result<[u64; 2]> {
 
 /// What becomes of connections over a frontend: how many packets were sent on, and how many the stack has forwarded.
 fn sent_on_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
-    let (sent_before, stack_before) = (count(lab, "sent-on")?, forwarded(lab)?[family as usize]);
+    let (sent_before, stack_before) = (lab.count("sent-on")?, forwarded(lab)?[family as usize]);
     requests()?;
-    Ok((count(lab, "sent-on")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
+    Ok((lab.count("sent-on")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
 }
 
 /// Connections of a client outside to node ports of this pod, which sees the node under the policy Cluster, and the client
@@ -136,9 +130,11 @@ fn on_either_node() -> [Service; 2] {
     })
 }
 
+in_every_way!(no_neighbour_needs_to_be_known);
+
 /// A packet filter that drops what connection tracking makes no sense of drops no reply to a client whose link address the
 /// node does not know, while it knows the pod's.
-fn needs_no_known_neighbour(proxy: Proxy) -> Result<()> {
+fn no_neighbour_needs_to_be_known(proxy: Proxy) -> Result<()> {
     let services = on_either_node();
     let scene = proxy.start(&services)?;
     let lab = scene.lab();
@@ -157,26 +153,6 @@ fn needs_no_known_neighbour(proxy: Proxy) -> Result<()> {
         }
     }
     Ok(())
-}
-
-#[test]
-fn no_neighbour_needs_to_be_known_to_tc() -> Result<()> {
-    needs_no_known_neighbour(Proxy::Tc)
-}
-
-#[test]
-fn no_neighbour_needs_to_be_known_to_redirects() -> Result<()> {
-    needs_no_known_neighbour(Proxy::TcRedirect)
-}
-
-#[test]
-fn no_neighbour_needs_to_be_known_to_xdp_and_redirects() -> Result<()> {
-    needs_no_known_neighbour(Proxy::XdpRedirect)
-}
-
-#[test]
-fn no_neighbour_needs_to_be_known_to_xdp() -> Result<()> {
-    needs_no_known_neighbour(Proxy::Xdp)
 }
 
 /// What a pod's port of the bridge sees is routed from the bridge: neither way is redirected.
@@ -205,7 +181,7 @@ fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
             lab.client().http_get(Family::V4.client(1), to, "/")?;
         }
     }
-    ensure!(count(&lab, "sent-on")? == 0, "half of a connection would be seen by the stack");
+    ensure!(lab.count("sent-on")? == 0, "half of a connection would be seen by the stack");
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 
 use std::fs;
 
+use affinity_tests::in_every_way;
 use affinity_tests::lab::{
     FIRST_OF_B, Family, Frontend, Lab, Namespace, Options, PODS, Policy, Protocol, Service, UNDERLAY_WIRE, WIRE,
 };
@@ -83,21 +84,22 @@ fn service(pod: usize, policy: Policy) -> Service {
         .on([pod])
 }
 
-fn tell(proxy: Proxy, story: impl FnOnce(&Lab, &[Call]) -> Result<()>) -> Result<()> {
+in_every_way!(what_does_not_fit_arrives);
+
+fn what_does_not_fit_arrives(proxy: Proxy) -> Result<()> {
     let options = Options { pods: 2, pods_of_b: 1, ..Options::default() };
     let services = [service(A, Policy::Cluster), service(B, Policy::Cluster), service(A, Policy::Local)];
     let [pods_v4, pods_v6] = PODS;
     let args = ["--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6];
     let devices = ["--device", WIRE, UNDERLAY_WIRE, "pod*"];
     let args = [args.as_slice(), &devices, &proxy.hooks()].concat();
-    tell_in(&options, &args, &services.each_ref(), |lab, _| story(lab, &Call::all()))
-}
-
-/// What a reason has been counted for.
-fn count(lab: &Lab, reason: &str) -> Result<u64> {
-    let counters = lab.affinity_json(&["get", "counters"])?;
-    let row = counters.as_array().context("an array")?.iter().find(|row| row["reason"] == reason);
-    Ok(row.and_then(|row| row["packets"].as_u64()).unwrap_or(0))
+    tell_in(&options, &args, &services.each_ref(), |lab, _| {
+        let calls = Call::all();
+        datagrams_in_fragments_arrive(lab, &calls).context("fragments")?;
+        a_small_path_to_a_pod_is_found_out(lab, &calls).context("a small path to a pod")?;
+        a_small_path_to_a_client_is_found_out(lab, &calls).context("a small path to a client")?;
+        a_small_path_beyond_the_other_node_is_found_out(lab, &calls).context("a small path beyond the other node")
+    })
 }
 
 fn set_mtu(node: &Namespace, devices: &[&str], mtu: &str) -> Result<()> {
@@ -164,22 +166,14 @@ fn is_found_out<'a>(
     })
 }
 
-/// All that is about packets that do not fit.
-fn what_does_not_fit_arrives(lab: &Lab, calls: &[Call]) -> Result<()> {
-    datagrams_in_fragments_arrive(lab, calls).context("fragments")?;
-    a_small_path_to_a_pod_is_found_out(lab, calls).context("a small path to a pod")?;
-    a_small_path_to_a_client_is_found_out(lab, calls).context("a small path to a client")?;
-    a_small_path_beyond_the_other_node_is_found_out(lab, calls).context("a small path beyond the other node")
-}
-
 fn datagrams_in_fragments_arrive(lab: &Lab, calls: &[Call]) -> Result<()> {
-    let before = count(lab, "later-fragment")?;
+    let before = lab.count("later-fragment")?;
     let sizes = [(LONG, 1), (0, LONG), (LONG, LONG)];
     for (call, (request, answer)) in calls.iter().flat_map(|call| sizes.map(|sizes| (call, sizes))) {
         call.ask(lab, Protocol::Udp, request, answer)?;
     }
     // Four long datagrams each, of two later fragments.
-    let (followed, sent) = (count(lab, "later-fragment")? - before, 4 * 2 * calls.len() as u64);
+    let (followed, sent) = (lab.count("later-fragment")? - before, 4 * 2 * calls.len() as u64);
     ensure!(followed >= sent, "{followed} of {sent} fragments were followed");
     for (map, shown) in
         [("fragments_v4", " > 10.96.0.2 id="), ("fragments_v6", " > fd00:96::2 id="), ("tried", "pod-10000 ->")]
@@ -210,24 +204,4 @@ fn a_small_path_beyond_the_other_node_is_found_out(lab: &Lab, calls: &[Call]) ->
     set_mtu(lab.node_b(), &[&device], SMALL_MTU)?;
     is_found_out(lab, lab.node_b(), calls.iter().filter(|call| call.to == B), (LONG, 1))?;
     set_mtu(lab.node_b(), &[&device], USUAL_MTU)
-}
-
-#[test]
-fn what_does_not_fit_arrives_by_tc() -> Result<()> {
-    tell(Proxy::Tc, what_does_not_fit_arrives)
-}
-
-#[test]
-fn what_does_not_fit_arrives_by_tc_redirecting() -> Result<()> {
-    tell(Proxy::TcRedirect, what_does_not_fit_arrives)
-}
-
-#[test]
-fn what_does_not_fit_arrives_by_xdp() -> Result<()> {
-    tell(Proxy::Xdp, what_does_not_fit_arrives)
-}
-
-#[test]
-fn what_does_not_fit_arrives_by_xdp_and_redirects() -> Result<()> {
-    tell(Proxy::XdpRedirect, what_does_not_fit_arrives)
 }

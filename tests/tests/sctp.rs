@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use affinity_tests::in_every_way;
 use affinity_tests::lab::{
     Association, Client, FIRST_OF_B, Family, Frontend, Policy, Protocol, Service, eventually, pod_name,
 };
@@ -50,27 +51,9 @@ fn address(service: &Service, frontend: Frontend, family: Family) -> Result<Sock
     service.address(frontend, family, Protocol::Udp).context("it has every frontend")
 }
 
-#[test]
-fn associations_reach_one_pod_by_tc() -> Result<()> {
-    tell(Proxy::Tc)
-}
+in_every_way!(associations_reach_one_pod);
 
-#[test]
-fn associations_reach_one_pod_by_tc_redirecting() -> Result<()> {
-    tell(Proxy::TcRedirect)
-}
-
-#[test]
-fn associations_reach_one_pod_by_xdp() -> Result<()> {
-    tell(Proxy::Xdp)
-}
-
-#[test]
-fn associations_reach_one_pod_by_xdp_and_redirects() -> Result<()> {
-    tell(Proxy::XdpRedirect)
-}
-
-fn tell(proxy: Proxy) -> Result<()> {
+fn associations_reach_one_pod(proxy: Proxy) -> Result<()> {
     let scene = proxy.start(&[])?;
     let lab = scene.lab();
     let _servers = ENDPOINTS.iter().map(|pod| lab.serve_sctp(*pod)).collect::<Result<Vec<_>>>()?;

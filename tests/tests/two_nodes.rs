@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use affinity_tests::callers::{Call, Callers, Door, Story, Who, tell};
+use affinity_tests::in_every_way;
 use affinity_tests::lab::{
     EndpointState, FIRST_OF_B, Family, Frontend, Lab, NODE_B_NAME, NODE_NAME, Policy, Protocol, Service, eventually,
     pod_name,
@@ -62,17 +63,9 @@ fn calls(service: &Service) -> Vec<Call> {
     Protocol::BOTH.iter().flat_map(|protocol| Call::all(service, &WAYS, *protocol)).collect()
 }
 
-#[test]
-fn clients_of_every_kind_are_pinned_by_tc() -> Result<()> {
-    tell_all(Proxy::Tc)
-}
+in_every_way!(clients_of_every_kind_are_pinned);
 
-#[test]
-fn clients_of_every_kind_are_pinned_by_xdp() -> Result<()> {
-    tell_all(Proxy::Xdp)
-}
-
-fn tell_all(proxy: Proxy) -> Result<()> {
+fn clients_of_every_kind_are_pinned(proxy: Proxy) -> Result<()> {
     let stories: [(&str, Story); 5] = [
         ("pinned", every_answer_is_one_pod),
         ("switched", affinity_is_switched_on_a_live_service),

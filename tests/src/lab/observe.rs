@@ -91,6 +91,17 @@ impl Lab {
         serde_json::from_value(json.clone()).with_context(|| format!("sessions as documented, not {json}"))
     }
 
+    /// How many packets have been counted for a reason.
+    ///
+    /// # Errors
+    /// When the command fails, or there is no such reason.
+    pub fn count(&self, reason: &str) -> Result<u64> {
+        let counters = self.affinity_json(&["get", "counters"])?;
+        let rows = counters.as_array().context("an array")?;
+        let row = rows.iter().find(|row| row["reason"] == reason).with_context(|| format!("no counter {reason}"))?;
+        row["packets"].as_u64().with_context(|| row.to_string())
+    }
+
     /// What the next packet of this client to this frontend would meet; or the next socket, where the client is named
     /// `node`, or as a pod.
     ///

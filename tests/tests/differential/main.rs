@@ -11,6 +11,7 @@ mod oracle;
 
 use std::collections::BTreeMap;
 
+use affinity_tests::in_every_way;
 use affinity_tests::proxy::{Proxy, Scene};
 use affinity_tests::story::report;
 use anyhow::{Context, Result, ensure};
@@ -125,22 +126,8 @@ fn kube_proxys_nftables_rules_do_what_the_function_says() -> Result<()> {
     tell(Proxy::Nftables)
 }
 
-#[test]
-fn affinity_does_what_the_function_says() -> Result<()> {
-    tell(Proxy::Tc)
-}
+in_every_way!(affinity_does_what_the_function_says);
 
-#[test]
-fn affinity_does_what_the_function_says_by_tc_redirecting() -> Result<()> {
-    tell(Proxy::TcRedirect)
-}
-
-#[test]
-fn affinity_does_what_the_function_says_by_xdp() -> Result<()> {
-    tell(Proxy::Xdp)
-}
-
-#[test]
-fn affinity_does_what_the_function_says_by_xdp_and_redirects() -> Result<()> {
-    tell(Proxy::XdpRedirect)
+fn affinity_does_what_the_function_says(proxy: Proxy) -> Result<()> {
+    tell(proxy)
 }
