@@ -59,14 +59,18 @@ impl<A: Address> Way<A> {
 /// The link addresses of a frame: destination, then source.
 pub type Link = [u8; 12];
 
+/// Where a frame is sent next; or that it cannot be told.
+pub trait NextHop {
+    /// The link addresses of the frame for it, where they are known.
+    fn link(&self) -> Option<Link>;
+}
+
 /// A frame whose hook can send it out by another device.
 pub trait Routes: Packet {
-    /// Where a frame is sent next; or that it cannot be told.
-    type Hop;
+    /// The answer to its hook's lookup of a route.
+    type Hop: NextHop;
     /// The next hop of its packet.
     fn hop<A: Address>(&self, way: &Way<A>) -> Self::Hop;
-    /// The link addresses of the frame for it, where they are known.
-    fn link(hop: &Self::Hop) -> Option<Link>;
 }
 
 /// Whether what [`pipeline::forward`] has passed is a reply that [`send_on`] would translate.
@@ -117,8 +121,8 @@ pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>, R>(
 
 /// Whether a frame got the link addresses that its next hop needs.
 #[inline(always)]
-fn address<P: Routes>(packet: &mut P, hop: &P::Hop) -> bool {
-    P::link(hop).is_none_or(|link| packet.write(0, link))
+fn address(packet: &mut impl Packet, hop: &impl NextHop) -> bool {
+    hop.link().is_none_or(|link| packet.write(0, link))
 }
 
 /// The action for an IPv4 packet's next hop, and whether that is written which the hop changes.

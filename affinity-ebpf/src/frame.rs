@@ -2,7 +2,7 @@
 
 use affinity_common::{
     abi::{Address, Edit, V6},
-    onward::{Link, Routes, Way},
+    onward::{NextHop, Routes, Way},
     packet::Packet,
     parse::{ACK, Headers, SCTP, SYN, TCP, UDP},
     rewrite,
@@ -108,11 +108,6 @@ impl Routes for XdpFrame {
             return Hop::unknown();
         }
         self.xdp.next_hop(way)
-    }
-
-    #[inline(always)]
-    fn link(hop: &Hop) -> Option<Link> {
-        hop.link()
     }
 }
 
@@ -247,10 +242,5 @@ impl Routes for Skb<'_> {
             Some(len) if self.skb.is_for_this_device() => self.skb.next_hop(&Way { len, ..*way }),
             _ => Hop::unknown(),
         }
-    }
-
-    #[inline(always)]
-    fn link(hop: &Hop) -> Option<Link> {
-        hop.link()
     }
 }

@@ -10,7 +10,7 @@ use core::{
 
 use affinity_common::{
     abi::{Address, CONFIG_MAGIC, Config, Event, Port, Session, V4, V6},
-    onward::{Link, Way},
+    onward::{Link, NextHop, Way},
     packet::Packet,
     parse::{TCP, UDP},
     socket::{Caller, Peer},
@@ -523,13 +523,6 @@ impl Hop {
         matches!(self.answer, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH).then_some(self.lookup.ifindex)
     }
 
-    /// The link addresses, where the neighbour's is known.
-    #[inline(always)]
-    pub fn link(&self) -> Option<Link> {
-        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.lookup.dmac, self.lookup.smac);
-        (self.answer == BPF_FIB_LKUP_RET_SUCCESS).then_some([a, b, c, d, e, f, g, h, i, j, k, l])
-    }
-
     /// Sends the frame of a TC program there, by the stack's neighbour, whose link address it finds out: the action to return.
     #[inline(always)]
     pub fn redirect_by_neighbour(&self) -> i32 {
@@ -549,6 +542,15 @@ impl Hop {
     pub fn redirect_into(&self) -> i32 {
         // SAFETY: the kernel checks the device.
         unsafe { helpers::bpf_redirect_peer(self.lookup.ifindex, 0) as i32 }
+    }
+}
+
+impl NextHop for Hop {
+    /// They are known where the neighbour is.
+    #[inline(always)]
+    fn link(&self) -> Option<Link> {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.lookup.dmac, self.lookup.smac);
+        (self.answer == BPF_FIB_LKUP_RET_SUCCESS).then_some([a, b, c, d, e, f, g, h, i, j, k, l])
     }
 }
 

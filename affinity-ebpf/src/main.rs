@@ -13,7 +13,7 @@ use affinity_common::{
     abi::{
         SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD, WIRE_TC, WIRE_XDP,
     },
-    onward,
+    onward::{self, NextHop},
     pipeline::{self, Verdict},
 };
 use aya_ebpf::{
@@ -56,11 +56,9 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
 pub fn xdp_onward(ctx: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&ctx);
     let came_by = frame.ifindex();
-    let take = |hop: &Hop| match hop.device() {
-        Some(ifindex) if hop.link().is_none() || wire(ifindex) & WIRE_XDP == 0 => None,
-        Some(ifindex) if ifindex == came_by => Some(xdp_action::XDP_TX),
-        Some(ifindex) => Some(kernel::redirect(ifindex)),
-        None => None,
+    let take = |hop: &Hop| {
+        let ifindex = hop.device().filter(|ifindex| hop.link().is_some() && wire(*ifindex) & WIRE_XDP != 0)?;
+        Some(if ifindex == came_by { xdp_action::XDP_TX } else { kernel::redirect(ifindex) })
     };
     match onward::send_on(&mut frame, &Maps, take) {
         Ok(action) => action,

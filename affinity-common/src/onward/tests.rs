@@ -56,6 +56,12 @@ impl Sited for V6 {
     }
 }
 
+impl NextHop for Option<u32> {
+    fn link(&self) -> Option<Link> {
+        self.map(|_| LINK)
+    }
+}
+
 /// A frame of a hook that knows one way: by `hop`.
 struct Frame {
     bytes: Vec<u8>,
@@ -84,10 +90,6 @@ impl Routes for Frame {
         assert_eq!(usize::from(way.len), self.bytes.len() - EthHdr::LEN);
         assert_eq!((way.protocol, way.class), (TCP, 0));
         self.hop
-    }
-
-    fn link(hop: &Option<u32>) -> Option<Link> {
-        hop.map(|_| LINK)
     }
 }
 
