@@ -13,6 +13,7 @@ use super::{
     source::{self, ClusterArgs, SourceName},
 };
 use crate::{
+    attach::device_name,
     events::EventReader,
     store::{
         StoreError,
@@ -90,6 +91,7 @@ fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>,
         names::FRAGMENTS_V4 => fragments::<affinity_common::abi::V4>(dump, store)?,
         names::FRAGMENTS_V6 => fragments::<affinity_common::abi::V6>(dump, store)?,
         names::TRIED => dump.tried(store.tried.iter().collect::<Result<Vec<_>, _>>()?),
+        names::WIRES => dump.wires(store.wires.iter().collect::<Result<Vec<_>, _>>()?, device_name),
         names::SOCKETS => dump.sockets(store.sockets.iter().collect::<Result<Vec<_>, _>>()?),
         names::EVENTS => dump.events(&EventReader::from_oldest(&store.events)?.collect::<Vec<_>>()),
         names::STATUS => dump.status(),

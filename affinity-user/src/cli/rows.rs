@@ -215,14 +215,17 @@ impl Row for DeviceView {
     ];
 
     fn cells(&self) -> Vec<Cell> {
-        let hook = |hook: Option<&str>| hook.map_or_else(|| Cell::toned("-", Tone::Bad), Cell::new);
+        let hook = |hooks: &[&str]| match hooks {
+            [] => Cell::toned("-", Tone::Bad),
+            hooks => Cell::new(hooks.join(",")),
+        };
         let programs: Vec<_> = self.programs.iter().map(u32::to_string).collect();
         vec![
             self.device.as_deref().map_or_else(|| Cell::toned("(gone)", Tone::Bad), Cell::new),
             if self.ifindex == 0 { Cell::toned("-", Tone::Faint) } else { Cell::number(self.ifindex) },
             optional(self.role),
-            hook(self.ingress),
-            hook(self.egress),
+            hook(&self.ingress),
+            hook(self.egress.as_slice()),
             Cell::new(programs.join(",")),
             optional(self.why.as_deref()),
         ]
@@ -428,6 +431,7 @@ mod tests {
         let attachments = [
             attachment(2, Hook::XdpNative, 70),
             attachment(2, Hook::TcxEgress, 72),
+            attachment(2, Hook::TcxIngress, 71),
             attachment(5, Hook::TcxEgress, 72),
             attachment(5, Hook::TcxIngress, 71),
             attachment(9, Hook::ClsactEgress, 72),
@@ -440,22 +444,22 @@ mod tests {
         ]);
         let devices = DeviceView::all(&attachments, names, &roles);
         insta::assert_snapshot!(print(&devices, Format::Table), @r"
-        DEVICE   INDEX   ROLE       INGRESS       EGRESS
-        eth2         2   external   xdp-native    tcx-egress
-        eth5         5   internal   tcx-ingress   tcx-egress
-        (gone)       9   -          -             clsact-egress
+        DEVICE   INDEX   ROLE       INGRESS                  EGRESS
+        eth2         2   external   xdp-native,tcx-ingress   tcx-egress
+        eth5         5   internal   tcx-ingress              tcx-egress
+        (gone)       9   -          -                        clsact-egress
         ");
         insta::assert_snapshot!(print(&devices, Format::Wide), @r"
-        DEVICE   INDEX   ROLE       INGRESS       EGRESS          PROGRAMS   WHY
-        eth2         2   external   xdp-native    tcx-egress      70,72      a default route leaves by it
-        eth5         5   internal   tcx-ingress   tcx-egress      71,72      leads to another network namespace
-        (gone)       9   -          -             clsact-egress   72         -
+        DEVICE   INDEX   ROLE       INGRESS                  EGRESS          PROGRAMS   WHY
+        eth2         2   external   xdp-native,tcx-ingress   tcx-egress      70,71,72   a default route leaves by it
+        eth5         5   internal   tcx-ingress              tcx-egress      71,72      leads to another network namespace
+        (gone)       9   -          -                        clsact-egress   72         -
         ");
         insta::assert_snapshot!(print(&devices, Format::Json), @r#"
         [
-        {"device":"eth2","ifindex":2,"role":"external","ingress":"xdp-native","egress":"tcx-egress","programs":[70,72],"why":"a default route leaves by it"},
-        {"device":"eth5","ifindex":5,"role":"internal","ingress":"tcx-ingress","egress":"tcx-egress","programs":[71,72],"why":"leads to another network namespace"},
-        {"device":null,"ifindex":9,"role":null,"ingress":null,"egress":"clsact-egress","programs":[72],"why":null}
+        {"device":"eth2","ifindex":2,"role":"external","ingress":["xdp-native","tcx-ingress"],"egress":"tcx-egress","programs":[70,71,72],"why":"a default route leaves by it"},
+        {"device":"eth5","ifindex":5,"role":"internal","ingress":["tcx-ingress"],"egress":"tcx-egress","programs":[71,72],"why":"leads to another network namespace"},
+        {"device":null,"ifindex":9,"role":null,"ingress":[],"egress":"clsact-egress","programs":[72],"why":null}
         ]
         "#);
     }

@@ -115,6 +115,8 @@ pub struct KernelStore {
     pub node: Table<u32, Node>,
     /// Backend index -> how many source ports were tried for connections to it.
     pub tried: Table<u32, u64>,
+    /// Ifindex -> what may be sent out of the device.
+    pub wires: Table<u32, u32>,
     /// Members of pools.
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
@@ -181,6 +183,7 @@ impl KernelStore {
             )?,
             node: Table::open(maps, names::NODE)?,
             tried: Table::open(maps, names::TRIED)?,
+            wires: Table::open(maps, names::WIRES)?,
             members: Table::open(maps, names::MEMBERS)?,
             backends: Table::open(maps, names::BACKENDS)?,
             generations: words(names::BACKENDS)?,

@@ -15,8 +15,8 @@ pub struct DeviceView {
     pub ifindex: u32,
     /// What it leads to: `external` out of the node, `internal` to pods; null: neither, so it was named.
     pub role: Option<&'static str>,
-    /// Where packets from clients are translated; null: nowhere.
-    pub ingress: Option<&'static str>,
+    /// Where packets from clients are translated, in the order that they get there.
+    pub ingress: Vec<&'static str>,
     /// Where replies to clients are translated; null: nowhere.
     pub egress: Option<&'static str>,
     /// Ids of the programs, ingress first.
@@ -38,10 +38,10 @@ impl DeviceView {
             devices.entry(attachment.ifindex).or_default().push(attachment);
         }
         let views = devices.into_iter().map(|(ifindex, mut attachments)| {
-            attachments.sort_by_key(|attachment| !attachment.hook.is_ingress());
-            let hook = |ingress| {
-                let mut hooks = attachments.iter().map(|attachment| attachment.hook);
-                hooks.find(|hook| hook.is_ingress() == ingress).map(Hook::name)
+            attachments.sort_by_key(|attachment| attachment.hook);
+            let hooks = |ingress| {
+                let hooks = attachments.iter().map(|attachment| attachment.hook);
+                hooks.filter(move |hook| hook.is_ingress() == ingress).map(Hook::name)
             };
             let finding = roles.get(&ifindex);
             Self {
@@ -49,8 +49,8 @@ impl DeviceView {
                 ifindex,
                 role: finding.and_then(|finding| finding.role).map(Role::name),
                 why: finding.map(|finding| finding.why.to_string()),
-                ingress: hook(true),
-                egress: hook(false),
+                ingress: hooks(true).collect(),
+                egress: hooks(false).next(),
                 programs: attachments.iter().map(|attachment| attachment.prog_id).collect(),
             }
         });
@@ -69,7 +69,7 @@ impl DeviceView {
             ifindex: 0,
             role: None,
             why: None,
-            ingress: Some("socket"),
+            ingress: vec!["socket"],
             egress: Some("socket"),
             programs,
         };

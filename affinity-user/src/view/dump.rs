@@ -12,7 +12,7 @@ use affinity_common::{
     abi::{
         AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend, MASQUERADE,
         MEMBER_READY, MemberKey, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey, SHADOW, SHARED, SILENT, SPLIT,
-        Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
+        Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6, WIRE_POD, WIRE_TC, WIRE_XDP,
     },
     names,
 };
@@ -322,6 +322,25 @@ impl<'a> Dump<'a> {
         lines.into_iter().collect()
     }
 
+    /// How devices take frames that came in by others, by device; `wires` is the map, by ifindex, and `name` gives a
+    /// device's name. One whose bits are zero takes none.
+    #[must_use]
+    pub fn wires(
+        &self,
+        wires: impl IntoIterator<Item = (u32, u32)>,
+        name: impl Fn(u32) -> Option<String>,
+    ) -> Vec<String> {
+        const WAYS: [(u32, &str); 3] = [(WIRE_XDP, " xdp"), (WIRE_TC, " tc"), (WIRE_POD, " pod")];
+
+        let line = |(ifindex, bits): (u32, u32)| {
+            let device = name(ifindex).unwrap_or_else(|| ifindex.to_string());
+            let ways: String = WAYS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, way)| *way).collect();
+            let ways = if ways.is_empty() { " -" } else { &ways };
+            format!("{} {device} ->{ways}", names::WIRES)
+        };
+        wires.into_iter().map(line).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
     /// Sockets, by what each is found for, protocol and cookie.
     #[must_use]
     pub fn sockets(&self, entries: impl IntoIterator<Item = (SocketKey, Socket)>) -> Vec<String> {
@@ -454,6 +473,8 @@ mod tests {
         };
         lines.extend(dump.fragments([(fragment, key)]));
         lines.extend(dump.tried([(1, 7), (2, 0), (3, 65)]));
+        let name = |ifindex| (ifindex != 9).then(|| format!("eth{ifindex}"));
+        lines.extend(dump.wires([(4, WIRE_TC | WIRE_POD), (2, WIRE_XDP | WIRE_TC), (9, WIRE_TC), (3, 0)], name));
         lines.extend(dump.counters(&[0, 2, 0, 0, 0, 70]));
         lines.extend(dump.events(&fixture::events()));
         lines.join("\n")
@@ -509,6 +530,10 @@ mod tests {
         fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> forward TCP 192.0.2.1:40000 > 10.96.0.10:80
         tried 10.244.0.3 -> 65 ports
         tried default/web-0 -> 7 ports
+        wires 9 -> tc
+        wires eth2 -> xdp tc
+        wires eth3 -> -
+        wires eth4 -> tc pod
         counters truncated -> 2
         counters not-frontend -> 70
         events created default/web 192.0.2.1 -> default/web-0
