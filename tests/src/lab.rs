@@ -73,7 +73,7 @@ pub use yaml::{EndpointState, Frontend, Hints, Policy, Service, ServicePort, nod
 
 pub(crate) use address::WIRE_CLIENT;
 pub(crate) use netns::feed;
-use network::{client_namespace, join, node_namespace};
+use network::{client_namespace, join, node_namespace, steer};
 pub(crate) use network::{ethtool, pass_by_xdp};
 
 /// The node's end of the wire to the clients.
@@ -95,11 +95,16 @@ pub struct Options {
     /// Let the node and the pods leave checksums to the device, as real ones do. Off: every frame has its
     /// checksum filled in before it can be captured.
     pub checksum_offload: bool,
+    /// Let one processor handle all packets of a flow to a pod, as the queues of a network card do. Off: each is handled by
+    /// the processor that sent it, and once in a hundred thousand connections the client's first data arrives while the
+    /// pod's kernel puts the connection in the request's place, finds neither, and is answered with a reset, whoever
+    /// routes it.
+    pub steering: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { pods: 3, pods_of_b: 0, checksum_offload: true }
+        Self { pods: 3, pods_of_b: 0, checksum_offload: true, steering: true }
     }
 }
 
@@ -145,11 +150,13 @@ impl Lab {
         if !options.checksum_offload {
             ethtool(&node, WIRE, &["tx", "off"])?;
         }
+        if options.steering {
+            steer(&node, WIRE)?;
+        }
         // A veth device sends what an XDP program turns back (`XDP_TX`), but tells its peer to look at it only where the
         // peer runs a program too (`veth_xdp_flush`).
         let receiver = pass_by_xdp(&client, "eth0")?;
-        let start =
-            |index, node: &Namespace| Pod::start(index, format!("{name}-pod{index}"), node, options.checksum_offload);
+        let start = |index, node: &Namespace| Pod::start(index, format!("{name}-pod{index}"), node, options.clone());
         let pods = (0..options.pods).map(|index| start(index, &node)).collect::<Result<_>>()?;
         let second = match options.pods_of_b {
             0 => None,

@@ -1,5 +1,8 @@
 //! The namespaces of the nodes and of the clients, and the wires between them.
 
+use std::process::Command;
+use std::thread::available_parallelism;
+
 use affinity_user::objects::LIMITS;
 use anyhow::{Context, Result};
 use aya::Ebpf;
@@ -61,6 +64,16 @@ pub(crate) fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
         pass.attach(device, XdpMode::Driver)?;
         Ok(limits)
     })?
+}
+
+/// Spreads what a device receives over the processors by flow (`Documentation/networking/scaling.rst`, RPS).
+pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
+    // One word of the mask has 32 processors, and that is enough.
+    let processors = available_parallelism()?.get().min(32);
+    let mask = u32::MAX >> (32 - processors);
+    // `ip` mounts the namespace's own /sys.
+    let write = format!("echo {mask:x} > /sys/class/net/{device}/queues/rx-0/rps_cpus");
+    netns::run(Command::new("ip").args(["netns", "exec", namespace.name(), "sh", "-c", &write]))
 }
 
 /// Switches offloads of a device.

@@ -3,8 +3,10 @@
 
 use anyhow::{Result, ensure};
 
+use super::Options;
 use super::address::{Family, POD_ROUTER};
 use super::netns::{Namespace, run};
+use super::network::steer;
 use super::server::Server;
 use super::yaml::pod_name;
 
@@ -12,7 +14,7 @@ use super::yaml::pod_name;
 pub struct Pod {
     index: usize,
     namespace_name: String,
-    checksum_offload: bool,
+    options: Options,
     life: Option<Life>,
 }
 
@@ -24,13 +26,8 @@ struct Life {
 
 impl Pod {
     /// Makes the pod's namespace, joins it to the node and starts its servers.
-    pub(super) fn start(
-        index: usize,
-        namespace_name: String,
-        node: &Namespace,
-        checksum_offload: bool,
-    ) -> Result<Self> {
-        let mut pod = Self { index, namespace_name, checksum_offload, life: None };
+    pub(super) fn start(index: usize, namespace_name: String, node: &Namespace, options: Options) -> Result<Self> {
+        let mut pod = Self { index, namespace_name, options, life: None };
         pod.revive(node)?;
         Ok(pod)
     }
@@ -91,9 +88,14 @@ impl Pod {
         }
         node.ip(&on_node)?;
         namespace.ip(&on_pod)?;
-        if !self.checksum_offload {
+        if !self.options.checksum_offload {
             run(node.command("ethtool").args(["-K", &device, "tx", "off"]))?;
             run(namespace.command("ethtool").args(["-K", "eth0", "tx", "off"]))?;
+        }
+        if self.options.steering {
+            // Redirects take packets from the node's device straight into a pod.
+            steer(node, &device)?;
+            steer(&namespace, "eth0")?;
         }
         let server = Server::start(namespace.door(), &self.name())?;
         self.life = Some(Life { server, namespace });

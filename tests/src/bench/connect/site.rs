@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     kubeproxy::Mode,
-    lab::{Agent, Cgroup, Family, Interrupt, Lab, WIRE, ethtool, pass_by_xdp},
+    lab::{Agent, Cgroup, Family, Interrupt, Lab, Options, WIRE, ethtool, pass_by_xdp},
 };
 
 const POD: &str = "10.244.0.0/17";
@@ -60,7 +60,8 @@ impl Site {
     /// # Errors
     /// Where a command fails, or a client gets no answer.
     pub(super) fn up(way: Way, size: Size, clients: u16, cpu: usize, interrupt: &Interrupt) -> Result<Self> {
-        let lab = Lab::with_pods(1)?;
+        // Everything runs on one processor here.
+        let lab = Lab::up(&Options { pods: 1, steering: false, ..Options::default() })?;
         let cgroup = Cgroup::create()?;
         lay_routes(&lab)?;
         let begun = Instant::now();
