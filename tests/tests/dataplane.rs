@@ -686,7 +686,7 @@ fn a_flow_goes_when_both_of_its_directions_are_idle() -> Result<()> {
 fn connections_that_ended_unseen_hold_no_pin() -> Result<()> {
     let alive = Frontend { timeout_ns: 30 * SECOND, timer: Timer::Alive as u8, ..frontend() };
     let (_pins, store, mut sweeper) = swept(SIZES, alive)?;
-    let [mut held, mut forgotten, mut young] = [pin_of(1, 1, 3000), pin_of(1, 2, 3000), pin_of(1, 3, 10)];
+    let [mut held, mut forgotten, mut young] = [pin_of(1, 1, 100), pin_of(1, 2, 100), pin_of(1, 3, 10)];
     for pin in [&mut held, &mut forgotten, &mut young] {
         pin.1.connections = 2;
         store.v4.sessions.put(&pin.0, &pin.1)?;
