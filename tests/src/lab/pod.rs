@@ -5,8 +5,8 @@ use anyhow::{Result, ensure};
 
 use super::Options;
 use super::address::{Family, POD_ROUTER};
-use super::netns::{Namespace, run};
-use super::network::steer;
+use super::netns::Namespace;
+use super::network::{ethtool, steer};
 use super::server::Server;
 use super::yaml::pod_name;
 
@@ -89,8 +89,8 @@ impl Pod {
         node.ip(&on_node)?;
         namespace.ip(&on_pod)?;
         if !self.options.checksum_offload {
-            run(node.command("ethtool").args(["-K", &device, "tx", "off"]))?;
-            run(namespace.command("ethtool").args(["-K", "eth0", "tx", "off"]))?;
+            ethtool(node, &device, &["tx", "off"])?;
+            ethtool(&namespace, "eth0", &["tx", "off"])?;
         }
         if self.options.steering {
             // Redirects take packets from the node's device straight into a pod.
