@@ -101,7 +101,9 @@ fn rustflags() -> Result<Vec<String>, Box<dyn Error>> {
     };
     let outer = env::var("CARGO_ENCODED_RUSTFLAGS").unwrap_or_default();
     let remapped = outer.split('\x1f').filter(|flag| flag.starts_with("--remap-path-prefix")).map(str::to_owned);
-    let flags = ["-Cdebuginfo=2", "-Clink-arg=--btf", "-Ctarget-cpu=v3"].map(str::to_owned);
+    // Stores in place of calls of `memset`: a call is a loop, and 32 more bytes at the deepest place of the stack.
+    let stores = "-Clink-arg=--disable-expand-memcpy-in-order";
+    let flags = ["-Cdebuginfo=2", "-Clink-arg=--btf", stores, "-Ctarget-cpu=v3"].map(str::to_owned);
     let arch = format!("--cfg=bpf_target_arch=\"{arch}\"");
     Ok(flags.into_iter().chain([arch]).chain(remapped).collect())
 }

@@ -188,10 +188,9 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
 ) -> Result<(), Reason> {
     let key = &headers.key;
     let is_shadow = frontend.flags & SHADOW != 0;
-    let backend = tables.backend(resolved.chosen.backend).ok_or(Reason::Inconsistent)?;
     let stored = tables.draft(|draft| {
-        (draft.flow.created_ns, draft.flow.edit.daddr) = (now_ns, A::from_mapped(backend.address));
-        draft.flow.flags = if backend.flags & BACKEND_LOCAL == 0 { FLOW_REMOTE } else { 0 };
+        draft.flow.created_ns = now_ns;
+        draft_backend(tables, draft, resolved.chosen.backend)?;
         draft_flow(draft, headers, frontend, resolved);
         if !is_shadow {
             masquerade::claim_replies(tables, key, draft)?;
@@ -202,18 +201,28 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
                 masquerade::forget(tables, key.protocol, draft);
             }
         }
-        tables.put_flow(key, &draft.flow).map_err(|NotStored| Reason::FlowNotStored)
+        tables.put_flow(&draft.key, &draft.flow).map_err(|NotStored| Reason::FlowNotStored)
     });
     stored.unwrap_or(Err(Reason::Inconsistent))
 }
 
-/// Drafts the record of a flow, given when it begins, and the pod's address and whether it is on this node. Apart, because
-/// what it needs of the stack is free again when the flow is stored.
+/// Drafts the pod's address, and whether it is on this node.
+#[inline(never)]
+fn draft_backend<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, backend: u32) -> Result<(), Reason> {
+    let backend = tables.backend(backend).ok_or(Reason::Inconsistent)?;
+    draft.flow.edit.daddr = A::from_mapped(backend.address);
+    draft.flow.flags = if backend.flags & BACKEND_LOCAL == 0 { FLOW_REMOTE } else { 0 };
+    Ok(())
+}
+
+/// Drafts the key and the record of a flow, given when it begins, and the pod's address and whether it is on this node.
+/// Apart, because what it needs of the stack is free again when the flow is stored.
 #[inline(never)]
 fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: &Frontend, resolved: &Resolved) {
     let Headers { key, flags, .. } = headers;
     let now_ns = draft.flow.created_ns;
     let chosen = &resolved.chosen;
+    draft.key = *key;
     let state = if frontend.flags & SHADOW != 0 { FLOW_SHADOW } else { 0 };
     draft.flow = Flow {
         created_ns: now_ns,

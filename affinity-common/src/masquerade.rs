@@ -90,7 +90,7 @@ fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, dr
     for _ in 0..TRIES_COLLIDING {
         // Not a port of a system service. The checksum of SCTP is not one that could be kept in step.
         draft.back.dport = Port::new(draw as u16 | 1024);
-        if protocol != SCTP && is_free(tables, &draft.back, draft.flow.created_ns) {
+        if protocol != SCTP && is_free(tables, draft) {
             draft.flow.edit.sport = draft.back.dport;
             return true;
         }
@@ -109,8 +109,7 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
     protocol: u8,
     draft: &mut Draft<A>,
 ) -> Result<(), Reason> {
-    let Some(node) = tables.node() else { return Ok(()) };
-    let Some(address) = node.address() else { return Ok(()) };
+    let Some(address) = tables.node().and_then(|node| node.address()) else { return Ok(()) };
     draft.second = draft.flow;
     (draft.second.scope, draft.second.state) = (0, 0);
     draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
@@ -119,7 +118,7 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
     }
     draft.second.edit.saddr = address;
     draft.back = draft.forth.opposite(&draft.second.edit);
-    if !find_port(tables, &node, draft) {
+    if !find_port(tables, draft) {
         return Err(Reason::PortsExhausted);
     }
     rewrite::set_edit(&mut draft.second.edit, &draft.back, &draft.forth);
@@ -145,21 +144,23 @@ pub fn forget<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &
 /// Finds a port of the node for replies to come back to. SCTP keeps the client's: its checksum covers ports, and is not
 /// one that could be kept in step.
 #[inline(never)]
-fn find_port<A: Address, T: FamilyTables<A>>(tables: &T, node: &Node, draft: &mut Draft<A>) -> bool {
+fn find_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
     if draft.back.protocol == SCTP {
-        return is_free(tables, &draft.back, draft.flow.created_ns);
+        return is_free(tables, draft);
     }
+    let Some(node) = tables.node() else { return false };
     for _ in 0..TRIES {
         draft.back.dport = node.port(tables.tried(draft.flow.backend));
-        if is_free(tables, &draft.back, draft.flow.created_ns) {
+        if is_free(tables, draft) {
             return true;
         }
     }
     false
 }
 
-/// Whether the same addresses and ports have a port of the node already: then they keep it.
-#[inline(always)]
+/// Whether the same addresses and ports have a port of the node already: then they keep it. Out of line, for the sake of
+/// its caller's stack frame.
+#[inline(never)]
 fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
     let Some(known) = tables.flow(&draft.forth) else { return false };
     draft.back = known.with(|known| draft.forth.opposite(&known.edit));
@@ -175,18 +176,19 @@ fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bo
     true
 }
 
-/// Whether nobody has a key for replies, or its holder is over: it has closed, or, where no end can be seen, it has been
-/// silent for long, at the pod too.
+/// Whether nobody has the draft's key for replies, or its holder is over: it has closed, or, where no end can be seen, it
+/// has been silent for long, at the pod too.
 #[inline(never)]
-fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, back: &FlowKey<A>, now_ns: u64) -> bool {
-    let Some(holder) = tables.flow(back) else { return true };
+fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
+    let Some(holder) = tables.flow(&draft.back) else { return true };
     let is_closed = holder.with(|holder| holder.state & FLOW_CLOSED != 0);
-    if is_closed || back.protocol != UDP {
+    if is_closed || draft.back.protocol != UDP {
         return is_closed;
     }
-    if back.direction == Direction::Return as u8 {
-        let reply = holder.with(|holder| FlowKey::translated(&holder.edit, back.protocol, Direction::Reverse));
-        if tables.flow(&reply).is_some_and(|flow| flow.with(|flow| !is_silent(flow, now_ns))) {
+    let now_ns = draft.flow.created_ns;
+    if draft.back.direction == Direction::Return as u8 {
+        draft.other = holder.with(|holder| FlowKey::translated(&holder.edit, draft.back.protocol, Direction::Reverse));
+        if tables.flow(&draft.other).is_some_and(|flow| flow.with(|flow| !is_silent(flow, now_ns))) {
             return false;
         }
     }
@@ -230,7 +232,7 @@ fn claim<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_fi
     let Some(holder) = tables.flow(&draft.back) else { return Err(Reason::FlowNotStored) };
     let is_same = is_first && holder.with(|holder| holder.edit == draft.flow.edit);
     if !is_same {
-        if !is_free(tables, &draft.back, draft.flow.created_ns) {
+        if !is_free(tables, draft) {
             return Ok(false);
         }
         if draft.back.protocol == UDP {

@@ -96,26 +96,59 @@ fn has_flow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) ->
 /// # Errors
 /// What becomes of it instead: [`Verdict::Forward`], as it was, to the stack; or [`Verdict::Drop`].
 #[inline(always)]
-pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>, R>(
+pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>>(
     packet: &mut P,
     tables: &T,
-    take: impl FnOnce(&P::Hop) -> Option<R>,
-) -> Result<R, Verdict> {
-    let (action, is_written) = match parse::network(packet) {
-        Ok(Network::V4(EthHdr::LEN)) => ipv4(packet, take),
-        Ok(Network::V6(EthHdr::LEN)) => ipv6(packet, take),
-        _ => None,
-    }
-    .ok_or(Verdict::Forward)?;
-    if !is_written {
-        return Err(Verdict::Drop);
-    }
+    take: impl FnOnce(&P::Hop) -> Option<u32>,
+) -> Result<u32, Verdict> {
+    let action = match take_hop(packet, take) {
+        NO_HOP => return Err(Verdict::Forward),
+        NOT_WRITTEN => return Err(Verdict::Drop),
+        action => action as u32,
+    };
     match pipeline::reverse(packet, tables) {
         Verdict::Pass | Verdict::Forward | Verdict::Onward => {
             tables.count(Reason::SentOn);
             Ok(action)
         }
         Verdict::Answer | Verdict::Drop => Err(Verdict::Drop),
+    }
+}
+
+/// No hook's action: there is no next hop whose device takes the frame.
+const NO_HOP: u64 = 1 << 32;
+/// No hook's action: the frame ends before what the hop changes.
+const NOT_WRITTEN: u64 = 1 << 33;
+
+/// Looks the next hop up and writes what it changes: the hook's action, or [`NO_HOP`] or [`NOT_WRITTEN`].
+#[inline(always)]
+fn take_hop<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
+    match parse::network(packet) {
+        Ok(Network::V4(EthHdr::LEN)) => take_hop_v4(packet, take),
+        Ok(Network::V6(EthHdr::LEN)) => take_hop_v6(packet, take),
+        _ => NO_HOP,
+    }
+}
+
+/// Out of line: the stack frame of the lookup is free again when the packet is translated. The result is a number, because
+/// that fits a register: see [`crate::session::open`].
+#[inline(never)]
+fn take_hop_v4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
+    taken(ipv4(packet, take))
+}
+
+/// The same of an IPv6 packet.
+#[inline(never)]
+fn take_hop_v6<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
+    taken(ipv6(packet, take))
+}
+
+#[inline(always)]
+fn taken(action: Option<(u32, bool)>) -> u64 {
+    match action {
+        None => NO_HOP,
+        Some((_, false)) => NOT_WRITTEN,
+        Some((action, true)) => u64::from(action),
     }
 }
 
@@ -127,7 +160,7 @@ fn address(packet: &mut impl Packet, hop: &impl NextHop) -> bool {
 
 /// The action for an IPv4 packet's next hop, and whether that is written which the hop changes.
 #[inline(always)]
-fn ipv4<P: Routes, R>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<R>) -> Option<(R, bool)> {
+fn ipv4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> Option<(u32, bool)> {
     const PLAIN: u8 = 0x45;
     const FRAGMENT: [u8; 2] = 0x3fff_u16.to_be_bytes();
     const TIME_TO_LIVE: usize = 8;
@@ -158,7 +191,7 @@ const fn word(first: u8, second: u8) -> u16 {
 
 /// The same of an IPv6 packet.
 #[inline(always)]
-fn ipv6<P: Routes, R>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<R>) -> Option<(R, bool)> {
+fn ipv6<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> Option<(u32, bool)> {
     const HOP_LIMIT: usize = 7;
     const ADDRESSES: usize = 8;
 

@@ -251,8 +251,9 @@ pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) ->
     }
 }
 
-/// The frontend that a client dials: where clients outside of the pod networks have a record of their own, theirs.
-#[inline(always)]
+/// The frontend that a client dials: where clients outside of the pod networks have a record of their own, theirs. Out of
+/// line, for the sake of its caller's stack frame.
+#[inline(never)]
 fn frontend_for<'t, A: Address, T: FamilyTables<A>>(tables: &'t T, key: &FlowKey<A>) -> Option<&'t Frontend> {
     let frontend_key = FrontendKey::new(key.daddr, key.dport, key.protocol);
     let frontend = tables.frontend(&frontend_key)?;

@@ -71,10 +71,11 @@ impl XdpFrame {
     }
 }
 
-/// Whether XDP could send an answer on. Apart, for the room that it needs on the stack.
+/// Whether XDP could send an answer on; what that finds is in `hop`.
 #[inline(never)]
-fn can_come_back<A: Address>(xdp: Xdp, way: &Way<A>) -> bool {
-    xdp.next_hop(&way.back()).link().is_some()
+fn can_come_back<A: Address>(xdp: Xdp, way: &Way<A>, hop: &mut Hop) -> bool {
+    xdp.find_hop(&way.back(), hop);
+    hop.link().is_some()
 }
 
 impl Packet for XdpFrame {
@@ -104,10 +105,15 @@ impl Routes for XdpFrame {
     /// reply alone for invalid.
     #[inline(always)]
     fn hop<A: Address>(&self, way: &Way<A>) -> Hop {
-        if !self.xdp.is_linear() || self.opens(way) && !can_come_back(self.xdp, way) {
-            return Hop::unknown();
+        let mut hop = Hop::unknown();
+        if self.xdp.is_linear() {
+            if !self.opens(way) || can_come_back(self.xdp, way, &mut hop) {
+                self.xdp.find_hop(way, &mut hop);
+            } else {
+                hop.forget();
+            }
         }
-        self.xdp.next_hop(way)
+        hop
     }
 }
 
@@ -238,9 +244,12 @@ impl Routes for Skb<'_> {
     /// A frame that is not for this node, or has a tag beside its data, belongs to another device.
     #[inline(always)]
     fn hop<A: Address>(&self, way: &Way<A>) -> Hop {
-        match self.longest(way) {
-            Some(len) if self.skb.is_for_this_device() => self.skb.next_hop(&Way { len, ..*way }),
-            _ => Hop::unknown(),
+        let mut hop = Hop::unknown();
+        if let Some(len) = self.longest(way)
+            && self.skb.is_for_this_device()
+        {
+            self.skb.find_hop(&Way { len, ..*way }, &mut hop);
         }
+        hop
     }
 }

@@ -467,15 +467,16 @@ impl Xdp {
         unsafe { (*self.0).ingress_ifindex }
     }
 
-    /// The next hop of the frame's packet.
+    /// Asks for the next hop of the frame's packet.
     #[inline(always)]
-    pub fn next_hop<A: Address>(self, way: &Way<A>) -> Hop {
-        Hop::find(self.0.cast(), self.ifindex(), way)
+    pub fn find_hop<A: Address>(self, way: &Way<A>, hop: &mut Hop) {
+        hop.find(self.0.cast(), self.ifindex(), way);
     }
 }
 
 /// What the node's routes and neighbours say of a packet.
 #[derive(Clone, Copy)]
+#[repr(C, align(8))]
 pub struct Hop {
     lookup: bpf_fib_lookup,
     answer: u32,
@@ -489,32 +490,39 @@ impl Hop {
         Self { lookup: unsafe { MaybeUninit::zeroed().assume_init() }, answer: BPF_FIB_LKUP_RET_NOT_FWDED }
     }
 
-    /// The next hop of a packet that came in by the device `ifindex`.
+    /// Knows nothing any more.
     #[inline(always)]
-    fn find<A: Address>(ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>) -> Self {
+    pub fn forget(&mut self) {
+        self.answer = BPF_FIB_LKUP_RET_NOT_FWDED;
+    }
+
+    /// Asks for the next hop of a packet that came in by the device `ifindex`. In place: a copy of the lookup would take
+    /// 64 bytes of the stack.
+    #[inline(always)]
+    fn find<A: Address>(&mut self, ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>) {
         const LOOKUP: i32 = size_of::<bpf_fib_lookup>() as i32;
         const AF_INET: u8 = 2;
         const AF_INET6: u8 = 10;
 
-        let mut hop = Self::unknown();
-        let lookup = &mut hop.lookup;
+        let lookup = &mut self.lookup;
         let is_v4 = A::BITS == V4::BITS;
-        let (saddr, daddr) = (words(way.saddr), words(way.daddr));
         lookup.family = if is_v4 { AF_INET } else { AF_INET6 };
         lookup.l4_protocol = way.protocol;
         lookup.__bindgen_anon_1.tot_len = way.len;
         lookup.ifindex = ifindex;
         if is_v4 {
             lookup.__bindgen_anon_2.tos = way.class;
-            (lookup.__bindgen_anon_3.ipv4_src, lookup.__bindgen_anon_4.ipv4_dst) = (saddr[3], daddr[3]);
         } else {
             lookup.__bindgen_anon_2.flowinfo = (u32::from(way.class) << 20).to_be();
-            (lookup.__bindgen_anon_3.ipv6_src, lookup.__bindgen_anon_4.ipv6_dst) = (saddr, daddr);
         }
+        // SAFETY: all fields of these unions are words.
+        let (source, destination) =
+            unsafe { (&mut lookup.__bindgen_anon_3.ipv6_src, &mut lookup.__bindgen_anon_4.ipv6_dst) };
+        put_address(source, way.saddr);
+        put_address(destination, way.daddr);
         // SAFETY: the context is the program's own, and the helper reads and writes as many bytes as it is told; the lookup
         // has no padding.
-        hop.answer = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
-        hop
+        self.answer = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
     }
 
     /// The device, where there is a route that the stack would forward the packet by.
@@ -554,12 +562,18 @@ impl NextHop for Hop {
     }
 }
 
-/// An address as four words in network byte order, IPv4-mapped where it is IPv4.
+/// Writes an address where the lookup has one, IPv4 in the first word. As bytes: words the compiler would put together
+/// byte by byte, on the stack.
 #[inline(always)]
-fn words<A: Address>(address: A) -> [u32; 4] {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = address.to_mapped();
-    let word = u32::from_ne_bytes;
-    [word([a, b, c, d]), word([e, f, g, h]), word([i, j, k, l]), word([m, n, o, p])]
+fn put_address<A: Address>(place: &mut [u32; 4], address: A) {
+    let mapped = address.to_mapped();
+    if A::BITS == V4::BITS {
+        let V4(address) = V4::from_mapped(mapped);
+        place[0] = u32::from_ne_bytes(address);
+    } else {
+        // SAFETY: four words are sixteen bytes, and every bit pattern is valid.
+        unsafe { ptr::from_mut(place).cast::<[u8; 16]>().write(mapped) };
+    }
 }
 
 /// The context of a TC program.
@@ -639,10 +653,10 @@ impl SkBuff {
         if size == 0 { None } else { Some(size as u16) }
     }
 
-    /// The next hop of the frame's packet.
+    /// Asks for the next hop of the frame's packet.
     #[inline(always)]
-    pub fn next_hop<A: Address>(self, way: &Way<A>) -> Hop {
-        Hop::find(self.0.cast(), self.ifindex(), way)
+    pub fn find_hop<A: Address>(self, way: &Way<A>, hop: &mut Hop) {
+        hop.find(self.0.cast(), self.ifindex(), way);
     }
 
     /// Goes on with another program; comes back only where there is none at `index`.

@@ -80,19 +80,18 @@ fn pass(frame: &XdpFrame, seen: u32) -> u32 {
 #[classifier]
 pub fn tc_forward(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    if !kernel::redirects() {
-        let verdict = pipeline::forward(&mut skb, &Maps);
-        return tc_action(&skb, verdict);
-    }
-    let verdict = match skb.word_of_xdp() {
+    let seen = if kernel::redirects() { skb.word_of_xdp() } else { None };
+    let verdict = match seen {
         Some(SEEN_PASSED) => Verdict::Pass,
         Some(SEEN_TRANSLATED) => Verdict::Forward,
         _ => pipeline::forward(&mut skb, &Maps),
     };
-    match verdict {
-        Verdict::Pass => skb.go_on_with(&TC_STAGES, STAGE_TC_REPLY),
-        Verdict::Forward | Verdict::Onward if may_redirect(&skb) => skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD),
-        Verdict::Forward | Verdict::Onward | Verdict::Answer | Verdict::Drop => {}
+    if kernel::redirects() {
+        match verdict {
+            Verdict::Pass => skb.go_on_with(&TC_STAGES, STAGE_TC_REPLY),
+            Verdict::Forward | Verdict::Onward if may_redirect(&skb) => skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD),
+            Verdict::Forward | Verdict::Onward | Verdict::Answer | Verdict::Drop => {}
+        }
     }
     tc_action(&skb, verdict)
 }
@@ -103,11 +102,11 @@ pub fn tc_onward(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
     let take = |hop: &Hop| match hop.device().map(wire)? {
         way if way & WIRE_TC == 0 => None,
-        way if way & WIRE_POD != 0 => Some(hop.redirect_into()),
-        _ => Some(hop.redirect_by_neighbour()),
+        way if way & WIRE_POD != 0 => Some(hop.redirect_into() as u32),
+        _ => Some(hop.redirect_by_neighbour() as u32),
     };
     match onward::send_on(&mut skb, &Maps, take) {
-        Ok(action) => action,
+        Ok(action) => action as i32,
         Err(verdict) => tc_action(&skb, verdict),
     }
 }

@@ -151,6 +151,10 @@ pub struct FragmentKey<A> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
 #[repr(C)]
 pub struct Draft<A> {
+    /// The key of the packet. A copy: before Linux 6.2 the verifier takes no map key from the memory that a global function
+    /// got as its argument
+    /// (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/verifier.c>, `map_key_value_types`).
+    pub key: FlowKey<A>,
     /// The record of the flow.
     pub flow: Flow<A>,
     /// That of its second translation: see [`crate::masquerade`].
