@@ -207,8 +207,9 @@ fn syn(client: u8) -> Vec<u8> {
 }
 
 /// Instructions that the verifier may follow for one program; the kernel gives up at a million
-/// (`BPF_COMPLEXITY_LIMIT_INSNS`). Kernels differ by some percent, and what is measured today is about half of this.
-const VERIFIED_INSTRUCTIONS: u32 = 300_000;
+/// (<https://elixir.bootlin.com/linux/v6.1/A/ident/BPF_COMPLEXITY_LIMIT_INSNS>). Old kernels follow more: `xdp_forward` takes
+/// 360,000 on 6.1 and 226,000 on 6.18.
+const VERIFIED_INSTRUCTIONS: u32 = 500_000;
 
 #[test]
 fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
@@ -221,6 +222,7 @@ fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
         names::TC_REPLY,
         names::REPORT,
     ];
+    let mut counts = Vec::new();
     for redirect in [false, true] {
         let pins = Pins::new();
         load::load(&pins.0, &Options { sizes: SIZES, redirect, ..Options::default() })?;
@@ -228,9 +230,11 @@ fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
             let info = ProgramInfo::from_pin(pins.0.prog(name))?;
             let verified = info.verified_instruction_count().context("a kernel that counts: 5.16")?;
             println!("{name}, redirect {redirect}: {verified} instructions verified");
-            ensure!(verified <= VERIFIED_INSTRUCTIONS, "{name}: {verified} instructions verified");
+            counts.push((verified, name));
         }
     }
+    let (most, name) = counts.iter().max().context("programs")?;
+    ensure!(*most <= VERIFIED_INSTRUCTIONS, "{name}: {most} instructions verified");
     Ok(())
 }
 
