@@ -14,6 +14,7 @@ mod publish;
 mod sockets;
 mod status;
 mod sweeping;
+mod undo;
 
 use std::{
     io::{self, Write},
@@ -43,6 +44,7 @@ use self::{
     publish::{Publisher, count},
     status::{TELL_EVERY, Teller},
     sweeping::{Findings, Sweeping},
+    undo::all_or_nothing,
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
@@ -51,7 +53,7 @@ use crate::{
     load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
     sockets::Closer,
-    source::{Feed, ObjectName, Source, SourceError, View},
+    source::{Feed, ObjectName, Snapshot, Source, SourceError, View},
     store::{
         StoreError,
         kernel::{KernelStore, OpenError},
@@ -90,6 +92,14 @@ pub enum AgentError {
     /// The source cannot be used.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// Nothing of the source can be read, and packets are handled as before, if at all.
+    #[error("--source: {why}: {outcome}")]
+    Unreadable {
+        /// What is wrong with it.
+        why: String,
+        /// What is attached therefore.
+        outcome: &'static str,
+    },
     /// `--socket on`, and the kernel refused the programs.
     #[error("--socket on: {0}")]
     NoSocketPrograms(String),
@@ -184,21 +194,45 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         if attacher.finds_none(&look) {
             return Err(AgentError::NothingFound);
         }
-        let loaded = load::load(&pins, &options.load)?;
-        log_loaded(&loaded, options);
-        let mut publisher =
-            Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default(), Arc::default());
-        publisher.learn(seen(&devices, &options.node).await?);
-        let view = View::default();
-        view.is_current_at(monotonic_ns());
-        publisher.take(&options.source.read().await?);
-        publisher.publish()?;
-        Teller::new(&pins, &options.source, view)?.tell()?;
-        let failure = attacher.reconcile_all(&look)?;
-        sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
-        say("attached", &publisher, &attacher.summary(), &pins)?;
-        failure.map_or(Ok(()), |failure| Err(failure.into()))
+        let snapshot = options.source.read().await?;
+        if let Some(why) = &snapshot.unreadable {
+            let outcome = outcome_of_unreadable(attach::is_attached(&pins)?);
+            return Err(AgentError::Unreadable { why: why.clone(), outcome });
+        }
+        let node = seen(&devices, &options.node).await?;
+        all_or_nothing(&pins, async { attach_once(options, &pins, &mut attacher, &look, node, &snapshot) }).await
     })
+}
+
+/// What [`attach`] does once it knows what to attach, and where.
+fn attach_once(
+    options: &Options,
+    pins: &PinDir,
+    attacher: &mut Attacher,
+    look: &Look,
+    node: NodeFacts,
+    snapshot: &Snapshot,
+) -> Result<(), AgentError> {
+    let loaded = load::load(pins, &options.load)?;
+    log_loaded(&loaded, options);
+    let store = KernelStore::open(&options.pin_dir)?;
+    let mut publisher = Publisher::new(store, options.desired(), Arc::default(), Arc::default());
+    publisher.learn(node);
+    let view = View::default();
+    view.is_current_at(monotonic_ns());
+    publisher.take(snapshot);
+    publisher.publish()?;
+    Teller::new(pins, &options.source, view)?.tell()?;
+    let failure = attacher.reconcile_all(look)?;
+    sockets::reconcile(pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    say("attached", &publisher, &attacher.summary(), pins)
+}
+
+const fn outcome_of_unreadable(is_attached: bool) -> &'static str {
+    if is_attached { "the dataplane stays as it is" } else { "nothing is attached" }
 }
 
 /// What was taken off by [`detach`].
@@ -288,7 +322,9 @@ struct Agent {
     vitals: Arc<Vitals>,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
-    _lock: Lock,
+    /// Held until the end.
+    #[expect(dead_code, reason = "it works by being there")]
+    lock: Option<Lock>,
 }
 
 /// How often the event ring, and the log, are emptied: they hold many times what happens meanwhile.
@@ -302,16 +338,30 @@ const RETRY_AFTER: Duration = Duration::from_millis(100);
 const RETRY_AT_MOST: Duration = Duration::from_secs(5);
 
 impl Agent {
-    /// Loads, publishes, attaches.
+    /// Loads, publishes, attaches; where that fails, nothing is left of it.
     async fn start(options: &Options) -> Result<Self, AgentError> {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let mut attacher = Attacher::new(pins.clone(), options)?;
+        let attacher = Attacher::new(pins.clone(), options)?;
         let vitals = Arc::new(Vitals::default());
         if let Some(http) = &options.http {
             http::serve(http, &options.pin_dir, Arc::clone(&vitals))
                 .map_err(|error| AgentError::Http(http.address, error))?;
         }
+        let mut feed = options.source.watch().await?;
+        let first = first_snapshot(&mut feed, options, &pins).await?;
+        let started = all_or_nothing(&pins.clone(), Self::bring_up(options, pins, attacher, vitals, feed, first)).await;
+        started.map(|agent| Self { lock: Some(lock), ..agent })
+    }
+
+    async fn bring_up(
+        options: &Options,
+        pins: PinDir,
+        mut attacher: Attacher,
+        vitals: Arc<Vitals>,
+        feed: Feed,
+        first: Option<Snapshot>,
+    ) -> Result<Self, AgentError> {
         let mut loaded = load::load(&pins, &options.load)?;
         log_loaded(&loaded, options);
         let store = KernelStore::open(&options.pin_dir)?;
@@ -320,14 +370,9 @@ impl Agent {
         let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&filter), Arc::clone(&vitals));
         let mut devices = Devices::new().map_err(no_netlink)?;
         publisher.learn(seen(&devices, &options.node).await?);
-        let mut feed = options.source.watch().await?;
-        // A source that does not answer keeps nobody from being served as before, on new devices too.
-        let first = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await;
-        if let Ok(snapshot) = &first {
-            publisher.take(snapshot.as_ref().ok_or_else(source_ended)?);
+        if let Some(snapshot) = &first {
+            publisher.take(snapshot);
             publisher.publish()?;
-        } else {
-            warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
         }
         attach_first(&mut attacher, &mut devices).await?;
         sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
@@ -351,11 +396,11 @@ impl Agent {
             vitals,
             pins,
             devices,
-            _lock: lock,
+            lock: None,
         };
         agent.vitals.attached(agent.attaching.summary().number);
         agent.health.follow(agent.publisher.desired());
-        if first.is_ok() {
+        if first.is_some() {
             agent.say_ready()?;
         }
         Ok(agent)
@@ -377,8 +422,14 @@ impl Agent {
             tokio::select! {
                 () = signals.any() => break,
                 snapshot = self.feed.snapshots.recv() => {
-                    self.publisher.take(&snapshot.ok_or_else(source_ended)?);
-                    self.publish(&mut retry)?;
+                    let snapshot = snapshot.ok_or_else(source_ended)?;
+                    match &snapshot.unreadable {
+                        Some(why) => warn!("{why}: until it can be read, the dataplane stays as it is"),
+                        None => {
+                            self.publisher.take(&snapshot);
+                            self.publish(&mut retry)?;
+                        }
+                    }
                 }
                 () = sleep_until(retry.at()), if retry.is_due() => self.publish(&mut retry)?,
                 changed = self.devices.changed() => {
@@ -478,6 +529,22 @@ impl Agent {
             }
         }
     }
+}
+
+/// The first snapshot; none where the source does not answer: then nobody is kept from being served as before, on new
+/// devices too. So it is where nothing can be read, and a dataplane is at work.
+async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Result<Option<Snapshot>, AgentError> {
+    let Ok(first) = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await else {
+        warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
+        return Ok(None);
+    };
+    let first = first.ok_or_else(source_ended)?;
+    let Some(why) = &first.unreadable else { return Ok(Some(first)) };
+    if !attach::is_attached(pins)? {
+        return Err(AgentError::Unreadable { why: why.clone(), outcome: outcome_of_unreadable(false) });
+    }
+    warn!("{why}: until it can be read, the dataplane stays as it is");
+    Ok(None)
 }
 
 /// The node with the addresses that it has now.

@@ -32,7 +32,7 @@ pub use self::{
     netdev::{XdpFeatures, xdp_features},
 };
 use crate::{
-    load::{PinDir, PinError},
+    load::{PinDir, PinError, Pinned},
     store::StoreError,
     sys::{self, SysError},
 };
@@ -402,6 +402,28 @@ pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, At
         detach_one(pins, attachment)?;
     }
     Ok(attachments)
+}
+
+/// Takes the programs off devices that had none `before`, when a start has failed. A device that had some keeps what it has
+/// now: the start may have put it in the place of what was there.
+///
+/// # Errors
+/// The first [`AttachError`]; everything else is taken off nevertheless.
+pub fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachError> {
+    let devices: BTreeSet<u32> = before.pins().filter_map(|pin| Some(parse_pin_name(pin)?.0)).collect();
+    let mut outcome = cgroup::detach_new(pins, before);
+    for attachment in attachments(pins)?.iter().filter(|new| !devices.contains(&new.ifindex)) {
+        outcome = outcome.and(detach_one(pins, attachment));
+    }
+    outcome
+}
+
+/// Whether anything is attached.
+///
+/// # Errors
+/// [`AttachError`] where a pin cannot be read.
+pub fn is_attached(pins: &PinDir) -> Result<bool, AttachError> {
+    Ok(!attachments(pins)?.is_empty() || !cgroup::attachments(pins)?.is_empty())
 }
 
 fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {

@@ -143,6 +143,7 @@ impl AttachArgs {
                 log_level: self.programs_log.map(Level::from),
                 redirect,
                 fixed: None,
+                object: None,
             },
             pin_dir: global.pin_dir.clone(),
             node: self.node.facts(global)?,

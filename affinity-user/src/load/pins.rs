@@ -4,6 +4,7 @@
 //! ([`abi::VERSION`]): programs of another layout never see these maps.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -119,7 +120,7 @@ impl PinDir {
             mount("bpf", BPF_MOUNT, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
                 .map_err(|error| PinError::Mount(error.into()))?;
         }
-        for dir in [self.maps(), self.version.join("progs"), self.links()] {
+        for dir in self.directories() {
             fs::create_dir_all(&dir).map_err(PinError::at(&dir))?;
         }
         self.remove_leftovers()
@@ -159,17 +160,61 @@ impl PinDir {
         fs::rename(from, to).map_err(PinError::at(to))
     }
 
+    /// What is pinned now. What a load that was cut short left behind does not count.
+    ///
+    /// # Errors
+    /// [`PinError`] where a directory cannot be read.
+    pub fn pinned(&self) -> Result<Pinned, PinError> {
+        let mut pinned = Pinned { has_maps: !list(&self.maps())?.is_empty(), ..Pinned::default() };
+        for dir in self.directories() {
+            pinned.pins.extend(list(&dir)?.into_iter().filter(|path| !path.to_string_lossy().ends_with(NEXT)));
+        }
+        let above = self.version.ancestors().map(Path::to_owned);
+        pinned.directories = self.directories().into_iter().chain(above).filter(|dir| dir.is_dir()).collect();
+        Ok(pinned)
+    }
+
+    /// Removes the pins and directories that were not there `before`. Links are detached by the kernel then.
+    ///
+    /// # Errors
+    /// The first [`PinError`]; everything else is removed nevertheless.
+    pub fn roll_back(&self, before: &Pinned) -> Result<(), PinError> {
+        let mut outcome = Ok(());
+        for dir in self.directories() {
+            for path in list(&dir)?.iter().filter(|path| !before.contains(path)) {
+                outcome = outcome.and(self.unpin(path));
+            }
+        }
+        let new = |dir: &PathBuf| !before.directories.contains(dir);
+        for dir in self.directories().into_iter().chain(self.version.ancestors().map(Path::to_owned)).filter(new) {
+            match fs::remove_dir(&dir) {
+                // Others may have put something there meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    outcome = outcome.and(Err(PinError::at(&dir)(error)))
+                }
+                _ => {}
+            }
+        }
+        outcome
+    }
+
+    /// The directories of pins: links first, because they hold the rest.
+    fn directories(&self) -> [PathBuf; 3] {
+        [self.links(), self.version.join("progs"), self.maps()]
+    }
+
     /// Removes every pin of this layout, links first, and the directories.
     ///
     /// # Errors
     /// [`PinError`]; none where nothing is there.
     pub fn remove(&self) -> Result<(), PinError> {
-        for dir in [self.links(), self.version.join("progs"), self.maps()] {
+        for dir in self.directories() {
             for path in list(&dir)? {
                 self.unpin(&path)?;
             }
         }
-        for dir in [self.links(), self.version.join("progs"), self.maps(), self.version.clone(), self.root.clone()] {
+        for dir in self.directories().into_iter().chain([self.version.clone(), self.root.clone()]) {
             match fs::remove_dir(&dir) {
                 // The user's directory may hold what is not ours, or be where the filesystem is mounted.
                 Err(_) if dir == self.root => {}
@@ -178,6 +223,33 @@ impl PinDir {
             }
         }
         Ok(())
+    }
+}
+
+/// What was pinned at one moment, and which directories there were.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Pinned {
+    pins: BTreeSet<PathBuf>,
+    directories: BTreeSet<PathBuf>,
+    has_maps: bool,
+}
+
+impl Pinned {
+    /// All pins.
+    pub fn pins(&self) -> impl Iterator<Item = &Path> {
+        self.pins.iter().map(PathBuf::as_path)
+    }
+
+    /// Whether a pin was there.
+    #[must_use]
+    pub fn contains(&self, pin: &Path) -> bool {
+        self.pins.contains(pin)
+    }
+
+    /// Whether a dataplane was there, at work or not.
+    #[must_use]
+    pub const fn has_maps(&self) -> bool {
+        self.has_maps
     }
 }
 
