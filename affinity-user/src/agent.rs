@@ -15,6 +15,7 @@ mod sockets;
 mod status;
 mod sweeping;
 mod undo;
+mod upkeep;
 
 use std::{
     io::{self, Write},
@@ -42,9 +43,11 @@ use self::{
     health::HealthChecks,
     notices::{LOOK_EVERY, Noticer},
     publish::{Publisher, count},
+    sockets::Sockets,
     status::{TELL_EVERY, Teller},
     sweeping::{Findings, Sweeping},
     undo::all_or_nothing,
+    upkeep::Upkeep,
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
@@ -200,6 +203,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
             return Err(AgentError::Unreadable { why: why.clone(), outcome });
         }
         let node = seen(&devices, &options.node).await?;
+        warn_of_unserved(&mut devices).await?;
         all_or_nothing(&pins, async { attach_once(options, &pins, &mut attacher, &look, node, &snapshot) }).await
     })
 }
@@ -222,13 +226,28 @@ fn attach_once(
     view.is_current_at(monotonic_ns());
     publisher.take(snapshot);
     publisher.publish()?;
+    replace_other_layouts(pins)?;
     Teller::new(pins, &options.source, view)?.tell()?;
     let failure = attacher.reconcile_all(look)?;
+    attacher.tell_of_others(options.services);
     sockets::reconcile(pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
     if let Some(failure) = failure {
         return Err(failure.into());
     }
     say("attached", &publisher, &attacher.summary(), pins)
+}
+
+/// Of another version of affinity, perhaps: it would go on beside this one.
+fn replace_other_layouts(pins: &PinDir) -> Result<(), AgentError> {
+    for attach::Replaced { layout, adopted, detached } in attach::replace_other_layouts(pins)? {
+        warn!(
+            "a dataplane of another version (map layout {layout}) is replaced: {} run the programs of this version, {} \
+             taken off; its pins and connections are forgotten",
+            count(adopted, "attachment"),
+            count(detached, "attachment"),
+        );
+    }
+    Ok(())
 }
 
 const fn outcome_of_unreadable(is_attached: bool) -> &'static str {
@@ -242,6 +261,8 @@ pub struct Detached {
     pub devices: Vec<Attachment>,
     /// From cgroups.
     pub cgroups: Vec<CgroupAttachment>,
+    /// What dataplanes of other layouts had attached.
+    pub others: Vec<attach::Replaced>,
 }
 
 /// Takes the programs off one device; or off all, and every pin away. Returns what was attached.
@@ -255,11 +276,15 @@ pub fn detach(pin_dir: &Path, device: Option<&str>) -> Result<Detached, AgentErr
     let mut attachments = attach::attachments(&pins)?;
     attachments.retain(|attachment| attachment.device().as_deref() == Some(device));
     let Some(first) = attachments.first() else { return Err(AgentError::NotAttached(device.to_owned())) };
-    Ok(Detached { devices: attach::detach(&pins, Some(first.ifindex))?, cgroups: Vec::new() })
+    Ok(Detached { devices: attach::detach(&pins, Some(first.ifindex))?, ..Detached::default() })
 }
 
 fn take_away(pins: &PinDir) -> Result<Detached, AgentError> {
-    let detached = Detached { cgroups: attach::cgroup::detach(pins)?, devices: attach::detach(pins, None)? };
+    let detached = Detached {
+        others: attach::detach_other_layouts(pins)?,
+        cgroups: attach::cgroup::detach(pins)?,
+        devices: attach::detach(pins, None)?,
+    };
     pins.remove()?;
     Ok(detached)
 }
@@ -277,11 +302,14 @@ fn no_netlink(error: io::Error) -> AgentError {
 }
 
 fn log_loaded(loaded: &Loaded, options: &Options) {
-    let Loaded { pins, resized, upgraded, ticks, .. } = loaded;
+    let Loaded { pins, resized, dropped, upgraded, ticks, .. } = loaded;
     info!("maps for {}: {} MiB", options.load.sizes, mib(loaded.cost()));
     info!(tick_ns = ticks.tick_ns, "programs loaded, pinned at {}", pins.root().display());
     if !resized.is_empty() {
         info!("carried over to another size: {}", resized.join(", "));
+    }
+    for (name, dropped) in dropped {
+        warn!("{name}: {dropped} entries were dropped, because the new size has no room for them");
     }
     if *upgraded > 0 {
         info!("{} run the new programs", count(*upgraded, "attachment"));
@@ -290,7 +318,7 @@ fn log_loaded(loaded: &Loaded, options: &Options) {
 
 /// The line that tells whoever started this that it is done.
 fn say(word: &str, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
-    let Summary { number, names } = devices;
+    let Summary { number, names, .. } = devices;
     let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
     let line = format!(
         "{word}: {}, {}{names}, pins at {}",
@@ -307,6 +335,8 @@ struct Agent {
     pins: PinDir,
     devices: Devices,
     attaching: Worker,
+    upkeep: Upkeep,
+    sockets: Sockets,
     publisher: Publisher,
     health: HealthChecks,
     feed: Feed,
@@ -333,6 +363,8 @@ const CONSUME_EVERY: Duration = Duration::from_millis(50);
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(1);
 /// How often devices are looked at without being told.
 const DEVICES_EVERY: Duration = Duration::from_secs(30);
+/// How often the agent looks whether its pins and attachments are still there.
+const UPKEEP_EVERY: Duration = Duration::from_secs(3);
 /// How long to wait after a failed step: at first, and at most.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 const RETRY_AT_MOST: Duration = Duration::from_secs(5);
@@ -374,14 +406,19 @@ impl Agent {
             publisher.take(snapshot);
             publisher.publish()?;
         }
+        replace_other_layouts(&pins)?;
         attach_first(&mut attacher, &mut devices).await?;
-        sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
+        attacher.tell_of_others(options.services);
+        warn_of_unserved(&mut devices).await?;
+        let cgroup = sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         let mut agent = Self {
             teller: Teller::new(&pins, &options.source, feed.view.clone())?,
             noticer: feed.notices.clone().map(Noticer::new),
             node: options.node.clone(),
             consumer,
             flush_log: log_reader(&mut loaded),
+            upkeep: Upkeep::new(&pins)?,
+            sockets: Sockets::new(pins.clone(), cgroup),
             closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
             sweeping: Sweeping::start(
                 Sweeper::new(KernelStore::open(&options.pin_dir)?, filter, feed.nodes.clone())?,
@@ -416,6 +453,7 @@ impl Agent {
         let mut consume = every(CONSUME_EVERY);
         let mut look = every(DEVICES_EVERY);
         let mut tell = every(TELL_EVERY);
+        let mut upkeep = every(UPKEEP_EVERY);
         let mut notice = every(LOOK_EVERY);
         let mut retry = Retry::default();
         loop {
@@ -441,6 +479,7 @@ impl Agent {
                 }
                 _ = look.tick() => self.reconcile(&mut retry).await?,
                 _ = tell.tick() => self.tell()?,
+                _ = upkeep.tick() => self.keep_whole(),
                 _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = consume.tick() => {
                     self.vitals.tick();
@@ -511,6 +550,26 @@ impl Agent {
         Ok(())
     }
 
+    /// Makes again what somebody has removed, and lets the probes say what cannot be made.
+    fn keep_whole(&self) {
+        let repaired = self.upkeep.repair();
+        match &repaired {
+            Ok(names) if names.is_empty() => {}
+            Ok(names) => warn!("pins had been removed, and are there again: {}", names.join(", ")),
+            Err(_) => {}
+        }
+        let sockets = self.sockets.repair();
+        let damage = repaired.err().or(sockets.err()).or_else(|| self.attaching.summary().lost);
+        if self.vitals.damaged(damage.clone())
+            && let Some(damage) = damage
+        {
+            error!("{damage}");
+        }
+        if let Err(error) = self.attaching.repair() {
+            error!("{error}");
+        }
+    }
+
     /// Looks at the devices and their addresses, and follows them.
     async fn reconcile(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
         if let Err(error) = self.attaching.keep_up(&mut self.devices).await {
@@ -563,6 +622,15 @@ async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<
         warn!("no device yet that packets for frontends could enter by; it will be attached when it appears");
     }
     attacher.reconcile_all(&look)?.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// Says which devices lead out of the node, and cannot be attached.
+async fn warn_of_unserved(devices: &mut Devices) -> Result<(), AgentError> {
+    let (list, network) = (devices.list().await.map_err(no_netlink)?, devices.network().await.map_err(no_netlink)?);
+    for device in attach::unserved(&list, &network) {
+        warn!("{}", attach::unserved_text(&device.name));
+    }
+    Ok(())
 }
 
 /// From `namespace/name`.

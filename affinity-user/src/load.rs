@@ -33,7 +33,6 @@ use aya_obj::Object;
 use rustix::time::{ClockId, clock_gettime};
 use tracing::warn;
 
-pub(crate) use self::refusal::JIT_ADVICE;
 pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
@@ -41,6 +40,7 @@ pub use self::{
     refusal::Refusal,
     sizes::{MAX_RANGES, Sizes, cost, mib},
 };
+pub(crate) use self::{pins::hidden, refusal::JIT_ADVICE};
 use crate::{
     attach::{self, AttachError},
     netns,
@@ -150,6 +150,8 @@ pub struct Loaded {
     pub ticks: Ticks,
     /// The maps that changed their size.
     pub resized: Vec<&'static str>,
+    /// Of those, the ones that had no room for all entries, and how many were dropped.
+    pub dropped: Vec<(&'static str, u64)>,
     /// Links of devices that met a new program.
     pub upgraded: usize,
     /// Why the programs for sockets could not be loaded; none where they were.
@@ -189,8 +191,8 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
     }
     let before = pins.pinned()?;
     let prepared = prepare(pins, options).inspect_err(|_| roll_back(pins, &before))?;
-    let since_ns = prepared.since_ns;
-    let Prepared { plans, ticks, ebpf, programs, without_sockets, .. } = prepared;
+    let Prepared { plans, ticks, since_ns, loaded } = prepared;
+    let Beside { ebpf, programs, without_sockets, dropped } = loaded;
     // Where a dataplane runs, a part of it may use the new maps and programs from here on.
     let upgraded = switch(pins, &plans, &programs, since_ns).inspect_err(|_| {
         if !before.has_maps() {
@@ -199,8 +201,9 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
     })?;
     let maps = names::MAPS.iter().map(|&name| Ok((name, *Map::open(&pins.map(name))?.info())));
     let maps = maps.collect::<Result<_, SysError>>()?;
-    let resized = plans.iter().filter(|(_, plan)| matches!(plan, Plan::Replace(_))).map(|(&name, _)| name).collect();
-    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, upgraded, without_sockets, ebpf })
+    let resized = dropped.keys().copied().collect();
+    let dropped = dropped.into_iter().filter(|(_, entries)| *entries > 0).collect();
+    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, dropped, upgraded, without_sockets, ebpf })
 }
 
 /// What is loaded beside a dataplane that may run: no packet meets it yet.
@@ -209,9 +212,7 @@ struct Prepared {
     ticks: Ticks,
     /// Entries that were used since then may be missing in the new maps.
     since_ns: u64,
-    ebpf: Ebpf,
-    programs: Programs,
-    without_sockets: Option<String>,
+    loaded: Beside,
 }
 
 fn prepare(pins: &PinDir, options: &Options) -> Result<Prepared, LoadError> {
@@ -219,8 +220,8 @@ fn prepare(pins: &PinDir, options: &Options) -> Result<Prepared, LoadError> {
     let plans = plan(pins, options)?;
     let ticks = measure_clock(options)?;
     let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
-    let (ebpf, programs, without_sockets) = load_beside(pins, options, &plans, ticks)?;
-    Ok(Prepared { plans, ticks, since_ns, ebpf, programs, without_sockets })
+    let loaded = load_beside(pins, options, &plans, ticks)?;
+    Ok(Prepared { plans, ticks, since_ns, loaded })
 }
 
 /// Removes what a load that failed has pinned.
@@ -362,13 +363,22 @@ impl Globals {
     }
 }
 
+/// Programs and maps beside what runs.
+struct Beside {
+    ebpf: Ebpf,
+    programs: Programs,
+    without_sockets: Option<String>,
+    /// Of each map that changes its size, the entries that there was no room for.
+    dropped: BTreeMap<&'static str, u64>,
+}
+
 /// Loads the programs with the maps that they will use, beside what runs: no packet meets them yet.
 fn load_beside(
     pins: &PinDir,
     options: &Options,
     plans: &BTreeMap<&'static str, Plan>,
     ticks: Ticks,
-) -> Result<(Ebpf, Programs, Option<String>), LoadError> {
+) -> Result<Beside, LoadError> {
     let globals = Globals::new(options, ticks);
     let mut loader = globals.loader();
     for (&name, plan) in plans {
@@ -393,12 +403,13 @@ fn load_beside(
         }
         Err(error) => Some(error.to_string()),
     };
-    for (name, plan) in plans {
+    let mut dropped = BTreeMap::new();
+    for (&name, plan) in plans {
         if let Plan::Replace(old) = plan {
-            carry::carry(old, &Map::open(&pins.next_map(name))?)?;
+            dropped.insert(name, carry::carry(old, &Map::open(&pins.next_map(name))?)?);
         }
     }
-    Ok((ebpf, programs, without_sockets))
+    Ok(Beside { ebpf, programs, without_sockets, dropped })
 }
 
 /// Loads all of these programs or none.
@@ -493,12 +504,13 @@ pub fn monotonic_ns() -> u64 {
 
 impl std::fmt::Debug for Loaded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { pins, maps, ticks, resized, upgraded, without_sockets, ebpf: _ } = self;
+        let Self { pins, maps, ticks, resized, dropped, upgraded, without_sockets, ebpf: _ } = self;
         f.debug_struct("Loaded")
             .field("pins", pins)
             .field("maps", maps)
             .field("ticks", ticks)
             .field("resized", resized)
+            .field("dropped", dropped)
             .field("upgraded", upgraded)
             .field("without_sockets", without_sockets)
             .finish()

@@ -231,6 +231,23 @@ pub fn detach(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> {
     Ok(attachments)
 }
 
+/// As [`super::replace_other_layouts`], for one pin of another layout.
+pub(super) fn adopt(pins: &PinDir, path: &Path, ours: &Path) -> Result<bool, AttachError> {
+    let Some(program) = SOCKET_PROGRAMS.into_iter().find(|program| pin(pins, program) == ours) else {
+        return Ok(false);
+    };
+    // Without the programs for sockets there is nothing to put there.
+    if !pins.prog(program).exists() {
+        return Ok(false);
+    }
+    let link = sys::obj_get(path)?;
+    if !matches!(upgrade_one(pins, program, &link), Ok(true)) {
+        return Ok(false);
+    }
+    pins.rename(path, ours)?;
+    Ok(true)
+}
+
 /// Takes off what was not there `before`, when a start has failed.
 ///
 /// # Errors

@@ -41,7 +41,7 @@ impl CheckArgs {
             probes::btf(),
             probes::tc(),
         ]);
-        findings.extend(probes::devices());
+        findings.extend(probes::devices(pin_dir));
         findings.extend(self.devices.iter().map(|device| probes::xdp(device)));
         findings.extend([
             probes::memory(&self.sizes.sizes()),

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use affinity_common::abi;
@@ -14,6 +14,7 @@ use rustix::{
     fs::statfs,
     mount::{MountFlags, mount},
 };
+use tracing::warn;
 
 /// `f_type` of a BPF filesystem: `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS: u32 = 0xcafe_4a11;
@@ -61,7 +62,27 @@ impl PinDir {
     /// The paths under `root`. Nothing is created.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), version: root.join(format!("v{}", abi::VERSION)) }
+        let root = path::absolute(root).unwrap_or_else(|_| root.to_owned());
+        Self { version: root.join(format!("v{}", abi::VERSION)), root }
+    }
+
+    /// The dataplanes of other layouts under the same root: of another version of affinity, and perhaps still attached.
+    ///
+    /// # Errors
+    /// [`PinError`] where the root cannot be read.
+    pub fn other_layouts(&self) -> Result<Vec<Self>, PinError> {
+        let is_layout = |path: &PathBuf| {
+            let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
+            number.is_some() && *path != self.version
+        };
+        let layouts = list(&self.root)?.into_iter().filter(is_layout);
+        Ok(layouts.map(|version| Self { root: self.root.clone(), version }).collect())
+    }
+
+    /// The name of the layout: `v1`.
+    #[must_use]
+    pub fn layout(&self) -> String {
+        self.version.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// The directory that the user named.
@@ -117,6 +138,9 @@ impl PinDir {
             if !self.root.starts_with(BPF_MOUNT) {
                 return Err(PinError::NotBpf(self.root.clone()));
             }
+            if let Some(netns) = sys_of_netns() {
+                warn!("{}; what is pinned here ends with this process", hidden_by(&netns));
+            }
             mount("bpf", BPF_MOUNT, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
                 .map_err(|error| PinError::Mount(error.into()))?;
         }
@@ -142,6 +166,25 @@ impl PinDir {
     /// [`PinError`] where the directory cannot be read; none where it is not there.
     pub fn list_links(&self) -> Result<Vec<PathBuf>, PinError> {
         list(&self.links())
+    }
+
+    /// Everything pinned under `progs/`.
+    ///
+    /// # Errors
+    /// [`PinError`] where the directory cannot be read; none where it is not there.
+    pub fn list_programs(&self) -> Result<Vec<PathBuf>, PinError> {
+        list(&self.version.join("progs"))
+    }
+
+    /// Removes all of a layout that may be another than this version's, so that nobody knows what it has pinned.
+    ///
+    /// # Errors
+    /// [`PinError`].
+    pub fn remove_layout(&self) -> Result<(), PinError> {
+        match fs::remove_dir_all(&self.version) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(PinError::at(&self.version)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Removes a pin.
@@ -170,6 +213,9 @@ impl PinDir {
             pinned.pins.extend(list(&dir)?.into_iter().filter(|path| !path.to_string_lossy().ends_with(NEXT)));
         }
         let above = self.version.ancestors().map(Path::to_owned);
+        for other in self.other_layouts()? {
+            pinned.pins.extend(other.list_links()?);
+        }
         pinned.directories = self.directories().into_iter().chain(above).filter(|dir| dir.is_dir()).collect();
         Ok(pinned)
     }
@@ -255,6 +301,28 @@ impl Pinned {
 
 /// BPF filesystems allow no dot in a name.
 const NEXT: &str = "-next";
+
+/// Why the node's pins are not seen from here; none where they are.
+pub(crate) fn hidden() -> Option<String> {
+    sys_of_netns().map(|netns| hidden_by(&netns))
+}
+
+fn hidden_by(netns: &str) -> String {
+    format!(
+        "`ip netns exec {netns}` has mounted another /sys, which hides the node's BPF filesystem: use `nsenter \
+         --net=/run/netns/{netns}` instead"
+    )
+}
+
+/// The network namespace that `ip netns exec` has mounted this process's /sys for: it gives the namespace's name as the
+/// source of the mount. See <https://git.kernel.org/pub/scm/network/iproute2/iproute2.git/tree/lib/namespace.c>.
+fn sys_of_netns() -> Option<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let sys = mounts.lines().rfind(|line| line.split(' ').nth(1) == Some("/sys"))?;
+    let mut fields = sys.split(' ');
+    let source = fields.next()?;
+    (fields.nth(1)? == "sysfs" && Path::new("/run/netns").join(source).exists()).then(|| source.to_owned())
+}
 
 /// The entries of a directory, sorted; none where it is not there.
 fn list(dir: &Path) -> Result<Vec<PathBuf>, PinError> {

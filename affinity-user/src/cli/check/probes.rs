@@ -1,6 +1,6 @@
 //! The single checks. Each looks and changes nothing.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use affinity_common::names;
 use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
@@ -129,7 +129,7 @@ pub(super) fn tc() -> Finding {
 }
 
 /// Which devices would be attached without `--device`, one finding each, and how many are left alone.
-pub(super) fn devices() -> Vec<Finding> {
+pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     let (devices, network) = match attach::survey() {
         Ok(survey) => survey,
         Err(error) => {
@@ -138,6 +138,13 @@ pub(super) fn devices() -> Vec<Finding> {
         }
     };
     let roles = attach::roles(&devices, &network);
+    let unserved: Vec<_> = attach::unserved(&devices, &network)
+        .iter()
+        .map(|device| {
+            let advice = "let clients reach the node by a device with Ethernet frames";
+            Finding::limited("device", attach::unserved_text(&device.name), advice)
+        })
+        .collect();
     let with_role = devices.iter().filter_map(|device| {
         let found = roles.get(&device.index)?;
         Some((device, found.role?, &found.why))
@@ -162,6 +169,26 @@ pub(super) fn devices() -> Vec<Finding> {
     if !others.is_empty() {
         findings.push(Finding::ok("device", format!("left alone unless named: {}", others.join("; "))));
     }
+    findings.extend(unserved);
+    let found = devices.iter().filter(|device| roles.get(&device.index).is_some_and(|found| found.role.is_some()));
+    let found = found.map(|device| (device.index, device.name.clone())).collect();
+    findings.extend(others_on(pin_dir, &found));
+    findings
+}
+
+/// Who else handles packets.
+fn others_on(pin_dir: &Path, devices: &BTreeMap<u32, String>) -> Vec<Finding> {
+    let programs = attach::others::programs(&PinDir::new(pin_dir), devices);
+    let more = programs.len().saturating_sub(DEVICES_NAMED);
+    let mut findings: Vec<_> =
+        programs.into_iter().take(DEVICES_NAMED).map(|line| Finding::ok("others", line)).collect();
+    if more > 0 {
+        findings.push(Finding::ok("others", format!("and {more} more programs of others")));
+    }
+    findings.extend(attach::others::kube_proxy().map(|way| {
+        let found = format!("kube-proxy's rules ({way}): they handle the services that affinity does not");
+        Finding::ok("others", found)
+    }));
     findings
 }
 
@@ -258,10 +285,23 @@ pub(super) fn clock() -> Finding {
     Finding::ok("clock", format!("{source}; the programs read the timer tick, which costs nothing"))
 }
 
+/// There may be one that cannot be seen from here, or one of another version.
+fn no_dataplane(pins: &PinDir) -> Finding {
+    if let Some(why) = load::hidden() {
+        return Finding::limited("dataplane", "cannot be seen from here", why);
+    }
+    let others: Vec<_> = pins.other_layouts().unwrap_or_default().iter().map(PinDir::layout).collect();
+    if others.is_empty() {
+        return Finding::ok("dataplane", "none yet");
+    }
+    let found = format!("one of another version (map layout {})", others.join(", "));
+    Finding::limited("dataplane", found, "`affinity run` replaces it, `affinity detach` takes it away")
+}
+
 pub(super) fn dataplane(pin_dir: &Path) -> Finding {
     let pins = PinDir::new(pin_dir);
     match pins.exists() {
-        Ok(false) => return Finding::ok("dataplane", "none yet"),
+        Ok(false) => return no_dataplane(&pins),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return Finding::ok("dataplane", "cannot be seen without root");
         }
