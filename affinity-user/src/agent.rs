@@ -14,6 +14,8 @@ mod publish;
 mod sockets;
 mod status;
 mod sweeping;
+mod undo;
+mod upkeep;
 
 use std::{
     io::{self, Write},
@@ -41,8 +43,11 @@ use self::{
     health::HealthChecks,
     notices::{LOOK_EVERY, Noticer},
     publish::{Publisher, count},
+    sockets::Sockets,
     status::{TELL_EVERY, Teller},
     sweeping::{Findings, Sweeping},
+    undo::all_or_nothing,
+    upkeep::Upkeep,
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
@@ -51,7 +56,7 @@ use crate::{
     load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
     sockets::Closer,
-    source::{Feed, ObjectName, Source, SourceError, View},
+    source::{Feed, ObjectName, Snapshot, Source, SourceError, View},
     store::{
         StoreError,
         kernel::{KernelStore, OpenError},
@@ -90,6 +95,14 @@ pub enum AgentError {
     /// The source cannot be used.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// Nothing of the source can be read, and packets are handled as before, if at all.
+    #[error("--source: {why}: {outcome}")]
+    Unreadable {
+        /// What is wrong with it.
+        why: String,
+        /// What is attached therefore.
+        outcome: &'static str,
+    },
     /// `--socket on`, and the kernel refused the programs.
     #[error("--socket on: {0}")]
     NoSocketPrograms(String),
@@ -184,21 +197,61 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         if attacher.finds_none(&look) {
             return Err(AgentError::NothingFound);
         }
-        let loaded = load::load(&pins, &options.load)?;
-        log_loaded(&loaded, options);
-        let mut publisher =
-            Publisher::new(KernelStore::open(&options.pin_dir)?, options.desired(), Arc::default(), Arc::default());
-        publisher.learn(seen(&devices, &options.node).await?);
-        let view = View::default();
-        view.is_current_at(monotonic_ns());
-        publisher.take(&options.source.read().await?);
-        publisher.publish()?;
-        Teller::new(&pins, &options.source, view)?.tell()?;
-        let failure = attacher.reconcile_all(&look)?;
-        sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
-        say("attached", &publisher, &attacher.summary(), &pins)?;
-        failure.map_or(Ok(()), |failure| Err(failure.into()))
+        let snapshot = options.source.read().await?;
+        if let Some(why) = &snapshot.unreadable {
+            let outcome = outcome_of_unreadable(attach::is_attached(&pins)?);
+            return Err(AgentError::Unreadable { why: why.clone(), outcome });
+        }
+        let node = seen(&devices, &options.node).await?;
+        warn_of_unserved(&mut devices).await?;
+        all_or_nothing(&pins, async { attach_once(options, &pins, &mut attacher, &look, node, &snapshot) }).await
     })
+}
+
+/// What [`attach`] does once it knows what to attach, and where.
+fn attach_once(
+    options: &Options,
+    pins: &PinDir,
+    attacher: &mut Attacher,
+    look: &Look,
+    node: NodeFacts,
+    snapshot: &Snapshot,
+) -> Result<(), AgentError> {
+    let loaded = load::load(pins, &options.load)?;
+    log_loaded(&loaded, options);
+    let store = KernelStore::open(&options.pin_dir)?;
+    let mut publisher = Publisher::new(store, options.desired(), Arc::default(), Arc::default());
+    publisher.learn(node);
+    let view = View::default();
+    view.is_current_at(monotonic_ns());
+    publisher.take(snapshot);
+    publisher.publish()?;
+    replace_other_layouts(pins)?;
+    Teller::new(pins, &options.source, view)?.tell()?;
+    let failure = attacher.reconcile_all(look)?;
+    attacher.tell_of_others(options.services);
+    sockets::reconcile(pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    say("attached", &publisher, &attacher.summary(), pins)
+}
+
+/// Of another version of affinity, perhaps: it would go on beside this one.
+fn replace_other_layouts(pins: &PinDir) -> Result<(), AgentError> {
+    for attach::Replaced { layout, adopted, detached } in attach::replace_other_layouts(pins)? {
+        warn!(
+            "a dataplane of another version (map layout {layout}) is replaced: {} run the programs of this version, {} \
+             taken off; its pins and connections are forgotten",
+            count(adopted, "attachment"),
+            count(detached, "attachment"),
+        );
+    }
+    Ok(())
+}
+
+const fn outcome_of_unreadable(is_attached: bool) -> &'static str {
+    if is_attached { "the dataplane stays as it is" } else { "nothing is attached" }
 }
 
 /// What was taken off by [`detach`].
@@ -208,6 +261,8 @@ pub struct Detached {
     pub devices: Vec<Attachment>,
     /// From cgroups.
     pub cgroups: Vec<CgroupAttachment>,
+    /// What dataplanes of other layouts had attached.
+    pub others: Vec<attach::Replaced>,
 }
 
 /// Takes the programs off one device; or off all, and every pin away. Returns what was attached.
@@ -221,11 +276,15 @@ pub fn detach(pin_dir: &Path, device: Option<&str>) -> Result<Detached, AgentErr
     let mut attachments = attach::attachments(&pins)?;
     attachments.retain(|attachment| attachment.device().as_deref() == Some(device));
     let Some(first) = attachments.first() else { return Err(AgentError::NotAttached(device.to_owned())) };
-    Ok(Detached { devices: attach::detach(&pins, Some(first.ifindex))?, cgroups: Vec::new() })
+    Ok(Detached { devices: attach::detach(&pins, Some(first.ifindex))?, ..Detached::default() })
 }
 
 fn take_away(pins: &PinDir) -> Result<Detached, AgentError> {
-    let detached = Detached { cgroups: attach::cgroup::detach(pins)?, devices: attach::detach(pins, None)? };
+    let detached = Detached {
+        others: attach::detach_other_layouts(pins)?,
+        cgroups: attach::cgroup::detach(pins)?,
+        devices: attach::detach(pins, None)?,
+    };
     pins.remove()?;
     Ok(detached)
 }
@@ -243,11 +302,14 @@ fn no_netlink(error: io::Error) -> AgentError {
 }
 
 fn log_loaded(loaded: &Loaded, options: &Options) {
-    let Loaded { pins, resized, upgraded, ticks, .. } = loaded;
+    let Loaded { pins, resized, dropped, upgraded, ticks, .. } = loaded;
     info!("maps for {}: {} MiB", options.load.sizes, mib(loaded.cost()));
     info!(tick_ns = ticks.tick_ns, "programs loaded, pinned at {}", pins.root().display());
     if !resized.is_empty() {
         info!("carried over to another size: {}", resized.join(", "));
+    }
+    for (name, dropped) in dropped {
+        warn!("{name}: {dropped} entries were dropped, because the new size has no room for them");
     }
     if *upgraded > 0 {
         info!("{} run the new programs", count(*upgraded, "attachment"));
@@ -256,7 +318,7 @@ fn log_loaded(loaded: &Loaded, options: &Options) {
 
 /// The line that tells whoever started this that it is done.
 fn say(word: &str, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
-    let Summary { number, names } = devices;
+    let Summary { number, names, .. } = devices;
     let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
     let line = format!(
         "{word}: {}, {}{names}, pins at {}",
@@ -273,6 +335,8 @@ struct Agent {
     pins: PinDir,
     devices: Devices,
     attaching: Worker,
+    upkeep: Upkeep,
+    sockets: Sockets,
     publisher: Publisher,
     health: HealthChecks,
     feed: Feed,
@@ -288,7 +352,9 @@ struct Agent {
     vitals: Arc<Vitals>,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
-    _lock: Lock,
+    /// Held until the end.
+    #[expect(dead_code, reason = "it works by being there")]
+    lock: Option<Lock>,
 }
 
 /// How often the event ring, and the log, are emptied: they hold many times what happens meanwhile.
@@ -297,21 +363,37 @@ const CONSUME_EVERY: Duration = Duration::from_millis(50);
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(1);
 /// How often devices are looked at without being told.
 const DEVICES_EVERY: Duration = Duration::from_secs(30);
+/// How often the agent looks whether its pins and attachments are still there.
+const UPKEEP_EVERY: Duration = Duration::from_secs(3);
 /// How long to wait after a failed step: at first, and at most.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 const RETRY_AT_MOST: Duration = Duration::from_secs(5);
 
 impl Agent {
-    /// Loads, publishes, attaches.
+    /// Loads, publishes, attaches; where that fails, nothing is left of it.
     async fn start(options: &Options) -> Result<Self, AgentError> {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
-        let mut attacher = Attacher::new(pins.clone(), options)?;
+        let attacher = Attacher::new(pins.clone(), options)?;
         let vitals = Arc::new(Vitals::default());
         if let Some(http) = &options.http {
             http::serve(http, &options.pin_dir, Arc::clone(&vitals))
                 .map_err(|error| AgentError::Http(http.address, error))?;
         }
+        let mut feed = options.source.watch().await?;
+        let first = first_snapshot(&mut feed, options, &pins).await?;
+        let started = all_or_nothing(&pins.clone(), Self::bring_up(options, pins, attacher, vitals, feed, first)).await;
+        started.map(|agent| Self { lock: Some(lock), ..agent })
+    }
+
+    async fn bring_up(
+        options: &Options,
+        pins: PinDir,
+        mut attacher: Attacher,
+        vitals: Arc<Vitals>,
+        feed: Feed,
+        first: Option<Snapshot>,
+    ) -> Result<Self, AgentError> {
         let mut loaded = load::load(&pins, &options.load)?;
         log_loaded(&loaded, options);
         let store = KernelStore::open(&options.pin_dir)?;
@@ -320,23 +402,23 @@ impl Agent {
         let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&filter), Arc::clone(&vitals));
         let mut devices = Devices::new().map_err(no_netlink)?;
         publisher.learn(seen(&devices, &options.node).await?);
-        let mut feed = options.source.watch().await?;
-        // A source that does not answer keeps nobody from being served as before, on new devices too.
-        let first = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await;
-        if let Ok(snapshot) = &first {
-            publisher.take(snapshot.as_ref().ok_or_else(source_ended)?);
+        if let Some(snapshot) = &first {
+            publisher.take(snapshot);
             publisher.publish()?;
-        } else {
-            warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
         }
+        replace_other_layouts(&pins)?;
         attach_first(&mut attacher, &mut devices).await?;
-        sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
+        attacher.tell_of_others(options.services);
+        warn_of_unserved(&mut devices).await?;
+        let cgroup = sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         let mut agent = Self {
             teller: Teller::new(&pins, &options.source, feed.view.clone())?,
             noticer: feed.notices.clone().map(Noticer::new),
             node: options.node.clone(),
             consumer,
             flush_log: log_reader(&mut loaded),
+            upkeep: Upkeep::new(&pins)?,
+            sockets: Sockets::new(pins.clone(), cgroup),
             closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
             sweeping: Sweeping::start(
                 Sweeper::new(KernelStore::open(&options.pin_dir)?, filter, feed.nodes.clone())?,
@@ -351,11 +433,11 @@ impl Agent {
             vitals,
             pins,
             devices,
-            _lock: lock,
+            lock: None,
         };
         agent.vitals.attached(agent.attaching.summary().number);
         agent.health.follow(agent.publisher.desired());
-        if first.is_ok() {
+        if first.is_some() {
             agent.say_ready()?;
         }
         Ok(agent)
@@ -371,14 +453,21 @@ impl Agent {
         let mut consume = every(CONSUME_EVERY);
         let mut look = every(DEVICES_EVERY);
         let mut tell = every(TELL_EVERY);
+        let mut upkeep = every(UPKEEP_EVERY);
         let mut notice = every(LOOK_EVERY);
         let mut retry = Retry::default();
         loop {
             tokio::select! {
                 () = signals.any() => break,
                 snapshot = self.feed.snapshots.recv() => {
-                    self.publisher.take(&snapshot.ok_or_else(source_ended)?);
-                    self.publish(&mut retry)?;
+                    let snapshot = snapshot.ok_or_else(source_ended)?;
+                    match &snapshot.unreadable {
+                        Some(why) => warn!("{why}: until it can be read, the dataplane stays as it is"),
+                        None => {
+                            self.publisher.take(&snapshot);
+                            self.publish(&mut retry)?;
+                        }
+                    }
                 }
                 () = sleep_until(retry.at()), if retry.is_due() => self.publish(&mut retry)?,
                 changed = self.devices.changed() => {
@@ -390,6 +479,7 @@ impl Agent {
                 }
                 _ = look.tick() => self.reconcile(&mut retry).await?,
                 _ = tell.tick() => self.tell()?,
+                _ = upkeep.tick() => self.keep_whole(),
                 _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = consume.tick() => {
                     self.vitals.tick();
@@ -460,6 +550,26 @@ impl Agent {
         Ok(())
     }
 
+    /// Makes again what somebody has removed, and lets the probes say what cannot be made.
+    fn keep_whole(&self) {
+        let repaired = self.upkeep.repair();
+        match &repaired {
+            Ok(names) if names.is_empty() => {}
+            Ok(names) => warn!("pins had been removed, and are there again: {}", names.join(", ")),
+            Err(_) => {}
+        }
+        let sockets = self.sockets.repair();
+        let damage = repaired.err().or(sockets.err()).or_else(|| self.attaching.summary().lost);
+        if self.vitals.damaged(damage.clone())
+            && let Some(damage) = damage
+        {
+            error!("{damage}");
+        }
+        if let Err(error) = self.attaching.repair() {
+            error!("{error}");
+        }
+    }
+
     /// Looks at the devices and their addresses, and follows them.
     async fn reconcile(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
         if let Err(error) = self.attaching.keep_up(&mut self.devices).await {
@@ -480,6 +590,22 @@ impl Agent {
     }
 }
 
+/// The first snapshot; none where the source does not answer: then nobody is kept from being served as before, on new
+/// devices too. So it is where nothing can be read, and a dataplane is at work.
+async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Result<Option<Snapshot>, AgentError> {
+    let Ok(first) = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await else {
+        warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
+        return Ok(None);
+    };
+    let first = first.ok_or_else(source_ended)?;
+    let Some(why) = &first.unreadable else { return Ok(Some(first)) };
+    if !attach::is_attached(pins)? {
+        return Err(AgentError::Unreadable { why: why.clone(), outcome: outcome_of_unreadable(false) });
+    }
+    warn!("{why}: until it can be read, the dataplane stays as it is");
+    Ok(None)
+}
+
 /// The node with the addresses that it has now.
 async fn seen(devices: &Devices, node: &NodeFacts) -> Result<NodeFacts, AgentError> {
     let network = devices.network().await.map_err(no_netlink)?;
@@ -496,6 +622,15 @@ async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<
         warn!("no device yet that packets for frontends could enter by; it will be attached when it appears");
     }
     attacher.reconcile_all(&look)?.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// Says which devices lead out of the node, and cannot be attached.
+async fn warn_of_unserved(devices: &mut Devices) -> Result<(), AgentError> {
+    let (list, network) = (devices.list().await.map_err(no_netlink)?, devices.network().await.map_err(no_netlink)?);
+    for device in attach::unserved(&list, &network) {
+        warn!("{}", attach::unserved_text(&device.name));
+    }
+    Ok(())
 }
 
 /// From `namespace/name`.

@@ -10,6 +10,7 @@ pub mod devices;
 pub mod discover;
 mod hook;
 mod netdev;
+pub mod others;
 pub mod wires;
 
 use std::{
@@ -27,12 +28,12 @@ use aya::programs::{
 
 pub use self::{
     devices::{Device, Devices, Framing, OtherEnd, survey},
-    discover::{Finding, Network, Role, Why, roles},
+    discover::{Finding, Network, Role, Why, roles, unserved, unserved_text},
     hook::{Hook, UnknownHook, UnknownPolicy, XdpPolicy},
     netdev::{XdpFeatures, xdp_features},
 };
 use crate::{
-    load::{PinDir, PinError},
+    load::{PinDir, PinError, Pinned},
     store::StoreError,
     sys::{self, SysError},
 };
@@ -204,6 +205,14 @@ fn attachments_of(pins: &PinDir, ifindex: u32) -> Result<Vec<Attachment>, Attach
         }
     }
     Ok(attachments)
+}
+
+/// Where a device has programs now.
+///
+/// # Errors
+/// [`AttachError`] where a pin cannot be read.
+pub fn hooks_of(pins: &PinDir, ifindex: u32) -> Result<Vec<Hook>, AttachError> {
+    Ok(attachments_of(pins, ifindex)?.into_iter().map(|attachment| attachment.hook).collect())
 }
 
 fn pin_name(ifindex: u32, hook: Hook) -> String {
@@ -402,6 +411,108 @@ pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, At
         detach_one(pins, attachment)?;
     }
     Ok(attachments)
+}
+
+/// Takes the programs off devices that had none `before`, when a start has failed. A device that had some keeps what it has
+/// now: the start may have put it in the place of what was there.
+///
+/// # Errors
+/// The first [`AttachError`]; everything else is taken off nevertheless.
+pub fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachError> {
+    let devices: BTreeSet<u32> = before.pins().filter_map(|pin| Some(parse_pin_name(pin)?.0)).collect();
+    let mut outcome = cgroup::detach_new(pins, before);
+    for attachment in attachments(pins)?.iter().filter(|new| !devices.contains(&new.ifindex)) {
+        outcome = outcome.and(detach_one(pins, attachment));
+    }
+    outcome
+}
+
+/// What became of the dataplane of another layout.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Replaced {
+    /// Its name: `v1`.
+    pub layout: String,
+    /// Links and filters that met the programs of this version.
+    pub adopted: usize,
+    /// Those that were taken off instead.
+    pub detached: usize,
+}
+
+/// Puts the programs of this version into what dataplanes of other layouts have attached, and removes the rest of them:
+/// each packet meets the old programs or the new ones. Their pins and connections are forgotten.
+///
+/// # Errors
+/// [`AttachError`] where a pin cannot be moved or removed.
+pub fn replace_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError> {
+    let mut replaced = Vec::new();
+    for other in pins.other_layouts()? {
+        let (mut adopted, mut detached) = (0, 0);
+        for path in other.list_links()? {
+            if adopt(pins, &path)? {
+                adopted += 1;
+            } else {
+                detached += usize::from(detach_unknown(&path)?);
+            }
+        }
+        other.remove_layout()?;
+        replaced.push(Replaced { layout: other.layout(), adopted, detached });
+    }
+    Ok(replaced)
+}
+
+/// Takes off and removes the dataplanes of other layouts.
+///
+/// # Errors
+/// [`AttachError`].
+pub fn detach_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError> {
+    let mut removed = Vec::new();
+    for other in pins.other_layouts()? {
+        let mut detached = 0;
+        for path in other.list_links()? {
+            detached += usize::from(detach_unknown(&path)?);
+        }
+        other.remove_layout()?;
+        removed.push(Replaced { layout: other.layout(), adopted: 0, detached });
+    }
+    Ok(removed)
+}
+
+/// Makes a pin of another layout one of this layout, with the program of this version. False where it is none that this
+/// version knows, where this layout has one already, or where the kernel refuses the program there.
+fn adopt(pins: &PinDir, path: &Path) -> Result<bool, AttachError> {
+    let Some(name) = path.file_name() else { return Ok(false) };
+    let ours = pins.links().join(name);
+    if ours.exists() {
+        return Ok(false);
+    }
+    if let Some((ifindex, hook)) = parse_pin_name(path) {
+        let Some((pin, fd)) = open_pin(path.to_owned(), ifindex, hook)? else { return Ok(false) };
+        let moved = Attachment { path: ours.clone(), ..pin };
+        pins.rename(path, &ours)?;
+        if matches!(upgrade_one(pins, &moved, fd.as_fd()), Ok(true)) {
+            return Ok(true);
+        }
+        detach_unknown(&ours)?;
+        pins.unpin(&ours)?;
+        return Ok(false);
+    }
+    cgroup::adopt(pins, path, &ours)
+}
+
+/// Takes off what a pin of another layout has attached; false where it is no link, and no filter of a device.
+fn detach_unknown(path: &Path) -> Result<bool, AttachError> {
+    if let Some((ifindex, hook)) = parse_pin_name(path).filter(|(_, hook)| hook.link().is_none()) {
+        return device_name(ifindex).map_or(Ok(false), |device| remove_filter(&device, hook).map(|()| true));
+    }
+    Ok(sys::link_detach(sys::obj_get(path)?.as_fd()).is_ok())
+}
+
+/// Whether anything is attached.
+///
+/// # Errors
+/// [`AttachError`] where a pin cannot be read.
+pub fn is_attached(pins: &PinDir) -> Result<bool, AttachError> {
+    Ok(!attachments(pins)?.is_empty() || !cgroup::attachments(pins)?.is_empty())
 }
 
 fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {

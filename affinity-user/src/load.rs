@@ -7,11 +7,12 @@
 mod carry;
 mod clock;
 mod pins;
-mod release;
+mod refusal;
 pub mod sizes;
 
 use std::{
     collections::BTreeMap,
+    fs,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     panic::resume_unwind,
     thread,
@@ -24,19 +25,22 @@ use affinity_common::{
 };
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    programs::{Program, ProgramError, SchedClassifier},
+    programs::{Program, ProgramError, ProgramType, SchedClassifier},
+    sys::{BpfHelper, is_helper_supported},
 };
 use aya_log::Level;
 use aya_obj::Object;
 use rustix::time::{ClockId, clock_gettime};
+use tracing::warn;
 
-pub(crate) use self::release::{release, version};
 pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
-    pins::{PinDir, PinError},
+    pins::{PinDir, PinError, Pinned},
+    refusal::Refusal,
     sizes::{MAX_RANGES, Sizes, cost, mib},
 };
+pub(crate) use self::{pins::hidden, refusal::JIT_ADVICE};
 use crate::{
     attach::{self, AttachError},
     netns,
@@ -99,13 +103,11 @@ pub enum LoadError {
     #[error(transparent)]
     Carry(#[from] CarryError),
     /// The kernel refused a program.
-    #[error("program {name}: {source}")]
-    Program {
-        /// The program.
-        name: &'static str,
-        /// Why.
-        source: Box<ProgramError>,
-    },
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The kernel interprets programs. Tail calls between programs that have functions need compiled ones.
+    #[error("the kernel's BPF JIT is off, and the programs need it: {JIT_ADVICE}")]
+    NoJit,
     /// The object lacks a program or map that it should have.
     #[error("the kernel programs lack {0}")]
     Missing(&'static str),
@@ -128,6 +130,14 @@ pub struct Options {
     pub redirect: bool,
     /// For tests: the programs' time in nanoseconds and random number, in place of the kernel's.
     pub fixed: Option<(u64, u64)>,
+    /// For tests: an object file in place of the one that is built in.
+    pub object: Option<&'static [u8]>,
+}
+
+impl Options {
+    fn object(&self) -> &'static [u8] {
+        self.object.unwrap_or(PROGRAMS)
+    }
 }
 
 /// What was loaded and pinned.
@@ -140,6 +150,8 @@ pub struct Loaded {
     pub ticks: Ticks,
     /// The maps that changed their size.
     pub resized: Vec<&'static str>,
+    /// Of those, the ones that had no room for all entries, and how many were dropped.
+    pub dropped: Vec<(&'static str, u64)>,
     /// Links of devices that met a new program.
     pub upgraded: usize,
     /// Why the programs for sockets could not be loaded; none where they were.
@@ -166,28 +178,85 @@ enum Plan {
 
 /// Loads everything under a pin directory. The caller holds the directory's lock.
 ///
+/// A load that fails leaves nothing pinned that was not there before.
+///
 /// # Errors
 /// [`LoadError`].
 pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
-    if PROGRAMS.is_empty() {
+    if options.object().is_empty() {
         return Err(LoadError::NoPrograms);
     }
-    pins.create()?;
-    let plans = plan(pins, &options.sizes)?;
-    let ticks = measure_clock()?;
-    let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
-    let loaded = load_beside(pins, options, &plans, ticks);
-    if loaded.is_err() {
-        for name in plans.keys() {
-            pins.unpin(&pins.next_map(name))?;
-        }
+    if jit_is_off() {
+        return Err(LoadError::NoJit);
     }
-    let (ebpf, programs, without_sockets) = loaded?;
-    let upgraded = switch(pins, &plans, &programs, since_ns)?;
+    let before = pins.pinned()?;
+    let prepared = prepare(pins, options).inspect_err(|_| roll_back(pins, &before))?;
+    let Prepared { plans, ticks, since_ns, loaded } = prepared;
+    let Beside { ebpf, programs, without_sockets, dropped } = loaded;
+    // Where a dataplane runs, a part of it may use the new maps and programs from here on.
+    let upgraded = switch(pins, &plans, &programs, since_ns).inspect_err(|_| {
+        if !before.has_maps() {
+            roll_back(pins, &before);
+        }
+    })?;
     let maps = names::MAPS.iter().map(|&name| Ok((name, *Map::open(&pins.map(name))?.info())));
     let maps = maps.collect::<Result<_, SysError>>()?;
-    let resized = plans.iter().filter(|(_, plan)| matches!(plan, Plan::Replace(_))).map(|(&name, _)| name).collect();
-    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, upgraded, without_sockets, ebpf })
+    let resized = dropped.keys().copied().collect();
+    let dropped = dropped.into_iter().filter(|(_, entries)| *entries > 0).collect();
+    Ok(Loaded { pins: pins.clone(), maps, ticks, resized, dropped, upgraded, without_sockets, ebpf })
+}
+
+/// What is loaded beside a dataplane that may run: no packet meets it yet.
+struct Prepared {
+    plans: BTreeMap<&'static str, Plan>,
+    ticks: Ticks,
+    /// Entries that were used since then may be missing in the new maps.
+    since_ns: u64,
+    loaded: Beside,
+}
+
+fn prepare(pins: &PinDir, options: &Options) -> Result<Prepared, LoadError> {
+    pins.create()?;
+    let plans = plan(pins, options)?;
+    let ticks = measure_clock(options)?;
+    let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
+    let loaded = load_beside(pins, options, &plans, ticks)?;
+    Ok(Prepared { plans, ticks, since_ns, loaded })
+}
+
+/// Removes what a load that failed has pinned.
+fn roll_back(pins: &PinDir, before: &Pinned) {
+    if let Err(error) = pins.roll_back(before) {
+        warn!("{error}: what this start has pinned may still be there");
+    }
+}
+
+/// Loads every program as [`load`] would, with the smallest maps that there are, and lets go of them. Nothing is pinned
+/// or attached. Returns what the kernel refuses.
+///
+/// # Errors
+/// [`LoadError`] where that cannot be tried: the maps cannot be made.
+pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
+    if options.object().is_empty() {
+        return Err(LoadError::NoPrograms);
+    }
+    let globals = Globals::new(options, Ticks { tick_ns: 1, tick_base: 0 });
+    let mut loader = globals.loader();
+    for name in names::MAPS {
+        if let Some(entries) = Sizes::SMALLEST.entries(name) {
+            loader.map_max_entries(name, entries);
+        }
+    }
+    let mut ebpf = loader.load(options.object())?;
+    let names: Vec<_> = PINNED.into_iter().chain(names::SOCKET_PROGRAMS).chain([names::CLOCK]).collect();
+    let mut refusals = Vec::new();
+    for loaded in load_each(&mut ebpf, &names) {
+        match loaded {
+            Err(LoadError::Refused(refusal)) => refusals.push(refusal),
+            other => _ = other?,
+        }
+    }
+    Ok(refusals)
 }
 
 /// The layout that each map must have.
@@ -195,7 +264,11 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
 /// # Errors
 /// [`LoadError`] where the object cannot be read.
 pub(crate) fn needed(sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, LoadError> {
-    let object = Object::parse(PROGRAMS)?;
+    needed_by(PROGRAMS, sizes)
+}
+
+fn needed_by(object: &[u8], sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, LoadError> {
+    let object = Object::parse(object)?;
     let maps = names::MAPS.iter().map(|&name| {
         let map = object.maps.get(name).ok_or(LoadError::Missing(name))?;
         let info = MapInfo {
@@ -212,9 +285,9 @@ pub(crate) fn needed(sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, Load
 }
 
 /// Compares what is pinned with what is needed: aya would use any map that it finds, whatever its layout.
-fn plan(pins: &PinDir, sizes: &Sizes) -> Result<BTreeMap<&'static str, Plan>, LoadError> {
+fn plan(pins: &PinDir, options: &Options) -> Result<BTreeMap<&'static str, Plan>, LoadError> {
     let mut plans = BTreeMap::new();
-    for (name, needed) in needed(sizes)? {
+    for (name, needed) in needed_by(options.object(), &options.sizes)? {
         let path = pins.map(name);
         let plan = match Map::open(&path) {
             Err(error) if error.is_not_found() => Plan::Keep,
@@ -242,12 +315,12 @@ fn describe(info: &MapInfo) -> String {
 }
 
 /// Loads the clock program alone, with the smallest maps that there are, and runs it.
-fn measure_clock() -> Result<Ticks, LoadError> {
+fn measure_clock(options: &Options) -> Result<Ticks, LoadError> {
     let mut loader = EbpfLoader::new();
     for name in names::MAPS {
         loader.map_max_entries(name, 1);
     }
-    let mut ebpf = loader.load(PROGRAMS)?;
+    let mut ebpf = loader.load(options.object())?;
     let clock = load_program(names::CLOCK, ebpf.program_mut(names::CLOCK).ok_or(LoadError::Missing(names::CLOCK))?)?;
     Ok(clock::measure(clock.as_fd())?)
 }
@@ -258,33 +331,56 @@ const CARRIED_LATE: [&str; 5] =
 
 type Programs = BTreeMap<&'static str, OwnedFd>;
 
+/// What the programs know of this kernel and of the options.
+struct Globals {
+    config: Config,
+    log_level: u8,
+}
+
+impl Globals {
+    fn new(options: &Options, Ticks { tick_ns, tick_base }: Ticks) -> Self {
+        let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
+        // Without it the node has no node ports on loopback; everything else is as ever.
+        let node_netns = netns::Namespace::own().and_then(|own| own.cookie()).unwrap_or(0);
+        let config = Config {
+            magic: CONFIG_MAGIC,
+            tick_ns,
+            tick_base,
+            refuse_errno: refuse_errno(),
+            node_netns,
+            redirect: u64::from(options.redirect),
+            fixed_now_ns,
+            fixed_random,
+        };
+        Self { config, log_level: options.log_level.map_or(0, |level| level as u8) }
+    }
+
+    fn loader(&self) -> EbpfLoader<'_> {
+        let mut loader = EbpfLoader::new();
+        loader.override_global("CONFIG", bytemuck::bytes_of(&self.config), true);
+        loader.override_global("AYA_LOG_LEVEL", &self.log_level, false);
+        loader
+    }
+}
+
+/// Programs and maps beside what runs.
+struct Beside {
+    ebpf: Ebpf,
+    programs: Programs,
+    without_sockets: Option<String>,
+    /// Of each map that changes its size, the entries that there was no room for.
+    dropped: BTreeMap<&'static str, u64>,
+}
+
 /// Loads the programs with the maps that they will use, beside what runs: no packet meets them yet.
 fn load_beside(
     pins: &PinDir,
     options: &Options,
     plans: &BTreeMap<&'static str, Plan>,
     ticks: Ticks,
-) -> Result<(Ebpf, Programs, Option<String>), LoadError> {
-    let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
-    let Ticks { tick_ns, tick_base } = ticks;
-    let refuse_errno = refuse_errno();
-    // Without it the node has no node ports on loopback; everything else is as ever.
-    let node_netns = netns::Namespace::own().and_then(|own| own.cookie()).unwrap_or(0);
-    let config = Config {
-        magic: CONFIG_MAGIC,
-        tick_ns,
-        tick_base,
-        refuse_errno,
-        node_netns,
-        redirect: u64::from(options.redirect),
-        fixed_now_ns,
-        fixed_random,
-    };
-    let log_level = options.log_level.map_or(0, |level| level as u8);
-
-    let mut loader = EbpfLoader::new();
-    loader.override_global("CONFIG", bytemuck::bytes_of(&config), true);
-    loader.override_global("AYA_LOG_LEVEL", &log_level, false);
+) -> Result<Beside, LoadError> {
+    let globals = Globals::new(options, ticks);
+    let mut loader = globals.loader();
     for (&name, plan) in plans {
         if let Some(entries) = options.sizes.entries(name) {
             loader.map_max_entries(name, entries);
@@ -297,7 +393,7 @@ fn load_beside(
             },
         );
     }
-    let mut ebpf = loader.load(PROGRAMS)?;
+    let mut ebpf = loader.load(options.object())?;
     let mut programs = load_programs(&mut ebpf, &PINNED)?;
     // A kernel built without cgroup programs has the others nevertheless.
     let without_sockets = match load_programs(&mut ebpf, &names::SOCKET_PROGRAMS) {
@@ -307,16 +403,22 @@ fn load_beside(
         }
         Err(error) => Some(error.to_string()),
     };
-    for (name, plan) in plans {
+    let mut dropped = BTreeMap::new();
+    for (&name, plan) in plans {
         if let Plan::Replace(old) = plan {
-            carry::carry(old, &Map::open(&pins.next_map(name))?)?;
+            dropped.insert(name, carry::carry(old, &Map::open(&pins.next_map(name))?)?);
         }
     }
-    Ok((ebpf, programs, without_sockets))
+    Ok(Beside { ebpf, programs, without_sockets, dropped })
 }
 
-/// Loads all of these programs or none; at the same time, because nearly all of a start is the verifier's.
+/// Loads all of these programs or none.
 fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<Programs, LoadError> {
+    load_each(ebpf, names).into_iter().collect()
+}
+
+/// Loads these programs at the same time, because nearly all of a start is the verifier's work.
+fn load_each(ebpf: &mut Ebpf, names: &[&'static str]) -> Vec<Result<(&'static str, OwnedFd), LoadError>> {
     thread::scope(|scope| {
         let mut loads = BTreeMap::new();
         for (found, program) in ebpf.programs_mut() {
@@ -332,15 +434,19 @@ fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<Programs, Lo
     })
 }
 
-/// Programs on sockets may name an error of their own since this kernel.
-const KERNEL_RETVAL: (u32, u32) = (6, 1);
-
+/// The error number that refused sockets get; zero, for the kernel's `EPERM`, where programs cannot choose one.
 fn refuse_errno() -> u64 {
-    if version(&release()) >= KERNEL_RETVAL { libc::ECONNREFUSED as u64 } else { 0 }
+    let supported = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
+    if supported.unwrap_or(false) { libc::ECONNREFUSED as u64 } else { 0 }
+}
+
+/// Whether the kernel interprets programs. Where that cannot be read, loading tells.
+pub(crate) fn jit_is_off() -> bool {
+    fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").is_ok_and(|value| value.trim() == "0")
 }
 
 fn load_program(name: &'static str, program: &mut Program) -> Result<OwnedFd, LoadError> {
-    let failed = |source: ProgramError| LoadError::Program { name, source: Box::new(source) };
+    let failed = |error: ProgramError| LoadError::Refused(Refusal::new(name, &error));
     #[expect(clippy::wildcard_enum_match_arm, reason = "all others are for TC, and refused where they are not")]
     let loaded = match &mut *program {
         Program::Xdp(xdp) => xdp.load(),
@@ -398,12 +504,13 @@ pub fn monotonic_ns() -> u64 {
 
 impl std::fmt::Debug for Loaded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { pins, maps, ticks, resized, upgraded, without_sockets, ebpf: _ } = self;
+        let Self { pins, maps, ticks, resized, dropped, upgraded, without_sockets, ebpf: _ } = self;
         f.debug_struct("Loaded")
             .field("pins", pins)
             .field("maps", maps)
             .field("ticks", ticks)
             .field("resized", resized)
+            .field("dropped", dropped)
             .field("upgraded", upgraded)
             .field("without_sockets", without_sockets)
             .finish()

@@ -76,4 +76,6 @@ pub struct Snapshot {
     /// Whether objects may be missing that were never read, because their place could not be: what they set up before is
     /// to be kept.
     pub partial: bool,
+    /// Why nothing of the source could be read, now or before; none where something was, or where it holds nothing.
+    pub unreadable: Option<String>,
 }

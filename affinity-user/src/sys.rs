@@ -751,6 +751,27 @@ pub struct LinkInfo {
     pub attach_type: u32,
 }
 
+/// The ids of the programs that are attached to a device by tcx, in the order in which packets meet them.
+///
+/// # Errors
+/// [`SysError`]; `EINVAL` on a kernel without tcx.
+pub fn tcx_programs(ifindex: u32, attach_type: u32) -> Result<Vec<u32>> {
+    /// `BPF_MPROG_MAX` of <https://elixir.bootlin.com/linux/v6.12/source/include/linux/bpf_mprog.h>.
+    const MOST: usize = 64;
+    let mut ids = [0u32; MOST];
+    let mut attr = QueryAttr {
+        target: ifindex,
+        attach_type,
+        prog_ids: address_mut(bytemuck::bytes_of_mut(&mut ids)),
+        count: MOST as u32,
+        ..Zeroable::zeroed()
+    };
+    // SAFETY: `prog_ids` has room for `count` ids.
+    unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) }
+        .map_err(|error| SysError::new("BPF_PROG_QUERY", format!("device {ifindex}"), error))?;
+    Ok(ids[..(attr.count as usize).min(MOST)].to_vec())
+}
+
 /// What the kernel tells about a link to a cgroup.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -780,6 +801,19 @@ struct LinkCreateAttr {
     relative_fd: u32,
     pad: u32,
     expected_revision: u64,
+}
+
+/// The part of `BPF_PROG_QUERY` that kernels with tcx know, and the start of which older ones know.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    count: u32,
+    pad: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -24,6 +24,7 @@ use crate::{
         self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Why, XdpPolicy, device_name, roles,
         wires::Wire,
     },
+    desired::Services,
     load::PinDir,
 };
 
@@ -86,6 +87,8 @@ pub(super) struct Attacher {
     attached: BTreeMap<u32, (String, Vec<Hook>)>,
     /// What could not be attached, and the reason that was logged.
     failed: BTreeMap<u32, String>,
+    /// What somebody has taken off, until it is attached again.
+    lost: BTreeSet<u32>,
 }
 
 impl Attacher {
@@ -103,6 +106,7 @@ impl Attacher {
             options: options.attach,
             attached: BTreeMap::new(),
             failed: BTreeMap::new(),
+            lost: BTreeSet::new(),
         })
     }
 
@@ -146,7 +150,7 @@ impl Attacher {
     fn is_meant(&self, device: &Device, look: &Look) -> bool {
         if self.finds() {
             let has_role = look.roles.get(&device.index).is_some_and(|finding| finding.role.is_some());
-            return has_role || self.attached.contains_key(&device.index);
+            return has_role || self.attached.contains_key(&device.index) || self.lost.contains(&device.index);
         }
         // A pattern means what can be attached; only a name insists.
         let possible = device.framing != Framing::Other || self.is_named(device);
@@ -160,6 +164,7 @@ impl Attacher {
     /// [`AttachError`] where the attachments cannot be listed or cleaned up.
     pub(super) fn reconcile(&mut self, look: &Look) -> Result<Progress, AttachError> {
         self.forget(&look.devices.iter().map(|device| device.index).collect())?;
+        self.notice_losses()?;
         let mut progress = Progress::default();
         let mut attempts = 0;
         let order = |device: &&Device| look.roles.get(&device.index).and_then(|finding| finding.role);
@@ -210,9 +215,23 @@ impl Attacher {
         }
     }
 
+    /// Forgets that devices are attached where somebody has removed a pin or a link, so that they are attached again.
+    fn notice_losses(&mut self) -> Result<(), AttachError> {
+        for (index, (name, hooks)) in &self.attached {
+            let there = attach::hooks_of(&self.pins, *index)?;
+            if let Some(missing) = hooks.iter().find(|hook| !there.contains(hook)) {
+                warn!("{name}: {missing} had been taken off; it is attached again");
+                self.lost.insert(*index);
+            }
+        }
+        self.attached.retain(|index, _| !self.lost.contains(index));
+        Ok(())
+    }
+
     /// Forgets devices that have gone, and removes their pins.
     fn forget(&mut self, present: &BTreeSet<u32>) -> Result<(), AttachError> {
         self.failed.retain(|index, _| present.contains(index));
+        self.lost.retain(|index| present.contains(index));
         let gone = self.attached.extract_if(.., |index, _| !present.contains(index));
         for (_, (name, _)) in gone {
             info!("{name}: has gone");
@@ -235,6 +254,7 @@ impl Attacher {
                     warn!("{}: attached: {}, for want of better{role}", device.name, ways(&hooks));
                 }
                 self.failed.remove(&device.index);
+                self.lost.remove(&device.index);
                 self.attached.insert(device.index, (device.name.clone(), hooks));
                 None
             }
@@ -250,12 +270,38 @@ impl Attacher {
         }
     }
 
+    /// Says who else handles packets on the attached devices, and that kube-proxy does in this network namespace.
+    pub(super) fn tell_of_others(&self, services: Services) {
+        let devices = self.attached.iter().map(|(index, (name, _))| (*index, name.clone())).collect();
+        let lines = attach::others::programs(&self.pins, &devices);
+        for line in lines.iter().take(NAMED) {
+            warn!("{line}");
+        }
+        if lines.len() > NAMED {
+            warn!("and {} more programs of others", lines.len() - NAMED);
+        }
+        let Some(way) = attach::others::kube_proxy() else { return };
+        if services == Services::All {
+            warn!(
+                "kube-proxy's rules ({way}) are here too, and all services are handled: remove them once nobody needs \
+                 them (`kube-proxy --cleanup`)"
+            );
+        } else {
+            info!("kube-proxy's rules ({way}) are here too: they handle the services that affinity does not");
+        }
+    }
+
     /// The devices that are attached now.
     pub(super) fn summary(&self) -> Summary {
         let first = self.attached.values().take(NAMED);
         let mut names: Vec<_> = first.map(|(name, hooks)| format!("{name}: {}", ways(hooks))).collect();
         names.extend((self.attached.len() > NAMED).then(|| "...".to_owned()));
-        Summary { number: self.attached.len(), names: names.join(", ") }
+        let lost = self.lost.first().map(|index| {
+            let why = self.failed.get(index).map_or("being attached again", String::as_str);
+            let name = device_name(*index).unwrap_or_else(|| format!("device {index}"));
+            format!("{name}: its programs were taken off: {why}")
+        });
+        Summary { number: self.attached.len(), names: names.join(", "), lost }
     }
 }
 
@@ -266,6 +312,8 @@ pub(super) struct Summary {
     pub(super) number: usize,
     /// The first of them: "eth0: xdp native, cni0: tc".
     pub(super) names: String,
+    /// What somebody has taken off, and could not be attached again, in one line.
+    pub(super) lost: Option<String>,
 }
 
 /// How many devices a summary names.
@@ -273,7 +321,8 @@ const NAMED: usize = 8;
 
 /// An attacher at work on a thread of its own, so that nothing else waits for the kernel. It ends when this is dropped.
 pub(super) struct Worker {
-    looks: Option<Sender<Look>>,
+    /// None of a look: the last one counts, and what is attached is to be checked.
+    looks: Option<Sender<Option<Look>>>,
     thread: Option<JoinHandle<()>>,
     needs_roles: bool,
     summary: Arc<Mutex<Summary>>,
@@ -306,6 +355,19 @@ impl Worker {
     /// The system's answer where they cannot be listed.
     pub(super) async fn keep_up(&self, devices: &mut Devices) -> io::Result<()> {
         let look = Look::at(devices, self.needs_roles).await?;
+        self.send(Some(look))
+    }
+
+    /// Attaches again, soon, what somebody has taken off. The devices are those of the last look: to list them with their
+    /// routes may take long.
+    ///
+    /// # Errors
+    /// Where the thread has ended.
+    pub(super) fn repair(&self) -> io::Result<()> {
+        self.send(None)
+    }
+
+    fn send(&self, look: Option<Look>) -> io::Result<()> {
         match &self.looks {
             Some(looks) => looks.send(look).map_err(|_| io::Error::other("the attacher has ended")),
             None => Ok(()),
@@ -331,11 +393,13 @@ impl Drop for Worker {
 
 impl Attacher {
     /// Reconciles with each look, or rather with the newest one, until no more can come.
-    fn follow(&mut self, looks: &Receiver<Look>, summary: &Mutex<Summary>) {
-        while let Ok(mut look) = looks.recv() {
-            while let Some(newest) = newest(looks, look) {
-                look = newest;
-                let progress = self.reconcile(&look);
+    fn follow(&mut self, looks: &Receiver<Option<Look>>, summary: &Mutex<Summary>) {
+        let mut last = None;
+        while let Ok(next) = looks.recv() {
+            last = next.or(last);
+            while newest(looks, &mut last) {
+                let Some(look) = &last else { break };
+                let progress = self.reconcile(look);
                 *summary.lock().unwrap_or_else(PoisonError::into_inner) = self.summary();
                 match progress {
                     Ok(Progress { is_complete: false, .. }) => {}
@@ -350,13 +414,13 @@ impl Attacher {
     }
 }
 
-/// The last look, of this one and those that wait; none where the agent ends.
-fn newest(looks: &Receiver<Look>, mut look: Look) -> Option<Look> {
+/// Makes the last look the newest of those that wait. False where the agent ends.
+fn newest(looks: &Receiver<Option<Look>>, last: &mut Option<Look>) -> bool {
     loop {
         match looks.try_recv() {
-            Ok(newer) => look = newer,
-            Err(TryRecvError::Empty) => return Some(look),
-            Err(TryRecvError::Disconnected) => return None,
+            Ok(newer) => *last = newer.or(last.take()),
+            Err(TryRecvError::Empty) => return true,
+            Err(TryRecvError::Disconnected) => return false,
         }
     }
 }

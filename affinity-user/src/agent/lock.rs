@@ -1,10 +1,10 @@
-//! One agent on one pin directory.
+//! One agent on one pin directory, whatever the spelling of its path.
 
 use std::{
     fs::{self, File, TryLockError},
     io::{self, Read, Write},
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+    path::{self, Component, Path, PathBuf},
     process,
 };
 
@@ -45,7 +45,7 @@ impl Lock {
     /// # Errors
     /// [`LockError`].
     pub fn take(pins: &Path) -> Result<Self, LockError> {
-        let path = Path::new(DIRECTORY).join(format!("{}.lock", file_name(pins)));
+        let path = Path::new(DIRECTORY).join(format!("{}.lock", file_name(&canonical(pins))));
         let failed = |source| LockError::File { path: path.clone(), source };
         fs::create_dir_all(DIRECTORY).map_err(failed)?;
         loop {
@@ -84,6 +84,21 @@ fn is_still_at(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
+/// The path without links, `.` and `..`; where the directory does not exist yet, as far as it does.
+fn canonical(pins: &Path) -> PathBuf {
+    let absolute = path::absolute(pins).unwrap_or_else(|_| pins.to_owned());
+    let exists = absolute.ancestors().find_map(|dir| Some((dir, fs::canonicalize(dir).ok()?)));
+    let Some((existing, mut canonical)) = exists else { return absolute };
+    for component in absolute.strip_prefix(existing).into_iter().flat_map(Path::components) {
+        match component {
+            Component::ParentDir => _ = canonical.pop(),
+            Component::Normal(name) => canonical.push(name),
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    canonical
+}
+
 /// A pin directory as one file name: other characters than letters and digits by their code.
 fn file_name(pins: &Path) -> String {
     let mut name = String::new();
@@ -101,6 +116,26 @@ fn file_name(pins: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_spelling_of_a_directory_has_the_same_lock() {
+        let dir = std::env::temp_dir().join(format!("affinity-lock-{}", process::id()));
+        fs::create_dir_all(dir.join("pins")).unwrap();
+        let link = dir.join("link");
+        std::os::unix::fs::symlink(&dir, &link).unwrap();
+        let expected = fs::canonicalize(&dir).unwrap().join("pins");
+        let shown = dir.display();
+        for spelling in ["pins", "pins/", "/pins", "./pins", "pins/.", "pins/../pins", "no/../pins"] {
+            assert_eq!(canonical(Path::new(&format!("{shown}/{spelling}"))), expected, "{spelling}");
+            assert_eq!(canonical(&link.join(spelling.trim_start_matches('/'))), expected, "link/{spelling}");
+        }
+        // Nor does it matter that nothing is there yet.
+        fs::remove_dir(dir.join("pins")).unwrap();
+        assert_eq!(canonical(&link.join("pins/")), expected);
+        fs::remove_dir_all(&dir).unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(canonical(Path::new("no-such-directory")), here.join("no-such-directory"));
+    }
 
     #[test]
     fn different_directories_have_different_locks() {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use affinity_common::names::SOCKET_PROGRAMS;
 use tracing::{info, warn};
 
 use super::AgentError;
@@ -23,7 +24,8 @@ pub struct SocketOptions {
     pub cgroup: Option<PathBuf>,
 }
 
-/// Attaches the programs, or takes them off, as the options say; under `auto` the log tells why not.
+/// Attaches the programs, or takes them off, as the options say; under `auto` the log tells why not. Returns the cgroup
+/// that they are attached to.
 ///
 /// # Errors
 /// [`AgentError`]; under `auto` only where what is attached cannot be listed or taken off.
@@ -32,39 +34,74 @@ pub(super) fn reconcile(
     options: &SocketOptions,
     loaded: &Loaded,
     store: &KernelStore,
-) -> Result<(), AgentError> {
+) -> Result<Option<PathBuf>, AgentError> {
     match options.policy {
         SocketPolicy::Off => take_off(pins, store),
-        SocketPolicy::On => attach(pins, options, loaded),
+        SocketPolicy::On => attach(pins, options, loaded).map(Some),
         SocketPolicy::Auto => {
             if options.cgroup.is_none() && !cgroup::in_node_namespace().unwrap_or(false) {
                 info!("sockets: not translated, because this is not the node's own network namespace");
                 return take_off(pins, store);
             }
-            if let Err(error) = attach(pins, options, loaded) {
-                warn!("sockets: not translated: {error}; connections of pods are translated on their devices");
-                return take_off(pins, store);
+            match attach(pins, options, loaded) {
+                Ok(cgroup) => Ok(Some(cgroup)),
+                Err(error) => {
+                    warn!("sockets: not translated: {error}; connections of pods are translated on their devices");
+                    take_off(pins, store)
+                }
             }
-            Ok(())
         }
     }
 }
 
-fn attach(pins: &PinDir, options: &SocketOptions, loaded: &Loaded) -> Result<(), AgentError> {
+fn attach(pins: &PinDir, options: &SocketOptions, loaded: &Loaded) -> Result<PathBuf, AgentError> {
     if let Some(refused) = &loaded.without_sockets {
         return Err(AgentError::NoSocketPrograms(refused.clone()));
     }
     let cgroup = options.cgroup.clone().or_else(cgroup::root).ok_or(AttachError::NoCgroup)?;
     cgroup::attach(pins, &cgroup)?;
     info!("sockets: translated for processes of {}", cgroup.display());
-    Ok(())
+    Ok(cgroup)
 }
 
 /// What is remembered of sockets is forgotten as well: nobody would tell when they close.
-fn take_off(pins: &PinDir, store: &KernelStore) -> Result<(), AgentError> {
+fn take_off(pins: &PinDir, store: &KernelStore) -> Result<Option<PathBuf>, AgentError> {
     if !cgroup::detach(pins)?.is_empty() {
         info!("sockets: no longer translated; connections that were stay where they are");
     }
     store.forget_sockets()?;
-    Ok(())
+    Ok(None)
+}
+
+/// The programs for sockets, once they are attached.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pins: PinDir,
+    /// Where; none where they are not attached.
+    cgroup: Option<PathBuf>,
+}
+
+impl Sockets {
+    pub(super) const fn new(pins: PinDir, cgroup: Option<PathBuf>) -> Self {
+        Self { pins, cgroup }
+    }
+
+    /// Attaches again what somebody has taken off.
+    ///
+    /// # Errors
+    /// What cannot be attached, in one line.
+    pub(super) fn repair(&self) -> Result<(), String> {
+        let Some(cgroup) = &self.cgroup else { return Ok(()) };
+        let attached = |pins: &PinDir| -> Result<usize, AttachError> {
+            Ok(cgroup::attachments(pins)?.iter().filter(|attachment| attachment.cgroup != 0).count())
+        };
+        let repair = || -> Result<(), AttachError> {
+            if attached(&self.pins)? < SOCKET_PROGRAMS.len() {
+                cgroup::attach(&self.pins, cgroup)?;
+                warn!("sockets: programs had been taken off, and are attached again to {}", cgroup.display());
+            }
+            Ok(())
+        };
+        repair().map_err(|error| format!("sockets: {error}"))
+    }
 }

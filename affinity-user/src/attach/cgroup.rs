@@ -22,7 +22,7 @@ use aya_obj::generated::bpf_attach_type::{
 
 use super::AttachError;
 use crate::{
-    load::PinDir,
+    load::{PinDir, Pinned},
     sys::{self, SysError},
 };
 
@@ -229,6 +229,36 @@ pub fn detach(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> {
         pins.unpin(path)?;
     }
     Ok(attachments)
+}
+
+/// As [`super::replace_other_layouts`], for one pin of another layout.
+pub(super) fn adopt(pins: &PinDir, path: &Path, ours: &Path) -> Result<bool, AttachError> {
+    let Some(program) = SOCKET_PROGRAMS.into_iter().find(|program| pin(pins, program) == ours) else {
+        return Ok(false);
+    };
+    // Without the programs for sockets there is nothing to put there.
+    if !pins.prog(program).exists() {
+        return Ok(false);
+    }
+    let link = sys::obj_get(path)?;
+    if !matches!(upgrade_one(pins, program, &link), Ok(true)) {
+        return Ok(false);
+    }
+    pins.rename(path, ours)?;
+    Ok(true)
+}
+
+/// Takes off what was not there `before`, when a start has failed.
+///
+/// # Errors
+/// The first [`AttachError`]; everything else is taken off nevertheless.
+pub(super) fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachError> {
+    let mut outcome = Ok(());
+    for (_, path, link) in open_pins(pins)?.into_iter().filter(|(_, path, _)| !before.contains(path)) {
+        let detached = sys::link_detach(link.as_fd()).map_err(AttachError::from);
+        outcome = outcome.and(detached).and(pins.unpin(&path).map_err(AttachError::from));
+    }
+    outcome
 }
 
 /// Whether this thread is in the network namespace of the node: that of its first process.

@@ -145,6 +145,24 @@ pub fn roles(devices: &[Device], network: &Network) -> BTreeMap<u32, Finding> {
     findings
 }
 
+/// The devices that default routes leave by and that cannot be attached: their frames have no link header, as those of
+/// WireGuard and other tunnels of IP packets.
+#[must_use]
+pub fn unserved<'d>(devices: &'d [Device], network: &Network) -> Vec<&'d Device> {
+    let is_unserved =
+        |device: &&Device| device.framing == Framing::Other && network.default_routes.contains(&device.index);
+    devices.iter().filter(is_unserved).collect()
+}
+
+/// What that means, in one line.
+#[must_use]
+pub fn unserved_text(device: &str) -> String {
+    format!(
+        "{device}: a default route leaves by it, but its frames have no Ethernet header: packets for services that come in \
+         by it are not handled"
+    )
+}
+
 /// Of two ends in one namespace one is enough: what enters the first leaves by it as well.
 fn leave_out_second_ends(devices: &[Device], findings: &mut BTreeMap<u32, Finding>) {
     for device in devices {
@@ -341,6 +359,12 @@ mod tests {
             let tunnel = case(7, kind).framing(Framing::Other).address(NODE).default_route();
             assert_eq!(one(tunnel), "-: its frames have no Ethernet header", "{kind}");
         }
+        let (tunnel, card) = (case(7, "wireguard").framing(Framing::Other), case(2, ""));
+        let mut network = Network { default_routes: BTreeSet::from([2]), ..Network::default() };
+        let devices = [card.device, tunnel.device];
+        assert!(unserved(&devices, &network).is_empty(), "no default route leaves by it");
+        network.default_routes.insert(7);
+        assert_eq!(unserved(&devices, &network), [&devices[1]]);
         for kind in TUNNELS {
             assert_eq!(one(case(7, kind).address(NODE)), "-: a tunnel: packets are translated before they enter it");
         }

@@ -143,6 +143,7 @@ impl AttachArgs {
                 log_level: self.programs_log.map(Level::from),
                 redirect,
                 fixed: None,
+                object: None,
             },
             pin_dir: global.pin_dir.clone(),
             node: self.node.facts(global)?,
@@ -201,7 +202,10 @@ pub(crate) struct DetachArgs {
 
 impl DetachArgs {
     pub(crate) fn run(&self, pin_dir: &Path) -> Result<(), Error> {
-        if matches!(PinDir::new(pin_dir).exists(), Ok(false)) {
+        let pins = PinDir::new(pin_dir);
+        let is_there =
+            !matches!(pins.exists(), Ok(false)) || pins.other_layouts().is_ok_and(|others| !others.is_empty());
+        if !is_there {
             eprintln!("no dataplane at {}: nothing to take away", pin_dir.display());
             return Ok(());
         }
@@ -218,6 +222,9 @@ impl DetachArgs {
         let programs: Vec<_> = detached.cgroups.iter().map(|attachment| attachment.program).collect();
         if !programs.is_empty() {
             writeln!(out, "detached sockets: {}", programs.join(", "))?;
+        }
+        for attach::Replaced { layout, detached, .. } in &detached.others {
+            writeln!(out, "detached {detached} attachments of another version (map layout {layout})")?;
         }
         if self.device.is_none() {
             writeln!(out, "removed {}", pin_dir.display())?;

@@ -31,28 +31,29 @@ pub(crate) struct CheckArgs {
 
 impl CheckArgs {
     pub(crate) fn run(&self, pin_dir: &Path) -> Result<(), Error> {
-        let mut findings = vec![
-            probes::programs(),
+        let permissions = probes::permissions();
+        let mut findings = probes::programs(&permissions);
+        findings.extend([
             probes::kernel(),
-            probes::permissions(),
+            permissions,
             probes::pin_directory(pin_dir),
             probes::jit(),
             probes::btf(),
             probes::tc(),
-        ];
-        findings.extend(probes::devices());
+        ]);
+        findings.extend(probes::devices(pin_dir));
         findings.extend(self.devices.iter().map(|device| probes::xdp(device)));
         findings.extend([
             probes::memory(&self.sizes.sizes()),
-            probes::memlock(),
             probes::cgroup(),
             probes::sockets(),
             probes::clock(),
             probes::dataplane(pin_dir),
         ]);
         list(BufWriter::new(io::stdout().lock()), self.output, wants_colour(), &findings)?;
-        let missing: Vec<_> =
+        let mut missing: Vec<_> =
             findings.iter().filter(|finding| finding.state == State::Missing).map(|finding| finding.check).collect();
+        missing.dedup();
         if missing.is_empty() {
             return Ok(());
         }

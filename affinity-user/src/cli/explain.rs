@@ -24,11 +24,11 @@ use super::{
     source::{self, ClusterArgs, SourceName},
 };
 use crate::{
-    attach::cgroup,
+    attach::{self, Device, cgroup},
     load::PinDir,
     netns::Namespace,
     store::kernel::Family,
-    view::{Catalog, Client, Endpoint, Explanation, FrontendTables, NODE, Question, Situation, explain, ip},
+    view::{Catalog, Client, Endpoint, Explanation, FrontendTables, NODE, Question, Situation, Step, explain, ip},
 };
 
 /// The cookie of this node's network namespace, where only a source is asked.
@@ -95,6 +95,13 @@ fn parse_to(text: &str) -> Result<To, String> {
     Ok(To { endpoint: Endpoint { address: socket.ip(), port: socket.port() }, protocol })
 }
 
+/// Devices that clients' packets may enter by and that programs do not see.
+fn unserved() -> Result<Vec<Step>, Error> {
+    let (devices, network) = attach::survey()?;
+    let step = |device: &&Device| Step { step: "device", finds: attach::unserved_text(&device.name) };
+    Ok(attach::unserved(&devices, &network).iter().map(step).collect())
+}
+
 /// Whom to ask.
 enum Dataplane {
     Kernel(Box<Reading>),
@@ -157,6 +164,11 @@ impl ExplainArgs {
             let answer =
                 if is_ipv4 { dataplane.explain::<V4>(&questions) } else { dataplane.explain::<V6>(&questions) };
             answers.extend(answer?);
+        }
+        if self.source.is_none() && !from.is_socket() {
+            for device in unserved()? {
+                answers.iter_mut().for_each(|answer| answer.steps.push(device.clone()));
+            }
         }
         self.print(&answers)
     }

@@ -170,6 +170,7 @@ impl Memo {
             node: self.told.clone().map(|object| Sourced { origin: None, object }),
             problems: Vec::new(),
             partial: self.desired.known.is_some(),
+            unreadable: None,
         }
     }
 

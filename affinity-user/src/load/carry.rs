@@ -29,16 +29,17 @@ pub enum CarryError {
 
 const ARRAYS: [u32; 2] = [bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32];
 
-/// Copies all entries. An LRU map that is too small keeps a part, as it does under load.
+/// Copies all entries. An LRU map that is too small keeps a part, as it does under load: returns how many it has dropped.
 ///
 /// A ring buffer starts afresh: its records are history, which only programs can write.
 ///
 /// # Errors
 /// [`CarryError::Full`] where a hash or an array is too small for what is in it.
-pub(super) fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
+pub(super) fn carry(old: &Map, new: &Map) -> Result<u64, CarryError> {
     if old.info().kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
-        return Ok(());
+        return Ok(0);
     }
+    let mut carried = 0;
     let full = || CarryError::Full { map: old.name().to_owned(), max_entries: new.info().max_entries };
     let mut walk = Walk::new(old);
     while let Some((keys, values)) = walk.next_batch(old)? {
@@ -55,8 +56,22 @@ pub(super) fn carry(old: &Map, new: &Map) -> Result<(), CarryError> {
             Some(libc::E2BIG | libc::ENOSPC) => full(),
             _ => error.into(),
         })?;
+        carried += (keys.len() / new.key_len()) as u64;
     }
-    Ok(())
+    if LRU != old.info().kind || carried <= u64::from(new.info().max_entries) / 2 {
+        return Ok(0);
+    }
+    Ok(carried.saturating_sub(number_of_entries(new)?))
+}
+
+const LRU: u32 = bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32;
+
+fn number_of_entries(map: &Map) -> Result<u64, SysError> {
+    let (mut walk, mut number) = (Walk::new(map), 0);
+    while let Some((keys, _)) = walk.next_batch(map)? {
+        number += (keys.len() / map.key_len()) as u64;
+    }
+    Ok(number)
 }
 
 /// Bytes of the indices that an array of `max_entries` has. Indices are native `u32` in rising order.

@@ -4,8 +4,9 @@
 //! ([`abi::VERSION`]): programs of another layout never see these maps.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use affinity_common::abi;
@@ -13,6 +14,7 @@ use rustix::{
     fs::statfs,
     mount::{MountFlags, mount},
 };
+use tracing::warn;
 
 /// `f_type` of a BPF filesystem: `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS: u32 = 0xcafe_4a11;
@@ -60,7 +62,27 @@ impl PinDir {
     /// The paths under `root`. Nothing is created.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), version: root.join(format!("v{}", abi::VERSION)) }
+        let root = path::absolute(root).unwrap_or_else(|_| root.to_owned());
+        Self { version: root.join(format!("v{}", abi::VERSION)), root }
+    }
+
+    /// The dataplanes of other layouts under the same root: of another version of affinity, and perhaps still attached.
+    ///
+    /// # Errors
+    /// [`PinError`] where the root cannot be read.
+    pub fn other_layouts(&self) -> Result<Vec<Self>, PinError> {
+        let is_layout = |path: &PathBuf| {
+            let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
+            number.is_some() && *path != self.version
+        };
+        let layouts = list(&self.root)?.into_iter().filter(is_layout);
+        Ok(layouts.map(|version| Self { root: self.root.clone(), version }).collect())
+    }
+
+    /// The name of the layout: `v1`.
+    #[must_use]
+    pub fn layout(&self) -> String {
+        self.version.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// The directory that the user named.
@@ -116,10 +138,13 @@ impl PinDir {
             if !self.root.starts_with(BPF_MOUNT) {
                 return Err(PinError::NotBpf(self.root.clone()));
             }
+            if let Some(netns) = sys_of_netns() {
+                warn!("{}; what is pinned here ends with this process", hidden_by(&netns));
+            }
             mount("bpf", BPF_MOUNT, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
                 .map_err(|error| PinError::Mount(error.into()))?;
         }
-        for dir in [self.maps(), self.version.join("progs"), self.links()] {
+        for dir in self.directories() {
             fs::create_dir_all(&dir).map_err(PinError::at(&dir))?;
         }
         self.remove_leftovers()
@@ -143,6 +168,25 @@ impl PinDir {
         list(&self.links())
     }
 
+    /// Everything pinned under `progs/`.
+    ///
+    /// # Errors
+    /// [`PinError`] where the directory cannot be read; none where it is not there.
+    pub fn list_programs(&self) -> Result<Vec<PathBuf>, PinError> {
+        list(&self.version.join("progs"))
+    }
+
+    /// Removes all of a layout that may be another than this version's, so that nobody knows what it has pinned.
+    ///
+    /// # Errors
+    /// [`PinError`].
+    pub fn remove_layout(&self) -> Result<(), PinError> {
+        match fs::remove_dir_all(&self.version) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(PinError::at(&self.version)(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a pin.
     ///
     /// # Errors
@@ -159,17 +203,64 @@ impl PinDir {
         fs::rename(from, to).map_err(PinError::at(to))
     }
 
+    /// What is pinned now. What a load that was cut short left behind does not count.
+    ///
+    /// # Errors
+    /// [`PinError`] where a directory cannot be read.
+    pub fn pinned(&self) -> Result<Pinned, PinError> {
+        let mut pinned = Pinned { has_maps: !list(&self.maps())?.is_empty(), ..Pinned::default() };
+        for dir in self.directories() {
+            pinned.pins.extend(list(&dir)?.into_iter().filter(|path| !path.to_string_lossy().ends_with(NEXT)));
+        }
+        let above = self.version.ancestors().map(Path::to_owned);
+        for other in self.other_layouts()? {
+            pinned.pins.extend(other.list_links()?);
+        }
+        pinned.directories = self.directories().into_iter().chain(above).filter(|dir| dir.is_dir()).collect();
+        Ok(pinned)
+    }
+
+    /// Removes the pins and directories that were not there `before`. Links are detached by the kernel then.
+    ///
+    /// # Errors
+    /// The first [`PinError`]; everything else is removed nevertheless.
+    pub fn roll_back(&self, before: &Pinned) -> Result<(), PinError> {
+        let mut outcome = Ok(());
+        for dir in self.directories() {
+            for path in list(&dir)?.iter().filter(|path| !before.contains(path)) {
+                outcome = outcome.and(self.unpin(path));
+            }
+        }
+        let new = |dir: &PathBuf| !before.directories.contains(dir);
+        for dir in self.directories().into_iter().chain(self.version.ancestors().map(Path::to_owned)).filter(new) {
+            match fs::remove_dir(&dir) {
+                // Others may have put something there meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    outcome = outcome.and(Err(PinError::at(&dir)(error)))
+                }
+                _ => {}
+            }
+        }
+        outcome
+    }
+
+    /// The directories of pins: links first, because they hold the rest.
+    fn directories(&self) -> [PathBuf; 3] {
+        [self.links(), self.version.join("progs"), self.maps()]
+    }
+
     /// Removes every pin of this layout, links first, and the directories.
     ///
     /// # Errors
     /// [`PinError`]; none where nothing is there.
     pub fn remove(&self) -> Result<(), PinError> {
-        for dir in [self.links(), self.version.join("progs"), self.maps()] {
+        for dir in self.directories() {
             for path in list(&dir)? {
                 self.unpin(&path)?;
             }
         }
-        for dir in [self.links(), self.version.join("progs"), self.maps(), self.version.clone(), self.root.clone()] {
+        for dir in self.directories().into_iter().chain([self.version.clone(), self.root.clone()]) {
             match fs::remove_dir(&dir) {
                 // The user's directory may hold what is not ours, or be where the filesystem is mounted.
                 Err(_) if dir == self.root => {}
@@ -181,8 +272,57 @@ impl PinDir {
     }
 }
 
+/// What was pinned at one moment, and which directories there were.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Pinned {
+    pins: BTreeSet<PathBuf>,
+    directories: BTreeSet<PathBuf>,
+    has_maps: bool,
+}
+
+impl Pinned {
+    /// All pins.
+    pub fn pins(&self) -> impl Iterator<Item = &Path> {
+        self.pins.iter().map(PathBuf::as_path)
+    }
+
+    /// Whether a pin was there.
+    #[must_use]
+    pub fn contains(&self, pin: &Path) -> bool {
+        self.pins.contains(pin)
+    }
+
+    /// Whether a dataplane was there, at work or not.
+    #[must_use]
+    pub const fn has_maps(&self) -> bool {
+        self.has_maps
+    }
+}
+
 /// BPF filesystems allow no dot in a name.
 const NEXT: &str = "-next";
+
+/// Why the node's pins are not seen from here; none where they are.
+pub(crate) fn hidden() -> Option<String> {
+    sys_of_netns().map(|netns| hidden_by(&netns))
+}
+
+fn hidden_by(netns: &str) -> String {
+    format!(
+        "`ip netns exec {netns}` has mounted another /sys, which hides the node's BPF filesystem: use `nsenter \
+         --net=/run/netns/{netns}` instead"
+    )
+}
+
+/// The network namespace that `ip netns exec` has mounted this process's /sys for: it gives the namespace's name as the
+/// source of the mount. See <https://git.kernel.org/pub/scm/network/iproute2/iproute2.git/tree/lib/namespace.c>.
+fn sys_of_netns() -> Option<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let sys = mounts.lines().rfind(|line| line.split(' ').nth(1) == Some("/sys"))?;
+    let mut fields = sys.split(' ');
+    let source = fields.next()?;
+    (fields.nth(1)? == "sysfs" && Path::new("/run/netns").join(source).exists()).then(|| source.to_owned())
+}
 
 /// The entries of a directory, sorted; none where it is not there.
 fn list(dir: &Path) -> Result<Vec<PathBuf>, PinError> {

@@ -70,6 +70,19 @@ impl Default for Sizes {
 }
 
 impl Sizes {
+    /// Enough to load programs, and for nothing else.
+    pub(super) const SMALLEST: Self = Self {
+        sessions: 1,
+        flows: 1,
+        frontends: 1,
+        members: 1,
+        backends: 1,
+        slots: 1,
+        names: 1,
+        usage: 1,
+        events_bytes: 1 << 16,
+    };
+
     /// For the memory of this machine, or the limit of the agent's cgroup where that is tighter.
     #[must_use]
     pub fn of_this_machine() -> Self {

@@ -32,6 +32,8 @@ pub struct Vitals {
     is_published: AtomicBool,
     /// Devices that are attached.
     devices: AtomicU64,
+    /// What of the dataplane was removed or replaced, and cannot be repaired, in one line.
+    damage: Mutex<Option<String>>,
     /// Seconds from a snapshot's arrival until it is published.
     pub sync: Histogram,
     steps: AtomicU64,
@@ -46,6 +48,7 @@ impl Default for Vitals {
             ticked_ns: AtomicU64::new(0),
             is_published: AtomicBool::new(false),
             devices: AtomicU64::new(0),
+            damage: Mutex::default(),
             sync: Histogram::new(SYNC_BUCKETS_S),
             steps: AtomicU64::new(0),
             failures: AtomicU64::new(0),
@@ -76,6 +79,18 @@ impl Vitals {
         self.devices.store(devices as u64, Relaxed);
     }
 
+    /// So much of the dataplane is damaged now; says whether that is news.
+    pub fn damaged(&self, damage: Option<String>) -> bool {
+        let mut known = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = *known != damage;
+        *known = damage;
+        is_news
+    }
+
+    fn is_whole(&self) -> Result<(), String> {
+        self.damage.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
+    }
+
     /// The sweep has ended a pass.
     pub fn swept(&self, totals: Totals, census: Census) {
         *self.lock() = (totals, census);
@@ -96,7 +111,7 @@ impl Vitals {
         self.lock().clone()
     }
 
-    /// Whether the loop is alive at a time; it counts as alive before it has begun.
+    /// Whether the loop is alive at a time, and the dataplane whole; the loop counts as alive before it has begun.
     ///
     /// # Errors
     /// What is wrong, in one line.
@@ -104,7 +119,7 @@ impl Vitals {
         let ticked_ns = self.ticked_ns.load(Relaxed);
         let since = Duration::from_nanos(now_ns.saturating_sub(ticked_ns));
         if ticked_ns == 0 || since < STUCK_AFTER {
-            return Ok(());
+            return self.is_whole();
         }
         Err(format!("the agent's loop has not come round for {} s", since.as_secs()))
     }
@@ -120,7 +135,7 @@ impl Vitals {
         if self.devices.load(Relaxed) == 0 {
             return Err("no device is attached".to_owned());
         }
-        Ok(())
+        self.is_whole()
     }
 
     fn lock(&self) -> MutexGuard<'_, (Totals, Census)> {
@@ -140,6 +155,20 @@ mod tests {
         vitals.tick();
         assert_eq!(vitals.is_healthy(later(1)), Ok(()));
         assert_eq!(vitals.is_healthy(later(20)), Err("the agent's loop has not come round for 20 s".to_owned()));
+    }
+
+    #[test]
+    fn a_damaged_dataplane_is_neither_healthy_nor_ready() {
+        let vitals = Vitals::default();
+        vitals.attached(1);
+        vitals.published(1);
+        vitals.tick();
+        assert!(vitals.damaged(Some("eth0: taken off".to_owned())), "news");
+        assert!(!vitals.damaged(Some("eth0: taken off".to_owned())), "the same again");
+        assert_eq!(vitals.is_healthy(monotonic_ns()), Err("eth0: taken off".to_owned()));
+        assert_eq!(vitals.is_ready(), Err("eth0: taken off".to_owned()));
+        assert!(vitals.damaged(None));
+        assert_eq!((vitals.is_healthy(monotonic_ns()), vitals.is_ready()), (Ok(()), Ok(())));
     }
 
     #[test]

@@ -89,7 +89,8 @@ impl Reader {
                 self.read_files(files);
             }
             Err(error) => {
-                let message = format!("cannot be read ({error}); what it gave before stays in use");
+                let before = if self.listed { "; what it gave before stays in use" } else { "" };
+                let message = format!("cannot be read ({error}){before}");
                 snapshot.problems.push(Problem::new(Severity::Error, Some(whole(&self.path)), message));
             }
         }
@@ -98,6 +99,9 @@ impl Reader {
         for content in self.files.values() {
             snapshot.problems.extend(content.problems.iter().cloned());
             content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
+        }
+        if self.has_nothing() {
+            snapshot.unreadable = snapshot.problems.first().map(ToString::to_string);
         }
         // After all that is fresh: an object that moved to another file is not a duplicate.
         for entry in self.files.values().flat_map(|content| &content.kept) {
@@ -115,6 +119,13 @@ impl Reader {
             }
             Loaded::Node(_) | Loaded::Service(_) | Loaded::Slice(_) => None,
         })
+    }
+
+    /// Whether there should be something to read, and no object of it was ever read. An empty directory holds nothing, and
+    /// that is known.
+    fn has_nothing(&self) -> bool {
+        let gave_nothing = |content: &Content| content.unknown && content.fresh.is_empty();
+        !self.listed || !self.files.is_empty() && self.files.values().all(gave_nothing)
     }
 
     /// All objects: fresh ones first.

@@ -29,7 +29,7 @@ pub use self::pin::PinKey;
 pub use self::table::{BATCH, Bytes, Entries, PerCpu, Table, Walk};
 use super::{Capacity, Observed, Op, Store, StoreError};
 use crate::{
-    load::PinDir,
+    load::{self, PinDir},
     sys::{self, MapInfo, Words},
 };
 
@@ -39,12 +39,35 @@ pub enum OpenError {
     /// Nothing is pinned.
     #[error("no dataplane at {0}: run `affinity run` or `affinity attach`")]
     None(String),
+    /// Nothing is pinned that can be seen from here.
+    #[error("no dataplane at {0}: {1}")]
+    Hidden(String, String),
+    /// What is pinned is of another version.
+    #[error(
+        "no dataplane of this version at {0}, but one of map layout {1}: `affinity run` or `affinity attach` replaces it, \
+         `affinity detach` takes it away"
+    )]
+    OtherLayout(String, String),
     /// It cannot even be seen.
     #[error("{0}: permission denied: affinity needs root, or CAP_BPF and CAP_NET_ADMIN and access to this directory")]
     NotAllowed(String),
     /// A map or program is missing or of another layout.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl OpenError {
+    /// Why there is no dataplane.
+    fn none(pins: &PinDir) -> Self {
+        let dir = pins.root().display().to_string();
+        if let Some(why) = load::hidden() {
+            return Self::Hidden(dir, why);
+        }
+        match pins.other_layouts().unwrap_or_default().first() {
+            Some(other) => Self::OtherLayout(dir, other.layout()),
+            None => Self::None(dir),
+        }
+    }
 }
 
 /// The tables of one family.
@@ -156,7 +179,7 @@ impl KernelStore {
         let pins = PinDir::new(dir);
         match pins.exists() {
             Ok(true) => {}
-            Ok(false) => return Err(OpenError::None(dir.display().to_string())),
+            Ok(false) => return Err(OpenError::none(&pins)),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 return Err(OpenError::NotAllowed(dir.display().to_string()));
             }

@@ -1,23 +1,18 @@
 //! The single checks. Each looks and changes nothing.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
-use rustix::process::Resource;
+use affinity_common::names;
+use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
 
-use super::Finding;
+use super::{Finding, State};
 use crate::{
     attach::{self, XdpFeatures, xdp_features},
-    load::{self, PinDir, Sizes, cost, mib, release, version},
+    load::{self, JIT_ADVICE, PinDir, Refusal, Sizes, cost, mib},
     objects::PROGRAMS,
     store::kernel::KernelStore,
+    sys,
 };
-
-/// XDP programs that take frames of several buffers; everything else is older.
-const KERNEL_NEEDED: (u32, u32) = (5, 18);
-/// tcx links.
-const KERNEL_TCX: (u32, u32) = (6, 6);
-/// Maps are charged to the cgroup and no longer to the locked memory.
-const KERNEL_MEMCG: (u32, u32) = (5, 11);
 
 /// Bits of `CapEff`, from `linux/capability.h`.
 const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
@@ -30,21 +25,46 @@ fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-pub(super) fn programs() -> Finding {
+/// Loads the real programs, one finding for each that is refused. Without `permissions` there is nothing to try.
+pub(super) fn programs(permissions: &Finding) -> Vec<Finding> {
+    const PROGRAMS_CHECK: &str = "programs";
     if PROGRAMS.is_empty() {
         let advice = "build it without AFFINITY_SKIP_EBPF=1";
-        return Finding::missing("programs", "this build has no kernel programs", advice);
+        return vec![Finding::missing(PROGRAMS_CHECK, "this build has no kernel programs", advice)];
     }
-    Finding::ok("programs", format!("built in, {} KiB", PROGRAMS.len().div_ceil(1024)))
+    let size = PROGRAMS.len().div_ceil(1024);
+    if permissions.state == State::Missing {
+        let found = format!("built in, {size} KiB; whether this kernel takes them cannot be tried without permissions");
+        return vec![Finding::ok(PROGRAMS_CHECK, found)];
+    }
+    let refusals = match load::trial(&load::Options::default()) {
+        Ok(refusals) => refusals,
+        Err(error) => {
+            let advice = "see the other findings: permissions, memory";
+            return vec![Finding::missing(PROGRAMS_CHECK, format!("cannot be tried: {error}"), advice)];
+        }
+    };
+    if refusals.is_empty() {
+        return vec![Finding::ok(PROGRAMS_CHECK, format!("this kernel takes all of them, {size} KiB"))];
+    }
+    refusals.iter().map(refused).collect()
+}
+
+/// Without the programs for sockets a node works, but for its own connections.
+fn refused(refusal: &Refusal) -> Finding {
+    let Refusal { program, reason, log } = refusal;
+    let log = log.as_ref().map_or_else(String::new, |log| format!("; the verifier's log: {}", log.display()));
+    let advice = format!("use a kernel that the README names as tried{log}");
+    let found = format!("this kernel refuses {program}: {reason}");
+    if names::SOCKET_PROGRAMS.contains(program) {
+        return Finding::limited("programs", found, advice);
+    }
+    Finding::missing("programs", found, advice)
 }
 
 pub(super) fn kernel() -> Finding {
-    let release = release();
-    let (major, minor) = KERNEL_NEEDED;
-    if version(&release) >= KERNEL_NEEDED {
-        return Finding::ok("kernel", format!("Linux {release}"));
-    }
-    Finding::missing("kernel", format!("Linux {release}"), format!("Linux {major}.{minor} or later"))
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    Finding::ok("kernel", format!("Linux {release}"))
 }
 
 pub(super) fn permissions() -> Finding {
@@ -78,10 +98,12 @@ pub(super) fn pin_directory(pin_dir: &Path) -> Finding {
 }
 
 pub(super) fn jit() -> Finding {
-    match read("/proc/sys/net/core/bpf_jit_enable").as_deref() {
-        Some("0") => Finding::limited("jit", "off: programs are interpreted", "sysctl -w net.core.bpf_jit_enable=1"),
+    if load::jit_is_off() {
+        return Finding::missing("jit", "off: programs that call each other are refused", JIT_ADVICE);
+    }
+    match read("/proc/sys/net/core/bpf_jit_enable") {
         Some(_) => Finding::ok("jit", "on"),
-        None => Finding::limited("jit", "cannot be told: /proc/sys/net is not readable", "mount /proc"),
+        None => Finding::ok("jit", "not readable here; loading the programs tells"),
     }
 }
 
@@ -94,16 +116,20 @@ pub(super) fn btf() -> Finding {
 }
 
 pub(super) fn tc() -> Finding {
-    if version(&release()) >= KERNEL_TCX {
-        return Finding::ok("tc", "tcx links will be used");
+    /// The loopback device is there in each network namespace.
+    const LOOPBACK: u32 = 1;
+    match sys::tcx_programs(LOOPBACK, BPF_TCX_INGRESS as u32) {
+        Ok(_) => Finding::ok("tc", "tcx links will be used"),
+        Err(error) if error.source.raw_os_error() == Some(libc::EINVAL) => {
+            let advice = "a kernel with tcx has links that no other program can remove (Linux 6.6)";
+            Finding::limited("tc", "this kernel has no tcx: clsact filters will be used", advice)
+        }
+        Err(error) => Finding::ok("tc", format!("tcx links or clsact filters: cannot be told ({error})")),
     }
-    let (major, minor) = KERNEL_TCX;
-    let advice = format!("Linux {major}.{minor} has tcx links, which no other program can remove");
-    Finding::limited("tc", "clsact filters will be used", advice)
 }
 
 /// Which devices would be attached without `--device`, one finding each, and how many are left alone.
-pub(super) fn devices() -> Vec<Finding> {
+pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     let (devices, network) = match attach::survey() {
         Ok(survey) => survey,
         Err(error) => {
@@ -112,6 +138,13 @@ pub(super) fn devices() -> Vec<Finding> {
         }
     };
     let roles = attach::roles(&devices, &network);
+    let unserved: Vec<_> = attach::unserved(&devices, &network)
+        .iter()
+        .map(|device| {
+            let advice = "let clients reach the node by a device with Ethernet frames";
+            Finding::limited("device", attach::unserved_text(&device.name), advice)
+        })
+        .collect();
     let with_role = devices.iter().filter_map(|device| {
         let found = roles.get(&device.index)?;
         Some((device, found.role?, &found.why))
@@ -136,6 +169,26 @@ pub(super) fn devices() -> Vec<Finding> {
     if !others.is_empty() {
         findings.push(Finding::ok("device", format!("left alone unless named: {}", others.join("; "))));
     }
+    findings.extend(unserved);
+    let found = devices.iter().filter(|device| roles.get(&device.index).is_some_and(|found| found.role.is_some()));
+    let found = found.map(|device| (device.index, device.name.clone())).collect();
+    findings.extend(others_on(pin_dir, &found));
+    findings
+}
+
+/// Who else handles packets.
+fn others_on(pin_dir: &Path, devices: &BTreeMap<u32, String>) -> Vec<Finding> {
+    let programs = attach::others::programs(&PinDir::new(pin_dir), devices);
+    let more = programs.len().saturating_sub(DEVICES_NAMED);
+    let mut findings: Vec<_> =
+        programs.into_iter().take(DEVICES_NAMED).map(|line| Finding::ok("others", line)).collect();
+    if more > 0 {
+        findings.push(Finding::ok("others", format!("and {more} more programs of others")));
+    }
+    findings.extend(attach::others::kube_proxy().map(|way| {
+        let found = format!("kube-proxy's rules ({way}): they handle the services that affinity does not");
+        Finding::ok("others", found)
+    }));
     findings
 }
 
@@ -200,20 +253,6 @@ fn available() -> Option<u64> {
     Some(kib * 1024)
 }
 
-pub(super) fn memlock() -> Finding {
-    if version(&release()) >= KERNEL_MEMCG {
-        return Finding::ok("memlock", "maps are charged to the cgroup, not to RLIMIT_MEMLOCK");
-    }
-    match rustix::process::getrlimit(Resource::Memlock).current {
-        None => Finding::ok("memlock", "unlimited"),
-        Some(bytes) => Finding::missing(
-            "memlock",
-            format!("{} KiB", bytes / 1024),
-            "ulimit -l unlimited, or LimitMEMLOCK=infinity",
-        ),
-    }
-}
-
 pub(super) fn cgroup() -> Finding {
     let mounts = read("/proc/self/mountinfo").unwrap_or_default();
     let mounted = mounts.lines().find_map(|line| {
@@ -246,10 +285,23 @@ pub(super) fn clock() -> Finding {
     Finding::ok("clock", format!("{source}; the programs read the timer tick, which costs nothing"))
 }
 
+/// There may be one that cannot be seen from here, or one of another version.
+fn no_dataplane(pins: &PinDir) -> Finding {
+    if let Some(why) = load::hidden() {
+        return Finding::limited("dataplane", "cannot be seen from here", why);
+    }
+    let others: Vec<_> = pins.other_layouts().unwrap_or_default().iter().map(PinDir::layout).collect();
+    if others.is_empty() {
+        return Finding::ok("dataplane", "none yet");
+    }
+    let found = format!("one of another version (map layout {})", others.join(", "));
+    Finding::limited("dataplane", found, "`affinity run` replaces it, `affinity detach` takes it away")
+}
+
 pub(super) fn dataplane(pin_dir: &Path) -> Finding {
     let pins = PinDir::new(pin_dir);
     match pins.exists() {
-        Ok(false) => return Finding::ok("dataplane", "none yet"),
+        Ok(false) => return no_dataplane(&pins),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return Finding::ok("dataplane", "cannot be seen without root");
         }
@@ -270,7 +322,6 @@ pub(super) fn dataplane(pin_dir: &Path) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::check::State;
 
     #[test]
     fn a_directory_on_disk_cannot_hold_pins() {

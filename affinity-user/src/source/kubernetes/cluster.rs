@@ -131,7 +131,7 @@ impl Cluster {
         problems.extend(self.slices.borrow().problems());
         problems.extend(self.nodes.borrow().problems());
         let (services, slices) = (self.services.borrow().objects(), self.slices.borrow().objects());
-        Some(Snapshot { services, slices, node, problems, partial: false })
+        Some(Snapshot { services, slices, node, problems, ..Snapshot::default() })
     }
 
     fn without_node(&self) -> Problem {

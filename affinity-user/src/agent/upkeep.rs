@@ -1,0 +1,91 @@
+//! Notices within seconds when somebody removes or replaces what this agent has pinned, and pins it again.
+//!
+//! The agent holds every map and program open, so a pin that is gone can be made again without loss. A pin that leads to
+//! something else is another dataplane: that cannot be repaired here, and the probes say so.
+
+use std::{
+    fs,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
+
+use affinity_common::names;
+
+use super::AgentError;
+use crate::{
+    load::PinDir,
+    sys::{self, Map, SysError},
+};
+
+/// A map or program that this agent uses.
+#[derive(Debug)]
+struct Held {
+    path: PathBuf,
+    id: u32,
+    fd: OwnedFd,
+    is_map: bool,
+}
+
+/// What this agent has pinned.
+#[derive(Debug)]
+pub(super) struct Upkeep {
+    pins: PinDir,
+    held: Vec<Held>,
+}
+
+impl Upkeep {
+    /// Opens everything that is pinned, right after a load.
+    ///
+    /// # Errors
+    /// [`AgentError`] where a pin cannot be opened.
+    pub(super) fn new(pins: &PinDir) -> Result<Self, AgentError> {
+        let maps = names::MAPS.iter().map(|name| (pins.map(name), true));
+        let programs = pins.list_programs()?.into_iter().map(|path| (path, false));
+        let open = |(path, is_map): (PathBuf, bool)| {
+            let fd = sys::obj_get(&path)?;
+            let id = id(&fd, is_map)?;
+            Ok::<_, SysError>(Held { path, id, fd, is_map })
+        };
+        Ok(Self { pins: pins.clone(), held: maps.chain(programs).map(open).collect::<Result<_, _>>()? })
+    }
+
+    /// Looks at every pin, and makes those again that are gone: returns which.
+    ///
+    /// # Errors
+    /// What cannot be repaired, in one line.
+    pub(super) fn repair(&self) -> Result<Vec<String>, String> {
+        let mut repaired = Vec::new();
+        for Held { path, id: ours, fd, is_map } in &self.held {
+            match sys::obj_get(path) {
+                Ok(pinned) => match id(&pinned, *is_map) {
+                    Ok(id) if id == *ours => {}
+                    _ => {
+                        return Err(format!(
+                            "{} is not what this agent has pinned there: another dataplane was loaded; restart the agent",
+                            path.display()
+                        ));
+                    }
+                },
+                Err(error) if error.is_not_found() => {
+                    self.pins.create().map_err(|error| error.to_string())?;
+                    sys::obj_pin(fd.as_fd(), path).map_err(|error| format!("a pin is gone: {error}"))?;
+                    let name = path.file_name().unwrap_or_default();
+                    repaired.push(name.to_string_lossy().into_owned());
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        if fs::metadata(self.pins.links()).is_err() {
+            self.pins.create().map_err(|error| error.to_string())?;
+        }
+        Ok(repaired)
+    }
+}
+
+fn id(fd: &OwnedFd, is_map: bool) -> Result<u32, SysError> {
+    if is_map {
+        let copy = fd.try_clone().map_err(|error| SysError::new("dup", "map", error))?;
+        return Ok(Map::from_fd(copy, "pinned")?.info().id);
+    }
+    Ok(sys::prog_info(fd.as_fd())?.id)
+}

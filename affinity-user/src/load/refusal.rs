@@ -1,0 +1,119 @@
+//! A program that the kernel refuses: one line for people, and the verifier's log in a file.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process,
+};
+
+use aya::programs::ProgramError;
+
+/// Where the agent keeps its files. The verifier's logs go there where that is possible, else to the temporary directory.
+const DIRECTORY: &str = "/run/affinity";
+
+/// What to do where the kernel does not compile programs.
+pub(crate) const JIT_ADVICE: &str = "turn it on: `sysctl -w net.core.bpf_jit_enable=1`";
+
+/// Lines that the verifier writes after its verdict, by their beginning: `print_verification_stats` in
+/// <https://elixir.bootlin.com/linux/v6.12/source/kernel/bpf/verifier.c>.
+const STATISTICS: [&str; 3] = ["processed ", "verification time ", "stack depth "];
+
+/// A program that the kernel refused, and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// The program.
+    pub program: &'static str,
+    /// The verifier's last meaningful line, or the system's answer where the verifier said nothing.
+    pub reason: String,
+    /// The file that has the whole log; none where there is no log, or where it could not be written.
+    pub log: Option<PathBuf>,
+}
+
+impl Refusal {
+    /// From what loading the program returned. Writes the verifier's log to a file.
+    pub(super) fn new(program: &'static str, error: &ProgramError) -> Self {
+        let ProgramError::LoadError { io_error, verifier_log } = error else {
+            return Self { program, reason: error.to_string(), log: None };
+        };
+        let log = verifier_log.to_string();
+        let reason = reason(&log, io_error);
+        let file = if log.trim().is_empty() { None } else { write_log(program, &log).ok() };
+        Self { program, reason, log: file }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "this kernel refuses the program {}: {}", self.program, self.reason)?;
+        match &self.log {
+            Some(log) => write!(f, " (the verifier's log: {})", log.display()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why, in one line.
+fn reason(log: &str, error: &io::Error) -> String {
+    match last_line(log) {
+        Some(line) if line.contains("non-JITed") => format!("the BPF JIT is off ({line}): {JIT_ADVICE}"),
+        Some(line) => line.to_owned(),
+        None => error.to_string(),
+    }
+}
+
+fn last_line(log: &str) -> Option<&str> {
+    let is_statistics = |line: &str| STATISTICS.iter().any(|start| line.starts_with(start));
+    log.lines().map(str::trim).rfind(|line| !line.is_empty() && !is_statistics(line))
+}
+
+/// In the agent's directory, which belongs to root, a log replaces the former one. In the temporary directory, where
+/// others may put links, the file must be new.
+fn write_log(program: &str, log: &str) -> io::Result<PathBuf> {
+    let of_agent = Path::new(DIRECTORY).join(format!("{program}.verifier.log"));
+    let elsewhere = std::env::temp_dir().join(format!("affinity-{}-{program}.verifier.log", process::id()));
+    let write = |path: &Path| File::create_new(path)?.write_all(log.as_bytes());
+    let replace = |path: &Path| -> io::Result<()> {
+        fs::create_dir_all(DIRECTORY)?;
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => write(path),
+        }
+    };
+    if replace(&of_agent).is_ok() {
+        return Ok(of_agent);
+    }
+    write(&elsewhere).map(|()| elsewhere)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn why(log: &str) -> String {
+        reason(log, &io::Error::from_raw_os_error(libc::EACCES))
+    }
+
+    #[test]
+    fn the_reason_is_the_last_line_before_the_statistics() {
+        let log = "5577: (bf) r2 = r6\n5578: (85) call bpf_map_update_elem#2\nR2 type=mem expected=fp, pkt\n\
+                   processed 130076 insns (limit 1000000) max_states_per_insn 4 total_states 1 peak_states 1 mark_read 3\n";
+        assert_eq!(why(log), "R2 type=mem expected=fp, pkt");
+        let log = "combined stack size of 2 calls is 544. Too large\nverification time 120 usec\nstack depth 264+240\n\
+                   processed 3 insns (limit 1000000) max_states_per_insn 0\n\n";
+        assert_eq!(why(log), "combined stack size of 2 calls is 544. Too large");
+    }
+
+    #[test]
+    fn without_a_log_the_reason_is_the_systems_answer() {
+        assert_eq!(why(""), "Permission denied (os error 13)");
+        assert_eq!(why("processed 0 insns (limit 1000000)\n"), "Permission denied (os error 13)");
+    }
+
+    #[test]
+    fn a_refusal_without_the_jit_says_how_to_turn_it_on() {
+        let why = why("tail_calls are not allowed in non-JITed programs with bpf-to-bpf calls\nprocessed 0 insns\n");
+        assert!(why.starts_with("the BPF JIT is off") && why.ends_with(JIT_ADVICE), "{why}");
+    }
+}
