@@ -11,6 +11,7 @@ mod lock;
 mod notices;
 mod problems;
 mod publish;
+mod server;
 mod sockets;
 mod status;
 mod sweeping;
