@@ -23,7 +23,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use self::tables::{Counts, Row};
+use self::tables::{Counted, Counts};
 pub use self::{
     format::{Format, classic},
     series::{Admitted, OTHER},
@@ -149,8 +149,8 @@ struct Of {
 }
 
 impl Of {
-    fn new(row: &Row, sessions: u64, evicted: u64) -> Self {
-        Self { connections: row.connections, possible: row.possible, sessions, evicted }
+    fn new((connections, possible): Counted, sessions: u64, evicted: u64) -> Self {
+        Self { connections, possible, sessions, evicted }
     }
 
     fn add(&mut self, other: &Self) {
@@ -172,38 +172,31 @@ impl Named {
         let none = Census::default();
         let Census { by_service, by_backend, evicted, entries: _ } = census.as_ref().unwrap_or(&none);
         let count = |counts: &BTreeMap<u32, u64>, id| counts.get(&id).copied().unwrap_or(0);
-        let services: Vec<_> = tables
-            .services()
-            .map(|row| {
-                let of = Of::new(&row, count(by_service, row.id), count(evicted, row.id));
-                (row.id, row.name, of)
-            })
-            .collect();
-        let backends: Vec<_> = tables
-            .backends()
-            .map(|row| {
-                let of = Of::new(&row, count(by_backend, row.id), 0);
-                (row.id, row.name, of)
-            })
-            .collect();
+        let (services, backends): (Vec<_>, Vec<_>) = (tables.services().collect(), tables.backends().collect());
         let mut bounds = bounds.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        bounds.services.update(services.iter().map(|(_, name, _)| name.as_str()));
-        bounds.backends.update(backends.iter().map(|(_, name, _)| name.as_str()));
-        let services = sum(services, |_, name| vec![("service", bounds.services.label(name).to_owned())]);
-        let backends = sum(backends, |index, name| {
-            let backend = bounds.backends.label(name);
-            let service = if backend == OTHER { OTHER.to_owned() } else { tables.services_label(index) };
-            vec![("service", service), ("backend", backend.to_owned())]
+        bounds.services.update(services.iter().map(|(_, name)| name.as_str()));
+        bounds.backends.update(backends.iter().map(|(_, name)| name.as_str()));
+        let services = services.into_iter().map(|(id, name)| {
+            let labels = vec![("service", bounds.services.label(&name).to_owned())];
+            (labels, Of::new(tables.service(id), count(by_service, id), count(evicted, id)))
         });
+        let services = sum(services);
+        let backends = backends.into_iter().map(|(index, name)| {
+            let backend = bounds.backends.label(&name);
+            let service = if backend == OTHER { OTHER.to_owned() } else { tables.services_label(index) };
+            let labels = vec![("service", service), ("backend", backend.to_owned())];
+            (labels, Of::new(tables.backend(index), count(by_backend, index), 0))
+        });
+        let backends = sum(backends);
         Self { services, backends, tables, census }
     }
 }
 
 /// Sums what has the same labels.
-fn sum(rows: Vec<(u32, String, Of)>, labels: impl Fn(u32, &str) -> Labels) -> BTreeMap<Labels, Of> {
+fn sum(all: impl Iterator<Item = (Labels, Of)>) -> BTreeMap<Labels, Of> {
     let mut sums = BTreeMap::<Labels, Of>::new();
-    for (id, name, of) in rows {
-        sums.entry(labels(id, &name)).or_default().add(&of);
+    for (labels, of) in all {
+        sums.entry(labels).or_default().add(&of);
     }
     sums
 }

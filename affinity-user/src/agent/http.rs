@@ -15,7 +15,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use affinity_common::names;
+use affinity_common::{
+    abi::{FrontendKey, Name, RangeKey, Status, Usage, UsageKey, V4, V6},
+    names,
+};
 use axum::{
     Router,
     body::Bytes,
@@ -38,8 +41,9 @@ use crate::{
     metrics::{Bounds, Format, Tables, Vitals, classic, exposition},
     store::{
         StoreError,
-        kernel::{KernelStore, Table},
+        kernel::{PerCpu, Table},
     },
+    sys::Map,
     view::{Clock, StatusView},
 };
 
@@ -164,50 +168,62 @@ impl Exporter {
     }
 
     fn tables(&self, pins: &PinDir) -> Result<Tables, String> {
-        // Opened again each time: a map that has changed its size is another map.
-        let store = KernelStore::open(&self.pin_dir).map_err(|error| error.to_string())?;
         let mut attachments = BTreeMap::from(attach::Hook::ALL.map(|hook| (hook.name(), 0)));
         for attachment in attach::attachments(pins).map_err(|error| error.to_string())? {
             *attachments.entry(attachment.hook.name()).or_default() += 1;
         }
-        read(&store, attachments).map_err(|error| error.to_string())
+        let capacities = names::MAPS.iter().map(|&name| {
+            let map = Map::open(&pins.map(name)).map_err(|error| error.to_string())?;
+            Ok((name, u64::from(map.info().max_entries)))
+        });
+        read(&pins.maps(), capacities.collect::<Result<_, String>>()?, attachments).map_err(|error| error.to_string())
     }
 }
 
-/// Reads what metrics need, entry by entry: the whole of the small tables would take several times as much memory.
-fn read(store: &KernelStore, attachments: BTreeMap<&'static str, u64>) -> Result<Tables, StoreError> {
-    let status = store.status.get(&0)?.unwrap_or_default();
+/// Reads what metrics need, entry by entry: all of the small tables at once would take several times as much memory. Maps
+/// are opened each time, because one that has changed its size is another map; and only those that are read, because a
+/// [`KernelStore`](crate::store::kernel::KernelStore) shares the large arrays, and shared pages count as this process's.
+fn read(
+    maps: &Path,
+    capacities: Vec<(&'static str, u64)>,
+    attachments: BTreeMap<&'static str, u64>,
+) -> Result<Tables, StoreError> {
+    let status = Table::<u32, Status>::open(maps, names::STATUS)?.get(&0)?.unwrap_or_default();
     let as_of = StatusView::new(&status, &Clock::now()).and_then(|status| status.as_of);
-    let capacities = store.maps().iter().map(|&(map, ref info)| (map, u64::from(info.max_entries))).collect();
-    let mut tables = Tables::new(store.counter_sums()?, capacities, attachments, as_of.map(|as_of| as_of.age));
+    let packets = PerCpu::<u32, u64>::open(maps, names::COUNTERS)?;
+    let packets = packets.iter().map(|entry| entry.map(|(_, counts)| counts.iter().sum()));
+    let packets = packets.collect::<Result<_, _>>()?;
+    let mut tables = Tables::new(packets, capacities, attachments, as_of.map(|as_of| as_of.age));
     // Names are published before what they name and removed after it, so they are read on both sides of it.
-    walk(&store.names, names::NAMES, &mut tables, |tables, key, name| tables.add_name(key, name.as_str()))?;
-    walk(&store.v4.frontends, names::FRONTENDS_V4, &mut tables, |tables, _, frontend| tables.add_frontend(&frontend))?;
-    walk(&store.v6.frontends, names::FRONTENDS_V6, &mut tables, |tables, _, frontend| tables.add_frontend(&frontend))?;
-    walk(&store.v4.ranges, names::RANGES_V4, &mut tables, |_, _, _| {})?;
-    walk(&store.v6.ranges, names::RANGES_V6, &mut tables, |_, _, _| {})?;
-    for entry in &store.backends {
-        let (index, backend) = entry?;
-        tables.add_backend(index, &backend);
-    }
-    walk(&store.members, names::MEMBERS, &mut tables, |tables, key, member| tables.add_member(&key, &member))?;
-    for entry in store.usage.iter() {
+    let add_name = |tables: &mut Tables, key, name: Name| tables.add_name(key, name.as_str());
+    walk(maps, names::NAMES, &mut tables, add_name)?;
+    walk(maps, names::FRONTENDS_V4, &mut tables, |tables, _: FrontendKey<V4>, frontend| {
+        tables.add_frontend(&frontend)
+    })?;
+    walk(maps, names::FRONTENDS_V6, &mut tables, |tables, _: FrontendKey<V6>, frontend| {
+        tables.add_frontend(&frontend)
+    })?;
+    walk(maps, names::RANGES_V4, &mut tables, |_, _: RangeKey<V4>, _: u32| {})?;
+    walk(maps, names::RANGES_V6, &mut tables, |_, _: RangeKey<V6>, _: u32| {})?;
+    walk(maps, names::BACKENDS, &mut tables, |tables, index, backend| tables.add_backend(index, &backend))?;
+    walk(maps, names::MEMBERS, &mut tables, |tables, key, member| tables.add_member(&key, &member))?;
+    for entry in PerCpu::<UsageKey, Usage>::open(maps, names::USAGE)?.iter() {
         let (key, counts) = entry?;
         tables.add_usage(key, &counts);
     }
-    walk(&store.names, names::NAMES, &mut tables, |tables, key, name| tables.add_name(key, name.as_str()))?;
+    walk(maps, names::NAMES, &mut tables, add_name)?;
     Ok(tables)
 }
 
 /// Gives every entry of a map to `add`, and notes how many there are.
 fn walk<K: Pod + Debug, V: Pod>(
-    table: &Table<K, V>,
+    maps: &Path,
     name: &'static str,
     tables: &mut Tables,
     mut add: impl FnMut(&mut Tables, K, V),
 ) -> Result<(), StoreError> {
     let mut entries = 0;
-    for entry in table {
+    for entry in &Table::<K, V>::open(maps, name)? {
         let (key, value) = entry?;
         add(tables, key, value);
         entries += 1;

@@ -57,16 +57,8 @@ impl Affinity {
     }
 }
 
-/// A service or a backend.
-#[derive(Debug)]
-pub(super) struct Row {
-    /// The service's id, or the backend's index.
-    pub(super) id: u32,
-    pub(super) name: String,
-    pub(super) connections: Counts,
-    /// Which of [`USAGES`] can be counted at all.
-    pub(super) possible: [bool; USAGES.len()],
-}
+/// What was counted of a service or a backend, and which of [`USAGES`] can be counted at all.
+pub(super) type Counted = (Counts, [bool; USAGES.len()]);
 
 impl Tables {
     /// Of the map `counters`, summed over processors; of maps, and how many entries each can have; of attachments by hook;
@@ -118,28 +110,28 @@ impl Tables {
         }
     }
 
-    /// Every service that has a frontend.
-    pub(super) fn services(&self) -> impl Iterator<Item = Row> {
-        self.services.iter().map(|(&id, affinity)| Row {
-            id,
-            name: self.service_name(id),
-            connections: self.counts(UsageOf::Service, id),
-            possible: USAGES.map(|reason| reason == Reason::NoEndpoints || affinity.can(reason)),
-        })
+    /// Every service that has a frontend, with its name.
+    pub(super) fn services(&self) -> impl Iterator<Item = (u32, String)> {
+        self.services.keys().map(|&id| (id, self.service_name(id)))
     }
 
-    /// Every backend in use.
-    pub(super) fn backends(&self) -> impl Iterator<Item = Row> {
-        self.backends.iter().map(|(&index, backend)| {
-            let mut affinity = Affinity::default();
-            self.services_of(index).filter_map(|id| self.services.get(&id)).for_each(|of| affinity.add(*of));
-            Row {
-                id: index,
-                name: self.backend_name(index, backend),
-                connections: self.counts(UsageOf::Backend, index),
-                possible: USAGES.map(|reason| affinity.can(reason)),
-            }
-        })
+    /// What was counted of a service.
+    pub(super) fn service(&self, id: u32) -> Counted {
+        let affinity = self.services.get(&id).copied().unwrap_or_default();
+        let possible = USAGES.map(|reason| reason == Reason::NoEndpoints || affinity.can(reason));
+        (self.counts(UsageOf::Service, id), possible)
+    }
+
+    /// Every backend in use, with its name.
+    pub(super) fn backends(&self) -> impl Iterator<Item = (u32, String)> {
+        self.backends.iter().map(|(&index, backend)| (index, self.backend_name(index, backend)))
+    }
+
+    /// What was counted of a backend.
+    pub(super) fn backend(&self, index: u32) -> Counted {
+        let mut affinity = Affinity::default();
+        self.services_of(index).filter_map(|id| self.services.get(&id)).for_each(|of| affinity.add(*of));
+        (self.counts(UsageOf::Backend, index), USAGES.map(|reason| affinity.can(reason)))
     }
 
     /// The services that a backend serves: their names with commas, or [`SEVERAL`].

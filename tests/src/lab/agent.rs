@@ -207,6 +207,28 @@ impl Agent {
         Ok(Duration::from_secs_f64(ticks.iter().sum::<u64>() as f64 / clock_ticks_per_second() as f64))
     }
 
+    /// Bytes of memory that it has now, and at most since it was started or since [`Agent::forget_peak`].
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn memory(&self) -> Result<Memory> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let bytes = |field: &str| -> Result<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
+            let kib: u64 = line.trim_matches(|c: char| !c.is_ascii_digit()).parse()?;
+            Ok(kib * 1024)
+        };
+        Ok(Memory { now: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
+    }
+
+    /// Makes the peak of its memory what it has now: <https://docs.kernel.org/filesystems/proc.html> (`clear_refs`).
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn forget_peak(&self) -> Result<()> {
+        Ok(std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
+    }
+
     /// What it wrote so far, standard output and standard error as they came.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
@@ -225,6 +247,15 @@ impl Agent {
         });
         ready.with_context(|| format!("{:?}\n{}", self.command, self.log().join("\n")))
     }
+}
+
+/// What a process has in memory, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Now.
+    pub now: u64,
+    /// At most.
+    pub peak: u64,
 }
 
 impl Drop for Agent {
