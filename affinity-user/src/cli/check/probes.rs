@@ -7,7 +7,7 @@ use rustix::process::Resource;
 use super::Finding;
 use crate::{
     attach::{self, XdpFeatures, xdp_features},
-    load::{self, PinDir, Sizes, cost, mib, release, version},
+    load::{self, Memory, PinDir, Sizes, cost, mib, release, version},
     objects::PROGRAMS,
     store::kernel::KernelStore,
 };
@@ -176,14 +176,14 @@ fn cost_of(sizes: &Sizes) -> Option<u64> {
 pub(super) fn memory(sizes: &Sizes) -> Finding {
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit);
-    let (total, free) = (info.totalram as u64 * unit, available().unwrap_or(info.freeram as u64 * unit));
+    let memory = Memory::of_this_process();
+    let free = available().unwrap_or(info.freeram as u64 * unit).min(memory.limit.unwrap_or(u64::MAX));
     let Some(cost) = cost_of(sizes) else { return Finding::ok("memory", format!("{sizes}")) };
     let found = format!(
-        "{} sessions and {} connections a family: {} MiB of {} MiB",
+        "{} sessions and {} connections a family: {} MiB of {memory}",
         sizes.sessions,
         sizes.flows / 2,
         mib(cost),
-        mib(total)
     );
     if cost > free {
         let advice = format!("only {} MiB are free: lower --max-sessions and --max-flows", mib(free));
@@ -221,8 +221,8 @@ pub(super) fn cgroup() -> Finding {
         after.starts_with("cgroup2 ").then(|| before.split(' ').nth(4)).flatten()
     });
     match mounted {
-        Some(path) => Finding::ok("cgroup", format!("version 2 at {path}; its memory limit bounds the default sizes")),
-        None => Finding::ok("cgroup", "no version 2: its memory limit cannot bound the default sizes"),
+        Some(path) => Finding::ok("cgroup", format!("version 2 at {path}")),
+        None => Finding::ok("cgroup", "no version 2"),
     }
 }
 
