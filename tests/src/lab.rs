@@ -58,7 +58,7 @@ use aya::Ebpf;
 pub use address::{CLIENT_COUNT, FIRST_OF_B, Family, PODS, Protocol};
 pub use agent::{Agent, CAPABILITIES, Memory};
 pub use capture::{Capture, Direction, read_pcap};
-pub use cgroup::{Answer, Cgroup, SocketNumber, SocketProcess};
+pub use cgroup::{Answer, Cgroup, MemoryLimit, SocketNumber, SocketProcess};
 pub use client::{Client, Connection, PATIENCE};
 pub use interrupt::Interrupt;
 pub use load::{Load, Report};

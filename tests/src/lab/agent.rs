@@ -13,7 +13,7 @@ use rustix::param::clock_ticks_per_second;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::netns::output;
-use super::{Lab, NODE_NAME, eventually};
+use super::{Lab, MemoryLimit, NODE_NAME, eventually};
 
 /// How long the agent may take from its start to its readiness, unless more is granted, and from SIGTERM to its end.
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
@@ -75,7 +75,18 @@ impl Lab {
         Agent::spawn(command, AGENT_PATIENCE)
     }
 
-    /// The same, confined as in a container: root with these capabilities and no way to others, on a root filesystem that
+    /// As [`Lab::agent`], in a cgroup with a limit of memory.
+    ///
+    /// # Errors
+    /// As [`Lab::agent`].
+    pub fn limited_agent(&self, limit: &MemoryLimit, args: &[&str]) -> Result<Agent> {
+        let mut command = limit.command(self.node(), binary()?);
+        command.args(self.global_args()).arg("run").arg("--source").arg(self.source());
+        command.args(args).args(["--socket", "off"]);
+        Agent::start(command, AGENT_PATIENCE)
+    }
+
+    /// As [`Lab::agent`], confined as in a container: root with these capabilities and no way to others, on a root filesystem that
     /// cannot be written to.
     ///
     /// # Errors
