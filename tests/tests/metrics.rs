@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use affinity_tests::apiserver::ApiServer;
@@ -161,6 +162,28 @@ fn metrics_say_what_the_commands_say() -> Result<()> {
 
         let again: BTreeSet<_> = scrape(lab)?.into_keys().collect();
         assert_eq!(again, metrics.into_keys().collect(), "series come and go");
+        Ok(())
+    })
+}
+
+/// It reads the classic format; of OpenMetrics it checks nothing.
+#[test]
+#[ignore = "needs promtool"]
+fn promtool_finds_no_fault_with_the_metrics() -> Result<()> {
+    let web = web().client_ip();
+    let args = [Hook::Tc.args().as_slice(), &["--metrics", ADDRESS]].concat();
+    tell_in(&Default::default(), &args, &[&web], |lab, _| {
+        eventually("the sweep has counted the pins", PATIENCE, || {
+            Ok(get(lab, "/metrics")?.1.contains("affinity_backend_sessions{"))
+        })?;
+        let text = lab.node().run(|| read(ask("/metrics", "text/plain")?))??.body;
+        let mut promtool = Command::new("promtool");
+        promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut promtool = promtool.spawn().context("promtool")?;
+        promtool.stdin.take().context("no standard input")?.write_all(text.as_bytes())?;
+        let output = promtool.wait_with_output()?;
+        let said = [output.stdout, output.stderr].concat();
+        ensure!(output.status.success() && said.is_empty(), "{}", String::from_utf8_lossy(&said));
         Ok(())
     })
 }

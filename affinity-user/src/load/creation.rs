@@ -65,17 +65,12 @@ impl Advice {
 
 /// The error of a load with tables of these sizes, with what belongs to it where a map could not be made.
 pub(super) fn failed(error: EbpfError, sizes: &Sizes) -> LoadError {
-    match error {
-        EbpfError::MapError(MapError::CreateError { name, io_error }) => {
-            let costs = needed(sizes).unwrap_or_default();
-            let of_map =
-                |wanted: &str| costs.iter().find(|(found, _)| *found == wanted).map_or(0, |(_, map)| cost(map));
-            let all = costs.iter().map(|(_, map)| cost(map)).sum();
-            let advice = Advice::of(&io_error, all);
-            CreationError { bytes: of_map(&name), name, source: io_error, advice }.into()
-        }
-        other => other.into(),
-    }
+    let EbpfError::MapError(MapError::CreateError { name, io_error }) = error else { return error.into() };
+    let costs = needed(sizes).unwrap_or_default();
+    let of_map = |wanted: &str| costs.iter().find(|(found, _)| *found == wanted).map_or(0, |(_, map)| cost(map));
+    let all = costs.iter().map(|(_, map)| cost(map)).sum();
+    let advice = Advice::of(&io_error, all);
+    CreationError { bytes: of_map(&name), name, source: io_error, advice }.into()
 }
 
 #[cfg(test)]
