@@ -36,10 +36,10 @@ use logging::LogFormat;
 
 const AFTER_HELP: &str = "\
 Exit codes:
-  0  done; also where the reader of the output had enough of it
+  0  done, also if the reader of the output went away
   1  failed: one line on standard error says what, and what to do
-  2  the command line makes no sense
-  3  what it names (a service, a pod) does not exist
+  2  usage error
+  3  a service, pod, client or device that the command line names does not exist
 
 Examples:
   affinity run --source ./services --device eth0
@@ -66,10 +66,10 @@ pub(crate) struct Global {
     /// This node's name in Kubernetes; without it, the host name
     #[arg(long, global = true, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
-    /// The form of the log, which goes to standard error
+    /// Form of the log on standard error
     #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
-    /// Log more; twice, for everything
+    /// More log; -vv and -vvv for still more
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 }
@@ -84,7 +84,7 @@ impl Global {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Attach to devices, keep in step with a source, and tidy up, until SIGTERM; the dataplane outlives this
+    /// Attach to devices and follow a source until SIGTERM or SIGINT; the dataplane stays in place
     #[command(after_help = "\
 Examples:
   affinity run --source ./services --device eth0
@@ -94,15 +94,15 @@ Examples:
 
 Prints a line that begins with `ready` once packets are handled as the source says. Until a source answers, the
 dataplane stays as it is. Devices that appear later and match are attached too.
-Bad YAML is named in the log and never takes down what runs.")]
+Bad YAML is reported in the log and does not affect what runs.")]
     Run(agent::RunArgs),
-    /// Attach to devices, get in step with a source once, and leave the dataplane running
+    /// Attach to devices, read a source once, and leave the dataplane in place
     #[command(after_help = "\
 Examples:
   affinity attach --source ./services --device eth0
   affinity attach --source web.yaml --device eth0 eth1 --xdp off")]
     Attach(agent::AttachArgs),
-    /// Take the dataplane away: from one device, or altogether with all pins and connections
+    /// Remove the programs from one device; or everything, with all pins and connections
     #[command(after_help = "\
 Examples:
   affinity detach --device eth0
@@ -117,9 +117,9 @@ Examples:
   affinity get backends --service default/web --watch
   affinity get sessions -o json | jq -r '.[] | select(.expiresInSeconds == null) | .client'
 
-JSON is an array with one object a line; large tables are streamed, in the kernel's order.")]
+JSON is an array with one object a line. Sessions and flows are streamed in the kernel's order.")]
     Get(get::GetArgs),
-    /// Tell what the next packet of a client would meet, step by step, and change nothing
+    /// Say what the next packet of a client would get, step by step; changes nothing
     #[command(after_help = "\
 Examples:
   affinity explain --from 192.0.2.1 --to 10.96.0.10:80
@@ -127,7 +127,8 @@ Examples:
   affinity explain --from 2001:db8::1 --to '[2001:db8:1::10]:80' --source ./services -o json
 
 JSON has `frontend`, `verdict` (forward, reject, drop, pass), `reason`, `pinned` (the session that is followed, or null),
-`candidates` (address, port, name, namespace, probability), `masquerade`, `flow` and `steps`.")]
+`candidates` (address, port, name, namespace, probability, masquerade), `masquerade`, `flow` and `steps`; it is an array
+if there are several `--to`.")]
     Explain(explain::ExplainArgs),
     /// Pin a client to a pod
     #[command(after_help = "\
@@ -135,27 +136,27 @@ Examples:
   affinity pin --service default/web --client 192.0.2.1 --backend web-0
   affinity pin --service default/web --client 2001:db8::1 --backend fd00:10:244::5
 
-The client's next connection goes there; connections that it has stay where they are.")]
+The client's next connection goes there. Its open connections stay where they are.")]
     Pin(pin::PinArgs),
-    /// Remove pins: the clients' next connections select anew
+    /// Remove pins: the clients' next connections select a pod again
     #[command(after_help = "\
 Examples:
   affinity unpin --service default/web --client 192.0.2.1
   affinity unpin --service default/web --backend web-0
   affinity unpin --service default/web --all
 
-Connections that the clients have stay where they are.")]
+Open connections of the clients stay where they are.")]
     Unpin(pin::UnpinArgs),
-    /// Tell what happened to pins: created, moved, expired, evicted, and what operators did
+    /// List what happened to pins: created, moved, expired, evicted, pinned and unpinned by operators
     #[command(after_help = "\
 Examples:
   affinity events
   affinity events --follow --service default/web
   affinity events --follow -o json | jq -r 'select(.kind == \"moved\") | .client'
 
-The kernel remembers the last few thousand events. JSON is one object a line.")]
+The kernel keeps the last 16,384 events. JSON is one object a line.")]
     Events(events::EventsArgs),
-    /// Watch services, pods and clients in the terminal: rates, pins as bars, hot spots, events
+    /// Watch services, pods and clients live in the terminal: rates, pins as bars, hot spots, events
     #[command(after_help = "\
 Examples:
   affinity top
@@ -164,7 +165,7 @@ Examples:
 
 Keys: arrows and Enter look closer, Esc goes back, / filters, s sorts, u unpins, ? lists all, q quits.")]
     Top(top::TopArgs),
-    /// Write every map, or one, in canonical text: sorted, with names
+    /// Write every map, or one, as sorted text with names
     #[command(after_help = "\
 Examples:
   affinity dump
@@ -172,9 +173,9 @@ Examples:
   affinity dump slots --slots
   affinity dump --source ./services
 
-One line an entry, `map key -> value`; without --times two dumps of the same state are equal.")]
+Each entry is one line, `map key -> value`. Without --times two dumps of the same state are equal.")]
     Dump(dump::DumpArgs),
-    /// Tell whether affinity can run here, what it would use, and what is missing
+    /// Say whether affinity can run here, what it would use, and what is missing
     #[command(after_help = "\
 Examples:
   affinity check
@@ -247,6 +248,23 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_lists_every_exit_code() {
+        // A new exit code does not compile until it has a place here, and then needs a line in the help.
+        let next = |exit: &Exit| match exit {
+            Exit::Done => Some(Exit::Failed),
+            Exit::Failed => Some(Exit::Usage),
+            Exit::Usage => Some(Exit::NotFound),
+            Exit::NotFound => None,
+        };
+        let codes: Vec<_> =
+            std::iter::successors(Some(Exit::Done), next).map(|exit| (exit as u8).to_string()).collect();
+        let (_, list) = AFTER_HELP.split_once("Exit codes:\n").unwrap();
+        let lines = list.lines().take_while(|line| !line.is_empty());
+        let said: Vec<_> = lines.filter_map(|line| line.split_whitespace().next()).collect();
+        assert_eq!(said, codes);
     }
 
     #[test]

@@ -139,7 +139,7 @@ fn prepare(observed: &Observed, target: &Observed) -> Vec<Op> {
     steps
 }
 
-/// Bits of what is new in either half of the filter. A record that is there has set its bit.
+/// Bits of new frontends and members: the two parts of the filter that a plan sets. A record that exists has its bit set.
 fn filter_bits(observed: &Observed, target: &Observed) -> [(Direction, BTreeSet<u32>); 2] {
     let mut forward = BTreeSet::new();
     forward.extend(frontend_bits(&observed.frontends_v4, &target.frontends_v4));

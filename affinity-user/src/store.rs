@@ -34,7 +34,7 @@ pub enum Op {
         /// Backend indices.
         backends: Vec<u32>,
     },
-    /// Sets bits of one half of the filter. Bits are cleared by the agent's sweep alone, when no flow needs them.
+    /// Sets bits of one part of the filter. Only the agent's sweep clears bits, when no flow needs them.
     SetFilter(Direction, Vec<u32>),
     /// Makes room for counts of a service or backend; keeps counts that are there.
     PutUsage(UsageKey),

@@ -48,7 +48,7 @@ reasons! {
     Truncated = 1, "truncated", "Passed: the frame ends before its headers do.";
     Malformed = 2, "malformed", "Passed: a header contradicts itself.";
     Fragment = 3, "fragment", "Passed: a fragment of an IP packet.";
-    OtherProtocol = 4, "other-protocol", "Passed: neither TCP nor UDP, nor an error about a known flow.";
+    OtherProtocol = 4, "other-protocol", "Passed: not TCP, UDP or SCTP, and not an ICMP error about a known flow.";
     NotFrontend = 5, "not-frontend", "Passed: the destination is no frontend.";
     NotReply = 6, "not-reply", "Passed: no flow that this packet would answer.";
     Established = 7, "established", "Forwarded: a packet of a known flow.";

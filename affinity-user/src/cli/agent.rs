@@ -31,47 +31,47 @@ use crate::{
 /// What `affinity run` and `affinity attach` have in common.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct AttachArgs {
-    /// Where Services and EndpointSlices come from: `kubernetes`, a cluster's API; or a file of Kubernetes YAML, or a
-    /// directory of such files
+    /// Where Services, EndpointSlices and Nodes come from: `kubernetes`, a cluster's API; or a file of Kubernetes YAML; or
+    /// a directory of such files
     #[arg(long, value_name = "kubernetes|PATH")]
     source: SourceName,
     #[command(flatten)]
     cluster: ClusterArgs,
     /// Which services are handled: those with ClientIP affinity, those labelled
-    /// service.kubernetes.io/service-proxy-name for this proxy, or all; another proxy does the rest. Those labelled for
-    /// another proxy never are [default: affinity of a cluster, all of files]
+    /// service.kubernetes.io/service-proxy-name for this proxy, or all. Those labelled for this proxy always are, those
+    /// labelled for another proxy never [default: affinity with --source kubernetes, all with files]
     #[arg(long, value_name = "WHICH", value_parser = services())]
     services: Option<Services>,
     /// This proxy's name in that label
     #[arg(long, value_name = "NAME", default_value = DEFAULT_PROXY_NAME)]
     service_proxy_name: String,
-    /// Decide, remember and count, but change no packet: to see what would be
+    /// Decide, pin and count, but change no packet
     #[arg(long)]
     shadow: bool,
-    /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'; without it they are found:
-    /// those with a default route or an address of the node, and those that lead to pods
+    /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'. Without it they are found: those
+    /// with a default route or an address of the node, and those that lead to pods
     #[arg(long = "device", value_name = "NAME|GLOB", num_args = 1..)]
     devices: Vec<String>,
-    /// Where XDP is used: auto tries native, then generic, then TC; off uses TC
+    /// Use of XDP: auto tries native, then generic, then TC, and uses TC for devices that lead to pods; off uses TC
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
     xdp: XdpPolicy,
-    /// Of the devices, those that XDP is used on, whatever their kind; the others have TC. Without it their kinds decide
+    /// Use XDP on these devices, whatever their kind, and TC on the others. Without it, the kind of a device decides
     #[arg(long = "xdp-device", value_name = "NAME|GLOB", num_args = 1..)]
     xdp_devices: Vec<String>,
-    /// How translated packets and replies to them go on: through the node's stack, with its packet filter and connection
-    /// tracking; or past it, redirected by TC between attached devices, which is faster
+    /// Where translated packets and their replies go: through the node's stack, with its packet filter and connection
+    /// tracking; or redirected by TC between attached devices, without the stack, which is faster
     #[arg(long, value_name = "WAY", value_enum, default_value_t = Forwarding::Stack)]
     forwarding: Forwarding,
-    /// Translate when processes of this machine connect, its own and pods': auto does in the node's own network namespace
+    /// Translate at connect() for the node's own processes and pods: auto does if this is the node's own network namespace
     #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
     socket: SocketPolicy,
-    /// The cgroup (version 2) whose processes that is done for; without it the root: all processes
+    /// The cgroup (version 2): sockets of the processes below it are translated. Without it, the root: all processes
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
-    /// Use clsact filters even where the kernel has tcx links
+    /// Use clsact filters even if the kernel has tcx links
     #[arg(long)]
     no_tcx: bool,
-    /// What the kernel programs log, for debugging; without it they cannot log, which costs nothing
+    /// Log messages of the kernel programs, for debugging. Without it, they log nothing
     #[arg(long, value_name = "LEVEL", value_enum)]
     programs_log: Option<ProgramsLog>,
     #[command(flatten)]
@@ -163,16 +163,16 @@ impl AttachArgs {
 /// Options of `affinity run`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RunArgs {
-    /// At the end take the dataplane away, with all pins and connections
+    /// At the end remove the dataplane, with all pins and connections
     #[arg(long)]
     detach_on_exit: bool,
-    /// With --source kubernetes: tell owners of Services nothing by Kubernetes Events
+    /// With --source kubernetes: post no Kubernetes Events about Services
     #[arg(long)]
     no_kubernetes_events: bool,
     /// Serve /metrics, /healthz and /readyz over HTTP here
     #[arg(long, value_name = "ADDR:PORT")]
     metrics: Option<SocketAddr>,
-    /// How many services, and how many backends, have metrics of their own; the rest are summed as `other`
+    /// How many services, and how many backends, have series of their own; the others are summed up as `other`
     #[arg(long, value_name = "N", default_value_t = 1000, requires = "metrics")]
     metrics_max_series: usize,
     #[command(flatten)]
@@ -194,7 +194,7 @@ impl RunArgs {
 /// Options of `affinity detach`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct DetachArgs {
-    /// Only from this device, and leave everything else in place
+    /// Only from this device; everything else stays in place
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
 }

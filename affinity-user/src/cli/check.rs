@@ -22,7 +22,7 @@ pub(crate) struct CheckArgs {
     /// Also look at this device; may be repeated
     #[arg(long = "device", value_name = "NAME")]
     devices: Vec<String>,
-    /// The form of output
+    /// Form of the output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
     #[command(flatten)]

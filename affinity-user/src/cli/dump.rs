@@ -25,16 +25,16 @@ use crate::{
 /// Options of `affinity dump`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct DumpArgs {
-    /// One map; without it, all of them
+    /// One map. Without it, all maps
     #[arg(value_parser = PossibleValuesParser::new(names::MAPS))]
     map: Option<String>,
     /// Also the ages of sessions, flows and events, which differ from one dump to the next
     #[arg(long)]
     times: bool,
-    /// Every slot of a pool, in order, and not only how many each pod has
+    /// Every slot of a pool, and not only how many each pod has
     #[arg(long)]
     slots: bool,
-    /// What this YAML, or a cluster, would publish on an empty node, instead of what the kernel holds: needs no root
+    /// What this YAML, or a cluster, would publish on an empty node, instead of what the kernel has: needs no root
     #[arg(long, value_name = "PATH|kubernetes")]
     source: Option<SourceName>,
     #[command(flatten)]

@@ -22,7 +22,7 @@ pub(crate) enum Exit {
     Done = 0,
     /// It could not be done.
     Failed = 1,
-    /// The command line makes no sense; clap uses the same code.
+    /// Usage error; clap uses the same code.
     Usage = 2,
     /// What the command line names does not exist.
     NotFound = 3,

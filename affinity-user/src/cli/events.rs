@@ -30,12 +30,12 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Options of `affinity events`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct EventsArgs {
-    /// Go on with what happens from now on, until interrupted
+    /// Go on with new events, until interrupted
     #[arg(short, long)]
     follow: bool,
     #[command(flatten)]
     filter: FilterArgs,
-    /// The form of output; JSON is one object a line
+    /// Form of the output; JSON is one object a line
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }

@@ -37,21 +37,22 @@ const NODE_OF_SOURCE: u64 = 1;
 /// Options of `affinity explain`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct ExplainArgs {
-    /// The client; with a port, that connection of the client. By name, a socket of the node itself (`node`) or of a pod on
-    /// it; an address of this node is the node
+    /// The client; with a port, that connection of the client. By name, a socket of the node itself (`node`), of a pod on
+    /// it, or of a network namespace (`netns:COOKIE`). Without --source, an address of this node is the node itself; with
+    /// it, of the names only `node` is known
     #[arg(long, value_name = "IP[:PORT]|NAME", value_parser = parse_from)]
     from: From,
-    /// What it dials; TCP, unless `/udp` or `/sctp` follows. Given more than once: each of them, in this order
+    /// What the client dials: TCP, unless `/udp` or `/sctp` follows. May be repeated: each is answered, in this order
     #[arg(long, value_name = "IP:PORT[/udp|/sctp]", value_parser = parse_to, required = true)]
     to: Vec<To>,
-    /// Ask this YAML, or the API of a cluster, instead of the kernel: needs no root, and knows no pins
+    /// Ask this YAML, or the API of a cluster, instead of the kernel: needs no root and knows no pins
     #[arg(long, value_name = "PATH|kubernetes")]
     source: Option<SourceName>,
     #[command(flatten)]
     cluster: ClusterArgs,
     #[command(flatten)]
     node: NodeArgs,
-    /// The form of output
+    /// Form of the output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }

@@ -30,7 +30,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// What to list.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum Resource {
-    /// What clients dial, who answers, and how pins are kept
+    /// Addresses that clients dial, endpoints, and how pins are kept
     #[value(alias = "service")]
     Services,
     /// Pods, and how many clients and connections each has
@@ -45,7 +45,7 @@ pub(crate) enum Resource {
     /// Network devices that the programs are attached to
     #[value(alias = "device")]
     Devices,
-    /// How often packets met each verdict, and why
+    /// How many packets got each verdict, and why
     #[value(alias = "counter")]
     Counters,
 }
@@ -68,12 +68,12 @@ impl Resource {
 pub(crate) struct GetArgs {
     /// What to list
     resource: Resource,
-    /// The form of output
+    /// Form of the output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
     #[command(flatten)]
     filter: FilterArgs,
-    /// Look again every second, until interrupted
+    /// List again every second, until interrupted
     #[arg(short, long)]
     watch: bool,
 }

@@ -10,19 +10,19 @@ use crate::desired::{Family, MASQUERADE_PORTS, Network, NodeFacts};
 /// Facts of the node that decide about frontends and masquerading.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct NodeArgs {
-    /// The networks whose addresses of this node have node ports; without it all addresses of the node, but link-local
-    /// ones
+    /// Node ports and health checks are served at the node's addresses in these networks. Without it, node ports at all
+    /// addresses of the node except link-local ones
     #[arg(long = "nodeport-addresses", value_name = "CIDR", value_delimiter = ',')]
     node_port_networks: Vec<Network>,
-    /// A network of pods, whose connections keep their address; one option for each; without it the podCIDRs of its
-    /// Node object
+    /// A network of pods; once for each. Clients outside of these networks are external. Without it, the podCIDRs of the
+    /// node's Node object
     #[arg(long = "pod-cidr", value_name = "CIDR")]
     pod_networks: Vec<Network>,
-    /// The address that masqueraded connections come from, one for each family; without it the InternalIP of its Node
-    /// object, else the first global address of a device with a default route, else the first one
+    /// The source address of masqueraded connections, once for each family. Without it, the InternalIP of the node's Node
+    /// object; else the first global address of a device with a default route; else the first global address
     #[arg(long = "node-address", value_name = "IP")]
     addresses: Vec<IpAddr>,
-    /// The source ports of masqueraded connections: the node's own processes should use others [default: 1024-29999]
+    /// The source ports of masqueraded connections; the node's own processes should use others [default: 1024-29999]
     #[arg(long, value_name = "FIRST-LAST", value_parser = parse_ports)]
     masquerade_ports: Option<RangeInclusive<u16>>,
 }

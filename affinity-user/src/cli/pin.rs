@@ -31,7 +31,7 @@ pub(crate) struct UnpinArgs {
     /// The service; pins that it shares with a group are removed for the whole group
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: String,
-    /// This client's pin, or those of all clients in a network, of the node itself (`node`), or of a pod on it
+    /// The pin of this client; or of all clients in a network, of sockets of the node itself (`node`), or of a pod on it
     #[arg(long, value_name = "IP[/PREFIX]|NAME")]
     client: Option<ClientArg>,
     /// All pins to this pod
@@ -71,11 +71,11 @@ pub(crate) struct PinArgs {
     /// The service; a pin that it shares with a group is set for the whole group
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: String,
-    /// The client; where the service keys its pins by network, that network. By name, the sockets of the node itself
-    /// (`node`) or of a pod on it
+    /// The client. If the service keys its pins by prefix, this is the pin of the client's network. By name, the sockets of
+    /// the node itself (`node`) or of a pod on it
     #[arg(long, value_name = "IP|NAME")]
     client: ClientArg,
-    /// The pod: ready, and an endpoint of the service
+    /// The pod: a ready endpoint of the service
     #[arg(long, value_name = "IP|NAME")]
     backend: String,
 }

@@ -17,7 +17,7 @@ pub(crate) struct FilterArgs {
     /// Only of this service
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub(crate) service: Option<String>,
-    /// Only of this client, of all clients in a network, of the node itself (`node`), or of a pod on it
+    /// Only of this client, of all clients in a network, or of sockets of the node itself (`node`) or of a pod on it
     #[arg(long, value_name = "IP[/PREFIX]|NAME")]
     pub(crate) client: Option<ClientArg>,
     /// Only to this pod

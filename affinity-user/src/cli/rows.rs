@@ -262,7 +262,10 @@ impl Row for EventView<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::PathBuf};
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        path::PathBuf,
+    };
 
     use super::*;
     use crate::{
@@ -498,7 +501,7 @@ mod tests {
         truncated              0   Passed: the frame ends before its headers do.
         malformed              0   Passed: a header contradicts itself.
         fragment               0   Passed: a fragment of an IP packet.
-        other-protocol         0   Passed: neither TCP nor UDP, nor an error about a known flow.
+        other-protocol         0   Passed: not TCP, UDP or SCTP, and not an ICMP error about a known flow.
         not-frontend     1234567   Passed: the destination is no frontend.
         not-reply              0   Passed: no flow that this packet would answer.
         established           42   Forwarded: a packet of a known flow.
@@ -508,6 +511,44 @@ mod tests {
         {"reason":"not-frontend","packets":1234567,"text":"Passed: the destination is no frontend."}
         ]
         "#);
+    }
+
+    /// The fields that docs/cli.md lists in the table below a title.
+    fn documented_fields(title: &str) -> BTreeSet<String> {
+        const DOCUMENT: &str = include_str!("../../../docs/cli.md");
+        let (_, below) =
+            DOCUMENT.split_once(&format!("\n**{title}**")).expect("docs/cli.md has a table for each listing");
+        let table = below.lines().skip_while(|line| !line.starts_with('|')).take_while(|line| line.starts_with('|'));
+        let cells = table.filter_map(|row| row.split('|').nth(1));
+        cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn documented_fields_are_those_of_json() {
+        let catalog = fixture::catalog();
+        let flow = fixture::flow();
+        let flows: Vec<_> = FlowView::new(&catalog, &flow.0, &flow.1).into_iter().collect();
+        let events: Vec<_> = fixture::events().iter().filter_map(|event| EventView::new(&catalog, event)).collect();
+        let attachment = Attachment { ifindex: 2, hook: Hook::XdpNative, prog_id: 70, path: PathBuf::new() };
+        let listings = [
+            ("Sessions", print(&sessions(&catalog), Format::Json)),
+            ("Services", print(&ServiceView::all(&catalog, &live(&catalog)), Format::Json)),
+            ("Backends", print(&BackendView::all(&catalog, &live(&catalog)), Format::Json)),
+            ("Flows", print(&flows, Format::Json)),
+            ("Devices", print(&DeviceView::all(&[attachment], |_| None, &BTreeMap::new()), Format::Json)),
+            ("Counters", print(&CounterView::all(&[1]), Format::Json)),
+            ("Events", print(&events, Format::Json)),
+        ];
+        for (title, text) in listings {
+            let objects: Vec<BTreeMap<String, serde_json::Value>> = serde_json::from_str(&text).unwrap();
+            let fields: BTreeSet<String> =
+                objects.into_iter().next().into_iter().flatten().map(|(name, _)| name).collect();
+            let said = documented_fields(title);
+            let missing: Vec<_> = fields.difference(&said).collect();
+            assert!(missing.is_empty(), "docs/cli.md: add rows for {missing:?} to the table below **{title}**");
+            let unknown: Vec<_> = said.difference(&fields).collect();
+            assert!(unknown.is_empty(), "docs/cli.md: {unknown:?} are no fields: remove them below **{title}**");
+        }
     }
 
     #[test]

@@ -8,23 +8,23 @@ use crate::load::Sizes;
 #[derive(Args, Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[command(next_help_heading = "Sizes (defaults follow this machine's memory: see `affinity check`)")]
 pub(crate) struct SizeArgs {
-    /// Sessions of each IP family
+    /// Pins of each IP family
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_sessions: Option<u32>,
     /// Flow records of each IP family: two for each connection
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     max_flows: Option<u32>,
-    /// Frontends of each IP family
+    /// Frontends of each IP family: addresses and ports that clients dial
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_frontends: Option<u32>,
-    /// Pods: one for each address, so a pod of both families is two
+    /// Addresses of pods: a pod of both families has two
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_backends: Option<u32>,
-    /// Members of all pools and groups
+    /// Endpoints, once for each port of each service
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_members: Option<u32>,
-    /// Slots of all pools: one for each ready pod; under `consistent` 1,021 for a pool of up to 10, 16,381 for one of up to
-    /// 163, and 65,537 beyond
+    /// Slots of all selection tables: one for each ready endpoint; with `consistent` 1,021 for up to 10 endpoints, 16,381
+    /// for up to 163, and 65,537 beyond
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_slots: Option<u32>,
 }

@@ -18,7 +18,7 @@ pub(crate) struct TopArgs {
     /// How often to look: from 100ms to 1h
     #[arg(short, long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
     interval: Duration,
-    /// Begin with this service's pods and clients
+    /// Begin with this service
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: Option<String>,
     /// Print what the screen shows after one interval, as text, and end

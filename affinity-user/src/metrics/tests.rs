@@ -11,6 +11,7 @@ use super::*;
 use crate::{store::Observed, view::fixture};
 
 const DOCUMENTATION: &str = include_str!("../../../docs/metrics.md");
+const OPERATIONS: &str = include_str!("../../../docs/operations.md");
 const DASHBOARD: &str = include_str!("../../../deploy/grafana/affinity.json");
 
 /// What a scrape gives of the fixture's tables, with so many series.
@@ -69,9 +70,55 @@ fn names_in(text: &str) -> BTreeSet<String> {
     words.filter(|word| word.starts_with("affinity_")).map(str::to_owned).collect()
 }
 
+/// The labels of each family of an exposition, but for the buckets of a histogram.
+fn labels(text: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let mut labels: BTreeMap<String, BTreeSet<String>> =
+        exported(text).into_iter().map(|name| (name, BTreeSet::new())).collect();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let Some((name, list)) = line.split_once('{') else { continue };
+        let names = list.split("=\"").filter_map(|part| part.rsplit(['"', ',']).next());
+        if let Some(found) = labels.get_mut(name) {
+            found.extend(names.filter(|name| name.starts_with(char::is_alphabetic)).map(str::to_owned));
+        }
+    }
+    labels
+}
+
+/// The labels of each metric in the table of docs/metrics.md.
+fn documented_labels() -> BTreeMap<String, BTreeSet<String>> {
+    let (_, table) = DOCUMENTATION.split_once("| metric | type | labels | meaning |").expect("the table of metrics");
+    let rows = table.lines().skip(1).take_while(|line| line.starts_with('|'));
+    let rows = rows.filter(|row| row.starts_with("| `")).map(|row| row.split('|').map(str::trim).collect::<Vec<_>>());
+    rows.map(|cells| {
+        let labels = cells[3].split(", ").filter(|label| !label.is_empty()).map(str::to_owned);
+        (cells[1].trim_matches('`').to_owned(), labels.collect())
+    })
+    .collect()
+}
+
 #[test]
-fn the_documentation_lists_exactly_what_is_exported() {
-    assert_eq!(names_in(DOCUMENTATION), exported(&scrape(10)));
+fn documented_metrics_are_those_that_are_exported() {
+    let text = scrape(10);
+    let (exported, documented) = (labels(&text), documented_labels());
+    let mut faults = Vec::new();
+    for (name, labels) in &exported {
+        let list = labels.iter().cloned().collect::<Vec<_>>().join(", ");
+        match documented.get(name) {
+            None => faults.push(format!(
+                "docs/metrics.md: {name} is not documented: add a row under \"## Metrics\": | `{name}` | TYPE | {list} | \
+                 meaning |"
+            )),
+            Some(said) if said != labels => {
+                faults.push(format!("docs/metrics.md: {name}: the column \"labels\" says {said:?}; it has to say: {list}"));
+            }
+            Some(_) => {}
+        }
+    }
+    let unknown = documented.keys().filter(|name| !exported.contains_key(*name));
+    faults.extend(unknown.map(|name| format!("docs/metrics.md: {name} is not exported: remove its row")));
+    let asked = names_in(OPERATIONS).into_iter().filter(|name| !exported.contains_key(name));
+    faults.extend(asked.map(|name| format!("docs/operations.md: {name} is no metric: correct the query")));
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
 }
 
 #[test]

@@ -133,7 +133,7 @@ pub struct KernelStore {
     pub usage: PerCpu<UsageKey, Usage>,
     /// Slot -> backend index, `u32`.
     pub slots: Words,
-    /// The filter's words, `u64`: frontends, then members.
+    /// The filter's words, `u64`: four parts, in the order of [`affinity_common::abi::Direction`].
     pub filter: Words,
     /// Backend index -> live sessions, `u64`.
     pub loads: Words,
