@@ -11,6 +11,7 @@ mod lock;
 mod notices;
 mod problems;
 mod publish;
+mod server;
 mod sockets;
 mod status;
 mod sweeping;
@@ -53,7 +54,7 @@ use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
     desired::{self, NodeFacts},
     events::Consumer,
-    load::{self, LoadError, Loaded, PinDir, PinError, mib, monotonic_ns},
+    load::{self, LoadError, Loaded, Memory, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
     sockets::Closer,
     source::{Feed, ObjectName, Snapshot, Source, SourceError, View},
@@ -303,7 +304,8 @@ fn no_netlink(error: io::Error) -> AgentError {
 
 fn log_loaded(loaded: &Loaded, options: &Options) {
     let Loaded { pins, resized, dropped, upgraded, ticks, .. } = loaded;
-    info!("maps for {}: {} MiB", options.load.sizes, mib(loaded.cost()));
+    let (sizes, memory) = (&options.load.sizes, Memory::of_this_process());
+    info!("tables take {} MiB of {memory} (--max-sessions and --max-flows decide): {sizes}", mib(loaded.cost()));
     info!(tick_ns = ticks.tick_ns, "programs loaded, pinned at {}", pins.root().display());
     if !resized.is_empty() {
         info!("carried over to another size: {}", resized.join(", "));

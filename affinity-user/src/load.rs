@@ -6,6 +6,8 @@
 
 mod carry;
 mod clock;
+mod creation;
+mod limit;
 mod pins;
 mod refusal;
 pub mod sizes;
@@ -36,6 +38,8 @@ use tracing::warn;
 pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
+    creation::CreationError,
+    limit::Memory,
     pins::{PinDir, PinError, Pinned},
     refusal::Refusal,
     sizes::{MAX_RANGES, Sizes, cost, mib},
@@ -84,6 +88,9 @@ pub enum LoadError {
     /// The maps cannot be made.
     #[error("the maps cannot be made: {0}")]
     Maps(#[from] EbpfError),
+    /// The kernel refused a map.
+    #[error(transparent)]
+    Creation(#[from] CreationError),
     /// A map that is pinned is of another layout.
     #[error(
         "map {name} is pinned at {path} as {pinned}, and this version needs {needed}: take the old dataplane away with \
@@ -393,7 +400,7 @@ fn load_beside(
             },
         );
     }
-    let mut ebpf = loader.load(options.object())?;
+    let mut ebpf = loader.load(options.object()).map_err(|error| creation::failed(error, &options.sizes))?;
     let mut programs = load_programs(&mut ebpf, &PINNED)?;
     // A kernel built without cgroup programs has the others nevertheless.
     let without_sockets = match load_programs(&mut ebpf, &names::SOCKET_PROGRAMS) {

@@ -1,9 +1,11 @@
-//! What there is to measure, in the text format of OpenMetrics. docs/metrics.md lists all of it.
+//! What there is to measure, in the text formats that Prometheus reads. docs/metrics.md lists all of it.
 //!
 //! Most of it is read from the maps when it is asked for. Sessions and flows are not walked for that: the sweep has
 //! counted them.
 
+mod format;
 mod series;
+mod tables;
 mod vitals;
 
 use std::{
@@ -13,10 +15,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use affinity_common::{
-    abi::{REASONS, USAGES, UsageKey, UsageOf},
-    names,
-};
+use affinity_common::abi::{REASONS, Reason, USAGES};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text::encode},
@@ -24,30 +23,14 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use self::tables::{Counted, Counts};
 pub use self::{
+    format::{Format, classic},
     series::{Admitted, OTHER},
+    tables::{SEVERAL, Tables},
     vitals::{STUCK_AFTER, Vitals},
 };
-use crate::{
-    sweep::{Census, Totals},
-    view::Catalog,
-};
-
-/// The media type of what [`exposition`] gives.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-/// What the maps and the pins tell at one moment.
-#[derive(Debug)]
-pub struct Tables {
-    /// The small tables.
-    pub catalog: Catalog,
-    /// The map `counters`, summed over processors.
-    pub packets: Vec<u64>,
-    /// Maps, and how many entries each can have.
-    pub capacities: Vec<(&'static str, u64)>,
-    /// Attachments by hook.
-    pub attachments: BTreeMap<&'static str, u64>,
-}
+use crate::sweep::{Census, Totals};
 
 /// Which services and backends have series of their own.
 #[derive(Debug)]
@@ -64,7 +47,7 @@ impl Bounds {
     }
 }
 
-/// Everything as text; `tables` is none where no dataplane is there yet.
+/// Everything as OpenMetrics; `tables` is none where no dataplane is there yet.
 ///
 /// # Errors
 /// Never, as far as is known: text is written to memory.
@@ -74,8 +57,7 @@ pub fn exposition(vitals: Arc<Vitals>, tables: Option<Tables>, bounds: &Mutex<Bo
     registry.register("sync_duration_seconds", "From a snapshot's arrival until it is published", vitals.sync.clone());
     let (totals, census) = vitals.sweep();
     if let Some(tables) = tables {
-        let named = Named::new(tables, census, bounds);
-        registry.register_collector(Box::new(named));
+        registry.register_collector(Box::new(Named::new(tables, census, bounds)));
     }
     registry.register_collector(Box::new(Agent { vitals, totals }));
     let mut text = String::new();
@@ -143,142 +125,141 @@ impl Collector for Agent {
     }
 }
 
+/// The labels of a service's or a backend's series.
+type Labels = Vec<(&'static str, String)>;
+
 /// What the maps tell, by name; with names beyond the bound summed up.
 #[derive(Debug)]
 struct Named {
     tables: Tables,
-    census: Census,
-    services: Vec<(String, Of)>,
-    backends: Vec<(String, Of)>,
-    own_services: Admitted,
-    own_backends: Admitted,
+    /// None until the first whole pass of the sweep.
+    census: Option<Census>,
+    services: BTreeMap<Labels, Of>,
+    backends: BTreeMap<Labels, Of>,
 }
 
 /// What is counted of a service or a backend.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Of {
-    /// In the order of [`USAGES`].
-    connections: [u64; 8],
+    connections: Counts,
+    /// Which of [`USAGES`] can be counted.
+    possible: [bool; USAGES.len()],
     sessions: u64,
     evicted: u64,
 }
 
-impl Named {
-    fn new(tables: Tables, census: Census, bounds: &Mutex<Bounds>) -> Self {
-        let catalog = &tables.catalog;
-        let counted = |of: UsageOf, id| {
-            let usage = catalog.usage.get(&UsageKey { of: of as u32, id });
-            usage.map_or([0; 8], |usage| usage.counts)
-        };
-        let count = |counts: &BTreeMap<u32, u64>, id| counts.get(&id).copied().unwrap_or(0);
-        let services = catalog.services().into_iter().map(|(name, id)| {
-            let connections = counted(UsageOf::Service, id);
-            let sessions = count(&census.by_service, id);
-            (name.into_owned(), Of { connections, sessions, evicted: count(&census.evicted, id) })
-        });
-        let services: Vec<_> = services.collect();
-        let in_use = catalog.observed().backends.iter().filter(|(_, record)| record.generation % 2 == 1);
-        let backends = in_use.map(|(&index, record)| {
-            let connections = counted(UsageOf::Backend, index);
-            let sessions = count(&census.by_backend, index);
-            (catalog.backend(index, record.generation).full_name(), Of { connections, sessions, evicted: 0 })
-        });
-        let backends: Vec<_> = backends.collect();
-        let mut bounds = bounds.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        bounds.services.update(services.iter().map(|(name, _)| name.as_str()));
-        bounds.backends.update(backends.iter().map(|(name, _)| name.as_str()));
-        let (own_services, own_backends) = (bounds.services.clone(), bounds.backends.clone());
-        Self { tables, census, services, backends, own_services, own_backends }
+impl Of {
+    fn new((connections, possible): Counted, sessions: u64, evicted: u64) -> Self {
+        Self { connections, possible, sessions, evicted }
     }
 
-    /// Entries of the maps, as far as they are known without walking.
-    fn fill(&self) -> BTreeMap<&'static str, u64> {
-        let observed = self.tables.catalog.observed();
-        let mut fill = BTreeMap::from([
-            (names::FRONTENDS_V4, observed.frontends_v4.len() as u64),
-            (names::FRONTENDS_V6, observed.frontends_v6.len() as u64),
-            (names::RANGES_V4, observed.ranges_v4.len() as u64),
-            (names::RANGES_V6, observed.ranges_v6.len() as u64),
-            (names::MEMBERS, observed.members.len() as u64),
-            (names::BACKENDS, self.backends.len() as u64),
-            (names::NAMES, observed.names.len() as u64),
-            (names::USAGE, self.tables.catalog.usage.len() as u64),
-        ]);
-        fill.extend(self.census.entries.iter().map(|(&map, &entries)| (map, entries)));
-        fill
+    fn add(&mut self, other: &Self) {
+        self.connections.iter_mut().zip(other.connections).for_each(|(sum, count)| *sum += count);
+        self.possible.iter_mut().zip(other.possible).for_each(|(possible, other)| *possible |= other);
+        self.sessions += other.sessions;
+        self.evicted += other.evicted;
+    }
+
+    /// Counts by reason: those that were met, for example before the service was changed, and those that can be.
+    fn by_reason(&self) -> impl Iterator<Item = (Reason, u64)> {
+        let counts = USAGES.into_iter().zip(self.connections).zip(self.possible);
+        counts.filter(|&((_, count), possible)| possible || count > 0).map(|(count, _)| count)
     }
 }
 
-/// Connections of some names by name and reason.
-fn by_reason<'n>(
-    label: &'static str,
-    own: &Admitted,
-    all: &'n [(String, Of)],
-) -> impl Iterator<Item = ([(&'static str, &'n str); 2], u64)> {
-    let sums = own.sum(all.iter().map(|(name, of)| (name.as_str(), of.connections)));
-    sums.into_iter().flat_map(move |(name, counts)| {
-        USAGES.iter().zip(counts).map(move |(reason, count)| ([(label, name), ("reason", reason.name())], count))
+impl Named {
+    fn new(tables: Tables, census: Option<Census>, bounds: &Mutex<Bounds>) -> Self {
+        let none = Census::default();
+        let Census { by_service, by_backend, evicted, entries: _ } = census.as_ref().unwrap_or(&none);
+        let count = |counts: &BTreeMap<u32, u64>, id| counts.get(&id).copied().unwrap_or(0);
+        let (services, backends): (Vec<_>, Vec<_>) = (tables.services().collect(), tables.backends().collect());
+        let mut bounds = bounds.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        bounds.services.update(services.iter().map(|(_, name)| name.as_str()));
+        bounds.backends.update(backends.iter().map(|(_, name)| name.as_str()));
+        let services = services.into_iter().map(|(id, name)| {
+            let labels = vec![("service", bounds.services.label(&name).to_owned())];
+            (labels, Of::new(tables.service(id), count(by_service, id), count(evicted, id)))
+        });
+        let services = sum(services);
+        let backends = backends.into_iter().map(|(index, name)| {
+            let backend = bounds.backends.label(&name);
+            let service = if backend == OTHER { OTHER.to_owned() } else { tables.services_label(index) };
+            let labels = vec![("service", service), ("backend", backend.to_owned())];
+            (labels, Of::new(tables.backend(index), count(by_backend, index), 0))
+        });
+        let backends = sum(backends);
+        Self { services, backends, tables, census }
+    }
+}
+
+/// Sums what has the same labels.
+fn sum(all: impl Iterator<Item = (Labels, Of)>) -> BTreeMap<Labels, Of> {
+    let mut sums = BTreeMap::<Labels, Of>::new();
+    for (labels, of) in all {
+        sums.entry(labels).or_default().add(&of);
+    }
+    sums
+}
+
+/// Connections by labels and reason.
+fn by_reason(all: &BTreeMap<Labels, Of>) -> impl Iterator<Item = (Vec<(&str, &str)>, u64)> {
+    all.iter().flat_map(|(labels, of)| {
+        of.by_reason().map(move |(reason, count)| {
+            let labels = labels.iter().map(|(label, value)| (*label, value.as_str()));
+            (labels.chain([("reason", reason.name())]).collect(), count)
+        })
     })
 }
 
-/// Another count of some names.
-fn by_name<'n>(
-    label: &'static str,
-    own: &Admitted,
-    all: &'n [(String, Of)],
-    count: impl Fn(&Of) -> u64,
-) -> impl Iterator<Item = ([(&'static str, &'n str); 1], u64)> {
-    let sums = own.sum(all.iter().map(|(name, of)| (name.as_str(), [count(of)])));
-    sums.into_iter().map(move |(name, [count])| ([(label, name)], count))
-}
+/// Reasons of events, which no packet is counted under.
+const NEVER_COUNTED: [Reason; 2] = [Reason::OperatorPinned, Reason::TableFull];
 
 impl Collector for Named {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut writer = Writer(encoder);
-        let packets = REASONS.iter().zip(&self.tables.packets);
+        let Self { tables, census, services, backends } = self;
+        let packets = REASONS.iter().zip(&tables.packets).filter(|(reason, _)| !NEVER_COUNTED.contains(reason));
         writer.counters(
             "packets",
             "Packets by what became of them and why",
             packets.map(|(reason, &count)| ([("reason", reason.name())], count)),
         )?;
-        let (services, backends) = (&self.services, &self.backends);
         writer.counters(
             "service_connections",
             "New connections to a service, by what decided them",
-            by_reason("service", &self.own_services, services),
+            by_reason(services),
         )?;
         writer.counters(
             "backend_connections",
             "New connections given to a backend, by what decided them",
-            by_reason("backend", &self.own_backends, backends),
+            by_reason(backends),
         )?;
-        writer.gauges(
-            "service_sessions",
-            "Live pins that connections to a service made, as of the last sweep",
-            by_name("service", &self.own_services, services, |of| of.sessions),
-        )?;
-        writer.gauges(
-            "backend_sessions",
-            "Live pins to a backend, as of the last sweep",
-            by_name("backend", &self.own_backends, backends, |of| of.sessions),
-        )?;
+        if census.is_some() {
+            writer.gauges(
+                "service_sessions",
+                "Live pins that connections to a service made, as of the last sweep",
+                services.iter().map(|(labels, of)| (labels.as_slice(), of.sessions)),
+            )?;
+            writer.gauges(
+                "backend_sessions",
+                "Live pins to a backend, as of the last sweep",
+                backends.iter().map(|(labels, of)| (labels.as_slice(), of.sessions)),
+            )?;
+        }
         writer.counters(
             "service_evicted_sessions",
             "Pins that the kernel dropped from a full table; of a group, under its first service",
-            by_name("service", &self.own_services, services, |of| of.evicted),
+            services.iter().map(|(labels, of)| (labels.as_slice(), of.evicted)),
         )?;
-        writer.gauges(
-            "map_entries",
-            "Entries of a map",
-            self.fill().into_iter().map(|(map, n)| ([("map", map)], n)),
-        )?;
-        let capacities = self.tables.capacities.iter().map(|&(map, entries)| ([("map", map)], entries));
+        let mut entries = tables.fill();
+        entries.extend(census.iter().flat_map(|census| &census.entries));
+        writer.gauges("map_entries", "Entries of a map", entries.into_iter().map(|(map, n)| ([("map", map)], n)))?;
+        let capacities = tables.capacities.iter().map(|&(map, entries)| ([("map", map)], entries));
         writer.gauges("map_capacity", "Entries that a map has room for", capacities)?;
-        let attachments = self.tables.attachments.iter().map(|(&hook, &number)| ([("hook", hook)], number));
+        let attachments = tables.attachments.iter().map(|(&hook, &number)| ([("hook", hook)], number));
         writer.gauges("attachments", "Devices with a program at a hook", attachments)?;
-        let as_of = self.tables.catalog.status().and_then(|status| status.as_of);
-        as_of.map_or(Ok(()), |as_of| {
-            writer.gauge("view_age_seconds", "How old the view of the source is", as_of.age.as_secs_f64())
+        tables.view_age.map_or(Ok(()), |age| {
+            writer.gauge("view_age_seconds", "How old the view of the source is", age.as_secs_f64())
         })
     }
 }

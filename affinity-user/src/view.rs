@@ -25,7 +25,7 @@ mod situation;
 mod status;
 
 pub use address::{Client, Endpoint, protocol_name};
-pub(crate) use address::{ip, mapped};
+pub(crate) use address::{from_mapped, ip, mapped};
 pub use backend::{BackendRef, BackendState, BackendView};
 pub use catalog::{Catalog, Policy};
 pub use client::{ClientRef, NETNS, NODE};

@@ -56,9 +56,9 @@ use anyhow::{Context, Result, bail};
 use aya::Ebpf;
 
 pub use address::{CLIENT_COUNT, FIRST_OF_B, Family, PODS, Protocol};
-pub use agent::{Agent, CAPABILITIES};
+pub use agent::{Agent, CAPABILITIES, Memory};
 pub use capture::{Capture, Direction, read_pcap};
-pub use cgroup::{Answer, Cgroup, SocketNumber, SocketProcess};
+pub use cgroup::{Answer, Cgroup, MemoryLimit, SocketNumber, SocketProcess};
 pub use client::{Client, Connection, PATIENCE};
 pub use interrupt::Interrupt;
 pub use load::{Load, Report};

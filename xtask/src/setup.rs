@@ -5,11 +5,15 @@
 //! root; parts of the toolchain by rustup; bpf-linker by cargo. Where packages may not be installed,
 //! nothing is: the commands to run are printed instead.
 
-use std::{env, fmt, path::Path, process::Command};
+use std::{
+    env, fmt, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::run::{command, is_root, output, run as run_command};
+use crate::run::{command, is_root, output, run as run_command, target_dir};
 
 const BPF_LINKER_VERSION: &str = "0.13.0";
 
@@ -272,6 +276,38 @@ fn linker_arguments() -> [&'static str; 9] {
 fn linker_version() -> Option<String> {
     let version = output(command("bpf-linker").arg("--version")).ok()?;
     version.trim_end().strip_prefix("bpf-linker ").map(str::to_owned)
+}
+
+/// The directory with `promtool`, which checks metrics; none where it is not there and cannot be had. Debian's package is
+/// unpacked rather than installed, because its installation would start a server.
+pub(crate) fn promtool() -> Result<Option<PathBuf>> {
+    const PACKAGE: &str = "prometheus";
+    let path = env::var_os("PATH").unwrap_or_default();
+    let unpacked = target_dir()?.join("tools").join(PACKAGE);
+    let tools = unpacked.join("usr/bin");
+    if let Some(there) = env::split_paths(&path).chain([tools.clone()]).find(|dir| dir.join("promtool").is_file()) {
+        return Ok(Some(there));
+    }
+    if !find_command("apt-get") || !find_command("dpkg-deb") {
+        return Ok(None);
+    }
+    println!("setup: unpacking promtool of Debian's package {PACKAGE}");
+    fs::create_dir_all(&unpacked)?;
+    let download = || run_command(apt_get().args(["download", "-qq", PACKAGE]).current_dir(&unpacked));
+    if !unknown_to_apt(&[PACKAGE]).is_empty() || download().is_err() {
+        if !is_root()? {
+            return Ok(None);
+        }
+        run_command(apt_get().args(["update", "-qq"]))?;
+        download()?;
+    }
+    let packages = fs::read_dir(&unpacked)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    let package = packages.iter().find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    let package = package.with_context(|| format!("apt-get has put no package into {}", unpacked.display()))?;
+    run_command(command("dpkg-deb").arg("--extract").arg(package).arg(&unpacked))?;
+    fs::remove_file(package)?;
+    ensure!(tools.join("promtool").is_file(), "the package {PACKAGE} has no promtool");
+    Ok(Some(tools))
 }
 
 /// Whether there is a command of this name.

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: the ladder from the least powerful method of testing to the most.
 
-use std::time::Duration;
+use std::{env, time::Duration};
 
 use anyhow::{Result, ensure};
 
@@ -24,6 +24,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     })?;
     steps.step("deploy, rendered", rendered)?;
     steps.step("kernel tests", kernel_tests)?;
+    steps.step("metrics, by promtool", promtool)?;
     steps.step("fuzz", || fuzz::run(FUZZ))
 }
 
@@ -47,4 +48,16 @@ fn kernel_tests() -> Result<()> {
     ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
     run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
     run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-fail-fast", "--", "--test-threads=2"]))
+}
+
+/// Whether Prometheus' own tool finds fault with the metrics of a real agent.
+fn promtool() -> Result<()> {
+    let Some(tools) = setup::promtool()? else {
+        println!("NOT RUN: promtool is not here, and so nobody has held the metrics against Prometheus' rules");
+        return Ok(());
+    };
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path = env::join_paths([tools].into_iter().chain(env::split_paths(&path)))?;
+    let tests = ["test", "--package", "affinity-tests", "--test", "metrics", "--", "--ignored", "promtool"];
+    run_command(cargo(tests).env("PATH", path))
 }

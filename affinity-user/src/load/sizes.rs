@@ -1,33 +1,36 @@
 //! How large the maps are, and what that costs.
 //!
 //! An LRU map is allocated in full when it is made, so the defaults follow the machine: the four large tables together
-//! take a small share of its memory ([`SHARE`]). The other maps are bounded by the configuration, and their sizes are
-//! limits that cost little: 10,000 services of both families with 10 endpoints each fit on every machine. Only where many
-//! services select `consistent`, which takes a thousand slots and more for each pool, there may be less room than
-//! configuration; so the slots follow the machine as well.
+//! take a small share of its memory ([`SHARE`]), and all tables no more than [`DEFAULT_AT_MOST`]. The other maps are
+//! bounded by the configuration, and their sizes are limits that cost little: 10,000 services of both families with 10
+//! endpoints each fit on every machine. Only where many services select `consistent`, which takes a thousand slots and
+//! more for each pool, there may be less room than configuration; so the slots follow the machine as well.
 
-use std::{fmt, fs, path::Path};
+use std::fmt;
 
 use affinity_common::{abi::FILTER_WORDS, names};
 use aya_obj::generated::{BPF_F_NO_PREALLOC, bpf_map_type};
 
+use super::Memory;
 use crate::sys::{self, MapInfo};
 
 /// The large tables take this part of the memory, ...
 pub const SHARE: u64 = 64;
-/// ... and no more than this part of a limit that the agent's cgroup has: the kernel charges maps to it.
-pub const SHARE_OF_LIMIT: u64 = 4;
+/// ... and no more than this part of a limit that the agent's cgroups have: the kernel charges maps to them, and the agent
+/// and the other tables need the rest.
+pub const SHARE_OF_LIMIT: u64 = 8;
+/// All tables together take no more bytes unless options ask for more.
+pub const DEFAULT_AT_MOST: u64 = 256 << 20;
 /// Sessions of a family, at least: by default.
 pub const MIN_SESSIONS: u32 = 1 << 14;
-/// Sessions of a family, at most: by default. Options may ask for more.
-pub const MAX_SESSIONS: u32 = 1 << 21;
+/// Sessions of a family, at most: by default, so that [`DEFAULT_AT_MOST`] holds. Options may ask for more.
+pub const MAX_SESSIONS: u32 = 1 << 17;
 
 /// Of all clients that are pinned few are sockets of this machine: one entry of `sockets` for so many sessions.
 const SESSIONS_PER_SOCKET: u32 = 4;
 
-/// Slots for each session, and slots at most, by default; four bytes each.
-const SLOTS_PER_SESSION: u32 = 16;
-const MAX_SLOTS: u32 = 1 << 24;
+/// Slots for each session, by default; four bytes each.
+const SLOTS_PER_SESSION: u32 = 32;
 
 /// Backends by default. A pod of both families is two.
 const BACKENDS: u32 = 1 << 18;
@@ -83,16 +86,15 @@ impl Sizes {
         events_bytes: 1 << 16,
     };
 
-    /// For the memory of this machine, or the limit of the agent's cgroup where that is tighter.
+    /// For the memory of this machine, or the limit of the process's cgroups where that is tighter.
     #[must_use]
     pub fn of_this_machine() -> Self {
-        let info = rustix::system::sysinfo();
-        Self::of_memory(info.totalram as u64 * u64::from(info.mem_unit), cgroup_limit())
+        Self::of_memory(Memory::of_this_process())
     }
 
-    /// For a machine of so many bytes, and a limit of the cgroup in bytes.
+    /// For so much memory.
     #[must_use]
-    pub fn of_memory(total: u64, limit: Option<u64>) -> Self {
+    pub fn of_memory(Memory { total, limit }: Memory) -> Self {
         let budget = limit.map_or(total / SHARE, |limit| (total / SHARE).min(limit / SHARE_OF_LIMIT));
         // A power of two, as the kernel's number of buckets is; so that a little more memory changes nothing.
         let affordable = (budget / BYTES_PER_SESSION).max(1).ilog2().min(31);
@@ -103,7 +105,7 @@ impl Sizes {
             frontends: 1 << 16,
             members: 1 << 19,
             backends: BACKENDS,
-            slots: (SLOTS_PER_SESSION * sessions).clamp(1 << 20, MAX_SLOTS),
+            slots: (SLOTS_PER_SESSION * sessions).max(1 << 20),
             names: NAMES_PER_BACKEND * BACKENDS,
             usage: NAMES_PER_BACKEND * BACKENDS,
             events_bytes: 1 << 20,
@@ -178,31 +180,40 @@ impl fmt::Display for Sizes {
     }
 }
 
-/// The memory limit of this process's cgroup (version 2); none where it has none.
-fn cgroup_limit() -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let group = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].iter().find_map(|root| {
-        let limit = Path::new(root).join(group.trim_start_matches('/')).join("memory.max");
-        fs::read_to_string(limit).ok()?.trim().parse().ok()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
 
+    fn of(total: u64, limit: Option<u64>) -> Sizes {
+        Sizes::of_memory(Memory { total, limit })
+    }
+
     #[test]
     fn the_default_is_a_small_share_between_bounds() {
-        assert_eq!(Sizes::of_memory(GIB / 2, None).sessions, MIN_SESSIONS);
-        assert_eq!(Sizes::of_memory(4 * GIB, None).sessions, 1 << 16);
-        assert_eq!(Sizes::of_memory(24 * GIB, None).sessions, 1 << 18);
-        assert_eq!(Sizes::of_memory(24 * GIB, None).slots, 1 << 22);
-        assert_eq!(Sizes::of_memory(4096 * GIB, None).slots, MAX_SLOTS);
-        assert_eq!(Sizes::of_memory(4096 * GIB, None).sessions, MAX_SESSIONS);
-        assert_eq!(Sizes::of_memory(24 * GIB, Some(GIB / 4)).sessions, 1 << 16);
+        assert_eq!(of(GIB / 2, None).sessions, MIN_SESSIONS);
+        assert_eq!(of(4 * GIB, None).sessions, 1 << 16);
+        assert_eq!(of(24 * GIB, None).sessions, MAX_SESSIONS);
+        assert_eq!(of(24 * GIB, None).slots, 1 << 22);
+        assert_eq!(of(4096 * GIB, None), of(24 * GIB, None));
+        assert_eq!(of(24 * GIB, Some(GIB / 4)).sessions, 1 << 15);
+        assert_eq!(of(24 * GIB, Some(GIB)).sessions, 1 << 17);
+    }
+
+    #[test]
+    fn by_default_all_tables_take_no_more_than_256_mib_and_leave_half_of_a_limit() {
+        let cost_of = |sizes: Sizes| -> u64 {
+            super::super::needed(&sizes).expect("an object").iter().map(|(_, map)| cost(map)).sum()
+        };
+        for gib in [1, 4, 16, 24, 64, 512, 4096] {
+            let cost = cost_of(of(gib * GIB, None));
+            assert!(cost <= DEFAULT_AT_MOST, "{gib} GiB: {} MiB", mib(cost));
+        }
+        for limit in [200 << 20, 256 << 20, 512 << 20, GIB, 8 * GIB] {
+            let cost = cost_of(of(24 * GIB, Some(limit)));
+            assert!(cost <= limit / 2, "of {} MiB: {} MiB", mib(limit), mib(cost));
+        }
     }
 
     #[test]
@@ -210,7 +221,7 @@ mod tests {
         const SERVICES: u32 = 10_000;
         const ENDPOINTS: u32 = 10;
         // Of a machine with half a gigabyte; one port.
-        let Sizes { frontends, members, backends, slots, names, usage, .. } = Sizes::of_memory(GIB / 2, None);
+        let Sizes { frontends, members, backends, slots, names, usage, .. } = of(GIB / 2, None);
         let (pools, addresses) = (2 * SERVICES, 2 * SERVICES * ENDPOINTS);
         assert!(frontends >= SERVICES && backends >= addresses && members >= addresses);
         assert!(names >= SERVICES + pools + addresses && usage >= SERVICES + addresses);
@@ -220,7 +231,7 @@ mod tests {
 
     #[test]
     fn more_backends_bring_more_names_and_counts() {
-        let default = Sizes::of_memory(GIB, None);
+        let default = of(GIB, None);
         let more = default.with_backends(1 << 20);
         assert_eq!((more.backends, more.names, more.usage), (1 << 20, 1 << 21, 1 << 21));
         let fewer = default.with_backends(1 << 10);

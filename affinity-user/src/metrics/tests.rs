@@ -1,9 +1,14 @@
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
+use affinity_common::{
+    abi::{Frontend, Member, MemberKey, NameKey, NameKind, Port, Usage, UsageKey, UsageOf},
+    names,
+};
+use bytemuck::Zeroable;
 use serde_json::Value;
 
 use super::*;
-use crate::view::fixture;
+use crate::{store::Observed, view::fixture};
 
 const DOCUMENTATION: &str = include_str!("../../../docs/metrics.md");
 const OPERATIONS: &str = include_str!("../../../docs/operations.md");
@@ -11,31 +16,41 @@ const DASHBOARD: &str = include_str!("../../../deploy/grafana/affinity.json");
 
 /// What a scrape gives of the fixture's tables, with so many series.
 fn scrape(max_series: usize) -> String {
-    let catalog = fixture::catalog();
-    let backend = *catalog.observed().backends.keys().next().unwrap();
-    let status = affinity_common::abi::Status {
-        started_ns: fixture::SECOND,
-        current_ns: (fixture::NOW_S - 3) * fixture::SECOND,
-        source: 1,
-        ..Default::default()
-    };
-    let tables = Tables {
-        catalog: catalog.with_status(&status),
-        packets: (0..REASONS.len() as u64).collect(),
-        capacities: vec![(names::SESSIONS_V4, 1000)],
-        attachments: BTreeMap::from([("xdp-native", 1)]),
-    };
+    let vitals = vitals();
     let census = Census {
         by_service: BTreeMap::from([(1, 40), (2, 2)]),
-        by_backend: BTreeMap::from([(backend, 42)]),
+        by_backend: BTreeMap::from([(1, 42)]),
         entries: BTreeMap::from([(names::SESSIONS_V4, 42)]),
         evicted: BTreeMap::from([(1, 7)]),
     };
-    let vitals = Vitals::default();
     vitals.swept(Totals { expired: 5, ..Totals::default() }, census);
+    exposition(Arc::new(vitals), Some(tables()), &Mutex::new(Bounds::new(max_series))).unwrap()
+}
+
+/// Of an agent whose sweep has not ended a pass.
+fn vitals() -> Vitals {
+    let vitals = Vitals::default();
     vitals.published(9);
     vitals.sync.observe(0.003);
-    exposition(Arc::new(vitals), Some(tables), &Mutex::new(Bounds::new(max_series))).unwrap()
+    vitals
+}
+
+/// The fixture's tables, as they are read.
+fn tables() -> Tables {
+    let catalog = fixture::catalog();
+    let mut tables = Tables::new(
+        (0..REASONS.len() as u64).collect(),
+        vec![(names::SESSIONS_V4, 1000)],
+        BTreeMap::from([("xdp-native", 1)]),
+        Some(Duration::from_secs(3)),
+    );
+    let Observed { names, frontends_v4, frontends_v6, backends, members, .. } = catalog.observed();
+    names.iter().for_each(|(key, name)| tables.add_name(*key, name));
+    frontends_v4.values().chain(frontends_v6.values()).for_each(|frontend| tables.add_frontend(frontend));
+    backends.iter().for_each(|(index, backend)| tables.add_backend(*index, backend));
+    members.iter().for_each(|(key, member)| tables.add_member(key, member));
+    catalog.usage.iter().for_each(|(key, usage)| tables.add_usage(*key, &[*usage]));
+    tables
 }
 
 /// The families as they are sampled: counters with `_total`, information with `_info`.
@@ -129,6 +144,8 @@ fn values_are_those_of_the_tables() {
     for line in [
         "affinity_service_sessions{service=\"default/web\"} 40",
         "affinity_service_evicted_sessions_total{service=\"default/web\"} 7",
+        "affinity_backend_sessions{service=\"default/web\",backend=\"default/web-0\"} 42",
+        "affinity_backend_connections_total{service=\"default/web\",backend=\"default/web-0\",reason=\"pinned\"} 15",
         "affinity_packets_total{reason=\"established\"} 7",
         "affinity_map_entries{map=\"sessions_v4\"} 42",
         "affinity_map_capacity{map=\"sessions_v4\"} 1000",
@@ -148,7 +165,87 @@ fn beyond_the_bound_all_are_summed() {
     let text = scrape(0);
     let of = |name: &str| text.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>();
     assert_eq!(of("affinity_service_sessions{"), ["affinity_service_sessions{service=\"other\"} 42"]);
-    assert_eq!(of("affinity_backend_connections_total{").len(), USAGES.len());
+    // Of these services all pin their clients.
+    let (all_but_selected, given) = (USAGES.len() - 1, USAGES.len() - 2);
+    assert_eq!(of("affinity_service_connections_total{service=\"other\"").len(), all_but_selected);
+    let backends = of("affinity_backend_connections_total{");
+    assert_eq!(backends.len(), given);
+    assert!(backends.iter().all(|line| line.contains("{service=\"other\",backend=\"other\",")), "{backends:?}");
+}
+
+#[test]
+fn no_series_is_there_that_nothing_can_count() {
+    let text = scrape(10);
+    for (series, reason) in [
+        // A connection that is refused is given to no backend.
+        ("affinity_backend_connections_total", "no-endpoints"),
+        // These services have affinity.
+        ("affinity_service_connections_total", "selected"),
+        // These are reasons of events.
+        ("affinity_packets_total", "operator"),
+        ("affinity_packets_total", "table-full"),
+    ] {
+        let reason = format!("reason=\"{reason}\"");
+        assert!(!text.lines().any(|line| line.starts_with(series) && line.contains(&reason)), "{series} {reason}");
+    }
+    // One that has lost its affinity keeps what was counted before.
+    let mut tables = Tables::default();
+    tables.add_frontend(&Frontend { service: 1, ..Frontend::zeroed() });
+    tables.add_usage(UsageKey { of: UsageOf::Service as u32, id: 1 }, &[Usage { counts: [0, 3, 0, 0, 0, 0, 0, 0] }]);
+    let text = exposition(Arc::default(), Some(tables), &Mutex::new(Bounds::new(1))).unwrap();
+    let of_service = text.lines().filter(|line| line.starts_with("affinity_service_connections_total"));
+    assert_eq!(
+        of_service.collect::<Vec<_>>(),
+        [
+            "affinity_service_connections_total{service=\"#1\",reason=\"selected\"} 0",
+            "affinity_service_connections_total{service=\"#1\",reason=\"created\"} 3",
+            "affinity_service_connections_total{service=\"#1\",reason=\"no-endpoints\"} 0",
+        ]
+    );
+}
+
+#[test]
+fn sessions_are_absent_until_they_are_counted() {
+    let text = exposition(Arc::new(vitals()), Some(tables()), &Mutex::new(Bounds::new(10))).unwrap();
+    for family in
+        ["affinity_service_sessions", "affinity_backend_sessions", "affinity_map_entries{map=\"sessions_v4\"}"]
+    {
+        assert!(!text.contains(family), "{family} is there before the first sweep");
+    }
+    assert!(text.contains("affinity_service_evicted_sessions_total{service=\"default/web\"} 0\n"));
+}
+
+#[test]
+fn a_backend_of_several_services_names_them() {
+    let mut tables = tables();
+    let name = |id| NameKey { kind: NameKind::Service as u32, id };
+    for (service, services) in [
+        (3, "default/also,default/web"),
+        (4, "default/also,default/other,default/web"),
+        (5, "default/also,default/more,default/other,default/web"),
+        (6, SEVERAL),
+    ] {
+        let named = ["", "", "", "also", "other", "more", "most"][service as usize];
+        tables.add_name(name(service), &format!("default/{named}"));
+        tables.add_frontend(&Frontend { service, pool: 100 + service, ..Frontend::zeroed() });
+        let member = Member { generation: 1, port: Port::new(80), state: 1, pad: 0 };
+        tables.add_member(&MemberKey { pool: 100 + service, backend: 1 }, &member);
+        assert_eq!(tables.services_label(1), services);
+    }
+}
+
+#[test]
+fn the_classic_format_has_the_same_samples() {
+    let openmetrics = scrape(10);
+    let classic = classic(&openmetrics);
+    let samples =
+        |text: &str| text.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(samples(&openmetrics), samples(&classic));
+    for line in classic.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        let (_, kind) = line.split_once(' ').unwrap();
+        assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+    }
+    assert!(!classic.contains("# EOF"));
 }
 
 #[test]

@@ -22,6 +22,9 @@ pub const STUCK_AFTER: Duration = Duration::from_secs(10);
 const SYNC_BUCKETS_S: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
+/// What the sweep did, and what its last whole pass found; none until there was one.
+type Swept = (Totals, Option<Census>);
+
 /// The agent's state of health, and its counts.
 #[derive(Debug)]
 pub struct Vitals {
@@ -38,7 +41,7 @@ pub struct Vitals {
     pub sync: Histogram,
     steps: AtomicU64,
     failures: AtomicU64,
-    swept: Mutex<(Totals, Census)>,
+    swept: Mutex<Swept>,
 }
 
 impl Default for Vitals {
@@ -93,7 +96,7 @@ impl Vitals {
 
     /// The sweep has ended a pass.
     pub fn swept(&self, totals: Totals, census: Census) {
-        *self.lock() = (totals, census);
+        *self.lock() = (totals, Some(census));
     }
 
     /// Steps taken to publish.
@@ -106,8 +109,8 @@ impl Vitals {
         self.failures.load(Relaxed)
     }
 
-    /// What the sweep's last pass found.
-    pub fn sweep(&self) -> (Totals, Census) {
+    /// What the sweep did, and what its last whole pass found; none until there was one.
+    pub fn sweep(&self) -> (Totals, Option<Census>) {
         self.lock().clone()
     }
 
@@ -138,7 +141,7 @@ impl Vitals {
         self.is_whole()
     }
 
-    fn lock(&self) -> MutexGuard<'_, (Totals, Census)> {
+    fn lock(&self) -> MutexGuard<'_, Swept> {
         self.swept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

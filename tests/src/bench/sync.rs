@@ -8,18 +8,16 @@ mod cluster;
 mod report;
 
 use std::{
-    fs, thread,
+    thread,
     time::{Duration, Instant},
 };
 
 use affinity_common::abi::{Frontend, FrontendKey, Port, V4};
-use affinity_user::store::kernel::KernelStore;
+use affinity_user::{load::mib, store::kernel::KernelStore};
 use anyhow::{Context, Result, bail, ensure};
 
-use self::{
-    cluster::Cluster,
-    report::{Latency, Report},
-};
+pub use self::cluster::Cluster;
+use self::report::{Latency, Report};
 use crate::{
     apiserver::ApiServer,
     lab::{Agent, Lab, WIRE},
@@ -65,14 +63,14 @@ pub fn run(options: &Options) -> Result<()> {
     let (mut agent, start) = started(&lab, &api)?;
     let store = KernelStore::open(lab.pin_dir())?;
     check(&store, &cluster)?;
-    let memory_at_start = Memory::of(&agent)?;
+    let memory_at_start = agent.memory()?;
     let mut latencies = Vec::new();
     for number in 0..options.changes {
         latencies.push(change(&mut cluster, &api, &store, number)?);
         thread::sleep(PAUSE);
     }
     check(&store, &cluster)?;
-    let memory = Memory::of(&agent)?;
+    let memory = agent.memory()?;
 
     agent.kill()?;
     let begun = Instant::now();
@@ -85,8 +83,8 @@ pub fn run(options: &Options) -> Result<()> {
         endpoints: options.endpoints,
         start_s: start.as_secs_f64(),
         restart_s: restart.as_secs_f64(),
-        memory_mib: memory_at_start.now_mib.max(memory.now_mib),
-        memory_peak_mib: memory.peak_mib,
+        memory_mib: mib(memory_at_start.now.max(memory.now)),
+        memory_peak_mib: mib(memory.peak),
         changes: options.changes,
         latency: Latency::of(latencies),
     }
@@ -140,22 +138,4 @@ fn addresses(store: &KernelStore, frontend: &Frontend) -> Result<Vec<[u8; 16]>> 
     let backend =
         |slot| Ok(store.backends.get(&store.slots.load_u32(slot))?.context("a slot names a backend")?.address);
     slots.map(backend).collect()
-}
-
-/// What a process has in memory.
-struct Memory {
-    now_mib: u64,
-    peak_mib: u64,
-}
-
-impl Memory {
-    fn of(agent: &Agent) -> Result<Self> {
-        let status = fs::read_to_string(format!("/proc/{}/status", agent.id()))?;
-        let mib = |field: &str| -> Result<u64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
-            let kib: u64 = line.trim_matches(|c: char| !c.is_ascii_digit()).parse()?;
-            Ok(kib.div_ceil(1024))
-        };
-        Ok(Self { now_mib: mib("VmRSS:")?, peak_mib: mib("VmHWM:")? })
-    }
 }

@@ -13,7 +13,7 @@ use rustix::param::clock_ticks_per_second;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::netns::output;
-use super::{Lab, NODE_NAME, eventually};
+use super::{Lab, MemoryLimit, NODE_NAME, eventually};
 
 /// How long the agent may take from its start to its readiness, unless more is granted, and from SIGTERM to its end.
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
@@ -75,7 +75,18 @@ impl Lab {
         Agent::spawn(command, AGENT_PATIENCE)
     }
 
-    /// The same, confined as in a container: root with these capabilities and no way to others, on a root filesystem that
+    /// As [`Lab::agent`], in a cgroup with a limit of memory.
+    ///
+    /// # Errors
+    /// As [`Lab::agent`].
+    pub fn limited_agent(&self, limit: &MemoryLimit, args: &[&str]) -> Result<Agent> {
+        let mut command = limit.command(self.node(), binary()?);
+        command.args(self.global_args()).arg("run").arg("--source").arg(self.source());
+        command.args(args).args(["--socket", "off"]);
+        Agent::start(command, AGENT_PATIENCE)
+    }
+
+    /// As [`Lab::agent`], confined as in a container: root with these capabilities and no way to others, on a root filesystem that
     /// cannot be written to.
     ///
     /// # Errors
@@ -207,6 +218,28 @@ impl Agent {
         Ok(Duration::from_secs_f64(ticks.iter().sum::<u64>() as f64 / clock_ticks_per_second() as f64))
     }
 
+    /// Bytes of memory that it has now, and at most since it was started or since [`Agent::forget_peak`].
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn memory(&self) -> Result<Memory> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let bytes = |field: &str| -> Result<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
+            let kib: u64 = line.trim_matches(|c: char| !c.is_ascii_digit()).parse()?;
+            Ok(kib * 1024)
+        };
+        Ok(Memory { now: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
+    }
+
+    /// Makes the peak of its memory what it has now: <https://docs.kernel.org/filesystems/proc.html> (`clear_refs`).
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn forget_peak(&self) -> Result<()> {
+        Ok(std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
+    }
+
     /// What it wrote so far, standard output and standard error as they came.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
@@ -225,6 +258,15 @@ impl Agent {
         });
         ready.with_context(|| format!("{:?}\n{}", self.command, self.log().join("\n")))
     }
+}
+
+/// What a process has in memory, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Now.
+    pub now: u64,
+    /// At most.
+    pub peak: u64,
 }
 
 impl Drop for Agent {

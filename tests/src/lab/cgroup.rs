@@ -50,9 +50,52 @@ impl Cgroup {
 
     /// A command that will run in this cgroup and that namespace.
     pub fn command(&self, namespace: &Namespace, program: impl AsRef<OsStr>) -> Command {
-        let mut command = namespace.command("sh");
-        command.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(&self.0).arg(program);
-        command
+        command_in(&self.0, namespace, program)
+    }
+}
+
+fn command_in(cgroup: &Path, namespace: &Namespace, program: impl AsRef<OsStr>) -> Command {
+    let mut command = namespace.command("sh");
+    command.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(cgroup).arg(program);
+    command
+}
+
+/// Where version 1 limits memory.
+pub(super) const MEMORY_V1: &str = "/sys/fs/cgroup/memory";
+
+/// A cgroup with a limit of memory, as a container has one, of whichever version limits memory on this machine.
+#[derive(Debug)]
+pub struct MemoryLimit(PathBuf);
+
+impl MemoryLimit {
+    /// A new one, with a limit in bytes.
+    ///
+    /// # Errors
+    /// When no version limits memory here, or the caller is not root.
+    pub fn create(bytes: u64) -> Result<Self> {
+        let v1 = Path::new(MEMORY_V1);
+        let (path, file) = if v1.join("memory.limit_in_bytes").exists() {
+            (v1.join(unique_name()), "memory.limit_in_bytes")
+        } else {
+            let root = root().context("no cgroup limits memory here")?;
+            fs::write(root.join("cgroup.subtree_control"), "+memory").context("the memory controller")?;
+            (root.join(unique_name()), "memory.max")
+        };
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        let made = Self(path);
+        fs::write(made.0.join(file), bytes.to_string()).with_context(|| format!("{}: {file}", made.0.display()))?;
+        Ok(made)
+    }
+
+    /// A command that will run in this cgroup and that namespace.
+    pub fn command(&self, namespace: &Namespace, program: impl AsRef<OsStr>) -> Command {
+        command_in(&self.0, namespace, program)
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        remove(&self.0);
     }
 }
 

@@ -26,7 +26,7 @@ pub fn sweep_stale() -> Result<()> {
     for name in orphans(Path::new(NETNS_DIR))? {
         delete(&name);
     }
-    if let Some(root) = affinity_user::attach::cgroup::root() {
+    for root in affinity_user::attach::cgroup::root().into_iter().chain([cgroup::MEMORY_V1.into()]) {
         for name in orphans(&root)? {
             cgroup::remove(&root.join(name));
         }

@@ -145,6 +145,34 @@ fn the_templates_use_every_value_and_no_other() -> Result<()> {
     Ok(())
 }
 
+/// In the node's network the kubelet reaches loopback too, but asks the node's address unless it is told.
+#[test]
+fn every_probe_asks_where_the_agent_listens() -> Result<()> {
+    let templates = templates()?;
+    let probes: Vec<_> = templates.split("httpGet:\n").skip(1).collect();
+    assert_eq!(probes.len(), 3);
+    for probe in probes {
+        let asks = "{{- with include \"affinity.probedHost\" . }}\n              host: {{ . | quote }}\n";
+        assert!(probe.trim_start().starts_with(asks), "{probe}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs helm"]
+fn helm_lets_probes_follow_the_address_of_metrics() -> Result<()> {
+    for (address, host) in [("[::]", None), ("0.0.0.0", None), ("127.0.0.1", Some("127.0.0.1")), ("[::1]", Some("::1"))]
+    {
+        let chart = rendered(&[&format!("metricsAddress={address}")])?;
+        let container = chart.container();
+        for probe in [&container.startup_probe, &container.liveness_probe, &container.readiness_probe] {
+            let request = probe.as_ref().and_then(|probe| probe.http_get.as_ref()).context("no HTTP probe")?;
+            assert_eq!(request.host.as_deref(), host, "{address}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn the_chart_is_of_this_version_and_grants_the_same_capabilities() -> Result<()> {
     let chart = yaml("Chart.yaml")?;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use affinity_user::load::{mib as mib_of, sizes::DEFAULT_AT_MOST};
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Probe, VolumeMount};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -139,6 +140,19 @@ fn probes_and_scrapes_meet_the_port_that_the_agent_listens_on() -> Result<()> {
     let annotations = annotations.context("no annotations")?;
     assert_eq!(annotations.get("prometheus.io/port"), Some(&port.to_string()));
     assert_eq!(annotations.get("prometheus.io/scrape").map(String::as_str), Some("true"));
+    Ok(())
+}
+
+/// The kernel counts the tables as the container's memory.
+#[test]
+fn the_memory_that_is_asked_for_holds_the_default_tables_and_an_agent() -> Result<()> {
+    const AGENT_MIB: u64 = 128;
+    let objects = installed()?;
+    let resources = objects.container().resources.as_ref().context("no resources")?;
+    assert_eq!(resources.limits, None, "a limit would have to allow for what thousands of services take");
+    let memory = resources.requests.as_ref().and_then(|requests| requests.get("memory")).context("no request")?;
+    let mib: u64 = memory.0.strip_suffix("Mi").context("in Mi")?.parse()?;
+    assert_eq!(mib, mib_of(DEFAULT_AT_MOST) + AGENT_MIB);
     Ok(())
 }
 

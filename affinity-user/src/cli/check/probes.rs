@@ -8,7 +8,7 @@ use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
 use super::{Finding, State};
 use crate::{
     attach::{self, XdpFeatures, xdp_features},
-    load::{self, JIT_ADVICE, PinDir, Refusal, Sizes, cost, mib},
+    load::{self, JIT_ADVICE, Memory, PinDir, Refusal, Sizes, cost, mib},
     objects::PROGRAMS,
     store::kernel::KernelStore,
     sys,
@@ -229,14 +229,14 @@ fn cost_of(sizes: &Sizes) -> Option<u64> {
 pub(super) fn memory(sizes: &Sizes) -> Finding {
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit);
-    let (total, free) = (info.totalram as u64 * unit, available().unwrap_or(info.freeram as u64 * unit));
+    let memory = Memory::of_this_process();
+    let free = available().unwrap_or(info.freeram as u64 * unit).min(memory.limit.unwrap_or(u64::MAX));
     let Some(cost) = cost_of(sizes) else { return Finding::ok("memory", format!("{sizes}")) };
     let found = format!(
-        "{} sessions and {} connections a family: {} MiB of {} MiB",
+        "{} sessions and {} connections a family: {} MiB of {memory}",
         sizes.sessions,
         sizes.flows / 2,
         mib(cost),
-        mib(total)
     );
     if cost > free {
         let advice = format!("only {} MiB are free: lower --max-sessions and --max-flows", mib(free));
@@ -260,8 +260,8 @@ pub(super) fn cgroup() -> Finding {
         after.starts_with("cgroup2 ").then(|| before.split(' ').nth(4)).flatten()
     });
     match mounted {
-        Some(path) => Finding::ok("cgroup", format!("version 2 at {path}; its memory limit bounds the default sizes")),
-        None => Finding::ok("cgroup", "no version 2: its memory limit cannot bound the default sizes"),
+        Some(path) => Finding::ok("cgroup", format!("version 2 at {path}")),
+        None => Finding::ok("cgroup", "no version 2"),
     }
 }
 

@@ -20,7 +20,8 @@ const PODS: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
 const STRIDE: u32 = 7_919;
 
 /// Services, each with one slice.
-pub(super) struct Cluster {
+#[derive(Debug)]
+pub struct Cluster {
     /// The pods of each service.
     pods: Vec<Vec<u32>>,
     endpoints: u32,
@@ -29,7 +30,9 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    pub(super) fn new(services: u32, endpoints: u32) -> Self {
+    /// So many services, each with so many endpoints.
+    #[must_use]
+    pub fn new(services: u32, endpoints: u32) -> Self {
         let pods = (0..services).map(|service| (service * endpoints..(service + 1) * endpoints).collect());
         Self { pods: pods.collect(), endpoints, next: services * endpoints }
     }
@@ -43,7 +46,10 @@ impl Cluster {
     }
 
     /// Tells the API of everything.
-    pub(super) fn fill(&self, api: &ApiServer) -> Result<()> {
+    ///
+    /// # Errors
+    /// What the API refused.
+    pub fn fill(&self, api: &ApiServer) -> Result<()> {
         api.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME}}))?;
         (0..self.services()).try_for_each(|service| {
             api.put(self.service(service))?;

@@ -1,0 +1,234 @@
+//! An HTTP server whose clients cannot use it up, for the ports that the agent opens.
+//!
+//! It holds a bounded number of connections. When one more arrives, the oldest connection that is not being answered is
+//! closed, so a new client is always heard: clients that connect and say nothing cannot keep probes from being answered.
+//! A request must arrive within [`Limits::read`], which also bounds how long a connection may stay idle, and a
+//! connection ends after [`Limits::age`], so nobody holds one by reading slowly.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io::{self, ErrorKind},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use axum::{Router, body::Body, extract::Request};
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::{AbortHandle, JoinSet, yield_now},
+    time::{sleep, timeout},
+};
+use tower::Service as _;
+use tracing::warn;
+
+/// What a server grants to its clients.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Open connections.
+    pub(super) connections: usize,
+    /// From a connection's start, or from the end of an answer, until the next request has arrived.
+    pub(super) read: Duration,
+    /// From a connection's start until it is asked to end; it gets [`LAST_ANSWER`] on top.
+    pub(super) age: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 256, read: Duration::from_secs(5), age: Duration::from_secs(30) }
+    }
+}
+
+/// How long an answer that was begun before a connection grew too old may take.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
+/// Bytes of a request, and of what is held back while a client reads.
+const BUFFER: usize = 16 * 1024;
+/// How long to wait after `accept` failed, for example because no file descriptor was left.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+
+/// Connections that the kernel completes before they are accepted: a burst fits, so that nobody has to send a SYN twice.
+pub(super) const BACKLOG: i32 = 4096;
+
+/// Answers requests to `listener` until the future is dropped, which closes all connections.
+pub(super) async fn serve(listener: TcpListener, router: Router, limits: Limits) -> Infallible {
+    let mut connections = Connections::default();
+    let mut is_failing = false;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                is_failing = false;
+                connections.make_room(limits.connections);
+                connections.start(stream, router.clone(), limits);
+                // A request that came along with the connection is answered before the next client is let in.
+                yield_now().await;
+            }
+            Err(error) if is_the_clients(&error) => {}
+            Err(error) => {
+                if !is_failing {
+                    warn!("no HTTP client can be let in: {error}");
+                }
+                is_failing = true;
+                sleep(AFTER_FAILURE).await;
+            }
+        }
+    }
+}
+
+/// Whether an error of `accept` only means that this client has gone already.
+fn is_the_clients(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset | ErrorKind::Interrupted)
+}
+
+/// The open connections, the oldest first.
+#[derive(Default)]
+struct Connections {
+    tasks: JoinSet<()>,
+    open: VecDeque<Connection>,
+}
+
+struct Connection {
+    task: AbortHandle,
+    /// Whether a request is being answered.
+    is_busy: Arc<AtomicBool>,
+}
+
+impl Connections {
+    /// Closes the connection that can best be spared, where there are as many as may be.
+    fn make_room(&mut self, limit: usize) {
+        while self.tasks.try_join_next().is_some() {}
+        if self.open.len() >= limit {
+            self.open.retain(|connection| !connection.task.is_finished());
+        }
+        if self.open.len() < limit {
+            return;
+        }
+        let idle = self.open.iter().position(|connection| !connection.is_busy.load(Relaxed));
+        if let Some(spared) = self.open.remove(idle.unwrap_or(0)) {
+            spared.task.abort();
+        }
+    }
+
+    fn start(&mut self, stream: TcpStream, router: Router, limits: Limits) {
+        let is_busy = Arc::new(AtomicBool::new(false));
+        let task = self.tasks.spawn(talk(stream, router, limits, Arc::clone(&is_busy)));
+        self.open.push_back(Connection { task, is_busy });
+    }
+}
+
+/// Answers the requests of one connection. Errors are the client's: there is nobody to tell.
+async fn talk(stream: TcpStream, router: Router, limits: Limits, is_busy: Arc<AtomicBool>) {
+    let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+        let (mut router, is_busy) = (router.clone(), Arc::clone(&is_busy));
+        async move {
+            is_busy.store(true, Relaxed);
+            let answer = router.call(request.map(Body::new)).await;
+            is_busy.store(false, Relaxed);
+            answer
+        }
+    });
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.read)
+            .max_buf_size(BUFFER)
+            .serve_connection(TokioIo::new(stream), service)
+    );
+    if timeout(limits.age, connection.as_mut()).await.is_err() {
+        connection.as_mut().graceful_shutdown();
+        _ = timeout(LAST_ANSWER, connection).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{SocketAddr, TcpStream},
+        thread,
+        time::Instant,
+    };
+
+    use axum::routing::get;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    /// A server with these limits, on a thread that ends with the test.
+    fn started(limits: Limits) -> SocketAddr {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.set_nonblocking(true).expect("a socket");
+        let address = listener.local_addr().expect("its address");
+        let long = || async {
+            sleep(Duration::from_secs(3)).await;
+            "long\n"
+        };
+        let router = Router::new().route("/", get(|| async { "ok\n" })).route("/long", get(long));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        thread::spawn(move || {
+            runtime.block_on(async { serve(TcpListener::from_std(listener).expect("a socket"), router, limits).await })
+        });
+        address
+    }
+
+    fn send(at: SocketAddr, text: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(at).expect("a connection");
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+        stream.write_all(text.as_bytes()).expect("room to write");
+        stream
+    }
+
+    /// What a client hears until the server closes; errors count as the end.
+    fn rest(mut stream: TcpStream) -> String {
+        let mut answer = Vec::new();
+        _ = stream.read_to_end(&mut answer);
+        String::from_utf8(answer).expect("text")
+    }
+
+    const WHOLE: &str = "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    const HALF: &str = "GET / HTTP/1.1\r\nHost: x\r\n";
+    const LONG: &str = "GET /long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+
+    #[test]
+    fn half_sent_requests_keep_nobody_from_being_answered() {
+        let at = started(Limits { connections: 8, ..Limits::default() });
+        let answered_first = send(at, LONG);
+        let half: Vec<_> = (0..100).map(|_| send(at, HALF)).collect();
+        for _ in 0..20 {
+            assert!(rest(send(at, WHOLE)).ends_with("ok\n"));
+        }
+        assert!(rest(answered_first).ends_with("long\n"), "a request that is being answered was given up");
+        let began = Instant::now();
+        half.into_iter().for_each(|stream| assert_eq!(rest(stream), ""));
+        assert!(began.elapsed() < Duration::from_secs(10), "half-sent requests stay open");
+    }
+
+    #[test]
+    fn silent_and_old_connections_end() {
+        let at = started(Limits { read: Duration::from_millis(200), ..Limits::default() });
+        let began = Instant::now();
+        assert_eq!(rest(send(at, "")), "");
+        assert_eq!(rest(send(at, HALF)), "");
+        // One that has been answered and stays idle.
+        assert!(rest(send(at, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")).ends_with("ok\n"));
+        assert!(began.elapsed() < Duration::from_secs(8));
+
+        let at = started(Limits { age: Duration::from_millis(200), ..Limits::default() });
+        let (began, mut stream) = (Instant::now(), send(at, ""));
+        while stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").is_ok() {
+            assert!(began.elapsed() < Duration::from_secs(8), "one that asks again and again stays open");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    fn an_answer_that_was_begun_is_given_to_an_old_connection() {
+        let at = started(Limits { age: Duration::from_millis(200), ..Limits::default() });
+        assert!(rest(send(at, LONG)).ends_with("long\n"));
+    }
+}
