@@ -41,6 +41,7 @@ pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
 pub use memo::{Change, Memo};
 pub use network::{Network, NetworkError};
+pub(crate) use node::is_global;
 pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};
 pub use ownership::{DEFAULT_PROXY_NAME, Services, UnknownServices};
 
@@ -210,8 +211,17 @@ impl PoolName {
 pub struct BackendName {
     /// The pod's address.
     pub address: IpAddr,
-    /// `namespace/pod`; empty where the slices name none.
+    /// `namespace/pod`; empty where the slices name none, or `address:port` of a further server at one address.
     pub pod: Arc<str>,
+}
+
+impl BackendName {
+    /// As slices list it: there, servers that share an address are not told apart.
+    fn as_listed(&self) -> Self {
+        // The name of a pod has a slash, that of a server at an address has none.
+        let pod = if self.pod.contains('/') { Arc::clone(&self.pod) } else { Arc::default() };
+        Self { address: self.address, pod }
+    }
 }
 
 /// The scope within which a client has one pin.
@@ -295,7 +305,7 @@ pub struct Frontend {
 pub struct HealthCheck {
     /// The port that they ask at, on the node's addresses.
     pub port: u16,
-    /// How many ready endpoints are on this node, by family.
+    /// How many ready endpoints are on this node, for each family of the service.
     pub local: BTreeMap<Family, usize>,
 }
 

@@ -2,7 +2,9 @@
 //!
 //! A source never fails as a whole. What cannot be used becomes a [`Problem`], and the rest goes on.
 
+mod address;
 pub mod annotations;
+pub mod api;
 pub mod directory;
 mod documents;
 mod feed;
@@ -13,11 +15,8 @@ mod problem;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
-};
-
+pub(crate) use address::parse_address;
+use api::{EndpointSlice, Node, Service};
 pub use feed::{Feed, Source, SourceError, View};
 pub use nodes::NodeAddresses;
 pub use notice::{Notice, Notices};

@@ -221,6 +221,11 @@ impl ApiServer {
         self.state().misbehave(kind, verb, answers);
     }
 
+    /// Takes nothing new in a namespace from now on, as while it is being deleted.
+    pub fn terminate_namespace(&self, namespace: &str) {
+        self.state().terminating.insert(namespace.to_owned());
+    }
+
     /// How many watches of a kind are open.
     pub fn watches(&self, kind: Kind) -> usize {
         self.state().watches(kind)

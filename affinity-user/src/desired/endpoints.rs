@@ -2,17 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use affinity_common::abi::Name;
-use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointConditions, EndpointSlice};
 
 use super::{BackendName, Family, Member, Node, Protocol, Report};
-use crate::source::ObjectName;
-
-/// The label that names a slice's service.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+use crate::source::{
+    ObjectName,
+    api::{Endpoint as ApiEndpoint, EndpointConditions, EndpointSlice, label::SERVICE_NAME},
+    parse_address,
+};
 
 /// How an endpoint is; better ones first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -25,6 +25,7 @@ enum Condition {
 }
 
 /// An endpoint of one slice.
+#[derive(Clone)]
 struct Endpoint {
     backend: BackendName,
     condition: Condition,
@@ -33,16 +34,20 @@ struct Endpoint {
 }
 
 /// For whom an endpoint is meant; empty: nobody has said.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Hints {
     nodes: Vec<String>,
     zones: Vec<String>,
 }
 
+/// The name, protocol and number of a port.
+type SlicePort = (String, Protocol, u16);
+
 /// A slice, checked. Its ports hold for all of its endpoints.
+#[derive(Clone)]
 pub(super) struct Slice {
     family: Family,
-    ports: Vec<(String, Protocol, u16)>,
+    ports: Vec<SlicePort>,
     endpoints: Vec<Endpoint>,
 }
 
@@ -84,6 +89,58 @@ impl Slice {
     pub(super) fn local(&self) -> impl Iterator<Item = &BackendName> {
         self.endpoints.iter().filter(|endpoint| endpoint.local).map(|endpoint| &endpoint.backend)
     }
+}
+
+/// Tells apart several servers at one address. An endpoint is its pod, and without a pod it is its address: whatever ports
+/// slices list for that, they are one backend. But where slices of a service give one port of such an address different
+/// numbers, several servers are there. The first one, by its ports, stays the backend of the address; the others are
+/// called by address and port. None: nothing is to be told apart.
+pub(super) fn told_apart(slices: &[&Slice]) -> Option<Vec<Slice>> {
+    let mut listed: BTreeMap<IpAddr, BTreeSet<&[SlicePort]>> = BTreeMap::new();
+    for slice in slices {
+        for endpoint in slice.endpoints.iter().filter(|endpoint| endpoint.backend.pod.is_empty()) {
+            listed.entry(endpoint.backend.address).or_default().insert(&slice.ports);
+        }
+    }
+    let mut names = BTreeMap::new();
+    for (address, lists) in listed.into_iter().filter(|(_, lists)| lists.len() > 1) {
+        let mut servers: Vec<Vec<&[SlicePort]>> = Vec::new();
+        for ports in lists {
+            match servers.iter_mut().find(|server| server.iter().all(|other| agree(other, ports))) {
+                Some(server) => server.push(ports),
+                None => servers.push(vec![ports]),
+            }
+        }
+        for server in servers.iter().skip(1) {
+            names.extend(server.iter().map(|ports| ((address, *ports), server_name(address, server[0]))));
+        }
+    }
+    let renamed = |slice: &Slice| {
+        let mut renamed = slice.clone();
+        for endpoint in renamed.endpoints.iter_mut().filter(|endpoint| endpoint.backend.pod.is_empty()) {
+            if let Some(name) = names.get(&(endpoint.backend.address, &*slice.ports)) {
+                endpoint.backend.pod = name.as_str().into();
+            }
+        }
+        renamed
+    };
+    (!names.is_empty()).then(|| slices.iter().map(|slice| renamed(slice)).collect())
+}
+
+/// Whether two lists of ports can be those of one server.
+fn agree(a: &[SlicePort], b: &[SlicePort]) -> bool {
+    let differs = |(a, b): (&SlicePort, &SlicePort)| (&a.0, a.1) == (&b.0, b.1) && a.2 != b.2;
+    !a.iter().any(|a| b.iter().any(|b| differs((a, b))))
+}
+
+/// `192.0.2.1:8081,9101`.
+fn server_name(address: IpAddr, ports: &[SlicePort]) -> String {
+    let numbers: BTreeSet<u16> = ports.iter().map(|(_, _, number)| *number).collect();
+    let mut numbers = numbers.into_iter();
+    let first = SocketAddr::new(address, numbers.next().unwrap_or(0)).to_string();
+    let name = numbers.fold(first, |name, number| format!("{name},{number}"));
+    // As the `names` map can hold it, like that of a pod.
+    Name::new(&name).as_str().to_owned()
 }
 
 /// The endpoints that a service's slices list for one of its ports, in one family.
@@ -139,6 +196,11 @@ impl<'a> Listed<'a> {
             }
         }
         Self { endpoints }
+    }
+
+    /// Whether slices list nothing at all for the port.
+    pub(super) fn is_empty(&self) -> bool {
+        self.endpoints.is_empty()
     }
 
     /// Whether any endpoint anywhere takes connections.
@@ -202,6 +264,19 @@ impl Hints {
     }
 }
 
+/// The ports of slices of a family in which some endpoint takes connections, as text; none where there is no such slice.
+pub(super) fn ports_of<'a>(slices: impl Iterator<Item = &'a Slice>, family: Family) -> Option<String> {
+    let serves = |slice: &&Slice| slice.endpoints.iter().any(|endpoint| endpoint.condition != Condition::Unready);
+    let serving: Vec<&Slice> = slices.filter(|slice| slice.family == family).filter(serves).collect();
+    let port = |(name, protocol, number): &SlicePort| match name.as_str() {
+        "" => format!("{number}/{} without a name", protocol.name()),
+        name => format!("{name:?} ({number}/{})", protocol.name()),
+    };
+    let ports: BTreeSet<String> = serving.iter().flat_map(|slice| slice.ports.iter().map(port)).collect();
+    let listed = if ports.is_empty() { "no port".to_owned() } else { ports.into_iter().collect::<Vec<_>>().join(", ") };
+    (!serving.is_empty()).then_some(listed)
+}
+
 /// How many endpoints on this node are ready, by family: one address counts once, whatever it serves.
 pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeMap<Family, usize> {
     let mut addresses: BTreeMap<Family, BTreeSet<IpAddr>> = BTreeMap::new();
@@ -215,7 +290,7 @@ pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeM
 /// The backends of a slice, whatever else it says.
 pub(super) fn backends(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = BackendName> {
     slice.endpoints.iter().flatten().filter_map(|endpoint| {
-        let address = endpoint.addresses.first()?.parse().ok()?;
+        let address = parse_address(endpoint.addresses.first()?)?;
         Some(BackendName { address, pod: pod(endpoint, name).into() })
     })
 }
@@ -227,11 +302,11 @@ fn address(endpoint: &ApiEndpoint, family: Family, index: usize, report: &mut Re
         report.error(field, "missing; the endpoint is ignored");
         return None;
     };
-    match text.parse::<IpAddr>() {
-        Ok(ip) if Family::of(ip) != family => report.error(field, format!("{ip} is not of the slice's addressType")),
-        Ok(ip) if !is_endpoint(ip) => report.error(field, format!("{ip} cannot be the address of an endpoint")),
-        Ok(ip) => return Some(ip),
-        Err(_) => report.error(field, format!("{text:?} is no IP address; the endpoint is ignored")),
+    match parse_address(text) {
+        Some(ip) if Family::of(ip) != family => report.error(field, format!("{ip} is not of the slice's addressType")),
+        Some(ip) if !is_endpoint(ip) => report.error(field, format!("{ip} cannot be the address of an endpoint")),
+        Some(ip) => return Some(ip),
+        None => report.error(field, format!("{text:?} is no IP address; the endpoint is ignored")),
     }
     None
 }
@@ -274,7 +349,7 @@ fn condition(conditions: Option<&EndpointConditions>) -> Condition {
     }
 }
 
-fn ports(slice: &EndpointSlice, report: &mut Report<'_>) -> Vec<(String, Protocol, u16)> {
+fn ports(slice: &EndpointSlice, report: &mut Report<'_>) -> Vec<SlicePort> {
     let mut ports = Vec::new();
     for (index, port) in slice.ports.iter().flatten().enumerate() {
         let field = |name: &str| format!("ports[{index}].{name}");

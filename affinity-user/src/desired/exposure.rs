@@ -1,13 +1,12 @@
 //! How a service is reached from outside of the cluster: node ports, load balancers, external IPs, and their policies.
 
-use std::net::IpAddr;
-
-use k8s_openapi::api::core::v1::{ServiceSpec as ApiSpec, ServiceStatus};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
     Family, Network, Report,
     service::{Exposure, parse_addresses},
 };
+use crate::source::api::{ServiceSpec as ApiSpec, ServiceStatus};
 
 /// What a service says of clients outside of the cluster.
 pub(super) fn read(
@@ -101,9 +100,12 @@ fn of_its_families(
 }
 
 /// Each family's ranges are for its own addresses. One that cannot be read restricts as well: nobody comes in by mistake.
+/// As for kube-proxy, one of length zero means every client of its family, whatever other ranges there are.
 fn read_ranges(spec: &ApiSpec, exposure: &mut Exposure, report: &mut Report<'_>) {
+    let mut open = BTreeSet::new();
     for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
         match text.parse::<Network>() {
+            Ok(range) if range.prefix() == 0 => _ = open.insert(range.family()),
             Ok(range) => {
                 exposure.restricted.insert(range.family());
                 exposure.ranges.insert(range);
@@ -114,6 +116,8 @@ fn read_ranges(spec: &ApiSpec, exposure: &mut Exposure, report: &mut Report<'_>)
             }
         }
     }
+    exposure.restricted.retain(|family| !open.contains(family));
+    exposure.ranges.retain(|range| !open.contains(&range.family()));
 }
 
 fn health_check(spec: &ApiSpec, report: &mut Report<'_>) -> Option<u16> {

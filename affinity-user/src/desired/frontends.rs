@@ -99,6 +99,9 @@ pub(super) fn decide<'a>(
         let label = decision.pool_name(port, family, Reach::Cluster).to_string();
         let called = (port.name.as_deref().unwrap_or(""), port.protocol, family);
         let listed = Listed::new(slices.clone(), called, &label, report);
+        if let Some(ports) = endpoints::ports_of(slices.clone(), family).filter(|_| listed.is_empty()) {
+            report.warning(format!("spec.ports[{index}]"), no_such_port(port, &ports));
+        }
         let mut left_out = BTreeSet::new();
         for claim in claims {
             if claim.port.protocol == Protocol::Sctp && !listed.serves_only(claim.address.port) {
@@ -113,9 +116,24 @@ pub(super) fn decide<'a>(
         }
     }
     if let Some(port) = spec.external.health_check {
-        decision.outcome.health_check = Some(HealthCheck { port, local: endpoints::local_ready(slices) });
+        let ready = endpoints::local_ready(slices);
+        let families = [Family::V4, Family::V6].into_iter().filter(|family| spec.is_of(*family));
+        let local = families.map(|family| (family, ready.get(&family).copied().unwrap_or(0))).collect();
+        decision.outcome.health_check = Some(HealthCheck { port, local });
     }
     decision.outcome
+}
+
+/// Why a port has no endpoints, though the service has some.
+fn no_such_port(port: &Port, listed: &str) -> String {
+    let wanted = match &port.name {
+        Some(name) => format!("named {name:?}"),
+        None => "without a name".to_owned(),
+    };
+    format!(
+        "has no endpoints: no EndpointSlice of this service has a {} port {wanted}, as this port is; they have {listed}",
+        port.protocol.name()
+    )
 }
 
 struct Decision<'a> {

@@ -11,13 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Node as ApiNode, Service},
-        discovery::v1::EndpointSlice,
-    },
-    jiff::Timestamp,
-};
+use k8s_openapi::jiff::Timestamp;
 
 use super::{
     BackendName, Desired, Family, FrontendAddress, Known, Node, NodeFacts, Options, Pool, PoolName, Protocol, Reach,
@@ -27,7 +21,10 @@ use super::{
     groups, is_ours,
     service::{self, ServiceSpec},
 };
-use crate::source::{ObjectName, Problem, Snapshot, Sourced};
+use crate::source::{
+    ObjectName, Problem, Snapshot, Sourced,
+    api::{EndpointSlice, Node as ApiNode, Service},
+};
 
 /// A part of what is desired that can be planned for by itself, as nothing outside of it has changed.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -312,7 +309,7 @@ impl Memo {
         touched.scopes.iter().for_each(|scope| self.unite(scope));
         for backend in &touched.backends {
             if self.pools_with.contains_key(backend) {
-                self.desired.backends.insert(backend.clone(), self.local.contains_key(backend));
+                self.desired.backends.insert(backend.clone(), self.local.contains_key(&backend.as_listed()));
             } else {
                 self.desired.backends.remove(backend);
             }
@@ -351,8 +348,10 @@ impl Memo {
         let mut report = Report::new("Service", name, source, &mut problems);
         let won = self.won(spec, seniority, &mut report);
         let slices = self.slices_of.get(name).into_iter().flatten();
-        let slices = slices.filter_map(|slice| self.slices.get(slice)?.slice.as_ref());
-        let outcome = frontends::decide(name, spec, &won, slices, &self.node, &mut report);
+        let slices: Vec<&Slice> = slices.filter_map(|slice| self.slices.get(slice)?.slice.as_ref()).collect();
+        let apart = endpoints::told_apart(&slices);
+        let slices = apart.as_ref().map_or(slices, |apart| apart.iter().collect());
+        let outcome = frontends::decide(name, spec, &won, slices.iter().copied(), &self.node, &mut report);
         let Outcome { frontends, pools, ranges, health_check } = outcome;
         for backend in pools.values().flat_map(|pool| pool.members.keys()) {
             *self.pools_with.entry(backend.clone()).or_default() += 1;

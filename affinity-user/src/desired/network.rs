@@ -3,6 +3,7 @@
 use std::{fmt, net::IpAddr, str::FromStr};
 
 use super::Family;
+use crate::source::parse_address;
 
 /// A network, such as `10.0.0.0/8`. The bits that do not count are zero.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -71,12 +72,13 @@ impl fmt::Display for Network {
 impl FromStr for Network {
     type Err = NetworkError;
 
-    /// As Kubernetes reads them: bits that do not count may be set, and white space around is ignored.
+    /// As Kubernetes reads them: bits that do not count may be set, numbers may begin with zeros, and white space around is
+    /// ignored.
     fn from_str(text: &str) -> Result<Self, NetworkError> {
         let network = || {
             let (address, prefix) = text.trim().split_once('/')?;
             let is_number = !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
-            Self::of(address.parse().ok()?, is_number.then(|| prefix.parse().ok())??)
+            Self::of(parse_address(address)?, is_number.then(|| prefix.parse().ok())??)
         };
         network().ok_or_else(|| NetworkError(text.to_owned()))
     }
@@ -99,6 +101,7 @@ mod tests {
             (" fd00:1::5/32 ", "fd00:1::/32", "fd00:1:ffff::", "fd00:2::"),
             ("fd00::/0", "::/0", "fe80::1", "10.0.0.1"),
             ("fd00::1/128", "fd00::1/128", "fd00::1", "fd00::2"),
+            ("010.001.0.0/016", "10.1.0.0/16", "10.1.255.1", "10.2.0.0"),
         ] {
             assert_eq!(network(text).to_string(), canonical);
             assert!(network(text).contains(inside.parse().expect("an address")), "{inside} in {text}");

@@ -9,12 +9,12 @@ use std::{
     ops::RangeInclusive,
 };
 
-use k8s_openapi::api::core::v1 as api;
-
 use super::{Family, Network};
+use crate::source::{
+    api::{self, label},
+    parse_address,
+};
 
-/// The label that says which zone a node is in.
-const ZONE: &str = "topology.kubernetes.io/zone";
 /// Source ports of masqueraded connections, unless others are given: below those that Linux gives to sockets, and below
 /// node ports.
 pub const MASQUERADE_PORTS: RangeInclusive<u16> = 1024..=29_999;
@@ -89,7 +89,7 @@ impl Node {
         let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
         Self {
             name: facts.name.clone(),
-            zone: labels.and_then(|labels| labels.get(ZONE)).filter(|zone| !zone.is_empty()).cloned(),
+            zone: labels.and_then(|labels| labels.get(label::ZONE)).filter(|zone| !zone.is_empty()).cloned(),
             health_addresses: match &facts.node_port_networks[..] {
                 [] => all.into(),
                 _ => node_port_addresses.clone(),
@@ -132,7 +132,7 @@ fn masquerade(facts: &NodeFacts, internal: &[IpAddr], own: &[IpAddr]) -> Masquer
 }
 
 /// Whether others can reach an address: it is neither loopback nor link-local.
-fn is_global(ip: IpAddr) -> bool {
+pub(crate) fn is_global(ip: IpAddr) -> bool {
     let is_link_local = match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
@@ -143,7 +143,7 @@ fn is_global(ip: IpAddr) -> bool {
 fn internal_addresses(told: Option<&api::Node>) -> Vec<IpAddr> {
     let addresses = told.and_then(|node| node.status.as_ref()?.addresses.as_ref());
     let internal = addresses.into_iter().flatten().filter(|address| address.type_ == "InternalIP");
-    internal.filter_map(|address| address.address.parse().ok()).collect()
+    internal.filter_map(|address| parse_address(&address.address)).collect()
 }
 
 fn told_networks(told: Option<&api::Node>) -> BTreeSet<Network> {

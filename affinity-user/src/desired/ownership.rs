@@ -2,14 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
-use k8s_openapi::api::core::v1::Service;
-
 use super::Options;
-
-/// The label that gives a service to the proxy of that name.
-const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-/// The label of services that no proxy handles, whatever its value.
-const HEADLESS: &str = "service.kubernetes.io/headless";
+use crate::source::api::{Service, label};
 
 /// Our name, unless another is given.
 pub const DEFAULT_PROXY_NAME: &str = "affinity.dev";
@@ -62,12 +56,12 @@ impl FromStr for Services {
 
 /// Whether a service is ours.
 pub(super) fn is_ours(service: &Service, options: &Options) -> bool {
-    let label = |name| service.metadata.labels.as_ref().and_then(|labels| labels.get(name));
-    if label(HEADLESS).is_some() {
+    let value = |name| service.metadata.labels.as_ref().and_then(|labels| labels.get(name));
+    if value(label::HEADLESS).is_some() {
         return false;
     }
     let affinity = service.spec.as_ref().and_then(|spec| spec.session_affinity.as_deref());
-    match (label(PROXY_NAME), options.services) {
+    match (value(label::PROXY_NAME), options.services) {
         (Some(name), _) => *name == options.proxy_name,
         (None, Services::All) => true,
         (None, Services::Affinity) => affinity == Some("ClientIP"),

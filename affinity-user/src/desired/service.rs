@@ -6,12 +6,13 @@ use std::{
 };
 
 use affinity_common::abi::Selection;
-use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec as ApiSpec};
 
 use super::{Affinity, BackendName, Family, Member, Network, Pool, Protocol, Report, Scope, exposure, hash32};
 use crate::source::{
     ObjectName,
     annotations::{self, Annotations, PREFIX, SECOND_NS, is_dns_label},
+    api::{Service, ServicePort, ServiceSpec as ApiSpec},
+    parse_address,
 };
 
 /// `timeoutSeconds` where it is not given.
@@ -131,7 +132,9 @@ fn addresses(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
     let single = spec.cluster_ip.iter().filter(|ip| !ip.is_empty());
     let listed = match &spec.cluster_ips {
         Some(ips) if !ips.is_empty() => {
-            if let Some(other) = single.clone().find(|ip| **ip != ips[0]) {
+            let is_same =
+                |ip: &str| ip == ips[0] || parse_address(ip).is_some_and(|ip| Some(ip) == parse_address(&ips[0]));
+            if let Some(other) = single.clone().find(|ip| !is_same(ip)) {
                 let message = format!("{other:?} differs from spec.clusterIPs[0], {:?}; that one is used", ips[0]);
                 report.warning("spec.clusterIP", message);
             }
@@ -152,11 +155,11 @@ pub(super) fn parse_addresses<'a>(
 ) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     for (field, text) in listed {
-        match text.parse::<IpAddr>() {
-            Ok(ip) if !is_frontend(ip) => report.error(field, format!("{ip} cannot be the address of a service")),
-            Ok(ip) if addresses.contains(&ip) => report.warning(field, format!("{ip} is given twice")),
-            Ok(ip) => addresses.push(ip),
-            Err(_) => report.error(field, format!("{text:?} is no IP address")),
+        match parse_address(text) {
+            Some(ip) if !is_frontend(ip) => report.error(field, format!("{ip} cannot be the address of a service")),
+            Some(ip) if addresses.contains(&ip) => report.warning(field, format!("{ip} is given twice")),
+            Some(ip) => addresses.push(ip),
+            None => report.error(field, format!("{text:?} is no IP address")),
         }
     }
     addresses

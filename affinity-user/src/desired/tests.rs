@@ -14,7 +14,7 @@ fn case(yaml: &str) -> String {
 fn case_at(node: NodeFacts, zone: Option<&str>, yaml: &str) -> String {
     let mut snapshot = directory::parse(Path::new("case.yaml"), yaml);
     snapshot.node = zone.map(|zone| {
-        let mut node = k8s_openapi::api::core::v1::Node::default();
+        let mut node = crate::source::api::Node::default();
         let labels = node.metadata.labels.get_or_insert_default();
         labels.insert("topology.kubernetes.io/zone".to_owned(), zone.to_owned());
         Sourced { origin: None, object: node.into() }
@@ -572,7 +572,7 @@ fn every_kind_of_frontend() {
     [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
     [fd00::1]:80/TCP -> default/web:80/TCP/v6/local, outside default/web:80/TCP/v6/local masqueraded
     ranges of default/web: 198.51.100.0/24
-    health of default/web at 32000: {V4: 1}
+    health of default/web at 32000: {V4: 1, V6: 0}
     default/web:80/TCP/v4 Random
       10.1.0.1  port 80 ready local
       10.1.0.2  port 80 ready
@@ -771,6 +771,78 @@ fn ranges_are_of_one_family_each_and_bad_ones_let_nobody_in() {
     error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[1]: "fd00::x/8" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
     "#);
     insta::assert_snapshot!(of("[]"), @"");
+    // One of length zero: every client of its family, whatever else is there.
+    insta::assert_snapshot!(of("[0.0.0.0/0, 198.51.100.0/24, 198.51.100.0]"), @r#"error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[2]: "198.51.100.0" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8"#);
+    insta::assert_snapshot!(of("[198.51.100.0/24, '::/0', 'fd00::/8']"), @r"
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
+    ranges of default/web: 198.51.100.0/24
+    ");
+}
+
+#[test]
+fn addresses_with_leading_zeros_are_decimal_everywhere() {
+    let plain = exposed("") + &placed("web", &["10.1.0.8@here"]);
+    let mut odd = plain.clone();
+    for (address, zeros) in [
+        ("10.0.0.1,", "010.000.0.01,"),
+        ("10.1.0.8", "10.01.0.08"),
+        ("203.0.113.2", "203.0.113.02"),
+        ("[198.51.100.0/24", "[198.051.100.0/024"),
+    ] {
+        assert!(odd.contains(address), "{address} in {odd}");
+        odd = odd.replace(address, zeros);
+    }
+    assert_eq!(case_at(here(), None, &odd), case_at(here(), None, &plain));
+}
+
+/// A slice of an address without a pod, with ports (`name:number`).
+fn of_address(name: &str, address: &str, ports: &[&str]) -> String {
+    let slice = slice(name, "web", ports, &[address]);
+    slice.replace(&format!(", targetRef: {{kind: Pod, name: p{}}}", address.replace(['.', ':'], "-")), "")
+}
+
+#[test]
+fn servers_that_share_an_address_are_told_apart_by_their_ports() {
+    let web = service("web", "10.0.0.1", "ports: [{name: http, port: 80}, {name: admin, port: 81}]");
+    let both = of_address("a", "192.0.2.1", &["http:8081", "admin:9001"])
+        + &of_address("b", "192.0.2.1", &["http:8082", "admin:9001"]);
+    insta::assert_snapshot!(case(&(web.clone() + &both)), @r"
+    10.0.0.1:80/TCP -> default/web:http/TCP/v4
+    10.0.0.1:81/TCP -> default/web:admin/TCP/v4
+    default/web:admin/TCP/v4 Random
+      192.0.2.1  port 9001 ready
+      192.0.2.1 192.0.2.1:8082,9001 port 9001 ready
+    default/web:http/TCP/v4 Random
+      192.0.2.1  port 8081 ready
+      192.0.2.1 192.0.2.1:8082,9001 port 8082 ready
+    ");
+    // Slices that do not contradict each other are of one server.
+    let one = of_address("a", "192.0.2.1", &["http:8081"]) + &of_address("b", "192.0.2.1", &["admin:9001"]);
+    insta::assert_snapshot!(case(&(web + &one)), @r"
+    10.0.0.1:80/TCP -> default/web:http/TCP/v4
+    10.0.0.1:81/TCP -> default/web:admin/TCP/v4
+    default/web:admin/TCP/v4 Random
+      192.0.2.1  port 9001 ready
+    default/web:http/TCP/v4 Random
+      192.0.2.1  port 8081 ready
+    ");
+}
+
+#[test]
+fn a_port_that_no_slice_has_says_so() {
+    let yaml = service("web", "10.0.0.1", "ports: [{name: http, port: 80}]")
+        + &slice("a", "web", &["web:8080", ":53"], &["10.1.0.1"])
+        + &slice("b", "web", &["web:8080"], &["10.1.0.2=!ready"])
+        + &service("bare", "10.0.0.2", "ports: [{port: 80}]")
+        + &slice("c", "bare", &[], &["10.1.0.3"])
+        + &service("none", "10.0.0.3", "ports: [{name: http, port: 80}]")
+        + &slice("d", "none", &["web:8080"], &["10.1.0.4=!ready"])
+        + "---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: web}\n";
+    insta::assert_snapshot!(case(&yaml).lines().filter(|line| line.contains(": ")).collect::<Vec<_>>().join("\n"), @r#"
+    warning: case.yaml: 1 of kind Endpoints ignored: write the addresses as EndpointSlices
+    warning: case.yaml, document 4: Service default/bare: spec.ports[0]: has no endpoints: no EndpointSlice of this service has a TCP port without a name, as this port is; they have no port
+    warning: case.yaml, document 1: Service default/web: spec.ports[0]: has no endpoints: no EndpointSlice of this service has a TCP port named "http", as this port is; they have "web" (8080/TCP), 53/TCP without a name
+    "#);
 }
 
 #[test]

@@ -17,10 +17,9 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::Node;
-
 use super::{
     ObjectName, Origin, Problem, Severity, Snapshot, Sourced,
+    api::Node,
     documents::{self, Entry, Loaded},
     nodes::addresses_of,
 };

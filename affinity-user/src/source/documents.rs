@@ -5,16 +5,16 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
-};
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use serde::de::DeserializeOwned;
 use serde_ignored::Path as FieldPath;
 use serde_json::{Map, Value};
 use serde_saphyr::UserMessageFormatter;
 
-use super::{ObjectName, Origin, Problem, Severity};
+use super::{
+    ObjectName, Origin, Problem, Severity,
+    api::{EndpointSlice, Node, Service},
+};
 
 /// An object of interest.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,9 +105,11 @@ impl Documents {
             return;
         }
         match (version.as_str(), kind.as_str()) {
-            ("v1", SERVICE) => self.decode(origin, SERVICE, map, Loaded::Service),
-            ("discovery.k8s.io/v1", SLICE) => self.decode(origin, SLICE, map, Loaded::Slice),
-            ("v1", NODE) => self.decode(origin, NODE, map, Loaded::Node),
+            ("v1", SERVICE) => self.decode::<_, core::Service>(origin, SERVICE, map, Loaded::Service),
+            ("discovery.k8s.io/v1", SLICE) => {
+                self.decode::<_, discovery::EndpointSlice>(origin, SLICE, map, Loaded::Slice);
+            }
+            ("v1", NODE) => self.decode::<_, core::Node>(origin, NODE, map, Loaded::Node),
             (version, SERVICE) if !version.contains('/') => self.reject_version(origin, SERVICE, &map, version, "v1"),
             (version, SLICE) if version.starts_with("discovery.k8s.io/") => {
                 self.reject_version(origin, SLICE, &map, version, "discovery.k8s.io/v1");
@@ -116,7 +118,8 @@ impl Documents {
         }
     }
 
-    fn decode<T: DeserializeOwned>(
+    /// Reads what is used of an object as `T`, and checks the rest against `Full`, Kubernetes' own type.
+    fn decode<T: DeserializeOwned, Full: DeserializeOwned>(
         &mut self,
         origin: &Origin,
         kind: &str,
@@ -127,22 +130,18 @@ impl Documents {
             self.reject(problem(origin, format!("{kind}: metadata.name: missing")));
             return;
         };
-        let mut unknown = Vec::new();
-        let mut track = serde_path_to_error::Track::new();
-        let tracked = serde_path_to_error::Deserializer::new(Value::Object(map), &mut track);
-        let decoded = serde_ignored::deserialize(tracked, |path| unknown.push(field_path(&path)));
-        match decoded {
+        let value = Value::Object(map);
+        match serde_path_to_error::deserialize::<_, T>(&value) {
             Ok(object) => {
-                for field in unknown {
-                    let problem = Problem::new(Severity::Warning, Some(origin.clone()), "unknown field; it is ignored");
+                for (field, message) in unused::<Full>(value) {
+                    let problem = Problem::new(Severity::Warning, Some(origin.clone()), message);
                     self.problems.push(problem.of(kind, &name).field(field));
                 }
                 self.entries.push(Entry { name, origin: origin.clone(), loaded: wrap(Arc::new(object)) });
             }
             Err(error) => {
-                let path = track.path().to_string();
-                let field = if path == "." { String::new() } else { path };
-                self.reject(problem(origin, error.to_string()).of(kind, &name).field(field));
+                let field = field_of(&error.path().to_string());
+                self.reject(problem(origin, error.inner().to_string()).of(kind, &name).field(field));
             }
         }
     }
@@ -166,10 +165,35 @@ impl Documents {
     fn report_others(&mut self, file: &Path) {
         for (kind, count) in &self.others {
             let origin = Origin { file: file.to_owned(), document: None };
+            if kind == "Endpoints" {
+                let message = format!("{count} of kind {kind} ignored: write the addresses as {SLICE}s");
+                self.problems.push(Problem::new(Severity::Warning, Some(origin), message));
+                continue;
+            }
             let message = format!("{count} of kind {kind} ignored: only {SERVICE}, {SLICE} and {NODE} are used");
             self.problems.push(Problem::new(Severity::Info, Some(origin), message));
         }
     }
+}
+
+/// Fields that nothing uses and that are wrong, each with what is wrong: those that `Full` does not have, and the first
+/// one that is of another type there.
+fn unused<Full: DeserializeOwned>(value: Value) -> Vec<(String, String)> {
+    let mut wrong = Vec::new();
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
+    let decoded = serde_ignored::deserialize::<_, _, Full>(tracked, |path| {
+        wrong.push((field_path(&path), "unknown field; it is ignored".to_owned()));
+    });
+    // API servers write null in fields that must not be null, and `kubectl get -o yaml` passes it on.
+    let error = decoded.err().map(|error| error.to_string()).filter(|error| !error.starts_with("invalid type: null"));
+    wrong.extend(error.map(|error| (field_of(&track.path().to_string()), format!("{error}; it is ignored"))));
+    wrong
+}
+
+/// A path of `serde_path_to_error`; empty where it is the whole object.
+fn field_of(path: &str) -> String {
+    if path == "." { String::new() } else { path.to_owned() }
 }
 
 fn problem(origin: &Origin, message: impl Into<String>) -> Problem {

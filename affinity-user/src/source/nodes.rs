@@ -8,8 +8,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use k8s_openapi::api::core::v1::Node;
 use tokio::sync::Notify;
+
+use super::{api::Node, parse_address};
 
 /// What a source knows of nodes' addresses; a clone knows the same.
 #[derive(Clone, Debug, Default)]
@@ -51,7 +52,7 @@ impl NodeAddresses {
 /// The addresses of a node, of either family, as far as they are some.
 pub(super) fn addresses_of(node: &Node) -> impl Iterator<Item = IpAddr> {
     let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-    addresses.filter_map(|address| address.address.parse().ok())
+    addresses.filter_map(|address| parse_address(&address.address))
 }
 
 #[cfg(test)]

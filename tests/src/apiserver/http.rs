@@ -83,6 +83,10 @@ fn take_event(shared: &Mutex<State>, method: &Method, path: &str, body: &[u8]) -
     if method != Method::POST || !path.ends_with("/events") {
         return status(405);
     }
+    let namespace = path.trim_start_matches(EVENTS).trim_end_matches("/events");
+    if state.terminating.contains(namespace) {
+        return namespace_terminating(namespace);
+    }
     if state.events.contains_key(&name) {
         return status(409);
     }
@@ -96,6 +100,18 @@ fn json_answer(code: StatusCode, value: &Value) -> Response {
 
 fn status(code: u16) -> Response {
     json_answer(StatusCode::from_u16(code).expect("a code"), &status_object(code))
+}
+
+/// As the API's admission refuses what is to be created there.
+fn namespace_terminating(namespace: &str) -> Response {
+    let message = format!("unable to create new content in namespace {namespace} because it is being terminated");
+    let cause =
+        json!({"reason": "NamespaceTerminating", "message": "is being terminated", "field": "metadata.namespace"});
+    let mut status = status_object(403);
+    status["reason"] = json!("Forbidden");
+    status["message"] = json!(message);
+    status["details"] = json!({"kind": "events", "causes": [cause]});
+    json_answer(StatusCode::FORBIDDEN, &status)
 }
 
 fn status_object(code: u16) -> Value {

@@ -1,6 +1,6 @@
 //! What the double holds: objects, their history, who watches, and what is to go wrong.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -109,6 +109,8 @@ pub(super) struct State {
     pub(super) requests: Vec<Request>,
     pub(super) events: BTreeMap<String, Value>,
     pub(super) event_requests: usize,
+    /// Namespaces that are being deleted.
+    pub(super) terminating: BTreeSet<String>,
 }
 
 /// The state, also after a panic of somebody who held it.

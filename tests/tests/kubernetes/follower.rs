@@ -104,8 +104,15 @@ fn write_list(directory: &Path, items: Vec<Value>) -> Result<()> {
 
 /// The objects of a snapshot as files.
 pub(crate) fn snapshot_as_files(snapshot: &Snapshot) -> Result<Scratch> {
+    let typed = |version: &str, kind: &str, mut object: Value| {
+        object["apiVersion"] = json!(version);
+        object["kind"] = json!(kind);
+        object
+    };
     let services = snapshot.services.values().map(|service| serde_json::to_value(&*service.object));
+    let services = services.map(|service| service.map(|service| typed("v1", "Service", service)));
     let slices = snapshot.slices.values().map(|slice| serde_json::to_value(&*slice.object));
+    let slices = slices.map(|slice| slice.map(|slice| typed("discovery.k8s.io/v1", "EndpointSlice", slice)));
     let scratch = Scratch::new()?;
     write_list(scratch.path(), services.chain(slices).collect::<Result<_, _>>()?)?;
     Ok(scratch)

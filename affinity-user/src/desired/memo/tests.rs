@@ -2,19 +2,18 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use k8s_openapi::{
-    api::{
-        core::v1::{LoadBalancerIngress, LoadBalancerStatus, Node as ApiNode, NodeSpec, ObjectReference},
-        core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus},
-        discovery::v1::{Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone},
-    },
-    apimachinery::pkg::apis::meta::v1::Time,
-    jiff::Timestamp,
-};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use proptest::prelude::*;
 
 use super::*;
-use crate::desired::desired;
+use crate::{
+    desired::desired,
+    source::api::{
+        Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, LoadBalancerIngress,
+        LoadBalancerStatus, Named, Node as ApiNode, NodeSpec, ObjectReference, Service, ServicePort, ServiceSpec,
+        ServiceStatus,
+    },
+};
 
 /// Snapshots that follow one another, each a few objects away from the one before: services that are added, removed and
 /// changed, that clash, join groups and leave them, are ours or not, are exposed in every way and under every policy;
@@ -196,8 +195,8 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
 
 fn endpoint_of(pod: u8, state: u8, here: bool, hints: Option<(bool, bool)>, v6: bool) -> Endpoint {
     let hints = hints.map(|(node, zone)| EndpointHints {
-        for_nodes: Some(vec![ForNode { name: if node { "here" } else { "there" }.to_owned() }]),
-        for_zones: Some(vec![ForZone { name: if zone { "z" } else { "y" }.to_owned() }]),
+        for_nodes: Some(vec![Named { name: if node { "here" } else { "there" }.to_owned() }]),
+        for_zones: Some(vec![Named { name: if zone { "z" } else { "y" }.to_owned() }]),
     });
     Endpoint {
         hints,
@@ -208,7 +207,8 @@ fn endpoint_of(pod: u8, state: u8, here: bool, hints: Option<(bool, bool)>, v6: 
             terminating: Some(state == 1),
         }),
         node_name: Some(if here { "here" } else { "there" }.to_owned()),
-        target_ref: Some(ObjectReference { name: Some(format!("p{pod}")), ..ObjectReference::default() }),
+        // One address is without a pod: slices may tell it apart by ports.
+        target_ref: (pod != 5).then(|| ObjectReference { name: Some(format!("p{pod}")), ..ObjectReference::default() }),
         ..Endpoint::default()
     }
 }

@@ -13,16 +13,17 @@ use affinity_common::{
     pipeline::{Decision, from_backend, to_frontend},
     tables::{Entry, FamilyTables},
 };
-use k8s_openapi::api::{
-    core::v1::{LoadBalancerIngress, LoadBalancerStatus, ObjectReference},
-    core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus},
-    discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
-};
 use proptest::prelude::*;
 
 use crate::{
     desired::{Desired, NodeFacts, Options, desired},
-    source::{ObjectName, Snapshot, Sourced},
+    source::{
+        ObjectName, Snapshot, Sourced,
+        api::{
+            Endpoint, EndpointConditions, EndpointPort, EndpointSlice, LoadBalancerIngress, LoadBalancerStatus,
+            ObjectReference, Service, ServicePort, ServiceSpec, ServiceStatus,
+        },
+    },
     store::Observed,
 };
 

@@ -5,6 +5,7 @@ use std::{
 };
 
 use super::*;
+use crate::source::api::label;
 
 /// A directory that goes when the test ends, however it ends.
 struct Scratch(PathBuf);
@@ -54,13 +55,15 @@ fn service(name: &str, ip: &str) -> String {
 fn the_node_is_the_one_of_its_name() {
     let scratch = Scratch::new();
     let node = |name: &str, zone: &str| {
-        format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: {{zone: {zone}}}}}\n")
+        format!(
+            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: {{topology.kubernetes.io/zone: {zone}}}}}\n"
+        )
     };
     scratch.write("nodes.yaml", &[node("b", "west"), node("a", "east")].concat());
     let mut reader = Reader::new(&scratch.0, "a");
     let mut zone = || {
         let labels = reader.read().node?.object.metadata.labels.clone()?;
-        labels.get("zone").cloned()
+        labels.get(label::ZONE).cloned()
     };
     assert_eq!(zone().as_deref(), Some("east"));
     scratch.write("nodes.yaml", &[&node("a", "south"), "---\nkind: ["].concat());

@@ -5,10 +5,6 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
-};
 use kube::Client;
 use tokio::{sync::Notify, time::sleep};
 use tracing::warn;
@@ -23,7 +19,11 @@ use super::{
 use crate::{
     desired::hash32,
     load::monotonic_ns,
-    source::{NodeAddresses, ObjectName, Problem, Severity, Snapshot, View, nodes::addresses_of},
+    source::{
+        NodeAddresses, ObjectName, Problem, Severity, Snapshot, View,
+        api::{EndpointSlice, Node, Service},
+        nodes::addresses_of,
+    },
 };
 
 /// How often the addresses of all nodes are read, on average and where somebody wants them.
@@ -178,14 +178,7 @@ impl Cluster {
 
 /// Of all objects of a kind that nothing goes without.
 fn reflector<'a, K: Watched>(client: &Client, held: &'a RefCell<Held<K>>, told: &'a dyn Fn(bool)) -> Reflector<'a, K> {
-    Reflector {
-        client: client.clone(),
-        fields: String::new(),
-        held,
-        told,
-        do_without: None,
-        is_strict: Cell::new(true),
-    }
+    Reflector { client: client.clone(), fields: String::new(), held, told, do_without: None }
 }
 
 /// All objects of a kind; or why not, and whether the API will not show them to us.

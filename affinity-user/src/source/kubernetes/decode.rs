@@ -29,16 +29,17 @@ impl Undecodable {
     }
 }
 
-/// An object of its kind.
-pub(super) fn object<K: DeserializeOwned>(value: Value) -> Item<K> {
+/// An object of its kind, and its resource version, which may be empty.
+pub(super) fn object<K: DeserializeOwned>(value: Value) -> (String, Item<K>) {
     let text = |field: &str| value.pointer(field).and_then(Value::as_str).unwrap_or_default().to_owned();
     let name = ObjectName::new(&text("/metadata/namespace"), &text("/metadata/name"));
     let version = text("/metadata/resourceVersion");
-    serde_path_to_error::deserialize(value).map_err(|error| {
+    let decoded = serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         let field = if path == "." { String::new() } else { path };
-        Undecodable { name, version, field, message: error.into_inner().to_string() }
-    })
+        Undecodable { name, version: version.clone(), field, message: error.into_inner().to_string() }
+    });
+    (version, decoded)
 }
 
 /// A page of a list.
@@ -57,7 +58,7 @@ pub(super) fn page<K: Watched>(text: &str) -> Result<Page<K>, serde_json::Error>
     match serde_json::from_str::<ObjectList<K>>(text) {
         Ok(list) => Ok(paged(list, Ok)),
         // Once more, object by object.
-        Err(_) => Ok(paged(serde_json::from_str::<ObjectList<Value>>(text)?, object)),
+        Err(_) => Ok(paged(serde_json::from_str::<ObjectList<Value>>(text)?, |value| object(value).1)),
     }
 }
 
@@ -72,9 +73,8 @@ fn paged<T: Clone, K>(list: ObjectList<T>, item: impl FnMut(T) -> Item<K>) -> Pa
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::Service;
-
     use super::*;
+    use crate::source::api::Service;
 
     #[test]
     fn one_bad_object_spoils_no_other() {

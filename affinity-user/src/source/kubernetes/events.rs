@@ -35,6 +35,8 @@ const ATTEMPTS: u32 = 4;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest note that the API takes, in bytes.
 const NOTE_BYTES: usize = 1024;
+/// The cause that the API names where a namespace is being deleted.
+const NAMESPACE_TERMINATING: &str = "NamespaceTerminating";
 /// Nodes that come to a conclusion at one moment spread their Events over this time.
 const SPREAD: Duration = Duration::from_secs(2);
 
@@ -78,8 +80,10 @@ impl Poster<'_> {
             match error.as_ref().and_then(code) {
                 // Another node was first, or this one has said so before.
                 Some(409) => return true,
+                // Nobody may create anything in a namespace that is being deleted. That says nothing of other namespaces.
+                Some(403) if error.as_ref().is_some_and(is_terminating) => break,
                 Some(403) => return false,
-                // Its namespace is being deleted, or what it says cannot be said.
+                // The namespace has gone, or the API does not take this text.
                 Some(404 | 422) => break,
                 _ => sleep(backoff.next(error.as_ref())).await,
             }
@@ -120,6 +124,12 @@ impl Poster<'_> {
 
 fn code(error: &Error) -> Option<u16> {
     if let Error::Api(status) = error { Some(status.code) } else { None }
+}
+
+/// Whether the cause of a refusal is that the namespace is being deleted.
+fn is_terminating(error: &Error) -> bool {
+    let Error::Api(status) = error else { return false };
+    status.details.iter().flat_map(|details| &details.causes).any(|cause| cause.reason == NAMESPACE_TERMINATING)
 }
 
 /// The first bytes of a text, up to the end of a character.

@@ -164,11 +164,11 @@ fn number(text: &str) -> u64 {
     version(Some(text)).unwrap_or(0)
 }
 
-/// The name and version of an object, and what is kept of it.
+/// The name and version of an object, and the object without its version: a new version alone is no change.
 fn taken<K: Watched>(mut object: K) -> (ObjectName, u64, K) {
     let meta = object.meta();
-    let (name, version) = (name_of(meta), version(meta.resource_version.as_deref()).unwrap_or(0));
-    object.strip();
+    let name = name_of(meta);
+    let version = number(&meta.resource_version.take().unwrap_or_default());
     (name, version, object)
 }
 
@@ -182,9 +182,8 @@ fn keep<K: PartialEq>(known: Option<&Sourced<K>>, object: K) -> (Sourced<K>, boo
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::Service;
-
     use super::{super::decode, *};
+    use crate::source::api::Service;
 
     fn service(name: &str, version: u64, ip: &str) -> Service {
         let json = format!(
@@ -270,7 +269,7 @@ mod tests {
             let json = format!(
                 r#"{{"metadata": {{"name": "{name}", "namespace": "a", "resourceVersion": "{version}"}}, "spec": 1}}"#
             );
-            decode::object::<Service>(serde_json::from_str(&json).expect("an object"))
+            decode::object::<Service>(serde_json::from_str(&json).expect("an object")).1
         };
         let told = |held: &Held<Service>| -> Vec<_> {
             held.problems().filter_map(|problem| Some(problem.object?.name.name.to_string())).collect()

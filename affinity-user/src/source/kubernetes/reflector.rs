@@ -1,9 +1,6 @@
 //! One kind: list it, watch it from there, and come back to it after every failure.
 
-use std::{
-    cell::{Cell, RefCell},
-    time::Duration,
-};
+use std::{cell::RefCell, time::Duration};
 
 use futures::{Stream, StreamExt};
 use kube::{
@@ -11,7 +8,6 @@ use kube::{
     api::{ListParams, WatchEvent, WatchParams},
     core::Request,
 };
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
@@ -51,8 +47,6 @@ pub(super) struct Reflector<'a, K> {
     pub(super) told: &'a dyn Fn(bool),
     /// Called with the reason where the API will not show this kind to us. None: nothing goes without it.
     pub(super) do_without: Option<&'a dyn Fn(String)>,
-    /// Whether events are read as objects at once: until one cannot be, and again after a list.
-    pub(super) is_strict: Cell<bool>,
 }
 
 /// Why a list or a watch has ended.
@@ -130,46 +124,27 @@ impl<K: Watched> Reflector<'_, K> {
         let begun_ns = monotonic_ns();
         let (items, version) = list(&self.client, &self.fields).await?;
         let differs = self.held.borrow_mut().replace(items, Some(&version), begun_ns);
-        self.is_strict.set(true);
         (self.told)(differs);
         Ok(version)
     }
 
     /// Watches from a version. Returns where to go on, and why it has ended.
     async fn watch(&self, mut version: String, backoff: &mut Backoff) -> (String, End) {
-        if self.is_strict.get() {
-            match self.watch_as::<K>(version, Ok, backoff).await {
-                // What it was is told by reading it once more.
-                (last, End::Failed(error)) if is_undecodable(&error) => version = last,
-                ended => return ended,
-            }
-            self.is_strict.set(false);
-        }
-        self.watch_as::<Value>(version, decode::object, backoff).await
-    }
-
-    /// Watches events with objects in the form `T`.
-    async fn watch_as<T: DeserializeOwned + Clone>(
-        &self,
-        mut version: String,
-        item: fn(T) -> Item<K>,
-        backoff: &mut Backoff,
-    ) -> (String, End) {
         let mut params = WatchParams::default().timeout(WATCH_S);
         params.label_selector = selector(K::LABELS);
         params.field_selector = selector(&self.fields);
-        let request = match Request::new(K::url_path(&(), None)).watch(&params, &version) {
+        let request = match Request::new(K::PATH).watch(&params, &version) {
             Ok(request) => request,
             Err(error) => return (version, End::Failed(Error::BuildRequest(error))),
         };
-        let events = match timeout(PAGE_PATIENCE, self.client.request_events::<T>(request)).await {
+        let events = match timeout(PAGE_PATIENCE, self.client.request_events::<Value>(request)).await {
             Ok(Ok(events)) => events,
             Ok(Err(error)) => return (version, failed(error)),
             Err(_) => return (version, End::Silent),
         };
         let mut events = std::pin::pin!(events);
         loop {
-            match self.next(&mut events, item).await {
+            match self.next(&mut events).await {
                 Ok(seen) => {
                     self.well(backoff);
                     if !seen.is_empty() {
@@ -182,10 +157,9 @@ impl<K: Watched> Reflector<'_, K> {
     }
 
     /// Takes the next event. Returns its version, which may be empty.
-    async fn next<T>(
+    async fn next(
         &self,
-        events: &mut (impl Stream<Item = kube::Result<WatchEvent<T>>> + Unpin),
-        item: fn(T) -> Item<K>,
+        events: &mut (impl Stream<Item = kube::Result<WatchEvent<Value>>> + Unpin),
     ) -> Result<String, End> {
         let event = match timeout(SILENCE, events.next()).await {
             Ok(Some(Ok(event))) => event,
@@ -193,20 +167,16 @@ impl<K: Watched> Reflector<'_, K> {
             Ok(None) => return Err(End::Over),
             Err(_) => return Err(End::Silent),
         };
-        let version = |item: &Item<K>| match item {
-            Ok(object) => object.meta().resource_version.clone().unwrap_or_default(),
-            Err(undecodable) => undecodable.version.clone(),
-        };
         let now_ns = monotonic_ns();
         let mut held = self.held.borrow_mut();
         let (version, differs) = match event {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => {
-                let item = item(object);
-                (version(&item), held.put(item, now_ns))
+                let (version, item) = decode::object(object);
+                (version, held.put(item, now_ns))
             }
             WatchEvent::Deleted(object) => {
-                let item = item(object);
-                (version(&item), held.remove(item, now_ns))
+                let (version, item) = decode::object(object);
+                (version, held.remove(item, now_ns))
             }
             WatchEvent::Bookmark(bookmark) => {
                 let version = bookmark.metadata.resource_version;
@@ -223,7 +193,7 @@ impl<K: Watched> Reflector<'_, K> {
 
 /// All objects of a kind, page by page, and the version of the list.
 async fn list<K: Watched>(client: &Client, fields: &str) -> Result<(Vec<Item<K>>, String), End> {
-    let request = Request::new(K::url_path(&(), None));
+    let request = Request::new(K::PATH);
     let mut params = ListParams::default().limit(PAGE);
     params.label_selector = selector(K::LABELS);
     params.field_selector = selector(fields);
@@ -263,11 +233,6 @@ fn selector(text: &str) -> Option<String> {
 
 fn failed(error: Error) -> End {
     if code(&error) == Some(GONE) { End::Gone } else { End::Failed(error) }
-}
-
-/// Whether an event could not be read. The client takes one for a status, if it can: for one that says nothing.
-fn is_undecodable(error: &Error) -> bool {
-    matches!(error, Error::SerdeError(_)) || code(error) == Some(0)
 }
 
 fn is_refused(error: &Error) -> bool {
