@@ -81,6 +81,14 @@ pub enum AttachError {
         /// The answer.
         source: io::Error,
     },
+    /// A directory that is no cgroup of version 2, nor has one mounted in it.
+    #[error(
+        "{} is no cgroup of version 2, and {}/unified is none either: name one with --cgroup; where the node has version 1 \
+         alone, use --socket off",
+        .0.display(),
+        .0.display()
+    )]
+    NotVersion2(PathBuf),
     /// There is no cgroup to attach to.
     #[error("the root of cgroup version 2 cannot be seen: mount it, or name a cgroup with --cgroup")]
     NoCgroup,

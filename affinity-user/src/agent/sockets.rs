@@ -59,7 +59,7 @@ fn attach(pins: &PinDir, options: &SocketOptions, loaded: &Loaded) -> Result<Pat
         return Err(AgentError::NoSocketPrograms(refused.clone()));
     }
     let cgroup = options.cgroup.clone().or_else(cgroup::root).ok_or(AttachError::NoCgroup)?;
-    cgroup::attach(pins, &cgroup)?;
+    let cgroup = cgroup::attach(pins, &cgroup)?;
     info!("sockets: translated for processes of {}", cgroup.display());
     Ok(cgroup)
 }

@@ -107,19 +107,46 @@ pub struct CgroupAttachment {
 pub fn root() -> Option<PathBuf> {
     /// The inode of the root's directory: it is the first that the kernel makes.
     const ROOT: u64 = 1;
-    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts().into_iter().find(|path| fs::metadata(path).is_ok_and(|directory| directory.ino() == ROOT))
+}
+
+/// Where version 2 is mounted.
+fn mounts() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let paths = mounts.lines().filter_map(|line| {
         let mut fields = line.split(' ').skip(1);
         let path = fields.next()?;
         (fields.next()? == "cgroup2").then(|| PathBuf::from(path))
     });
-    paths.into_iter().find(|path| fs::metadata(path).is_ok_and(|directory| directory.ino() == ROOT))
+    paths.collect()
 }
 
-/// The directory of a cgroup under the root that this process sees.
+/// The directory of a cgroup, under any mount of version 2 that this process sees. Where the node is itself a container,
+/// none of these is the machine's root.
 #[must_use]
 pub fn directory(cgroup: u64) -> Option<PathBuf> {
-    find(root()?, cgroup)
+    mounts().into_iter().find_map(|mount| find(mount, cgroup))
+}
+
+/// Where the hierarchy of version 2 is, below a directory that was named: there, or where systemd mounts it beside those of
+/// version 1 (<https://systemd.io/CGROUP_DELEGATION>, "hybrid").
+///
+/// # Errors
+/// [`AttachError::NotVersion2`] where it is neither here nor there.
+fn version_2(named: &Path) -> Result<PathBuf, AttachError> {
+    let unified = named.join("unified");
+    match is_version_2(named) {
+        Ok(true) => Ok(named.to_owned()),
+        Ok(false) if is_version_2(&unified).unwrap_or(false) => Ok(unified),
+        Ok(false) => Err(AttachError::NotVersion2(named.to_owned())),
+        Err(source) => Err(AttachError::Cgroup { cgroup: named.to_owned(), source }),
+    }
+}
+
+fn is_version_2(path: &Path) -> io::Result<bool> {
+    /// `CGROUP2_SUPER_MAGIC`: <https://elixir.bootlin.com/linux/v6.12/source/include/uapi/linux/magic.h>
+    const CGROUP2: u64 = 0x6367_7270;
+    Ok(rustix::fs::statfs(path)?.f_type as u64 == CGROUP2)
 }
 
 fn find(dir: PathBuf, cgroup: u64) -> Option<PathBuf> {
@@ -133,12 +160,14 @@ fn find(dir: PathBuf, cgroup: u64) -> Option<PathBuf> {
 }
 
 /// Attaches the pinned programs to a cgroup, and to no other: links to another one go once their successors are there.
+/// Returns the cgroup: that of version 2, where both versions are mounted below `named`.
 ///
 /// # Errors
 /// [`AttachError`]; what was attached before the failure stays.
-pub fn attach(pins: &PinDir, cgroup: &Path) -> Result<(), AttachError> {
-    let failed = |source| AttachError::Cgroup { cgroup: cgroup.to_owned(), source };
-    let directory = fs::File::open(cgroup).map_err(failed)?;
+pub fn attach(pins: &PinDir, named: &Path) -> Result<PathBuf, AttachError> {
+    let cgroup = version_2(named)?;
+    let failed = |source| AttachError::Cgroup { cgroup: cgroup.clone(), source };
+    let directory = fs::File::open(&cgroup).map_err(failed)?;
     let id = directory.metadata().map_err(failed)?.ino();
     let before = attachments(pins)?;
     for (program, attach_type) in SOCKET_PROGRAMS.into_iter().zip(ATTACH_TYPES) {
@@ -158,7 +187,7 @@ pub fn attach(pins: &PinDir, cgroup: &Path) -> Result<(), AttachError> {
             sys::link_detach(old.as_fd())?;
         }
     }
-    Ok(())
+    Ok(cgroup)
 }
 
 fn pin(pins: &PinDir, program: &str) -> PathBuf {
@@ -288,5 +317,21 @@ mod tests {
         let id = fs::metadata(&root).unwrap().ino();
         assert_eq!(directory(id), Some(root));
         assert_eq!(directory(u64::MAX), None);
+    }
+
+    #[test]
+    fn version_2_is_found_beside_version_1_and_nothing_else_is_taken_for_it() {
+        let root = root().expect("a mount of version 2");
+        assert_eq!(version_2(&root).unwrap(), root);
+        // As on a node with both: a directory that is no cgroup, and version 2 in `unified` below it.
+        let hybrid = std::env::temp_dir().join(format!("affinity-cgroup-{}", std::process::id()));
+        fs::create_dir(&hybrid).unwrap();
+        let without = version_2(&hybrid).map_err(|error| error.to_string());
+        std::os::unix::fs::symlink(&root, hybrid.join("unified")).unwrap();
+        let with = version_2(&hybrid).map_err(|error| error.to_string());
+        fs::remove_dir_all(&hybrid).unwrap();
+        assert_eq!(with, Ok(hybrid.join("unified")));
+        assert!(without.unwrap_err().contains("is no cgroup of version 2"));
+        assert!(version_2(Path::new("/nowhere")).is_err());
     }
 }

@@ -65,7 +65,12 @@ impl DeviceView {
             cgroups.entry(attachment.cgroup).or_default().push(attachment.prog_id);
         }
         let view = |(cgroup, programs)| Self {
-            device: directory(cgroup).map(|path| path.display().to_string()),
+            device: match directory(cgroup) {
+                Some(path) => Some(path.display().to_string()),
+                // It is there, but under no mount that this process sees.
+                None if cgroup != 0 => Some(format!("cgroup {cgroup}")),
+                None => None,
+            },
             ifindex: 0,
             role: None,
             why: None,
