@@ -27,6 +27,7 @@ mod status;
 pub use address::{Client, Endpoint, protocol_name};
 pub(crate) use address::{from_mapped, ip, mapped};
 pub use backend::{BackendRef, BackendState, BackendView};
+pub(crate) use catalog::KnownNamespace;
 pub use catalog::{Catalog, Policy};
 pub use client::{ClientRef, NETNS, NODE};
 pub use clock::{Clock, Moment, short_duration};

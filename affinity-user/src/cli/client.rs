@@ -1,11 +1,11 @@
 //! `--client`: whose pins, by address, network, or the name of a network namespace.
 
-use std::{collections::BTreeMap, str::FromStr};
+use std::{collections::BTreeMap, net::IpAddr, str::FromStr};
 
 use affinity_common::abi::netns_client;
 
 use super::error::Error;
-use crate::view::{Catalog, Client, ClientRef, NETNS, NODE, ip};
+use crate::view::{Catalog, Client, ClientRef, KnownNamespace, NETNS, NODE, ip};
 
 /// What an option names.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -20,7 +20,10 @@ impl ClientArg {
     /// Whether a client is meant.
     pub(crate) fn takes(&self, client: &ClientRef<'_>) -> bool {
         match self {
-            Self::Network(network) => network.contains(&client.key),
+            Self::Network(network) => {
+                let has = |address: &IpAddr| network.contains(&Client::new(*address, u8::MAX));
+                network.contains(&client.key) || client.addresses.iter().any(has)
+            }
             Self::Named(name) => {
                 let short = client.name.and_then(|full| full.split_once('/')).map(|(_, short)| short);
                 let cookie = client.key.netns().map(|cookie| format!("{NETNS}{cookie}"));
@@ -29,26 +32,26 @@ impl ClientArg {
         }
     }
 
-    /// The cookies of the namespaces that this names: more than one where several have the address of one pod. None of
-    /// addresses.
+    /// The cookies of the namespaces that this names, or that have the address: more than one where several have the
+    /// address of one pod. None of a network.
     ///
     /// # Errors
     /// [`Error`] where no namespace of this machine has the name, or it is that of several pods.
     pub(crate) fn cookies(&self, catalog: &Catalog) -> Result<Vec<u64>, Error> {
         let name = match self {
-            Self::Network(client) => return Ok(client.netns().into_iter().collect()),
+            Self::Network(client) => return Ok(cookies_at(client, catalog)),
             Self::Named(name) => name,
         };
         if let Some(cookie) = name.strip_prefix(NETNS).and_then(|cookie| cookie.parse().ok()) {
             return Ok(vec![cookie]);
         }
         // Whatever the family: all of a namespace's keys have its name.
-        let client =
-            |cookie, name| ClientRef { key: Client::new(ip(netns_client(cookie, 4)), u8::MAX), name: Some(name) };
-        let named = catalog.namespaces().iter().filter(|(cookie, name)| self.takes(&client(**cookie, name)));
         let mut by_name: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for (cookie, full) in named {
-            by_name.entry(full.as_str()).or_default().push(*cookie);
+        for (&cookie, known) in catalog.namespaces() {
+            let client = catalog.namespace_ref(Client::new(ip(netns_client(cookie, 4)), u8::MAX), cookie);
+            if let Some(full) = known.name.as_deref().filter(|_| self.takes(&client)) {
+                by_name.entry(full).or_default().push(cookie);
+            }
         }
         let mut names = by_name.into_iter();
         match (names.next(), names.next()) {
@@ -67,6 +70,15 @@ impl ClientArg {
             Self::Named(_) => None,
         }
     }
+}
+
+/// The cookies of the namespaces that a client key stands for, or that have its address.
+fn cookies_at(client: &Client, catalog: &Catalog) -> Vec<u64> {
+    if let Some(cookie) = client.netns() {
+        return vec![cookie];
+    }
+    let has_address = |known: &KnownNamespace| client.is_address() && known.addresses.contains(&client.address);
+    catalog.namespaces().iter().filter(|(_, known)| has_address(known)).map(|(cookie, _)| *cookie).collect()
 }
 
 impl FromStr for ClientArg {
@@ -112,7 +124,13 @@ mod tests {
             (80, "shop/db-0"),
             (81, "shop/db-0"),
         ];
-        let catalog = fixture::catalog().with_namespaces(names.map(|(cookie, name)| (cookie, name.to_owned())).into());
+        let at = |cookie| format!("10.244.0.{cookie}").parse().unwrap();
+        let known =
+            |cookie, name: Option<&str>| KnownNamespace { name: name.map(str::to_owned), addresses: vec![at(cookie)] };
+        let mut namespaces: BTreeMap<u64, KnownNamespace> =
+            names.map(|(cookie, name)| (cookie, known(cookie, Some(name)))).into();
+        namespaces.insert(90, known(90, None));
+        let catalog = fixture::catalog().with_namespaces(namespaces);
         let cookies =
             |text: &str| text.parse::<ClientArg>().unwrap().cookies(&catalog).map_err(|error| error.to_string());
         for (text, found) in [("node", 7), ("shop/web-0", 78), ("cart-0", 79), ("netns:5", 5), ("100::400:0:0:4d", 77)]
@@ -120,6 +138,11 @@ mod tests {
             assert_eq!(cookies(text), Ok(vec![found]), "{text}");
         }
         assert_eq!(cookies("192.0.2.1"), Ok(vec![]));
+        assert_eq!(cookies("10.244.0.0/24"), Ok(vec![]), "a network is not one client");
+        for (text, cookie) in [("10.244.0.90", 90), ("::ffff:10.244.0.90", 90), ("10.244.0.79", 79), ("10.244.0.7", 7)]
+        {
+            assert_eq!(cookies(text), Ok(vec![cookie]), "{text}");
+        }
         assert_eq!(cookies("shop/db-0"), Ok(vec![80, 81]), "the address of one that has ended, and of its successor");
         assert!(cookies("web-0").unwrap_err().contains("default/web-0 or shop/web-0"));
         assert!(cookies("web-9").unwrap_err().contains("not found"));
@@ -127,11 +150,22 @@ mod tests {
 
     #[test]
     fn a_namespace_answers_to_all_its_names() {
-        let client = ClientRef { key: Client::new(ip(netns_client(77, 6)), 128), name: Some("default/web-0") };
-        for text in ["default/web-0", "web-0", "netns:77", "100::600:0:0:4d", "100::/64"] {
+        let addresses = ["10.244.0.77".parse().unwrap(), "fd00::77".parse().unwrap()];
+        let key = Client::new(ip(netns_client(77, 6)), 128);
+        let client = ClientRef { key, name: Some("default/web-0"), addresses: &addresses };
+        for text in [
+            "default/web-0",
+            "web-0",
+            "netns:77",
+            "100::600:0:0:4d",
+            "100::/64",
+            "10.244.0.77",
+            "10.244.0.0/24",
+            "fd00::77",
+        ] {
             assert!(text.parse::<ClientArg>().unwrap().takes(&client), "{text}");
         }
-        for text in ["node", "netns:7", "default", "192.0.2.1"] {
+        for text in ["node", "netns:7", "default", "192.0.2.1", "10.244.0.7"] {
             assert!(!text.parse::<ClientArg>().unwrap().takes(&client), "{text}");
         }
     }

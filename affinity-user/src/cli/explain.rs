@@ -28,7 +28,10 @@ use crate::{
     load::PinDir,
     netns::Namespace,
     store::kernel::Family,
-    view::{Catalog, Client, Endpoint, Explanation, FrontendTables, NODE, Question, Situation, Step, explain, ip},
+    view::{
+        Catalog, Client, Endpoint, Explanation, FrontendTables, KnownNamespace, NODE, Question, Situation, Step,
+        explain, ip,
+    },
 };
 
 /// The cookie of this node's network namespace, where only a source is asked.
@@ -65,11 +68,11 @@ enum From {
 }
 
 fn parse_from(text: &str) -> Result<From, String> {
-    if let Ok(address) = text.trim_start_matches('[').trim_end_matches(']').parse() {
-        return Ok(From::Address(address, None));
+    if let Ok(address) = text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+        return Ok(From::Address(address.to_canonical(), None));
     }
     if let Ok(socket) = text.parse::<SocketAddr>() {
-        return Ok(From::Address(socket.ip(), Some(socket.port())));
+        return Ok(From::Address(socket.ip().to_canonical(), Some(socket.port())));
     }
     match text.parse() {
         Ok(named @ ClientArg::Named(_)) => Ok(From::Named(named)),
@@ -92,7 +95,7 @@ fn parse_to(text: &str) -> Result<To, String> {
         other => return Err(format!("`/{other}`: expected /tcp, /udp or /sctp")),
     };
     let socket: SocketAddr = socket.parse().map_err(|_| "expected IP:PORT or [IPv6]:PORT".to_owned())?;
-    Ok(To { endpoint: Endpoint { address: socket.ip(), port: socket.port() }, protocol })
+    Ok(To { endpoint: Endpoint { address: socket.ip().to_canonical(), port: socket.port() }, protocol })
 }
 
 /// Devices that clients' packets may enter by and that programs do not see.
@@ -145,8 +148,8 @@ impl ExplainArgs {
             Some(source) => {
                 let source = self.cluster.source(source, global)?;
                 let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
-                let names = BTreeMap::from([(NODE_OF_SOURCE, NODE.to_owned())]);
-                Dataplane::Source(Box::new(catalog.with_namespaces(names)))
+                let node = KnownNamespace { name: Some(NODE.to_owned()), addresses: Vec::new() };
+                Dataplane::Source(Box::new(catalog.with_namespaces(BTreeMap::from([(NODE_OF_SOURCE, node)]))))
             }
             None => Dataplane::Kernel(Box::new(Reading::open(&global.pin_dir)?)),
         };
@@ -157,6 +160,12 @@ impl ExplainArgs {
         if from.is_socket() && self.source.is_none() {
             ensure_sockets(global)?;
         }
+        let from = match from {
+            From::Address(address, _) if self.source.is_none() && are_sockets_translated(global)? => {
+                from.or_sockets_at(address, dataplane.catalog(), &self.to)?
+            }
+            From::Address(..) | From::Named(_) => from,
+        };
         let mut answers = Vec::new();
         for to in &self.to {
             let questions = from.questions(to, dataplane.catalog())?;
@@ -194,6 +203,14 @@ impl From {
     /// This node's own processes.
     fn node() -> Self {
         Self::Named(ClientArg::Named(NODE.to_owned()))
+    }
+
+    /// The sockets of the pod of this machine that has the address: where sockets are translated, none of its packets is for
+    /// a frontend, but those of protocols without such sockets. The same address where no pod has it.
+    fn or_sockets_at(self, address: IpAddr, catalog: &Catalog, to: &[To]) -> Result<Self, Error> {
+        let sockets = ClientArg::Network(Client::new(address, u8::MAX));
+        let has_sockets = to.iter().all(|to| to.protocol != SCTP) && !sockets.cookies(catalog)?.is_empty();
+        Ok(if has_sockets { Self::Named(sockets) } else { self })
     }
 
     fn is_socket(&self) -> bool {
@@ -234,9 +251,14 @@ fn is_of_this_node(address: IpAddr) -> Result<bool, Error> {
     Ok(address.is_loopback() || own.contains(&address))
 }
 
+/// Whether the sockets of processes are translated.
+fn are_sockets_translated(global: &Global) -> Result<bool, Error> {
+    Ok(!cgroup::attachments(&PinDir::new(&global.pin_dir))?.is_empty())
+}
+
 /// Fails where no process has its sockets translated.
 fn ensure_sockets(global: &Global) -> Result<(), Error> {
-    if cgroup::attachments(&PinDir::new(&global.pin_dir))?.is_empty() {
+    if !are_sockets_translated(global)? {
         let why = "no socket is translated here (--socket off), and what the node's own processes send enters no device; \
                    of pods ask by their address";
         return Err(Error::Failed(why.to_owned()));
@@ -270,6 +292,8 @@ mod tests {
         assert_eq!(parse_from("192.0.2.1:80"), address("192.0.2.1", Some(80)));
         assert_eq!(parse_from("2001:db8::1"), address("2001:db8::1", None));
         assert_eq!(parse_from("[2001:db8::1]:80"), address("2001:db8::1", Some(80)));
+        assert_eq!(parse_from("::ffff:192.0.2.1"), address("192.0.2.1", None));
+        assert_eq!(parse_from("[::ffff:192.0.2.1]:80"), address("192.0.2.1", Some(80)));
         for text in ["node", "web-0", "default/web-0", "netns:77"] {
             assert_eq!(parse_from(text), Ok(From::Named(text.parse().unwrap())));
         }
@@ -278,6 +302,7 @@ mod tests {
         assert_eq!(to("10.96.0.10:80"), Ok(("10.96.0.10:80".to_owned(), 6)));
         assert_eq!(to("10.96.0.10:53/udp"), Ok(("10.96.0.10:53".to_owned(), 17)));
         assert_eq!(to("[2001:db8::1]:53/UDP"), Ok(("[2001:db8::1]:53".to_owned(), 17)));
+        assert_eq!(to("[::ffff:10.96.0.10]:80"), Ok(("10.96.0.10:80".to_owned(), 6)));
         assert!(to("10.96.0.10").is_err() && to("10.96.0.10:80/icmp").is_err());
     }
 }

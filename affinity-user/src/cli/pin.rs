@@ -120,17 +120,20 @@ impl PinArgs {
         Ok(())
     }
 
-    /// The keys of the client in the service's tables: one, but two of each namespace that can dial both families.
+    /// The keys of the client in the service's tables: one of an address, and two of each namespace that has the name or
+    /// the address and can dial both families.
     fn keys(&self, catalog: &Catalog, policy: &Policy) -> Result<Vec<Key>, Error> {
         let key = |client, ipv4| Key { client, ipv4 };
         let cookies = self.client.cookies(catalog)?;
-        if !cookies.is_empty() {
-            let of = |cookie, family| Client::new(ip(netns_client(cookie, family)), V6::BITS);
-            let v4 = cookies.iter().filter_map(|cookie| policy.prefix_v4.map(|_| key(of(*cookie, 4), true)));
-            let v6 = cookies.iter().filter_map(|cookie| policy.prefix_v6.map(|_| key(of(*cookie, 6), false)));
-            return Ok(v4.chain(v6).collect());
+        let of = |cookie, family| Client::new(ip(netns_client(cookie, family)), V6::BITS);
+        let v4 = cookies.iter().filter_map(|cookie| policy.prefix_v4.map(|_| key(of(*cookie, 4), true)));
+        let v6 = cookies.iter().filter_map(|cookie| policy.prefix_v6.map(|_| key(of(*cookie, 6), false)));
+        let mut keys: Vec<_> = v4.chain(v6).collect();
+        let address = self.client.address();
+        if address.is_none() && !keys.is_empty() {
+            return Ok(keys);
         }
-        let Some(Client { address, .. }) = self.client.address() else {
+        let Some(Client { address, .. }) = address else {
             return Err(Error::Usage("--client: a pin is one client's: give an address, not a network".to_owned()));
         };
         let (prefix, family) = match address {
@@ -140,7 +143,8 @@ impl PinArgs {
         let prefix = prefix.ok_or_else(|| {
             Error::Usage(format!("{} has no {family} address that {address} could dial", self.service))
         })?;
-        Ok(vec![key(Client::new(address, prefix), address.is_ipv4())])
+        keys.push(key(Client::new(address, prefix), address.is_ipv4()));
+        Ok(keys)
     }
 
     /// The index of the pod, where a frontend of the client's family may choose it.

@@ -1,8 +1,8 @@
 //! Reading a running dataplane: its small tables at once, sessions and flows one at a time.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, net::IpAddr, path::Path};
 
-use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6};
+use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6, netns_client};
 use clap::Args;
 
 use super::{client::ClientArg, error::Error, progress::Progress};
@@ -52,7 +52,7 @@ impl Filter {
     }
 
     fn takes_flow<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
-        let client = || ClientRef { key: Client::new(crate::view::ip(key.saddr), A::BITS), name: None };
+        let client = || ClientRef { key: Client::new(crate::view::ip(key.saddr), A::BITS), name: None, addresses: &[] };
         self.service.as_ref().is_none_or(|pins| flow.service == pins.service)
             && self.takes_backend(flow.backend)
             && self.client.as_ref().is_none_or(|wanted| wanted.takes(&client()))
@@ -89,8 +89,13 @@ impl Reading {
     /// Visits the pins that pass the filter, in the order of the maps. One client's pins are looked up, not searched.
     pub(crate) fn sessions(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error> {
         match filter.client.as_ref().and_then(ClientArg::address) {
-            Some(client) if client.address.is_ipv4() => self.sessions_of::<V4>(filter, client, visit),
-            Some(client) => self.sessions_of::<V6>(filter, client, visit),
+            Some(client) => {
+                match client.address {
+                    IpAddr::V4(_) => self.sessions_of::<V4>(filter, client, visit)?,
+                    IpAddr::V6(_) => self.sessions_of::<V6>(filter, client, visit)?,
+                }
+                self.sessions_of_sockets(filter, client, visit)
+            }
             None => {
                 self.all_sessions::<V4>(filter, visit)?;
                 self.all_sessions::<V6>(filter, visit)
@@ -128,6 +133,23 @@ impl Reading {
             let Some(session) = self.store.family::<A>().sessions.get(&key)? else { continue };
             if filter.takes_session(key.scope, &session) {
                 visit(key.into(), &SessionView::new(&self.catalog, &key, &session))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The pins of the sockets of a pod that has an address.
+    fn sessions_of_sockets(&self, filter: &Filter, client: Client, visit: VisitSession<'_>) -> Result<(), Error> {
+        let frontends = [true, false].into_iter().flat_map(|is_ipv4| self.catalog.frontend_records(is_ipv4));
+        let scopes: BTreeSet<_> = frontends.flat_map(|frontend| [frontend.group, frontend.own]).collect();
+        for cookie in ClientArg::Network(client).cookies(&self.catalog)? {
+            for key in [4, 6].map(|family| netns_client(cookie, family)) {
+                for key in scopes.iter().map(|&scope| SessionKey::new(scope, key, V6::BITS)) {
+                    let Some(session) = self.store.v6.sessions.get(&key)? else { continue };
+                    if filter.takes_session(key.scope, &session) {
+                        visit(key.into(), &SessionView::new(&self.catalog, &key, &session))?;
+                    }
+                }
             }
         }
         Ok(())

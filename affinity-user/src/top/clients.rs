@@ -29,7 +29,7 @@ pub struct ClientRow {
     pub key: PinKey,
     /// The client, or the network that shares the pin.
     pub client: Client,
-    /// Of a network namespace: the node's or the pod's name.
+    /// Of a network namespace: as listings name it.
     pub name: Option<String>,
     /// The pod's name, else its address.
     pub pod: String,
@@ -62,7 +62,7 @@ impl ClientRow {
     /// The client as listings name it.
     #[must_use]
     pub fn client_text(&self) -> String {
-        ClientRef { key: self.client, name: self.name.as_deref() }.to_string()
+        ClientRef { key: self.client, name: self.name.as_deref(), addresses: &[] }.to_string()
     }
 }
 
@@ -201,7 +201,7 @@ impl Scan {
         let row = ClientRow {
             key,
             client: view.client.key,
-            name: view.client.name.map(str::to_owned),
+            name: view.client.key.netns().map(|_| view.client.to_string()),
             pod: view.backend.to_string(),
             created_ns,
             last_used_ns,

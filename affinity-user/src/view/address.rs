@@ -128,12 +128,12 @@ impl Serialize for Client {
 impl FromStr for Client {
     type Err = String;
 
-    /// An address, or a CIDR as listings print it.
+    /// An address, or a CIDR as listings print it. An IPv4-mapped address is the IPv4 address that it means.
     fn from_str(text: &str) -> Result<Self, String> {
         let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
         let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is no IP address"))?;
         let longest = if address.is_ipv4() { V4::BITS } else { V6::BITS };
-        let prefix = match prefix {
+        let prefix: u8 = match prefix {
             None => longest,
             Some(prefix) => prefix
                 .parse()
@@ -141,7 +141,12 @@ impl FromStr for Client {
                 .filter(|&bits| bits <= longest)
                 .ok_or_else(|| format!("`/{prefix}` is no prefix length from 0 to {longest}"))?,
         };
-        Ok(Self::new(address, prefix))
+        // `::ffff:0:0/96` is all of IPv4; a shorter prefix is a network of IPv6.
+        let in_v4 = prefix.checked_sub(V6::BITS - V4::BITS);
+        Ok(match (address.to_canonical(), in_v4) {
+            (mapped @ IpAddr::V4(_), Some(in_v4)) if address.is_ipv6() => Self::new(mapped, in_v4),
+            _ => Self::new(address, prefix),
+        })
     }
 }
 
@@ -155,6 +160,15 @@ mod tests {
             assert_eq!(text.parse::<Client>().unwrap().to_string(), text);
         }
         assert_eq!("192.0.2.77/24".parse::<Client>().unwrap().to_string(), "192.0.2.0/24");
+        for (text, means) in [
+            ("::ffff:192.0.2.1", "192.0.2.1"),
+            ("::ffff:192.0.2.1/128", "192.0.2.1"),
+            ("::ffff:192.0.2.1/120", "192.0.2.0/24"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::ffff:0:0/95", "::fffe:0:0/95"),
+        ] {
+            assert_eq!(text.parse::<Client>().unwrap().to_string(), means);
+        }
         for text in ["192.0.2.1/33", "2001:db8::/129", "web", "192.0.2.1/", "192.0.2"] {
             assert!(text.parse::<Client>().is_err(), "{text}");
         }

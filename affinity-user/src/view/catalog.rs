@@ -13,7 +13,7 @@ use affinity_common::abi::{
 };
 
 use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
-use crate::{netns, store::Observed};
+use crate::{desired::is_global, netns, store::Observed};
 
 /// A frontend's record, of either family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,6 +35,15 @@ impl CatalogFrontend {
     pub(crate) fn text(&self) -> String {
         format!("{}/{}", self.endpoint, protocol_name(self.protocol))
     }
+}
+
+/// What is known of a network namespace of this machine.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct KnownNamespace {
+    /// [`NODE`], or the name of the pod, where one of its addresses is a backend's.
+    pub(crate) name: Option<String>,
+    /// Its addresses, IPv4 first; not those of its own use alone (loopback, link-local).
+    pub(crate) addresses: Vec<IpAddr>,
 }
 
 /// How a service keeps its pins: the same in all its frontends.
@@ -71,7 +80,7 @@ pub struct Catalog {
     status: Option<StatusView>,
     /// Service -> what the agent has noticed about it.
     remarks: BTreeMap<u32, u32>,
-    namespaces: OnceLock<BTreeMap<u64, String>>,
+    namespaces: OnceLock<BTreeMap<u64, KnownNamespace>>,
 }
 
 impl Catalog {
@@ -130,10 +139,10 @@ impl Catalog {
         self.remarks.get(&service).is_some_and(|remarks| remarks & CLIENTS_ARE_NODES != 0)
     }
 
-    /// With these names of network namespaces, by their cookies, in place of what the machine tells.
+    /// With these network namespaces, by their cookies, in place of those that the machine has.
     #[must_use]
-    pub(crate) fn with_namespaces(self, names: BTreeMap<u64, String>) -> Self {
-        Self { namespaces: names.into(), ..self }
+    pub(crate) fn with_namespaces(self, namespaces: BTreeMap<u64, KnownNamespace>) -> Self {
+        Self { namespaces: namespaces.into(), ..self }
     }
 
     /// What the agent tells about itself; none where it has not.
@@ -282,29 +291,37 @@ impl Catalog {
     pub(crate) fn client(&self, address: IpAddr, service: u32) -> ClientRef<'_> {
         let key = Client::new(address, u8::MAX);
         if let Some(cookie) = key.netns() {
-            return ClientRef { key, name: self.namespaces().get(&cookie).map(String::as_str) };
+            return self.namespace_ref(key, cookie);
         }
         let policy = self.policies.get(&service);
         let prefix = policy.and_then(|policy| if address.is_ipv4() { policy.prefix_v4 } else { policy.prefix_v6 });
-        ClientRef { key: Client::new(address, prefix.unwrap_or(u8::MAX)), name: None }
+        ClientRef { key: Client::new(address, prefix.unwrap_or(u8::MAX)), name: None, addresses: &[] }
     }
 
-    /// The network namespaces of this machine that have a name, by their cookies. They are looked at once, and only where
-    /// one is asked for.
-    pub(crate) fn namespaces(&self) -> &BTreeMap<u64, String> {
+    /// A client key that is a network namespace, with what is known of it.
+    pub(crate) fn namespace_ref(&self, key: Client, cookie: u64) -> ClientRef<'_> {
+        match self.namespaces().get(&cookie) {
+            Some(known) => ClientRef { key, name: known.name.as_deref(), addresses: &known.addresses },
+            None => ClientRef { key, name: None, addresses: &[] },
+        }
+    }
+
+    /// The network namespaces of this machine, by their cookies, as far as this process can see them. They are looked at
+    /// once, and only where one is asked for.
+    pub(crate) fn namespaces(&self) -> &BTreeMap<u64, KnownNamespace> {
         self.namespaces.get_or_init(|| {
-            let mut names = BTreeMap::new();
+            let mut known = BTreeMap::new();
             for namespace in netns::all() {
-                if let (Ok(cookie), Ok(addresses)) = (namespace.cookie(), namespace.addresses())
-                    && let Some(name) = self.pod_at(&addresses)
-                {
-                    names.insert(cookie, name);
+                if let (Ok(cookie), Ok(addresses)) = (namespace.cookie(), namespace.addresses()) {
+                    let name = self.pod_at(&addresses);
+                    let addresses = addresses.into_iter().filter(|address| is_global(*address)).collect();
+                    known.insert(cookie, KnownNamespace { name, addresses });
                 }
             }
             if let Ok(cookie) = netns::Namespace::own().and_then(|own| own.cookie()) {
-                names.insert(cookie, NODE.to_owned());
+                known.entry(cookie).or_default().name = Some(NODE.to_owned());
             }
-            names
+            known
         })
     }
 

@@ -1,6 +1,6 @@
 //! Clients as listings name them: an address, a network, or a network namespace of this machine.
 
-use std::fmt;
+use std::{fmt, net::IpAddr};
 
 use affinity_common::abi::{V6, netns_of};
 use serde::{Serialize, Serializer};
@@ -19,13 +19,18 @@ pub struct ClientRef<'a> {
     pub key: Client,
     /// Of a network namespace: [`NODE`], or the pod's name.
     pub name: Option<&'a str>,
+    /// Of a network namespace: its addresses, as far as they are known.
+    pub addresses: &'a [IpAddr],
 }
 
 impl fmt::Display for ClientRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.name, self.key.netns()) {
             (Some(name), _) => f.write_str(name),
-            (None, Some(cookie)) => write!(f, "{NETNS}{cookie}"),
+            (None, Some(cookie)) => match self.addresses.first() {
+                Some(address) => address.fmt(f),
+                None => write!(f, "{NETNS}{cookie}"),
+            },
             (None, None) => self.key.fmt(f),
         }
     }
@@ -55,9 +60,12 @@ mod tests {
     #[test]
     fn a_namespace_is_named_as_well_as_it_can_be() {
         let key = Client::new(ip(netns_client(77, 4)), 128);
-        assert_eq!(ClientRef { key, name: None }.to_string(), "netns:77");
-        assert_eq!(ClientRef { key, name: Some("default/web-0") }.to_string(), "default/web-0");
+        let text = |key, name, addresses| ClientRef { key, name, addresses }.to_string();
+        let addresses = ["10.244.0.7".parse().unwrap(), "fd00::7".parse().unwrap()];
+        assert_eq!(text(key, None, &[]), "netns:77");
+        assert_eq!(text(key, None, &addresses), "10.244.0.7");
+        assert_eq!(text(key, Some("default/web-0"), &addresses), "default/web-0");
         let key: Client = "192.0.2.0/24".parse().unwrap();
-        assert_eq!((ClientRef { key, name: None }.to_string(), key.netns()), ("192.0.2.0/24".to_owned(), None));
+        assert_eq!((text(key, None, &[]), key.netns()), ("192.0.2.0/24".to_owned(), None));
     }
 }

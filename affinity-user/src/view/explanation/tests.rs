@@ -9,7 +9,7 @@ use affinity_common::{
 };
 
 use super::*;
-use crate::view::{fixture, ip, question::session_keys};
+use crate::view::{KnownNamespace, fixture, ip, question::session_keys};
 
 /// What the first client's packet to the first frontend meets.
 fn ask(catalog: &Catalog, from: &str, to: &str, sessions: &[(SessionKey<V4>, Session)]) -> (Question, Situation<V4>) {
@@ -361,7 +361,8 @@ fn loopback_is_the_node_for_the_node_alone() {
     let key = FrontendKey::new(V4([10, 96, 0, 10]), Port::new(80), TCP);
     let record = observed.frontends_v4[&key];
     observed.frontends_v4.insert(FrontendKey::new(V4([127, 0, 0, 1]), Port::new(30_080), TCP), record);
-    let names = [(7, "node"), (77, "default/web-0")].map(|(cookie, name)| (cookie, name.to_owned()));
+    let names = [(7, "node"), (77, "default/web-0")]
+        .map(|(cookie, name)| (cookie, KnownNamespace { name: Some(name.to_owned()), addresses: Vec::new() }));
     let catalog = Catalog::new(observed, BTreeMap::new(), fixture::clock()).with_namespaces(names.into());
     let to = Endpoint { address: "127.0.0.1".parse().unwrap(), port: 30_080 };
     for (cookie, reason) in [(7, "created"), (77, "not-frontend")] {
