@@ -8,6 +8,7 @@ mod attacher;
 mod health;
 pub mod http;
 mod lock;
+mod node_health;
 mod notices;
 mod problems;
 mod publish;
@@ -37,6 +38,7 @@ pub(crate) use self::notices::CLIENTS_ARE_NODES;
 pub use self::{
     attacher::PatternError,
     lock::{Lock, LockError},
+    node_health::NodeHealth,
     sockets::SocketOptions,
 };
 use self::{
@@ -155,6 +157,10 @@ pub struct Options {
     pub detach_on_exit: bool,
     /// `run`: serve metrics and probes.
     pub http: Option<http::Options>,
+    /// `run`: answer whether the node should have traffic.
+    pub node_health: NodeHealth,
+    /// Whether lines on standard output are JSON objects, as those of the log.
+    pub json: bool,
 }
 
 impl Options {
@@ -235,7 +241,7 @@ fn attach_once(
     if let Some(failure) = failure {
         return Err(failure.into());
     }
-    say("attached", &publisher, &attacher.summary(), pins)
+    say("attached", options.json, &publisher, &attacher.summary(), pins)
 }
 
 /// Of another version of affinity, perhaps: it would go on beside this one.
@@ -318,8 +324,9 @@ fn log_loaded(loaded: &Loaded, options: &Options) {
     }
 }
 
-/// The line that tells whoever started this that it is done.
-fn say(word: &str, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
+/// The line that tells whoever started this that it is done: with `json`, an object as those of the log, whose `state` is
+/// the word.
+fn say(word: &str, json: bool, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
     let Summary { number, names, .. } = devices;
     let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
     let line = format!(
@@ -328,6 +335,12 @@ fn say(word: &str, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> R
         count(*number, "device"),
         pins.root().display()
     );
+    let line = if json {
+        let timestamp = jiff::Timestamp::now().to_string();
+        serde_json::json!({"timestamp": timestamp, "level": "INFO", "message": line, "state": word}).to_string()
+    } else {
+        line
+    };
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| AgentError::System("standard output", error))
 }
@@ -354,6 +367,8 @@ struct Agent {
     vitals: Arc<Vitals>,
     /// What the programs log goes to this process's log; none where they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
+    /// Whether lines on standard output are JSON objects.
+    json: bool,
     /// Held until the end.
     #[expect(dead_code, reason = "it works by being there")]
     lock: Option<Lock>,
@@ -382,6 +397,7 @@ impl Agent {
             http::serve(http, &options.pin_dir, Arc::clone(&vitals))
                 .map_err(|error| AgentError::Http(http.address, error))?;
         }
+        node_health::serve(options.node_health, &vitals).map_err(|error| AgentError::System("thread", error))?;
         let mut feed = options.source.watch().await?;
         let first = first_snapshot(&mut feed, options, &pins).await?;
         let started = all_or_nothing(&pins.clone(), Self::bring_up(options, pins, attacher, vitals, feed, first)).await;
@@ -435,6 +451,7 @@ impl Agent {
             vitals,
             pins,
             devices,
+            json: options.json,
             lock: None,
         };
         agent.vitals.attached(agent.attaching.summary().number);
@@ -447,7 +464,7 @@ impl Agent {
 
     fn say_ready(&mut self) -> Result<(), AgentError> {
         self.is_ready = true;
-        say("ready", &self.publisher, &self.attaching.summary(), &self.pins)
+        say("ready", self.json, &self.publisher, &self.attaching.summary(), &self.pins)
     }
 
     /// Until a signal comes.

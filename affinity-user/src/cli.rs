@@ -68,7 +68,7 @@ pub(crate) struct Global {
     node_name: Option<String>,
     /// Form of the log on standard error
     #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
-    log_format: LogFormat,
+    pub(crate) log_format: LogFormat,
     /// More log; -vv and -vvv for still more
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
@@ -202,8 +202,11 @@ pub fn command() -> clap::Command {
 }
 
 /// Runs the command line of this process.
-pub fn main() -> impl std::process::Termination {
-    let cli = Cli::parse();
+pub fn main() -> impl std::process::Termination + use<> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return logging::usage_error(&error),
+    };
     match run(&cli) {
         Ok(()) => Exit::Done,
         Err(error) => {

@@ -149,7 +149,18 @@ fn every_line_of_a_json_log_is_an_object() -> Result<()> {
         eventually("the log names broken.yaml", SYNC_PATIENCE, || {
             Ok(agent.log().iter().any(|line| line.contains("broken.yaml")))
         })?;
-        for line in agent.log().iter().filter(|line| !line.starts_with("ready")) {
+        let mut lines = agent.log();
+        ensure!(lines.iter().any(|line| line.contains(r#""state":"ready""#)), "{lines:?}");
+        // A second agent that has no dataplane of its own, and command lines that are wrong.
+        let source = lab.source().display().to_string();
+        for args in [["--source", &source, "--device", "none"], ["--source", &source, "--no-such-option", "1"]] {
+            let mut command = lab.affinity_command()?;
+            let ended = command.arg("run").args(args).args(["--log-format", "json"]).output()?;
+            ensure!(!ended.status.success(), "{args:?}");
+            let written = [ended.stdout, ended.stderr].concat();
+            lines.extend(String::from_utf8(written)?.lines().map(str::to_owned));
+        }
+        for line in &lines {
             let entry: serde_json::Value = serde_json::from_str(line).with_context(|| line.clone())?;
             for field in ["timestamp", "level", "message"] {
                 ensure!(entry[field].is_string(), "no {field} in {line}");

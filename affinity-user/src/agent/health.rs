@@ -78,7 +78,8 @@ fn answers(desired: &Desired) -> Answers {
     let mut answers = Answers::new();
     for (service, HealthCheck { port, local }) in &desired.health_checks {
         for address in &desired.health_addresses {
-            let local = local.get(&Family::of(*address)).copied().unwrap_or(0);
+            // As kube-proxy, nobody listens for a family that the service does not have.
+            let Some(&local) = local.get(&Family::of(*address)) else { continue };
             let answer = Answer { service: service.clone(), local };
             answers.entry(SocketAddr::new(*address, *port)).or_insert(answer);
         }
@@ -149,7 +150,7 @@ impl Servers {
 }
 
 /// One of IPv6 is for IPv6 alone, so that the other family has its own.
-fn listener(at: SocketAddr) -> io::Result<TcpListener> {
+pub(super) fn listener(at: SocketAddr) -> io::Result<TcpListener> {
     let family = match at.ip() {
         IpAddr::V4(_) => AddressFamily::INET,
         IpAddr::V6(_) => AddressFamily::INET6,
@@ -194,7 +195,7 @@ fn respond(Answer { service, local }: &Answer, is_healthy: bool) -> Response {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{
         io::{Read, Write},
         net::{Ipv4Addr, Ipv6Addr, TcpStream},
@@ -204,9 +205,14 @@ mod tests {
     use super::*;
 
     fn ask(at: SocketAddr) -> io::Result<String> {
+        ask_for(at, "/")
+    }
+
+    /// The whole answer to a request.
+    pub(in crate::agent) fn ask_for(at: SocketAddr, path: &str) -> io::Result<String> {
         let mut stream = TcpStream::connect(at)?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         Ok(text)
@@ -226,7 +232,7 @@ mod tests {
     }
 
     /// A port that nobody listens at, for the moment.
-    fn free_port() -> u16 {
+    pub(in crate::agent) fn free_port() -> u16 {
         let listener = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).expect("a port");
         listener.local_addr().expect("its number").port()
     }
@@ -250,7 +256,7 @@ mod tests {
         let (v4, v6) = ((Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into());
         let has = |text: &'static str| move |answer: &io::Result<String>| matches!(answer, Ok(is) if is.contains(text));
 
-        checks.follow(&desired(port, &[(Family::V4, 2)]));
+        checks.follow(&desired(port, &[(Family::V4, 2), (Family::V6, 0)]));
         let answer = comes_to(v4, has("200 OK"));
         assert!(answer.contains("x-load-balancing-endpoint-weight: 2\r\n"), "{answer}");
         assert!(answer.contains("content-type: application/json\r\n"), "{answer}");
@@ -262,8 +268,12 @@ mod tests {
         );
         // Of the other family none is here.
         comes_to(v6, has("503 Service Unavailable"));
-        checks.follow(&desired(port, &[(Family::V6, 1)]));
+        checks.follow(&desired(port, &[(Family::V4, 0), (Family::V6, 1)]));
         comes_to(v4, has("\"localEndpoints\":0"));
+        comes_to(v6, has("200 OK"));
+        // It becomes one of a single family: the other one's port is closed.
+        checks.follow(&desired(port, &[(Family::V6, 1)]));
+        comes_to(v4, Result::is_err);
         comes_to(v6, has("200 OK"));
         // The service is gone.
         checks.follow(&Desired::default());

@@ -11,7 +11,7 @@ use crate::{
     load::monotonic_ns,
     metrics::Vitals,
     plan::Ledger,
-    source::{Problem, Snapshot},
+    source::{Problem, Snapshot, api::Node},
     store::{Observed, Op, Store, StoreError, kernel::KernelStore},
     sweep::{FilterPlans, Met},
 };
@@ -80,6 +80,15 @@ fn takes_away(step: &Op, observed: &Observed) -> bool {
     }
 }
 
+/// Whether a node is about to be taken away, as kube-proxy sees it: its object is being deleted, or the cluster autoscaler
+/// has marked it for that.
+fn is_leaving(node: &Node) -> bool {
+    /// <https://github.com/kubernetes/autoscaler/blob/master/cluster-autoscaler/utils/taints/taints.go>
+    const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+    let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    node.metadata.deletion_timestamp.is_some() || taints.into_iter().any(|taint| taint.key == TO_BE_DELETED)
+}
+
 impl Publisher {
     /// At most so many plans in a row: where room is short, each has the room that the one before it freed.
     const PLANS: usize = 16;
@@ -107,6 +116,8 @@ impl Publisher {
     /// Decides what the snapshot asks for; [`Publisher::publish`] carries it out.
     pub(super) fn take(&mut self, snapshot: &Snapshot) {
         self.taken.get_or_insert_with(Instant::now);
+        self.vitals.pending(monotonic_ns());
+        self.vitals.node_is_leaving(snapshot.node.as_ref().is_some_and(|node| is_leaving(&node.object)));
         let change = self.memo.update(snapshot);
         self.given.clone_from(&snapshot.problems);
         self.due = match (mem::take(&mut self.due), change) {

@@ -16,12 +16,13 @@ use clap::{
 use super::{
     Global,
     error::Error,
+    logging::LogFormat,
     node::NodeArgs,
     sizes::SizeArgs,
     source::{ClusterArgs, SourceName},
 };
 use crate::{
-    agent,
+    agent::{self, NodeHealth},
     attach::{self, XdpPolicy, cgroup::SocketPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
     load::{self, PinDir},
@@ -152,6 +153,8 @@ impl AttachArgs {
             shadow: self.shadow,
             detach_on_exit,
             http: None,
+            node_health: NodeHealth::Off,
+            json: global.log_format == LogFormat::Json,
         })
     }
 
@@ -176,8 +179,25 @@ pub(crate) struct RunArgs {
     /// How many services, and how many backends, have series of their own; the others are summed up as `other`
     #[arg(long, value_name = "N", default_value_t = 1000, requires = "metrics")]
     metrics_max_series: usize,
+    /// Answer as kube-proxy does at /healthz whether this node should have traffic, for load balancers: not while it is
+    /// about to be taken away, or is out of step with the source [default: off; with --services all: port 10256 at all
+    /// addresses]
+    #[arg(long, value_name = "ADDR:PORT|off", value_parser = node_health)]
+    node_health: Option<NodeHealthArg>,
     #[command(flatten)]
     attach: AttachArgs,
+}
+
+/// The value of `--node-health`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct NodeHealthArg(NodeHealth);
+
+fn node_health(text: &str) -> Result<NodeHealthArg, String> {
+    if text == "off" {
+        return Ok(NodeHealthArg(NodeHealth::Off));
+    }
+    let address = text.parse().map_err(|_| "expected ADDR:PORT, such as 0.0.0.0:10256, or off".to_owned())?;
+    Ok(NodeHealthArg(NodeHealth::At(address)))
 }
 
 impl RunArgs {
@@ -188,6 +208,11 @@ impl RunArgs {
         }
         let max_series = self.metrics_max_series;
         options.http = self.metrics.map(|address| agent::http::Options { address, max_series });
+        options.node_health = match self.node_health {
+            Some(NodeHealthArg(given)) => given,
+            None if self.attach.services == Some(Services::All) => NodeHealth::Everywhere,
+            None => NodeHealth::Off,
+        };
         Ok(agent::run(&options)?)
     }
 }

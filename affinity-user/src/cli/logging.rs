@@ -8,6 +8,8 @@ use std::{
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 
+use super::error::Exit;
+
 /// The form of the log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub(crate) enum LogFormat {
@@ -35,6 +37,29 @@ fn filter(verbose: u8, is_agent: bool) -> EnvFilter {
     )
 }
 
+/// Says what is wrong with the command line, or gives the help that was asked for: in the form that the command line asks
+/// for, as far as it can be told.
+pub(crate) fn usage_error(error: &clap::Error) -> Exit {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let words: Vec<String> = env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    if is_json(&words) {
+        start(LogFormat::Json, 0, true);
+        let text = error.to_string();
+        let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        tracing::error!("{}", lines.join(" "));
+        return Exit::Usage;
+    }
+    error.exit()
+}
+
+/// Whether the words of a command line ask for a log in JSON.
+fn is_json(words: &[String]) -> bool {
+    let separate = words.windows(2).any(|pair| pair[0] == "--log-format" && pair[1] == "json");
+    separate || words.iter().any(|word| word == "--log-format=json")
+}
+
 /// To be called once.
 pub(crate) fn start(format: LogFormat, verbose: u8, is_agent: bool) {
     let colour = io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
@@ -44,6 +69,9 @@ pub(crate) fn start(format: LogFormat, verbose: u8, is_agent: bool) {
         .with_target(verbose > 1);
     match format {
         LogFormat::Text => log.with_ansi(colour).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Json => {
+            log.json().flatten_event(true).init();
+            std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+        }
     }
 }

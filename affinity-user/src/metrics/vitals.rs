@@ -18,6 +18,10 @@ use crate::{
 /// A loop that has not come round for so long is stuck.
 pub const STUCK_AFTER: Duration = Duration::from_secs(10);
 
+/// A snapshot that has waited for so long to be published makes the node unfit for traffic: kube-proxy's bound, twice its
+/// default period of syncs.
+const LATE_AFTER: Duration = Duration::from_mins(1);
+
 /// Upper bounds of the buckets of a sync's duration, seconds.
 const SYNC_BUCKETS_S: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -33,6 +37,11 @@ pub struct Vitals {
     /// Monotonic nanoseconds at which the loop last came round; 0: it has not begun.
     ticked_ns: AtomicU64,
     is_published: AtomicBool,
+    /// Monotonic nanoseconds at which the oldest snapshot came that is not published; 0: none waits.
+    pending_ns: AtomicU64,
+    /// Monotonic nanoseconds of the last publication; 0: none yet.
+    published_ns: AtomicU64,
+    is_node_leaving: AtomicBool,
     /// Devices that are attached.
     devices: AtomicU64,
     /// What of the dataplane was removed or replaced, and cannot be repaired, in one line.
@@ -50,6 +59,9 @@ impl Default for Vitals {
             started: SystemTime::now(),
             ticked_ns: AtomicU64::new(0),
             is_published: AtomicBool::new(false),
+            pending_ns: AtomicU64::new(0),
+            published_ns: AtomicU64::new(0),
+            is_node_leaving: AtomicBool::new(false),
             devices: AtomicU64::new(0),
             damage: Mutex::default(),
             sync: Histogram::new(SYNC_BUCKETS_S),
@@ -69,7 +81,44 @@ impl Vitals {
     /// A snapshot was published, by so many steps.
     pub fn published(&self, steps: usize) {
         self.is_published.store(true, Relaxed);
+        self.pending_ns.store(0, Relaxed);
+        self.published_ns.store(monotonic_ns(), Relaxed);
         self.steps.fetch_add(steps as u64, Relaxed);
+    }
+
+    /// A snapshot has come that is to be published.
+    pub fn pending(&self, now_ns: u64) {
+        // One that waits already counts from its own arrival.
+        let _ = self.pending_ns.compare_exchange(0, now_ns.max(1), Relaxed, Relaxed);
+    }
+
+    /// Whether the node is about to be taken away.
+    pub fn node_is_leaving(&self, is_leaving: bool) {
+        self.is_node_leaving.store(is_leaving, Relaxed);
+    }
+
+    /// Whether the node may have new traffic: false while it is about to be taken away.
+    pub fn is_node_eligible(&self) -> bool {
+        !self.is_node_leaving.load(Relaxed)
+    }
+
+    /// When something was last published, monotonic nanoseconds; none where nothing was.
+    pub fn published_ns(&self) -> Option<u64> {
+        Some(self.published_ns.load(Relaxed)).filter(|published_ns| *published_ns != 0)
+    }
+
+    /// Whether what the source said last is in effect, or soon will be; also while nothing has come yet.
+    ///
+    /// # Errors
+    /// What is wrong, in one line.
+    pub fn is_in_step(&self, now_ns: u64) -> Result<(), String> {
+        self.is_healthy(now_ns)?;
+        let pending_ns = self.pending_ns.load(Relaxed);
+        let since = Duration::from_nanos(now_ns.saturating_sub(pending_ns));
+        if pending_ns == 0 || since < LATE_AFTER {
+            return Ok(());
+        }
+        Err(format!("what the source said {} s ago is not published yet", since.as_secs()))
     }
 
     /// A step has failed.
@@ -172,6 +221,22 @@ mod tests {
         assert_eq!(vitals.is_ready(), Err("eth0: taken off".to_owned()));
         assert!(vitals.damaged(None));
         assert_eq!((vitals.is_healthy(monotonic_ns()), vitals.is_ready()), (Ok(()), Ok(())));
+    }
+
+    #[test]
+    fn a_snapshot_that_is_not_published_in_time_puts_the_node_out_of_step() {
+        let vitals = Vitals::default();
+        let (now_ns, second_ns) = (monotonic_ns(), 1_000_000_000);
+        let at = |seconds: u64| now_ns + seconds * second_ns;
+        assert_eq!(vitals.is_in_step(at(1_000)), Ok(()), "nothing has come");
+        vitals.pending(at(0));
+        vitals.pending(at(50));
+        assert_eq!(vitals.is_in_step(at(59)), Ok(()));
+        assert_eq!(vitals.is_in_step(at(61)), Err("what the source said 61 s ago is not published yet".to_owned()));
+        vitals.published(1);
+        assert_eq!(vitals.is_in_step(at(1_000)), Ok(()));
+        vitals.tick();
+        assert!(vitals.is_in_step(at(1_000)).unwrap_err().contains("loop"));
     }
 
     #[test]

@@ -248,7 +248,7 @@ impl Agent {
     /// Waits for the line that says so, behind the first `written` lines of its log.
     fn wait_until_ready(&mut self, written: usize) -> Result<()> {
         let ready = eventually("the agent says that it is ready", self.patience, || {
-            if self.log()[written..].iter().any(|line| line.starts_with("ready")) {
+            if self.log()[written..].iter().any(|line| is_ready(line)) {
                 return Ok(true);
             }
             match self.child.try_wait()? {
@@ -267,6 +267,11 @@ pub struct Memory {
     pub now: u64,
     /// At most.
     pub peak: u64,
+}
+
+/// Whether a line says that the agent is ready, in either form of the log.
+fn is_ready(line: &str) -> bool {
+    line.starts_with("ready") || line.starts_with('{') && line.contains(r#""state":"ready""#)
 }
 
 impl Drop for Agent {

@@ -1,11 +1,14 @@
 //! The agent itself, with the kernel's maps, and an API that comes and goes.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use affinity_tests::apiserver::{Answer, ApiServer, Gone, Kind, Verb};
 use affinity_tests::lab::{Agent, Family, Lab, Load, Protocol, Service, eventually};
 use affinity_tests::story::web;
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use crate::follower::write_objects;
 use crate::objects::node;
@@ -155,6 +158,43 @@ fn a_fresh_node_waits_for_its_api() -> Result<()> {
     let said = asked(&scene.kubeconfig)?;
     ensure!(said["verdict"] == "forward" && said["candidates"].as_array().is_some_and(|all| all.len() == 3), "{said}");
     ensure!(asked("/nowhere").is_err(), "there is no such kubeconfig");
+    agent.terminate()
+}
+
+/// The status line of the node's answer at kube-proxy's port.
+fn node_health(lab: &Lab, path: &str) -> Result<String> {
+    lab.node().door().run(|| {
+        let mut stream = TcpStream::connect(("127.0.0.1", 10_256))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text.lines().next().unwrap_or_default().to_owned())
+    })?
+}
+
+#[test]
+fn load_balancers_are_told_that_the_node_is_being_taken_away() -> Result<()> {
+    let scene = Scene::new(&[&web().client_ip()])?;
+    let mut agent = scene.agent(&[])?;
+    agent.until_ready()?;
+    let comes_to = |code: &str| {
+        eventually(&format!("/healthz answers {code}"), PATIENCE, || {
+            Ok(node_health(&scene.lab, "/healthz")?.contains(code))
+        })
+    };
+    comes_to("200")?;
+    let mut tainted = node();
+    tainted["spec"]["taints"] = json!([{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]);
+    let mut deleted = node();
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-01-02T03:04:05Z");
+    for leaving in [tainted, deleted] {
+        scene.api.put(leaving)?;
+        comes_to("503")?;
+        ensure!(node_health(&scene.lab, "/livez")?.contains("200"), "the agent itself is well");
+        scene.api.put(node())?;
+        comes_to("200")?;
+    }
     agent.terminate()
 }
 
