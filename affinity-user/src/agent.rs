@@ -21,6 +21,7 @@ mod upkeep;
 
 use std::{
     io::{self, Write},
+    mem,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -357,6 +358,8 @@ struct Agent {
     feed: Feed,
     /// Whether the dataplane was ever in step with the source.
     is_ready: bool,
+    /// Whether devices are left to a dataplane of another version, because nothing is published yet.
+    is_held_back: bool,
     sweeping: Sweeping,
     closer: Closer,
     consumer: Consumer,
@@ -424,9 +427,13 @@ impl Agent {
             publisher.take(snapshot);
             publisher.publish()?;
         }
-        replace_other_layouts(&pins)?;
-        attach_first(&mut attacher, &mut devices).await?;
-        attacher.tell_of_others(options.services);
+        // Until the source answers, a dataplane of another version knows more than this one.
+        let is_held_back = first.is_none() && !pins.other_layouts()?.is_empty();
+        if !is_held_back {
+            replace_other_layouts(&pins)?;
+            attach_first(&mut attacher, &mut devices).await?;
+            attacher.tell_of_others(options.services);
+        }
         warn_of_unserved(&mut devices).await?;
         let cgroup = sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         let mut agent = Self {
@@ -447,6 +454,7 @@ impl Agent {
             health: HealthChecks::start(Arc::clone(&vitals)).map_err(|error| AgentError::System("thread", error))?,
             feed,
             is_ready: false,
+            is_held_back,
             attaching: Worker::start(attacher).map_err(|error| AgentError::System("thread", error))?,
             vitals,
             pins,
@@ -476,6 +484,7 @@ impl Agent {
         let mut notice = every(LOOK_EVERY);
         let mut retry = Retry::default();
         loop {
+            let was_held_back = self.is_held_back;
             tokio::select! {
                 () = signals.any() => break,
                 snapshot = self.feed.snapshots.recv() => {
@@ -508,6 +517,9 @@ impl Agent {
                     }
                 }
             }
+            if was_held_back && !self.is_held_back {
+                look.reset_immediately();
+            }
         }
         self.attaching.stop();
         info!("stopping; the dataplane stays in place unless told otherwise");
@@ -523,6 +535,7 @@ impl Agent {
                     self.closer.backends_left();
                 }
                 if !self.is_ready {
+                    self.take_over()?;
                     self.say_ready()?;
                 }
             }
@@ -532,6 +545,14 @@ impl Agent {
                 // It may have come as far as backends.
                 self.closer.backends_left();
             }
+        }
+        Ok(())
+    }
+
+    /// Takes the devices over from a dataplane of another version.
+    fn take_over(&mut self) -> Result<(), AgentError> {
+        if mem::take(&mut self.is_held_back) {
+            replace_other_layouts(&self.pins)?;
         }
         Ok(())
     }
@@ -591,7 +612,9 @@ impl Agent {
 
     /// Looks at the devices and their addresses, and follows them.
     async fn reconcile(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
-        if let Err(error) = self.attaching.keep_up(&mut self.devices).await {
+        if !self.is_held_back
+            && let Err(error) = self.attaching.keep_up(&mut self.devices).await
+        {
             error!("network devices cannot be listed: {error}");
         }
         if self.look_at_node().await { self.publish(retry) } else { Ok(()) }

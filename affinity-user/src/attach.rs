@@ -322,13 +322,15 @@ pub fn attachments(pins: &PinDir) -> Result<Vec<Attachment>, AttachError> {
     Ok(attachments)
 }
 
-/// The attachment of a pin; none where its device has gone.
+/// The attachment of a pin; none where its device has gone, or where somebody has taken it off.
 fn alive((pin, fd): (Attachment, OwnedFd)) -> Result<Option<Attachment>, AttachError> {
     let (ifindex, prog_id) = if pin.hook.link().is_some() {
         let info = sys::link_info(fd.as_fd())?;
         (info.ifindex, info.prog_id)
-    } else {
+    } else if others::has_filter(pin.ifindex, pin.hook) {
         (pin.ifindex, sys::prog_info(fd.as_fd())?.id)
+    } else {
+        return Ok(None);
     };
     Ok((ifindex == pin.ifindex).then_some(Attachment { prog_id, ..pin }))
 }

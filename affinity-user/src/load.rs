@@ -247,6 +247,9 @@ pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
     if options.object().is_empty() {
         return Err(LoadError::NoPrograms);
     }
+    if jit_is_off() {
+        return Err(LoadError::NoJit);
+    }
     let globals = Globals::new(options, Ticks { tick_ns: 1, tick_base: 0 });
     let mut loader = globals.loader();
     for name in names::MAPS {

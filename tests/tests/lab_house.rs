@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use affinity_common::abi::{Session, SessionKey, V4};
 use affinity_common::names;
+use affinity_tests::apiserver::ApiServer;
 use affinity_tests::kubeproxy::Mode;
-use affinity_tests::lab::{Lab, WIRE, eventually};
+use affinity_tests::lab::{Lab, NODE_NAME, WIRE, eventually};
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
 use affinity_user::load::{self, PinDir, Sizes};
@@ -20,6 +21,7 @@ use affinity_user::store::kernel::KernelStore;
 use affinity_user::sys::{self, Map};
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
+use serde_json::json;
 
 /// Something that somebody removed is back within this time.
 const REPAIR_PATIENCE: Duration = Duration::from_secs(10);
@@ -108,6 +110,39 @@ fn a_dataplane_of_another_version_is_named_replaced_and_gone() -> Result<()> {
     Ok(())
 }
 
+/// Until the cluster answers, the old programs know more than the new ones would.
+#[test]
+fn a_dataplane_of_another_version_serves_until_the_source_answers() -> Result<()> {
+    let lab = Lab::with_pods(3)?;
+    let mut api = ApiServer::start_in(lab.node())?;
+    api.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME}}))?;
+    api.apply(&web().on([0]).to_yaml())?;
+    let kubeconfig = api.kubeconfig(lab.scratch())?.display().to_string();
+    let source = ["--source", "kubernetes", "--kubeconfig", &kubeconfig, "--services", "all", "--socket", "off"];
+    let args = [source.as_slice(), &Hook::XdpNative.args()].concat();
+    let mut first = lab.agent_unready(&args)?;
+    first.until_ready()?;
+    first.terminate()?;
+    let old = age(&lab)?;
+    ensure!(is_served(&lab), "it goes on");
+
+    api.vanish();
+    let mut second = lab.agent_unready(&args)?;
+    eventually("the new agent waits", Duration::from_secs(30), || {
+        Ok(second.log().iter().any(|line| line.contains("until it answers, the dataplane stays as it is")))
+    })?;
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(is_served(&lab) && old.exists(), "the old dataplane is gone before there is another");
+
+    api.appear()?;
+    api.apply(&web().on([1, 2]).to_yaml())?;
+    second.until_ready()?;
+    eventually("the new programs answer", REPAIR_PATIENCE, || {
+        Ok(!old.exists() && fresh_clients(&lab, 100).is_ok_and(|pods| pods.iter().all(|pod| pod != "pod-0")))
+    })?;
+    second.terminate()
+}
+
 #[test]
 fn detach_takes_a_dataplane_of_another_version_away() -> Result<()> {
     for hook in Hook::ALL {
@@ -169,6 +204,20 @@ fn pins_and_links_that_somebody_removes_are_made_again() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// A filter has no link: whoever removes the qdisc takes it off, and leaves the pin.
+#[test]
+fn a_filter_that_somebody_removes_is_there_again() -> Result<()> {
+    let args = [Hook::Tc.args().as_slice(), &["--no-tcx"]].concat();
+    tell_in(&Default::default(), &args, &[&web()], |lab, agent| {
+        let removed = lab.node().command("tc").args(["qdisc", "del", "dev", WIRE, "clsact"]).status()?;
+        ensure!(removed.success(), "tc: {removed}");
+        ensure!(!is_served(lab), "the filter is still there");
+        eventually("it is there again", REPAIR_PATIENCE, || Ok(is_served(lab)))?;
+        ensure!(agent.log().iter().any(|line| line.contains("clsact-ingress had been taken off")), "{:?}", agent.log());
+        Ok(())
+    })
 }
 
 #[test]

@@ -20,7 +20,7 @@ use rtnetlink::{
     sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE},
 };
 
-use super::{CLSACT_HANDLE, attachments};
+use super::{CLSACT_HANDLE, Hook, attachments};
 use crate::{load::PinDir, netns, sys};
 
 /// The device that kube-proxy makes in its IPVS mode.
@@ -28,7 +28,9 @@ const IPVS_DEVICE: &str = "kube-ipvs0";
 
 /// The parents of the filters of a clsact qdisc: `TC_H_MIN_INGRESS` and `TC_H_MIN_EGRESS` of
 /// <https://elixir.bootlin.com/linux/v6.12/source/include/uapi/linux/pkt_sched.h>.
-const CLSACT_SIDES: [(u16, &str); 2] = [(0xfff2, "ingress"), (0xfff3, "egress")];
+const CLSACT_SIDES: [(u16, &str); 2] = [(CLSACT_INGRESS, "ingress"), (CLSACT_EGRESS, "egress")];
+const CLSACT_INGRESS: u16 = 0xfff2;
+const CLSACT_EGRESS: u16 = 0xfff3;
 
 /// Programs of others on these devices, by index and name, one line each. What cannot be asked for is left out.
 #[must_use]
@@ -50,7 +52,8 @@ pub fn programs(pins: &PinDir, devices: &BTreeMap<u32, String>) -> Vec<String> {
             }
         }
         for (minor, side) in CLSACT_SIDES {
-            for kind in filters(*index, minor).unwrap_or_default() {
+            let filters = filters(*index, minor).unwrap_or_default();
+            for (_, kind) in filters.iter().filter(|(handle, _)| *handle != u32::from(CLSACT_HANDLE)) {
                 lines.push(format!("{device}: a TC filter of kind {kind} at clsact {side}"));
             }
         }
@@ -110,27 +113,31 @@ fn xdp_programs() -> io::Result<BTreeMap<u32, u32>> {
     Ok(links()?.iter().filter_map(|link| Some((link.header.index, program(link)?))).collect())
 }
 
-/// The kinds of the filters of others on one side of a device's clsact qdisc.
-fn filters(index: u32, minor: u16) -> io::Result<Vec<String>> {
+/// Whether our filter is on a device; also where that cannot be asked, as of a device in another network namespace.
+pub(super) fn has_filter(index: u32, hook: Hook) -> bool {
+    let minor = if hook.is_ingress() { CLSACT_INGRESS } else { CLSACT_EGRESS };
+    let ours = u32::from(CLSACT_HANDLE);
+    filters(index, minor).map_or(true, |filters| filters.iter().any(|(handle, _)| *handle == ours))
+}
+
+/// The filters on one side of a device's clsact qdisc: handles and kinds.
+fn filters(index: u32, minor: u16) -> io::Result<Vec<(u32, String)>> {
     let mut request = TcMessage::default();
     request.header.index = index.cast_signed();
     request.header.parent = TcHandle { major: u16::MAX, minor };
-    let mut kinds = Vec::new();
+    let mut filters = Vec::new();
     dump_route(RouteNetlinkMessage::GetTrafficFilter(request), |message| {
         let RouteNetlinkMessage::NewTrafficFilter(TcMessage { header, attributes, .. }) = message else { return };
         // The kernel lists each filter's priority too, with no handle.
-        if header.handle == TcHandle::UNSPEC || u32::from(header.handle) == u32::from(CLSACT_HANDLE) {
+        if header.handle == TcHandle::UNSPEC {
             return;
         }
-        kinds.extend(
-            attributes.into_iter().find_map(
-                |attribute| {
-                    if let TcAttribute::Kind(kind) = attribute { Some(kind) } else { None }
-                },
-            ),
-        );
+        let kind = attributes
+            .into_iter()
+            .find_map(|attribute| if let TcAttribute::Kind(kind) = attribute { Some(kind) } else { None });
+        filters.push((u32::from(header.handle), kind.unwrap_or_default()));
     })?;
-    Ok(kinds)
+    Ok(filters)
 }
 
 fn dump_route(request: RouteNetlinkMessage, visit: impl FnMut(RouteNetlinkMessage)) -> io::Result<()> {

@@ -215,7 +215,7 @@ fn a_path_that_cannot_be_read_changes_nothing() {
     let mut reader = Reader::new(&inner, "a");
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
     partial
-    error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use
+    error: inner: cannot be read (No such file or directory (os error 2))
     ");
     fs::create_dir(&inner).expect("a directory");
     insta::assert_snapshot!(scratch.show(&reader.read()), @"info: inner: no *.yaml, *.yml or *.json file in this directory");
@@ -304,4 +304,26 @@ async fn a_link_to_another_directory_is_followed() {
     until(&mut receiver, &["b"]).await;
     scratch.write("b/x.yaml", &service("c", "10.0.0.1"));
     until(&mut receiver, &["c"]).await;
+}
+
+#[test]
+fn a_source_is_unreadable_where_nothing_of_it_was_ever_read() {
+    let scratch = Scratch::new();
+    let mut reader = Reader::new(&scratch.0, "a");
+    assert_eq!(reader.read().unreadable, None, "an empty directory holds nothing");
+    let why = |path: &Path| read(path, "a").unreadable.unwrap_or_default();
+    assert!(why(&scratch.0.join("nowhere")).contains("nowhere: cannot be read (No such file"));
+    scratch.write("a.yaml", "kind: [\n");
+    scratch.write("b.yaml", "}\n");
+    assert!(why(&scratch.0).contains("a.yaml"), "the first file is named: {}", why(&scratch.0));
+    assert!(why(&scratch.0.join("b.yaml")).contains("b.yaml"));
+    // One object is enough, and so is a file that is good and empty.
+    scratch.write("b.yaml", &service("web", "10.96.0.1"));
+    assert_eq!(why(&scratch.0), "");
+    scratch.write("b.yaml", "");
+    assert_eq!(why(&scratch.0), "");
+    // What was read once is known, whatever becomes of the files.
+    let _ = reader.read();
+    scratch.write("b.yaml", "}\n");
+    assert_eq!(reader.read().unreadable, None);
 }

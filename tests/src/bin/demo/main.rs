@@ -10,7 +10,8 @@ mod stage;
 use std::process::ExitCode;
 
 use affinity_tests::lab::Interrupt;
-use anyhow::{Result, ensure};
+use affinity_user::load;
+use anyhow::{Result, bail, ensure};
 
 use crate::{
     acts::{ACTS, Act},
@@ -59,6 +60,10 @@ fn perform(keep: bool) -> Result<bool> {
         rustix::process::geteuid().is_root(),
         "the demo makes network namespaces and loads programs: run it as root"
     );
+    // Said before anything is built up, in one line.
+    if let Some(refusal) = load::trial(&load::Options::default())?.first() {
+        bail!("{refusal}; `affinity check` tells more");
+    }
     let mut stage = Stage::new();
     let mut scene = Scene::set(&stage, Interrupt::listen()?)?;
     let told = ACTS.iter().try_for_each(|act| tell(act, &mut scene, &mut stage));
