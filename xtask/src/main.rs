@@ -21,7 +21,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    qemu::{Release, Selection},
+    qemu::{Model, Release, Selection},
     run::cargo,
     setup::Purpose,
     steps::Steps,
@@ -88,6 +88,9 @@ struct TestArgs {
     /// The same on each of these kernels
     #[arg(long, conflicts_with = "kernel")]
     kernels: bool,
+    /// Network cards of this model in a guest: native XDP where their driver has it, on the kernel 6.12 unless told otherwise
+    #[arg(long, value_enum, value_name = "MODEL", conflicts_with_all = ["kernels", "brief", "only"])]
+    nic: Option<Model>,
     /// In guests only the few tests that `cargo xtask test` runs there
     #[arg(long)]
     brief: bool,
@@ -98,6 +101,9 @@ struct TestArgs {
 
 impl TestArgs {
     fn run(&self) -> anyhow::Result<()> {
+        if let Some(model) = self.nic {
+            return qemu::test_cards(model, self.kernel.unwrap_or(Release::Trixie));
+        }
         let releases: &[Release] = match &self.kernel {
             Some(release) => std::slice::from_ref(release),
             None if self.kernels => &Release::ALL,

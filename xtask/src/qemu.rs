@@ -5,6 +5,7 @@
 
 mod guest;
 mod image;
+mod nic;
 mod outcome;
 mod packages;
 
@@ -13,13 +14,14 @@ use std::{fs, time::Duration};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-pub(crate) use self::image::Release;
 use self::{
     guest::{Accelerator, Ended, Guest, Job, Qemu},
     image::Kernel,
+    nic::Cable,
     outcome::Row,
     packages::Mirror,
 };
+pub(crate) use self::{image::Release, nic::Model};
 use crate::{
     run::{cargo, command, is_root, output, root, target_dir},
     setup,
@@ -125,6 +127,45 @@ fn test_kernel(laboratory: &Laboratory, kernel: &Kernel, selection: &Selection, 
         guest.limit = BRIEF_LIMIT;
     }
     guest.run(jobs)
+}
+
+/// Runs the tests of network cards on cards of this model.
+///
+/// # Errors
+/// As [`test_kernels`].
+pub(crate) fn test_cards(model: Model, release: Release) -> Result<()> {
+    let Laboratory { qemu, mirror } = Laboratory::open()?;
+    let qemu = nic::qemu_with(qemu, model, &mirror)?;
+    let kernel = Kernel::prepare(release, &qemu.dir, &mirror, &qemu.busybox)?;
+    let accelerator = Accelerator::probe(&qemu, &kernel)?;
+    let mut jobs = jobs(&Selection::Some("nic".to_owned(), Vec::new()))?;
+    // They need the cards, so ordinary runs do not have them; and the cards are there once.
+    jobs.iter_mut()
+        .for_each(|job| job.words.splice(1.., ["--ignored", "--test-threads=1"].map(str::to_owned)).for_each(drop));
+    let mut failed = Vec::new();
+    for (variant, device) in model.variants() {
+        println!("\nqemu: Linux {} by {} with cards: {variant}", kernel.version, accelerator.title());
+        let cable = Cable::lay()?;
+        let patience = accelerator.patience().to_string();
+        let variables = [("AFFINITY_TEST_PATIENCE", patience.as_str()), ("AFFINITY_TEST_NIC", variant)];
+        let guest = Guest {
+            accelerator,
+            environment: variables.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
+            devices: Cable::arguments(device),
+            namespace: Some(cable.namespace.clone()),
+            ..Guest::new(&qemu, &kernel)
+        };
+        match guest.run(&jobs) {
+            Ok(ended) if ended.iter().all(|job| job.status == 0) => {}
+            Ok(_) => failed.push(*variant),
+            Err(error) => {
+                println!("{error:#}");
+                failed.push(variant);
+            }
+        }
+    }
+    ensure!(failed.is_empty(), "failed with cards: {}", failed.join(", "));
+    Ok(())
 }
 
 /// Builds the programs of a selection, and says how to run them.
