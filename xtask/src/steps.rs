@@ -82,7 +82,8 @@ mod tests {
     fn a_step_that_was_not_run_is_in_the_table() {
         let mut steps = Steps::default();
         steps.optional_step("guest", || Ok(Outcome::NotRun("no QEMU".to_owned()))).expect("it is no failure");
-        assert!(steps.to_string().contains("guest        0.0 s  NOT RUN"), "{steps}");
+        let table = steps.to_string();
+        assert_eq!(table.lines().nth(1), Some("guest      0.0 s  NOT RUN"));
     }
 
     #[test]

@@ -13,6 +13,10 @@ $B mount -o bind "$modules" /lib/modules
 # The kernel loads modules by the name of this file.
 $B ln -s "$B" /run/modprobe
 $B echo /run/modprobe > /proc/sys/kernel/modprobe
+# There is no udev to load the drivers of devices that were there from the start.
+for alias in $($B cat /sys/bus/pci/devices/*/modalias /sys/bus/virtio/devices/*/modalias 2>/dev/null); do
+    /run/modprobe -q "$alias"
+done
 # Whoever runs out of memory says so on the console, and that is the end.
 $B echo 1 > /proc/sys/vm/panic_on_oom
 $B hostname affinity-guest

@@ -10,7 +10,7 @@
 //! The taps hand over frames with the checksum's state (`vnet_hdr`), as hypervisors do: a virtio-net guest gets frames whose
 //! checksum is partial, unless it switches that off.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
@@ -20,6 +20,9 @@ use super::{
     packages::{Apt, Installed, Mirror},
 };
 use crate::run::{command, output, run as run_command};
+
+/// How the names of the namespaces begin; the process that made one follows.
+const PREFIX: &str = "affinity-qemu-";
 
 /// How many cards a guest has.
 const CARDS: usize = 4;
@@ -79,7 +82,8 @@ impl Cable {
     /// What `ip` says.
     pub(crate) fn lay() -> Result<Self> {
         ensure!(fs::exists("/dev/net/tun")?, "/dev/net/tun is missing: QEMU's cards need taps");
-        let cable = Self { namespace: format!("affinity-qemu-{}", std::process::id()) };
+        remove_stale()?;
+        let cable = Self { namespace: format!("{PREFIX}{}", std::process::id()) };
         let name = &cable.namespace;
         run_command(command("ip").args(["netns", "add", name]))?;
         let mut script = "link set lo up\n".to_owned();
@@ -120,6 +124,17 @@ impl Drop for Cable {
     fn drop(&mut self) {
         let _ = run_command(command("ip").args(["netns", "del", &self.namespace]));
     }
+}
+
+/// Removes what was left by processes that were killed.
+fn remove_stale() -> Result<()> {
+    let names = output(command("ip").args(["netns", "list"]))?;
+    let names = names.lines().filter_map(|line| line.split_whitespace().next());
+    let ours = names.filter_map(|name| Some((name, name.strip_prefix(PREFIX)?)));
+    for (name, _) in ours.filter(|(_, process)| !Path::new("/proc").join(process).exists()) {
+        run_command(command("ip").args(["netns", "del", name]))?;
+    }
+    Ok(())
 }
 
 /// A QEMU that has this model: the one that is installed, or a newer one from the backports to this release.
