@@ -65,7 +65,7 @@ impl Accelerator {
         }
         println!("qemu: trying KVM, for at most {} s", PROBE.as_secs());
         let guest = Guest { accelerator: Self::Kvm, limit: PROBE, ..Guest::new(qemu, kernel) };
-        let works = guest.run(&[]).is_ok();
+        let works = guest.run(&[])?.is_success();
         fs::write(&answer, format!("{boot}{}", if works { "works" } else { "hangs" }))?;
         Ok(if works { Self::Kvm } else { Self::Tcg })
     }
@@ -130,8 +130,24 @@ pub(crate) struct Job {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Ended {
     pub(crate) name: String,
-    pub(crate) status: i32,
+    /// None: it had not ended when the guest did.
+    pub(crate) status: Option<i32>,
     pub(crate) output: String,
+}
+
+/// What became of a guest.
+pub(crate) struct Report {
+    /// Its programs, in their order; those that had begun.
+    pub(crate) ended: Vec<Ended>,
+    /// Why it did not get to its end, with the last lines of its console.
+    pub(crate) failure: Option<anyhow::Error>,
+}
+
+impl Report {
+    /// Whether every program has succeeded.
+    pub(crate) fn is_success(&self) -> bool {
+        self.failure.is_none() && self.ended.iter().all(|job| job.status == Some(0))
+    }
 }
 
 /// A guest to be run.
@@ -163,11 +179,11 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Boots it, runs the programs one after the other, and returns how they ended.
+    /// Boots it, and runs the programs one after the other.
     ///
     /// # Errors
-    /// When the guest did not get to its end: why, with the last lines of its console.
-    pub(crate) fn run(&self, jobs: &[Job]) -> Result<Vec<Ended>> {
+    /// When it cannot be started.
+    pub(crate) fn run(&self, jobs: &[Job]) -> Result<Report> {
         let results = self.qemu.dir.join(format!("run-{}", std::process::id()));
         let _ = fs::remove_dir_all(&results);
         fs::create_dir_all(&results)?;
@@ -177,16 +193,18 @@ impl<'a> Guest<'a> {
         let console = fs::read(results.join("console")).unwrap_or_default();
         let console = String::from_utf8_lossy(&console);
         // Where the kernel has said what is wrong, that is why the guest has ended.
-        let watched = match (fault_on(&console), watched) {
-            (Some(line), _) => Err(anyhow!("the guest's kernel says: {line}")),
-            (None, Err(error)) => Err(error),
-            (None, Ok(())) => jobs.iter().enumerate().map(|(number, job)| read_end(&results, number, job)).collect(),
+        let failure = match (fault_on(&console), watched) {
+            (Some(line), _) => Some(anyhow!("the guest's kernel says: {line}")),
+            (None, watched) => watched.err(),
         };
-        let ended = watched.map_err(|error| {
+        let ended = jobs.iter().enumerate().filter_map(|(number, job)| read_end(&results, number, job)).collect();
+        let failure = failure.map(|error| {
             anyhow!("Linux {}: {error:#}. The end of its console:\n{}", self.kernel.version, last_lines(&console))
-        })?;
-        fs::remove_dir_all(&results)?;
-        Ok(ended)
+        });
+        if failure.is_none() {
+            fs::remove_dir_all(&results)?;
+        }
+        Ok(Report { ended, failure })
     }
 
     /// Starts QEMU, and follows it to its end.
@@ -322,13 +340,13 @@ fn show(path: &Path, shown: &mut u64) -> Result<bool> {
     Ok(!text.is_empty())
 }
 
-fn read_end(results: &Path, number: usize, job: &Job) -> Result<Ended> {
-    let output = fs::read(output_file(results, number)).unwrap_or_default();
-    let status = fs::read_to_string(results.join(format!("status.{number}")));
-    let status = status.with_context(|| format!("{} has not said how it ended", job.name))?;
-    Ok(Ended {
+/// None: the program was not started.
+fn read_end(results: &Path, number: usize, job: &Job) -> Option<Ended> {
+    let output = fs::read(output_file(results, number)).ok()?;
+    let status = fs::read_to_string(results.join(format!("status.{number}"))).ok();
+    Some(Ended {
         name: job.name.clone(),
-        status: status.trim().parse().with_context(|| format!("{} ended with {status:?}", job.name))?,
+        status: status.and_then(|status| status.trim().parse().ok()),
         output: String::from_utf8_lossy(&output).into_owned(),
     })
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::guest::Ended;
+use super::guest::{Ended, Report};
 
 /// Where packets and connections are translated: as `tests/tests/hooks.rs` says it, and as the table's heading.
 pub(crate) const HOOKS: [(&str, &str); 6] = [
@@ -31,20 +31,17 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// The row of a guest whose programs ended like this.
-    pub(crate) fn new(title: String, ended: &[Ended]) -> Self {
+    /// The row of a guest.
+    pub(crate) fn new(title: String, report: &Report) -> Self {
+        let ended = &report.ended;
         let lines = || ended.iter().flat_map(|ended| ended.output.lines());
         let hooks = HOOKS.iter().map(|(hook, _)| {
             // Behind the name of the test that said it, or alone.
             let said = lines().find_map(|line| line.split_once(HOOK)?.1.strip_prefix(hook)?.strip_prefix(": "));
             said.unwrap_or("**failed**").to_owned()
         });
-        Self { title, hooks: hooks.collect(), tests: Counts::of(ended).to_string() }
-    }
-
-    /// The row of a guest that did not get to its end.
-    pub(crate) fn failed(title: String) -> Self {
-        Self { title, hooks: HOOKS.iter().map(|_| "-".to_owned()).collect(), tests: "**the guest failed**".to_owned() }
+        let unfinished = if report.failure.is_some() { "; **the guest failed**" } else { "" };
+        Self { title, hooks: hooks.collect(), tests: format!("{}{unfinished}", Counts::of(ended)) }
     }
 }
 
@@ -63,11 +60,18 @@ impl Counts {
         for program in ended {
             let closing = program.output.lines().filter_map(|line| line.strip_prefix(CLOSING));
             let before = counts.failed;
+            let mut is_closed = false;
             for line in closing {
                 counts.passed += number_before(line, " passed").unwrap_or(0);
                 counts.failed += number_before(line, " failed").unwrap_or(0);
+                is_closed = true;
             }
-            counts.broken += u64::from(program.status != 0 && counts.failed == before);
+            if !is_closed {
+                let results = |end: &str| program.output.lines().filter(|line| line.ends_with(end)).count() as u64;
+                counts.passed += results(" ... ok");
+                counts.failed += results(" ... FAILED");
+            }
+            counts.broken += u64::from(program.status.is_some_and(|status| status != 0) && counts.failed == before);
         }
         counts
     }
@@ -111,7 +115,7 @@ mod tests {
     use super::*;
 
     fn ended(status: i32, output: &str) -> Ended {
-        Ended { name: "hooks".to_owned(), status, output: output.to_owned() }
+        Ended { name: "hooks".to_owned(), status: Some(status), output: output.to_owned() }
     }
 
     #[test]
@@ -119,7 +123,8 @@ mod tests {
         let output = "\nrunning 2 tests\ntest xdp_native ... hook: xdp-native: works\nok\n\
                       hook: tcx: none in this kernel: clsact is used\ntest tcx ... ok\n\
                       test result: FAILED. 2 passed; 1 failed; 0 ignored\n";
-        let row = Row::new("6.1".to_owned(), &[ended(101, output), ended(0, "test result: ok. 3 passed; 0 failed")]);
+        let ended = vec![ended(101, output), ended(0, "test result: ok. 3 passed; 0 failed")];
+        let row = Row::new("6.1".to_owned(), &Report { ended, failure: None });
         assert_eq!(row.hooks[0], "works");
         assert_eq!(row.hooks[1], "**failed**");
         assert_eq!(row.hooks[2], "none in this kernel: clsact is used");
@@ -135,14 +140,18 @@ mod tests {
     #[test]
     fn the_table_is_markdown() {
         let row = Row { title: "6.1".to_owned(), hooks: vec!["works".to_owned(); 6], tests: "5 passed".to_owned() };
-        let text = table(&[row, Row::failed("sid".to_owned())], "2026-11-30", "abc1234");
+        let stopped =
+            Ended { status: None, ..ended(0, "test generic_xdp ... ok\ntest clsact ... FAILED\ntest tcx ... ") };
+        let report = Report { ended: vec![stopped], failure: Some(anyhow::anyhow!("it was stopped")) };
+        let text = table(&[row, Row::new("sid".to_owned(), &report)], "2026-11-30", "abc1234");
         assert_eq!(
             text.lines().collect::<Vec<_>>(),
             [
                 "| kernel | XDP in the driver (veth) | XDP generic | tcx | clsact | sockets | redirect | tests |",
                 "|---|---|---|---|---|---|---|---|",
                 "| 6.1 | works | works | works | works | works | works | 5 passed |",
-                "| sid | - | - | - | - | - | - | **the guest failed** |",
+                "| sid | **failed** | **failed** | **failed** | **failed** | **failed** | **failed** | 1 passed, 1 failed; \
+                 **the guest failed** |",
                 "",
                 "Run on 2026-11-30 at commit abc1234."
             ]
