@@ -66,6 +66,7 @@ impl Laboratory {
         let mirror = Mirror::of_this_machine()?;
         let dir = target_dir()?.join("qemu");
         fs::create_dir_all(&dir)?;
+        guest::remove_stale_results(&dir)?;
         let busybox = image::busybox(&dir, &mirror)?;
         let qemu = Qemu { program: "qemu-system-x86_64".into(), prefix: None, dir, busybox };
         Ok(Self { qemu, mirror })
@@ -98,7 +99,7 @@ impl Laboratory {
             }
             rows.push(Row::new(title, &report));
         }
-        if matches!(selection, Selection::Whole | Selection::Brief) {
+        if rows.iter().any(Row::has_hooks) {
             println!("\n{}", outcome::table(&rows, today()?.trim(), &commit()?));
         }
         ensure!(failures.is_empty(), "failed in guests:\n    {}", failures.join("\n    "));

@@ -34,6 +34,9 @@ const PROBE: Duration = Duration::from_secs(20);
 /// How much of a guest's console is shown when something went wrong.
 const CONSOLE_LINES: usize = 40;
 
+/// How the names of the directories with results begin; the process that made one follows.
+const RESULTS: &str = "run-";
+
 /// Words on the console of a kernel that something is wrong with.
 const FAULTS: [&str; 6] =
     ["Kernel panic", "kernel BUG at", "BUG: ", "Oops: ", "general protection fault", "Out of memory"];
@@ -184,7 +187,7 @@ impl<'a> Guest<'a> {
     /// # Errors
     /// When it cannot be started.
     pub(crate) fn run(&self, jobs: &[Job]) -> Result<Report> {
-        let results = self.qemu.dir.join(format!("run-{}", std::process::id()));
+        let results = self.qemu.dir.join(format!("{RESULTS}{}", std::process::id()));
         let _ = fs::remove_dir_all(&results);
         fs::create_dir_all(&results)?;
         fs::copy(&self.qemu.busybox, results.join("busybox"))?;
@@ -306,6 +309,19 @@ fn enter(namespace: &str, inner: &Command) -> Command {
         }
     }
     outer
+}
+
+/// Removes what guests that failed have left, of processes that have ended.
+pub(crate) fn remove_stale_results(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix(RESULTS));
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// QEMU, killed if it is left alone.

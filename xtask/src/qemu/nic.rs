@@ -109,12 +109,14 @@ impl Cable {
         Ok(cable)
     }
 
-    /// QEMU's arguments for the cards. The last byte of a card's address is its number.
+    /// QEMU's arguments for the cards, each at a port of its own: an igb takes the places of its virtual functions too. The
+    /// last byte of a card's address is its number.
     pub(crate) fn arguments(device: &str) -> Vec<String> {
         let card = |number| {
             let tap = format!("tap,id=card{number},ifname=tap{number},script=no,downscript=no,vhost=off");
-            let card = format!("{device},netdev=card{number},mac=52:54:00:af:f1:{number:02x}");
-            ["-netdev".to_owned(), tap, "-device".to_owned(), card]
+            let port = format!("pcie-root-port,id=port{number},chassis={number}");
+            let card = format!("{device},bus=port{number},netdev=card{number},mac=52:54:00:af:f1:{number:02x}");
+            ["-netdev", &tap, "-device", &port, "-device", &card].map(str::to_owned)
         };
         (0..CARDS).flat_map(card).collect()
     }
@@ -162,10 +164,11 @@ pub(crate) fn qemu_with(installed: Qemu, model: Model, mirror: &Mirror) -> Resul
     Ok(newer)
 }
 
-/// Asked of the device alone: the list of all devices loads every module of QEMU, those of another version among them.
+/// Asked of the device alone: the list of all devices loads every module of QEMU, those of another version among them. The
+/// answer is its options, or nothing; QEMU's exit status is the same.
 fn has_device(qemu: &Qemu, model: Model) -> Result<bool> {
     let answer = qemu.command().arg("-device").arg(format!("{},help", model.device())).output();
-    Ok(answer.with_context(|| qemu.program.display().to_string())?.status.success())
+    Ok(!answer.with_context(|| qemu.program.display().to_string())?.stdout.is_empty())
 }
 
 #[cfg(test)]
@@ -175,8 +178,8 @@ mod tests {
     #[test]
     fn each_card_has_an_address_of_its_own() {
         let arguments = Cable::arguments("igb");
-        assert_eq!(arguments.len(), CARDS * 4);
-        assert_eq!(arguments[3], "igb,netdev=card0,mac=52:54:00:af:f1:00");
-        assert_eq!(arguments[15], "igb,netdev=card3,mac=52:54:00:af:f1:03");
+        assert_eq!(arguments.len(), CARDS * 6);
+        assert_eq!(arguments[5], "igb,bus=port0,netdev=card0,mac=52:54:00:af:f1:00");
+        assert_eq!(arguments[23], "igb,bus=port3,netdev=card3,mac=52:54:00:af:f1:03");
     }
 }

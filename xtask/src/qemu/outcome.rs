@@ -17,6 +17,9 @@ pub(crate) const HOOKS: [(&str, &str); 6] = [
 /// How a line begins by which a test says that a hook works, or what stands in for it.
 const HOOK: &str = "hook: ";
 
+/// What the table says of a hook that no test has said anything of.
+const FAILED: &str = "**failed**";
+
 /// The closing line of a program with tests.
 const CLOSING: &str = "test result: ";
 
@@ -31,6 +34,11 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    /// Whether a test of hooks was among those that ran.
+    pub(crate) fn has_hooks(&self) -> bool {
+        self.hooks.iter().any(|hook| hook != FAILED)
+    }
+
     /// The row of a guest.
     pub(crate) fn new(title: String, report: &Report) -> Self {
         let ended = &report.ended;
@@ -38,7 +46,7 @@ impl Row {
         let hooks = HOOKS.iter().map(|(hook, _)| {
             // Behind the name of the test that said it, or alone.
             let said = lines().find_map(|line| line.split_once(HOOK)?.1.strip_prefix(hook)?.strip_prefix(": "));
-            said.unwrap_or("**failed**").to_owned()
+            said.unwrap_or(FAILED).to_owned()
         });
         let unfinished = if report.failure.is_some() { "; **the guest failed**" } else { "" };
         Self { title, hooks: hooks.collect(), tests: format!("{}{unfinished}", Counts::of(ended)) }
