@@ -13,6 +13,7 @@ use affinity_common::abi::{Session, SessionKey, V4};
 use affinity_common::names;
 use affinity_tests::kubeproxy::Mode;
 use affinity_tests::lab::{Lab, WIRE, eventually};
+use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
 use affinity_user::load::{self, PinDir, Sizes};
@@ -127,7 +128,7 @@ fn detach_takes_a_dataplane_of_another_version_away() -> Result<()> {
 fn get(lab: &Lab, path: &str) -> Result<(u16, String)> {
     lab.node().run(|| {
         let mut stream = TcpStream::connect(ADDRESS)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.set_read_timeout(Some(patience(Duration::from_secs(5))))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;

@@ -39,7 +39,9 @@ fn lay_wire(ends: [(&Namespace, &str); 2], cards: Option<Cards<'_>>) -> Result<(
     };
     for ((namespace, name), card) in ends.into_iter().zip(cards) {
         let mut ip = Command::new("ip");
-        netns::run(ip.args(["link", "set", card, "down", "netns", namespace.name(), "name", name]))?;
+        // As it was before another lab had it.
+        ip.args(["link", "set", card, "down", "mtu", "1500", "netns", namespace.name(), "name", name]);
+        netns::run(&mut ip)?;
     }
     Ok(())
 }
