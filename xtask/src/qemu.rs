@@ -85,6 +85,8 @@ impl Laboratory {
     /// # Errors
     /// When a guest does not get to its end, or a test fails.
     pub(crate) fn test(&self, kernels: &[Kernel], selection: &Selection) -> Result<()> {
+        // What is built now, whatever happens to the tree meanwhile.
+        let commit = commit()?;
         let jobs = jobs(selection)?;
         let mut rows = Vec::new();
         let mut failures = Vec::new();
@@ -100,7 +102,7 @@ impl Laboratory {
             rows.push(Row::new(title, &report));
         }
         if rows.iter().any(Row::has_hooks) {
-            println!("\n{}", outcome::table(&rows, today()?.trim(), &commit()?));
+            println!("\n{}", outcome::table(&rows, today()?.trim(), &commit));
         }
         ensure!(failures.is_empty(), "failed in guests:\n    {}", failures.join("\n    "));
         Ok(())
