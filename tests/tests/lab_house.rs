@@ -16,7 +16,7 @@ use affinity_tests::lab::{Lab, WIRE, eventually};
 use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
-use affinity_user::load::{self, PinDir, Sizes};
+use affinity_user::load::{self, Memory, PinDir, Sizes};
 use affinity_user::store::kernel::KernelStore;
 use affinity_user::sys::{self, Map};
 use anyhow::{Context, Result, ensure};
@@ -201,7 +201,7 @@ fn a_smaller_table_says_how_many_entries_it_drops() -> Result<()> {
     const MANY: u32 = 3000;
     let pins = PinDir::new(&Path::new("/sys/fs/bpf").join(format!("affinity-house-{}", std::process::id())));
     let small = |sessions| {
-        let sizes = Sizes { sessions, flows: 2 * sessions, ..Sizes::of_memory(1 << 29, None) };
+        let sizes = Sizes { sessions, flows: 2 * sessions, ..Sizes::of_memory(Memory { total: 1 << 29, limit: None }) };
         load::load(&pins, &load::Options { sizes, ..Default::default() })
     };
     let told = (|| -> Result<_> {
