@@ -836,6 +836,8 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         shadow: false,
         detach_on_exit: false,
         http: None,
+        node_health: agent::NodeHealth::Off,
+        json: false,
     };
     let outcome = wire.on_a_thread(|| {
         agent::attach(&options)?;
