@@ -55,6 +55,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use aya::Ebpf;
 
+use crate::patience::patience;
+
 pub use address::{CLIENT_COUNT, FIRST_OF_B, Family, PODS, Protocol};
 pub use agent::{Agent, CAPABILITIES, Memory};
 pub use capture::{Capture, Direction, read_pcap};
@@ -100,11 +102,14 @@ pub struct Options {
     /// pod's kernel puts the connection in the request's place, finds neither, and is answered with a reset, whoever
     /// routes it.
     pub steering: bool,
+    /// Network cards in place of the wires: of node A and the clients, and where there is a second node, between node A and
+    /// node B. Names in the namespace of this process; they are there again when the lab has gone.
+    pub cards: Option<[String; 4]>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { pods: 3, pods_of_b: 0, checksum_offload: true, steering: true }
+        Self { pods: 3, pods_of_b: 0, checksum_offload: true, steering: true, cards: None }
     }
 }
 
@@ -116,7 +121,7 @@ pub struct Lab {
     node: Namespace,
     second: Option<Second>,
     /// Keeps the program on the client's end of the wire.
-    _receiver: Ebpf,
+    _receiver: Option<Ebpf>,
     keep: bool,
 }
 
@@ -125,7 +130,7 @@ struct Second {
     pods: Vec<Pod>,
     node: Namespace,
     /// Keeps the program on this node's end of the wire.
-    _receiver: Ebpf,
+    _receiver: Option<Ebpf>,
 }
 
 impl Lab {
@@ -146,7 +151,8 @@ impl Lab {
         let name = unique_name();
         let directories = Directories::create(&name)?;
         let node = node_namespace(format!("{name}-node"))?;
-        let client = client_namespace(format!("{name}-client"), &node)?;
+        let cards = options.cards.as_ref().map(|[node, client, a, b]| ([node, client], [a, b]));
+        let client = client_namespace(format!("{name}-client"), &node, cards.map(|(outer, _)| outer))?;
         if !options.checksum_offload {
             ethtool(&node, WIRE, &["tx", "off"])?;
         }
@@ -155,15 +161,15 @@ impl Lab {
         }
         // A veth device sends what an XDP program turns back (`XDP_TX`), but tells its peer to look at it only where the
         // peer runs a program too (`veth_xdp_flush`).
-        let receiver = pass_by_xdp(&client, "eth0")?;
+        let receiver = cards.is_none().then(|| pass_by_xdp(&client, "eth0")).transpose()?;
         let start = |index, node: &Namespace| Pod::start(index, format!("{name}-pod{index}"), node, options.clone());
         let pods = (0..options.pods).map(|index| start(index, &node)).collect::<Result<_>>()?;
         let second = match options.pods_of_b {
             0 => None,
             count => {
                 let node_b = node_namespace(format!("{name}-node-b"))?;
-                join(&node, &node_b, &client)?;
-                let receiver = pass_by_xdp(&node_b, UNDERLAY_WIRE)?;
+                join(&node, &node_b, &client, cards.map(|(_, inner)| inner))?;
+                let receiver = cards.is_none().then(|| pass_by_xdp(&node_b, UNDERLAY_WIRE)).transpose()?;
                 let indices = FIRST_OF_B..FIRST_OF_B + count;
                 let pods = indices.map(|index| start(index, &node_b)).collect::<Result<_>>()?;
                 Some(Second { pods, node: node_b, _receiver: receiver })
@@ -344,8 +350,9 @@ impl Drop for Lab {
 /// Waits until `holds` is true, asking again and again.
 ///
 /// # Errors
-/// When it has not become true within `limit`.
+/// When it has not become true within `limit`, times the factor of [`mod@crate::patience`].
 pub fn eventually(what: &str, limit: Duration, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let limit = patience(limit);
     let deadline = Instant::now() + limit;
     while !holds()? {
         if Instant::now() > deadline {

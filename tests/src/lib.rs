@@ -10,6 +10,7 @@
 //! * [`callers`] are clients of every kind in such a lab: outside, in pods, on the node.
 //! * [`story`] sets a scene for the tests that are told once and hold for every hook, family and protocol.
 //! * [`packet`] builds frames, and checks the checksums of any frame.
+//! * [`mod@patience`] is how long tests wait.
 //! * [`kernel`] runs frames through the kernel programs and the model, from the same state.
 //!
 //! Everything here needs root, and Debian's iproute2, util-linux, ethtool and tcpdump. Nothing leaves the
@@ -23,5 +24,6 @@ pub mod kernel;
 pub mod kubeproxy;
 pub mod lab;
 pub mod packet;
+pub mod patience;
 pub mod proxy;
 pub mod story;

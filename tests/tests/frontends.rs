@@ -12,6 +12,7 @@ use affinity_tests::lab::{
     EndpointState, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
 };
 use affinity_tests::on_every_hook;
+use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
@@ -188,8 +189,8 @@ fn node_ports_are_at_the_addresses_that_are_chosen() -> Result<()> {
 /// What a load balancer is told by a node: the status, and the rest.
 fn ask_health(lab: &Lab, to: SocketAddr) -> io::Result<String> {
     lab.client_namespace().run(|| {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
-        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let mut stream = TcpStream::connect_timeout(&to, patience(Duration::from_secs(2)))?;
+        stream.set_read_timeout(Some(patience(Duration::from_secs(2))))?;
         stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;

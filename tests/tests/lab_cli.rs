@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use affinity_tests::lab::{Family, Lab, Protocol, Service, eventually};
+use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, web};
 use anyhow::{Context, Result, ensure};
 
@@ -187,7 +188,7 @@ fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
         let client = format!("\"{}\"", route.client(client));
         let mut seen = Vec::new();
         loop {
-            let line = lines.recv_timeout(Duration::from_secs(5));
+            let line = lines.recv_timeout(patience(Duration::from_secs(5)));
             let line = line.with_context(|| format!("no event {kind} of {client} among {seen:#?}"))?;
             if line.contains(kind) && line.contains(&client) {
                 return Ok(());

@@ -14,9 +14,10 @@ use affinity_common::names;
 use affinity_tests::apiserver::ApiServer;
 use affinity_tests::kubeproxy::Mode;
 use affinity_tests::lab::{Lab, NODE_NAME, WIRE, eventually};
+use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
-use affinity_user::load::{self, PinDir, Sizes};
+use affinity_user::load::{self, Memory, PinDir, Sizes};
 use affinity_user::store::kernel::KernelStore;
 use affinity_user::sys::{self, Map};
 use anyhow::{Context, Result, ensure};
@@ -162,7 +163,7 @@ fn detach_takes_a_dataplane_of_another_version_away() -> Result<()> {
 fn get(lab: &Lab, path: &str) -> Result<(u16, String)> {
     lab.node().run(|| {
         let mut stream = TcpStream::connect(ADDRESS)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.set_read_timeout(Some(patience(Duration::from_secs(5))))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: {ADDRESS}\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
@@ -249,7 +250,7 @@ fn a_smaller_table_says_how_many_entries_it_drops() -> Result<()> {
     const MANY: u32 = 3000;
     let pins = PinDir::new(&Path::new("/sys/fs/bpf").join(format!("affinity-house-{}", std::process::id())));
     let small = |sessions| {
-        let sizes = Sizes { sessions, flows: 2 * sessions, ..Sizes::of_memory(1 << 29, None) };
+        let sizes = Sizes { sessions, flows: 2 * sessions, ..Sizes::of_memory(Memory { total: 1 << 29, limit: None }) };
         load::load(&pins, &load::Options { sizes, ..Default::default() })
     };
     let told = (|| -> Result<_> {

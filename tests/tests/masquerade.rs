@@ -10,6 +10,7 @@ use affinity_tests::in_every_way;
 use affinity_tests::lab::{
     Connection, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
 };
+use affinity_tests::patience::patience;
 use affinity_tests::proxy::{Proxy, drop_invalid};
 use affinity_tests::story::tell_in;
 use anyhow::{Context, Result, ensure};
@@ -36,7 +37,7 @@ fn a_connection_beyond_the_nodes_ports_is_refused_and_a_closed_one_makes_room() 
             }
             let (before, began) = (lab.count("ports-exhausted")?, Instant::now());
             let kind = dial(PORTS).map(drop).map_err(|error| error.kind());
-            ensure!(kind == Err(ErrorKind::ConnectionRefused) && began.elapsed() < AT_ONCE, "{kind:?}");
+            ensure!(kind == Err(ErrorKind::ConnectionRefused) && began.elapsed() < patience(AT_ONCE), "{kind:?}");
             ensure!(lab.count("ports-exhausted")? > before, "it is counted");
             for connection in &mut open {
                 connection.ask("/").context("those that are there go on")?;
@@ -148,7 +149,7 @@ fn no_neighbour_needs_to_be_known(proxy: Proxy) -> Result<()> {
                 ensure!(status.success(), "{status}");
                 let began = Instant::now();
                 lab.client().http_get(family.client(number), to, "/")?;
-                ensure!(began.elapsed() < AT_ONCE, "{to}: {:?} to find neighbours", began.elapsed());
+                ensure!(began.elapsed() < patience(AT_ONCE), "{to}: {:?} to find neighbours", began.elapsed());
             }
         }
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use affinity_tests::apiserver::ApiServer;
 use affinity_tests::bench::sync::Cluster;
 use affinity_tests::lab::{Lab, eventually};
+use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, report, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
@@ -29,7 +30,7 @@ struct Answer {
 /// Asks for something on the node that this thread is on; the answer is still to be read.
 fn ask(path: &str, accept: &str) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(ADDRESS)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience(PATIENCE)))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {ADDRESS}\r\nAccept: {accept}\r\nConnection: close\r\n\r\n")?;
     Ok(stream)
 }

@@ -6,6 +6,7 @@
 mod check;
 mod fuzz;
 mod package;
+mod qemu;
 mod run;
 mod setup;
 mod steps;
@@ -17,9 +18,14 @@ use std::{
     time::Duration,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
-use crate::{run::cargo, setup::Purpose, steps::Steps};
+use crate::{
+    qemu::{Model, Release, Selection},
+    run::cargo,
+    setup::Purpose,
+    steps::Steps,
+};
 
 /// Sets up, builds, checks, tests and shows affinity.
 #[derive(Parser)]
@@ -46,8 +52,8 @@ enum Task {
     },
     /// Formatting, lints, documentation and the rules of the source tree
     Check,
-    /// All that must hold: check, unit and property tests, kernel tests (root), a minute of fuzzing
-    Test,
+    /// All that must hold: check, unit and property tests, kernel tests (root), on Debian 12's kernel too, a minute of fuzzing
+    Test(TestArgs),
     /// Show affinity at work in a lab of network namespaces (root, under a minute)
     Demo {
         /// Given to the demo: `--keep` leaves the lab up, `--help` tells more
@@ -73,6 +79,45 @@ enum Task {
     },
 }
 
+/// Without options: all that must hold on this machine.
+#[derive(Args)]
+struct TestArgs {
+    /// In place of that: the kernel tests and the demonstration in a guest with this kernel of Debian's
+    #[arg(long, value_enum, value_name = "KERNEL")]
+    kernel: Option<Release>,
+    /// The same on each of these kernels
+    #[arg(long, conflicts_with = "kernel")]
+    kernels: bool,
+    /// Network cards of this model in a guest: native XDP where their driver has it, on the kernel 6.12 unless told otherwise
+    #[arg(long, value_enum, value_name = "MODEL", conflicts_with_all = ["kernels", "brief", "only"])]
+    nic: Option<Model>,
+    /// In guests only the few tests that `cargo xtask test` runs there
+    #[arg(long)]
+    brief: bool,
+    /// In guests only tests of this binary; what follows it is given to it, such as a part of tests' names
+    #[arg(value_name = "BINARY", last = true, conflicts_with = "brief")]
+    only: Vec<String>,
+}
+
+impl TestArgs {
+    fn run(&self) -> anyhow::Result<()> {
+        if let Some(model) = self.nic {
+            return qemu::test_cards(model, self.kernel.unwrap_or(Release::Trixie));
+        }
+        let releases: &[Release] = match &self.kernel {
+            Some(release) => std::slice::from_ref(release),
+            None if self.kernels => &Release::ALL,
+            None => return Steps::report(test::run),
+        };
+        let selection = match self.only.split_first() {
+            Some((binary, filter)) => Selection::Some(binary.clone(), filter.to_vec()),
+            None if self.brief => Selection::Brief,
+            None => Selection::Whole,
+        };
+        qemu::test_kernels(releases, &selection)
+    }
+}
+
 fn main() -> ExitCode {
     match perform(Cli::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
@@ -95,7 +140,7 @@ fn perform(task: Task) -> anyhow::Result<()> {
             run::run(cargo(["build"]).args(profile))
         }
         Task::Check => Steps::report(check::run),
-        Task::Test => Steps::report(test::run),
+        Task::Test(arguments) => arguments.run(),
         Task::Demo { arguments } => in_the_lab("demo", arguments),
         Task::Bench { name, arguments } => in_the_lab("bench", [name.into()].into_iter().chain(arguments)),
         Task::Package => Steps::report(package::run),

@@ -43,6 +43,9 @@ const TOOLS: [Need; 12] = [
 const PACKAGING_TOOLS: [Need; 3] =
     [Need::command("gzip", "gzip"), Need::command("musl-gcc", "musl-tools"), Need::command("tar", "tar")];
 
+/// What `cargo xtask test --kernel` takes beside that.
+const EMULATION_TOOLS: [Need; 1] = [Need::command("qemu-system-x86_64", "qemu-system-x86")];
+
 /// What packages are built for: statically linked, and otherwise as this machine.
 pub(crate) const PACKAGE_TARGET: &str = match env::consts::ARCH.as_bytes() {
     b"aarch64" => "aarch64-unknown-linux-musl",
@@ -72,6 +75,8 @@ pub(crate) enum Purpose {
     Develop,
     /// And to package.
     Package,
+    /// And to run guests.
+    Emulate,
 }
 
 /// Installs what is missing, with one line for each kind of thing; silent when nothing is.
@@ -139,11 +144,14 @@ enum Item {
 
 /// What is missing, in the order in which to install it.
 fn find_missing(purpose: Purpose) -> Result<Vec<Item>> {
-    let packages_too = purpose == Purpose::Package;
+    let special: &[Need] = match purpose {
+        Purpose::Develop => &[],
+        Purpose::Package => &PACKAGING_TOOLS,
+        Purpose::Emulate => &EMULATION_TOOLS,
+    };
     let linker_is_missing = linker_version().as_deref() != Some(BPF_LINKER_VERSION);
     let libraries = LINKER_LIBRARIES.iter().filter(|_| linker_is_missing);
-    let packaging = PACKAGING_TOOLS.iter().filter(|_| packages_too);
-    let needs = TOOLS.iter().chain(libraries).chain(packaging).filter(|need| !need.is_met());
+    let needs = TOOLS.iter().chain(libraries).chain(special).filter(|need| !need.is_met());
     let mut packages: Vec<_> = needs.map(|need| need.package).collect();
     packages.sort_unstable();
     packages.dedup();
@@ -160,7 +168,7 @@ fn find_missing(purpose: Purpose) -> Result<Vec<Item>> {
     if !components.is_empty() {
         missing.push(Item::Components(components));
     }
-    if packages_too && !sysroot.join("lib/rustlib").join(PACKAGE_TARGET).join("lib").exists() {
+    if purpose == Purpose::Package && !sysroot.join("lib/rustlib").join(PACKAGE_TARGET).join("lib").exists() {
         missing.push(Item::Target);
     }
     if linker_is_missing {

@@ -16,7 +16,16 @@ pub(crate) struct Steps {
 struct Step {
     name: &'static str,
     took: Duration,
-    succeeded: bool,
+    result: &'static str,
+}
+
+/// What a step came to that did not fail.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Outcome {
+    /// It did what it is for.
+    Done,
+    /// It could not be done here, and why: that is no success, and shown as such.
+    NotRun(String),
 }
 
 impl Steps {
@@ -30,11 +39,24 @@ impl Steps {
 
     /// Performs one step under a heading.
     pub(crate) fn step(&mut self, name: &'static str, action: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.optional_step(name, || action().map(|()| Outcome::Done))
+    }
+
+    /// The same for a step that may lack something that this machine cannot get.
+    pub(crate) fn optional_step(&mut self, name: &'static str, action: impl FnOnce() -> Result<Outcome>) -> Result<()> {
         println!("\n== {name}");
         let start = Instant::now();
-        let result = action();
-        self.done.push(Step { name, took: start.elapsed(), succeeded: result.is_ok() });
-        result.with_context(|| format!("step \"{name}\""))
+        let outcome = action();
+        let result = match &outcome {
+            Ok(Outcome::Done) => "ok",
+            Ok(Outcome::NotRun(why)) => {
+                println!("NOT RUN: {name}: {why}");
+                "NOT RUN"
+            }
+            Err(_) => "FAILED",
+        };
+        self.done.push(Step { name, took: start.elapsed(), result });
+        outcome.map(drop).with_context(|| format!("step \"{name}\""))
     }
 }
 
@@ -42,8 +64,7 @@ impl fmt::Display for Steps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.done.iter().map(|step| step.name.len()).max().unwrap_or(0);
         writeln!(f, "{:width$}  {:>9}  result", "step", "time")?;
-        for Step { name, took, succeeded } in &self.done {
-            let result = if *succeeded { "ok" } else { "FAILED" };
+        for Step { name, took, result } in &self.done {
             writeln!(f, "{name:width$}  {:>7.1} s  {result}", took.as_secs_f64())?;
         }
         let total: Duration = self.done.iter().map(|step| step.took).sum();
@@ -56,6 +77,14 @@ mod tests {
     use anyhow::bail;
 
     use super::*;
+
+    #[test]
+    fn a_step_that_was_not_run_is_in_the_table() {
+        let mut steps = Steps::default();
+        steps.optional_step("guest", || Ok(Outcome::NotRun("no QEMU".to_owned()))).expect("it is no failure");
+        let table = steps.to_string();
+        assert_eq!(table.lines().nth(1), Some("guest      0.0 s  NOT RUN"));
+    }
 
     #[test]
     fn a_failed_step_is_in_the_table_and_in_the_error() {

@@ -6,9 +6,10 @@ use anyhow::{Result, ensure};
 
 use crate::{
     check, fuzz,
+    qemu::{self, Release, Selection},
     run::{cargo, is_root, run as run_command},
     setup,
-    steps::Steps,
+    steps::{Outcome, Steps},
 };
 
 /// How long the fuzz target runs.
@@ -25,6 +26,13 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     steps.step("deploy, rendered", rendered)?;
     steps.step("kernel tests", kernel_tests)?;
     steps.step("metrics, by promtool", promtool)?;
+    steps.optional_step("kernel tests on Debian 12's kernel, in brief", || {
+        // What is missing here is no fault of the commit; what fails in a guest is.
+        match qemu::Laboratory::open().and_then(|laboratory| Ok((laboratory.kernel(Release::Bookworm)?, laboratory))) {
+            Ok((kernel, laboratory)) => laboratory.test(&[kernel], &Selection::Brief).map(|()| Outcome::Done),
+            Err(why) => Ok(Outcome::NotRun(format!("{why:#}"))),
+        }
+    })?;
     steps.step("fuzz", || fuzz::run(FUZZ))
 }
 

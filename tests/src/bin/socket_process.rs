@@ -13,6 +13,8 @@ use std::io::{self, BufRead, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use affinity_tests::patience::patience;
+
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long `wait` waits.
@@ -90,7 +92,7 @@ fn bind(like: SocketAddr) -> io::Result<UdpSocket> {
         SocketAddr::V4(_) => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)),
         SocketAddr::V6(_) => UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)),
     }?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience(PATIENCE)))?;
     Ok(socket)
 }
 
@@ -100,8 +102,8 @@ fn connect(protocol: &str, to: SocketAddr) -> io::Result<Socket> {
         socket.connect(to)?;
         return Ok(Socket::Udp(socket));
     }
-    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let stream = TcpStream::connect_timeout(&to, patience(PATIENCE))?;
+    stream.set_read_timeout(Some(patience(PATIENCE)))?;
     stream.set_nodelay(true)?;
     Ok(Socket::Tcp(stream))
 }
@@ -147,11 +149,11 @@ fn wait(socket: &mut Socket) -> io::Result<String> {
     let mut bytes = [0; 2048];
     let outcome = match socket {
         Socket::Tcp(stream) => {
-            stream.set_read_timeout(Some(AT_ONCE))?;
+            stream.set_read_timeout(Some(patience(AT_ONCE)))?;
             stream.read(&mut bytes)
         }
         Socket::Udp(socket) => {
-            socket.set_read_timeout(Some(AT_ONCE))?;
+            socket.set_read_timeout(Some(patience(AT_ONCE)))?;
             socket.recv(&mut bytes)
         }
         Socket::Closed => Err(io::ErrorKind::NotConnected.into()),

@@ -18,6 +18,7 @@ use super::address::{Family, Protocol};
 use super::netns::Door;
 use super::sctp::{self, Association};
 use super::server::DATAGRAM_MAX;
+use crate::patience::patience;
 
 /// How long a client waits for a connection, and for an answer, unless told otherwise. Long enough for a few retransmissions.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -34,12 +35,12 @@ pub struct Client {
 
 impl Client {
     pub(super) fn new(door: &Door) -> Self {
-        Self { door: door.clone(), patience: PATIENCE }
+        Self { door: door.clone(), patience: patience(PATIENCE) }
     }
 
     /// The same, that waits no longer than this for a connection, and for an answer.
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn with_patience(self, usual: Duration) -> Self {
+        Self { patience: patience(usual), ..self }
     }
 
     pub(super) fn door(&self) -> &Door {

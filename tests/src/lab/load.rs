@@ -17,6 +17,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::address::{Family, Protocol};
 use super::client::{Client, Connection, PATIENCE};
+use crate::patience::patience;
 
 /// Threads that share the clients.
 const WORKERS: u32 = 4;
@@ -131,10 +132,11 @@ impl Load {
     /// When they take longer than a client that never gets an answer would have patience, several times.
     pub fn wait_for(&self, requests: u64) -> Result<()> {
         let until = self.shared.requests.load(Ordering::Relaxed) + requests;
-        let deadline = Instant::now() + 10 * PATIENCE;
+        let limit = 10 * patience(PATIENCE);
+        let deadline = Instant::now() + limit;
         while self.shared.requests.load(Ordering::Relaxed) < until {
             if Instant::now() > deadline {
-                bail!("the clients have not made {requests} requests in {:?}", 10 * PATIENCE);
+                bail!("the clients have not made {requests} requests in {limit:?}");
             }
             thread::sleep(Duration::from_millis(5));
         }
@@ -188,7 +190,7 @@ impl Caller {
 
     fn ask_anew(&mut self, report: &mut Report) {
         report.requests += 1;
-        let answer = Connection::open(self.protocol, self.from, self.to, PATIENCE)
+        let answer = Connection::open(self.protocol, self.from, self.to, patience(PATIENCE))
             .and_then(|mut connection| connection.ask_last("/"));
         match answer {
             Ok(pod) => {
@@ -237,7 +239,7 @@ impl Caller {
     }
 
     fn keep_one(&self) -> Option<(Connection, String)> {
-        let mut connection = Connection::open(self.protocol, self.from, self.to, PATIENCE).ok()?;
+        let mut connection = Connection::open(self.protocol, self.from, self.to, patience(PATIENCE)).ok()?;
         let pod = connection.ask("/").ok()?;
         Some((connection, pod))
     }

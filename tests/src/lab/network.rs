@@ -26,11 +26,32 @@ pub(super) fn node_namespace(name: String) -> Result<Namespace> {
     Ok(node)
 }
 
+/// Two network cards, each by its name in the namespace of this process.
+type Cards<'a> = [&'a String; 2];
+
+/// Joins two namespaces: by a pair of veth devices, or by cards that something outside joins.
+fn lay_wire(ends: [(&Namespace, &str); 2], cards: Option<Cards<'_>>) -> Result<()> {
+    let Some(cards) = cards else {
+        let [(here, name), (there, peer)] = ends;
+        here.ip(&format!("link add {name} type veth peer name {peer} netns {}\n", there.name()))?;
+        // Packets cross it as they cross a real one.
+        return ethtool(there, peer, &["tx", "off", "gro", "on"]);
+    };
+    for ((namespace, name), card) in ends.into_iter().zip(cards) {
+        let mut ip = Command::new("ip");
+        // As it was before another lab had it.
+        ip.args(["link", "set", card, "down", "mtu", "1500", "netns", namespace.name(), "name", name]);
+        netns::run(&mut ip)?;
+    }
+    Ok(())
+}
+
 /// The clients' namespace, and the wire between it and the node.
-pub(super) fn client_namespace(name: String, node: &Namespace) -> Result<Namespace> {
+pub(super) fn client_namespace(name: String, node: &Namespace, cards: Option<Cards<'_>>) -> Result<Namespace> {
     let client = Namespace::create(name)?;
     client.sysctl(&[("ipv6/conf/default/accept_dad", "0")])?;
-    let mut on_node = format!("link add {WIRE} type veth peer name eth0 netns {}\n", client.name());
+    lay_wire([(node, WIRE), (&client, "eth0")], cards)?;
+    let mut on_node = String::new();
     let mut on_client = "link set lo up\n".to_owned();
     for (index, length) in [24, 64].into_iter().enumerate() {
         let (router, next_hop) = (address::NODE[index], address::WIRE_CLIENT[index]);
@@ -51,7 +72,6 @@ pub(super) fn client_namespace(name: String, node: &Namespace) -> Result<Namespa
     }
     node.ip(&on_node)?;
     client.ip(&on_client)?;
-    ethtool(&client, "eth0", &["tx", "off", "gro", "on"])?;
     Ok(client)
 }
 
@@ -83,9 +103,9 @@ pub(crate) fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) ->
 
 /// The wire between the nodes, and the routes over it. Whatever node A knows no better way to goes to the clients, so
 /// that the rules of a packet filter see what is for an address that nobody has.
-pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace) -> Result<()> {
-    let mut on_a = format!("link add {UNDERLAY_WIRE} type veth peer name {UNDERLAY_WIRE} netns {}\n", node_b.name());
-    let (mut on_b, mut on_client) = (String::new(), String::new());
+pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace, cards: Option<Cards<'_>>) -> Result<()> {
+    lay_wire([(node_a, UNDERLAY_WIRE), (node_b, UNDERLAY_WIRE)], cards)?;
+    let [mut on_a, mut on_b, mut on_client] = [const { String::new() }; 3];
     for (index, length) in [24, 64].into_iter().enumerate() {
         on_a += &format!("addr add {}/{length} dev {UNDERLAY_WIRE}\n", address::UNDERLAY_A[index]);
         on_b += &format!("addr add {}/{length} dev {UNDERLAY_WIRE}\n", address::UNDERLAY_B[index]);
@@ -102,6 +122,5 @@ pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace) -
     node_b.ip(&on_b)?;
     client.ip(&on_client)?;
     // One client may be refused more often than the kernel would tell it.
-    node_a.sysctl(&[("ipv4/icmp_ratelimit", "0"), ("ipv6/icmp/ratelimit", "0")])?;
-    ethtool(node_b, UNDERLAY_WIRE, &["tx", "off", "gro", "on"])
+    node_a.sysctl(&[("ipv4/icmp_ratelimit", "0"), ("ipv6/icmp/ratelimit", "0")])
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use affinity_common::names;
 use affinity_tests::apiserver::{ApiServer, Kind};
+use affinity_tests::patience::patience;
 use affinity_user::desired::{self, desired};
 use affinity_user::plan::plan;
 use affinity_user::source::{Feed, Snapshot, Source, directory, kubernetes};
@@ -42,7 +43,7 @@ impl Follower {
 
     /// Takes the next snapshot, and carries out the plan that it makes.
     pub(crate) async fn take(&mut self) -> Result<Snapshot> {
-        let snapshot = timeout(PATIENCE, self.feed.snapshots.recv()).await.context("no snapshot came")?;
+        let snapshot = timeout(patience(PATIENCE), self.feed.snapshots.recv()).await.context("no snapshot came")?;
         let snapshot = snapshot.context("the source has ended")?;
         self.snapshots += 1;
         publish(&mut self.store, &snapshot)?;
@@ -52,13 +53,13 @@ impl Follower {
 
     /// Takes snapshots until the tables are those of the double's objects.
     pub(crate) async fn settle(&mut self, api: &ApiServer) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         let wanted = self.wanted(api)?;
         loop {
             if self.dump()? == wanted {
                 return Ok(());
             }
-            if Instant::now() > deadline || timeout(PATIENCE, self.take()).await.is_err() {
+            if Instant::now() > deadline || timeout(patience(PATIENCE), self.take()).await.is_err() {
                 let (wanted, is) = (wanted.join("\n"), self.dump()?.join("\n"));
                 bail!("after {} snapshots\n{is}\nand not\n{wanted}", self.snapshots);
             }

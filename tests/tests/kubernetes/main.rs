@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use affinity_tests::apiserver::{Answer, ApiServer, Change, Gone, Kind, Request, Verb};
+use affinity_tests::patience::patience;
 use affinity_user::load::monotonic_ns;
 use affinity_user::source::{Notice, ObjectName, Snapshot};
 use anyhow::{Context, Result, ensure};
@@ -28,7 +29,7 @@ async fn eventually(what: &str, holds: impl Fn() -> bool) -> Result<()> {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, wait).await.with_context(|| format!("in vain: {what}"))
+    tokio::time::timeout(patience(PATIENCE), wait).await.with_context(|| format!("in vain: {what}"))
 }
 
 /// Follows a cluster until everything is listed and watched.

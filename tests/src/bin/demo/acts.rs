@@ -8,6 +8,7 @@ use std::{
 };
 
 use affinity_tests::lab::{Family, Protocol, pod_name};
+use affinity_tests::patience::patience;
 use anyhow::{Context, Result};
 
 use crate::{
@@ -180,7 +181,11 @@ fn fail_over(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
     let after = scene.ask_once(client(), HTTP)?;
     stage.say(&format!("{victim} comes back, and nobody moves for it: {after}"));
     Ok(Finding {
-        holds: answer != victim && error != "answered" && told.max(took) < AT_ONCE && recorded && after == answer,
+        holds: answer != victim
+            && error != "answered"
+            && told.max(took) < patience(AT_ONCE)
+            && recorded
+            && after == answer,
         evidence: format!("{victim} -> {answer}, and the move is on record"),
     })
 }
@@ -238,7 +243,7 @@ fn refusal(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
     stage.command("affinity get counters | awk '$2 != 0'");
     stage.output(&counted.collect::<Vec<_>>().join("\n"));
     Ok(Finding {
-        holds: kind == Some(ErrorKind::ConnectionRefused) && took < AT_ONCE,
+        holds: kind == Some(ErrorKind::ConnectionRefused) && took < patience(AT_ONCE),
         evidence: "refused, not left waiting".to_owned(),
     })
 }
