@@ -510,6 +510,7 @@ impl Hop {
         lookup.l4_protocol = way.protocol;
         lookup.__bindgen_anon_1.tot_len = way.len;
         lookup.ifindex = ifindex;
+        (lookup.sport, lookup.dport) = (u16::from_ne_bytes(way.sport.0), u16::from_ne_bytes(way.dport.0));
         if is_v4 {
             lookup.__bindgen_anon_2.tos = way.class;
         } else {
