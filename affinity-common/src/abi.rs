@@ -320,7 +320,7 @@ assert_no_padding!(
     NameKey: 4 + 4,
     Name: 2 + 318,
     Status: 8 + 8 + 4 + 4,
-    Config: 8 * 8,
+    Config: 9 * 8,
 );
 
 #[cfg(test)]

@@ -121,5 +121,6 @@ pub const SOCKET_PROGRAMS: [&str; 9] = [
 ];
 /// TC program run by the agent alone: writes the [`crate::abi::Event`] that is its packet to the ring buffer.
 pub const REPORT: &str = "report";
-/// TC program run by the loader alone: writes jiffies and the monotonic clock (two native `u64`) into its packet.
+/// TC program run by the loader alone: writes three native `u64` into its packet: jiffies, the monotonic clock, and whether
+/// the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`.
 pub const CLOCK: &str = "clock";

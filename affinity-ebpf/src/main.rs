@@ -14,6 +14,7 @@ use affinity_common::{
         SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD, WIRE_TC, WIRE_XDP,
     },
     onward::{self, NextHop},
+    packet::Packet,
     pipeline::{self, Verdict},
 };
 use aya_ebpf::{
@@ -163,12 +164,15 @@ pub fn report(ctx: TcContext) -> i32 {
     }
 }
 
-/// Run by the loader alone: writes jiffies and the monotonic clock into its packet.
+/// Run by the loader alone: writes into its packet jiffies, the monotonic clock, and whether the kernel knows
+/// [`kernel::BPF_F_IPV6`].
 #[classifier]
 pub fn clock(ctx: TcContext) -> i32 {
-    use affinity_common::packet::Packet;
-
+    // First, because it invalidates the pointers.
+    let takes_ipv6_flag = u64::from(Skb::new(&ctx).takes_ipv6_flag());
     let mut skb = Skb::new(&ctx);
-    let written = skb.write(0, kernel::jiffies().to_ne_bytes()) && skb.write(8, kernel::monotonic_ns().to_ne_bytes());
+    let written = skb.write(0, kernel::jiffies().to_ne_bytes())
+        && skb.write(8, kernel::monotonic_ns().to_ne_bytes())
+        && skb.write(16, takes_ipv6_flag.to_ne_bytes());
     if written { 0 } else { TC_ACT_SHOT }
 }

@@ -174,9 +174,9 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
     }
     pins.create()?;
     let plans = plan(pins, &options.sizes)?;
-    let ticks = measure_clock()?;
+    let (ticks, takes_ipv6_flag) = ask_kernel()?;
     let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
-    let loaded = load_beside(pins, options, &plans, ticks);
+    let loaded = load_beside(pins, options, &plans, (ticks, takes_ipv6_flag));
     if loaded.is_err() {
         for name in plans.keys() {
             pins.unpin(&pins.next_map(name))?;
@@ -241,15 +241,16 @@ fn describe(info: &MapInfo) -> String {
     format!("type {kind} with keys of {key_size} bytes, values of {value_size} bytes and flags {flags:#x}")
 }
 
-/// Loads the clock program alone, with the smallest maps that there are, and runs it.
-fn measure_clock() -> Result<Ticks, LoadError> {
+/// Loads the clock program alone, with the smallest maps that there are, and runs it: the clock, and whether the kernel takes
+/// `BPF_F_IPV6`.
+fn ask_kernel() -> Result<(Ticks, bool), LoadError> {
     let mut loader = EbpfLoader::new();
     for name in names::MAPS {
         loader.map_max_entries(name, 1);
     }
     let mut ebpf = loader.load(PROGRAMS)?;
     let clock = load_program(names::CLOCK, ebpf.program_mut(names::CLOCK).ok_or(LoadError::Missing(names::CLOCK))?)?;
-    Ok(clock::measure(clock.as_fd())?)
+    Ok((clock::measure(clock.as_fd())?, clock::takes_ipv6_flag(clock.as_fd())?))
 }
 
 /// The maps that the programs write.
@@ -263,7 +264,7 @@ fn load_beside(
     pins: &PinDir,
     options: &Options,
     plans: &BTreeMap<&'static str, Plan>,
-    ticks: Ticks,
+    (ticks, takes_ipv6_flag): (Ticks, bool),
 ) -> Result<(Ebpf, Programs, Option<String>), LoadError> {
     let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
     let Ticks { tick_ns, tick_base } = ticks;
@@ -277,6 +278,7 @@ fn load_beside(
         refuse_errno,
         node_netns,
         redirect: u64::from(options.redirect),
+        takes_ipv6_flag: u64::from(takes_ipv6_flag),
         fixed_now_ns,
         fixed_random,
     };

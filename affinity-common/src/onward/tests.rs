@@ -78,8 +78,8 @@ impl Packet for Frame {
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         rewrite::in_place(self, headers, edit)
     }
-    fn resize(&mut self, len: usize) -> bool {
-        Packet::resize(&mut self.bytes, len)
+    fn resize(&mut self, len: usize, l4: usize) -> bool {
+        Packet::resize(&mut self.bytes, len, l4)
     }
 }
 

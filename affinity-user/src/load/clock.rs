@@ -57,13 +57,25 @@ pub(super) fn measure(clock: BorrowedFd<'_>) -> Result<Ticks, ClockError> {
     Ok(align(&edges(|| read(clock))?, tick_ns))
 }
 
+/// Whether the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`, as the same program found out.
+///
+/// # Errors
+/// [`ClockError`].
+pub(super) fn takes_ipv6_flag(clock: BorrowedFd<'_>) -> Result<bool, ClockError> {
+    run(clock).map(|[_, _, takes]| takes != 0)
+}
+
 fn read(clock: BorrowedFd<'_>) -> Result<Reading, ClockError> {
+    run(clock).map(|[jiffies, now_ns, _]| (jiffies, now_ns))
+}
+
+fn run(clock: BorrowedFd<'_>) -> Result<[u64; 3], ClockError> {
     let run = sys::test_run(clock, &[0; 64], 1)?;
     if run.retval != 0 {
         return Err(ClockError::Program(run.retval));
     }
     let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| run.data_out[at + byte]));
-    Ok((word(0), word(8)))
+    Ok([word(0), word(8), word(16)])
 }
 
 /// The readings right after a change of jiffies. On a busy machine they are far apart: patience is for each of them.
