@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 use super::Options;
 use crate::{
     attach::{
-        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Why, XdpPolicy, device_name, roles,
+        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Note, Why, XdpPolicy, device_name, roles,
         wires::Wire,
     },
     load::PinDir,
@@ -83,9 +83,20 @@ pub(super) struct Attacher {
     for_xdp: Vec<Pattern>,
     options: attach::Options,
     /// By index; what this process attached or found attached.
-    attached: BTreeMap<u32, (String, Vec<Hook>)>,
+    attached: BTreeMap<u32, Held>,
     /// What could not be attached, and the reason that was logged.
     failed: BTreeMap<u32, String>,
+}
+
+/// A device that is attached.
+#[derive(Debug)]
+struct Held {
+    name: String,
+    hooks: Vec<Hook>,
+    /// Why there is no XDP on it.
+    note: Option<Note>,
+    /// The same, where it is the device's surroundings that rule it out: they may change.
+    ruled_out: Option<Note>,
 }
 
 impl Attacher {
@@ -167,8 +178,7 @@ impl Attacher {
         devices.sort_by_key(|device| (order(device).is_none(), order(device)));
         for device in devices {
             if self.is_meant(device, look) {
-                if let Some((name, _)) = self.attached.get_mut(&device.index) {
-                    name.clone_from(&device.name);
+                if self.is_held(device) {
                     continue;
                 }
                 if attempts == AT_ONCE {
@@ -183,15 +193,31 @@ impl Attacher {
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        attach::wires::publish(&self.pins, &self.wires(look))?;
+        for loser in attach::wires::publish(&self.pins, &self.wires(look))? {
+            if let Some(held) = self.attached.get(&loser) {
+                warn!("{}: {}", held.name, Note::AnswersLost);
+            }
+        }
         Ok(progress)
+    }
+
+    /// Whether a device is attached as it should be. It is not where a VLAN device has come or gone.
+    fn is_held(&mut self, device: &Device) -> bool {
+        let ruled_out = attach::rules_out_xdp(device, self.options(device));
+        let Some(held) = self.attached.get_mut(&device.index) else { return false };
+        held.name.clone_from(&device.name);
+        held.ruled_out == ruled_out
     }
 
     fn wires(&self, look: &Look) -> Vec<Wire<'_>> {
         let wire = |device: &Device| {
-            let (_, hooks) = self.attached.get(&device.index)?;
+            let Held { hooks, note, .. } = self.attached.get(&device.index)?;
             let leads_to_pod = look.roles.get(&device.index).is_some_and(|finding| finding.why == Why::PodSide);
-            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller: device.controller })
+            let controller = device.controller;
+            let mac_of = |index| look.devices.iter().find(|device| device.index == index)?.mac;
+            let macs = device.mac.map(|own| [own, controller.and_then(mac_of).unwrap_or(own)]);
+            let is_pair = device.kind.as_deref() == Some("veth");
+            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller, macs, is_pair, note: *note })
         };
         look.devices.iter().filter_map(wire).collect()
     }
@@ -214,7 +240,7 @@ impl Attacher {
     fn forget(&mut self, present: &BTreeSet<u32>) -> Result<(), AttachError> {
         self.failed.retain(|index, _| present.contains(index));
         let gone = self.attached.extract_if(.., |index, _| !present.contains(index));
-        for (_, (name, _)) in gone {
+        for (_, Held { name, .. }) in gone {
             info!("{name}: has gone");
         }
         attach::prune(&self.pins, present)?;
@@ -223,19 +249,19 @@ impl Attacher {
 
     fn attach(&mut self, device: &Device, found: Option<&Finding>) -> Option<AttachError> {
         match attach::attach(&self.pins, device, self.options(device)) {
-            Ok(Attached { hooks, refused }) => {
+            Ok(Attached { hooks, refused, note }) => {
                 for error in &refused {
                     info!("{error}");
                 }
                 let role = found.and_then(|found| found.role.map(|role| format!(" ({}: {})", role.name(), found.why)));
                 let role = role.unwrap_or_default();
-                if refused.is_empty() {
-                    info!("{}: attached: {}{role}", device.name, ways(&hooks));
-                } else {
-                    warn!("{}: attached: {}, for want of better{role}", device.name, ways(&hooks));
+                match note {
+                    None => info!("{}: attached: {}{role}", device.name, ways(&hooks)),
+                    Some(note) => warn!("{}: attached: {}{role}: {note}", device.name, ways(&hooks)),
                 }
                 self.failed.remove(&device.index);
-                self.attached.insert(device.index, (device.name.clone(), hooks));
+                let ruled_out = attach::rules_out_xdp(device, self.options(device));
+                self.attached.insert(device.index, Held { name: device.name.clone(), hooks, note, ruled_out });
                 None
             }
             // It went while it was attached; the next look will not see it.
@@ -253,7 +279,7 @@ impl Attacher {
     /// The devices that are attached now.
     pub(super) fn summary(&self) -> Summary {
         let first = self.attached.values().take(NAMED);
-        let mut names: Vec<_> = first.map(|(name, hooks)| format!("{name}: {}", ways(hooks))).collect();
+        let mut names: Vec<_> = first.map(|held| format!("{}: {}", held.name, ways(&held.hooks))).collect();
         names.extend((self.attached.len() > NAMED).then(|| "...".to_owned()));
         Summary { number: self.attached.len(), names: names.join(", ") }
     }

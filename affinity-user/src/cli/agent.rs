@@ -52,7 +52,7 @@ pub(crate) struct AttachArgs {
     /// those with a default route or an address of the node, and those that lead to pods
     #[arg(long = "device", value_name = "NAME|GLOB", num_args = 1..)]
     devices: Vec<String>,
-    /// Where XDP is used: auto tries native, then generic, then TC; off uses TC
+    /// Where XDP is used: auto tries native, then TC; native insists; off uses TC, and so does generic
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
     xdp: XdpPolicy,
     /// Of the devices, those that XDP is used on, whatever their kind; the others have TC. Without it their kinds decide

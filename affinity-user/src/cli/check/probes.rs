@@ -159,11 +159,11 @@ pub(super) fn xdp(device: &str) -> Finding {
         }
         Ok(XdpFeatures { native: false, .. }) => {
             let found = format!("{device} ({driver}): the driver has no native XDP");
-            Finding::limited("xdp", found, "generic XDP or TC will be used, which cost more per packet")
+            Finding::limited("xdp", found, "TC will be used, which costs more per packet")
         }
         Err(error) => {
             let found = format!("{device} ({driver}): this kernel does not tell ({error})");
-            Finding::limited("xdp", found, "`--xdp auto` tries native, then generic, then TC")
+            Finding::limited("xdp", found, "`--xdp auto` tries native, then TC")
         }
     }
 }
