@@ -86,7 +86,7 @@ pub enum ForPorts {
 /// the sum of the pseudo-header as it is, so the delta is added. The results differ for every delta but zero, because
 /// twice a number is zero in one's complement only where the number is.
 ///
-/// <https://elixir.bootlin.com/linux/v6.18/source/net/core/utils.c#L473> (`inet_proto_csum_replace_by_diff`)
+/// <https://elixir.bootlin.com/linux/v6.18/source/net/core/utils.c> (`inet_proto_csum_replace_by_diff`)
 #[inline(always)]
 #[must_use]
 pub fn for_ports<A: Address>(headers: &Headers<A>, edit: &Edit<A>, field: [u8; 2]) -> ForPorts {

@@ -254,7 +254,7 @@ impl Packet for Skb<'_> {
     /// A frame with a VLAN tag among its data cannot be cut like this, and only gets its length: such frames are the inner
     /// ones of two tags, and tests.
     ///
-    /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h#L3988> (`__skb_postpull_rcsum`)
+    /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`)
     #[inline(always)]
     fn resize(&mut self, len: usize, l4: usize) -> bool {
         let behind = l4 + 2;

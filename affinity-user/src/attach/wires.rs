@@ -106,7 +106,7 @@ fn bits(hooks: &[Hook]) -> u32 {
 /// Of the devices that run XDP in their driver leaves those that send out frames of others. Of pairs, one end that does not
 /// loses its own answers, too: both need the other end to poll.
 ///
-/// <https://elixir.bootlin.com/linux/v6.18/source/drivers/net/veth.c#L1350> (`veth_set_xdp_features`)
+/// <https://elixir.bootlin.com/linux/v6.18/source/drivers/net/veth.c> (`veth_set_xdp_features`)
 fn keep_senders(wires: &mut BTreeMap<u32, u32>, pairs: &BTreeSet<u32>) {
     if wires.values().all(|bits| bits & WIRE_XDP == 0) {
         return;

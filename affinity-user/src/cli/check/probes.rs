@@ -1,12 +1,12 @@
 //! The single checks. Each looks and changes nothing.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use rustix::process::Resource;
 
 use super::Finding;
 use crate::{
-    attach::{self, XdpFeatures, xdp_features},
+    attach::{self, Device, XdpFeatures, xdp_features},
     load::{self, PinDir, Sizes, cost, mib, release, version},
     objects::PROGRAMS,
     store::kernel::KernelStore,
@@ -120,6 +120,7 @@ pub(super) fn devices() -> Vec<Finding> {
         .take(DEVICES_NAMED)
         .map(|(device, role, why)| Finding::ok("device", format!("{}: {}, {why}", device.name, role.name())))
         .collect();
+    findings.extend(vlans(&devices, &roles));
     let number = roles.values().filter(|found| found.role.is_some()).count();
     if number == 0 {
         let advice = "name those that clients' packets enter by with --device";
@@ -137,6 +138,20 @@ pub(super) fn devices() -> Vec<Finding> {
         findings.push(Finding::ok("device", format!("left alone unless named: {}", others.join("; "))));
     }
     findings
+}
+
+/// The devices on which `--xdp auto` leaves the work to TC because of their VLANs.
+fn vlans(devices: &[Device], roles: &BTreeMap<u32, attach::Finding>) -> Vec<Finding> {
+    let has_role = |device: &&Device| roles.get(&device.index).is_some_and(|found| found.role.is_some());
+    let finding = |device: &Device| {
+        let note = attach::rules_out_xdp(device, attach::Options::default())?;
+        Some(Finding::limited(
+            "xdp",
+            format!("{}: {note}", device.name),
+            "TC will be used, which costs more per packet",
+        ))
+    };
+    devices.iter().filter(has_role).filter_map(finding).collect()
 }
 
 pub(super) fn xdp(device: &str) -> Finding {
@@ -277,6 +292,27 @@ mod tests {
         let finding = pin_directory(Path::new("/proc/self/affinity"));
         assert_eq!(finding.state, State::Missing, "{finding:?}");
         assert!(finding.advice.is_some());
+    }
+
+    #[test]
+    fn a_card_below_a_vlan_is_said_to_be_left_to_tc() {
+        let device = |index, has_vlans| Device {
+            index,
+            name: format!("bond{index}"),
+            kind: Some("bond".to_owned()),
+            framing: attach::Framing::Ethernet,
+            other_end: attach::OtherEnd::None,
+            controller: None,
+            mac: None,
+            mtu: 1500,
+            has_vlans,
+        };
+        let found = |role| attach::Finding { role, why: attach::Why::DefaultRoute };
+        let devices = [device(1, true), device(2, false), device(3, true)];
+        let external = || found(Some(attach::Role::External));
+        let findings = vlans(&devices, &BTreeMap::from([(1, external()), (2, external()), (3, found(None))]));
+        assert_eq!(findings.len(), 1, "{findings:?}");
+        assert!(findings[0].found.contains("bond1") && findings[0].found.contains("strips VLAN tags"), "{findings:?}");
     }
 
     #[test]
