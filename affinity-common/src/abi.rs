@@ -36,7 +36,8 @@ pub use frontend::{
     RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
 };
 pub use onward::{
-    SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD, WIRE_TC, WIRE_XDP,
+    DeviceMac, MAC_SLOTS, NOTE_SHIFT, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD,
+    WIRE_POD, WIRE_TC, WIRE_XDP,
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use session::{Session, SessionKey};
@@ -320,7 +321,8 @@ assert_no_padding!(
     NameKey: 4 + 4,
     Name: 2 + 318,
     Status: 8 + 8 + 4 + 4,
-    Config: 8 * 8,
+    Config: 9 * 8,
+    DeviceMac: 6 + 6 + 4,
 );
 
 #[cfg(test)]

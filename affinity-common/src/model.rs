@@ -387,7 +387,7 @@ impl Packet for Vec<u8> {
         }
     }
 
-    fn resize(&mut self, len: usize) -> bool {
+    fn resize(&mut self, len: usize, _l4: usize) -> bool {
         Self::resize(self, len, 0);
         true
     }

@@ -55,15 +55,17 @@ pub const STATUS: &str = "status";
 pub const REMARKS: &str = "remarks";
 
 /// `hash`: ifindex -> what may be sent out of the device, `u32`: [`crate::abi::WIRE_XDP`], [`crate::abi::WIRE_TC`],
-/// [`crate::abi::WIRE_POD`].
+/// [`crate::abi::WIRE_POD`]; from [`crate::abi::NOTE_SHIFT`] on, how it came to its hooks.
 pub const WIRES: &str = "wires";
+/// `array`: [`crate::abi::DeviceMac::slot`] -> [`crate::abi::DeviceMac`], of devices with XDP.
+pub const DEVICE_MACS: &str = "device_macs";
 /// `prog_array`: what [`XDP_FORWARD`] goes on with: [`XDP_ONWARD`].
 pub const XDP_STAGES: &str = "xdp_stages";
 /// `prog_array`: what [`TC_FORWARD`] goes on with, where TC redirects: [`TC_ONWARD`], [`TC_REPLY`].
 pub const TC_STAGES: &str = "tc_stages";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 29] = [
+pub const MAPS: [&str; 30] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -91,6 +93,7 @@ pub const MAPS: [&str; 29] = [
     STATUS,
     REMARKS,
     WIRES,
+    DEVICE_MACS,
     XDP_STAGES,
     TC_STAGES,
 ];
@@ -121,5 +124,6 @@ pub const SOCKET_PROGRAMS: [&str; 9] = [
 ];
 /// TC program run by the agent alone: writes the [`crate::abi::Event`] that is its packet to the ring buffer.
 pub const REPORT: &str = "report";
-/// TC program run by the loader alone: writes jiffies and the monotonic clock (two native `u64`) into its packet.
+/// TC program run by the loader alone: writes three native `u64` into its packet: jiffies, the monotonic clock, and whether
+/// the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`.
 pub const CLOCK: &str = "clock";

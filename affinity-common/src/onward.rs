@@ -16,7 +16,7 @@ use network_types::{
 };
 
 use crate::{
-    abi::{Address, Direction, Reason, V4, V6, filter_bit},
+    abi::{Address, Direction, Port, Reason, V4, V6, filter_bit},
     checksum, flow,
     icmp::ICMPV6,
     packet::Packet,
@@ -38,6 +38,10 @@ pub struct Way<A> {
     pub protocol: u8,
     /// IPv4: type of service. IPv6: traffic class.
     pub class: u8,
+    /// Source port; zero where the protocol has none.
+    pub sport: Port,
+    /// Destination port; zero where the protocol has none.
+    pub dport: Port,
 }
 
 impl<A: Address> Way<A> {
@@ -45,7 +49,7 @@ impl<A: Address> Way<A> {
     #[inline(always)]
     #[must_use]
     pub const fn back(&self) -> Self {
-        Self { saddr: self.daddr, daddr: self.saddr, ..*self }
+        Self { saddr: self.daddr, daddr: self.saddr, sport: self.dport, dport: self.sport, ..*self }
     }
 
     /// Offset of the transport header in a plain frame.
@@ -173,7 +177,8 @@ fn ipv4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) ->
         return None;
     }
     let (saddr, daddr) = (V4([a, b, c, d]), V4([e, f, g, h]));
-    let way = Way { saddr, daddr, len: u16::from_be_bytes([len_hi, len_lo]), protocol, class };
+    let [sport, dport] = ports(packet, EthHdr::LEN + Ipv4Hdr::LEN, protocol)?;
+    let way = Way { saddr, daddr, len: u16::from_be_bytes([len_hi, len_lo]), protocol, class, sport, dport };
     let hop = packet.hop(&way);
     let action = take(&hop)?;
     let older = time_to_live - 1;
@@ -181,6 +186,16 @@ fn ipv4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) ->
     let [sum_hi, sum_lo] = checksum::update([sum_hi, sum_lo], delta);
     let is_older = packet.write(EthHdr::LEN + TIME_TO_LIVE, [older, protocol, sum_hi, sum_lo]);
     Some((action, is_older && address(packet, &hop)))
+}
+
+/// The ports that rules and multipath routes may choose by: `ip rule ... dport`, `fib_multipath_hash_policy=1`.
+#[inline(always)]
+fn ports(packet: &impl Packet, l4: usize, protocol: u8) -> Option<[Port; 2]> {
+    if !matches!(protocol, TCP | UDP | SCTP) {
+        return Some([Port([0; 2]); 2]);
+    }
+    let [a, b, c, d] = packet.read(l4)?;
+    Some([Port([a, b]), Port([c, d])])
 }
 
 /// Two bytes of a header as the word that its checksum sums.
@@ -202,7 +217,8 @@ fn ipv6<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) ->
         return None;
     }
     let len = u16::from_be_bytes([len_hi, len_lo]).saturating_add(Ipv6Hdr::LEN as u16);
-    let way = Way { saddr, daddr, len, protocol, class: first << 4 | second >> 4 };
+    let [sport, dport] = ports(packet, EthHdr::LEN + Ipv6Hdr::LEN, protocol)?;
+    let way = Way { saddr, daddr, len, protocol, class: first << 4 | second >> 4, sport, dport };
     let hop = packet.hop(&way);
     let action = take(&hop)?;
     let is_older = packet.write(EthHdr::LEN + HOP_LIMIT, [hop_limit - 1]);

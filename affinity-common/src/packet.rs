@@ -22,6 +22,7 @@ pub trait Packet {
         rewrite::in_place(self, headers, edit)
     }
 
-    /// Gives the frame `len` bytes, all of them to be written; false, and no change, where that cannot be.
-    fn resize(&mut self, len: usize) -> bool;
+    /// Gives the frame `len` bytes, all of them to be written, with complete checksums; false where that cannot be. `l4` is the
+    /// offset of the transport header that it had: nothing may later sum from there.
+    fn resize(&mut self, len: usize, l4: usize) -> bool;
 }

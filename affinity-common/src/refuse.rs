@@ -159,7 +159,7 @@ fn start_answer<A: Address, P: Packet>(
         header[16..].copy_from_slice(&V4::from_mapped(to).0);
         let sum = checksum::sum(&header);
         header[10..12].copy_from_slice(&checksum::field(sum));
-        (packet.resize(l3 + 20 + len) && packet.write(l3, header)).then_some(l3 + 20)
+        (packet.resize(l3 + 20 + len, headers.l4()) && packet.write(l3, header)).then_some(l3 + 20)
     } else {
         let mut header = [0; 40];
         header[0] = 0x60;
@@ -168,7 +168,7 @@ fn start_answer<A: Address, P: Packet>(
         header[7] = HOP_LIMIT;
         header[8..24].copy_from_slice(&V6::from_mapped(from).0);
         header[24..].copy_from_slice(&V6::from_mapped(to).0);
-        (packet.resize(l3 + 40 + len) && packet.write(l3, header)).then_some(l3 + 40)
+        (packet.resize(l3 + 40 + len, headers.l4()) && packet.write(l3, header)).then_some(l3 + 40)
     }
 }
 

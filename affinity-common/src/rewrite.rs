@@ -47,20 +47,62 @@ pub const fn l4_checksum_offset<A>(headers: &Headers<A>) -> usize {
     headers.l4() + if headers.key.protocol == TCP { TCP_CHECKSUM } else { UDP_CHECKSUM }
 }
 
-/// The transport checksum after `edit`. A UDP checksum of zero means "none" and stays; one that becomes zero is sent as
-/// its other form (RFC 768).
+/// The transport checksum after `edit`.
 #[inline(always)]
 #[must_use]
 pub fn l4_checksum<A: Address>(headers: &Headers<A>, edit: &Edit<A>) -> [u8; 2] {
+    l4_checksum_after(headers, checksum::join(edit.addr_delta, edit.port_delta))
+}
+
+/// A complete transport checksum after what it covers has changed by `delta`. A UDP checksum of zero means "none" and
+/// stays; one that becomes zero is sent as its other form (RFC 768).
+#[inline(always)]
+fn l4_checksum_after<A: Address>(headers: &Headers<A>, delta: u16) -> [u8; 2] {
     if headers.key.protocol == TCP {
-        return checksum::update(headers.l4_checksum, checksum::join(edit.addr_delta, edit.port_delta));
+        return checksum::update(headers.l4_checksum, delta);
     }
     if headers.l4_checksum == [0, 0] {
         return [0, 0];
     }
-    match checksum::update(headers.l4_checksum, checksum::join(edit.addr_delta, edit.port_delta)) {
+    match checksum::update(headers.l4_checksum, delta) {
         [0, 0] => [0xff, 0xff],
         sum => sum,
+    }
+}
+
+/// What is left to do for the ports after the kernel has brought a transport checksum in step with new addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ForPorts {
+    /// The sum is complete: the field is to be this.
+    Field([u8; 2]),
+    /// The sum is partial: it covers the addresses, and the device adds the ports as they are then.
+    Nothing,
+    /// It does not show which of the two the sum is.
+    Unknown,
+}
+
+/// Tells by `field`, what the kernel made of the checksum field for the new addresses, whether the sum is complete or
+/// partial. A complete one is the complement of the sum of all, so the delta is subtracted from the field; a partial one is
+/// the sum of the pseudo-header as it is, so the delta is added. The results differ for every delta but zero, because
+/// twice a number is zero in one's complement only where the number is.
+///
+/// <https://elixir.bootlin.com/linux/v6.18/source/net/core/utils.c> (`inet_proto_csum_replace_by_diff`)
+#[inline(always)]
+#[must_use]
+pub fn for_ports<A: Address>(headers: &Headers<A>, edit: &Edit<A>, field: [u8; 2]) -> ForPorts {
+    let is_zero = |delta| delta == 0 || delta == 0xffff;
+    if is_zero(edit.port_delta) {
+        return ForPorts::Nothing;
+    }
+    let partial = checksum::fold(u32::from(u16::from_ne_bytes(headers.l4_checksum)) + u32::from(edit.addr_delta));
+    if is_zero(edit.addr_delta) {
+        ForPorts::Unknown
+    } else if field == l4_checksum_after(headers, edit.addr_delta) {
+        ForPorts::Field(l4_checksum(headers, edit))
+    } else if field == partial.to_ne_bytes() {
+        ForPorts::Nothing
+    } else {
+        ForPorts::Unknown
     }
 }
 
@@ -102,4 +144,92 @@ pub fn write_addresses<A: Address, P: Packet + ?Sized>(
 pub fn write_ports<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Headers<A>, edit: &Edit<A>) -> bool {
     let (Port([a, b]), Port([c, d])) = (edit.sport, edit.dport);
     packet.write(headers.l4(), [a, b, c, d])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        abi::{Direction, V6},
+        parse::UDP,
+    };
+
+    /// What `bpf_l4_csum_replace` makes of a field for a delta of the pseudo-header, as Linux computes it.
+    fn kernel(field: u16, delta: u16, is_partial: bool, is_udp: bool) -> u16 {
+        let fold = |sum: u64| {
+            let once = (sum >> 16) + (sum & 0xffff);
+            let twice = (once >> 16) + (once & 0xffff);
+            checksum::fold(twice as u32)
+        };
+        let zero_is_none = |field| if is_udp && field == 0 { 0xffff } else { field };
+        if is_udp && field == 0 {
+            return 0;
+        }
+        let before = if is_partial { u64::from(field) } else { u64::from(!u32::from(field)) };
+        let sum = fold(before + u64::from(delta));
+        zero_is_none(if is_partial { sum } else { !sum })
+    }
+
+    fn headers<A: Address>(address: A, protocol: u8, field: u16) -> Headers<A> {
+        let key = FlowKey {
+            saddr: address,
+            daddr: address,
+            sport: Port::new(1),
+            dport: Port::new(2),
+            protocol,
+            direction: Direction::Forward as u8,
+            pad: [0; 2],
+        };
+        Headers { l4_checksum: field.to_ne_bytes(), ..Headers::new(key, 0) }
+    }
+
+    /// The field after the kernel's part and ours.
+    fn rewritten<A: Address>(headers: &Headers<A>, edit: &Edit<A>, is_partial: bool) -> u16 {
+        let is_udp = headers.key.protocol == UDP;
+        let field = kernel(u16::from_ne_bytes(headers.l4_checksum), edit.addr_delta, is_partial, is_udp);
+        match for_ports(headers, edit, field.to_ne_bytes()) {
+            ForPorts::Field(field) => u16::from_ne_bytes(field),
+            ForPorts::Nothing => field,
+            // A second call of the helper, which leaves a partial sum as it is.
+            ForPorts::Unknown if is_partial => field,
+            ForPorts::Unknown => kernel(field, edit.port_delta, false, is_udp),
+        }
+    }
+
+    fn check<A: Address>(address: A, protocol: u8, field: u16, deltas: (u16, u16)) -> Result<(), TestCaseError> {
+        let headers = headers(address, protocol, field);
+        let edit = Edit {
+            saddr: address,
+            daddr: address,
+            sport: Port::new(3),
+            dport: Port::new(4),
+            addr_delta: deltas.0,
+            port_delta: deltas.1,
+        };
+        // Zero has two forms in one's complement.
+        let same = |one: u16, other: u16| one == other || one.wrapping_add(other) == 0xffff && (one == 0 || other == 0);
+        let is_none = protocol == UDP && field == 0;
+        let complete = if is_none { 0 } else { u16::from_ne_bytes(l4_checksum(&headers, &edit)) };
+        prop_assert!(same(rewritten(&headers, &edit, false), complete));
+        prop_assert_eq!(is_none, is_none && rewritten(&headers, &edit, false) == 0);
+        let partial = if is_none { 0 } else { checksum::fold(u32::from(field) + u32::from(deltas.0)) };
+        prop_assert!(same(rewritten(&headers, &edit, true), partial));
+        Ok(())
+    }
+
+    /// Numbers, the two zeros often among them.
+    fn word() -> impl Strategy<Value = u16> {
+        prop_oneof![1 => Just(0), 1 => Just(0xffff), 4 => any::<u16>()]
+    }
+
+    proptest! {
+        #[test]
+        fn one_call_of_the_helper_gives_the_sum_of_two(field in word(), addresses in word(), ports in word(), is_udp: bool) {
+            let protocol = if is_udp { UDP } else { TCP };
+            check(V4([192, 0, 2, 1]), protocol, field, (addresses, ports))?;
+            check(V6([1; 16]), protocol, field, (addresses, ports))?;
+        }
+    }
 }

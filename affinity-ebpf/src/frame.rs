@@ -5,7 +5,7 @@ use affinity_common::{
     onward::{NextHop, Routes, Way},
     packet::Packet,
     parse::{ACK, Headers, SCTP, SYN, TCP, UDP},
-    rewrite,
+    rewrite::{self, ForPorts},
 };
 use aya_ebpf::{
     bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
@@ -14,14 +14,7 @@ use aya_ebpf::{
 };
 use network_types::{eth::EthHdr, udp::UdpHdr};
 
-use crate::kernel::{Bytes, Hop, SkBuff, Xdp};
-
-/// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel
-/// 6.16; older ones refuse it).
-const BPF_F_IPV6: u64 = 1 << 7;
-
-/// The delta of ports that stay as they are: zero, in the form that arithmetic gives it.
-const NO_CHANGE: u16 = 0xffff;
+use crate::kernel::{self, BPF_F_IPV6, Bytes, Hop, SkBuff, Xdp};
 
 /// Headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
 const LINEAR: usize = 192;
@@ -90,7 +83,7 @@ impl Packet for XdpFrame {
     }
 
     #[inline(always)]
-    fn resize(&mut self, len: usize) -> bool {
+    fn resize(&mut self, len: usize, _l4: usize) -> bool {
         let done = self.xdp.resize(len);
         self.bytes = self.xdp.bytes();
         done
@@ -179,6 +172,13 @@ impl<'a> Skb<'a> {
         self.skb.send_back()
     }
 
+    /// Whether the kernel knows [`BPF_F_IPV6`]: changes a checksum by nothing.
+    #[inline(always)]
+    pub fn takes_ipv6_flag(&self) -> bool {
+        const ANYWHERE: usize = 32;
+        self.skb.replace_l4_checksum(ANYWHERE, 0, u64::from(BPF_F_PSEUDO_HDR) | BPF_F_IPV6)
+    }
+
     /// Length of the longest packet that the frame is to be sent as, from the IP header on; none where it cannot be told.
     #[inline(always)]
     fn longest<A: Address>(&self, way: &Way<A>) -> Option<u16> {
@@ -196,15 +196,33 @@ impl<'a> Skb<'a> {
         segment.checked_add((way.transport() - EthHdr::LEN + transport) as u16)
     }
 
+    /// Brings the transport checksum in step. Each call of the helper costs as much as a lookup of a flow, so there is one
+    /// at most, but for deltas of zero:
+    ///
+    /// * A sum that the device has verified is complete, and nothing else in the socket buffer depends on it: no call.
+    /// * The addresses are the helper's: it knows how far the sum has been computed, and keeps the sum of the whole packet
+    ///   in step (`CHECKSUM_COMPLETE`).
+    /// * The ports are written here. A partial sum does not cover them. A complete one does, and so does the sum of the
+    ///   whole packet, which the ports and the field change by opposite amounts.
     #[inline(always)]
-    fn replace_checksum<A: Address>(&self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+    fn replace_checksum<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let offset = rewrite::l4_checksum_offset(headers);
-        let (addresses, ports) = (u64::from(edit.addr_delta), u64::from(edit.port_delta));
+        if self.skb.is_verified() {
+            return self.bytes.write(offset, rewrite::l4_checksum(headers, edit));
+        }
         let zero_is_none = if headers.key.protocol == UDP { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-        let pseudo = zero_is_none | u64::from(BPF_F_PSEUDO_HDR);
-        let done = A::BITS == V6::BITS && self.skb.replace_l4_checksum(offset, addresses, pseudo | BPF_F_IPV6)
-            || self.skb.replace_l4_checksum(offset, addresses, pseudo);
-        done && (edit.port_delta == NO_CHANGE || self.skb.replace_l4_checksum(offset, ports, zero_is_none))
+        let of_ipv6 = if A::BITS == V6::BITS && kernel::takes_ipv6_flag() { BPF_F_IPV6 } else { 0 };
+        let pseudo = zero_is_none | u64::from(BPF_F_PSEUDO_HDR) | of_ipv6;
+        if !self.skb.replace_l4_checksum(offset, u64::from(edit.addr_delta), pseudo) {
+            return false;
+        }
+        self.bytes = self.skb.bytes();
+        let Some(field) = self.bytes.read(offset) else { return false };
+        match rewrite::for_ports(headers, edit, field) {
+            ForPorts::Field(complete) => self.bytes.write(offset, complete),
+            ForPorts::Nothing => true,
+            ForPorts::Unknown => self.skb.replace_l4_checksum(offset, u64::from(edit.port_delta), zero_is_none),
+        }
     }
 }
 
@@ -219,8 +237,7 @@ impl Packet for Skb<'_> {
         self.bytes.write(offset, bytes)
     }
 
-    /// Addresses and ports directly, the transport checksum by the helper that knows how far it has been computed; the
-    /// helper comes last because it invalidates the pointers.
+    /// Addresses and ports directly, then the transport checksum: its helper invalidates the pointers.
     #[inline(always)]
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let Edit { saddr, daddr, addr_delta, .. } = *edit;
@@ -229,9 +246,20 @@ impl Packet for Skb<'_> {
                 || rewrite::write_ports(self, headers, edit) && self.replace_checksum(headers, edit))
     }
 
+    /// Where the sender left the checksum to a device (`CHECKSUM_PARTIAL`), the socket buffer says where to sum from, and a
+    /// new length does not change that: a device would sum a complete checksum again. The kernel drops the request once
+    /// that place lies before the frame, so the frame loses its first bytes, up to behind that place, and has as many more
+    /// at its end before.
+    ///
+    /// A frame with a VLAN tag among its data cannot be cut like this, and only gets its length: such frames are the inner
+    /// ones of two tags, and tests.
+    ///
+    /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`)
     #[inline(always)]
-    fn resize(&mut self, len: usize) -> bool {
-        let done = self.skb.resize(len);
+    fn resize(&mut self, len: usize, l4: usize) -> bool {
+        let behind = l4 + 2;
+        let is_cut = !self.skb.is_verified() && self.skb.resize(len + behind) && self.skb.cut(behind);
+        let done = is_cut || self.skb.resize(len);
         self.skb.pull(len);
         self.bytes = self.skb.bytes();
         done

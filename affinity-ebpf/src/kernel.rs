@@ -19,8 +19,8 @@ use affinity_common::{
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        __sk_buff, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
-        bpf_redir_neigh, bpf_sock, bpf_sock_addr, xdp_md,
+        __sk_buff, BPF_CSUM_LEVEL_QUERY, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_adj_room_mode, bpf_fib_lookup, bpf_redir_neigh, bpf_sock, bpf_sock_addr, xdp_md,
     },
     helpers,
     maps::ProgramArray,
@@ -70,6 +70,7 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
     refuse_errno: 0,
     node_netns: 0,
     redirect: 0,
+    takes_ipv6_flag: 0,
     fixed_now_ns: 0,
     fixed_random: 0,
 });
@@ -79,6 +80,16 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
 pub fn redirects() -> bool {
     CONFIG.word(offset_of!(Config, redirect)) != 0
 }
+
+/// Whether `bpf_l4_csum_replace` takes [`BPF_F_IPV6`]; the verifier knows.
+#[inline(always)]
+pub fn takes_ipv6_flag() -> bool {
+    CONFIG.word(offset_of!(Config, takes_ipv6_flag)) != 0
+}
+
+/// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel
+/// 6.16; older ones refuse it).
+pub const BPF_F_IPV6: u64 = 1 << 7;
 
 /// A value inside a map.
 #[derive(Clone, Copy)]
@@ -510,6 +521,7 @@ impl Hop {
         lookup.l4_protocol = way.protocol;
         lookup.__bindgen_anon_1.tot_len = way.len;
         lookup.ifindex = ifindex;
+        (lookup.sport, lookup.dport) = (u16::from_ne_bytes(way.sport.0), u16::from_ne_bytes(way.dport.0));
         if is_v4 {
             lookup.__bindgen_anon_2.tos = way.class;
         } else {
@@ -613,6 +625,20 @@ impl SkBuff {
     pub fn resize(self, len: usize) -> bool {
         // SAFETY: as above; the helper checks the length.
         unsafe { helpers::bpf_skb_change_tail(self.0, len as u32, 0) == 0 }
+    }
+
+    /// Takes `len` bytes out behind the link header; false, and no change, where the frame is not of IP or would end before.
+    #[inline(always)]
+    pub fn cut(self, len: usize) -> bool {
+        // SAFETY: as above; the helper checks the length.
+        unsafe { helpers::bpf_skb_adjust_room(self.0, -(len as i32), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0) == 0 }
+    }
+
+    /// Whether a device has verified the transport checksum (`CHECKSUM_UNNECESSARY`).
+    #[inline(always)]
+    pub fn is_verified(self) -> bool {
+        // SAFETY: as above.
+        unsafe { helpers::bpf_csum_level(self.0, u64::from(BPF_CSUM_LEVEL_QUERY)) >= 0 }
     }
 
     /// Updates the transport checksum at `offset`, however far it has been computed.

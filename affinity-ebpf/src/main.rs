@@ -11,10 +11,13 @@ mod tables;
 
 use affinity_common::{
     abi::{
-        SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD, WIRE_TC, WIRE_XDP,
+        DeviceMac, Reason, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD,
+        WIRE_TC, WIRE_XDP,
     },
     onward::{self, NextHop},
+    packet::Packet,
     pipeline::{self, Verdict},
+    tables::Tables,
 };
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
@@ -23,7 +26,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps::{TC_STAGES, WIRES, XDP_STAGES},
+    maps::{DEVICE_MACS, TC_STAGES, WIRES, XDP_STAGES},
     tables::Maps,
 };
 use affinity_ebpf::{
@@ -39,6 +42,10 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
         return xdp_action::XDP_PASS;
     }
     let mut frame = XdpFrame::new(&ctx);
+    if !may_be_ours(&frame) {
+        Maps.conclude(Reason::OtherHost);
+        return pass(&frame, SEEN_PASSED);
+    }
     match pipeline::forward(&mut frame, &Maps) {
         Verdict::Pass => pass(&frame, SEEN_PASSED),
         Verdict::Forward => pass(&frame, SEEN_TRANSLATED),
@@ -65,6 +72,14 @@ pub fn xdp_onward(ctx: XdpContext) -> u32 {
         Err(Verdict::Forward) => pass(&frame, SEEN_TRANSLATED),
         Err(_) => xdp_action::XDP_DROP,
     }
+}
+
+/// Whether a frame's destination is the device or its bridge. The stack drops other frames itself, and a bridge forwards them.
+#[inline(always)]
+fn may_be_ours(frame: &XdpFrame) -> bool {
+    let ifindex = frame.ifindex();
+    let Some(destination) = frame.read(0) else { return true };
+    kernel::copied(DEVICE_MACS.get_ptr(DeviceMac::slot(ifindex))).is_none_or(|mac| mac.may_take(ifindex, destination))
 }
 
 /// To the stack, or to TC before it: where that redirects, it is told what became of the frame.
@@ -156,19 +171,22 @@ fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
 pub fn report(ctx: TcContext) -> i32 {
     match kernel::event_of(&Skb::new(&ctx)) {
         Some(event) => {
-            affinity_common::tables::Tables::report(&Maps, &event);
+            Maps.report(&event);
             0
         }
         None => TC_ACT_SHOT,
     }
 }
 
-/// Run by the loader alone: writes jiffies and the monotonic clock into its packet.
+/// Run by the loader alone: writes into its packet jiffies, the monotonic clock, and whether the kernel knows
+/// [`kernel::BPF_F_IPV6`].
 #[classifier]
 pub fn clock(ctx: TcContext) -> i32 {
-    use affinity_common::packet::Packet;
-
+    // First, because it invalidates the pointers.
+    let takes_ipv6_flag = u64::from(Skb::new(&ctx).takes_ipv6_flag());
     let mut skb = Skb::new(&ctx);
-    let written = skb.write(0, kernel::jiffies().to_ne_bytes()) && skb.write(8, kernel::monotonic_ns().to_ne_bytes());
+    let written = skb.write(0, kernel::jiffies().to_ne_bytes())
+        && skb.write(8, kernel::monotonic_ns().to_ne_bytes())
+        && skb.write(16, takes_ipv6_flag.to_ne_bytes());
     if written { 0 } else { TC_ACT_SHOT }
 }

@@ -1,8 +1,8 @@
 //! Every map. The loader sets the sizes; those here are the smallest that make sense.
 
 use affinity_common::abi::{
-    Backend, Draft, Event, FILTER_WORDS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name,
-    NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+    Backend, DeviceMac, Draft, Event, FILTER_WORDS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, MAC_SLOTS,
+    Member, MemberKey, Name, NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -58,6 +58,9 @@ pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
 
 #[map(name = "wires")]
 pub static WIRES: HashMap<u32, u32> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
+// An array, not a hash: it is read for every frame.
+#[map(name = "device_macs")]
+pub static DEVICE_MACS: Array<DeviceMac> = Array::with_max_entries(MAC_SLOTS, 0);
 // Apart, because all programs of an array are of one kind.
 #[map(name = "xdp_stages")]
 pub static XDP_STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);

@@ -5,6 +5,7 @@
 //! that runs it. On each device there is one hook for packets from clients, and one for replies to
 //! them; two for packets from clients where TC redirects what XDP has looked at.
 
+pub mod card;
 pub mod cgroup;
 pub mod devices;
 pub mod discover;
@@ -27,6 +28,7 @@ use aya::programs::{
 };
 
 pub use self::{
+    card::{Card, Note},
     devices::{Device, Devices, Framing, OtherEnd, survey},
     discover::{Finding, Network, Role, Why, roles, unserved, unserved_text},
     hook::{Hook, UnknownHook, UnknownPolicy, XdpPolicy},
@@ -53,8 +55,25 @@ pub enum AttachError {
     /// Its frames are not what the programs read.
     #[error("{0}: its frames have no Ethernet header")]
     NotEthernet(String),
+    /// The driver refused to run XDP programs.
+    #[error("{device}: {hook}: {note} ({source}; {card})")]
+    NoXdp {
+        /// The device.
+        device: String,
+        /// Where.
+        hook: Hook,
+        /// Why, as far as it can be told.
+        note: Note,
+        /// What the card is like.
+        card: Card,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// XDP was insisted on.
+    #[error("{0}: use --xdp auto, which takes TC there")]
+    NativeOnly(Box<Self>),
     /// The kernel refused.
-    #[error("{device}: {hook}: {source}{}", hint(*hook, source))]
+    #[error("{device}: {hook}: {source}")]
     Refused {
         /// The device.
         device: String,
@@ -103,16 +122,10 @@ pub enum AttachError {
     Sys(#[from] SysError),
 }
 
-/// What to do about the usual refusals.
-fn hint(hook: Hook, source: &io::Error) -> &'static str {
-    match (hook, source.raw_os_error()) {
-        (Hook::XdpNative, Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
-            ": the driver cannot; use --xdp generic, --xdp auto or --xdp off"
-        }
-        (Hook::XdpNative | Hook::XdpGeneric, Some(libc::EBUSY | libc::EEXIST)) => {
-            ": another XDP program is there; use --xdp off"
-        }
-        _ => "",
+impl AttachError {
+    /// Why there is no XDP, where that is what it says.
+    const fn note(&self) -> Option<Note> {
+        if let Self::NoXdp { note, .. } = self { Some(*note) } else { None }
     }
 }
 
@@ -170,6 +183,8 @@ pub struct Attached {
     pub hooks: Vec<Hook>,
     /// Why better hooks could not be had.
     pub refused: Vec<AttachError>,
+    /// The cause of all that: why there is no XDP although the policy has it.
+    pub note: Option<Note>,
 }
 
 impl fmt::Display for Attached {
@@ -191,13 +206,19 @@ pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attach
     let mut refused = Vec::new();
     // Replies first: a client whose packets are translated must not meet replies that are not.
     let egress = attach_first(pins, device, &egress_hooks(options), &mut refused)?;
-    let ingress = attach_first(pins, device, &ingress_hooks(device, options), &mut refused)?;
+    let ruled_out = rules_out_xdp(device, options);
+    let ingress_hooks = ingress_hooks(device, options, ruled_out);
+    let insists = |error: AttachError| {
+        if error.note().is_some() { AttachError::NativeOnly(Box::new(error)) } else { error }
+    };
+    let ingress = attach_first(pins, device, &ingress_hooks, &mut refused).map_err(insists)?;
     let mut hooks = vec![ingress];
     if options.redirect && ingress.is_xdp() {
         hooks.push(attach_first(pins, device, &tc_ingress_hooks(options), &mut refused)?);
     }
     hooks.push(egress);
-    let attached = Attached { hooks, refused };
+    let note = ruled_out.or_else(|| refused.iter().find_map(AttachError::note));
+    let attached = Attached { hooks, refused, note };
     for stale in attachments_of(pins, device.index)?.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
         detach_one(pins, stale)?;
     }
@@ -233,18 +254,39 @@ fn parse_pin_name(path: &Path) -> Option<(u32, Hook)> {
     Some((ifindex.parse().ok()?, hook.parse().ok()?))
 }
 
-/// Hooks for packets from clients, best first.
-fn ingress_hooks(device: &Device, options: Options) -> Vec<Hook> {
+/// Whether the policy has XDP on a device: not on those that lead to pods, unless it insists.
+fn wants_xdp(device: &Device, options: Options) -> bool {
     let is_internal_kind = device.kind.as_deref().is_some_and(|kind| INTERNAL_KINDS.contains(&kind));
     let internal = device.framing == Framing::Loopback || is_internal_kind && !options.any_kind;
-    let mut hooks = match options.xdp {
-        XdpPolicy::Native => return vec![Hook::XdpNative],
-        XdpPolicy::Generic => return vec![Hook::XdpGeneric],
-        XdpPolicy::Auto if !internal => vec![Hook::XdpNative, Hook::XdpGeneric],
-        XdpPolicy::Auto | XdpPolicy::Off => Vec::new(),
-    };
-    hooks.extend(tc_ingress_hooks(options));
-    hooks
+    match options.xdp {
+        XdpPolicy::Native | XdpPolicy::Generic => true,
+        XdpPolicy::Auto => !internal,
+        XdpPolicy::Off => false,
+    }
+}
+
+/// Why TC does the work on a device on which the policy has XDP. It may change while the device is attached.
+#[must_use]
+pub fn rules_out_xdp(device: &Device, options: Options) -> Option<Note> {
+    if !wants_xdp(device, options) {
+        None
+    } else if options.xdp == XdpPolicy::Generic {
+        Some(Note::NotGeneric)
+    } else {
+        // XDP would send answers without the tag: into another network. On virtual devices a tag comes beside the data
+        // whatever they say, because it is the sender that put it there.
+        let strips_tags = device.kind.is_some() || card::strips_tags(&device.name);
+        (device.has_vlans && strips_tags).then_some(Note::StripsTags)
+    }
+}
+
+/// Hooks for packets from clients, best first.
+fn ingress_hooks(device: &Device, options: Options, ruled_out: Option<Note>) -> Vec<Hook> {
+    let has_xdp = wants_xdp(device, options) && ruled_out.is_none();
+    if has_xdp && options.xdp == XdpPolicy::Native {
+        return vec![Hook::XdpNative];
+    }
+    has_xdp.then_some(Hook::XdpNative).into_iter().chain(tc_ingress_hooks(options)).collect()
 }
 
 fn tc_ingress_hooks(options: Options) -> Vec<Hook> {
@@ -270,10 +312,6 @@ fn attach_first(
             return Ok(hook);
         }
         if let Some(rival) = old.iter().find(|old| hook.is_xdp() && old.hook.is_xdp()) {
-            // Where native was tried before, and refused, generic is not taken away to try again.
-            if candidates.contains(&rival.hook) {
-                continue;
-            }
             make_way(pins, device, rival)?;
         }
         match attach_at(pins, device, hook) {
@@ -305,8 +343,18 @@ fn attach_at(pins: &PinDir, device: &Device, hook: Hook) -> Result<(), AttachErr
         return Ok(sys::obj_pin(sys::obj_get(&program)?.as_fd(), &pin)?);
     };
     let link = sys::link_create(sys::obj_get(&program)?.as_fd(), device.index, attach_type, flags)
-        .map_err(|error| AttachError::Refused { device: device.name.clone(), hook, source: error.source })?;
+        .map_err(|error| refusal(device, hook, error.source))?;
     Ok(sys::obj_pin(link.as_fd(), &pin)?)
+}
+
+fn refusal(device: &Device, hook: Hook, source: io::Error) -> AttachError {
+    let name = device.name.clone();
+    if !hook.is_xdp() {
+        return AttachError::Refused { device: name, hook, source };
+    }
+    let card = Card::of(device);
+    let note = card.cause(source.raw_os_error().unwrap_or(0));
+    AttachError::NoXdp { device: name, hook, note, card, source }
 }
 
 /// Everything that is attached, by device and hook. Pins of devices that have gone are left out.
@@ -595,4 +643,47 @@ fn upgrade_filter(pins: &PinDir, pin: &Attachment) -> Result<bool, AttachError> 
     pins.unpin(&pin.path)?;
     sys::obj_pin(program.as_fd(), &pin.path)?;
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(kind: Option<&str>, has_vlans: bool) -> Device {
+        Device {
+            index: 1,
+            name: "lo".to_owned(),
+            kind: kind.map(str::to_owned),
+            framing: Framing::Ethernet,
+            other_end: OtherEnd::None,
+            controller: None,
+            mac: None,
+            mtu: 1500,
+            has_vlans,
+        }
+    }
+
+    #[test]
+    fn xdp_is_native_or_not_used() {
+        use Hook::{ClsactIngress, TcxIngress, XdpNative};
+
+        let hooks = |device: &Device, xdp| {
+            let options = Options { xdp, ..Options::default() };
+            let ruled_out = rules_out_xdp(device, options);
+            (ingress_hooks(device, options, ruled_out), ruled_out)
+        };
+        let tc = || vec![TcxIngress, ClsactIngress];
+        let (card, bond, pod) = (device(None, false), device(Some("bond"), true), device(Some("veth"), true));
+        assert_eq!(hooks(&card, XdpPolicy::Auto), (vec![XdpNative, TcxIngress, ClsactIngress], None));
+        assert_eq!(hooks(&card, XdpPolicy::Native), (vec![XdpNative], None));
+        assert_eq!(hooks(&card, XdpPolicy::Generic), (tc(), Some(Note::NotGeneric)));
+        assert_eq!(hooks(&card, XdpPolicy::Off), (tc(), None));
+        for policy in [XdpPolicy::Auto, XdpPolicy::Native] {
+            assert_eq!(hooks(&bond, policy), (tc(), Some(Note::StripsTags)), "a VLAN is on it");
+            // The loopback device strips no tags: so does a card with `rxvlan` off.
+            assert_eq!(hooks(&device(None, true), policy).1, None);
+        }
+        assert_eq!(hooks(&pod, XdpPolicy::Auto), (tc(), None), "XDP is not for pods' devices: nothing to say");
+        assert_eq!(hooks(&pod, XdpPolicy::Native), (tc(), Some(Note::StripsTags)));
+    }
 }

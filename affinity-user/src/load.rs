@@ -250,7 +250,7 @@ pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
     if jit_is_off() {
         return Err(LoadError::NoJit);
     }
-    let globals = Globals::new(options, Ticks { tick_ns: 1, tick_base: 0 });
+    let globals = Globals::new(options, Ticks { tick_ns: 1, tick_base: 0, takes_ipv6_flag: false });
     let mut loader = globals.loader();
     for name in names::MAPS {
         if let Some(entries) = Sizes::SMALLEST.entries(name) {
@@ -348,7 +348,7 @@ struct Globals {
 }
 
 impl Globals {
-    fn new(options: &Options, Ticks { tick_ns, tick_base }: Ticks) -> Self {
+    fn new(options: &Options, Ticks { tick_ns, tick_base, takes_ipv6_flag }: Ticks) -> Self {
         let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
         // Without it the node has no node ports on loopback; everything else is as ever.
         let node_netns = netns::Namespace::own().and_then(|own| own.cookie()).unwrap_or(0);
@@ -359,6 +359,7 @@ impl Globals {
             refuse_errno: refuse_errno(),
             node_netns,
             redirect: u64::from(options.redirect),
+            takes_ipv6_flag: u64::from(takes_ipv6_flag),
             fixed_now_ns,
             fixed_random,
         };

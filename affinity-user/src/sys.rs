@@ -970,3 +970,69 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> Result<u64> {
     };
     if answer == 0 { Ok(cookie) } else { Err(SysError::new("SO_NETNS_COOKIE", "socket", io::Error::last_os_error())) }
 }
+
+// ---- network cards ----
+
+/// `SIOCETHTOOL` and commands of linux/ethtool.h.
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
+const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GFLAGS: u32 = 0x25;
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
+
+/// The name of a device's driver, in this network namespace.
+///
+/// # Errors
+/// [`SysError`] where there is no such device, or it does not tell.
+pub fn card_driver(device: &str) -> Result<String> {
+    // `struct ethtool_drvinfo`, 196 bytes: the command, then names of 32 bytes.
+    let answer: [u32; 49] = ethtool(device, ETHTOOL_GDRVINFO)?;
+    let name: Vec<u8> = answer[1..9].iter().flat_map(|word| word.to_ne_bytes()).take_while(|byte| *byte != 0).collect();
+    Ok(String::from_utf8_lossy(&name).into_owned())
+}
+
+/// Offloads of a device that are on: `ETH_FLAG_*`.
+///
+/// # Errors
+/// As [`card_driver`].
+pub fn card_flags(device: &str) -> Result<u32> {
+    // `struct ethtool_value`.
+    let [_, flags]: [u32; 2] = ethtool(device, ETHTOOL_GFLAGS)?;
+    Ok(flags)
+}
+
+/// How many pairs of queues a device uses, and how many it has at most.
+///
+/// # Errors
+/// As [`card_driver`].
+pub fn card_queues(device: &str) -> Result<(u32, u32)> {
+    // `struct ethtool_channels`: receive, send, other and combined ones; first the most, then those in use.
+    let [_, most_rx, _, _, most_both, rx, _, _, both]: [u32; 9] = ethtool(device, ETHTOOL_GCHANNELS)?;
+    Ok((rx + both, most_rx + most_both))
+}
+
+/// Asks a driver by the ethtool call. `WORDS` is the size of the structure that `command` fills in.
+fn ethtool<const WORDS: usize>(device: &str, command: u32) -> Result<[u32; WORDS]> {
+    let failed = |error| SysError::new("SIOCETHTOOL", device, error);
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    );
+    let socket = socket.map_err(|error| failed(error.into()))?;
+    let mut answer = [0; WORDS];
+    answer[0] = command;
+    // SAFETY: all zeroes are a request.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if device.len() >= request.ifr_name.len() {
+        return Err(failed(io::Error::from_raw_os_error(libc::ENODEV)));
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(device.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = answer.as_mut_ptr().cast();
+    // SAFETY: the request is a local, its name ends with a zero, and the kernel fills in `answer`, whose size the callers
+    // above give for their command.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+    if done == 0 { Ok(answer) } else { Err(failed(io::Error::last_os_error())) }
+}

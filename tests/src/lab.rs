@@ -65,6 +65,7 @@ pub use client::{Client, Connection, PATIENCE};
 pub use interrupt::Interrupt;
 pub use load::{Load, Report};
 pub use netns::{Door, Namespace};
+pub use network::{ethtool, pass_by_xdp};
 pub use observe::{Backend, Candidate, Explanation, Session};
 pub use pod::Pod;
 pub use sctp::{Association, SctpServer};
@@ -76,7 +77,6 @@ pub use yaml::{EndpointState, Frontend, Hints, Policy, Service, ServicePort, nod
 pub(crate) use address::WIRE_CLIENT;
 pub(crate) use netns::feed;
 use network::{client_namespace, join, node_namespace, steer};
-pub(crate) use network::{ethtool, pass_by_xdp};
 
 /// The node's end of the wire to the clients.
 pub const WIRE: &str = "wire0";

@@ -13,21 +13,18 @@ use crate::lab::{Agent, Family, Lab, Options, Protocol, Service, WIRE};
 pub enum Hook {
     /// XDP in the driver.
     XdpNative,
-    /// XDP in the network stack.
-    XdpGeneric,
     /// TC ingress.
     Tc,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::XdpNative, Self::XdpGeneric, Self::Tc];
+    pub const ALL: [Self; 2] = [Self::XdpNative, Self::Tc];
 
     /// The arguments of `affinity run` and `attach` for it, on the wire.
     pub fn args(self) -> [&'static str; 4] {
         let xdp = match self {
             Self::XdpNative => "native",
-            Self::XdpGeneric => "generic",
             Self::Tc => "off",
         };
         ["--device", WIRE, "--xdp", xdp]
@@ -39,7 +36,6 @@ impl Hook {
 macro_rules! on_every_hook {
     ($($story:ident),* $(,)?) => {
         mod xdp_native { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::story::Hook::XdpNative) })* }
-        mod xdp_generic { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::story::Hook::XdpGeneric) })* }
         mod tc { $(#[test] fn $story() -> anyhow::Result<()> { super::$story($crate::story::Hook::Tc) })* }
     };
 }

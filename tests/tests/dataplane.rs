@@ -462,7 +462,7 @@ fn each_policy_has_its_hooks_and_switching_leaves_no_other() -> Result<()> {
     let cases = [
         (XdpPolicy::Native, true, [Hook::XdpNative, Hook::TcxEgress]),
         (XdpPolicy::Off, true, [Hook::TcxIngress, Hook::TcxEgress]),
-        (XdpPolicy::Generic, false, [Hook::XdpGeneric, Hook::ClsactEgress]),
+        (XdpPolicy::Generic, false, [Hook::ClsactIngress, Hook::ClsactEgress]),
         (XdpPolicy::Native, false, [Hook::XdpNative, Hook::ClsactEgress]),
         (XdpPolicy::Auto, false, [Hook::ClsactIngress, Hook::ClsactEgress]),
         (XdpPolicy::Auto, true, [Hook::TcxIngress, Hook::TcxEgress]),

@@ -1,5 +1,5 @@
 //! Client-IP affinity at node ports and load balancers, under both policies, with real sockets: Kubernetes' own tests of
-//! it. Each story holds for XDP in the driver, XDP in the stack, and TC; for IPv4 and IPv6; for TCP and UDP. And where
+//! it. Each story holds for XDP in the driver and TC; for IPv4 and IPv6; for TCP and UDP. And where
 //! the node's own facts decide: its addresses, and which endpoints are on it.
 
 use std::collections::BTreeSet;

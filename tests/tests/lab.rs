@@ -1,5 +1,5 @@
 //! Client-IP affinity with real sockets: Kubernetes' own tests of it, and what they do not test. Each story holds
-//! for XDP in the driver, XDP in the stack, and TC; for IPv4 and IPv6; for TCP and UDP.
+//! for XDP in the driver and for TC; for IPv4 and IPv6; for TCP and UDP.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;

@@ -86,7 +86,7 @@ fn on_sigterm_the_dataplane_stays_and_detach_takes_it_away() -> Result<()> {
 fn detach_on_exit_leaves_nothing_attached() -> Result<()> {
     let (lab, web) = (Lab::with_pods(3)?, web().client_ip());
     lab.publish(&web)?;
-    let agent = lab.agent(&[Hook::XdpGeneric.args().as_slice(), &["--detach-on-exit"]].concat())?;
+    let agent = lab.agent(&[Hook::XdpNative.args().as_slice(), &["--detach-on-exit"]].concat())?;
     Route::all_to(&web)[0].dial(&lab, 1, 1)?;
     agent.terminate()?;
     assert_not_served(&lab, &web);

@@ -21,6 +21,8 @@ pub struct Config {
     pub node_netns: u64,
     /// One: TC redirects what was translated past the stack. Zero: it goes through.
     pub redirect: u64,
+    /// One: the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`. Zero: it refuses it.
+    pub takes_ipv6_flag: u64,
     /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,
     /// For tests: the random number that the programs draw, where `fixed_now_ns` is not zero.

@@ -1,4 +1,7 @@
-//! What sends packets on past the stack: how devices take frames that came in by others, and the places of the programs.
+//! What sends packets on past the stack: how devices take frames that came in by others, and the places of the programs. And
+//! what is known of a device that XDP has to know.
+
+use bytemuck::{Pod, Zeroable};
 
 /// `wires`: XDP may send frames out of the device. It runs XDP in its driver, which takes frames of others.
 pub const WIRE_XDP: u32 = 1;
@@ -7,6 +10,41 @@ pub const WIRE_XDP: u32 = 1;
 pub const WIRE_TC: u32 = 2;
 /// `wires`: the device is one end of a pair, with a pod at the other.
 pub const WIRE_POD: u32 = 4;
+
+/// `wires`: the bits from here on say how the device came to its hooks, for people; no program reads them.
+pub const NOTE_SHIFT: u32 = 8;
+
+/// Value of `device_macs`: whose frames a device with XDP takes. XDP sees all frames, also those to other hosts that a device
+/// in promiscuous mode or a port of a bridge receives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct DeviceMac {
+    /// The device's own address.
+    pub own: [u8; 6],
+    /// The address of the bridge or bond that it is a port of; else its own again.
+    pub controller: [u8; 6],
+    /// The device's index; zero: nothing is known here. Last, because the kernel copies the value from its start.
+    pub ifindex: u32,
+}
+
+/// Entries of `device_macs`.
+pub const MAC_SLOTS: u32 = 1024;
+
+impl DeviceMac {
+    /// Where the entry of a device is. Only devices with XDP have one, so that two hardly ever want the same.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot(ifindex: u32) -> u32 {
+        ifindex % MAC_SLOTS
+    }
+
+    /// Whether a frame that came in by the device `ifindex` may be for this node; where nothing is known, it may.
+    #[inline(always)]
+    #[must_use]
+    pub fn may_take(&self, ifindex: u32, destination: [u8; 6]) -> bool {
+        self.ifindex != ifindex || destination == self.own || destination == self.controller
+    }
+}
 
 /// The metadata of a frame that XDP has looked at, for TC: it passes.
 pub const SEEN_PASSED: u32 = 0x6166_6670;
@@ -19,3 +57,16 @@ pub const STAGE_XDP_ONWARD: u32 = 0;
 pub const STAGE_TC_ONWARD: u32 = 0;
 /// `tc_stages`: what sends on replies.
 pub const STAGE_TC_REPLY: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_takes_frames_to_itself_and_its_bridge() {
+        let mac = DeviceMac { own: [2, 0, 0, 0, 0, 1], controller: [2, 0, 0, 0, 0, 2], ifindex: 7 };
+        assert!(mac.may_take(7, mac.own) && mac.may_take(7, mac.controller));
+        assert!(!mac.may_take(7, [2, 0, 0, 0, 0, 3]) && !mac.may_take(7, [0xff; 6]));
+        assert!(mac.may_take(7 + MAC_SLOTS, [2, 0, 0, 0, 0, 3]), "nothing is known of another device");
+    }
+}

@@ -82,6 +82,7 @@ reasons! {
     LaterFragment = 35, "later-fragment", "Forwarded: a later fragment of a packet whose first one was translated.";
     TableFull = 36, "table-full", "Not a packet: the table of pins was full, and the kernel dropped some.";
     SentOn = 37, "sent-on", "Forwarded: sent on to the pod, or back to its client, past this node's stack.";
+    OtherHost = 38, "other-host", "Passed: XDP saw a frame with the link address of another host.";
 }
 
 /// What a [`UsageKey`] counts for.

@@ -78,8 +78,8 @@ impl Packet for Frame {
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         rewrite::in_place(self, headers, edit)
     }
-    fn resize(&mut self, len: usize) -> bool {
-        Packet::resize(&mut self.bytes, len)
+    fn resize(&mut self, len: usize, l4: usize) -> bool {
+        Packet::resize(&mut self.bytes, len, l4)
     }
 }
 
@@ -89,6 +89,8 @@ impl Routes for Frame {
     fn hop<A: Address>(&self, way: &Way<A>) -> Option<u32> {
         assert_eq!(usize::from(way.len), self.bytes.len() - EthHdr::LEN);
         assert_eq!((way.protocol, way.class), (TCP, 0));
+        let ports: [u8; 4] = self.bytes.read(way.transport()).expect("a TCP header");
+        assert_eq!([way.sport.0, way.dport.0].concat(), ports, "rules and multipath routes may choose by them");
         self.hop
     }
 }

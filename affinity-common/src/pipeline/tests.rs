@@ -229,7 +229,7 @@ impl Packet for Stiff {
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &crate::abi::Edit<A>) -> bool {
         self.can_be_rewritten && rewrite::in_place(self, headers, edit)
     }
-    fn resize(&mut self, _len: usize) -> bool {
+    fn resize(&mut self, _len: usize, _l4: usize) -> bool {
         false
     }
 }

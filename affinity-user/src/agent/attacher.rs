@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 use super::Options;
 use crate::{
     attach::{
-        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Why, XdpPolicy, device_name, roles,
+        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Note, Why, XdpPolicy, device_name, roles,
         wires::Wire,
     },
     desired::Services,
@@ -84,11 +84,22 @@ pub(super) struct Attacher {
     for_xdp: Vec<Pattern>,
     options: attach::Options,
     /// By index; what this process attached or found attached.
-    attached: BTreeMap<u32, (String, Vec<Hook>)>,
+    attached: BTreeMap<u32, Held>,
     /// What could not be attached, and the reason that was logged.
     failed: BTreeMap<u32, String>,
     /// What somebody has taken off, until it is attached again.
     lost: BTreeSet<u32>,
+}
+
+/// A device that is attached.
+#[derive(Debug)]
+struct Held {
+    name: String,
+    hooks: Vec<Hook>,
+    /// Why there is no XDP on it.
+    note: Option<Note>,
+    /// The same, where it is the device's surroundings that rule it out: they may change.
+    ruled_out: Option<Note>,
 }
 
 impl Attacher {
@@ -172,8 +183,7 @@ impl Attacher {
         devices.sort_by_key(|device| (order(device).is_none(), order(device)));
         for device in devices {
             if self.is_meant(device, look) {
-                if let Some((name, _)) = self.attached.get_mut(&device.index) {
-                    name.clone_from(&device.name);
+                if self.is_held(device) {
                     continue;
                 }
                 if attempts == AT_ONCE {
@@ -188,15 +198,31 @@ impl Attacher {
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        attach::wires::publish(&self.pins, &self.wires(look))?;
+        for loser in attach::wires::publish(&self.pins, &self.wires(look))? {
+            if let Some(held) = self.attached.get(&loser) {
+                warn!("{}: {}", held.name, Note::AnswersLost);
+            }
+        }
         Ok(progress)
+    }
+
+    /// Whether a device is attached as it should be. It is not where a VLAN device has come or gone.
+    fn is_held(&mut self, device: &Device) -> bool {
+        let ruled_out = attach::rules_out_xdp(device, self.options(device));
+        let Some(held) = self.attached.get_mut(&device.index) else { return false };
+        held.name.clone_from(&device.name);
+        held.ruled_out == ruled_out
     }
 
     fn wires(&self, look: &Look) -> Vec<Wire<'_>> {
         let wire = |device: &Device| {
-            let (_, hooks) = self.attached.get(&device.index)?;
+            let Held { hooks, note, .. } = self.attached.get(&device.index)?;
             let leads_to_pod = look.roles.get(&device.index).is_some_and(|finding| finding.why == Why::PodSide);
-            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller: device.controller })
+            let controller = device.controller;
+            let mac_of = |index| look.devices.iter().find(|device| device.index == index)?.mac;
+            let macs = device.mac.map(|own| [own, controller.and_then(mac_of).unwrap_or(own)]);
+            let is_pair = device.kind.as_deref() == Some("veth");
+            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller, macs, is_pair, note: *note })
         };
         look.devices.iter().filter_map(wire).collect()
     }
@@ -217,7 +243,7 @@ impl Attacher {
 
     /// Forgets that devices are attached where somebody has removed a pin or a link, so that they are attached again.
     fn notice_losses(&mut self) -> Result<(), AttachError> {
-        for (index, (name, hooks)) in &self.attached {
+        for (index, Held { name, hooks, .. }) in &self.attached {
             let there = attach::hooks_of(&self.pins, *index)?;
             if let Some(missing) = hooks.iter().find(|hook| !there.contains(hook)) {
                 warn!("{name}: {missing} had been taken off; it is attached again");
@@ -233,7 +259,7 @@ impl Attacher {
         self.failed.retain(|index, _| present.contains(index));
         self.lost.retain(|index| present.contains(index));
         let gone = self.attached.extract_if(.., |index, _| !present.contains(index));
-        for (_, (name, _)) in gone {
+        for (_, Held { name, .. }) in gone {
             info!("{name}: has gone");
         }
         attach::prune(&self.pins, present)?;
@@ -242,20 +268,20 @@ impl Attacher {
 
     fn attach(&mut self, device: &Device, found: Option<&Finding>) -> Option<AttachError> {
         match attach::attach(&self.pins, device, self.options(device)) {
-            Ok(Attached { hooks, refused }) => {
+            Ok(Attached { hooks, refused, note }) => {
                 for error in &refused {
                     info!("{error}");
                 }
                 let role = found.and_then(|found| found.role.map(|role| format!(" ({}: {})", role.name(), found.why)));
                 let role = role.unwrap_or_default();
-                if refused.is_empty() {
-                    info!("{}: attached: {}{role}", device.name, ways(&hooks));
-                } else {
-                    warn!("{}: attached: {}, for want of better{role}", device.name, ways(&hooks));
+                match note {
+                    None => info!("{}: attached: {}{role}", device.name, ways(&hooks)),
+                    Some(note) => warn!("{}: attached: {}{role}: {note}", device.name, ways(&hooks)),
                 }
                 self.failed.remove(&device.index);
                 self.lost.remove(&device.index);
-                self.attached.insert(device.index, (device.name.clone(), hooks));
+                let ruled_out = attach::rules_out_xdp(device, self.options(device));
+                self.attached.insert(device.index, Held { name: device.name.clone(), hooks, note, ruled_out });
                 None
             }
             // It went while it was attached; the next look will not see it.
@@ -272,7 +298,7 @@ impl Attacher {
 
     /// Says who else handles packets on the attached devices, and that kube-proxy does in this network namespace.
     pub(super) fn tell_of_others(&self, services: Services) {
-        let devices = self.attached.iter().map(|(index, (name, _))| (*index, name.clone())).collect();
+        let devices = self.attached.iter().map(|(index, held)| (*index, held.name.clone())).collect();
         let lines = attach::others::programs(&self.pins, &devices);
         for line in lines.iter().take(NAMED) {
             warn!("{line}");
@@ -294,7 +320,7 @@ impl Attacher {
     /// The devices that are attached now.
     pub(super) fn summary(&self) -> Summary {
         let first = self.attached.values().take(NAMED);
-        let mut names: Vec<_> = first.map(|(name, hooks)| format!("{name}: {}", ways(hooks))).collect();
+        let mut names: Vec<_> = first.map(|held| format!("{}: {}", held.name, ways(&held.hooks))).collect();
         names.extend((self.attached.len() > NAMED).then(|| "...".to_owned()));
         let lost = self.lost.first().map(|index| {
             let why = self.failed.get(index).map_or("being attached again", String::as_str);

@@ -3,7 +3,7 @@
 //! Whoever is woken reads the whole list again. So a lost message, a rename, or a device that vanished and came back
 //! under its old name with a new index needs no case of its own.
 
-use std::{io, net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, io, net::IpAddr, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, channel::mpsc::UnboundedReceiver};
 use rtnetlink::{
@@ -36,6 +36,12 @@ pub struct Device {
     pub other_end: OtherEnd,
     /// The bridge or bond that it is a port of, by index.
     pub controller: Option<u32>,
+    /// Its link address, where that is one of Ethernet.
+    pub mac: Option<[u8; 6]>,
+    /// The longest packet that it sends, in bytes.
+    pub mtu: u32,
+    /// Whether a VLAN device of this namespace is on it.
+    pub has_vlans: bool,
 }
 
 /// Where the other end of a pair is, or the device that another one is on.
@@ -64,11 +70,14 @@ impl Device {
     fn from_message(message: LinkMessage) -> Option<Self> {
         let (mut name, mut kind, mut controller) = (None, None, None);
         let (mut link, mut is_elsewhere) = (None, false);
+        let (mut mac, mut mtu) = (None, 0);
         for attribute in message.attributes {
             #[expect(clippy::wildcard_enum_match_arm, reason = "of many attributes a few matter")]
             match attribute {
                 LinkAttribute::IfName(is) => name = Some(is),
                 LinkAttribute::Controller(index) => controller = Some(index),
+                LinkAttribute::Address(address) => mac = address.try_into().ok(),
+                LinkAttribute::Mtu(bytes) => mtu = bytes,
                 LinkAttribute::Link(index) => link = Some(index),
                 LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
                 LinkAttribute::LinkInfo(infos) => {
@@ -91,7 +100,8 @@ impl Device {
             Some(index) if index != message.header.index && index != 0 => OtherEnd::Here(index),
             _ => OtherEnd::None,
         };
-        Some(Self { index: message.header.index, name: name?, kind, framing, other_end, controller })
+        let index = message.header.index;
+        Some(Self { index, name: name?, kind, framing, other_end, controller, mac, mtu, has_vlans: false })
     }
 }
 
@@ -159,6 +169,7 @@ impl Devices {
         let request = request.set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
         let messages: Vec<_> = request.execute().try_collect().await.map_err(io::Error::other)?;
         let mut devices: Vec<_> = messages.into_iter().filter_map(Device::from_message).collect();
+        mark_below_vlans(&mut devices);
         devices.sort();
         self.number = devices.len();
         Ok(devices)
@@ -220,6 +231,18 @@ impl Devices {
     }
 }
 
+/// Marks the devices that VLAN devices are on.
+fn mark_below_vlans(devices: &mut [Device]) {
+    let below = |device: &Device| {
+        let OtherEnd::Here(index) = device.other_end else { return None };
+        (device.kind.as_deref() == Some("vlan")).then_some(index)
+    };
+    let below: BTreeSet<u32> = devices.iter().filter_map(below).collect();
+    for device in devices {
+        device.has_vlans = below.contains(&device.index);
+    }
+}
+
 /// All devices, and what addresses and routes say of them, for callers without a runtime.
 ///
 /// # Errors
@@ -276,4 +299,34 @@ fn ways_out(route: &RouteMessage) -> Vec<u32> {
         _ => Vec::new(),
     });
     devices.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_below_a_vlan_is_marked() {
+        let device = |index, kind: &str, other_end| Device {
+            index,
+            name: format!("d{index}"),
+            kind: Some(kind.to_owned()).filter(|kind| !kind.is_empty()),
+            framing: Framing::Ethernet,
+            other_end,
+            controller: None,
+            mac: None,
+            mtu: 1500,
+            has_vlans: false,
+        };
+        let (none, on_first) = (OtherEnd::None, OtherEnd::Here(1));
+        let mut devices = [
+            device(1, "", none),
+            device(2, "", none),
+            device(3, "vlan", on_first),
+            device(4, "macvlan", OtherEnd::Here(2)),
+            device(5, "vlan", OtherEnd::Elsewhere),
+        ];
+        mark_below_vlans(&mut devices);
+        assert_eq!(devices.map(|device| device.has_vlans), [true, false, false, false, false]);
+    }
 }

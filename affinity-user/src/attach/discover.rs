@@ -247,6 +247,9 @@ mod tests {
             framing: Framing::Ethernet,
             other_end: OtherEnd::None,
             controller: None,
+            mac: None,
+            mtu: 1500,
+            has_vlans: false,
         };
         Case { device, addresses: Vec::new(), default_route: false }
     }

@@ -13,7 +13,7 @@ use aya_obj::generated::{
 pub enum Hook {
     /// Ingress, in the driver.
     XdpNative,
-    /// Ingress, before traffic control.
+    /// Ingress, before traffic control. Earlier versions attached there; it is known so that it can be taken off.
     XdpGeneric,
     /// Ingress, by a tcx link.
     TcxIngress,
@@ -101,12 +101,12 @@ impl FromStr for Hook {
 /// How XDP is to be used: `--xdp`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum XdpPolicy {
-    /// Native, else generic, else TC; and TC on devices that lead to pods, where frames carry partial checksums.
+    /// Native, else TC; and TC on devices that lead to pods, where frames carry partial checksums.
     #[default]
     Auto,
-    /// Native or not at all.
+    /// Native or not at all; but TC where a VLAN is on a device that strips tags.
     Native,
-    /// Generic or not at all.
+    /// TC, with a warning: a program cannot tell there whether a frame's checksum is partial, and TC runs at the same place.
     Generic,
     /// TC.
     Off,

@@ -53,7 +53,8 @@ pub(crate) struct AttachArgs {
     /// with a default route or an address of the node, and those that lead to pods
     #[arg(long = "device", value_name = "NAME|GLOB", num_args = 1..)]
     devices: Vec<String>,
-    /// Use of XDP: auto tries native, then generic, then TC, and uses TC for devices that lead to pods; off uses TC
+    /// Use of XDP: auto tries native, then TC, and uses TC for devices that lead to pods; native insists; off uses TC, and so
+    /// does generic
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
     xdp: XdpPolicy,
     /// Use XDP on these devices, whatever their kind, and TC on the others. Without it, the kind of a device decides

@@ -212,6 +212,7 @@ impl Row for DeviceView {
         Column::text("EGRESS"),
         Column::text("PROGRAMS").wide(),
         Column::text("WHY").wide(),
+        Column::text("NOTE"),
     ];
 
     fn cells(&self) -> Vec<Cell> {
@@ -228,6 +229,7 @@ impl Row for DeviceView {
             hook(self.egress.as_slice()),
             Cell::new(programs.join(",")),
             optional(self.why.as_deref()),
+            optional(self.note.as_deref()),
         ]
     }
 }
@@ -269,7 +271,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        attach::{Attachment, Finding, Hook, Role, Why},
+        attach::{Attachment, Finding, Hook, Note, Role, Why},
         cli::output::{Format, Listing, SAMPLE_ROWS, list},
         view::{Catalog, LiveSessions, fixture},
     };
@@ -445,24 +447,24 @@ mod tests {
             (2, finding(Why::DefaultRoute, Some(Role::External))),
             (5, finding(Why::PodSide, Some(Role::Internal))),
         ]);
-        let devices = DeviceView::all(&attachments, names, &roles);
+        let devices = DeviceView::all(&attachments, names, &roles, &BTreeMap::from([(5, Note::Mtu)]));
         insta::assert_snapshot!(print(&devices, Format::Table), @r"
-        DEVICE   INDEX   ROLE       INGRESS                  EGRESS
-        eth2         2   external   xdp-native,tcx-ingress   tcx-egress
-        eth5         5   internal   tcx-ingress              tcx-egress
-        (gone)       9   -          -                        clsact-egress
+        DEVICE   INDEX   ROLE       INGRESS                  EGRESS          NOTE
+        eth2         2   external   xdp-native,tcx-ingress   tcx-egress      -
+        eth5         5   internal   tcx-ingress              tcx-egress      no XDP: the MTU is too large for the driver
+        (gone)       9   -          -                        clsact-egress   -
         ");
         insta::assert_snapshot!(print(&devices, Format::Wide), @r"
-        DEVICE   INDEX   ROLE       INGRESS                  EGRESS          PROGRAMS   WHY
-        eth2         2   external   xdp-native,tcx-ingress   tcx-egress      70,71,72   a default route leaves by it
-        eth5         5   internal   tcx-ingress              tcx-egress      71,72      leads to another network namespace
-        (gone)       9   -          -                        clsact-egress   72         -
+        DEVICE   INDEX   ROLE       INGRESS                  EGRESS          PROGRAMS   WHY                                  NOTE
+        eth2         2   external   xdp-native,tcx-ingress   tcx-egress      70,71,72   a default route leaves by it         -
+        eth5         5   internal   tcx-ingress              tcx-egress      71,72      leads to another network namespace   no XDP: the MTU is too large for the driver
+        (gone)       9   -          -                        clsact-egress   72         -                                    -
         ");
         insta::assert_snapshot!(print(&devices, Format::Json), @r#"
         [
-        {"device":"eth2","ifindex":2,"role":"external","ingress":["xdp-native","tcx-ingress"],"egress":"tcx-egress","programs":[70,71,72],"why":"a default route leaves by it"},
-        {"device":"eth5","ifindex":5,"role":"internal","ingress":["tcx-ingress"],"egress":"tcx-egress","programs":[71,72],"why":"leads to another network namespace"},
-        {"device":null,"ifindex":9,"role":null,"ingress":[],"egress":"clsact-egress","programs":[72],"why":null}
+        {"device":"eth2","ifindex":2,"role":"external","ingress":["xdp-native","tcx-ingress"],"egress":"tcx-egress","programs":[70,71,72],"why":"a default route leaves by it","note":null},
+        {"device":"eth5","ifindex":5,"role":"internal","ingress":["tcx-ingress"],"egress":"tcx-egress","programs":[71,72],"why":"leads to another network namespace","note":"no XDP: the MTU is too large for the driver"},
+        {"device":null,"ifindex":9,"role":null,"ingress":[],"egress":"clsact-egress","programs":[72],"why":null,"note":null}
         ]
         "#);
     }

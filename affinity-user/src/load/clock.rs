@@ -35,6 +35,8 @@ pub struct Ticks {
     pub tick_ns: u64,
     /// Jiffies when the monotonic clock was zero; wrapping.
     pub tick_base: u64,
+    /// Whether `bpf_l4_csum_replace` takes `BPF_F_IPV6`, as the same program finds out.
+    pub takes_ipv6_flag: bool,
 }
 
 impl Ticks {
@@ -54,16 +56,28 @@ type Reading = (u64, u64);
 /// [`ClockError`].
 pub(super) fn measure(clock: BorrowedFd<'_>) -> Result<Ticks, ClockError> {
     let tick_ns = clock_getres(ClockId::MonotonicCoarse).tv_nsec as u64;
-    Ok(align(&edges(|| read(clock))?, tick_ns))
+    Ok(Ticks { takes_ipv6_flag: takes_ipv6_flag(clock)?, ..align(&edges(|| read(clock))?, tick_ns) })
+}
+
+/// Whether the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`, as the same program found out.
+///
+/// # Errors
+/// [`ClockError`].
+fn takes_ipv6_flag(clock: BorrowedFd<'_>) -> Result<bool, ClockError> {
+    run(clock).map(|[_, _, takes]| takes != 0)
 }
 
 fn read(clock: BorrowedFd<'_>) -> Result<Reading, ClockError> {
+    run(clock).map(|[jiffies, now_ns, _]| (jiffies, now_ns))
+}
+
+fn run(clock: BorrowedFd<'_>) -> Result<[u64; 3], ClockError> {
     let run = sys::test_run(clock, &[0; 64], 1)?;
     if run.retval != 0 {
         return Err(ClockError::Program(run.retval));
     }
     let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| run.data_out[at + byte]));
-    Ok((word(0), word(8)))
+    Ok([word(0), word(8), word(16)])
 }
 
 /// The readings right after a change of jiffies. On a busy machine they are far apart: patience is for each of them.
@@ -88,7 +102,7 @@ fn align(edges: &[Reading], tick_ns: u64) -> Ticks {
     let (first, _) = edges[0];
     let at_first = |&(jiffies, now_ns): &Reading| now_ns - (jiffies - first) * tick_ns;
     let earliest_ns = edges.iter().map(at_first).min().unwrap_or(0);
-    Ticks { tick_ns, tick_base: first.wrapping_sub(earliest_ns / tick_ns) }
+    Ticks { tick_ns, tick_base: first.wrapping_sub(earliest_ns / tick_ns), takes_ipv6_flag: false }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::Serialize;
 
-use crate::attach::{Attachment, Finding, Hook, Role, cgroup::CgroupAttachment};
+use crate::attach::{Attachment, Finding, Hook, Note, Role, cgroup::CgroupAttachment};
 
 /// A device that the programs are attached to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -23,15 +23,18 @@ pub struct DeviceView {
     pub programs: Vec<u32>,
     /// Why it has this role; null where it has gone.
     pub why: Option<String>,
+    /// Why XDP is not where the policy has it, or what it cannot do there; null: nothing to say.
+    pub note: Option<String>,
 }
 
 impl DeviceView {
-    /// Devices by index; `name` gives a device's name, `roles` what each leads to.
+    /// Devices by index; `name` gives a device's name, `roles` what each leads to, `notes` what was noted of it.
     #[must_use]
     pub fn all(
         attachments: &[Attachment],
         name: impl Fn(u32) -> Option<String>,
         roles: &BTreeMap<u32, Finding>,
+        notes: &BTreeMap<u32, Note>,
     ) -> Vec<Self> {
         let mut devices: BTreeMap<u32, Vec<&Attachment>> = BTreeMap::new();
         for attachment in attachments {
@@ -52,6 +55,7 @@ impl DeviceView {
                 ingress: hooks(true).collect(),
                 egress: hooks(false).next(),
                 programs: attachments.iter().map(|attachment| attachment.prog_id).collect(),
+                note: notes.get(&ifindex).map(Note::to_string),
             }
         });
         views.collect()
@@ -77,6 +81,7 @@ impl DeviceView {
             ingress: vec!["socket"],
             egress: Some("socket"),
             programs,
+            note: None,
         };
         cgroups.into_iter().map(view).collect()
     }

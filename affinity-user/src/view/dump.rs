@@ -17,6 +17,8 @@ use affinity_common::{
     names,
 };
 
+use crate::attach::Note;
+
 use super::{
     Catalog, Endpoint, EventView, FlowState, Moment, SessionView, address::from_mapped, catalog::CatalogFrontend,
     protocol_name, service::policy_text, short_duration,
@@ -336,7 +338,8 @@ impl<'a> Dump<'a> {
             let device = name(ifindex).unwrap_or_else(|| ifindex.to_string());
             let ways: String = WAYS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, way)| *way).collect();
             let ways = if ways.is_empty() { " -" } else { &ways };
-            format!("{} {device} ->{ways}", names::WIRES)
+            let note = Note::from_bits(bits).map_or(String::new(), |note| format!(" ({note})"));
+            format!("{} {device} ->{ways}{note}", names::WIRES)
         };
         wires.into_iter().map(line).collect::<BTreeSet<_>>().into_iter().collect()
     }
@@ -474,7 +477,10 @@ mod tests {
         lines.extend(dump.fragments([(fragment, key)]));
         lines.extend(dump.tried([(1, 7), (2, 0), (3, 65)]));
         let name = |ifindex| (ifindex != 9).then(|| format!("eth{ifindex}"));
-        lines.extend(dump.wires([(4, WIRE_TC | WIRE_POD), (2, WIRE_XDP | WIRE_TC), (9, WIRE_TC), (3, 0)], name));
+        lines.extend(dump.wires(
+            [(4, WIRE_TC | WIRE_POD), (2, WIRE_XDP | WIRE_TC), (9, WIRE_TC | Note::Mtu.to_bits()), (3, 0)],
+            name,
+        ));
         lines.extend(dump.counters(&[0, 2, 0, 0, 0, 70]));
         lines.extend(dump.events(&fixture::events()));
         lines.join("\n")
@@ -530,7 +536,7 @@ mod tests {
         fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> forward TCP 192.0.2.1:40000 > 10.96.0.10:80
         tried 10.244.0.3 -> 65 ports
         tried default/web-0 -> 7 ports
-        wires 9 -> tc
+        wires 9 -> tc (no XDP: the MTU is too large for the driver)
         wires eth2 -> xdp tc
         wires eth3 -> -
         wires eth4 -> tc pod

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     /// The reasons that only the kernel can give, the agent, or a socket.
-    const NOT_OF_THE_MODEL: [Reason; 15] = [
+    const NOT_OF_THE_MODEL: [Reason; 16] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,
         Reason::FlowNotStored,
@@ -137,6 +137,7 @@ mod tests {
         Reason::LaterFragment,
         Reason::TableFull,
         Reason::SentOn,
+        Reason::OtherHost,
     ];
 
     #[test]

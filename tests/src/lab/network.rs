@@ -76,7 +76,10 @@ pub(super) fn client_namespace(name: String, node: &Namespace, cards: Option<Car
 }
 
 /// Puts an XDP program that passes everything on a device, until what is returned is dropped.
-pub(crate) fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
     namespace.run(|| {
         let mut limits = Ebpf::load(LIMITS)?;
         let pass: &mut Xdp = limits.program_mut("xdp_pass").context("program xdp_pass")?.try_into()?;
@@ -97,7 +100,10 @@ pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
 }
 
 /// Switches offloads of a device.
-pub(crate) fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
+///
+/// # Errors
+/// What `ethtool` says when it fails.
+pub fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
     netns::run(namespace.command("ethtool").args(["-K", device]).args(switches))
 }
 

@@ -195,6 +195,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::EventLost
         | Reason::OperatorPinned
         | Reason::TableFull
-        | Reason::SentOn => false,
+        | Reason::SentOn
+        | Reason::OtherHost => false,
     }
 }

@@ -7,7 +7,7 @@ use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
 
 use super::{Finding, State};
 use crate::{
-    attach::{self, XdpFeatures, xdp_features},
+    attach::{self, Device, XdpFeatures, xdp_features},
     load::{self, JIT_ADVICE, Memory, PinDir, Refusal, Sizes, cost, mib},
     objects::PROGRAMS,
     store::kernel::KernelStore,
@@ -153,6 +153,7 @@ pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
         .take(DEVICES_NAMED)
         .map(|(device, role, why)| Finding::ok("device", format!("{}: {}, {why}", device.name, role.name())))
         .collect();
+    findings.extend(vlans(&devices, &roles));
     let number = roles.values().filter(|found| found.role.is_some()).count();
     if number == 0 {
         let advice = "name those that clients' packets enter by with --device";
@@ -192,6 +193,20 @@ fn others_on(pin_dir: &Path, devices: &BTreeMap<u32, String>) -> Vec<Finding> {
     findings
 }
 
+/// The devices on which `--xdp auto` leaves the work to TC because of their VLANs.
+fn vlans(devices: &[Device], roles: &BTreeMap<u32, attach::Finding>) -> Vec<Finding> {
+    let has_role = |device: &&Device| roles.get(&device.index).is_some_and(|found| found.role.is_some());
+    let finding = |device: &Device| {
+        let note = attach::rules_out_xdp(device, attach::Options::default())?;
+        Some(Finding::limited(
+            "xdp",
+            format!("{}: {note}", device.name),
+            "TC will be used, which costs more per packet",
+        ))
+    };
+    devices.iter().filter(has_role).filter_map(finding).collect()
+}
+
 pub(super) fn xdp(device: &str) -> Finding {
     let Some(index) = read(&format!("/sys/class/net/{device}/ifindex")).and_then(|index| index.parse().ok()) else {
         return Finding::missing("xdp", format!("{device}: no such device"), "`ip link` lists all");
@@ -212,11 +227,11 @@ pub(super) fn xdp(device: &str) -> Finding {
         }
         Ok(XdpFeatures { native: false, .. }) => {
             let found = format!("{device} ({driver}): the driver has no native XDP");
-            Finding::limited("xdp", found, "generic XDP or TC will be used, which cost more per packet")
+            Finding::limited("xdp", found, "TC will be used, which costs more per packet")
         }
         Err(error) => {
             let found = format!("{device} ({driver}): this kernel does not tell ({error})");
-            Finding::limited("xdp", found, "`--xdp auto` tries native, then generic, then TC")
+            Finding::limited("xdp", found, "`--xdp auto` tries native, then TC")
         }
     }
 }
@@ -328,6 +343,27 @@ mod tests {
         let finding = pin_directory(Path::new("/proc/self/affinity"));
         assert_eq!(finding.state, State::Missing, "{finding:?}");
         assert!(finding.advice.is_some());
+    }
+
+    #[test]
+    fn a_card_below_a_vlan_is_said_to_be_left_to_tc() {
+        let device = |index, has_vlans| Device {
+            index,
+            name: format!("bond{index}"),
+            kind: Some("bond".to_owned()),
+            framing: attach::Framing::Ethernet,
+            other_end: attach::OtherEnd::None,
+            controller: None,
+            mac: None,
+            mtu: 1500,
+            has_vlans,
+        };
+        let found = |role| attach::Finding { role, why: attach::Why::DefaultRoute };
+        let devices = [device(1, true), device(2, false), device(3, true)];
+        let external = || found(Some(attach::Role::External));
+        let findings = vlans(&devices, &BTreeMap::from([(1, external()), (2, external()), (3, found(None))]));
+        assert_eq!(findings.len(), 1, "{findings:?}");
+        assert!(findings[0].found.contains("bond1") && findings[0].found.contains("strips VLAN tags"), "{findings:?}");
     }
 
     #[test]

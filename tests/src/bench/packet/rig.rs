@@ -160,10 +160,11 @@ fn load_ours() -> Result<Ebpf> {
         refuse_errno: 0,
         node_netns: 0,
         redirect: 0,
+        takes_ipv6_flag: 0,
         fixed_now_ns: 0,
         fixed_random: 0,
     };
-    let words: [u64; 8] = must_cast(config);
+    let words: [u64; 9] = must_cast(config);
     loader.override_global("CONFIG", &words, true);
     loader.load(affinity_user::objects::PROGRAMS).context("loading the programs")
 }
