@@ -17,6 +17,7 @@ mod status;
 mod sweeping;
 mod undo;
 mod upkeep;
+mod withdrawal;
 
 use std::{
     io::{self, Write},
