@@ -14,7 +14,7 @@ pub(crate) struct Steps {
 }
 
 struct Step {
-    name: &'static str,
+    name: String,
     took: Duration,
     succeeded: bool,
 }
@@ -29,11 +29,12 @@ impl Steps {
     }
 
     /// Performs one step under a heading.
-    pub(crate) fn step(&mut self, name: &'static str, action: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(crate) fn step(&mut self, name: impl Into<String>, action: impl FnOnce() -> Result<()>) -> Result<()> {
+        let name = name.into();
         println!("\n== {name}");
         let start = Instant::now();
         let result = action();
-        self.done.push(Step { name, took: start.elapsed(), succeeded: result.is_ok() });
+        self.done.push(Step { name: name.clone(), took: start.elapsed(), succeeded: result.is_ok() });
         result.with_context(|| format!("step \"{name}\""))
     }
 }
