@@ -38,11 +38,24 @@ pub struct Course {
     random: u64,
     /// Bits of the flow's number that choose the client; the others choose its port.
     client_bits: u64,
-    /// Destination port.
-    dport: u64,
+    /// The port that is not the client's: the frontend's or the pod's.
+    port: u64,
     /// TCP flags.
     tcp_flags: u64,
+    /// Between whom the packets go: one of the constants below.
+    way: u64,
+    /// The node's port of the first flow, for packets to the node.
+    node_port: u64,
 }
+
+/// From a client to the frontend.
+const TO_FRONTEND: u64 = 0;
+/// From the pod to a client.
+const FROM_POD: u64 = 1;
+/// From a client to the pod: the destination is translated already.
+const TO_POD: u64 = 2;
+/// From the pod to the node, whose address the client's connection has.
+const TO_NODE: u64 = 3;
 
 /// Where the least work sends a flow.
 #[derive(Clone, Copy)]
@@ -61,20 +74,24 @@ static LEAST_V4: LruHashMap<FlowKey<V4>, Target<V4>> = LruHashMap::with_max_entr
 #[map(name = "least_v6")]
 static LEAST_V6: LruHashMap<FlowKey<V6>, Target<V6>> = LruHashMap::with_max_entries(1 << 18, 0);
 
-/// The first client, and the frontend that all dial.
+/// The first client, the frontend that all dial, the pod that serves it, and the node.
 const CLIENT_V4: u32 = 0x0a40_0000;
 const FRONTEND_V4: [u8; 4] = [10, 96, 0, 10];
+const POD_V4: [u8; 4] = [10, 244, 0, 1];
+const NODE_V4: [u8; 4] = [192, 0, 2, 1];
 const CLIENT_V6: [u8; 8] = [0xfd, 0, 0, 0x64, 0, 0, 0, 0];
 const FRONTEND_V6: [u8; 16] = [0xfd, 0, 0, 0x96, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10];
+const POD_V6: [u8; 16] = [0xfd, 0, 0, 0xf4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+const NODE_V6: [u8; 16] = [0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
 /// Offsets in frames without options or tags.
 const L3: usize = 14;
 const L4_V4: usize = L3 + 20;
 const L4_V6: usize = L3 + 40;
 
-/// The client number and port of the next packet.
+/// The client's number and port in the next packet, and the number of the flow.
 #[inline(always)]
-fn next(course: &MapValue<Course>) -> (u32, [u8; 2]) {
+fn next(course: &MapValue<Course>) -> (u32, u16, u16) {
     course.update(|course| course.packets += 1);
     let (count, flows, random, bits) =
         course.with(|course| (course.packets, course.flows, course.random, course.client_bits));
@@ -89,29 +106,67 @@ fn next(course: &MapValue<Course>) -> (u32, [u8; 2]) {
         u64::from(mixed ^ mixed >> 13).wrapping_mul(flows) >> 32
     };
     let bits = bits & 31;
-    ((number & ((1 << bits) - 1)) as u32, (1024 + (number >> bits) as u16 % 60_000).to_be_bytes())
+    ((number & ((1 << bits) - 1)) as u32, 1024 + (number >> bits) as u16 % 60_000, number as u16)
+}
+
+/// What the next packet is to say.
+#[derive(Clone, Copy)]
+struct Next {
+    client: u32,
+    way: u64,
+    /// Source port, then destination port.
+    ports: [u8; 4],
+    flags: u8,
+}
+
+impl Next {
+    #[inline(always)]
+    fn of(course: &MapValue<Course>) -> Self {
+        let (client, client_port, number) = next(course);
+        let (port, node_port, way, flags) =
+            course.with(|course| (course.port as u16, course.node_port as u16, course.way, course.tcp_flags as u8));
+        let (source, destination) = match way {
+            TO_FRONTEND | TO_POD => (client_port, port),
+            FROM_POD => (port, client_port),
+            _ => (port, node_port.wrapping_add(number)),
+        };
+        let ([a, b], [c, d]) = (source.to_be_bytes(), destination.to_be_bytes());
+        Self { client, way, ports: [a, b, c, d], flags }
+    }
+
+    /// The packet's source and destination, given the client's address and those of the others.
+    #[inline(always)]
+    fn addresses<A: Copy>(self, client: A, frontend: A, pod: A, node: A) -> (A, A) {
+        match self.way {
+            TO_FRONTEND => (client, frontend),
+            FROM_POD => (pod, client),
+            TO_POD => (client, pod),
+            TO_NODE => (pod, node),
+            _ => (client, client),
+        }
+    }
 }
 
 #[inline(always)]
 fn drive<P: Packet>(packet: &mut P) {
     let Some(course) = COURSE.get_ptr_mut(0).map(MapValue::new) else { return };
-    let (client, [a, b]) = next(&course);
-    let ([c, d], flags) = course.with(|course| ((course.dport as u16).to_be_bytes(), course.tcp_flags as u8));
-    if packet.read(L3) == Some([0x45]) {
-        let [e, f, g, h] = (CLIENT_V4 + client).to_be_bytes();
-        let [i, j, k, l] = FRONTEND_V4;
-        packet.write(L3 + rewrite::IPV4_CHECKSUM, [0x12, 0x34, e, f, g, h, i, j, k, l]);
-        packet.write(L4_V4, [a, b, c, d]);
-        packet.write(L4_V4 + 13, [flags]);
-        packet.write(L4_V4 + rewrite::TCP_CHECKSUM, [0x56, 0x78]);
+    let next = Next::of(&course);
+    let l4 = if packet.read(L3) == Some([0x45]) {
+        let client = (CLIENT_V4 + next.client).to_be_bytes();
+        let ([a, b, c, d], [e, f, g, h]) = next.addresses(client, FRONTEND_V4, POD_V4, NODE_V4);
+        packet.write(L3 + rewrite::IPV4_CHECKSUM, [0x12, 0x34, a, b, c, d, e, f, g, h]);
+        L4_V4
     } else {
-        packet.write(L3 + rewrite::IPV6_ADDRESSES, CLIENT_V6);
-        packet.write(L3 + rewrite::IPV6_ADDRESSES + 8, u64::from(client).to_be_bytes());
-        packet.write(L3 + rewrite::IPV6_ADDRESSES + 16, FRONTEND_V6);
-        packet.write(L4_V6, [a, b, c, d]);
-        packet.write(L4_V6 + 13, [flags]);
-        packet.write(L4_V6 + rewrite::TCP_CHECKSUM, [0x56, 0x78]);
-    }
+        let ([a, b, c, d, e, f, g, h], [i, j, k, l]) = (CLIENT_V6, next.client.to_be_bytes());
+        let client = [a, b, c, d, e, f, g, h, 0, 0, 0, 0, i, j, k, l];
+        let (source, destination) = next.addresses(client, FRONTEND_V6, POD_V6, NODE_V6);
+        packet.write(L3 + rewrite::IPV6_ADDRESSES, source);
+        packet.write(L3 + rewrite::IPV6_ADDRESSES + 16, destination);
+        L4_V6
+    };
+    packet.write(l4, next.ports);
+    packet.write(l4 + 13, [next.flags]);
+    packet.write(l4 + rewrite::TCP_CHECKSUM, [0x56, 0x78]);
 }
 
 /// Parses and swaps the link addresses: what any answer costs.
@@ -136,7 +191,7 @@ trait Least: Address {
 }
 
 impl Least for V4 {
-    const BACKEND: Self = V4([10, 244, 0, 1]);
+    const BACKEND: Self = V4(POD_V4);
 
     #[inline(always)]
     fn table() -> &'static LruHashMap<FlowKey<V4>, Target<V4>> {
@@ -151,7 +206,7 @@ impl Least for V4 {
 }
 
 impl Least for V6 {
-    const BACKEND: Self = V6([0xfd, 0, 0, 0xf4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    const BACKEND: Self = V6(POD_V6);
 
     #[inline(always)]
     fn table() -> &'static LruHashMap<FlowKey<V6>, Target<V6>> {

@@ -18,6 +18,7 @@ mod status;
 mod sweeping;
 mod undo;
 mod upkeep;
+mod withdrawal;
 
 use std::{
     io::{self, Write},

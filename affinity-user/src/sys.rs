@@ -952,6 +952,33 @@ pub fn test_run(prog: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<TestR
     data_out.truncate(attr.data_size_out as usize);
     Ok(TestRun { retval: attr.retval, data_out, duration_ns: attr.duration })
 }
+
+// ---- files ----
+
+/// `F_SETSIG` of asm-generic/fcntl.h.
+const F_SETSIG: i32 = 10;
+
+/// Whether any process has this regular file open for writing; `None` where the file system cannot tell, or will not tell
+/// this process.
+///
+/// A read lease is refused for exactly that reason, with `EAGAIN`
+/// (<https://elixir.bootlin.com/linux/v6.12/source/fs/locks.c>, `check_conflicting_open`). It is given back at once. Who
+/// opens the file for writing in between waits for that moment, and this process gets a signal that it ignores by default,
+/// in place of SIGIO, which would end it.
+#[must_use]
+pub fn is_open_for_writing(file: BorrowedFd<'_>) -> Option<bool> {
+    // SAFETY: these commands take a number, no pointer.
+    let fcntl = |command: i32, argument: i32| match unsafe { libc::fcntl(file.as_raw_fd(), command, argument) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    };
+    fcntl(F_SETSIG, libc::SIGURG).ok()?;
+    match fcntl(libc::F_SETLEASE, libc::F_RDLCK) {
+        Ok(()) => fcntl(libc::F_SETLEASE, libc::F_UNLCK).ok().map(|()| false),
+        Err(error) => (error.raw_os_error() == Some(libc::EAGAIN)).then_some(true),
+    }
+}
+
 // ---- network namespaces ----
 
 /// `SO_NETNS_COOKIE` of asm-generic/socket.h.

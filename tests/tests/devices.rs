@@ -80,8 +80,13 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
         lab.node().ip("link set near up\nlink set beside up\nroute add default dev near\n")?;
         eventually_attached(lab, "near", "external")?;
         ensure!(!is_attached("beside")?, "both ends of a pair are attached");
-        lab.node().ip("route del default dev near\nlink add later type ifb\n")?;
-        std::thread::sleep(Duration::from_millis(500));
+        lab.node().ip(&format!(
+            "route del default dev near\n\
+             link add link {WIRE} name last type macvlan\n\
+             addr add 192.0.2.78/24 dev last\n"
+        ))?;
+        // What was changed before it has been seen too.
+        eventually_attached(lab, "last", "external")?;
         ensure!(is_attached("near")?, "a default route that has gone took its device along");
 
         let said = lab.affinity(&["check"])?;

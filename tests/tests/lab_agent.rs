@@ -1,6 +1,7 @@
 //! The agent's life: what it leaves in place when it ends, however it ends; and what it makes of its input.
 
 use std::fs;
+use std::io::Write as _;
 use std::time::Duration;
 
 use affinity_tests::kubeproxy::Mode;
@@ -137,6 +138,36 @@ fn bad_files_are_named_and_take_nothing_down() -> Result<()> {
         fs::remove_file(lab.source().join("broken.yaml"))?;
         load.wait_for(100)?;
         load.stop()?.undisturbed()
+    })
+}
+
+/// As `kubectl get ... > all.yaml`: the shell empties the file, and it is filled a moment later.
+#[test]
+fn file_being_written_breaks_nothing() -> Result<()> {
+    let web = web().client_ip();
+    tell(Hook::Tc, &[&web], |lab, agent| {
+        let load = Load::start(&lab.client(), Protocol::Tcp, 0..20, web.frontend(Family::V4, "http"));
+        load.wait_for(50)?;
+        let file = lab.source().join("web.yaml");
+        let text = fs::read_to_string(&file)?;
+        let mut written = fs::File::create(&file)?;
+        let says = |what: &str| agent.log().iter().any(|line| line.contains(what));
+        eventually("the log says that it waits", SYNC_PATIENCE, || Ok(says("INFO") && says("is being written")))?;
+        let (first, rest) = text.split_at(text.len() / 2);
+        written.write_all(first.as_bytes())?;
+        load.wait_for(200)?;
+        written.write_all(rest.as_bytes())?;
+        drop(written);
+        eventually("the log says that it waits no longer", SYNC_PATIENCE, || Ok(says("no longer: ")))?;
+        load.wait_for(50)?;
+        ensure!(!says("withdraws"), "{:#?}", agent.log());
+        load.stop()?.undisturbed()?;
+
+        fs::write(&file, "")?;
+        let warning = "WARN the source withdraws all that it gave: 1 Service and 2 EndpointSlices";
+        eventually("the log counts what is withdrawn", SYNC_PATIENCE, || Ok(says(warning)))?;
+        assert_not_served(lab, &web);
+        Ok(())
     })
 }
 

@@ -196,8 +196,13 @@ fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
             seen.push(line);
         }
     };
-    // It takes a moment to begin to follow.
-    thread::sleep(Duration::from_millis(500));
+    // It takes a moment to begin to follow: clients come until one is seen.
+    let mut client = 100;
+    eventually("events are followed", Duration::from_secs(5), || {
+        client += 1;
+        route.dial(lab, client, 1)?;
+        Ok(lines.recv_timeout(Duration::from_millis(100)).is_ok())
+    })?;
     let pod = route.dial(lab, 1, 1)?.remove(0);
     line_about("created", 1)?;
     let others: Vec<usize> = (0..3).filter(|index| lab.pods()[*index].name() != pod).collect();

@@ -3,10 +3,8 @@
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
-use std::thread::sleep;
-use std::time::Duration;
 
-use affinity_tests::lab::{Capture, Direction, Family, Lab, Protocol, Service};
+use affinity_tests::lab::{Capture, Direction, Family, Lab, PATIENCE, Protocol, Service};
 use affinity_tests::story::{Hook, tell, web};
 use anyhow::{Context, Result, ensure};
 
@@ -44,7 +42,7 @@ fn a_pod_learns_that_a_client_has_gone() -> Result<()> {
                 let capture = Capture::start(namespace, "eth0", Direction::In, &lab.scratch().join("errors.pcap"))?;
                 // The answer comes late and finds the socket closed, and the client's kernel says so.
                 socket.ask_and_leave("/late")?;
-                sleep(Duration::from_millis(1000));
+                capture.until("an error reaches the pod", PATIENCE, |frame| quoted_source(frame).is_some())?;
                 let frames = capture.stop()?;
                 let address = pod_address(lab, &name, family)?;
                 let quoted = frames.iter().find_map(|frame| quoted_source(frame));

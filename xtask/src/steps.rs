@@ -14,7 +14,7 @@ pub(crate) struct Steps {
 }
 
 struct Step {
-    name: &'static str,
+    name: String,
     took: Duration,
     result: &'static str,
 }
@@ -38,13 +38,19 @@ impl Steps {
     }
 
     /// Performs one step under a heading.
-    pub(crate) fn step(&mut self, name: &'static str, action: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(crate) fn step(&mut self, name: impl Into<String>, action: impl FnOnce() -> Result<()>) -> Result<()> {
         self.optional_step(name, || action().map(|()| Outcome::Done))
     }
 
     /// The same for a step that may lack something that this machine cannot get.
-    pub(crate) fn optional_step(&mut self, name: &'static str, action: impl FnOnce() -> Result<Outcome>) -> Result<()> {
-        println!("\n== {name}");
+    pub(crate) fn optional_step(
+        &mut self,
+        name: impl Into<String>,
+        action: impl FnOnce() -> Result<Outcome>,
+    ) -> Result<()> {
+        let name = name.into();
+        println!("
+== {name}");
         let start = Instant::now();
         let outcome = action();
         let result = match &outcome {
@@ -55,7 +61,7 @@ impl Steps {
             }
             Err(_) => "FAILED",
         };
-        self.done.push(Step { name, took: start.elapsed(), result });
+        self.done.push(Step { name: name.clone(), took: start.elapsed(), result });
         outcome.map(drop).with_context(|| format!("step \"{name}\""))
     }
 }

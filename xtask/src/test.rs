@@ -1,13 +1,13 @@
 //! `cargo xtask test`: the ladder from the least powerful method of testing to the most.
 
-use std::{env, time::Duration};
+use std::{collections::BTreeSet, env, fs, time::Duration};
 
 use anyhow::{Result, ensure};
 
 use crate::{
     check, fuzz,
     qemu::{self, Release, Selection},
-    run::{cargo, is_root, run as run_command},
+    run::{cargo, is_root, root, run as run_command},
     setup,
     steps::{Outcome, Steps},
 };
@@ -24,7 +24,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
         )
     })?;
     steps.step("deploy, rendered", rendered)?;
-    steps.step("kernel tests", kernel_tests)?;
+    kernel_tests(steps)?;
     steps.step("metrics, by promtool", promtool)?;
     steps.optional_step("kernel tests on Debian 12's kernel, in brief", || {
         // What is missing here is no fault of the commit; what fails in a guest is.
@@ -52,10 +52,44 @@ fn rendered() -> Result<()> {
 
 /// The tests that make namespaces, load programs and send packets. They share the machine's kernel, so there are two at a time,
 /// of one binary; and all of them, so that one run shows all that fails.
-fn kernel_tests() -> Result<()> {
+fn kernel_tests(steps: &mut Steps) -> Result<()> {
     ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
-    run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
-    run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-fail-fast", "--", "--test-threads=2"]))
+    steps.step("kernel tests, built", || {
+        run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
+        run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-run"]))
+    })?;
+    let mut failed = Vec::new();
+    for suite in suites()? {
+        // A step of its own each: the table at the end tells how long it took.
+        let name = format!("kernel tests, {suite}");
+        let mut command = cargo(["test", "--package", "affinity-tests"]);
+        match suite.as_str() {
+            LIBRARY => command.args(["--lib", "--bins"]),
+            suite => command.args(["--test", suite]),
+        };
+        if let Err(error) = steps.step(name, || run_command(command.args(["--", "--test-threads=2"]))) {
+            eprintln!("{error:#}");
+            failed.push(suite);
+        }
+    }
+    ensure!(failed.is_empty(), "kernel tests failed: {}", failed.join(", "));
+    Ok(())
+}
+
+/// The unit tests of the lab itself.
+const LIBRARY: &str = "lib";
+
+/// The names of all test binaries of the lab, as cargo finds them: files and directories in `tests`.
+fn suites() -> Result<BTreeSet<String>> {
+    let mut suites = BTreeSet::from([LIBRARY.to_owned()]);
+    for entry in fs::read_dir(root().join("tests/tests"))? {
+        let path = entry?.path();
+        let is_suite = path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file();
+        if let Some(name) = path.file_stem().filter(|_| is_suite) {
+            suites.insert(name.to_string_lossy().into_owned());
+        }
+    }
+    Ok(suites)
 }
 
 /// Whether Prometheus' own tool finds fault with the metrics of a real agent.
@@ -68,4 +102,17 @@ fn promtool() -> Result<()> {
     let path = env::join_paths([tools].into_iter().chain(env::split_paths(&path)))?;
     let tests = ["test", "--package", "affinity-tests", "--test", "metrics", "--", "--ignored", "promtool"];
     run_command(cargo(tests).env("PATH", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suites_are_files_and_directories() {
+        let suites = suites().expect("the tests are in the repository");
+        for suite in [LIBRARY, "lab", "fixtures", "differential", "bench"] {
+            assert!(suites.contains(suite), "{suite} is not among {suites:?}");
+        }
+    }
 }

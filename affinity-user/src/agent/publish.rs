@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, mem, sync::Arc, time::Instant};
 use affinity_common::abi::{MEMBER_READY, Member, NameKey, NameKind};
 use tracing::{debug, info};
 
-use super::problems::Problems;
+use super::{
+    problems::Problems,
+    withdrawal::{self, Given},
+};
 use crate::{
     desired::{self, Change, Desired, Memo, NodeFacts},
     load::monotonic_ns,
@@ -20,12 +23,16 @@ use crate::{
 pub(super) struct Publisher {
     store: KernelStore,
     memo: Memo,
+    /// What the source gave last.
+    objects: Given,
     /// Problems of the source itself.
     given: Vec<Problem>,
     problems: Problems,
     /// What the store holds; none where nobody knows: at the start, and where a step has failed.
     ledger: Option<Ledger>,
     due: Due,
+    /// Whether what a former agent left was compared with what is desired.
+    has_compared: bool,
     /// When the snapshot came that is not published yet.
     taken: Option<Instant>,
     /// Services that have gone and keep their name, and when that was first seen: `CLOCK_MONOTONIC` in nanoseconds.
@@ -102,10 +109,12 @@ impl Publisher {
         Self {
             store,
             memo: Memo::new(options),
+            objects: Given::default(),
             given: Vec::new(),
             problems: Problems::default(),
             ledger: None,
             due: Due::All,
+            has_compared: false,
             taken: None,
             withdrawn: BTreeMap::new(),
             filter,
@@ -118,6 +127,7 @@ impl Publisher {
         self.taken.get_or_insert_with(Instant::now);
         self.vitals.pending(monotonic_ns());
         self.vitals.node_is_leaving(snapshot.node.as_ref().is_some_and(|node| is_leaving(&node.object)));
+        self.objects.update(snapshot);
         let change = self.memo.update(snapshot);
         self.given.clone_from(&snapshot.problems);
         self.due = match (mem::take(&mut self.due), change) {
@@ -159,6 +169,10 @@ impl Publisher {
             Some(ledger) => (ledger, due),
             None => (self.read()?, Due::All),
         };
+        if !mem::replace(&mut self.has_compared, true) {
+            let desired = self.memo.desired();
+            withdrawal::compare_with_former(ledger.observed(), desired.frontends.len(), desired.known.is_some());
+        }
         let mut published = Published::default();
         for round in 1..=Self::PLANS {
             let (steps, problems) = self.plan(&ledger, &due);

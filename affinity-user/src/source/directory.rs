@@ -6,12 +6,16 @@
 //! A bad file never takes down what runs: a [`Reader`] keeps the objects that a file held when it was last good, as far
 //! as the damaged file does not give them anew, until the file is good again or gone. Where a file was bad from the start,
 //! as after a restart, the snapshot is marked as partial.
+//!
+//! A file that somebody has open for writing is not read: what it gave before stays as it is until its writer has closed
+//! it. See [`mod@take`].
 
+mod take;
 mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs, io, mem,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -24,6 +28,7 @@ use super::{
     nodes::addresses_of,
 };
 
+use take::{Taken, Writing};
 pub use watch::watch;
 
 /// Reads `path` once, as the node with this name.
@@ -62,6 +67,8 @@ struct Content {
     kept: Vec<Entry>,
     /// Whether it is damaged and was never good, so that nobody knows what it may mean.
     unknown: bool,
+    /// Whether it is being written, so that all else is as it was before.
+    is_being_written: bool,
     problems: Vec<Problem>,
 }
 
@@ -75,6 +82,11 @@ impl Reader {
 
     /// Reads everything. Where the path itself cannot be read, everything stays as it was.
     pub fn read(&mut self) -> Snapshot {
+        self.read_except(&Writing::default())
+    }
+
+    /// The same; files that notifications call being written are not read where the file system cannot tell.
+    fn read_except(&mut self, writing: &Writing) -> Snapshot {
         let mut snapshot = Snapshot::default();
         let list = list(&self.path);
         self.good = list.is_ok();
@@ -85,7 +97,7 @@ impl Reader {
                     snapshot.problems.push(Problem::new(Severity::Info, Some(whole(&self.path)), message));
                 }
                 self.listed = true;
-                self.read_files(files);
+                self.read_files(files, writing);
             }
             Err(error) => {
                 let before = if self.listed { "; what it gave before stays in use" } else { "" };
@@ -94,9 +106,11 @@ impl Reader {
             }
         }
         snapshot.partial = !self.listed || self.files.values().any(|content| content.unknown);
-        self.good &= self.files.values().all(|content| !content.unknown && content.kept.is_empty());
-        for content in self.files.values() {
+        let is_good = |content: &Content| !content.unknown && !content.is_being_written && content.kept.is_empty();
+        self.good &= self.files.values().all(is_good);
+        for (file, content) in &self.files {
             snapshot.problems.extend(content.problems.iter().cloned());
+            snapshot.problems.extend(content.waiting(file));
             content.fresh.iter().for_each(|entry| insert(&mut snapshot, entry, true));
         }
         if self.has_nothing() {
@@ -147,12 +161,18 @@ impl Reader {
         self.good
     }
 
-    fn read_files(&mut self, files: Vec<PathBuf>) {
-        let mut former = std::mem::take(&mut self.files);
+    /// The files that were not read because they are being written.
+    fn awaited(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().filter(|(_, content)| content.is_being_written).map(|(file, _)| file.as_path())
+    }
+
+    fn read_files(&mut self, files: Vec<PathBuf>, writing: &Writing) {
+        let mut former = mem::take(&mut self.files);
         for file in files {
             let former = former.remove(&file);
-            let content = match fs::read_to_string(&file) {
-                Ok(text) => Content::parse(&file, &text, former),
+            let content = match take::take(&file, writing) {
+                Ok(Taken::Text(text)) => Content::parse(&file, &text, former),
+                Ok(Taken::BeingWritten) => Content::being_written(former),
                 Err(error) => Content::unreadable(&file, &error, former),
             };
             self.files.insert(file, content);
@@ -175,6 +195,29 @@ impl Content {
         let mut content = Self { problems: vec![problem], ..Self::default() };
         content.keep(file, former);
         content
+    }
+
+    /// What it was before; of a file that was never read, nobody knows what it may mean.
+    fn being_written(former: Option<Self>) -> Self {
+        let unknown = former.is_none();
+        let former = former.unwrap_or_default();
+        Self { unknown: unknown || former.unknown, is_being_written: true, ..former }
+    }
+
+    /// What is said of a file that is being written.
+    fn waiting(&self, file: &Path) -> Option<Problem> {
+        let (severity, message) = match (self.is_being_written, self.unknown) {
+            (false, _) => return None,
+            (true, true) => (
+                Severity::Warning,
+                "is being written, and was never read: until its writer has closed it, no service that is missing \
+                 elsewhere is taken down",
+            ),
+            (true, false) => {
+                (Severity::Info, "is being written; what it gave before stays in use until its writer has closed it")
+            }
+        };
+        Some(Problem::new(severity, Some(whole(file)), message))
     }
 
     /// Keeps of the former content what the present one does not give.

@@ -45,17 +45,37 @@ pub struct Reading {
 
 /// Reads a frame; `None` where no packet with the header of a known transport is in it.
 pub fn read(frame: &[u8]) -> Option<Reading> {
+    let l3 = network(frame)?;
+    match word(frame, l3 - 2)? {
+        0x0800 => read_v4(frame, l3),
+        0x86dd => read_v6(frame, l3),
+        _ => None,
+    }
+}
+
+/// The offset of the network header.
+fn network(frame: &[u8]) -> Option<usize> {
     let mut l3 = 14;
     let mut tags = 0;
     while tags < 2 && matches!(word(frame, l3 - 2)?, 0x8100 | 0x88a8) {
         l3 += 4;
         tags += 1;
     }
-    match word(frame, l3 - 2)? {
-        0x0800 => read_v4(frame, l3),
-        0x86dd => read_v6(frame, l3),
-        _ => None,
-    }
+    Some(l3)
+}
+
+/// Where an IP packet keeps its addresses, and the IPv4 header's checksum; whatever lies above that header.
+pub fn network_places(frame: &[u8]) -> Option<[std::ops::Range<usize>; 2]> {
+    let l3 = network(frame)?;
+    let places =
+        if word(frame, l3 - 2)? == 0x86dd { [l3 + 8..l3 + 40, 0..0] } else { [l3 + 12..l3 + 20, l3 + 10..l3 + 12] };
+    (frame.len() >= places[0].end).then_some(places)
+}
+
+/// What an IPv4 header's checksum is off by, in one's complement; zero for IPv6.
+pub fn header_error(frame: &[u8]) -> u16 {
+    let is_v4 = |l3: &usize| word(frame, l3 - 2) == Some(0x0800);
+    network(frame).filter(is_v4).map_or(0, |l3| residue(sum(&frame[l3..l3 + usize::from(frame[l3] & 0xf) * 4])))
 }
 
 fn read_v4(frame: &[u8], l3: usize) -> Option<Reading> {
@@ -167,6 +187,30 @@ pub fn turned(frame: &[u8], reading: &Reading) -> Vec<u8> {
     frame[source].copy_from_slice(&reading.addresses[1]);
     frame[destination].copy_from_slice(&reading.addresses[0]);
     frame[ports].rotate_left(2);
+    frame
+}
+
+/// Where a packet's fragment field is: offset and "more fragments". None where the packet is whole.
+pub fn fragment_field(frame: &[u8], reading: &Reading) -> Option<usize> {
+    if !reading.is_v6 {
+        let at = reading.l3 + 6;
+        return (word(frame, at)? & 0x2000 != 0).then_some(at);
+    }
+    let (mut next, mut at) = (frame[reading.l3 + 6], reading.l3 + 40);
+    while at < reading.l4 {
+        if next == 44 {
+            return (frame[at + 3] & 1 != 0).then_some(at + 2);
+        }
+        (next, at) = (frame[at], at + 8 + 8 * usize::from(frame[at + 1]));
+    }
+    None
+}
+
+/// A later fragment of the packet whose first one this is: 64 bytes further on, where anything may be. A wrong checksum
+/// of the header is as wrong afterwards.
+pub fn later_fragment(frame: &[u8], field: usize, is_v6: bool) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    frame[field + 1] |= if is_v6 { 64 } else { 8 };
     frame
 }
 

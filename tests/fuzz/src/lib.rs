@@ -1,16 +1,19 @@
 //! What must hold of every frame in every state, however hostile.
 //!
 //! An input is twelve bytes that choose a [`state`], and a frame. The frame passes through the pipeline as a client's
-//! and as a pod's packet, with follow-ups made from it: its repetition, the reply, further connections of the same
-//! client, and itself once more after pods have gone or time has passed. Each passage is judged by a second, plain
-//! reading of the [`frame`].
+//! and as a pod's packet, with follow-ups made from it: its repetition, the reply, by way of the node's address where the
+//! source became that, later fragments, further connections of the same client, the same sent on past the node's stack,
+//! and itself once more after pods have gone or time has passed. Each passage is judged by a second, plain reading of the
+//! [`frame`].
 //!
 //! `cases` holds inputs that have told a wrong pipeline from a right one, named after what they show.
 
 pub mod frame;
+mod onward;
 mod passage;
 mod pins;
 pub mod seeds;
+mod snat;
 pub mod state;
 
 use std::collections::BTreeSet;
@@ -22,8 +25,10 @@ use affinity_common::{
 };
 
 use crate::{
-    frame::{ACK, FIN, RST, SYN, TCP, error, quoted, read, turned},
+    frame::{ACK, FIN, RST, SYN, TCP, error, fragment_field, network_places, quoted, read, turned},
+    onward::send_on,
     passage::Passage,
+    snat::by_the_node,
     state::{PORTS, State, send_to},
 };
 
@@ -39,6 +44,8 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     let first = Passage::new(&model, Direction::Forward, &frame);
     if first.verdict == Verdict::Forward {
         repeat(&model, &first);
+        later_fragment(&model, Direction::Forward, &first);
+        send_on(&model, &first.after);
         reply(&model, &first);
         errors(&model, &first);
         further_connections(&model, &first);
@@ -66,15 +73,29 @@ fn repeat(model: &Model, first: &Passage) {
 /// What the pod answers comes from whom the client asked.
 fn reply(model: &Model, first: &Passage) {
     let asked = first.reading();
-    let reading = read(&first.after).expect("a translated frame is as whole as before");
-    let frame = turned(&first.after, &reading);
+    let frame = by_the_node(model, first).unwrap_or_else(|| {
+        turned(&first.after, &read(&first.after).expect("a translated frame is as whole as before"))
+    });
 
+    send_on(model, &frame);
     let reply = Passage::new(model, Direction::Reverse, &frame);
+    later_fragment(model, Direction::Reverse, &reply);
     assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));
     let reading = read(&reply.after).expect("a translated frame is as whole as before");
     let [client, frontend] = asked.addresses;
     assert_eq!(reading.addresses, [frontend, client]);
     assert_eq!(reading.ports, [asked.ports[1], asked.ports[0]]);
+}
+
+/// What follows a first fragment goes the same way.
+fn later_fragment(model: &Model, direction: Direction, first: &Passage) {
+    let reading = first.reading();
+    let Some(field) = fragment_field(&first.before, &reading) else { return };
+    let later = frame::later_fragment(&first.before, field, reading.is_v6);
+    let passage = Passage::new(model, direction, &later);
+    assert_eq!((passage.verdict, passage.reason), (Verdict::Forward, Reason::LaterFragment));
+    let [addresses, _] = network_places(&later).expect("it is an IP packet");
+    assert_eq!(passage.after[addresses.clone()], first.after[addresses]);
 }
 
 /// Errors about the translated packet reach the client, about what it sent; and its errors about replies reach the pod.
@@ -121,7 +142,7 @@ mod tests {
     use super::*;
 
     /// The reasons that only the kernel can give, the agent, or a socket.
-    const NOT_OF_THE_MODEL: [Reason; 16] = [
+    const NOT_OF_THE_MODEL: [Reason; 9] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,
         Reason::FlowNotStored,
@@ -129,14 +150,7 @@ mod tests {
         Reason::EventLost,
         Reason::OperatorPinned,
         Reason::SocketNotStored,
-        Reason::NotInRanges,
-        Reason::NoLocalEndpoints,
-        Reason::PortsExhausted,
-        Reason::Masqueraded,
-        Reason::Returned,
-        Reason::LaterFragment,
         Reason::TableFull,
-        Reason::SentOn,
         Reason::OtherHost,
     ];
 

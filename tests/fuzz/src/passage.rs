@@ -7,7 +7,7 @@ use affinity_common::{
 };
 
 use crate::{
-    frame::{ACK, FIN, ICMP, ICMPV6, RST, Reading, SYN, TCP, UDP, read},
+    frame::{ACK, FIN, ICMP, ICMPV6, RST, Reading, SYN, TCP, UDP, header_error, network_places, read},
     pins::Pins,
 };
 
@@ -41,8 +41,9 @@ impl Passage {
         let passage = Self { before: frame.to_vec(), after, verdict, reason };
         match verdict {
             Verdict::Pass => assert_eq!(passage.after, passage.before, "a frame that passes stays as it is"),
-            Verdict::Drop => assert!(matches!(reason, Reason::NotAnswered | Reason::Inconsistent), "{reason:?}"),
+            Verdict::Drop => assert!(is_dropped(reason), "{reason:?}"),
             Verdict::Forward if reason == Reason::RelatedError => passage.judge_error(),
+            Verdict::Forward if reason == Reason::LaterFragment => passage.judge_fragment(),
             Verdict::Forward | Verdict::Onward => passage.judge_translation(),
             Verdict::Answer => passage.judge_answer(),
         }
@@ -74,6 +75,17 @@ impl Passage {
         let mut restored = self.after.clone();
         let network_checksum = if before.is_v6 { 0..0 } else { before.l3 + 10..before.l3 + 12 };
         for place in before.places().into_iter().chain([checksum, network_checksum]) {
+            restored[place.clone()].copy_from_slice(&self.before[place]);
+        }
+        assert_eq!(restored, self.before, "nothing else changes");
+    }
+
+    /// Only addresses have changed, and the IPv4 header's checksum is as right, or as wrong, as before.
+    fn judge_fragment(&self) {
+        let places = network_places(&self.before).expect("only an IP packet is touched");
+        assert_eq!(header_error(&self.after), header_error(&self.before), "network checksum");
+        let mut restored = self.after.clone();
+        for place in places {
             restored[place.clone()].copy_from_slice(&self.before[place]);
         }
         assert_eq!(restored, self.before, "nothing else changes");
@@ -158,10 +170,14 @@ impl Passage {
             assert!(frontend.is_some_and(|frontend| frontend.flags & (BESIDE | SHADOW) != 0));
             assert_ne!(flags & (SYN | ACK), SYN, "who opens a connection is served");
         } else {
-            let is_touched = !matches!((self.verdict, self.reason), (Verdict::Pass, _) | (_, Reason::RelatedError));
-            assert_eq!(is_ours, is_touched, "packets to our frontends are touched, and no others but errors");
+            let is_related = matches!(self.reason, Reason::RelatedError | Reason::LaterFragment);
+            let is_touched = self.verdict != Verdict::Pass && !is_related;
+            assert_eq!(
+                is_ours, is_touched,
+                "packets to our frontends are touched, and no others but errors and fragments"
+            );
         }
-        if self.reason == Reason::RelatedError {
+        if matches!(self.reason, Reason::RelatedError | Reason::LaterFragment) {
             return;
         }
         let (Some(frontend), Verdict::Forward) = (frontend, self.verdict) else { return };
@@ -184,13 +200,18 @@ impl Passage {
     }
 }
 
+/// Whether packets are dropped for this reason.
+const fn is_dropped(reason: Reason) -> bool {
+    matches!(reason, Reason::NotAnswered | Reason::Inconsistent | Reason::NotInRanges | Reason::NoLocalEndpoints)
+}
+
 fn pins_of(model: &Model, frame: &[u8]) -> Option<Pins> {
     let reading = read(frame)?;
     Pins::now(model, &reading, frontend_of(model, &reading)?)
 }
 
 /// The frontend that a packet is for.
-fn frontend_of(model: &Model, reading: &Reading) -> Option<Frontend> {
+pub(crate) fn frontend_of(model: &Model, reading: &Reading) -> Option<Frontend> {
     let address = reading.addresses[1].as_slice();
     let port = Port::new(reading.ports[1]);
     if reading.is_v6 {

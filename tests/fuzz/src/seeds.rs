@@ -2,28 +2,35 @@
 
 use crate::{
     frame::{self, TCP, UDP},
-    state::{ADDRESS_V4, ADDRESS_V6, HEAD, PORTS},
+    state::{ADDRESS_V4, ADDRESS_V6, HEAD, IN_RANGES, LOCAL, NO_ANSWER, ONE_PORT, OUTSIDERS, PORTS, TO_NODE, WITHIN},
 };
 
 /// The states, by name; the fields of [`crate::state::State`] in their order.
-const STATES: [(&str, [u8; HEAD]); 17] = [
-    ("random", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
-    ("consistent", [0, 1, 24, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
-    ("least", [0, 2, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
-    ("unpinned", [0, 0x80, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
-    ("pinned", [0, 4, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0]),
-    ("expired", [0, 4, 128, 2, 0xaa, 0xaa, 1, 1, 2, 9, 1, 0]),
-    ("absolute", [0, 8, 128, 2, 0xaa, 0xaa, 1, 1, 0xf1, 9, 1, 0]),
-    ("alive", [0, 12, 128, 2, 0xaa, 0xaa, 0x21, 1, 3, 9, 1, 0x40]),
-    ("drained", [0, 0, 128, 2, 0xa6, 0xa6, 1, 1, 1, 9, 1, 0x05]),
-    ("not a member", [0, 0, 128, 2, 0xa2, 0xa2, 1, 1, 1, 9, 1, 0]),
-    ("shared", [0, 0, 128, 2, 0xa2, 0xaa, 1, 1, 1, 9, 1, 0]),
-    ("pod retired", [0, 0, 128, 2, 0xaa, 0xaa, 0x11, 1, 1, 9, 1, 0x09]),
-    ("idle", [0, 4, 128, 0, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0x40]),
-    ("no endpoints", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0]),
-    ("beside", [0, 0x10, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0]),
-    ("shadow", [0, 0x2c, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x05]),
-    ("slot too many", [0, 0x40, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0]),
+const STATES: [(&str, [u8; HEAD]); 24] = [
+    ("random", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
+    ("consistent", [0, 1, 24, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
+    ("least", [0, 2, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
+    ("unpinned", [0, 0x80, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
+    ("pinned", [0, 4, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0, 0]),
+    ("expired", [0, 4, 128, 2, 0xaa, 0xaa, 1, 1, 2, 9, 1, 0, 0]),
+    ("absolute", [0, 8, 128, 2, 0xaa, 0xaa, 1, 1, 0xf1, 9, 1, 0, 0]),
+    ("alive", [0, 12, 128, 2, 0xaa, 0xaa, 0x21, 1, 3, 9, 1, 0x40, 0]),
+    ("drained", [0, 0, 128, 2, 0xa6, 0xa6, 1, 1, 1, 9, 1, 0x05, 0]),
+    ("not a member", [0, 0, 128, 2, 0xa2, 0xa2, 1, 1, 1, 9, 1, 0, 0]),
+    ("shared", [0, 0, 128, 2, 0xa2, 0xaa, 1, 1, 1, 9, 1, 0, 0]),
+    ("pod retired", [0, 0, 128, 2, 0xaa, 0xaa, 0x11, 1, 1, 9, 1, 0x09, 0]),
+    ("idle", [0, 4, 128, 0, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0x40, 0]),
+    ("no endpoints", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, 0]),
+    ("beside", [0, 0x10, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
+    ("shadow", [0, 0x2c, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x05, 0]),
+    ("slot too many", [0, 0x40, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, 0]),
+    ("masqueraded", [0, 0, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x05, TO_NODE]),
+    ("masqueraded, pods here", [0, 0, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x01, TO_NODE | LOCAL]),
+    ("out of ports", [0, 0, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0, TO_NODE | ONE_PORT]),
+    ("client outside", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, OUTSIDERS]),
+    ("client inside", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, OUTSIDERS | IN_RANGES | WITHIN]),
+    ("not in ranges", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, IN_RANGES]),
+    ("none here", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, NO_ANSWER]),
 ];
 
 /// What is above the network header: protocol and TCP flags, or whether there is a UDP checksum.
@@ -45,7 +52,7 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
             for (transport, protocol, flags) in TRANSPORTS {
                 for (shape, frame) in shapes(is_v6, protocol, flags) {
                     let family = if is_v6 { "v6" } else { "v4" };
-                    let name = format!("{state} {family} {transport} {shape}").replace(' ', "-");
+                    let name = format!("{state} {family} {transport} {shape}").replace([' ', ','], "-");
                     seeds.push((name, [head.as_slice(), &frame].concat()));
                 }
             }

@@ -2,12 +2,13 @@
 //!
 //! The tables are as the agent would publish them. There is one service on two ports, over TCP and UDP, IPv4 and IPv6.
 //! Each family has four pods; what they are to the two ports' pools is up to the input, and so are the policies, the
-//! clock, and a pin that the client already has.
+//! clock, a pin that the client already has, who may come, and whose source becomes the node's.
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BESIDE, Backend, Direction, Frontend, FrontendKey, MEMBER_DRAINING, MEMBER_READY, Member,
-        MemberKey, Port, Reason, SHADOW, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
+        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Backend, Direction, Frontend, FrontendKey, MASQUERADE,
+        MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS as POD_NETWORKS, Port, RANGES, RangeKey, Reason,
+        SHADOW, SHARED, SILENT, SPLIT, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
     },
     flow::REFRESH_NS,
     model::Model,
@@ -17,16 +18,42 @@ use affinity_common::{
 use crate::frame::{self, Reading};
 
 /// Bytes of an input before its frame.
-pub const HEAD: usize = 12;
+pub const HEAD: usize = 13;
 
 /// Scope of the pins that all ports share.
 pub const GROUP: u32 = 10;
+/// The service's id, and the scope of its source ranges.
+const SERVICE: u32 = 1;
 /// Pods of each family.
 const PODS: u32 = 4;
 /// The ports that clients dial, each with the port that pods serve.
 pub const PORTS: [(u16, u16); 2] = [(80, 8080), (443, 8443)];
 /// The generation of every pod, until it is retired.
 const IN_USE: u32 = 3;
+/// The node's addresses: sources of masqueraded connections.
+pub const NODE_V4: V4 = V4([192, 0, 2, 250]);
+/// The same, IPv6.
+pub const NODE_V6: V6 = V6([0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfa]);
+/// The first of the node's ports.
+pub const NODE_PORT: u16 = 30_000;
+/// Ports of a node that has enough of them.
+const NODE_PORTS: u16 = 64;
+
+/// Clients of all frontends get the node's address: see [`State::exposure`].
+pub const TO_NODE: u8 = 0x01;
+/// Frontends are for clients in ranges,
+pub const IN_RANGES: u8 = 0x02;
+/// and the client is in one of them; and in the networks of pods.
+pub const WITHIN: u8 = 0x04;
+/// Where there is no usable member, nothing is answered.
+pub const NO_ANSWER: u8 = 0x08;
+/// Clients outside of the networks of pods have records of their own, and get the node's address.
+pub const OUTSIDERS: u8 = 0x10;
+/// The node has one port.
+pub const ONE_PORT: u8 = 0x20;
+/// Pods are on this node.
+pub const LOCAL: u8 = 0x40;
+
 /// The service's address.
 pub const ADDRESS_V4: V4 = V4([10, 96, 0, 1]);
 /// The service's address.
@@ -47,15 +74,20 @@ pub struct State {
     clock: u8,
     random: u8,
     change: u8,
+    /// [`TO_NODE`], [`IN_RANGES`], [`WITHIN`], [`NO_ANSWER`], [`OUTSIDERS`], [`ONE_PORT`] and [`LOCAL`].
+    exposure: u8,
 }
 
 impl State {
     /// Splits an input; `None` where it is too short to hold a frame.
     pub fn split(input: &[u8]) -> Option<(Self, &[u8])> {
         let (&head, frame) = input.split_first_chunk::<HEAD>()?;
-        let [aim, policy, prefix, timeout, one, other, pin, pinned_pod, pin_age, clock, random, change] = head;
+        let [aim, policy, prefix, timeout, one, other, pin, pinned_pod, pin_age, clock, random, change, exposure] =
+            head;
         let members = [one, other];
-        Some((Self { aim, policy, prefix, timeout, members, pin, pinned_pod, pin_age, clock, random, change }, frame))
+        let state =
+            Self { aim, policy, prefix, timeout, members, pin, pinned_pod, pin_age, clock, random, change, exposure };
+        Some((state, frame))
     }
 
     /// The frame, sent to a frontend unless the input says to leave it as it is. Its checksums go wrong by as much as
@@ -76,8 +108,11 @@ impl State {
         model.random.set(u32::from(self.random).wrapping_mul(0x0101_0101));
         for index in 0..2 * PODS {
             let address = if index < PODS { pod_v4(index).to_mapped() } else { pod_v6(index).0 };
-            model.backends.insert(index, Backend { address, generation: IN_USE, flags: 0 });
+            let flags = if self.exposes(LOCAL) { BACKEND_LOCAL } else { 0 };
+            model.backends.insert(index, Backend { address, generation: IN_USE, flags });
         }
+        let port_count = if self.exposes(ONE_PORT) { 1 } else { NODE_PORTS };
+        model.node = Node { address_v6: NODE_V6, address_v4: NODE_V4, port_first: Port::new(NODE_PORT), port_count };
         for port in 0..PORTS.len() {
             self.add_pool(&mut model, port, 0);
             self.add_pool(&mut model, port, PODS);
@@ -85,6 +120,10 @@ impl State {
         match client.map(|reading| (reading, reading.addresses[0].as_slice())) {
             Some((reading, source)) if reading.is_v6 => {
                 let client = V6(source.try_into().expect("an IPv6 address has 16 bytes"));
+                if self.exposes(WITHIN) {
+                    let ranges = [POD_NETWORKS, SERVICE].map(|scope| RangeKey::new(scope, client, V6::BITS));
+                    model.ranges_v6.extend(ranges);
+                }
                 for (scope, session) in self.pins(PODS) {
                     let key = SessionKey::new(scope, client, self.prefix);
                     model.sessions_v6.borrow_mut().insert(key, session);
@@ -92,6 +131,10 @@ impl State {
             }
             Some((_, source)) => {
                 let client = V4(source.try_into().expect("an IPv4 address has 4 bytes"));
+                if self.exposes(WITHIN) {
+                    let ranges = [POD_NETWORKS, SERVICE].map(|scope| RangeKey::new(scope, client, V4::BITS));
+                    model.ranges_v4.extend(ranges);
+                }
                 for (scope, session) in self.pins(0) {
                     let key = SessionKey::new(scope, client, self.prefix);
                     model.sessions_v4.borrow_mut().insert(key, session);
@@ -171,9 +214,11 @@ impl State {
         let pinned = if self.policy & 0x80 == 0 { AFFINITY } else { 0 };
         let beside = if self.policy & 0x10 == 0 { 0 } else { BESIDE };
         let shadow = if self.policy & 0x20 == 0 { 0 } else { SHADOW };
+        let exposed = [(TO_NODE, MASQUERADE), (IN_RANGES, RANGES), (NO_ANSWER, SILENT), (OUTSIDERS, SPLIT)];
+        let exposed: u8 = exposed.into_iter().filter(|(chosen, _)| self.exposes(*chosen)).map(|(_, flag)| flag).sum();
         Frontend {
             timeout_ns: self.timeout_ns(),
-            service: 1,
+            service: SERVICE,
             pool,
             group: GROUP,
             own: own_scope(pool),
@@ -183,8 +228,12 @@ impl State {
             select: self.policy & 3,
             timer: self.policy >> 2 & 3,
             prefix: self.prefix,
-            flags: pinned | shared | beside | shadow,
+            flags: pinned | shared | beside | shadow | exposed,
         }
+    }
+
+    fn exposes(&self, flag: u8) -> bool {
+        self.exposure & flag != 0
     }
 
     /// The client's pins before its first packet, each under its scope.
@@ -198,7 +247,7 @@ impl State {
             // Sometimes a backend that does not exist.
             backend: first_pod + u32::from(self.pinned_pod) % (PODS + 1),
             generation: if self.pin & 0x10 == 0 { IN_USE } else { IN_USE - 2 },
-            service: 1,
+            service: SERVICE,
             draw: u32::from(self.random),
             connections: u32::from(self.pin >> 5 & 1),
             uses: 1,
@@ -220,11 +269,15 @@ impl State {
 }
 
 fn add_frontend(model: &mut Model, is_v4: bool, port: Port, protocol: u8, frontend: Frontend) {
+    let outsiders = Frontend { flags: frontend.flags & !SPLIT | MASQUERADE, ..frontend };
+    let is_split = frontend.flags & SPLIT != 0;
     let bit = if is_v4 {
-        model.frontends_v4.insert(FrontendKey::new(ADDRESS_V4, port, protocol), frontend);
+        let key = FrontendKey::new(ADDRESS_V4, port, protocol);
+        model.frontends_v4.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.outside(), outsiders))));
         filter_bit(ADDRESS_V4, port, protocol)
     } else {
-        model.frontends_v6.insert(FrontendKey::new(ADDRESS_V6, port, protocol), frontend);
+        let key = FrontendKey::new(ADDRESS_V6, port, protocol);
+        model.frontends_v6.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.outside(), outsiders))));
         filter_bit(ADDRESS_V6, port, protocol)
     };
     model.filter.borrow_mut().insert((Direction::Forward, bit));

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::netns::Namespace;
+use super::{eventually, netns::Namespace};
 
 /// Longer than it takes the kernel to hand over the last frames.
 const LAST_FRAMES: Duration = Duration::from_millis(200);
@@ -70,6 +70,18 @@ impl Capture {
         }
         let words = thread::spawn(move || lines.map_while(Result::ok).collect::<Vec<_>>().join("; "));
         Ok(Self { tcpdump, file: file.to_owned(), words: Some(words) })
+    }
+
+    /// Waits until a frame has been captured of which this holds.
+    ///
+    /// # Errors
+    /// When none comes within the limit.
+    pub fn until(&self, what: &str, limit: Duration, holds: impl Fn(&[u8]) -> bool) -> Result<()> {
+        eventually(what, limit, || {
+            // The last frame may not have been written to its end.
+            let frames = read_pcap(&fs::read(&self.file)?).unwrap_or_default();
+            Ok(frames.iter().any(|frame| holds(frame)))
+        })
     }
 
     /// Stops, and returns the frames.

@@ -215,7 +215,12 @@ fn an_owner_is_told_what_is_wrong_with_a_service() -> Result<()> {
     let scene = Scene::new(&[&odd])?;
     let mut agent = scene.agent(&["--no-kubernetes-events"])?;
     agent.until_ready()?;
-    std::thread::sleep(Duration::from_secs(5));
+    eventually("the log names what is wrong", PATIENCE, || {
+        Ok(agent.log().iter().any(|line| line.contains("affinity.dev/timer")))
+    })?;
+    // Another change takes its whole way behind it.
+    scene.api.apply(&Service::new("other", 11).tcp("http", 80, 8080).client_ip().on([0]).to_yaml())?;
+    scene.settle()?;
     ensure!(scene.api.event_requests() == 0, "{:?}", scene.api.events());
     agent.terminate()?;
 

@@ -324,13 +324,15 @@ async fn an_api_that_vanishes_takes_nothing_with_it() -> Result<()> {
 #[tokio::test]
 async fn the_view_is_as_old_as_its_oldest_part() -> Result<()> {
     let api = cluster(0..3)?;
-    let follower = following(&api).await?;
+    let mut follower = following(&api).await?;
     let listed_ns = follower.feed.view.current_ns().context("lists are complete")?;
     let now_ns = monotonic_ns();
     ensure!(listed_ns < now_ns);
     api.bookmark(Kind::Services);
     api.bookmark(Kind::Nodes);
-    tokio::time::sleep(A_WHILE).await;
+    // What is told of services after the bookmark has arrived.
+    api.put(service(7))?;
+    follower.settle(&api).await?;
     ensure!(follower.feed.view.current_ns().is_some_and(|current_ns| current_ns < now_ns), "slices told nothing");
     api.bookmark(Kind::Slices);
     let view = &follower.feed.view;

@@ -16,7 +16,7 @@ use affinity_tests::{
     packet::{Frame, tcp_flags::SYN},
 };
 use affinity_user::load::{Sizes, monotonic_ns};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::site::{GENERATION, SECOND_NS, SIZES, TIMEOUT_NS, destination, service, session_key, site};
@@ -158,7 +158,7 @@ fn connect_all(kernel: &Kernel, cpu: usize, port: u16, arrived: &AtomicUsize) ->
     pods.into_iter().collect()
 }
 
-/// Waits until so many have arrived. Spins, because the moment counts; yields, because there may be but one processor.
+/// Waits until so many have arrived. Spins, because the moment counts; yields, because others may need the processor.
 fn meet(arrived: &AtomicUsize, together: usize) {
     arrived.fetch_add(1, Ordering::AcqRel);
     let mut spins = 0;
@@ -171,10 +171,24 @@ fn meet(arrived: &AtomicUsize, together: usize) {
     }
 }
 
-/// Two processors that this process may use; where there is one, it twice.
+/// Two processors that this process may use. On one, nothing would run at the same moment, and nothing would be tested.
 fn two_cpus() -> Result<[usize; 2]> {
-    let allowed = sched_getaffinity(None)?;
-    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
-    let first = *cpus.first().context("no processor")?;
-    Ok([first, cpus.get(1).copied().unwrap_or(first)])
+    two_of(&sched_getaffinity(None)?)
+}
+
+fn two_of(allowed: &CpuSet) -> Result<[usize; 2]> {
+    let mut cpus = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu));
+    match (cpus.next(), cpus.next()) {
+        (Some(first), Some(second)) => Ok([first, second]),
+        (first, _) => bail!("this test needs two processors, and may use {}", usize::from(first.is_some())),
+    }
+}
+
+#[test]
+fn race_needs_two_processors() {
+    let mut allowed = CpuSet::new();
+    allowed.set(3);
+    assert_eq!(two_of(&allowed).unwrap_err().to_string(), "this test needs two processors, and may use 1");
+    allowed.set(5);
+    assert_eq!(two_of(&allowed).unwrap(), [3, 5]);
 }

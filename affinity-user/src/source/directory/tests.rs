@@ -1,4 +1,5 @@
 use std::{
+    io::Write as _,
     os::unix::fs::symlink,
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
@@ -326,4 +327,85 @@ fn a_source_is_unreadable_where_nothing_of_it_was_ever_read() {
     let _ = reader.read();
     scratch.write("b.yaml", "}\n");
     assert_eq!(reader.read().unreadable, None);
+}
+
+/// Fails where a snapshot without exactly those services comes within that time.
+async fn stays(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &[&str], time: Duration) {
+    let deadline = tokio::time::Instant::now() + time;
+    while let Ok(snapshot) = tokio::time::timeout_at(deadline, receiver.recv()).await {
+        let snapshot = snapshot.expect("the thread lives");
+        assert!(!snapshot.partial, "{:?}", snapshot.problems);
+        let names: Vec<String> = snapshot.services.keys().map(|name| name.name.to_string()).collect();
+        assert_eq!(names, services, "read before it was closed");
+    }
+}
+
+/// Longer than any wait for quiet.
+const WHILE: Duration = Duration::from_millis(900);
+
+#[tokio::test]
+async fn file_is_read_once_its_writer_has_closed_it() {
+    let scratch = Scratch::new();
+    scratch.write("a.yaml", &service("a", "10.0.0.1"));
+    let mut receiver = watch(&scratch.0, "a").expect("watching").snapshots;
+    until(&mut receiver, &["a"]).await;
+    let mut file = fs::File::create(scratch.0.join("a.yaml")).expect("emptied");
+    stays(&mut receiver, &["a"], WHILE).await;
+    file.write_all(service("b", "10.0.0.2").as_bytes()).expect("written");
+    stays(&mut receiver, &["a"], WHILE).await;
+    file.write_all(format!("---\n{}", service("c", "10.0.0.3")).as_bytes()).expect("written");
+    drop(file);
+    until(&mut receiver, &["b", "c"]).await;
+}
+
+#[tokio::test]
+async fn file_that_was_open_before_the_start_is_read_once_closed() {
+    let scratch = Scratch::new();
+    scratch.write("a.yaml", &service("a", "10.0.0.1"));
+    let mut file = fs::File::create(scratch.0.join("b.yaml")).expect("made");
+    let mut receiver = watch(&scratch.0, "a").expect("watching").snapshots;
+    let first = receiver.recv().await.expect("the thread lives");
+    insta::assert_snapshot!(scratch.show(&first), @r"
+    partial
+    service default/a 10.0.0.1
+    warning: b.yaml: is being written, and was never read: until its writer has closed it, no service that is missing elsewhere is taken down
+    ");
+    file.write_all(service("b", "10.0.0.2").as_bytes()).expect("written");
+    drop(file);
+    until(&mut receiver, &["a", "b"]).await;
+}
+
+#[tokio::test]
+async fn links_below_the_watched_path_are_followed_at_once() {
+    let scratch = Scratch::new();
+    for directory in ["watched", "1", "2"] {
+        fs::create_dir(scratch.0.join(directory)).expect("a directory");
+    }
+    scratch.write("1/x.yaml", &service("a", "10.0.0.1"));
+    scratch.write("2/x.yaml", &service("b", "10.0.0.1"));
+    symlink("1", scratch.0.join("current")).expect("a link");
+    symlink("../current/x.yaml", scratch.0.join("watched/x.yaml")).expect("a link");
+    let mut receiver = watch(&scratch.0.join("watched"), "a").expect("watching").snapshots;
+    until(&mut receiver, &["a"]).await;
+    let soon = Duration::from_secs(2);
+    scratch.write("1/x.yaml", &service("c", "10.0.0.1"));
+    tokio::time::timeout(soon, until(&mut receiver, &["c"])).await.expect("soon after the file has changed");
+    symlink("2", scratch.0.join("next")).expect("a link");
+    fs::rename(scratch.0.join("next"), scratch.0.join("current")).expect("renamed");
+    tokio::time::timeout(soon, until(&mut receiver, &["b"])).await.expect("soon after the link has changed");
+    scratch.write("2/x.yaml", &service("d", "10.0.0.1"));
+    tokio::time::timeout(soon, until(&mut receiver, &["d"])).await.expect("soon after the new file has changed");
+}
+
+#[test]
+fn reading_once_takes_no_file_that_is_being_written() {
+    let scratch = Scratch::new();
+    scratch.write("a.yaml", &service("a", "10.0.0.1"));
+    let file = fs::File::options().append(true).open(scratch.0.join("a.yaml")).expect("open");
+    insta::assert_snapshot!(scratch.read(), @r"
+    partial
+    warning: a.yaml: is being written, and was never read: until its writer has closed it, no service that is missing elsewhere is taken down
+    ");
+    drop(file);
+    insta::assert_snapshot!(scratch.read(), @"service default/a 10.0.0.1");
 }

@@ -1,15 +1,17 @@
-//! A directory or file, read again when it has changed and come to rest.
+//! A directory or file, read again when it has changed and nobody is writing it.
 //!
-//! Notifications tell *when* to look; a fingerprint of the files tells *whether* anything changed. So an editor's burst
-//! of writes, a rename over a file, the swap of a ConfigMap's `..data` link, and a directory that is deleted and made
-//! again all come down to one question, and a slow poll asks it where notifications are missing or get lost.
+//! Notifications tell when to look, and a slow poll by a fingerprint of the files finds what they miss. So a file that is
+//! written and closed, a rename over a file, the swap of a ConfigMap's `..data` link, and a directory that is deleted and
+//! made again all come down to one question. Links are followed wherever they lead: [`Places`].
+
+mod places;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::mpsc as std_mpsc,
+    sync::mpsc::{self as std_mpsc, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
@@ -21,7 +23,11 @@ use notify::{
 use tokio::sync::mpsc;
 use tracing::warn;
 
-use super::{Reader, list};
+use self::places::Places;
+use super::{
+    Reader, list,
+    take::{self, Writing},
+};
 use crate::{
     load::monotonic_ns,
     source::{Feed, NodeAddresses, Snapshot, View},
@@ -33,6 +39,9 @@ const QUIET: Duration = Duration::from_millis(50);
 const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
 /// How often to look without being told.
 const POLL: Duration = Duration::from_secs(5);
+/// How often to look whether a file that is being written has been closed. Its notification comes a moment before that
+/// can be seen (<https://elixir.bootlin.com/linux/v6.12/source/fs/file_table.c>, `__fput`), and may come from elsewhere.
+const POLL_WRITTEN: Duration = Duration::from_millis(250);
 
 /// Reads `path` at once and after each change, as the node with this name, in a thread of its own that ends after the
 /// receiver is dropped.
@@ -53,13 +62,15 @@ fn run(path: &Path, mut reader: Reader, snapshots: &mpsc::Sender<Snapshot>, view
     let (events, changes) = std_mpsc::channel();
     let mut watches = Watches::new(events);
     let mut last: Option<(Fingerprint, Snapshot)> = None;
+    // Whether there was a change that the fingerprint need not show: files' times are coarse.
+    let mut is_told = true;
     while !snapshots.is_closed() {
         watches.follow(path);
         // Taken before the files are read: what changes meanwhile differs from it.
         let fingerprint = fingerprint(path);
         let looked_ns = monotonic_ns();
-        if last.as_ref().is_none_or(|(former, _)| *former != fingerprint) {
-            let snapshot = reader.read();
+        if is_told || last.as_ref().is_none_or(|(former, _)| *former != fingerprint) {
+            let snapshot = reader.read_except(&watches.writing);
             nodes.tell(reader.node_addresses());
             let changed = last.as_ref().is_none_or(|(_, former)| *former != snapshot);
             if changed && snapshots.blocking_send(snapshot.clone()).is_err() {
@@ -70,28 +81,53 @@ fn run(path: &Path, mut reader: Reader, snapshots: &mpsc::Sender<Snapshot>, view
         if reader.is_good() {
             view.is_current_at(looked_ns);
         }
-        settle(&changes);
+        is_told = wait(&changes, &mut watches, &reader);
     }
 }
 
-/// Waits for a change, and then until changes have come to rest; at most until the next poll.
-fn settle(changes: &std_mpsc::Receiver<()>) {
-    if changes.recv_timeout(POLL).is_err() {
-        return;
+/// Waits for a change, and then until changes have come to rest; at most until the next poll. Returns whether there was a
+/// change, the end of a file's writing among them.
+fn wait(changes: &std_mpsc::Receiver<Event>, watches: &mut Watches, reader: &Reader) -> bool {
+    let poll_at = Instant::now() + POLL;
+    let mut settled_at: Option<Instant> = None;
+    let is_awaiting = reader.awaited().next().is_some();
+    loop {
+        let now = Instant::now();
+        let pause = match settled_at {
+            Some(_) => QUIET,
+            None if is_awaiting => POLL_WRITTEN,
+            None => POLL,
+        };
+        let pause = pause.min(settled_at.unwrap_or(poll_at).saturating_duration_since(now));
+        match changes.recv_timeout(pause) {
+            Ok(event) => {
+                if watches.note(&event) {
+                    settled_at.get_or_insert(now + SETTLE_AT_MOST);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) if settled_at.is_some() => return true,
+            Err(error) => {
+                if error == RecvTimeoutError::Disconnected {
+                    // Nobody notifies.
+                    thread::sleep(pause);
+                }
+                if reader.awaited().any(|file| take::is_closed(file, &watches.writing)) {
+                    return true;
+                }
+            }
+        }
+        if Instant::now() >= settled_at.unwrap_or(poll_at) {
+            return settled_at.is_some();
+        }
     }
-    let deadline = Instant::now() + SETTLE_AT_MOST;
-    while Instant::now() < deadline && changes.recv_timeout(QUIET).is_ok() {}
 }
 
-/// Every file that counts, and what identifies its content: device, inode, size, and when it and its inode changed.
+/// Every file that counts, and what identifies its content.
 type Fingerprint = Option<Vec<(PathBuf, Option<[i64; 7]>)>>;
 
 fn fingerprint(path: &Path) -> Fingerprint {
     let identify = |file: PathBuf| {
-        let identity = fs::metadata(&file).ok().map(|m| {
-            let (device, inode, size) = (m.dev().cast_signed(), m.ino().cast_signed(), m.size().cast_signed());
-            [device, inode, size, m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()]
-        });
+        let identity = fs::metadata(&file).ok().map(|metadata| take::identity(&metadata));
         (file, identity)
     };
     list(path).ok().map(|files| files.into_iter().map(identify).collect())
@@ -101,27 +137,44 @@ fn fingerprint(path: &Path) -> Fingerprint {
 struct Watches {
     watcher: Option<RecommendedWatcher>,
     directories: BTreeMap<PathBuf, (u64, u64)>,
+    /// Directories that cannot be watched: said once.
+    unwatched: BTreeSet<PathBuf>,
+    places: Places,
+    writing: Writing,
 }
 
 impl Watches {
-    fn new(events: std_mpsc::Sender<()>) -> Self {
+    fn new(events: std_mpsc::Sender<Event>) -> Self {
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            if event.is_ok_and(|event| is_change(event.kind)) {
+            if let Some(event) = event.ok().filter(|event| is_change(event.kind)) {
                 // The receiver is gone only when the thread ends, and the watcher with it.
-                let _ = events.send(());
+                let _ = events.send(event);
             }
         });
         let watcher = watcher.inspect_err(|error| warn!(%error, "no notifications of changed files; polling")).ok();
-        Self { watcher, directories: BTreeMap::new() }
+        let (directories, unwatched) = Default::default();
+        Self { watcher, directories, unwatched, places: Places::default(), writing: Writing::default() }
     }
 
-    /// Watches the path, if it is a directory, and the directory that it is in: a file is replaced there, and so is a link
-    /// to a directory. Watches follow inodes, so one that is not the path's any more is set anew.
+    /// Takes note of what happened; says whether it may change what the path gives.
+    fn note(&mut self, event: &Event) -> bool {
+        let is_of_interest = event.need_rescan() || event.paths.iter().any(|path| self.places.concerns(path));
+        if is_of_interest {
+            self.writing.note(event);
+        }
+        is_of_interest
+    }
+
+    /// Watches every directory in which a change may change what the path gives. Watches follow inodes, so one that is not
+    /// the path's any more is set again.
     fn follow(&mut self, path: &Path) {
         let Some(watcher) = &mut self.watcher else { return };
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        for directory in [parent, path] {
-            let metadata = fs::metadata(directory).ok().filter(fs::Metadata::is_dir);
+        self.places = Places::of(path, &list(path).unwrap_or_default());
+        let wanted = self.places.directories();
+        let past: Vec<PathBuf> = self.directories.keys().filter(|known| !wanted.contains(*known)).cloned().collect();
+        for directory in wanted.iter().chain(&past) {
+            let metadata =
+                fs::metadata(directory).ok().filter(|metadata| metadata.is_dir() && wanted.contains(directory));
             let present = metadata.map(|metadata| (metadata.dev(), metadata.ino()));
             if self.directories.get(directory) == present.as_ref() {
                 continue;
@@ -132,8 +185,11 @@ impl Watches {
             }
             let Some(identity) = present else { continue };
             match watcher.watch(directory, RecursiveMode::NonRecursive) {
-                Ok(()) => _ = self.directories.insert(directory.to_owned(), identity),
-                Err(error) => warn!(%error, directory = %directory.display(), "cannot be watched; polling"),
+                Ok(()) => _ = self.directories.insert(directory.clone(), identity),
+                Err(error) if self.unwatched.insert(directory.clone()) => {
+                    warn!(%error, directory = %directory.display(), "cannot be watched; polling");
+                }
+                Err(_) => {}
             }
         }
     }

@@ -1,87 +1,192 @@
 //! The cases: which program, which packets.
 
+use affinity_common::abi::{MASQUERADE, Reason};
+
+use super::rig::Hook;
+
 /// TCP flags of the packets.
 const SYN: u64 = 0x02;
 const ACK: u64 = 0x10;
-/// The frontend's port, and one that is none's.
-const FRONTEND: u64 = 80;
-const ELSEWHERE: u64 = 81;
 /// More flows than any run has packets.
 const ENDLESS: u64 = u64::MAX;
+/// The node's ports, as many as there are masqueraded flows at most. The programs give them out in turn, so a flow's
+/// number tells its port.
+pub(super) const NODE_PORTS: std::ops::Range<u16> = 10_000..30_000;
+
+/// A frontend, by its port, and the pods behind it.
+#[derive(Clone, Copy)]
+pub(super) struct Service {
+    /// The port that clients dial.
+    pub port: u16,
+    /// The port that pods serve. A port of its own for each service: one client's port may have a flow to each.
+    pub target: u16,
+    /// How many pods.
+    pub pods: u32,
+    /// Flags of its frontend.
+    pub flags: u8,
+}
+
+/// Three pods, as services have.
+const THREE: Service = Service { port: 80, target: 8080, pods: 3, flags: 0 };
+/// One pod, so that it is known whose reply comes next.
+const ONE: Service = Service { port: 82, target: 8082, pods: 1, flags: 0 };
+/// The same, for clients that get the node's address.
+const BEHIND_NODE: Service = Service { port: 83, target: 8083, pods: 1, flags: MASQUERADE };
+/// No frontend's port.
+const NONE: Service = Service { port: 81, target: 8081, pods: 0, flags: 0 };
+
+/// The services that the tables hold.
+pub(super) const SERVICES: [Service; 3] = [THREE, ONE, BEHIND_NODE];
+
+/// Between whom packets go; the numbers are those of the limit programs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// From a client to the frontend.
+    ToFrontend = 0,
+    /// From the pod to the client.
+    FromPod = 1,
+    /// From a client to the pod: the destination is translated already.
+    ToPod = 2,
+    /// From the pod to the node's address.
+    ToNode = 3,
+}
 
 /// A program and the packets it gets.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(super) struct Case {
     /// What is shown.
     pub name: &'static str,
-    /// The program, without its hook; `forward` is ours, all else a limit.
+    /// The program, without its hook.
     pub program: &'static str,
+    /// The hooks that have this program.
+    pub hooks: &'static [Hook],
     /// Flows, or connections where they never end.
     pub flows: u64,
     /// Packets of the flows in random order.
     pub random: bool,
     /// Bits of a flow's number that choose the client; the others choose the port.
     pub client_bits: u64,
-    /// Destination port.
-    pub dport: u64,
+    /// Whose packets.
+    pub service: Service,
+    /// Between whom they go.
+    pub way: Way,
     /// TCP flags.
     pub tcp_flags: u64,
     /// Packets that fill the tables before anything is measured, one flow after another.
     pub fill: u32,
+    /// Packets right before each measurement, which are not measured: pins that another case has driven out come back.
+    pub warm: u32,
     /// Works on tables of its own, which are full.
     pub full: bool,
+    /// What our program counts for each packet; none: the program is a limit.
+    pub reason: Option<Reason>,
     /// Name of the case that this one is a multiple of.
     pub limit: &'static str,
 }
 
+const BOTH: &[Hook] = &[Hook::Xdp, Hook::Tc];
+/// Packets leave by TC alone.
+const EGRESS: &[Hook] = &[Hook::Tc];
+
+/// Our program at ingress, one flow.
 const HOT: Case = Case {
     name: "",
     program: "forward",
+    hooks: BOTH,
     flows: 1,
     random: false,
     client_bits: 22,
-    dport: FRONTEND,
+    service: THREE,
+    way: Way::ToFrontend,
     tcp_flags: ACK,
     fill: 2,
+    warm: 0,
     full: false,
-    limit: "least work, 1 flow",
+    reason: Some(Reason::Established),
+    limit: LEAST,
 };
 
-impl Case {
-    /// The wrapper alone: subtracted from all others.
-    pub(super) const WRAPPER: Self = Self { name: "wrapper", program: "pass", limit: "wrapper", ..HOT };
+/// The limits of one flow, of ten thousand, of a hundred thousand, and of new ones.
+const LEAST: &str = "least work, 1 flow";
+const LEAST_TEN: &str = "least work, 10,000 flows";
+const LEAST_HUNDRED: &str = "least work, 100,000 flows";
+const LEAST_NEW: &str = "look up and insert, full";
 
-    /// What fills the tables: the same flows, one after another, each begun by a SYN.
+impl Case {
+    /// The same packets and a program that does nothing: subtracted.
+    pub(super) const fn wrapper(&self) -> Self {
+        Self { program: "pass", reason: None, ..*self }
+    }
+
+    /// What fills the tables: the same flows, one after another, each begun by its client's SYN.
     pub(super) fn filling(&self) -> Self {
-        let program = if self.program == "least" { "remember" } else { self.program };
-        Self { program, random: false, tcp_flags: SYN, ..*self }
+        let program = if self.reason.is_some() { "forward" } else { "remember" };
+        Self { program, way: Way::ToFrontend, random: false, tcp_flags: SYN, ..*self }
     }
 
     /// The words of `course` in the limit programs.
-    pub(super) fn words(&self) -> [u64; 6] {
-        [0, self.flows, u64::from(self.random), self.client_bits, self.dport, self.tcp_flags]
+    pub(super) fn words(&self) -> [u64; 8] {
+        let port = if self.way == Way::ToFrontend { self.service.port } else { self.service.target };
+        [
+            0,
+            self.flows,
+            u64::from(self.random),
+            self.client_bits,
+            u64::from(port),
+            self.tcp_flags,
+            self.way as u64,
+            u64::from(NODE_PORTS.start),
+        ]
     }
 }
 
 /// Every case that is reported, in the order of the table.
 pub(super) const CASES: &[Case] = &[
-    Case { name: "parse, swap addresses", program: "swap", ..HOT },
-    Case { name: "least work, 1 flow", program: "least", ..HOT },
-    Case { name: "least work, 10,000 flows", program: "least", limit: "least work, 10,000 flows", ..flows(10_000) },
-    Case { name: "least work, 100,000 flows", program: "least", limit: "least work, 100,000 flows", ..flows(100_000) },
-    Case { name: "look up and insert, full", program: "remember", limit: "look up and insert, full", ..endless(22) },
-    Case { name: "affinity: not a frontend", dport: ELSEWHERE, ..HOT },
-    Case { name: "affinity: established, 1 flow", ..HOT },
-    Case { name: "affinity: established, 10,000 flows", limit: "least work, 10,000 flows", ..flows(10_000) },
-    Case { name: "affinity: established, 100,000 flows", limit: "least work, 100,000 flows", ..flows(100_000) },
-    Case { name: "affinity: pinned client, new flow", limit: "look up and insert, full", ..endless(10) },
-    Case { name: "affinity: client never seen", limit: "look up and insert, full", ..endless(22) },
+    limit("parse, swap addresses", "swap", HOT),
+    limit(LEAST, "least", HOT),
+    limit(LEAST_TEN, "least", flows(10_000)),
+    limit(LEAST_HUNDRED, "least", flows(100_000)),
+    limit(LEAST_NEW, "remember", endless(22)),
+    Case { name: "not for a frontend", service: NONE, reason: Some(Reason::NotFrontend), ..HOT },
+    Case { name: "established, 1 flow", ..HOT },
+    Case { name: "established, 10,000 flows", ..flows(10_000) },
+    Case { name: "established, 100,000 flows", ..flows(100_000) },
+    Case { name: "pinned client, new flow", reason: Some(Reason::Pinned), warm: 2048, ..endless(10) },
+    Case { name: "client never seen", reason: Some(Reason::Created), ..endless(22) },
+    Case { name: "reply to the node, 10,000 flows", reason: Some(Reason::Returned), ..behind_node(Way::ToNode) },
+    Case { name: "leaving, no reply", service: NONE, reason: Some(Reason::NotReply), ..leaving(HOT) },
+    Case { name: "leaving, reply, 1 flow", ..reply(HOT) },
+    Case { name: "leaving, reply, 10,000 flows", ..reply(flows(10_000)) },
+    Case { name: "leaving, reply, 100,000 flows", ..reply(flows(100_000)) },
+    Case {
+        name: "leaving, masqueraded, 10,000 flows",
+        reason: Some(Reason::Masqueraded),
+        ..leaving(behind_node(Way::ToPod))
+    },
 ];
 
+const fn limit(name: &'static str, program: &'static str, case: Case) -> Case {
+    Case { name, program, reason: None, limit: name, ..case }
+}
+
 const fn flows(flows: u64) -> Case {
-    Case { flows, random: true, fill: flows as u32 + 1, ..HOT }
+    let limit = if flows == 10_000 { LEAST_TEN } else { LEAST_HUNDRED };
+    Case { flows, random: true, fill: flows as u32 + 1, limit, ..HOT }
 }
 
 const fn endless(client_bits: u64) -> Case {
-    Case { flows: ENDLESS, client_bits, tcp_flags: SYN, fill: 600_000, full: true, ..HOT }
+    Case { flows: ENDLESS, client_bits, tcp_flags: SYN, fill: 600_000, full: true, limit: LEAST_NEW, ..HOT }
+}
+
+const fn behind_node(way: Way) -> Case {
+    Case { service: BEHIND_NODE, way, ..flows(10_000) }
+}
+
+const fn reply(case: Case) -> Case {
+    Case { service: ONE, way: Way::FromPod, reason: Some(Reason::Reply), ..leaving(case) }
+}
+
+/// Where packets leave the node.
+const fn leaving(case: Case) -> Case {
+    Case { program: "reverse", hooks: EGRESS, ..case }
 }
