@@ -49,8 +49,10 @@ impl Steps {
         action: impl FnOnce() -> Result<Outcome>,
     ) -> Result<()> {
         let name = name.into();
-        println!("
-== {name}");
+        println!(
+            "
+== {name}"
+        );
         let start = Instant::now();
         let outcome = action();
         let result = match &outcome {

@@ -38,8 +38,8 @@ impl Packet for Routed {
         self.0.write(offset, bytes)
     }
 
-    fn resize(&mut self, len: usize) -> bool {
-        Packet::resize(&mut self.0, len)
+    fn resize(&mut self, len: usize, l4: usize) -> bool {
+        Packet::resize(&mut self.0, len, l4)
     }
 }
 
