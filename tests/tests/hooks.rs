@@ -51,14 +51,6 @@ fn xdp_in_the_driver_of_a_veth() -> Result<()> {
 }
 
 #[test]
-fn generic_xdp() -> Result<()> {
-    let hooks = clients_stay(&Hook::XdpGeneric.args())?;
-    ensure!(hooks.contains("xdp-generic"), "{hooks:?}");
-    say("xdp-generic", "works");
-    Ok(())
-}
-
-#[test]
 fn tcx_where_the_kernel_has_it() -> Result<()> {
     // Not asked of the kernel as the agent does it: https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c
     let symbols = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms")?;

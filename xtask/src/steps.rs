@@ -49,10 +49,7 @@ impl Steps {
         action: impl FnOnce() -> Result<Outcome>,
     ) -> Result<()> {
         let name = name.into();
-        println!(
-            "
-== {name}"
-        );
+        println!("\n== {name}");
         let start = Instant::now();
         let outcome = action();
         let result = match &outcome {

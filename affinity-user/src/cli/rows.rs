@@ -537,7 +537,10 @@ mod tests {
             ("Services", print(&ServiceView::all(&catalog, &live(&catalog)), Format::Json)),
             ("Backends", print(&BackendView::all(&catalog, &live(&catalog)), Format::Json)),
             ("Flows", print(&flows, Format::Json)),
-            ("Devices", print(&DeviceView::all(&[attachment], |_| None, &BTreeMap::new()), Format::Json)),
+            (
+                "Devices",
+                print(&DeviceView::all(&[attachment], |_| None, &BTreeMap::new(), &BTreeMap::new()), Format::Json),
+            ),
             ("Counters", print(&CounterView::all(&[1]), Format::Json)),
             ("Events", print(&events, Format::Json)),
         ];

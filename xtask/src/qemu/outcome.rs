@@ -5,9 +5,8 @@ use std::fmt::Write as _;
 use super::guest::{Ended, Report};
 
 /// Where packets and connections are translated: as `tests/tests/hooks.rs` says it, and as the table's heading.
-pub(crate) const HOOKS: [(&str, &str); 6] = [
+pub(crate) const HOOKS: [(&str, &str); 5] = [
     ("xdp-native", "XDP in the driver (veth)"),
-    ("xdp-generic", "XDP generic"),
     ("tcx", "tcx"),
     ("clsact", "clsact"),
     ("sockets", "sockets"),
@@ -134,8 +133,8 @@ mod tests {
         let ended = vec![ended(101, output), ended(0, "test result: ok. 3 passed; 0 failed")];
         let row = Row::new("6.1".to_owned(), &Report { ended, failure: None });
         assert_eq!(row.hooks[0], "works");
-        assert_eq!(row.hooks[1], "**failed**");
-        assert_eq!(row.hooks[2], "none in this kernel: clsact is used");
+        assert_eq!(row.hooks[1], "none in this kernel: clsact is used");
+        assert_eq!(row.hooks[2], "**failed**");
         assert_eq!(row.tests, "5 passed, 1 failed");
     }
 
@@ -147,18 +146,17 @@ mod tests {
 
     #[test]
     fn the_table_is_markdown() {
-        let row = Row { title: "6.1".to_owned(), hooks: vec!["works".to_owned(); 6], tests: "5 passed".to_owned() };
-        let stopped =
-            Ended { status: None, ..ended(0, "test generic_xdp ... ok\ntest clsact ... FAILED\ntest tcx ... ") };
+        let row = Row { title: "6.1".to_owned(), hooks: vec!["works".to_owned(); 5], tests: "5 passed".to_owned() };
+        let stopped = Ended { status: None, ..ended(0, "test sockets ... ok\ntest clsact ... FAILED\ntest tcx ... ") };
         let report = Report { ended: vec![stopped], failure: Some(anyhow::anyhow!("it was stopped")) };
         let text = table(&[row, Row::new("sid".to_owned(), &report)], "2026-11-30", "abc1234");
         assert_eq!(
             text.lines().collect::<Vec<_>>(),
             [
-                "| kernel | XDP in the driver (veth) | XDP generic | tcx | clsact | sockets | redirect | tests |",
-                "|---|---|---|---|---|---|---|---|",
-                "| 6.1 | works | works | works | works | works | works | 5 passed |",
-                "| sid | **failed** | **failed** | **failed** | **failed** | **failed** | **failed** | 1 passed, 1 failed; \
+                "| kernel | XDP in the driver (veth) | tcx | clsact | sockets | redirect | tests |",
+                "|---|---|---|---|---|---|---|",
+                "| 6.1 | works | works | works | works | works | 5 passed |",
+                "| sid | **failed** | **failed** | **failed** | **failed** | **failed** | 1 passed, 1 failed; \
                  **the guest failed** |",
                 "",
                 "Run on 2026-11-30 at commit abc1234."

@@ -155,8 +155,7 @@ impl Exposed {
         spec.health_check_node_port = Some(32_000);
         let ingress = |ip: &str| LoadBalancerIngress { ip: Some(ip.to_owned()), ..LoadBalancerIngress::default() };
         let ingress = Some(self.ingress.into_iter().map(ingress).collect());
-        service.status =
-            Some(ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }), ..ServiceStatus::default() });
+        service.status = Some(ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }) });
     }
 }
 
@@ -172,7 +171,6 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
                 name: Some(name.to_owned()),
                 port: Some(port),
                 protocol: Some(protocol.to_owned()),
-                ..EndpointPort::default()
             };
             let mut slice = EndpointSlice {
                 address_type: if v6 { "IPv6" } else { "IPv4" }.to_owned(),
@@ -209,7 +207,6 @@ fn endpoint_of(pod: u8, state: u8, here: bool, hints: Option<(bool, bool)>, v6: 
         node_name: Some(if here { "here" } else { "there" }.to_owned()),
         // One address is without a pod: slices may tell it apart by ports.
         target_ref: (pod != 5).then(|| ObjectReference { name: Some(format!("p{pod}")), ..ObjectReference::default() }),
-        ..Endpoint::default()
     }
 }
 

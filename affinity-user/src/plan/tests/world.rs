@@ -209,8 +209,7 @@ fn expose(service: &mut Service, number: u8, exposed: &Exposed) {
     spec.load_balancer_source_ranges = Some(exposed.ranges.iter().map(|range| (*range).to_owned()).collect());
     let ingress = |ip: String| LoadBalancerIngress { ip: Some(ip), ..LoadBalancerIngress::default() };
     let ingress = Some(vec![ingress(format!("203.0.113.{number}")), ingress(format!("fd02::{number}"))]);
-    service.status =
-        Some(ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }), ..ServiceStatus::default() });
+    service.status = Some(ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }) });
 }
 
 fn slice(service: &str, target_port: u16, pod: u8, state: State, second: bool, v6: bool) -> EndpointSlice {
@@ -218,7 +217,6 @@ fn slice(service: &str, target_port: u16, pod: u8, state: State, second: bool, v
         name: Some(name.to_owned()),
         port: Some(port),
         protocol: Some(protocol.to_owned()),
-        ..EndpointPort::default()
     };
     let mut ports = vec![port("a", i32::from(target_port), "TCP")];
     ports.extend(second.then(|| port("b", 5353, "UDP")));
