@@ -217,7 +217,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
     })
 }
 
-/// What [`attach`] does once it knows what to attach, and where.
+/// What [`attach()`] does once it knows what to attach, and where.
 fn attach_once(
     options: &Options,
     pins: &PinDir,
