@@ -101,12 +101,13 @@ pub struct CgroupAttachment {
     pub path: PathBuf,
 }
 
+/// The id of the root, which is the inode of its directory: it is the first that the kernel makes.
+pub const ROOT: u64 = 1;
+
 /// The root of version 2, wherever it is mounted. A container that has its own view of the cgroups sees another directory
 /// as its root: that is not it.
 #[must_use]
 pub fn root() -> Option<PathBuf> {
-    /// The inode of the root's directory: it is the first that the kernel makes.
-    const ROOT: u64 = 1;
     mounts().into_iter().find(|path| fs::metadata(path).is_ok_and(|directory| directory.ino() == ROOT))
 }
 

@@ -127,6 +127,18 @@ impl Dataplane {
         }
     }
 
+    /// Whether the sockets of a client are pinned where it asks.
+    fn has_pin(&self, sockets: &From, to: &[To]) -> Result<bool, Error> {
+        for to in to {
+            for question in sockets.questions(to, self.catalog())? {
+                if !self.situation::<V6>(&question)?.sessions.is_empty() {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
     /// The answer to the same question about each of these clients: of several namespaces with one name, the one that has
     /// a pin.
     fn explain<A: Family + FrontendTables>(&self, questions: &[Question]) -> Result<Option<Explanation<'_>>, Error>
@@ -162,7 +174,10 @@ impl ExplainArgs {
         }
         let from = match from {
             From::Address(address, _) if self.source.is_none() && are_sockets_translated(global)? => {
-                from.or_sockets_at(address, dataplane.catalog(), &self.to)?
+                match From::sockets_at(address, dataplane.catalog(), &self.to)? {
+                    Some(sockets) if are_all_translated(global)? || dataplane.has_pin(&sockets, &self.to)? => sockets,
+                    Some(_) | None => from,
+                }
             }
             From::Address(..) | From::Named(_) => from,
         };
@@ -205,12 +220,12 @@ impl From {
         Self::Named(ClientArg::Named(NODE.to_owned()))
     }
 
-    /// The sockets of the pod of this machine that has the address: where sockets are translated, none of its packets is for
-    /// a frontend, but those of protocols without such sockets. The same address where no pod has it.
-    fn or_sockets_at(self, address: IpAddr, catalog: &Catalog, to: &[To]) -> Result<Self, Error> {
+    /// The sockets of the pod of this machine that has the address: where they are translated, none of its packets is for
+    /// a frontend, but those of protocols without such sockets. None where no pod has it.
+    fn sockets_at(address: IpAddr, catalog: &Catalog, to: &[To]) -> Result<Option<Self>, Error> {
         let sockets = ClientArg::Network(Client::new(address, u8::MAX));
         let has_sockets = to.iter().all(|to| to.protocol != SCTP) && !sockets.cookies(catalog)?.is_empty();
-        Ok(if has_sockets { Self::Named(sockets) } else { self })
+        Ok(has_sockets.then_some(Self::Named(sockets)))
     }
 
     fn is_socket(&self) -> bool {
@@ -249,6 +264,12 @@ fn is_of_this_node(address: IpAddr) -> Result<bool, Error> {
     let own = Namespace::own().and_then(|own| own.addresses());
     let own = own.map_err(|error| Error::Failed(format!("the addresses of this node: {error}")))?;
     Ok(address.is_loopback() || own.contains(&address))
+}
+
+/// Whether the sockets of all processes are translated, and not of those below one cgroup alone.
+fn are_all_translated(global: &Global) -> Result<bool, Error> {
+    let attachments = cgroup::attachments(&PinDir::new(&global.pin_dir))?;
+    Ok(attachments.iter().any(|attachment| attachment.cgroup == cgroup::ROOT))
 }
 
 /// Whether the sockets of processes are translated.
