@@ -45,7 +45,7 @@ pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
 pub use status::{SourceKind, Status};
 
 /// Version of this layout.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// An IPv4 or IPv6 address in network byte order; the one parameter of all that exists per family.
 pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {

@@ -1,6 +1,6 @@
 //! The pin directory: where the dataplane lives while no agent runs.
 //!
-//! `DIR/v1/maps/NAME`, `DIR/v1/progs/NAME`, `DIR/v1/links/IFINDEX-HOOK`. The version is the map layout's
+//! `DIR/v2/maps/NAME`, `DIR/v2/progs/NAME`, `DIR/v2/links/IFINDEX-HOOK`. The version is the map layout's
 //! ([`abi::VERSION`]): programs of another layout never see these maps.
 
 use std::{
