@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// When to try a port again that was taken.
-const TRY_AGAIN: Duration = Duration::from_secs(10);
+pub(super) const TRY_AGAIN: Duration = Duration::from_secs(10);
 /// Who waits to be accepted, at most.
 const BACKLOG: i32 = 128;
 

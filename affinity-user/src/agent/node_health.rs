@@ -26,13 +26,11 @@ use jiff::Timestamp;
 use tokio::{net::TcpListener, time::sleep};
 use tracing::{error, info, warn};
 
-use super::health::listener;
+use super::health::{TRY_AGAIN, listener};
 use crate::{load::monotonic_ns, metrics::Vitals};
 
 /// kube-proxy's port.
 const PORT: u16 = 10_256;
-/// When to try a port again that was taken.
-const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Where the answers are given: an address and port, or kube-proxy's port at all addresses of both families.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
