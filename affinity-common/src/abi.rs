@@ -28,24 +28,24 @@ pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member,
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
 pub use flow::{
-    Direction, Draft, Edit, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_REMOTE, FLOW_SHADOW, Flow, FlowKey,
-    FragmentKey,
+    Direction, Draft, Edit, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_FOREIGN, FLOW_OPEN,
+    FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, FragmentKey, NO_BACKEND,
 };
 pub use frontend::{
-    AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, Node, OUTSIDE, PODS,
-    RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
+    AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, NODE, Node, OUTSIDE,
+    PODS, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
 };
 pub use onward::{
     DeviceMac, MAC_SLOTS, NOTE_SHIFT, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD,
-    WIRE_POD, WIRE_TC, WIRE_XDP,
+    WIRE_ABOVE, WIRE_POD, WIRE_TC, WIRE_XDP,
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
-pub use session::{Session, SessionKey};
+pub use session::{Correction, MOVES, Session, SessionKey};
 pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
 pub use status::{SourceKind, Status};
 
 /// Version of this layout.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// An IPv4 or IPv6 address in network byte order; the one parameter of all that exists per family.
 pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
@@ -309,10 +309,12 @@ assert_no_padding!(
     FragmentKey<V6>: 16 + 16 + 4 + 1 + 1 + 2,
     Edit<V4>: 4 + 4 + 2 + 2 + 2 + 2,
     Edit<V6>: 16 + 16 + 2 + 2 + 2 + 2,
-    Flow<V4>: 8 + 8 + 8 + 16 + 5 * 4 + 4,
-    Flow<V6>: 8 + 8 + 8 + 40 + 5 * 4 + 4,
-    Draft<V4>: 2 * 64 + 4 * 16,
-    Draft<V6>: 2 * 88 + 4 * 40,
+    Flow<V4>: 4 * 8 + 16 + 5 * 4 + 4,
+    Flow<V6>: 4 * 8 + 40 + 5 * 4 + 4,
+    Foreign: 8 + 4 + 4,
+    Correction: 16 + 6 * 4,
+    Draft<V4>: 2 * 72 + 4 * 16,
+    Draft<V6>: 2 * 96 + 4 * 40,
     SocketKey: 8 + 16 + 2 + 1 + 1 + 4,
     Socket: 3 * 8 + 3 * 16 + 2 + 2 + 5 * 4 + 1 + 7,
     UsageKey: 4 + 4,

@@ -1,19 +1,23 @@
-//! Flows: admitting a packet of a known one, following its end, beginning a new one.
+//! Flows: admitting a packet of a known one, following its states, beginning a new one.
 
 use crate::{
     abi::{
-        Address, BACKEND_LOCAL, Draft, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_REMOTE, FLOW_SHADOW, Flow,
-        Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
+        Address, BACKEND_LOCAL, Draft, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow,
+        FlowKey, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
     masquerade,
-    parse::{ACK, FIN, Headers, RST, SYN, UDP},
+    parse::{FIN, Headers, RST, TCP, UDP},
     rewrite,
-    session::{self, Resolved},
+    session::{self, Follower, Resolved},
+    state,
     tables::{Entry, FamilyTables, NotStored},
 };
 
-/// A flow's time of last use is written at most this often, in nanoseconds.
+/// A flow's time of last use is written at most this often, in nanoseconds; and a pin's, where packets restart its timeout
+/// and that is not shorter than [`EXACT_BELOW_NS`].
 pub const REFRESH_NS: u64 = 1_000_000_000;
+/// A timeout shorter than this is restarted by each packet: a second would be more than a hundredth of it.
+pub const EXACT_BELOW_NS: u64 = 100 * REFRESH_NS;
 
 /// What a known flow means for a packet from the client.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,14 +36,11 @@ pub enum Admission {
 #[inline(always)]
 pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> Admission {
     let is_datagram = headers.key.protocol == UDP;
-    let (pool, backend, generation, state) = flow.with(|flow| (flow.pool, flow.backend, flow.generation, flow.state));
-    let lives = if is_datagram {
-        // A datagram has no connection to lose: it goes where new ones would be allowed to go, and to the port that is
-        // served there now.
-        let port = flow.with(|flow| flow.edit.dport);
-        tables.member(&MemberKey { pool, backend }).is_some_and(|member| {
-            member.generation == generation && member.state == MEMBER_READY && member.port == port
-        })
+    let (backend, generation, state, flags) = flow.with(|flow| (flow.backend, flow.generation, flow.state, flow.flags));
+    let lives = if flags & FLOW_FOREIGN != 0 {
+        true
+    } else if is_datagram {
+        may_go_on(tables, headers, flow)
     } else {
         tables.backend(backend).is_some_and(|backend| backend.generation == generation)
     };
@@ -47,7 +48,7 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
         return admit_shadow(tables, headers, lives, state);
     }
     if lives {
-        if headers.is_opening() && state != 0 { Admission::Afresh } else { Admission::Established }
+        if headers.is_opening() && state::is_ending(state) { Admission::Afresh } else { Admission::Established }
     } else if is_datagram || headers.is_opening() {
         Admission::Afresh
     } else {
@@ -55,12 +56,38 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     }
 }
 
+/// Whether a datagram may go where the one before it went. It has no connection to lose: it goes where new ones would be
+/// allowed to go, to the port that is served there now, and where its client's pin leads.
+#[inline(always)]
+fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
+    let (pool, backend, generation) = flow.with(|flow| (flow.pool, flow.backend, flow.generation));
+    let port = flow.with(|flow| flow.edit.dport);
+    let is_served = tables
+        .member(&MemberKey { pool, backend })
+        .is_some_and(|member| member.generation == generation && member.state == MEMBER_READY && member.port == port);
+    is_served && (flow.with(|flow| flow.scope) == 0 || follows_pin(tables, headers, flow))
+}
+
+/// Whether the flow's pin still leads to its backend.
+#[inline(never)]
+fn follows_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
+    let key = flow.with(|flow| SessionKey::new(flow.scope, headers.key.saddr, flow.prefix));
+    let follower = flow.with(|flow| Follower {
+        to: (flow.backend, flow.generation),
+        timer: Timer::from_byte(flow.timer),
+        timeout_ns: flow.timeout_ns,
+        created_ns: flow.created_ns,
+        last_used_ns: flow.last_used_ns,
+    });
+    session::leads(tables, &key, &follower)
+}
+
 /// A flow that was decided in shadow mode stays another proxy's to its end; which a datagram flow has not, so it comes
 /// over once its frontend is ours.
 #[inline(never)]
 fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, lives: bool, state: u8) -> Admission {
     let key = &headers.key;
-    let begins = headers.is_opening() && (!lives || state != FLOW_SHADOW);
+    let begins = headers.is_opening() && (!lives || state::is_ending(state));
     let is_datagram = key.protocol == UDP;
     let is_ours = || {
         let frontend = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
@@ -69,41 +96,32 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
     if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
 }
 
-/// Whether a reply begins a connection that never asked for the frontend: its ports were those of a flow that has ended,
-/// and whoever opens one anew by a frontend renews that.
-#[inline(always)]
-pub fn is_past<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, flow: &E) -> bool {
-    const ENDED: u8 = FLOW_FIN_CLIENT | FLOW_FIN_SERVER | FLOW_CLOSED;
-    headers.flags & (SYN | ACK | FIN | RST) == SYN | ACK && flow.with(|flow| flow.state) & ENDED != 0
-}
-
-/// Notes that a packet passed: time of last use, the pin's timer where packets restart it, and the connection's end.
+/// Notes that a packet passed: what it tells of the connection's state, the time of last use, the pin's timer where
+/// packets restart it, and how far the sender has come.
 #[inline(always)]
 pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
     let now_ns = tables.now_ns();
-    let is_stale = now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS;
-    if is_stale || headers.flags & (FIN | RST) != 0 {
-        note_change(tables, headers, entry, now_ns);
+    let (state, flags) = entry.with(|flow| (flow.state, flow.flags));
+    let is_from_client = headers.key.is_from_client();
+    let is_datagram = headers.key.protocol == UDP;
+    if headers.flags & (FIN | RST) != 0 || state & FLOW_OPEN == 0 && !(is_datagram && is_from_client) {
+        tables.advance(headers);
+    }
+    let is_due = now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS;
+    if is_due || flags & FLOW_EXACT != 0 && is_from_client {
+        note_use(tables, headers, entry, now_ns);
+    }
+    if !is_datagram && headers.flags & RST == 0 {
+        entry.update(|flow| flow.segment = headers.segment);
     }
 }
 
 /// The seldom part of [`note_packet`].
 #[inline(never)]
-fn note_change<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    headers: &Headers<A>,
-    entry: &T::Entry<Flow<A>>,
-    now_ns: u64,
-) {
-    let from_client = headers.key.is_from_client();
-    if now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS {
-        entry.update(|flow| flow.last_used_ns = now_ns);
-        if from_client {
-            entry.with(|flow| renew_pin(tables, headers, flow, now_ns));
-        }
-    }
-    if headers.flags & (FIN | RST) != 0 {
-        note_end(tables, headers, entry, now_ns);
+fn note_use<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
+    entry.update(|flow| flow.last_used_ns = now_ns);
+    if headers.key.is_from_client() {
+        entry.with(|flow| renew_pin(tables, headers, flow, now_ns));
     }
 }
 
@@ -111,65 +129,117 @@ fn note_change<A: Address, T: FamilyTables<A>>(
 #[inline(always)]
 fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &Flow<A>, now_ns: u64) {
     let timer = Timer::from_byte(flow.timer);
-    // A datagram's end cannot be seen, so under `alive` its packets stand for its life.
-    let restarts = timer == Timer::Packet || timer == Timer::Alive && headers.key.protocol == UDP;
-    if flow.scope == 0 || !restarts {
+    if flow.scope == 0 || !packets_restart(timer, headers.key.protocol) {
         return;
     }
     let key = SessionKey::new(flow.scope, headers.key.saddr, flow.prefix);
     session::renew(tables, &key, flow.backend, (timer, flow.timeout_ns), now_ns);
 }
 
-/// Follows a connection's end in both directions' records.
+/// Whether packets restart a pin's timeout. A datagram's end cannot be seen, so under `alive` its packets stand for its life.
 #[inline(always)]
-fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
-    let before = entry.with(|flow| flow.state);
-    let state = after_end(before, headers);
-    if state == before {
+const fn packets_restart(timer: Timer, protocol: u8) -> bool {
+    matches!(timer, Timer::Packet) || matches!(timer, Timer::Alive) && protocol == UDP
+}
+
+/// Advances the state in both directions' records, and tells the pin of a connection that has opened or ended.
+///
+/// The client's record decides: whoever adds a bit to it learns in the same step what was there before, so of two
+/// processors that see an end only one counts it. A connection is counted before others can see that it is open, and
+/// taken back where another processor was first, so that the count never misses one that is there.
+#[inline(always)]
+pub fn advance<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
+    // A draft, because a map's key may not be memory that a global function was given.
+    let _ = tables.draft(|draft| {
+        draft.key = headers.key;
+        if let Some(entry) = tables.flow(&draft.key) {
+            draft.other = entry.with(|flow| headers.key.opposite(&flow.edit));
+            advance_both(tables, headers, &entry, &draft.other);
+        }
+    });
+}
+
+#[inline(always)]
+fn advance_both<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    headers: &Headers<A>,
+    entry: &T::Entry<Flow<A>>,
+    opposite: &FlowKey<A>,
+) {
+    let own = entry.with(|flow| flow.state);
+    // In shadow mode the other direction is not ours.
+    let other = if own & FLOW_SHADOW == 0 { tables.flow(opposite) } else { None };
+    let added = if headers.flags & RST == 0 {
+        state::added(own, headers.key.is_from_client(), headers.key.protocol, headers.flags)
+    } else if accepts_reset(headers, entry, other.as_ref()) {
+        FLOW_RESET
+    } else {
         return;
+    };
+    let is_counted = entry.with(|flow| is_counted(headers.key.protocol, flow));
+    let opens = is_counted && own & FLOW_OPEN == 0 && state::is_live(own | added);
+    if opens {
+        entry.with(|flow| session::add_connection(tables, &pin_key(headers, flow), (flow.backend, flow.generation)));
     }
-    entry.update(|flow| flow.state = state);
-    if state & FLOW_SHADOW == 0
-        && let Some(other) = tables.flow(&entry.with(|flow| headers.key.opposite(&flow.edit)))
+    let before = match &other {
+        Some(other) if headers.key.is_from_client() => {
+            let before = tables.add_state(entry, added);
+            tables.add_state(other, added);
+            before
+        }
+        Some(other) => {
+            let before = tables.add_state(other, added);
+            tables.add_state(entry, added);
+            before
+        }
+        None => tables.add_state(entry, added),
+    };
+    if opens && !state::is_half_open(before) || is_counted && state::is_live(before) && state::is_closed(before | added)
     {
-        other.update(|flow| flow.state = state);
+        end_connection(tables, headers, entry);
     }
-    if state & !before & FLOW_CLOSED != 0 {
-        entry.with(|flow| end_of_connection(tables, headers, flow, now_ns));
-    }
+}
+
+/// Whether the receiver would take this RST for real: see [`state::accepts_reset`]. Where too little was seen of the
+/// connection to tell, it counts.
+#[inline(always)]
+fn accepts_reset<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, entry: &E, other: Option<&E>) -> bool {
+    let Some(other) = other.filter(|_| headers.key.protocol == TCP) else { return true };
+    let (state, sender) = entry.with(|flow| (flow.state, flow.segment));
+    let receiver = other.with(|flow| flow.segment);
+    let is_unknown = state & FLOW_OPEN == 0 || sender == 0 || receiver == 0;
+    is_unknown || state::accepts_reset(headers.segment, sender, receiver)
 }
 
 /// A new connection takes the place of one whose end was not seen, or not seen whole.
 #[inline(never)]
 pub fn supersede<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
-    if headers.is_opening() && entry.with(|flow| flow.state) & FLOW_CLOSED == 0 {
-        entry.with(|flow| end_of_connection(tables, headers, flow, tables.now_ns()));
+    let is_counted = entry.with(|flow| is_counted(headers.key.protocol, flow));
+    if is_counted && state::is_live(tables.add_state(entry, FLOW_RESET)) {
+        end_connection(tables, headers, entry);
     }
+}
+
+/// Whether the pin counts the flow's connection: under `alive`, and where its end will be seen.
+#[inline(always)]
+const fn is_counted<A>(protocol: u8, flow: &Flow<A>) -> bool {
+    flow.timer == Timer::Alive as u8 && flow.scope != 0 && protocol == TCP
+}
+
+/// The key of the flow's pin, by a packet of either direction.
+#[inline(always)]
+fn pin_key<A: Address>(headers: &Headers<A>, flow: &Flow<A>) -> SessionKey<A> {
+    let client = if headers.key.is_from_client() { headers.key.saddr } else { flow.edit.daddr };
+    SessionKey::new(flow.scope, client, flow.prefix)
 }
 
 /// Under `alive`, the end of a connection restarts its pin's timeout.
 #[inline(always)]
-fn end_of_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &Flow<A>, now_ns: u64) {
-    if flow.timer != Timer::Alive as u8 || flow.scope == 0 {
-        return;
-    }
-    let from_client = headers.key.is_from_client();
-    let client = if from_client { headers.key.saddr } else { flow.edit.daddr };
-    let key = SessionKey::new(flow.scope, client, flow.prefix);
-    session::end_connection(tables, &key, (flow.backend, flow.generation), now_ns);
-}
-
-/// The state of a flow after a packet with FIN or RST.
-#[inline(always)]
-const fn after_end<A: Address>(state: u8, headers: &Headers<A>) -> u8 {
-    if headers.flags & RST != 0 {
-        return state | FLOW_CLOSED;
-    }
-    let sender = if headers.key.is_from_client() { FLOW_FIN_CLIENT } else { FLOW_FIN_SERVER };
-    let state = state | sender;
-    // In shadow mode the server's FIN is not seen.
-    let is_last = state & FLOW_FIN_CLIENT != 0 && state & (FLOW_FIN_SERVER | FLOW_SHADOW) != 0;
-    if is_last { state | FLOW_CLOSED } else { state }
+fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
+    let now_ns = tables.now_ns();
+    entry.with(|flow| {
+        session::end_connection(tables, &pin_key(headers, flow), (flow.backend, flow.generation), now_ns);
+    });
 }
 
 /// Stores the records of a new connection; that of the packets to come last, so that no reply finds its own missing. In
@@ -193,7 +263,7 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
         draft_backend(tables, draft, resolved.chosen.backend)?;
         draft_flow(draft, headers, frontend, resolved);
         if !is_shadow {
-            masquerade::claim_replies(tables, key, draft)?;
+            masquerade::claim_replies(tables, draft)?;
             let is_hairpin = key.saddr == draft.flow.edit.daddr;
             if is_hairpin || frontend.flags & MASQUERADE != 0 {
                 masquerade::masquerade(tables, key.protocol, draft)?;
@@ -201,9 +271,21 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
                 masquerade::forget(tables, key.protocol, draft);
             }
         }
-        tables.put_flow(&draft.key, &draft.flow).map_err(|NotStored| Reason::FlowNotStored)
+        tables.put_flow(&draft.key, &draft.flow).map_err(|NotStored| Reason::FlowNotStored)?;
+        count_open(tables, draft);
+        Ok(())
     });
     stored.unwrap_or(Err(Reason::Inconsistent))
+}
+
+/// Counts a connection that is open as it becomes known: its beginning was not seen.
+#[inline(never)]
+fn count_open<A: Address, T: FamilyTables<A>>(tables: &T, draft: &Draft<A>) {
+    let Draft { key, flow, .. } = draft;
+    if is_counted(key.protocol, flow) && state::is_live(flow.state) {
+        let pin = SessionKey::new(flow.scope, key.saddr, flow.prefix);
+        session::add_connection(tables, &pin, (flow.backend, flow.generation));
+    }
 }
 
 /// Drafts the pod's address, and whether it is on this node.
@@ -223,21 +305,23 @@ fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: 
     let now_ns = draft.flow.created_ns;
     let chosen = &resolved.chosen;
     draft.key = *key;
-    let state = if frontend.flags & SHADOW != 0 { FLOW_SHADOW } else { 0 };
+    let shadow = if frontend.flags & SHADOW != 0 { FLOW_SHADOW } else { 0 };
+    let is_exact =
+        frontend.timeout_ns < EXACT_BELOW_NS && packets_restart(Timer::from_byte(frontend.timer), key.protocol);
     draft.flow = Flow {
         created_ns: now_ns,
         last_used_ns: now_ns,
         timeout_ns: frontend.timeout_ns,
+        segment: headers.segment,
         edit: rewrite::edit(key, key.saddr, draft.flow.edit.daddr, key.sport, chosen.member.port),
         backend: chosen.backend,
         generation: chosen.member.generation,
         pool: frontend.pool,
         scope: resolved.scope,
         service: frontend.service,
-        // A connection that is not known may be at its end already.
-        state: if flags & (FIN | RST) != 0 { after_end(state, headers) } else { state },
+        state: state::first(key.protocol, *flags) | shadow,
         timer: frontend.timer,
         prefix: frontend.prefix,
-        flags: draft.flow.flags,
+        flags: draft.flow.flags | if is_exact { FLOW_EXACT } else { 0 },
     };
 }

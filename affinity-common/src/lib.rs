@@ -8,6 +8,7 @@
 pub mod abi;
 pub mod checksum;
 pub mod flow;
+pub mod foreign;
 pub mod fragment;
 pub mod icmp;
 pub mod masquerade;
@@ -25,6 +26,7 @@ pub mod rewrite;
 pub mod select;
 pub mod session;
 pub mod socket;
+pub mod state;
 pub mod tables;
 #[cfg(test)]
 mod testing;

@@ -1,8 +1,8 @@
 //! The source of a connection, where it cannot stay as it is.
 //!
 //! A reply is told from others by the pod's address and port, and by the client's. So two connections of one client's
-//! port that reach one pod by different frontends would be mixed up: the second one gets another source port
-//! ([`claim_replies`]). And replies that would not come back by this node at all - to a client outside that another
+//! port that reach one pod, by different frontends or straight ([`crate::foreign`]), would be mixed up: the second one gets
+//! another source port ([`claim_replies`], [`change_port`]). And replies that would not come back by this node at all - to a client outside that another
 //! node could answer directly, or to the pod itself - are made to: the source becomes the node's ([`masquerade`]).
 //!
 //! The node's address is put in last, where the packet leaves towards the pod ([`Direction::Outward`]), and taken out
@@ -10,10 +10,14 @@
 //! and its connection tracking expect, and nothing that would come from one of its own addresses.
 
 use crate::{
-    abi::{Address, Direction, Draft, FLOW_CLOSED, Flow, FlowKey, Node, Port, Reason, V4, filter_bit},
-    parse::{SCTP, UDP},
+    abi::{
+        Address, Direction, Draft, FLOW_FOREIGN, Flow, FlowKey, Foreign, NO_BACKEND, Node, Port, Reason, V4, filter_bit,
+    },
+    foreign,
+    parse::{Headers, SCTP, UDP},
     rewrite,
     select::next_draw,
+    state,
     tables::{Entry, FamilyTables, NotStored},
 };
 
@@ -57,46 +61,106 @@ impl Node {
 /// # Errors
 /// [`Reason::FlowNotStored`], [`Reason::PortsExhausted`].
 #[inline(never)]
-pub fn claim_replies<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    key: &FlowKey<A>,
-    draft: &mut Draft<A>,
-) -> Result<(), Reason> {
-    if claim_replies_to(tables, key, draft)? {
+pub fn claim_replies<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> Result<(), Reason> {
+    if claim_replies_to(tables, draft)? {
         return Ok(());
     }
-    let is_claimed = find_source_port(tables, key.protocol, draft) && claim_replies_to(tables, key, draft)?;
+    let is_claimed = find_source_port(tables, draft) && claim_replies_to(tables, draft)?;
     if is_claimed { Ok(()) } else { Err(Reason::PortsExhausted) }
 }
 
 /// The same for the source port of the draft; false where its replies are another connection's.
 #[inline(never)]
-fn claim_replies_to<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    key: &FlowKey<A>,
-    draft: &mut Draft<A>,
-) -> Result<bool, Reason> {
-    draft.back = key.opposite(&draft.flow.edit);
-    rewrite::set_edit(&mut draft.flow.edit, &draft.back, key);
+fn claim_replies_to<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> Result<bool, Reason> {
+    draft.back = draft.key.opposite(&draft.flow.edit);
+    rewrite::set_edit(&mut draft.flow.edit, &draft.back, &draft.key);
     let is_claimed = claim(tables, draft, true);
-    rewrite::set_edit(&mut draft.flow.edit, key, &draft.back);
+    rewrite::set_edit(&mut draft.flow.edit, &draft.key, &draft.back);
     is_claimed
 }
 
 /// Finds a source port with which replies are nobody else's.
 #[inline(never)]
-fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &mut Draft<A>) -> bool {
+fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
     let mut draw = tables.random();
     for _ in 0..TRIES_COLLIDING {
         // Not a port of a system service. The checksum of SCTP is not one that could be kept in step.
         draft.back.dport = Port::new(draw as u16 | 1024);
-        if protocol != SCTP && is_free(tables, draft) {
+        if draft.back.protocol != SCTP && is_free(tables, draft) {
             draft.flow.edit.sport = draft.back.dport;
             return true;
         }
         draw = next_draw(draw);
     }
     false
+}
+
+/// A packet that enters from a client straight to a pod that is a member: a connection to no frontend. Where the pod's
+/// replies would be taken for those of a flow, it gets another source port, and becomes a flow itself; true. Else it is
+/// noted, and passes as it is; so it does where no port is to be had.
+#[inline(never)]
+pub fn enter<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
+    let is_datagram = headers.key.protocol == UDP;
+    if !is_datagram && !headers.is_opening() {
+        foreign::note_end(tables, headers, headers.key.direction ^ 1, false);
+        return false;
+    }
+    let is_changed = tables.draft(|draft| {
+        (draft.key, draft.back) = (headers.key, headers.key.reply());
+        draft.flow.created_ns = tables.now_ns();
+        if tables.flow(&draft.back).is_none() || is_free(tables, draft) {
+            pass_straight(tables, draft, is_datagram);
+            false
+        } else {
+            change_port(tables, draft)
+        }
+    });
+    is_changed.unwrap_or(false)
+}
+
+/// The draft's connection keeps its source; a flow that had its replies, and is over, is forgotten. Of datagrams alone nothing
+/// is noted: where a flow comes to have their replies, the next one finds that out.
+#[inline(always)]
+fn pass_straight<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_datagram: bool) {
+    dissolve(tables, draft);
+    tables.remove_flow(&draft.back);
+    if !is_datagram {
+        tables.put_foreign(&draft.back, &Foreign { last_sent_ns: draft.flow.created_ns, state: 0, pad: 0 });
+    }
+}
+
+/// Gives the connection of the draft's key another source port.
+#[inline(always)]
+fn change_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
+    draft_foreign_flow(draft);
+    if claim_replies(tables, draft).is_err() || tables.put_flow(&draft.key, &draft.flow).is_err() {
+        return false;
+    }
+    tables.mark(Direction::Forward, filter_bit(draft.key.daddr, draft.key.dport, draft.key.protocol));
+    true
+}
+
+/// Drafts a flow of the draft's key that is not translated, yet; when it begins is there already.
+#[inline(never)]
+fn draft_foreign_flow<A: Address>(draft: &mut Draft<A>) {
+    let now_ns = draft.flow.created_ns;
+    let FlowKey { saddr, daddr, sport, dport, .. } = draft.key;
+    draft.flow = Flow {
+        created_ns: now_ns,
+        last_used_ns: now_ns,
+        timeout_ns: 0,
+        segment: 0,
+        edit: rewrite::edit(&draft.key, saddr, daddr, sport, dport),
+        backend: NO_BACKEND,
+        generation: 0,
+        pool: 0,
+        scope: 0,
+        service: 0,
+        state: 0,
+        timer: 0,
+        prefix: 0,
+        flags: FLOW_FOREIGN,
+    };
 }
 
 /// Gives a new flow, whose translation forward is final, a source of the node.
@@ -111,7 +175,7 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
 ) -> Result<(), Reason> {
     let Some(address) = tables.node().and_then(|node| node.address()) else { return Ok(()) };
     draft.second = draft.flow;
-    (draft.second.scope, draft.second.state) = (0, 0);
+    (draft.second.scope, draft.second.segment, draft.second.state) = (0, 0, 0);
     draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
     if renew(tables, draft) {
         return Ok(());
@@ -170,18 +234,21 @@ fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bo
             record.last_used_ns = draft.flow.last_used_ns;
             record.backend = draft.flow.backend;
             record.generation = draft.flow.generation;
-            record.state = 0;
+            (record.segment, record.state) = (0, 0);
         });
     }
     true
 }
 
-/// Whether nobody has the draft's key for replies, or its holder is over: it has closed, or, where no end can be seen, it
-/// has been silent for long, at the pod too.
+/// Whether nobody has the draft's key for replies, neither a flow nor a connection to no frontend, or its holder is over: it
+/// has closed, or, where no end can be seen, it has been silent for long, at the pod too.
 #[inline(never)]
 fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
+    if foreign::holds(tables, &draft.back, draft.flow.created_ns) {
+        return false;
+    }
     let Some(holder) = tables.flow(&draft.back) else { return true };
-    let is_closed = holder.with(|holder| holder.state & FLOW_CLOSED != 0);
+    let is_closed = holder.with(|holder| state::is_closed(holder.state));
     if is_closed || draft.back.protocol != UDP {
         return is_closed;
     }
@@ -225,6 +292,9 @@ fn dissolve<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) {
 /// one of the same translation; else its second translation.
 #[inline(always)]
 fn claim<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_first: bool) -> Result<bool, Reason> {
+    if foreign::holds(tables, &draft.back, draft.flow.created_ns) {
+        return Ok(false);
+    }
     let record = if is_first { &draft.flow } else { &draft.second };
     if tables.add_flow(&draft.back, record).is_ok() {
         return Ok(true);

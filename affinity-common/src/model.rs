@@ -14,9 +14,10 @@ use bytemuck::Zeroable;
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Draft, Event, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member,
+        Address, Backend, Direction, Draft, Event, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member,
         MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
     },
+    flow, foreign,
     packet::Packet,
     parse::Headers,
     pipeline::{self, Opened},
@@ -122,8 +123,20 @@ impl Pin for Shared<Session> {
         is_there
     }
 
-    fn add_connections(&self, connections: u32) {
-        self.update(|pin| pin.connections = pin.connections.wrapping_add(connections));
+    fn pointed_to(&self) -> (u32, u32) {
+        self.with(|pin| (pin.backend, pin.generation))
+    }
+
+    fn connections(&self) -> u32 {
+        self.with(|pin| pin.connections)
+    }
+
+    fn swap_connections(&self, from: u32, to: u32) -> bool {
+        let is_there = self.connections() == from;
+        if is_there {
+            self.update(|pin| pin.connections = to);
+        }
+        is_there
     }
 }
 
@@ -166,6 +179,12 @@ pub struct Model {
     pub flows_v4: RefCell<Lru<FlowKey<V4>, Flow<V4>>>,
     /// Flows, IPv6.
     pub flows_v6: RefCell<Lru<FlowKey<V6>, Flow<V6>>>,
+    /// Connections to no frontend, IPv4.
+    pub foreign_v4: RefCell<Lru<FlowKey<V4>, Foreign>>,
+    /// Connections to no frontend, IPv6.
+    pub foreign_v6: RefCell<Lru<FlowKey<V6>, Foreign>>,
+    /// Devices above others.
+    pub above: BTreeSet<u32>,
     /// Packets in pieces, IPv4.
     pub fragments_v4: RefCell<Lru<FragmentKey<V4>, FlowKey<V4>>>,
     /// Packets in pieces, IPv6.
@@ -205,6 +224,9 @@ impl Model {
             sessions_v6: RefCell::new(Lru::new(capacity)),
             flows_v4: RefCell::new(Lru::new(capacity)),
             flows_v6: RefCell::new(Lru::new(capacity)),
+            foreign_v4: RefCell::new(Lru::new(capacity)),
+            foreign_v6: RefCell::new(Lru::new(capacity)),
+            above: BTreeSet::new(),
             fragments_v4: RefCell::new(Lru::new(capacity)),
             fragments_v6: RefCell::new(Lru::new(capacity)),
             tried: RefCell::default(),
@@ -244,6 +266,10 @@ impl Tables for Model {
         Some(self.node)
     }
 
+    fn is_above_another(&self, ifindex: u32) -> bool {
+        self.above.contains(&ifindex)
+    }
+
     fn tried(&self, backend: u32) -> u64 {
         let mut tried = self.tried.borrow_mut();
         let count = tried.entry(backend).or_default();
@@ -264,7 +290,7 @@ impl Tables for Model {
     }
 
     fn load(&self, backend: u32) -> u64 {
-        self.loads.borrow().get(&backend).copied().unwrap_or(0)
+        self.loads.borrow().get(&backend).map_or(0, |load| load.cast_signed().max(0).cast_unsigned())
     }
 
     fn add_load(&self, backend: u32, sessions: i64) {
@@ -289,10 +315,18 @@ impl Tables for Model {
 }
 
 macro_rules! family {
-    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $fragments:ident) => {
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident) => {
         impl FamilyTables<$address> for Model {
             fn open(&self, headers: &Headers<$address>) -> Opened {
                 pipeline::open(self, headers)
+            }
+
+            fn advance(&self, headers: &Headers<$address>) {
+                flow::advance(self, headers);
+            }
+
+            fn note_leaving(&self, headers: &Headers<$address>) {
+                foreign::note_leaving(self, headers);
             }
 
             fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
@@ -334,6 +368,20 @@ macro_rules! family {
                 self.$flows.borrow_mut().remove(key);
             }
 
+            fn add_state(&self, flow: &Shared<Flow<$address>>, bits: u8) -> u8 {
+                let before = flow.with(|flow| flow.state);
+                flow.update(|flow| flow.state |= bits);
+                before
+            }
+
+            fn foreign(&self, replies: &FlowKey<$address>) -> Option<Shared<Foreign>> {
+                self.$foreign.borrow_mut().touch(replies).map(Shared)
+            }
+
+            fn put_foreign(&self, replies: &FlowKey<$address>, foreign: &Foreign) {
+                self.$foreign.borrow_mut().insert(*replies, *foreign);
+            }
+
             fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
                 Some(work(&mut Draft::zeroed()))
             }
@@ -349,8 +397,8 @@ macro_rules! family {
     };
 }
 
-family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, fragments_v4);
-family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, fragments_v6);
+family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, foreign_v4, fragments_v4);
+family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, foreign_v6, fragments_v6);
 
 impl SocketTables for Model {
     fn node_netns(&self) -> u64 {
@@ -390,5 +438,10 @@ impl Packet for Vec<u8> {
     fn resize(&mut self, len: usize, _l4: usize) -> bool {
         Self::resize(self, len, 0);
         true
+    }
+
+    /// Of none that anybody knows.
+    fn ifindex(&self) -> u32 {
+        0
     }
 }

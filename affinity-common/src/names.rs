@@ -28,6 +28,10 @@ pub const SESSIONS_V6: &str = "sessions_v6";
 pub const FLOWS_V4: &str = "flows_v4";
 /// `lru_hash`: [`crate::abi::FlowKey`] -> [`crate::abi::Flow`], IPv6.
 pub const FLOWS_V6: &str = "flows_v6";
+/// `lru_hash`: [`crate::abi::FlowKey`] of replies -> [`crate::abi::Foreign`], IPv4: connections to no frontend.
+pub const FOREIGN_V4: &str = "foreign_v4";
+/// `lru_hash`: [`crate::abi::FlowKey`] of replies -> [`crate::abi::Foreign`], IPv6: connections to no frontend.
+pub const FOREIGN_V6: &str = "foreign_v6";
 /// `lru_hash`: [`crate::abi::FragmentKey`] -> [`crate::abi::FlowKey`], IPv4.
 pub const FRAGMENTS_V4: &str = "fragments_v4";
 /// `lru_hash`: [`crate::abi::FragmentKey`] -> [`crate::abi::FlowKey`], IPv6.
@@ -55,7 +59,7 @@ pub const STATUS: &str = "status";
 pub const REMARKS: &str = "remarks";
 
 /// `hash`: ifindex -> what may be sent out of the device, `u32`: [`crate::abi::WIRE_XDP`], [`crate::abi::WIRE_TC`],
-/// [`crate::abi::WIRE_POD`]; from [`crate::abi::NOTE_SHIFT`] on, how it came to its hooks.
+/// [`crate::abi::WIRE_POD`]; [`crate::abi::WIRE_ABOVE`]; from [`crate::abi::NOTE_SHIFT`] on, how it came to its hooks.
 pub const WIRES: &str = "wires";
 /// `array`: [`crate::abi::DeviceMac::slot`] -> [`crate::abi::DeviceMac`], of devices with XDP.
 pub const DEVICE_MACS: &str = "device_macs";
@@ -65,7 +69,7 @@ pub const XDP_STAGES: &str = "xdp_stages";
 pub const TC_STAGES: &str = "tc_stages";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 30] = [
+pub const MAPS: [&str; 32] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -80,6 +84,8 @@ pub const MAPS: [&str; 30] = [
     SESSIONS_V6,
     FLOWS_V4,
     FLOWS_V6,
+    FOREIGN_V4,
+    FOREIGN_V6,
     FRAGMENTS_V4,
     FRAGMENTS_V6,
     DRAFTS_V4,
@@ -124,6 +130,8 @@ pub const SOCKET_PROGRAMS: [&str; 9] = [
 ];
 /// TC program run by the agent alone: writes the [`crate::abi::Event`] that is its packet to the ring buffer.
 pub const REPORT: &str = "report";
+/// TC program run by the agent alone: takes the [`crate::abi::Correction`] that is its packet.
+pub const CORRECT: &str = "correct";
 /// TC program run by the loader alone: writes three native `u64` into its packet: jiffies, the monotonic clock, and whether
 /// the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`.
 pub const CLOCK: &str = "clock";

@@ -17,7 +17,7 @@ use network_types::{
 
 use crate::{
     abi::{Address, Direction, Port, Reason, V4, V6, filter_bit},
-    checksum, flow,
+    checksum,
     icmp::ICMPV6,
     packet::Packet,
     parse::{self, Headers, Network, SCTP, TCP, UDP},
@@ -90,8 +90,7 @@ pub fn is_reply<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &P, t
 #[inline(always)]
 fn has_flow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
     let bit = filter_bit(headers.key.saddr, headers.key.sport, headers.key.protocol);
-    tables.filter(Direction::Reverse, bit)
-        && tables.flow(&headers.key).is_some_and(|flow| !flow::is_past(headers, &flow))
+    tables.filter(Direction::Reverse, bit) && tables.flow(&headers.key).is_some()
 }
 
 /// Sends on what [`pipeline::forward`] has translated, or a reply; `take` gives the hook's action for the next hop, where its

@@ -11,6 +11,7 @@ use network_types::{
 use crate::{
     abi::{Direction, FlowKey, Port, Reason, V4, V6},
     packet::Packet,
+    state::Segment,
 };
 
 /// IANA number of TCP.
@@ -48,26 +49,29 @@ const ETH_QINQ: [u8; 2] = [0x88, 0xa8];
 pub struct Headers<A> {
     /// Addresses, ports and protocol, and the direction they were parsed for.
     pub key: FlowKey<A>,
+    /// Sequence and acknowledgment number of TCP; else zero.
+    pub segment: Segment,
+    /// Offset of the TCP or UDP header, with [`FIRST_FRAGMENT`] and [`SEEN_BELOW`].
+    l4: u16,
     /// Offset of the IP header.
-    pub l3: u32,
-    /// Offset of the TCP or UDP header.
-    pub l4: u32,
+    l3: u8,
+    /// TCP flags; zero for UDP.
+    pub flags: u8,
     /// The IPv4 header's checksum; zero for IPv6.
     pub l3_checksum: [u8; 2],
     /// The TCP or UDP checksum.
     pub l4_checksum: [u8; 2],
-    /// TCP flags; zero for UDP.
-    pub flags: u8,
-    /// 1: it is the first fragment of a packet in pieces; else 0.
-    pub first_fragment: u8,
-    /// Zero.
-    pub pad: [u8; 2],
 }
+
+/// In [`Headers`]: it is the first fragment of a packet in pieces.
+const FIRST_FRAGMENT: u16 = 1 << 15;
+/// In [`Headers`]: the frame came by a device below this one first, whose programs have seen it.
+const SEEN_BELOW: u16 = 1 << 14;
 
 impl<A> Headers<A> {
     /// Of a packet of which nothing but this is known.
     pub const fn new(key: FlowKey<A>, flags: u8) -> Self {
-        Self { key, l3: 0, l4: 0, l3_checksum: [0; 2], l4_checksum: [0; 2], flags, first_fragment: 0, pad: [0; 2] }
+        Self { key, segment: 0, l4: 0, l3: 0, flags, l3_checksum: [0; 2], l4_checksum: [0; 2] }
     }
 
     /// Offset of the IP header.
@@ -79,13 +83,25 @@ impl<A> Headers<A> {
     /// Offset of the TCP or UDP header.
     #[inline(always)]
     pub const fn l4(&self) -> usize {
-        self.l4 as usize
+        (self.l4 & !(FIRST_FRAGMENT | SEEN_BELOW)) as usize
     }
 
     /// Whether it is the first fragment of a packet in pieces.
     #[inline(always)]
     pub const fn is_first_fragment(&self) -> bool {
-        self.first_fragment != 0
+        self.l4 & FIRST_FRAGMENT != 0
+    }
+
+    /// Notes that programs of a device below have seen the frame.
+    #[inline(always)]
+    pub const fn set_seen_below(&mut self) {
+        self.l4 |= SEEN_BELOW;
+    }
+
+    /// Whether programs of a device below have seen the frame.
+    #[inline(always)]
+    pub const fn is_seen_below(&self) -> bool {
+        self.l4 & SEEN_BELOW != 0
     }
 
     /// A packet that opens a connection.
@@ -150,14 +166,13 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let transport = ports.read(packet, total_len == 0)?;
     Ok(Headers {
         key: transport.key(V4([a, b, c, d]), V4([e, f, g, h]), protocol, direction),
-        l3: l3 as u32,
-        l4: (l3 + header_len) as u32,
+        segment: transport.segment,
+        // More fragments.
+        l4: (l3 + header_len) as u16 | if fragment_hi & 0x20 != 0 { FIRST_FRAGMENT } else { 0 },
+        l3: l3 as u8,
+        flags: transport.flags,
         l3_checksum: [sum_hi, sum_lo],
         l4_checksum: transport.checksum,
-        flags: transport.flags,
-        // More fragments.
-        first_fragment: u8::from(fragment_hi & 0x20 != 0),
-        pad: [0; 2],
     })
 }
 
@@ -182,13 +197,12 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let transport = ports.read(packet, payload_len == 0)?;
     Ok(Headers {
         key: transport.key(saddr, daddr, protocol, direction),
-        l3: l3 as u32,
-        l4: l4 as u32,
+        segment: transport.segment,
+        l4: l4 as u16 | if is_first_fragment { FIRST_FRAGMENT } else { 0 },
+        l3: l3 as u8,
+        flags: transport.flags,
         l3_checksum: [0; 2],
         l4_checksum: transport.checksum,
-        flags: transport.flags,
-        first_fragment: u8::from(is_first_fragment),
-        pad: [0; 2],
     })
 }
 
@@ -268,6 +282,7 @@ struct Ports {
     dport: Port,
     checksum: [u8; 2],
     flags: u8,
+    segment: Segment,
 }
 
 impl Transport {
@@ -284,20 +299,22 @@ impl Transport {
         }
         if self.protocol == UDP {
             let [a, b, c, d, _, _, e, f]: [u8; UdpHdr::LEN] = packet.read(self.l4).ok_or(Reason::Truncated)?;
-            return Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags: 0 });
+            return Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags: 0, segment: 0 });
         }
         if self.protocol == SCTP {
             let [a, b, c, d]: [u8; 4] = packet.read(self.l4).ok_or(Reason::Truncated)?;
             let [chunk]: [u8; 1] = packet.read(self.l4 + SCTP_LEN).ok_or(Reason::Truncated)?;
-            return Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [0; 2], flags: sctp_flags(chunk) });
+            let (sport, dport) = (Port([a, b]), Port([c, d]));
+            return Ok(Ports { sport, dport, checksum: [0; 2], flags: sctp_flags(chunk), segment: 0 });
         }
         let header: [u8; TcpHdr::LEN] = packet.read(self.l4).ok_or(Reason::Truncated)?;
-        let [a, b, c, d, ..] = header;
+        let [a, b, c, d, g, h, i, j, k, l, m, n, ..] = header;
+        let segment = Segment::from_ne_bytes([g, h, i, j, k, l, m, n]);
         let [.., offset, flags, _, _, e, f, _, _] = header;
         if offset >> 4 < 5 {
             return Err(Reason::Malformed);
         }
-        Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags })
+        Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags, segment })
     }
 }
 

@@ -9,11 +9,11 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, BESIDE, Direction, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey, PODS, RANGES, Reason, SHADOW,
-        SILENT, SPLIT, V4, V6, filter_bit,
+        Address, BESIDE, Direction, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey, NODE, PODS,
+        RANGES, Reason, SHADOW, SILENT, SPLIT, V4, V6, filter_bit,
     },
     flow::{self, Admission},
-    fragment, icmp,
+    foreign, fragment, icmp, masquerade,
     packet::Packet,
     parse::{self, Headers, Network, UDP},
     refuse,
@@ -102,7 +102,7 @@ fn enter<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, 
     if headers.key.daddr.is_loopback() {
         return pass(tables, Reason::NotFrontend);
     }
-    let outcome = to_frontend(tables, &mut headers);
+    let outcome = to_frontend(tables, &mut headers, packet.ifindex());
     carry_out(packet, tables, &headers, &outcome)
 }
 
@@ -140,9 +140,13 @@ fn others<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + Family
     verdict
 }
 
-/// Decides about a packet that enters: filter, flow, else a new connection, which then is a flow.
+/// Decides about a packet that enters by a device: filter, flow, else a new connection, which then is a flow.
 #[inline(always)]
-pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &mut Headers<A>) -> Outcome<T::Entry<Flow<A>>> {
+pub fn to_frontend<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    headers: &mut Headers<A>,
+    ifindex: u32,
+) -> Outcome<T::Entry<Flow<A>>> {
     let bit = filter_bit(headers.key.daddr, headers.key.dport, headers.key.protocol);
     let may_be_frontend = tables.filter(Direction::Forward, bit);
     if may_be_frontend && let Some(flow) = tables.flow(&headers.key) {
@@ -165,8 +169,12 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &mut Hea
         }
         headers.key.direction = Direction::Forward as u8;
     }
-    if !may_be_frontend {
+    let may_be_to_member = || foreign::is_telling(headers) && tables.filter(Direction::Reverse, bit);
+    if !may_be_frontend && !may_be_to_member() {
         return Outcome::new(Decision::Pass, Reason::NotFrontend);
+    }
+    if tables.is_above_another(ifindex) {
+        headers.set_seen_below();
     }
     match tables.open(headers) {
         Opened::As(reason) => match tables.flow(&headers.key) {
@@ -236,7 +244,10 @@ impl Opened {
 /// Opens a new connection: frontend, session or selection, and remembers it as a flow.
 #[inline(always)]
 pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
-    let Some(frontend) = frontend_for(tables, &headers.key) else { return Opened::NotOurs(Reason::NotFrontend) };
+    let Some(frontend) = frontend_for(tables, &headers.key) else { return to_no_frontend(tables, headers) };
+    if is_anothers(tables, headers) {
+        return Opened::NotOurs(Reason::NotOurs);
+    }
     if is_of_another_proxy(headers, frontend) {
         return Opened::NotOurs(Reason::OtherProxy);
     }
@@ -248,6 +259,36 @@ pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) ->
         Ok(()) => Opened::As(resolved.reason),
         Err(reason @ (Reason::NoEndpoints | Reason::PortsExhausted)) => Opened::Refused(reason),
         Err(reason) => Opened::Failed(reason),
+    }
+}
+
+/// A connection to no frontend: what is of one straight to a member has to be told from what we translate. What a device
+/// above another one hands on may be translated already.
+#[inline(always)]
+fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
+    let FlowKey { daddr, dport, protocol, .. } = headers.key;
+    let is_to_member = tables.filter(Direction::Reverse, filter_bit(daddr, dport, protocol));
+    if is_to_member && !headers.is_seen_below() && masquerade::enter(tables, headers) {
+        Opened::As(Reason::PortChanged)
+    } else {
+        Opened::NotOurs(Reason::NotFrontend)
+    }
+}
+
+/// Whether a packet to a frontend that is of no known flow belongs to a connection that does not go to the frontend. An address
+/// that the node has is shared with its own connections, and with those that it gives its address: of TCP, ours begin with
+/// SYN, and datagrams that leave from a frontend's address and port are noted. Connections to an address that only a
+/// service has may have begun before the programs were there.
+#[inline(never)]
+fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
+    if headers.key.protocol == UDP {
+        // A copy of the key, because a map's key may not be memory that a global function was given.
+        tables.draft(|draft| {
+            draft.key = headers.key;
+            foreign::holds(tables, &draft.key, tables.now_ns())
+        }) == Some(true)
+    } else {
+        !headers.is_opening() && tables.is_within(NODE, headers.key.daddr)
     }
 }
 
@@ -297,10 +338,6 @@ pub fn from_backend<A: Address, T: FamilyTables<A>>(
     if tables.filter(Direction::Reverse, filter_bit(saddr, sport, protocol))
         && let Some(flow) = tables.flow(&headers.key)
     {
-        if flow::is_past(headers, &flow) {
-            tables.remove_flow(&headers.key);
-            return Outcome::new(Decision::Pass, Reason::NotReply);
-        }
         flow::note_packet(tables, headers, &flow);
         return Outcome::new(Decision::Forward(flow), Reason::Reply);
     }
@@ -308,6 +345,10 @@ pub fn from_backend<A: Address, T: FamilyTables<A>>(
         && let Some(flow) = second_translation(tables, headers, Direction::Outward)
     {
         return Outcome::new(Decision::Forward(flow), Reason::Masqueraded);
+    }
+    headers.key.direction = Direction::Reverse as u8;
+    if foreign::is_telling(headers) {
+        tables.note_leaving(headers);
     }
     Outcome::new(Decision::Pass, Reason::NotReply)
 }
@@ -337,7 +378,12 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
         Decision::Drop => (Verdict::Drop, outcome.reason),
         Decision::Forward(flow) => {
             let (edit, flags) = flow.with(|flow| (flow.edit, flow.flags));
-            match (packet.rewrite(headers, &edit), flags & FLOW_REMOTE) {
+            let is_rewritten = packet.rewrite(headers, &edit);
+            if flags & FLOW_FOREIGN != 0 && !headers.key.is_entering() {
+                // It now looks like a reply of the connection that has its port.
+                packet.mark_final();
+            }
+            match (is_rewritten, flags & FLOW_REMOTE) {
                 (false, _) => (Verdict::Drop, Reason::NotRewritten),
                 (true, 0) => (Verdict::Forward, outcome.reason),
                 (true, _) => (Verdict::Onward, outcome.reason),

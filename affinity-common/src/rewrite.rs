@@ -182,7 +182,9 @@ mod tests {
             direction: Direction::Forward as u8,
             pad: [0; 2],
         };
-        Headers { l4_checksum: field.to_ne_bytes(), ..Headers::new(key, 0) }
+        let mut headers = Headers::new(key, 0);
+        headers.l4_checksum = field.to_ne_bytes();
+        headers
     }
 
     /// The field after the kernel's part and ours.

@@ -2,20 +2,23 @@
 //!
 //! Two processors may meet one client at once, and must send it to one backend. A new pin is stored only where there is
 //! none; who comes second follows it. A stale pin moves in three steps: it is pointed nowhere (to its backend under a
-//! generation that no backend in use has), then its times are written, then it is pointed to the new backend. The first
-//! and the last step are made only from where the mover believes the pin to point, so one mover succeeds, and the others
-//! follow it; only a move to the very backend that it had may be made, and counted, twice. Whoever observes a pin that
-//! points somewhere sees the times that belong to that.
+//! generation that no backend in use has), then its times are written and its connections forgotten, then it is pointed to
+//! the new backend. The first and the last step are made only from where the mover believes the pin to point, so one mover
+//! succeeds, and the others follow it; only a move to the very backend that it had may be made, and counted, twice. Whoever
+//! observes a pin that points somewhere sees the times that belong to that.
+//!
+//! Connections are counted apart from that, as they open and end ([`add_connection`], [`end_connection`]), and never for
+//! another backend than theirs.
 
 #[cfg(test)]
 mod tests;
 
 use crate::{
     abi::{
-        AFFINITY, Address, Event, EventKind, Frontend, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Session,
-        SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
+        AFFINITY, Address, Correction, Event, EventKind, Frontend, MEMBER_READY, MOVES, Member, MemberKey, Port,
+        Reason, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
     },
-    parse::{Headers, RST, TCP},
+    parse::Headers,
     select::{Chosen, next_draw, select},
     tables::{Entry, FamilyTables, NotStored, Pin, Tables},
 };
@@ -26,7 +29,7 @@ use crate::{
 pub fn is_fresh(session: &Session, timer: Timer, timeout_ns: u64, now_ns: u64) -> bool {
     let since_ns = match timer {
         Timer::Absolute => session.created_ns,
-        Timer::Alive if session.connections > 0 => return true,
+        Timer::Alive if session.live_connections() > 0 => return true,
         Timer::Connection | Timer::Packet | Timer::Alive => session.last_used_ns,
     };
     timeout_ns == TIMEOUT_UNLIMITED || now_ns.saturating_sub(since_ns) < timeout_ns
@@ -41,22 +44,13 @@ pub struct Opening<'a, A> {
     pub frontend: &'a Frontend,
     /// Monotonic time.
     pub now_ns: u64,
-    /// Connections that a pin under [`Timer::Alive`] counts from here on: one where its end will be seen, else none.
-    pub connections: u32,
 }
 
 impl<'a, A: Address> Opening<'a, A> {
-    /// By a packet: the client key is its source under the frontend's prefix. A datagram's end cannot be seen, and a reset
-    /// begins nothing.
+    /// By a packet: the client key is its source under the frontend's prefix.
     #[inline(always)]
     pub fn by_packet(headers: &Headers<A>, frontend: &'a Frontend, now_ns: u64) -> Self {
-        let Headers { key, flags, .. } = headers;
-        Self {
-            client: key.saddr.masked(frontend.prefix),
-            frontend,
-            now_ns,
-            connections: u32::from(key.protocol == TCP && flags & RST == 0),
-        }
+        Self { client: headers.key.saddr.masked(frontend.prefix), frontend, now_ns }
     }
 }
 
@@ -90,6 +84,37 @@ enum Found<P> {
     Elsewhere,
 }
 
+/// Who goes on without asking for a pin each time: datagrams, by a flow or a socket.
+#[derive(Clone, Copy)]
+pub struct Follower {
+    /// The backend and its generation.
+    pub to: (u32, u32),
+    /// The pin's timer, as it was then.
+    pub timer: Timer,
+    /// The pin's timeout, as it was then.
+    pub timeout_ns: u64,
+    /// When this began.
+    pub created_ns: u64,
+    /// When it was last used.
+    pub last_used_ns: u64,
+}
+
+/// Whether a pin still leads where its follower goes. Where it is not there the table was full, and the follower goes on for
+/// as long as its own times say; who unpins a client removes its followers.
+#[inline(always)]
+pub fn leads<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, follower: &Follower) -> bool {
+    let now_ns = tables.now_ns();
+    let &Follower { to, timer, timeout_ns, created_ns, last_used_ns } = follower;
+    if let Some(pin) = tables.session(key) {
+        return pin.pointed_to() == to && is_fresh(&pin.observe(), timer, timeout_ns, now_ns);
+    }
+    let since_ns = match timer {
+        Timer::Connection | Timer::Absolute => created_ns,
+        Timer::Packet | Timer::Alive => last_used_ns,
+    };
+    timeout_ns == TIMEOUT_UNLIMITED || now_ns.saturating_sub(since_ns) < timeout_ns
+}
+
 /// Restarts the timeout of a pin to `backend`, where a packet does; one that has expired stays so.
 #[inline(always)]
 pub fn renew<A: Address, T: FamilyTables<A>>(
@@ -106,20 +131,65 @@ pub fn renew<A: Address, T: FamilyTables<A>>(
     }
 }
 
+/// Counts a connection for the pin to its backend: under `alive` that then stays fresh until [`end_connection`].
+#[inline(always)]
+pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32)) {
+    if let Some(pin) = tables.session(key) {
+        change_connections(&pin, to, |live| if live < MOVES - 1 { live + 1 } else { live });
+    }
+}
+
 /// Under `alive`, the end of a connection restarts the timeout of the pin to its backend.
 #[inline(always)]
-pub fn end_connection<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    key: &SessionKey<A>,
-    (backend, generation): (u32, u32),
-    now_ns: u64,
-) {
-    if let Some(entry) = tables.session(key)
-        && entry.with(|session| session.backend == backend && session.generation == generation)
+pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32), now_ns: u64) {
+    if let Some(pin) = tables.session(key)
+        && pin.pointed_to() == to
     {
-        entry.update(|session| session.last_used_ns = now_ns);
-        if entry.with(|session| session.connections) > 0 {
-            entry.add_connections(u32::MAX);
+        pin.update(|session| session.last_used_ns = now_ns);
+        change_connections(&pin, to, |live| live.saturating_sub(1));
+    }
+}
+
+/// Sets the number of live connections right, for the agent, which has counted them; where it has changed since, or the pin has
+/// moved, nothing happens.
+#[inline(always)]
+pub fn correct_connections<A: Address, T: FamilyTables<A>>(tables: &T, correction: &Correction) {
+    let Correction { scope, backend, generation, connections, live, .. } = *correction;
+    let key = SessionKey::new(scope, A::from_mapped(correction.client), A::BITS);
+    if let Some(pin) = tables.session(&key)
+        && pin.connections() == connections
+        && pin.pointed_to() == (backend, generation)
+    {
+        pin.swap_connections(connections, connections - connections % MOVES + live % MOVES);
+    }
+}
+
+/// How often a change of a number that others change too is tried. Where it fails the sweep sets the number right.
+const TRIES: u32 = 8;
+
+/// Changes the number of live connections of a pin, as long as it points to their backend. The number is read first, and where
+/// the pin points after that: a move in between has changed the word ([`reset_connections`]), and so the exchange fails.
+#[inline(always)]
+fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u32) {
+    for _ in 0..TRIES {
+        let before = pin.connections();
+        if pin.pointed_to() != to {
+            return;
+        }
+        let live = before % MOVES;
+        if pin.swap_connections(before, before - live + change(live)) {
+            return;
+        }
+    }
+}
+
+/// A pin that points nowhere has no connections, and has moved once more.
+#[inline(always)]
+fn reset_connections(pin: &impl Pin, nowhere: (u32, u32)) {
+    for _ in 0..TRIES {
+        let before = pin.connections();
+        if pin.pointed_to() != nowhere || pin.swap_connections(before, (before - before % MOVES).wrapping_add(MOVES)) {
+            return;
         }
     }
 }
@@ -221,9 +291,6 @@ fn follow<A: Address>(opening: &Opening<'_, A>, pin: &impl Pin, scope: u32, chos
         session.last_used_ns = opening.now_ns;
         session.uses = session.uses.wrapping_add(1);
     });
-    if counted_connections(opening) > 0 {
-        pin.add_connections(1);
-    }
     Resolved { chosen, reason: Reason::Pinned, scope }
 }
 
@@ -245,7 +312,7 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
             // Another processor has just moved it, to where it was: there it stays.
             chosen = Chosen { backend: seen.backend, member };
         }
-    } else if pointed_to(pin) != nowhere {
+    } else if pin.pointed_to() != nowhere {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
     pin.update(|session| {
@@ -256,21 +323,15 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
         session.reason = reason as u8;
         session.draw = next_draw(seen.draw);
     });
+    reset_connections(pin, nowhere);
     if !pin.repin(nowhere, (chosen.backend, chosen.member.generation)) {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
-    pin.add_connections(counted_connections(opening).wrapping_sub(seen.connections));
     tables.add_load(seen.backend, -1);
     tables.add_load(chosen.backend, 1);
     let kind = if reason == Reason::Expired { EventKind::Expired } else { EventKind::Moved };
     report(tables, opening, key, from, &chosen, (kind, reason));
     Ok(Resolved { chosen, reason, scope: key.scope })
-}
-
-#[inline(always)]
-fn pointed_to(pin: &impl Pin) -> (u32, u32) {
-    let Session { backend, generation, .. } = pin.observe();
-    (backend, generation)
 }
 
 /// Another processor was first to move this pin: goes where it now points; to `chosen` where that is no use.
@@ -282,7 +343,7 @@ fn follow_another<A: Address, T: FamilyTables<A>>(
     pin: &T::Pin,
     chosen: Chosen,
 ) -> Resolved {
-    let (backend, generation) = pointed_to(pin);
+    let (backend, generation) = pin.pointed_to();
     match usable(tables, opening.frontend.pool, backend, generation) {
         Ok(member) => follow(opening, pin, key.scope, Chosen { backend, member }),
         Err(_) => unpinned(tables, chosen),
@@ -326,17 +387,11 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32)
         generation: chosen.member.generation,
         service: opening.frontend.service,
         draw,
-        connections: counted_connections(opening),
+        connections: 0,
         uses: 1,
         reason: Reason::Created as u8,
         pad: [0; 7],
     }
-}
-
-/// Connections are counted only where a pin lives as long as they do.
-#[inline(always)]
-fn counted_connections<A: Address>(opening: &Opening<'_, A>) -> u32 {
-    if opening.frontend.timer == Timer::Alive as u8 { opening.connections } else { 0 }
 }
 
 /// Reports what became of a pin; `from` is the backend and generation that it had.

@@ -23,7 +23,7 @@ use crate::{
         Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
     },
     flow::REFRESH_NS,
-    session::{self, Opening, Resolved},
+    session::{self, Follower, Opening, Resolved},
     tables::{Entry, FamilyTables, NotStored, SocketTables, Tables},
 };
 
@@ -170,10 +170,15 @@ pub fn release<T: SocketTables>(tables: &T, caller: &Caller) {
     let (timer, scope) = entry.with(|socket| (socket.timer, socket.scope));
     if timer == Timer::Alive as u8 && scope != 0 {
         let (backend, generation) = entry.with(|socket| (socket.backend, socket.generation));
-        let key = SessionKey::new(scope, entry.with(|socket| socket.client), V6::BITS);
-        session::end_connection(tables, &key, (backend, generation), tables.now_ns());
+        session::end_connection(tables, &entry.with(pin_key), (backend, generation), tables.now_ns());
     }
     tables.remove_socket(&key);
+}
+
+/// The key of the pin of a socket that has one.
+#[inline(always)]
+fn pin_key(socket: &Socket) -> SessionKey<V6> {
+    SessionKey::new(socket.scope, socket.client, V6::BITS)
 }
 
 #[inline(always)]
@@ -198,14 +203,28 @@ fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &P
     (entry.with(peer_of) == *peer).then(|| entry.with(frontend_of))
 }
 
-/// A datagram has no connection to lose: it goes where new ones would be allowed to go, and to the port that is served
-/// there now.
+/// A datagram has no connection to lose: it goes where new ones would be allowed to go, to the port that is served there now,
+/// and where its client's pin leads.
 #[inline(always)]
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let (pool, backend, generation) = entry.with(|socket| (socket.pool, socket.backend, socket.generation));
     let port = entry.with(|socket| socket.peer_port);
     let member = tables.member(&MemberKey { pool, backend });
     member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY && member.port == port)
+        && (entry.with(|socket| socket.scope) == 0 || follows_pin(tables, entry))
+}
+
+/// Whether the socket's pin still leads to its backend. Apart, for the sake of the stack.
+#[inline(never)]
+fn follows_pin<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
+    let follower = entry.with(|socket| Follower {
+        to: (socket.backend, socket.generation),
+        timer: Timer::from_byte(socket.timer),
+        timeout_ns: socket.timeout_ns,
+        created_ns: socket.created_ns,
+        last_used_ns: socket.last_used_ns,
+    });
+    session::leads(tables, &entry.with(pin_key), &follower)
 }
 
 #[inline(always)]
@@ -233,9 +252,8 @@ fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>,
     }
     let (timer, scope) = entry.with(|socket| (Timer::from_byte(socket.timer), socket.scope));
     if scope != 0 && matches!(timer, Timer::Packet | Timer::Alive) {
-        let key = SessionKey::new(scope, entry.with(|socket| socket.client), V6::BITS);
         let (backend, timeout_ns) = entry.with(|socket| (socket.backend, socket.timeout_ns));
-        session::renew(tables, &key, backend, (timer, timeout_ns), now_ns);
+        session::renew(tables, &entry.with(pin_key), backend, (timer, timeout_ns), now_ns);
     }
 }
 
@@ -255,8 +273,8 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
         return concluded(tables, Answer::Leave, Reason::Shadow);
     }
     let mut opened = Opened { resolved: Resolved::NOTHING, asked: *to, peer: *to };
-    let done = open(tables, caller, frontend, role, &mut opened)
-        .and_then(|()| remember(tables, caller, frontend, role, &opened));
+    let done =
+        open(tables, caller, frontend, &mut opened).and_then(|()| remember(tables, caller, frontend, role, &opened));
     match done {
         Ok(()) => concluded(tables, Answer::Redirect(opened.peer), opened.resolved.reason),
         Err(reason) => concluded(tables, Answer::Refuse, reason),
@@ -279,19 +297,8 @@ fn client_of(caller: &Caller, frontend: &Peer) -> V6 {
 
 /// Finds the backend. Apart, because what it needs of the stack is free again when the socket is remembered.
 #[inline(never)]
-fn open<T: SocketTables>(
-    tables: &T,
-    caller: &Caller,
-    frontend: &Frontend,
-    role: SocketRole,
-    opened: &mut Opened,
-) -> Result<(), Reason> {
-    let opening = Opening {
-        client: client_of(caller, &opened.asked),
-        frontend,
-        now_ns: tables.now_ns(),
-        connections: u32::from(role as u8 == SocketRole::Connected as u8),
-    };
+fn open<T: SocketTables>(tables: &T, caller: &Caller, frontend: &Frontend, opened: &mut Opened) -> Result<(), Reason> {
+    let opening = Opening { client: client_of(caller, &opened.asked), frontend, now_ns: tables.now_ns() };
     session::open(tables, &opening, &mut opened.resolved)?;
     let chosen = &opened.resolved.chosen;
     let backend = tables.backend(chosen.backend).ok_or(Reason::Inconsistent)?;
@@ -328,6 +335,10 @@ fn remember<T: SocketTables>(
         pad: [0; 7],
     };
     let stored = if role == SocketRole::Connected {
+        if socket.timer == Timer::Alive as u8 && socket.scope != 0 {
+            // Before the entry is there, and so before it can end.
+            session::add_connection(tables, &pin_key(&socket), (socket.backend, socket.generation));
+        }
         tables.put_socket(&caller.connection(), &socket)
     } else {
         let receiving = tables.put_socket(&caller.key(SocketRole::Receiving, peer), &socket);

@@ -3,7 +3,7 @@
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Draft, Event, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, Member,
+        Address, Backend, Direction, Draft, Event, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member,
         MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
     },
     parse::Headers,
@@ -28,8 +28,12 @@ pub trait Pin: Entry<Session> {
     /// Points the pin from one backend and its generation to another, in one step; false, and no change, where it does
     /// not point there.
     fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool;
-    /// Adds to its connections, in one step; wraps.
-    fn add_connections(&self, connections: u32);
+    /// The backend and its generation that the pin points to.
+    fn pointed_to(&self) -> (u32, u32);
+    /// [`Session::connections`]; where [`Pin::pointed_to`] comes after it, that is not older.
+    fn connections(&self) -> u32;
+    /// Replaces [`Session::connections`], in one step; false, and no change, where it is not `from`.
+    fn swap_connections(&self, from: u32, to: u32) -> bool;
 }
 
 /// The tables that both families share, the clock, and randomness.
@@ -49,6 +53,9 @@ pub trait Tables {
     fn mark(&self, direction: Direction, bit: u32);
     /// What masquerading uses.
     fn node(&self) -> Option<Node>;
+    /// Whether what comes in by a device has come in by one below it before, a port of a bridge for example, whose programs
+    /// have seen it.
+    fn is_above_another(&self, ifindex: u32) -> bool;
     /// How many source ports were tried for connections to a backend before; this is one more.
     fn tried(&self, backend: u32) -> u64;
     /// The backend index in a slot.
@@ -57,7 +64,7 @@ pub trait Tables {
     fn backend(&self, index: u32) -> Option<Backend>;
     /// A member's record.
     fn member(&self, key: &MemberKey) -> Option<Member>;
-    /// Live sessions of a backend, as far as known.
+    /// Live sessions of a backend, as far as known: zero where more were counted off than on.
     fn load(&self, backend: u32) -> u64;
     /// Adds to the live sessions of a backend.
     fn add_load(&self, backend: u32, sessions: i64);
@@ -78,6 +85,10 @@ pub trait Tables {
 pub trait FamilyTables<A: Address>: Tables {
     /// Opens a new connection: [`crate::pipeline::open`], as a function that the kernel verifies by itself.
     fn open(&self, headers: &Headers<A>) -> Opened;
+    /// Notes a change of a connection's state: [`crate::flow::advance`], as a function that the kernel verifies by itself.
+    fn advance(&self, headers: &Headers<A>);
+    /// Notes a packet of another connection: [`crate::foreign::note_leaving`], as such a function.
+    fn note_leaving(&self, headers: &Headers<A>);
     /// A frontend's record: replaced as a whole, never changed in place.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
     /// Whether an address lies within a range of `scope`.
@@ -103,6 +114,12 @@ pub trait FamilyTables<A: Address>: Tables {
     fn add_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
     /// Removes a flow, if it is there.
     fn remove_flow(&self, key: &FlowKey<A>);
+    /// Adds bits to [`Flow::state`], in one step, and returns what was there before.
+    fn add_state(&self, flow: &Self::Entry<Flow<A>>, bits: u8) -> u8;
+    /// A connection to no frontend, by the key of its replies.
+    fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>>;
+    /// Stores a connection to no frontend, in place of any under its key; where there is no room it stays unknown.
+    fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign);
     /// Works something out in the processor's own memory; `None` where there is none, which the kernel rules out.
     fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R>;
     /// The flow of a packet that came in pieces.

@@ -34,13 +34,6 @@ impl XdpFrame {
         Self { xdp, bytes: xdp.bytes() }
     }
 
-    /// The device that it came in by.
-    #[inline(always)]
-    #[must_use]
-    pub fn ifindex(&self) -> u32 {
-        self.xdp.ifindex()
-    }
-
     /// Makes room for a word to TC; false where the driver has none. A frame is looked at after that.
     #[inline(always)]
     #[must_use]
@@ -72,6 +65,11 @@ fn can_come_back<A: Address>(xdp: Xdp, way: &Way<A>, hop: &mut Hop) -> bool {
 }
 
 impl Packet for XdpFrame {
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.xdp.ifindex()
+    }
+
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.bytes.read(offset)
@@ -148,10 +146,10 @@ impl<'a> Skb<'a> {
         Self { skb, bytes, _ctx: core::marker::PhantomData }
     }
 
-    /// The device that it came in by.
+    /// Whether a program before this one has said that the frame is as it is to leave.
     #[inline(always)]
-    pub fn ifindex(&self) -> u32 {
-        self.skb.ifindex()
+    pub fn is_final(&self) -> bool {
+        self.skb.is_final()
     }
 
     /// What XDP tells of the frame.
@@ -227,6 +225,16 @@ impl<'a> Skb<'a> {
 }
 
 impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.skb.ifindex()
+    }
+
+    #[inline(always)]
+    fn mark_final(&mut self) {
+        self.skb.mark_final();
+    }
+
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.bytes.read(offset)

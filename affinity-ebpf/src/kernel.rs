@@ -9,7 +9,7 @@ use core::{
 };
 
 use affinity_common::{
-    abi::{Address, CONFIG_MAGIC, Config, Event, Port, Session, V4, V6},
+    abi::{Address, CONFIG_MAGIC, Config, Correction, Event, Flow, Port, Session, V4, V6},
     onward::{Link, NextHop, Way},
     packet::Packet,
     parse::{TCP, UDP},
@@ -125,6 +125,22 @@ impl<V: Copy> Entry<V> for MapValue<V> {
     }
 }
 
+impl<A: Address> MapValue<Flow<A>> {
+    /// Adds bits to the state, and returns what it was: as the first byte of a word, which is what can be changed at once.
+    #[inline(always)]
+    pub fn add_state(&self, bits: u8) -> u8 {
+        let at = const { offset_of!(Flow<A>, state) };
+        const { assert!(offset_of!(Flow<A>, state).is_multiple_of(4)) };
+        // SAFETY: see `MapValue::get`; the word is aligned to four bytes.
+        let before = unsafe {
+            let word: *mut u32 = self.0.byte_add(at).cast();
+            atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(word, u32::from_ne_bytes([bits, 0, 0, 0]))
+        };
+        let [state, ..] = before.to_ne_bytes();
+        state
+    }
+}
+
 impl MapValue<Session> {
     /// The backend and its generation as one word, which other processors change as one.
     #[inline(always)]
@@ -141,6 +157,13 @@ impl MapValue<Session> {
 fn pair((first, second): (u32, u32)) -> u64 {
     let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The inverse of [`pair`].
+#[inline(always)]
+fn unpaired(pair: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = pair.to_ne_bytes();
+    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
 }
 
 impl Pin for MapValue<Session> {
@@ -167,8 +190,7 @@ impl Pin for MapValue<Session> {
             rest = read();
         }
         let (draw, created_ns, last_used_ns, connections) = rest;
-        let [a, b, c, d, e, f, g, h] = pinned.to_ne_bytes();
-        let (backend, generation) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+        let (backend, generation) = unpaired(pinned);
         Session {
             created_ns,
             last_used_ns,
@@ -197,12 +219,25 @@ impl Pin for MapValue<Session> {
     }
 
     #[inline(always)]
-    fn add_connections(&self, connections: u32) {
-        // SAFETY: see `MapValue::get`.
-        unsafe {
-            let place = &raw mut (*self.0).connections;
-            atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(place, connections);
-        }
+    fn pointed_to(&self) -> (u32, u32) {
+        // SAFETY: see `pinned`.
+        unpaired(unsafe { ptr::read_volatile(self.pinned()) })
+    }
+
+    #[inline(always)]
+    fn connections(&self) -> u32 {
+        // SAFETY: see `MapValue::get`. Volatile, because the order counts.
+        unsafe { ptr::read_volatile(&raw const (*self.0).connections) }
+    }
+
+    #[inline(always)]
+    fn swap_connections(&self, from: u32, to: u32) -> bool {
+        // SAFETY: see `MapValue::get`; whoever changes this word does it like this.
+        let (_, is_done) = unsafe {
+            let word = &raw mut (*self.0).connections;
+            atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
+        };
+        is_done
     }
 }
 
@@ -588,6 +623,9 @@ fn put_address<A: Address>(place: &mut [u32; 4], address: A) {
     }
 }
 
+/// The mark of [`SkBuff::mark_final`]. A random number, so that it is nobody else's.
+const FINAL: u32 = 0xa4f1;
+
 /// The context of a TC program.
 #[derive(Clone, Copy)]
 pub struct SkBuff(*mut __sk_buff);
@@ -653,6 +691,21 @@ impl SkBuff {
     pub fn ifindex(self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0).ifindex }
+    }
+
+    /// Leaves a mark for other programs of this node that the frame meets: its traffic control index, which nothing else
+    /// uses but classifiers of the `tcindex` kind, gone since Linux 6.3, and `dsmark`, gone since 6.3 as well.
+    #[inline(always)]
+    pub fn mark_final(self) {
+        // SAFETY: as above; programs of traffic control may write this field.
+        unsafe { (*self.0).tc_index = FINAL };
+    }
+
+    /// Whether the mark is there.
+    #[inline(always)]
+    pub fn is_final(self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).tc_index == FINAL }
     }
 
     /// The word that XDP has left.
@@ -855,10 +908,21 @@ pub fn redirect(ifindex: u32) -> u32 {
     unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
 }
 
-/// The event that the agent wrote into a packet, behind the room of a link header.
+/// Where the agent writes into its packets: behind the room of a link header.
+const BEHIND_LINK_HEADER: usize = 14;
+
+/// The event that the agent wrote into a packet.
 #[inline(always)]
 pub fn event_of(packet: &impl Packet) -> Option<Event> {
-    let bytes: [u8; size_of::<Event>()] = packet.read(14)?;
+    let bytes: [u8; size_of::<Event>()] = packet.read(BEHIND_LINK_HEADER)?;
     // SAFETY: an event is plain data of this size, for which every bit pattern is valid.
+    Some(unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// The correction that the agent wrote into a packet.
+#[inline(always)]
+pub fn correction_of(packet: &impl Packet) -> Option<Correction> {
+    let bytes: [u8; size_of::<Correction>()] = packet.read(BEHIND_LINK_HEADER)?;
+    // SAFETY: as for events.
     Some(unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) })
 }

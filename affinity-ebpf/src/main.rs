@@ -11,12 +11,13 @@ mod tables;
 
 use affinity_common::{
     abi::{
-        DeviceMac, Reason, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, WIRE_POD,
-        WIRE_TC, WIRE_XDP,
+        DeviceMac, Reason, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, V4, V6,
+        WIRE_POD, WIRE_TC, WIRE_XDP,
     },
     onward::{self, NextHop},
     packet::Packet,
     pipeline::{self, Verdict},
+    session,
     tables::Tables,
 };
 use aya_ebpf::{
@@ -152,6 +153,9 @@ fn wire(ifindex: u32) -> u32 {
 #[classifier]
 pub fn tc_reverse(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
+    if skb.is_final() {
+        return TC_ACT_UNSPEC;
+    }
     let verdict = pipeline::reverse(&mut skb, &Maps);
     tc_action(&skb, verdict)
 }
@@ -176,6 +180,17 @@ pub fn report(ctx: TcContext) -> i32 {
         }
         None => TC_ACT_SHOT,
     }
+}
+
+/// Run by the agent alone: sets a pin's number of connections right, in one step, which user space itself cannot.
+#[classifier]
+pub fn correct(ctx: TcContext) -> i32 {
+    match kernel::correction_of(&Skb::new(&ctx)) {
+        Some(correction) if correction.is_v6 == 0 => session::correct_connections::<V4, Maps>(&Maps, &correction),
+        Some(correction) => session::correct_connections::<V6, Maps>(&Maps, &correction),
+        None => {}
+    }
+    0
 }
 
 /// Run by the loader alone: writes into its packet jiffies, the monotonic clock, and whether the kernel knows

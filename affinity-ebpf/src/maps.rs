@@ -1,8 +1,9 @@
 //! Every map. The loader sets the sizes; those here are the smallest that make sense.
 
 use affinity_common::abi::{
-    Backend, DeviceMac, Draft, Event, FILTER_WORDS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, MAC_SLOTS,
-    Member, MemberKey, Name, NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+    Backend, DeviceMac, Draft, Event, FILTER_WORDS, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey,
+    MAC_SLOTS, Member, MemberKey, Name, NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey,
+    V4, V6,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -44,6 +45,11 @@ pub static SESSIONS_V6: LruHashMap<SessionKey<V6>, Session> = LruHashMap::with_m
 pub static FLOWS_V4: LruHashMap<FlowKey<V4>, Flow<V4>> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "flows_v6")]
 pub static FLOWS_V6: LruHashMap<FlowKey<V6>, Flow<V6>> = LruHashMap::with_max_entries(1024, 0);
+
+#[map(name = "foreign_v4")]
+pub static FOREIGN_V4: LruHashMap<FlowKey<V4>, Foreign> = LruHashMap::with_max_entries(1024, 0);
+#[map(name = "foreign_v6")]
+pub static FOREIGN_V6: LruHashMap<FlowKey<V6>, Foreign> = LruHashMap::with_max_entries(1024, 0);
 
 #[map(name = "fragments_v4")]
 pub static FRAGMENTS_V4: LruHashMap<FragmentKey<V4>, FlowKey<V4>> = LruHashMap::with_max_entries(4096, 0);

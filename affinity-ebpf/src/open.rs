@@ -1,8 +1,9 @@
-//! Opening a connection, as functions that the verifier takes by themselves: once, and not for every way that leads to
-//! them. What they are given is checked for them.
+//! What is done to connections, as functions that the verifier takes by themselves: once, and not for every way that leads
+//! to them. What they are given is checked for them.
 
 use affinity_common::{
     abi::{Reason, V4, V6},
+    flow, foreign,
     parse::Headers,
     pipeline::{self, Opened},
 };
@@ -18,6 +19,34 @@ verified_alone! {
 verified_alone! {
     /// [`pipeline::open`] for IPv6: the bits of an [`Opened`].
     fn open_v6(headers: Headers<V6>) -> u64 { open(headers, |headers| pipeline::open(&Maps, headers)) }
+}
+
+verified_alone! {
+    /// [`flow::advance`] for IPv4.
+    fn advance_v4(headers: Headers<V4>) -> u64 { note(headers, |headers| flow::advance(&Maps, headers)) }
+}
+
+verified_alone! {
+    /// [`flow::advance`] for IPv6.
+    fn advance_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| flow::advance(&Maps, headers)) }
+}
+
+verified_alone! {
+    /// [`foreign::note_leaving`] for IPv4.
+    fn note_leaving_v4(headers: Headers<V4>) -> u64 { note(headers, |headers| foreign::note_leaving(&Maps, headers)) }
+}
+
+verified_alone! {
+    /// [`foreign::note_leaving`] for IPv6.
+    fn note_leaving_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| foreign::note_leaving(&Maps, headers)) }
+}
+
+#[inline(always)]
+fn note<H>(headers: Option<&H>, note: impl FnOnce(&H)) -> u64 {
+    headers.map_or(0, |headers| {
+        note(headers);
+        0
+    })
 }
 
 #[inline(always)]

@@ -4,9 +4,9 @@ use core::mem::offset_of;
 
 use affinity_common::{
     abi::{
-        Address, Backend, Config, Direction, Draft, Event, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend,
+        Address, Backend, Config, Direction, Draft, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey, Frontend,
         FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4,
-        V6, usage_index,
+        V6, WIRE_ABOVE, usage_index,
     },
     parse::Headers,
     pipeline::Opened,
@@ -17,9 +17,9 @@ use aya_log_ebpf::{debug, trace};
 
 use crate::{
     maps::{
-        BACKENDS, COUNTERS, DRAFTS_V4, DRAFTS_V6, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FRAGMENTS_V4, FRAGMENTS_V6,
-        FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4, RANGES_V6, Ranged, SESSIONS_V4, SESSIONS_V6,
-        SLOTS, SOCKETS, TRIED, USAGE,
+        BACKENDS, COUNTERS, DRAFTS_V4, DRAFTS_V6, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FOREIGN_V4, FOREIGN_V6,
+        FRAGMENTS_V4, FRAGMENTS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4, RANGES_V6, Ranged,
+        SESSIONS_V4, SESSIONS_V6, SLOTS, SOCKETS, TRIED, USAGE, WIRES,
     },
     open,
 };
@@ -81,6 +81,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn is_above_another(&self, ifindex: u32) -> bool {
+        kernel::copied(WIRES.get_ptr(ifindex)).is_some_and(|wire| wire & WIRE_ABOVE != 0)
+    }
+
+    #[inline(always)]
     fn tried(&self, backend: u32) -> u64 {
         TRIED.get_ptr_mut(backend).map_or(0, |tried| MapValue::new(tried).count_up())
     }
@@ -102,7 +107,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn load(&self, backend: u32) -> u64 {
-        kernel::copied(LOADS.get_ptr(backend)).unwrap_or(0)
+        kernel::copied(LOADS.get_ptr(backend)).map_or(0, |load| load.cast_signed().max(0).cast_unsigned())
     }
 
     #[inline(always)]
@@ -162,11 +167,22 @@ fn filter_word(direction: Direction, bit: u32) -> u32 {
 }
 
 macro_rules! family {
-    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $fragments:ident, $drafts:ident, $open:ident) => {
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $drafts:ident,
+     $open:ident, $advance:ident, $note_leaving:ident) => {
         impl FamilyTables<$address> for Maps {
             #[inline(always)]
             fn open(&self, headers: &Headers<$address>) -> Opened {
                 Opened::from_bits(open::$open(headers))
+            }
+
+            #[inline(always)]
+            fn advance(&self, headers: &Headers<$address>) {
+                open::$advance(headers);
+            }
+
+            #[inline(always)]
+            fn note_leaving(&self, headers: &Headers<$address>) {
+                open::$note_leaving(headers);
             }
 
             #[inline(always)]
@@ -212,6 +228,22 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn add_state(&self, flow: &MapValue<Flow<$address>>, bits: u8) -> u8 {
+                flow.add_state(bits)
+            }
+
+            #[inline(always)]
+            fn foreign(&self, replies: &FlowKey<$address>) -> Option<MapValue<Foreign>> {
+                $foreign.get_ptr_mut(replies).map(MapValue::new)
+            }
+
+            #[inline(always)]
+            fn put_foreign(&self, replies: &FlowKey<$address>, foreign: &Foreign) {
+                // Where there is no room it stays unknown.
+                let _ = $foreign.insert(replies, foreign, 0);
+            }
+
+            #[inline(always)]
             fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
                 kernel::exclusively($drafts.get_ptr_mut(0), work)
             }
@@ -230,8 +262,32 @@ macro_rules! family {
     };
 }
 
-family!(V4, FRONTENDS_V4, RANGES_V4, SESSIONS_V4, FLOWS_V4, FRAGMENTS_V4, DRAFTS_V4, open_v4);
-family!(V6, FRONTENDS_V6, RANGES_V6, SESSIONS_V6, FLOWS_V6, FRAGMENTS_V6, DRAFTS_V6, open_v6);
+family!(
+    V4,
+    FRONTENDS_V4,
+    RANGES_V4,
+    SESSIONS_V4,
+    FLOWS_V4,
+    FOREIGN_V4,
+    FRAGMENTS_V4,
+    DRAFTS_V4,
+    open_v4,
+    advance_v4,
+    note_leaving_v4
+);
+family!(
+    V6,
+    FRONTENDS_V6,
+    RANGES_V6,
+    SESSIONS_V6,
+    FLOWS_V6,
+    FOREIGN_V6,
+    FRAGMENTS_V6,
+    DRAFTS_V6,
+    open_v6,
+    advance_v6,
+    note_leaving_v6
+);
 
 impl SocketTables for Maps {
     #[inline(always)]

@@ -318,6 +318,8 @@ pub struct Desired {
     pub ranges: BTreeMap<ObjectName, BTreeSet<Network>>,
     /// The networks of pods.
     pub pod_networks: BTreeSet<Network>,
+    /// The addresses of this node, which its own connections have, too.
+    pub node_addresses: BTreeSet<IpAddr>,
     /// What masquerading uses; none: as it is.
     pub masquerade: Option<Masquerade>,
     /// Where load balancers ask for services: on these addresses, or on all of the node's.

@@ -53,7 +53,7 @@ use crate::{
 };
 
 /// The programs that stay loaded, beside those for sockets; [`names::CLOCK`] is needed only to load them.
-const PINNED: [&str; 7] = [
+const PINNED: [&str; 8] = [
     names::XDP_FORWARD,
     names::XDP_ONWARD,
     names::TC_FORWARD,
@@ -61,6 +61,7 @@ const PINNED: [&str; 7] = [
     names::TC_ONWARD,
     names::TC_REPLY,
     names::REPORT,
+    names::CORRECT,
 ];
 
 /// What programs go on with, and where they find it.

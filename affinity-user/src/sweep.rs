@@ -29,17 +29,18 @@ use std::{
 
 use affinity_common::{
     abi::{
-        CLIENTS_ARE_NODES, Direction, Event, EventKind, FLOW_CLOSED, Flow, FlowKey, FrontendKey, NameKey, NameKind,
-        Reason, Session, SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
+        Address, CLIENTS_ARE_NODES, Correction, Direction, Event, EventKind, FLOW_FOREIGN, Flow, FlowKey, FrontendKey,
+        NameKey, NameKind, Reason, Session, SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
     },
     parse::TCP,
+    state,
 };
 use bytemuck::Zeroable;
 use tracing::{debug, error, warn};
 
 pub use self::fate::{
-    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, ORPHANED_SESSION, Policy, flow_is_over,
-    is_expired,
+    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, HALF_OPEN_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, ORPHANED_SESSION, Policy,
+    UNANSWERED_UDP_FLOW, flow_is_over, is_expired,
 };
 pub use self::filter::{FilterPlan, FilterPlans};
 use self::{
@@ -298,8 +299,10 @@ impl Sweeper {
     fn end(&mut self, now_ns: u64) -> Result<(), StoreError> {
         for backend in 0..self.store.loads.len() {
             let live = self.pass.loads.get(&backend).copied().unwrap_or(0);
-            if self.store.loads.load_u64(backend) != live {
-                self.store.loads.store_u64(backend, live);
+            // A difference, so that what the programs count at the same time is not lost.
+            let counted = self.store.loads.load_u64(backend);
+            if counted != live {
+                self.store.loads.add_u64(backend, live.wrapping_sub(counted).cast_signed());
             }
         }
         self.report_evictions(now_ns)?;
@@ -457,7 +460,7 @@ impl Sweeper {
 
     /// Whether neither direction of a flow is of use any more. Each direction's packets renew only their own record.
     fn is_over<A: Family>(&self, key: &FlowKey<A>, flow: &Flow<A>, now_ns: u64) -> Result<bool, StoreError> {
-        let lives = self.pass.lives(flow.backend, flow.generation);
+        let lives = flow.flags & FLOW_FOREIGN != 0 || self.pass.lives(flow.backend, flow.generation);
         let over =
             |flow: &Flow<A>| flow_is_over(key.protocol, flow.state, now_ns.saturating_sub(flow.last_used_ns), lives);
         if !over(flow) {
@@ -490,8 +493,8 @@ impl Sweeper {
             return;
         }
         self.filter.need_frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
-        let is_open = key.protocol == TCP && flow.state & FLOW_CLOSED == 0;
-        if is_open && flow.scope != 0 && flow.timer == Timer::Alive as u8 {
+        let is_live = key.protocol == TCP && state::is_live(flow.state);
+        if is_live && flow.scope != 0 && flow.timer == Timer::Alive as u8 {
             let client = key.saddr.masked(flow.prefix).to_mapped();
             let session = (client, flow.scope, flow.backend, flow.generation);
             *self.pass.connections.entry(session).or_default() += 1;
@@ -547,16 +550,19 @@ impl Sweeper {
         let client = key.client.to_mapped();
         let of_session = (client, key.scope, session.backend, session.generation);
         let connections = self.pass.connections.get(&of_session).copied().unwrap_or(0);
-        if connections == session.connections {
+        if connections == session.live_connections() {
             return Ok(session);
         }
-        let sessions = &self.store.family::<A>().sessions;
-        if sessions.get(key)? != Some(session) {
-            return Ok(session);
-        }
-        let corrected = Session { connections, ..session };
-        sessions.put(key, &corrected)?;
-        Ok(corrected)
+        self.store.correct::<A>(&Correction {
+            client,
+            scope: key.scope,
+            is_v6: u32::from(A::BITS == V6::BITS),
+            backend: session.backend,
+            generation: session.generation,
+            connections: session.connections,
+            live: connections,
+        })?;
+        Ok(self.store.family::<A>().sessions.get(key)?.unwrap_or(session))
     }
 
     /// What was last used before this has not been touched since the pass began: the programs' clock runs late.

@@ -227,8 +227,10 @@ impl Kernel {
     }
 
     fn put_filter(&mut self, model: &Model) {
-        // The latter half is the programs' own.
-        let programs = (FILTER_WORDS / 2..FILTER_WORDS).filter(|word| self.store.filter.load_u64(*word) != 0);
+        // All but those of members, which the programs set too.
+        const PART: u32 = FILTER_WORDS / 4;
+        let parts = (0..PART).chain(2 * PART..FILTER_WORDS);
+        let programs = parts.filter(|word| self.store.filter.load_u64(*word) != 0);
         for word in std::mem::take(&mut self.filter_words).into_iter().chain(programs) {
             self.store.filter.store_u64(word, 0);
         }
@@ -280,6 +282,7 @@ fn put_family<A: ModelFamily + StoreFamily>(store: &KernelStore, model: &Model) 
     put_hash(&tables.ranges, A::ranges(model).iter().map(|key| (*key, 1)))?;
     put_hash(&tables.sessions, A::sessions(model).borrow().iter())?;
     put_hash(&tables.flows, A::flows(model).borrow().iter())?;
+    put_hash(&tables.foreign, A::foreign(model).borrow().iter())?;
     put_hash(&tables.fragments, A::fragments(model).borrow().iter())
 }
 

@@ -214,6 +214,11 @@ impl Lab {
         &self.node
     }
 
+    /// Clients that are processes of node A; they ask from [`Family::node_addresses`].
+    pub fn node_client(&self) -> Client {
+        Client::new(self.node.door())
+    }
+
     /// Node B's namespace.
     ///
     /// # Panics

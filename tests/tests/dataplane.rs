@@ -18,9 +18,9 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Backend, Direction, Edit, Event, EventKind, FILTER_BITS, FLOW_CLOSED, Flow, FlowKey, Frontend, FrontendKey,
-        MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port, Reason, Session, SessionKey, Timer, UsageKey,
-        UsageOf, V4, V6, filter_bit,
+        Backend, Direction, Edit, Event, EventKind, FILTER_BITS, FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, Flow, FlowKey,
+        Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port, Reason, Session, SessionKey,
+        Timer, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     names,
 };
@@ -214,7 +214,7 @@ const VERIFIED_INSTRUCTIONS: u32 = 500_000;
 
 #[test]
 fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
-    const OTHERS: [&str; 7] = [
+    const OTHERS: [&str; 8] = [
         names::XDP_FORWARD,
         names::XDP_ONWARD,
         names::TC_FORWARD,
@@ -222,6 +222,7 @@ fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
         names::TC_ONWARD,
         names::TC_REPLY,
         names::REPORT,
+        names::CORRECT,
     ];
     let mut counts = Vec::new();
     for redirect in [false, true] {
@@ -366,6 +367,8 @@ fn another_size_carries_the_entries_over() -> Result<()> {
         names::BACKENDS,
         names::FLOWS_V4,
         names::FLOWS_V6,
+        names::FOREIGN_V4,
+        names::FOREIGN_V6,
         names::LOADS,
         names::NAMES,
         names::SESSIONS_V4,
@@ -675,6 +678,9 @@ fn the_sweep_removes_what_has_expired_and_says_so() -> Result<()> {
     Ok(())
 }
 
+/// The state of a connection that goes on.
+const OPEN: u8 = FLOW_ANSWERED | FLOW_OPEN;
+
 /// Both records of a flow of the pod.
 fn flow_of(client: u8, state: u8, used_ago_s: [u64; 2]) -> [(FlowKey<V4>, Flow<V4>); 2] {
     let client = V4([198, 18, 0, client]);
@@ -702,16 +708,17 @@ fn flow_of(client: u8, state: u8, used_ago_s: [u64; 2]) -> [(FlowKey<V4>, Flow<V
 fn a_flow_goes_when_both_of_its_directions_are_idle() -> Result<()> {
     let (_pins, store, mut sweeper) = swept(SIZES, frontend())?;
     let cases = [
-        (flow_of(1, FLOW_CLOSED, [20, 20]), false),
-        (flow_of(2, FLOW_CLOSED, [20, 5]), true),
-        (flow_of(3, FLOW_CLOSED, [5, 20]), true),
-        (flow_of(4, 0, [60, 60]), true),
-        (flow_of(5, 0, [61, 61]).map(|(key, flow)| (key, Flow { generation: 99, ..flow })), false),
+        (flow_of(1, OPEN | FLOW_RESET, [121, 121]), false),
+        (flow_of(2, OPEN | FLOW_RESET, [121, 5]), true),
+        (flow_of(3, OPEN | FLOW_RESET, [5, 121]), true),
+        (flow_of(4, OPEN, [600, 600]), true),
+        (flow_of(6, FLOW_ANSWERED, [61, 61]), false),
+        (flow_of(5, OPEN, [61, 61]).map(|(key, flow)| (key, Flow { generation: 99, ..flow })), false),
     ];
     for (key, flow) in cases.iter().flat_map(|(records, _)| records) {
         store.v4.flows.put(key, flow)?;
     }
-    assert_eq!(sweep(&mut sweeper).flows, 4);
+    assert_eq!(sweep(&mut sweeper).flows, 6);
     for (records, stays) in &cases {
         for (key, _) in records {
             assert_eq!(store.v4.flows.get(key)?.is_some(), *stays, "{key:?}");
@@ -729,7 +736,7 @@ fn connections_that_ended_unseen_hold_no_pin() -> Result<()> {
         pin.1.connections = 2;
         store.v4.sessions.put(&pin.0, &pin.1)?;
     }
-    for (key, flow) in flow_of(1, 0, [1, 1]) {
+    for (key, flow) in flow_of(1, OPEN, [1, 1]).into_iter().chain(flow_of(2, FLOW_ANSWERED, [1, 1])) {
         store.v4.flows.put(&key, &flow)?;
     }
     assert_eq!(sweep(&mut sweeper).expired, 1);
@@ -948,7 +955,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
             let resized = (0..6).try_for_each(|round| {
                 let (sessions, flows) = if round % 2 == 0 { (10_000, 300_000) } else { (4096, 200_000) };
                 let loaded = pins.load(Sizes { sessions, flows, ..SIZES })?;
-                ensure!(loaded.resized.len() == 5 && loaded.upgraded == 2, "{loaded:?}");
+                ensure!(loaded.resized.len() == 7 && loaded.upgraded == 2, "{loaded:?}");
                 Ok(())
             });
             stop.store(true, Ordering::Relaxed);

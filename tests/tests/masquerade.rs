@@ -184,7 +184,7 @@ fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
     }
     ensure!(lab.count("sent-on")? == 0, "half of a connection would be seen by the stack");
     let wires = lab.affinity(&["dump", "wires"])?;
-    ensure!(wires == "wires br0 -> -\nwires pod0 -> -\nwires pod1 -> -\nwires wire0 -> tc\n", "{wires}");
+    ensure!(wires == "wires br0 -> above\nwires pod0 -> -\nwires pod1 -> -\nwires wire0 -> tc\n", "{wires}");
     Ok(())
 }
 

@@ -61,6 +61,24 @@ impl<A: Address> FlowKey<A> {
         self.direction == Direction::Forward as u8 || self.direction == Direction::Return as u8
     }
 
+    /// The key of a reply to the packet as it is.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reply(&self) -> Self
+    where
+        A: Copy,
+    {
+        Self {
+            saddr: self.daddr,
+            daddr: self.saddr,
+            sport: self.dport,
+            dport: self.sport,
+            protocol: self.protocol,
+            direction: self.direction ^ 1,
+            pad: [0; 2],
+        }
+    }
+
     /// The key of the other direction, given what this direction is translated to.
     #[inline(always)]
     #[must_use]
@@ -105,6 +123,9 @@ pub struct Flow<A> {
     pub last_used_ns: u64,
     /// The pin's timeout when the flow began, nanoseconds.
     pub timeout_ns: u64,
+    /// Sequence and acknowledgment number of the last TCP segment of this direction: a [`crate::state::Segment`]; zero: none
+    /// was seen.
+    pub segment: u64,
     /// The translation.
     pub edit: Edit<A>,
     /// Index in `backends`.
@@ -117,13 +138,14 @@ pub struct Flow<A> {
     pub scope: u32,
     /// The service.
     pub service: u32,
-    /// [`FLOW_FIN_CLIENT`], [`FLOW_FIN_SERVER`], [`FLOW_CLOSED`], the same in both directions; [`FLOW_SHADOW`].
+    /// What was seen of the connection, the same in both directions: see [`crate::state`]. Bits are only added, with the
+    /// three fields behind as one word.
     pub state: u8,
     /// The pin's [`super::Timer`].
     pub timer: u8,
     /// The pin's prefix length.
     pub prefix: u8,
-    /// [`FLOW_REMOTE`].
+    /// [`FLOW_REMOTE`], [`FLOW_FOREIGN`], [`FLOW_EXACT`].
     pub flags: u8,
 }
 
@@ -171,10 +193,35 @@ pub struct Draft<A> {
 pub const FLOW_FIN_CLIENT: u8 = 1;
 /// [`Flow::state`]: the server has sent FIN.
 pub const FLOW_FIN_SERVER: u8 = 2;
-/// [`Flow::state`]: both have sent FIN, or one has sent RST.
-pub const FLOW_CLOSED: u8 = 4;
+/// [`Flow::state`]: one has sent RST.
+pub const FLOW_RESET: u8 = 4;
 /// [`Flow::state`]: decided in shadow mode: its packets pass, and it has no record for the other direction.
 pub const FLOW_SHADOW: u8 = 8;
+/// [`Flow::state`]: the server has sent something.
+pub const FLOW_ANSWERED: u8 = 16;
+/// [`Flow::state`]: the handshake is complete; of datagrams: there is an answer.
+pub const FLOW_OPEN: u8 = 32;
 
 /// [`Flow::flags`]: the backend is on another node.
 pub const FLOW_REMOTE: u8 = 1;
+/// [`Flow::flags`]: a connection to no frontend, which has another source port because a flow has its own: see
+/// [`crate::foreign`].
+pub const FLOW_FOREIGN: u8 = 2;
+/// [`Flow::flags`]: each packet of the client restarts the pin's timeout, because that is short.
+pub const FLOW_EXACT: u8 = 4;
+
+/// [`Flow::backend`] of a [`FLOW_FOREIGN`] flow.
+pub const NO_BACKEND: u32 = u32::MAX;
+
+/// Value of `foreign_v4` and `foreign_v6`: a connection to no frontend, by the [`FlowKey`] that its replies have. See
+/// [`crate::foreign`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bytemuck::Pod, Zeroable)]
+#[repr(C)]
+pub struct Foreign {
+    /// When the side that began it last sent a packet that tells of its beginning or its end, monotonic nanoseconds.
+    pub last_sent_ns: u64,
+    /// What was seen of its end, as [`Flow::state`] says it. A word, because two processors add to it.
+    pub state: u32,
+    /// Zero.
+    pub pad: u32,
+}

@@ -99,7 +99,7 @@ pub const SILENT: u8 = 128;
 pub struct RangeKey<A: Address> {
     /// Bits of what follows that count: 32 for the scope, and the prefix length.
     pub prefix_len: u32,
-    /// [`PODS`], or the service whose `loadBalancerSourceRanges` these are.
+    /// [`PODS`], [`NODE`], or the service whose `loadBalancerSourceRanges` these are.
     pub scope: u32,
     /// The network's address.
     pub address: A,
@@ -107,6 +107,8 @@ pub struct RangeKey<A: Address> {
 
 /// [`RangeKey::scope`]: the networks of the cluster's pods.
 pub const PODS: u32 = 0;
+/// [`RangeKey::scope`]: the addresses of this node. No service has this id.
+pub const NODE: u32 = u32::MAX;
 
 impl<A: Address> RangeKey<A> {
     /// A network.

@@ -10,6 +10,9 @@ pub const WIRE_XDP: u32 = 1;
 pub const WIRE_TC: u32 = 2;
 /// `wires`: the device is one end of a pair, with a pod at the other.
 pub const WIRE_POD: u32 = 4;
+/// `wires`: what comes in by the device has come in by one below it before, whose programs have seen it: by a port of the
+/// bridge or bond that it is, or by the device of the VLAN that it is.
+pub const WIRE_ABOVE: u32 = 8;
 
 /// `wires`: the bits from here on say how the device came to its hooks, for people; no program reads them.
 pub const NOTE_SHIFT: u32 = 8;

@@ -42,7 +42,9 @@ pub struct Session {
     /// The next random number for this pin: its own, so that processors which re-pin one client at once mostly choose the
     /// same backend and need not follow each other.
     pub draw: u32,
-    /// Live connections whose end will be seen (of TCP, and of connected sockets), under [`super::Timer::Alive`] only.
+    /// Below [`MOVES`], live connections whose end will be seen (of TCP, and of connected sockets), under
+    /// [`super::Timer::Alive`] only; above, how often the pin has moved, so that the end of a connection to the backend that it
+    /// had is not taken for one to the backend that it has.
     pub connections: u32,
     /// New connections that used this pin, the first one included; wraps.
     pub uses: u32,
@@ -50,4 +52,36 @@ pub struct Session {
     pub reason: u8,
     /// Zero.
     pub pad: [u8; 7],
+}
+
+/// [`Session::connections`]: one move.
+pub const MOVES: u32 = 1 << 24;
+
+/// The packet of the program `correct`: sets the live connections of a pin right, where nothing has changed meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bytemuck::Pod, Zeroable)]
+#[repr(C)]
+pub struct Correction {
+    /// The client of the pin's key, as [`Address::to_mapped`] gives it.
+    pub client: [u8; 16],
+    /// The scope of the pin's key.
+    pub scope: u32,
+    /// 0: the pin is in `sessions_v4`; 1: in `sessions_v6`.
+    pub is_v6: u32,
+    /// The backend that the pin points to.
+    pub backend: u32,
+    /// The backend's generation.
+    pub generation: u32,
+    /// [`Session::connections`] as they were seen.
+    pub connections: u32,
+    /// How many live connections there are.
+    pub live: u32,
+}
+
+impl Session {
+    /// Live connections.
+    #[inline(always)]
+    #[must_use]
+    pub const fn live_connections(&self) -> u32 {
+        self.connections % MOVES
+    }
 }

@@ -12,7 +12,7 @@ use crate::{
     },
     model::Model,
     packet::Packet,
-    parse::{ACK, Headers, RST, SYN, TCP},
+    parse::{ACK, FIN, Headers, SYN, TCP},
     rewrite,
     testing::{Ends, Shape},
 };
@@ -69,6 +69,9 @@ struct Frame {
 }
 
 impl Packet for Frame {
+    fn ifindex(&self) -> u32 {
+        0
+    }
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.bytes.read(offset)
     }
@@ -169,9 +172,9 @@ fn knows_replies<A: Sited>() {
     assert!(!is_reply(&back(ACK, 40_001), &model), "of another connection");
     assert!(!is_reply(&there, &model), "the way there");
 
-    let mut end = Shape::tcp(RST).frame(&from_client::<A>());
+    let mut end = Shape::tcp(FIN | ACK).frame(&from_client::<A>());
     assert_eq!(pipeline::forward(&mut end, &model), Verdict::Onward);
-    assert!(!is_reply(&back(SYN | ACK, 40_000), &model), "of a connection that never asked for the frontend");
+    assert!(is_reply(&back(FIN | ACK, 40_000), &model), "at its end, too");
 }
 
 #[test]

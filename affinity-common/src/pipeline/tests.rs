@@ -6,8 +6,8 @@ use std::{cell::Cell, vec::Vec};
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, Draft, Event, FragmentKey, MEMBER_READY, Member, MemberKey, Node, Port,
-        Session, SessionKey, UsageKey, UsageOf, V4, V6,
+        AFFINITY, BACKEND_LOCAL, Backend, Draft, Event, Foreign, FragmentKey, MEMBER_READY, Member, MemberKey, Node,
+        Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, TCP},
@@ -54,6 +54,9 @@ impl Tables for Failing {
     fn node(&self) -> Option<Node> {
         self.model.node()
     }
+    fn is_above_another(&self, ifindex: u32) -> bool {
+        self.model.is_above_another(ifindex)
+    }
     fn tried(&self, backend: u32) -> u64 {
         self.model.tried(backend)
     }
@@ -89,6 +92,21 @@ where
 {
     fn open(&self, headers: &Headers<A>) -> Opened {
         open(self, headers)
+    }
+    fn advance(&self, headers: &Headers<A>) {
+        flow::advance(self, headers);
+    }
+    fn note_leaving(&self, headers: &Headers<A>) {
+        foreign::note_leaving(self, headers);
+    }
+    fn add_state(&self, flow: &Self::Entry<Flow<A>>, bits: u8) -> u8 {
+        self.model.add_state(flow, bits)
+    }
+    fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
+        self.model.foreign(replies)
+    }
+    fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign) {
+        self.model.put_foreign(replies, foreign);
     }
     fn is_within(&self, scope: u32, address: A) -> bool {
         self.model.is_within(scope, address)
@@ -220,6 +238,9 @@ struct Stiff {
 }
 
 impl Packet for Stiff {
+    fn ifindex(&self) -> u32 {
+        0
+    }
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.bytes.read(offset)
     }

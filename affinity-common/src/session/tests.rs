@@ -147,6 +147,19 @@ impl Cluster {
         assert_eq!(frame[26..30], WEB.0.0, "a reply comes from the service");
     }
 
+    /// The rest of a handshake.
+    fn complete(&self, pod: u32, client: V4, port: u16) {
+        self.reply(pod, client, port, SYN | ACK);
+        assert_eq!(self.segment(client, port, ACK), Ok(pod));
+    }
+
+    /// A client's new connection from a port, with its handshake.
+    fn open(&self, client: V4, port: u16) -> u32 {
+        let pod = self.connect(client, port);
+        self.complete(pod, client, port);
+        pod
+    }
+
     fn session(&self, scope: u32, client: V4) -> Option<Session> {
         self.0.sessions_v4.borrow().get(&SessionKey::new(scope, client, 32))
     }
@@ -212,17 +225,46 @@ fn packet_each_packet_of_the_client_restarts_it() {
     assert_eq!(cluster.count(Reason::Expired), 1, "a pod's packets do not");
 }
 
+/// Where the timeout is short each packet is written, else one a second.
 #[test]
-fn packet_is_written_once_a_second() {
-    let cluster = Cluster::new(|frontend| frontend.timer = Timer::Packet as u8);
-    cluster.connect(CLIENT, 1);
-    let start_ns = cluster.0.now_ns();
-    for tenth in 1..=25 {
-        cluster.0.now_ns.set(start_ns + tenth * SECOND_NS / 10);
-        cluster.segment(CLIENT, 1, ACK).unwrap();
-        let whole_seconds = tenth / 10;
-        assert_eq!(cluster.session(GROUP, CLIENT).unwrap().last_used_ns, start_ns + whole_seconds * SECOND_NS);
+fn packet_is_exact_to_a_hundredth() {
+    for (timeout_s, every_tenth) in [(1, 1), (TIMEOUT_S, 1), (100, 10), (3600, 10)] {
+        let cluster = Cluster::new(|frontend| {
+            (frontend.timer, frontend.timeout_ns) = (Timer::Packet as u8, timeout_s * SECOND_NS);
+        });
+        cluster.connect(CLIENT, 1);
+        let start_ns = cluster.0.now_ns();
+        for tenth in 1..=25 {
+            cluster.0.now_ns.set(start_ns + tenth * SECOND_NS / 10);
+            cluster.segment(CLIENT, 1, ACK).unwrap();
+            let written_ns = start_ns + tenth / every_tenth * every_tenth * SECOND_NS / 10;
+            assert_eq!(cluster.session(GROUP, CLIENT).unwrap().last_used_ns, written_ns, "{timeout_s} s");
+        }
     }
+}
+
+#[test]
+fn alive_connections_that_never_open_do_not_count() {
+    let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
+    let pod = cluster.connect(CLIENT, 1);
+    cluster.connect(CLIENT, 2);
+    cluster.reply(pod, CLIENT, 2, SYN | ACK);
+    assert_eq!(cluster.session(GROUP, CLIENT).unwrap().live_connections(), 0);
+    cluster.wait_s(TIMEOUT_S);
+    cluster.connect(CLIENT, 3);
+    assert_eq!(cluster.count(Reason::Expired), 1);
+}
+
+/// A reset that its receiver would not take for real ends nothing.
+#[test]
+fn alive_a_forged_reset_ends_nothing() {
+    let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
+    let pod = cluster.open(CLIENT, 1);
+    let forged = Shape { sequence: 0x4000_0000, ..Shape::tcp(RST) };
+    assert_eq!(cluster.send(&forged, (CLIENT, 1), WEB), Ok(pod), "it is its receiver's to judge");
+    assert_eq!(cluster.session(GROUP, CLIENT).unwrap().live_connections(), 1);
+    cluster.segment(CLIENT, 1, RST).unwrap();
+    assert_eq!(cluster.session(GROUP, CLIENT).unwrap().live_connections(), 0);
 }
 
 #[test]
@@ -242,16 +284,16 @@ fn absolute_nothing_restarts_it() {
 #[test]
 fn alive_it_runs_from_the_end_of_the_last_connection() {
     let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
-    let pod = cluster.connect(CLIENT, 1);
+    let pod = cluster.open(CLIENT, 1);
     cluster.wait_s(100 * TIMEOUT_S);
-    assert_eq!(cluster.connect(CLIENT, 2), pod);
+    assert_eq!(cluster.open(CLIENT, 2), pod);
     cluster.segment(CLIENT, 2, RST).unwrap();
     cluster.wait_s(100 * TIMEOUT_S);
     cluster.segment(CLIENT, 1, FIN | ACK).unwrap();
     cluster.reply(pod, CLIENT, 1, FIN | ACK);
-    assert_eq!(cluster.session(GROUP, CLIENT).unwrap().connections, 0);
+    assert_eq!(cluster.session(GROUP, CLIENT).unwrap().live_connections(), 0);
     cluster.wait_s(TIMEOUT_S - 1);
-    assert_eq!(cluster.connect(CLIENT, 3), pod);
+    assert_eq!(cluster.open(CLIENT, 3), pod);
     cluster.segment(CLIENT, 3, RST).unwrap();
     assert_eq!((cluster.count(Reason::Pinned), cluster.count(Reason::Expired)), (2, 0));
     cluster.wait_s(TIMEOUT_S);
@@ -274,7 +316,7 @@ fn alive_no_order_of_packets_leaves_a_connection_behind() {
     ];
     for ending in endings {
         let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
-        let pod = cluster.connect(CLIENT, 1);
+        let pod = cluster.open(CLIENT, 1);
         for &(is_client, flags) in ending {
             if is_client {
                 assert_eq!(cluster.segment(CLIENT, 1, flags), Ok(pod), "{ending:?}");
@@ -282,7 +324,7 @@ fn alive_no_order_of_packets_leaves_a_connection_behind() {
                 cluster.reply(pod, CLIENT, 1, flags);
             }
         }
-        assert_eq!(cluster.session(GROUP, CLIENT).unwrap().connections, 0, "{ending:?}");
+        assert_eq!(cluster.session(GROUP, CLIENT).unwrap().live_connections(), 0, "{ending:?}");
         cluster.wait_s(TIMEOUT_S);
         cluster.connect(CLIENT, 2);
         assert_eq!(cluster.count(Reason::Expired), 1, "{ending:?}");
@@ -398,6 +440,33 @@ fn datagrams_of_a_known_client_go_to_another_pod_at_once() {
     assert_eq!(ask(&cluster), next);
     cluster.stop(next);
     assert_ne!(ask(&cluster), next);
+}
+
+#[test]
+fn datagrams_follow_the_pin_of_their_client() {
+    let mut cluster = Cluster::new(|_| {});
+    cluster.publish(WEB, UDP, 1, 0..PODS, &|_| {});
+    let ask = |cluster: &Cluster| cluster.send(&Shape::udp(), (CLIENT, 1), WEB).expect("a pod");
+    let pin_to = |cluster: &Cluster, pod| {
+        let mut sessions = cluster.0.sessions_v4.borrow_mut();
+        let key = SessionKey::new(GROUP, CLIENT, 32);
+        let pin = sessions.get(&key).expect("a pin");
+        sessions.insert(key, Session { backend: pod, ..pin });
+    };
+    let pod = ask(&cluster);
+    assert_eq!(cluster.connect(CLIENT, 1), pod, "one pin for datagrams and connections");
+    pin_to(&cluster, (pod + 1) % PODS);
+    assert_eq!(ask(&cluster), (pod + 1) % PODS, "moved by somebody");
+    cluster.wait_s(TIMEOUT_S);
+    ask(&cluster);
+    assert_eq!(cluster.count(Reason::Expired), 1);
+    cluster.wait_s(TIMEOUT_S - 1);
+    let pod = ask(&cluster);
+    cluster.0.sessions_v4.borrow_mut().remove(&SessionKey::new(GROUP, CLIENT, 32));
+    assert_eq!(ask(&cluster), pod, "evicted: they go on");
+    cluster.wait_s(1);
+    ask(&cluster);
+    assert_eq!(cluster.count(Reason::Created), 2, "and no longer than their pin would have lasted");
 }
 
 #[test]

@@ -21,8 +21,8 @@ use tracing::{error, info, warn};
 use super::Options;
 use crate::{
     attach::{
-        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Note, Why, XdpPolicy, device_name, roles,
-        wires::Wire,
+        self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Note, OtherEnd, Why, XdpPolicy,
+        device_name, roles, wires::Wire,
     },
     desired::Services,
     load::PinDir,
@@ -222,7 +222,11 @@ impl Attacher {
             let mac_of = |index| look.devices.iter().find(|device| device.index == index)?.mac;
             let macs = device.mac.map(|own| [own, controller.and_then(mac_of).unwrap_or(own)]);
             let is_pair = device.kind.as_deref() == Some("veth");
-            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller, macs, is_pair, note: *note })
+            let below = match device.other_end {
+                OtherEnd::Here(index) if device.kind.as_deref() == Some("vlan") => Some(index),
+                OtherEnd::None | OtherEnd::Here(_) | OtherEnd::Elsewhere => None,
+            };
+            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller, below, macs, is_pair, note: *note })
         };
         look.devices.iter().filter_map(wire).collect()
     }

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::{
-    abi::{DeviceMac, WIRE_POD, WIRE_TC, WIRE_XDP},
+    abi::{DeviceMac, WIRE_ABOVE, WIRE_POD, WIRE_TC, WIRE_XDP},
     names,
 };
 use tracing::debug;
@@ -31,6 +31,8 @@ pub struct Wire<'h> {
     pub leads_to_pod: bool,
     /// The bridge or bond that it is a port of, by index.
     pub controller: Option<u32>,
+    /// The device of which it is a VLAN, by index.
+    pub below: Option<u32>,
     /// Its link address, and that of its controller.
     pub macs: Option<[[u8; 6]; 2]>,
     /// Whether it is one end of a pair.
@@ -79,7 +81,7 @@ fn publish_macs(pins: &PinDir, attached: &[Wire<'_>]) -> Result<(), StoreError> 
     Ok(())
 }
 
-/// The bits of each device. TC sends nothing out of ports and of what they are ports of: a packet that is translated at a
+/// The bits of each device. What comes in by a bridge or a VLAN has come in by a device below before. TC sends nothing out of ports and of what they are ports of: a packet that is translated at a
 /// port is routed from the bridge, and its reply may never leave the bridge.
 fn ways(attached: &[Wire<'_>]) -> BTreeMap<u32, u32> {
     let bridges: BTreeSet<u32> = attached.iter().filter_map(|wire| wire.controller).collect();
@@ -87,8 +89,11 @@ fn ways(attached: &[Wire<'_>]) -> BTreeMap<u32, u32> {
         let is_bridged = wire.controller.is_some() || bridges.contains(&wire.ifindex);
         let pod = if wire.leads_to_pod { WIRE_POD } else { 0 };
         let by_tc = if is_bridged { 0 } else { WIRE_TC | pod };
+        let is_above = bridges.contains(&wire.ifindex)
+            || attached.iter().any(|other| wire.below == Some(other.ifindex) && !other.hooks.is_empty());
+        let above = if is_above { WIRE_ABOVE } else { 0 };
         let note = wire.note.map_or(0, Note::to_bits);
-        (wire.ifindex, (bits(wire.hooks) | pod) & (WIRE_XDP | by_tc) | note)
+        (wire.ifindex, (bits(wire.hooks) | pod) & (WIRE_XDP | by_tc) | above | note)
     };
     attached.iter().map(way).collect()
 }
@@ -156,7 +161,16 @@ mod tests {
     const TC: [Hook; 2] = [Hook::TcxIngress, Hook::TcxEgress];
 
     fn wire(ifindex: u32, hooks: &[Hook]) -> Wire<'_> {
-        Wire { ifindex, hooks, leads_to_pod: false, controller: None, macs: None, is_pair: false, note: None }
+        Wire {
+            ifindex,
+            hooks,
+            leads_to_pod: false,
+            controller: None,
+            below: None,
+            macs: None,
+            is_pair: false,
+            note: None,
+        }
     }
 
     #[test]
@@ -175,7 +189,15 @@ mod tests {
     fn nothing_is_redirected_to_a_bridge_or_its_ports() {
         let port = Wire { leads_to_pod: true, controller: Some(3), ..wire(6, &TC) };
         let attached = [wire(2, &TC), wire(3, &TC), port];
-        assert_eq!(ways(&attached), BTreeMap::from([(2, WIRE_TC), (3, 0), (6, 0)]));
+        assert_eq!(ways(&attached), BTreeMap::from([(2, WIRE_TC), (3, WIRE_ABOVE), (6, 0)]));
         assert_eq!(ways(&attached[..2]), BTreeMap::from([(2, WIRE_TC), (3, WIRE_TC)]), "its ports are not attached");
+    }
+
+    #[test]
+    fn a_vlan_is_above_its_device() {
+        let vlan = Wire { below: Some(2), ..wire(7, &TC) };
+        let attached = [wire(2, &TC), vlan];
+        assert_eq!(ways(&attached), BTreeMap::from([(2, WIRE_TC), (7, WIRE_TC | WIRE_ABOVE)]));
+        assert_eq!(ways(&attached[1..]), BTreeMap::from([(7, WIRE_TC)]), "its device is not attached");
     }
 }

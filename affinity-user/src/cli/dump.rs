@@ -88,6 +88,8 @@ fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>,
         names::SESSIONS_V6 => sessions::<affinity_common::abi::V6>(dump, store)?,
         names::FLOWS_V4 => flows::<affinity_common::abi::V4>(dump, store)?,
         names::FLOWS_V6 => flows::<affinity_common::abi::V6>(dump, store)?,
+        names::FOREIGN_V4 => foreign::<affinity_common::abi::V4>(dump, store)?,
+        names::FOREIGN_V6 => foreign::<affinity_common::abi::V6>(dump, store)?,
         names::FRAGMENTS_V4 => fragments::<affinity_common::abi::V4>(dump, store)?,
         names::FRAGMENTS_V6 => fragments::<affinity_common::abi::V6>(dump, store)?,
         names::TRIED => dump.tried(store.tried.iter().collect::<Result<Vec<_>, _>>()?),
@@ -109,6 +111,11 @@ fn sessions<A: Family>(dump: &Dump<'_>, store: &KernelStore) -> Result<Vec<Strin
 fn flows<A: Family>(dump: &Dump<'_>, store: &KernelStore) -> Result<Vec<String>, StoreError> {
     let entries: Result<Vec<_>, _> = store.family::<A>().flows.iter().collect();
     Ok(dump.flows(entries?))
+}
+
+fn foreign<A: Family>(dump: &Dump<'_>, store: &KernelStore) -> Result<Vec<String>, StoreError> {
+    let entries: Result<Vec<_>, _> = store.family::<A>().foreign.iter().collect();
+    Ok(dump.foreign(entries?))
 }
 
 fn fragments<A: Family>(dump: &Dump<'_>, store: &KernelStore) -> Result<Vec<String>, StoreError> {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, MEMBER_READY, MemberKey, Reason, Session, SessionKey, Timer, V4, V6, netns_client},
+    abi::{Address, MEMBER_READY, MOVES, MemberKey, Reason, Session, SessionKey, Timer, V4, V6, netns_client},
     select::next_draw,
 };
 use clap::{ArgGroup, Args};
@@ -52,12 +52,16 @@ impl UnpinArgs {
         };
         let filter = Filter::new(&args, &reading.catalog)?;
         let mut progress = Progress::new("unpinning");
-        let mut unpinned = 0u64;
+        let mut unpinned = BTreeSet::new();
         reading.sessions(&filter, &mut |key, _| {
-            unpinned += u64::from(reading.store.unpin(&key, Clock::now().now_ns)?);
+            if reading.store.unpin(&key, Clock::now().now_ns)? {
+                unpinned.insert(key);
+            }
             progress.step();
             Ok(())
         })?;
+        reading.store.forget_datagrams(&unpinned)?;
+        let unpinned = unpinned.len();
         drop(progress);
         let clients = if unpinned == 1 { "client" } else { "clients" };
         writeln!(io::stdout(), "unpinned {unpinned} {clients} of {}", self.service)?;
@@ -192,7 +196,10 @@ impl PinArgs {
             service,
             draw: next_draw(now_ns as u32),
             // Connections that live on go on counting under `alive`, as far as they are to this pod.
-            connections: same.filter(|_| policy.timer == Timer::Alive).map_or(0, |same| same.connections),
+            connections: match (same, old) {
+                (Some(same), _) if policy.timer == Timer::Alive => same.connections,
+                (_, old) => old.map_or(0, |old| old.connections).wrapping_add(MOVES) / MOVES * MOVES,
+            },
             uses: 0,
             reason: Reason::OperatorPinned as u8,
             pad: [0; 7],

@@ -108,6 +108,7 @@ impl Memo {
             beside: options.services != Services::All,
             shadow: options.shadow,
             pod_networks: node.pod_networks.clone(),
+            node_addresses: node.addresses.clone(),
             masquerade: Some(node.masquerade.clone()),
             health_addresses: node.health_addresses.clone(),
             ..Desired::default()

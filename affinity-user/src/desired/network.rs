@@ -31,6 +31,12 @@ impl Network {
         Some(Self { address, prefix })
     }
 
+    /// The network of one address.
+    #[must_use]
+    pub const fn host(address: IpAddr) -> Self {
+        Self { address, prefix: length(Family::of(address)) }
+    }
+
     /// Its first address.
     #[must_use]
     pub const fn address(&self) -> IpAddr {

@@ -56,6 +56,8 @@ impl Default for NodeFacts {
 pub(super) struct Node {
     pub(super) name: Option<String>,
     pub(super) zone: Option<String>,
+    /// Its addresses, which its own connections have, too.
+    pub(super) addresses: BTreeSet<IpAddr>,
     /// Where clients dial node ports.
     pub(super) node_port_addresses: BTreeSet<IpAddr>,
     /// Where load balancers ask for services; the unspecified addresses stand for all.
@@ -94,6 +96,7 @@ impl Node {
                 [] => all.into(),
                 _ => node_port_addresses.clone(),
             },
+            addresses: own.iter().copied().collect(),
             node_port_addresses,
             pod_networks,
             masquerade: masquerade(facts, &internal, own),

@@ -28,6 +28,8 @@ pub const MAX_SESSIONS: u32 = 1 << 17;
 
 /// Of all clients that are pinned few are sockets of this machine: one entry of `sockets` for so many sessions.
 const SESSIONS_PER_SOCKET: u32 = 4;
+/// Of connections to no frontend few could be taken for one to a frontend: one entry of `foreign` for so many sessions.
+const SESSIONS_PER_FOREIGN: u32 = 4;
 
 /// Slots for each session, by default; four bytes each.
 const SLOTS_PER_SESSION: u32 = 32;
@@ -125,6 +127,7 @@ impl Sizes {
         Some(match map {
             names::SESSIONS_V4 | names::SESSIONS_V6 => self.sessions,
             names::FLOWS_V4 | names::FLOWS_V6 => self.flows,
+            names::FOREIGN_V4 | names::FOREIGN_V6 => self.sessions.div_ceil(SESSIONS_PER_FOREIGN),
             names::SOCKETS => self.sessions.div_ceil(SESSIONS_PER_SOCKET),
             names::FRONTENDS_V4 | names::FRONTENDS_V6 => self.frontends,
             names::MEMBERS => self.members,

@@ -1,11 +1,11 @@
-//! Ids of services, pools and groups: one space of `u32`, without zero.
+//! Ids of services, pools and groups: one space of `u32`, without those that are scopes of ranges ([`PODS`], [`NODE`]).
 //!
 //! Names that are in the store keep their ids. A new id is a hash of the kind and the name, or the next free number, so
 //! that a service that is made again meets its own pins, and another one never does.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use affinity_common::abi::{NameKey, NameKind};
+use affinity_common::abi::{NODE, NameKey, NameKind, PODS};
 
 use super::ledger::discount;
 use crate::desired::hash32;
@@ -20,9 +20,9 @@ pub(super) struct Ids {
 }
 
 impl Ids {
-    /// None but zero, which is nobody's.
+    /// None but those that are no name's.
     pub(super) fn new() -> Self {
-        Self { by_name: BTreeSet::new(), uses: BTreeMap::from([(0, 1)]) }
+        Self { by_name: BTreeSet::new(), uses: BTreeMap::from([PODS, NODE].map(|scope| (scope, 1))) }
     }
 
     /// Enters a name.

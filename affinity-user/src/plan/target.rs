@@ -10,8 +10,8 @@ use std::{
 
 use affinity_common::abi::{
     AFFINITY, Address, BESIDE, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey,
-    NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, UsageKey, UsageOf,
-    V4, V6,
+    NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, UsageKey,
+    UsageOf, V4, V6,
 };
 
 use super::{backends::Claims, extents::Extents, ids::Naming, ledger::Ledger, maglev};
@@ -240,9 +240,14 @@ impl<'a> Numbering<'a> {
         slots.retain(|first, _| named.contains(first));
     }
 
-    /// The networks of pods, and the ranges of services.
+    /// The addresses of this node, the networks of pods, and the ranges of services.
     fn ranges(&mut self) {
-        let Desired { pod_networks, ranges, .. } = self.desired;
+        let Desired { node_addresses, pod_networks, ranges, .. } = self.desired;
+        let left_out = node_addresses.iter().filter(|address| !self.range(NODE, &Network::host(**address))).count();
+        if left_out > 0 {
+            let message = format!("no room for {left_out} of {} addresses of this node", node_addresses.len());
+            self.problems.push(Problem::new(Severity::Error, None, message));
+        }
         let left_out = pod_networks.iter().filter(|network| !self.range(PODS, network)).count();
         if left_out > 0 {
             let message = format!("no room for {left_out} of {} networks of pods", pod_networks.len());

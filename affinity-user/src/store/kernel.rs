@@ -17,9 +17,9 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Address, Backend, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend, FrontendKey,
-        Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, Status,
-        Usage, UsageKey, V4, V6,
+        Address, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey,
+        Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket,
+        SocketKey, Status, Usage, UsageKey, V4, V6,
     },
     names,
 };
@@ -81,18 +81,21 @@ pub struct FamilyTables<A: Address> {
     pub sessions: Table<SessionKey<A>, Session>,
     /// Flows, all directions.
     pub flows: Table<FlowKey<A>, Flow<A>>,
+    /// Connections to no frontend, by the key of their replies.
+    pub foreign: Table<FlowKey<A>, Foreign>,
     /// Packets that came in pieces.
     pub fragments: Table<FragmentKey<A>, FlowKey<A>>,
 }
 
 impl<A: Address> FamilyTables<A> {
-    fn open(maps: &Path, names: [&'static str; 5]) -> Result<Self, StoreError> {
-        let [frontends, ranges, sessions, flows, fragments] = names;
+    fn open(maps: &Path, names: [&'static str; 6]) -> Result<Self, StoreError> {
+        let [frontends, ranges, sessions, flows, foreign, fragments] = names;
         Ok(Self {
             frontends: Table::open(maps, frontends)?,
             ranges: Table::open(maps, ranges)?,
             sessions: Table::open(maps, sessions)?,
             flows: Table::open(maps, flows)?,
+            foreign: Table::open(maps, foreign)?,
             fragments: Table::open(maps, fragments)?,
         })
     }
@@ -167,6 +170,7 @@ pub struct KernelStore {
     /// The event ring.
     pub events: sys::Map,
     report: OwnedFd,
+    correct: OwnedFd,
     maps: Vec<(&'static str, MapInfo)>,
 }
 
@@ -198,11 +202,25 @@ impl KernelStore {
         Ok(Self {
             v4: FamilyTables::open(
                 maps,
-                [names::FRONTENDS_V4, names::RANGES_V4, names::SESSIONS_V4, names::FLOWS_V4, names::FRAGMENTS_V4],
+                [
+                    names::FRONTENDS_V4,
+                    names::RANGES_V4,
+                    names::SESSIONS_V4,
+                    names::FLOWS_V4,
+                    names::FOREIGN_V4,
+                    names::FRAGMENTS_V4,
+                ],
             )?,
             v6: FamilyTables::open(
                 maps,
-                [names::FRONTENDS_V6, names::RANGES_V6, names::SESSIONS_V6, names::FLOWS_V6, names::FRAGMENTS_V6],
+                [
+                    names::FRONTENDS_V6,
+                    names::RANGES_V6,
+                    names::SESSIONS_V6,
+                    names::FLOWS_V6,
+                    names::FOREIGN_V6,
+                    names::FRAGMENTS_V6,
+                ],
             )?,
             node: Table::open(maps, names::NODE)?,
             tried: Table::open(maps, names::TRIED)?,
@@ -221,6 +239,8 @@ impl KernelStore {
             remarks: Table::open(maps, names::REMARKS)?,
             events: table::open(maps, names::EVENTS)?,
             report: sys::obj_get(&pins.prog(names::REPORT)).map_err(|error| failed(names::EVENTS, "report", error))?,
+            correct: sys::obj_get(&pins.prog(names::CORRECT))
+                .map_err(|error| failed(names::SESSIONS_V4, "correct", error))?,
             maps: infos.collect::<Result<_, StoreError>>()?,
         })
     }
@@ -358,12 +378,15 @@ impl KernelStore {
     /// # Errors
     /// [`StoreError`].
     pub fn report(&self, event: &Event) -> Result<(), StoreError> {
-        /// The kernel takes no shorter frame than an Ethernet header.
-        const HEADER: usize = 14;
-        let mut frame = [0; HEADER + size_of::<Event>()];
-        frame[HEADER..].copy_from_slice(bytemuck::bytes_of(event));
-        sys::test_run(self.report.as_fd(), &frame, 1).map_err(|error| failed(names::EVENTS, "report", error))?;
-        Ok(())
+        send(&self.report, event).map_err(|error| failed(names::EVENTS, "report", error))
+    }
+
+    /// Sets a pin's number of connections right where it is as it was seen, by the program that can do both in one step.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn correct<A: Family>(&self, correction: &Correction) -> Result<(), StoreError> {
+        send(&self.correct, correction).map_err(|error| failed(A::SESSIONS, "correct", error))
     }
 
     fn write_slots(&self, first: u32, backends: &[u32]) -> Result<(), StoreError> {
@@ -385,6 +408,15 @@ impl KernelStore {
             self.filter.set_bits(word, mask);
         }
     }
+}
+
+/// Runs a program on a packet that is this value.
+fn send<V: Pod>(program: &OwnedFd, value: &V) -> Result<(), sys::SysError> {
+    /// The kernel takes no shorter frame than an Ethernet header.
+    const HEADER: [u8; 14] = [0; 14];
+    let frame = [&HEADER, bytemuck::bytes_of(value)].concat();
+    sys::test_run(program.as_fd(), &frame, 1)?;
+    Ok(())
 }
 
 /// The word of the filter that holds a bit of one part, and the bit in it.

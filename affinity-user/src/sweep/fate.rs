@@ -3,18 +3,23 @@
 use std::time::Duration;
 
 use affinity_common::{
-    abi::{FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, Session, Timer},
-    parse::UDP,
+    abi::{Session, Timer},
     session::is_fresh,
+    state::Phase,
 };
 
-/// A TCP connection that both ends have closed, or one has reset: late packets of it may still come.
-pub const CLOSED_FLOW: Duration = Duration::from_secs(10);
-/// A TCP connection that one end has closed.
-pub const CLOSING_FLOW: Duration = Duration::from_secs(120);
+/// A TCP connection whose handshake is not complete: as long as a client tries, with the usual settings.
+pub const HALF_OPEN_FLOW: Duration = Duration::from_secs(60);
+/// A TCP connection that both ends have closed, or one has reset: late packets of it may still come
+/// (`nf_conntrack_tcp_timeout_time_wait`).
+pub const CLOSED_FLOW: Duration = Duration::from_secs(120);
+/// A TCP connection that one end has closed; the other may go on.
+pub const CLOSING_FLOW: Duration = Duration::from_mins(10);
 /// An open TCP connection: nobody has said a word for a day.
 pub const IDLE_TCP_FLOW: Duration = Duration::from_hours(24);
-/// Datagrams: as long as the kernel's connection tracking keeps a stream of them.
+/// Datagrams without an answer (`nf_conntrack_udp_timeout`).
+pub const UNANSWERED_UDP_FLOW: Duration = Duration::from_secs(30);
+/// Datagrams in both directions.
 pub const IDLE_UDP_FLOW: Duration = Duration::from_secs(180);
 /// A flow whose backend has gone: its client was told, or moved on.
 pub const DEAD_FLOW: Duration = Duration::from_secs(60);
@@ -42,14 +47,13 @@ pub fn is_expired(session: &Session, policy: Option<Policy>, now_ns: u64) -> boo
 /// Whether a flow is over that no packet has used for `idle_ns`, in either direction.
 #[must_use]
 pub fn flow_is_over(protocol: u8, state: u8, idle_ns: u64, backend_lives: bool) -> bool {
-    let limit = if protocol == UDP {
-        IDLE_UDP_FLOW
-    } else if state & FLOW_CLOSED != 0 {
-        CLOSED_FLOW
-    } else if state & (FLOW_FIN_CLIENT | FLOW_FIN_SERVER) != 0 {
-        CLOSING_FLOW
-    } else {
-        IDLE_TCP_FLOW
+    let limit = match Phase::of(protocol, state) {
+        Phase::HalfOpen => HALF_OPEN_FLOW,
+        Phase::Open => IDLE_TCP_FLOW,
+        Phase::Closing => CLOSING_FLOW,
+        Phase::Closed => CLOSED_FLOW,
+        Phase::Unanswered => UNANSWERED_UDP_FLOW,
+        Phase::Answered => IDLE_UDP_FLOW,
     };
     let limit = if backend_lives { limit } else { limit.min(DEAD_FLOW) };
     idle_ns >= nanoseconds(limit)
@@ -61,7 +65,10 @@ const fn nanoseconds(duration: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use affinity_common::{abi::TIMEOUT_UNLIMITED, parse::TCP};
+    use affinity_common::{
+        abi::{FLOW_ANSWERED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN, FLOW_RESET, TIMEOUT_UNLIMITED},
+        parse::{TCP, UDP},
+    };
     use bytemuck::Zeroable;
 
     use super::*;
@@ -99,14 +106,17 @@ mod tests {
     #[test]
     fn a_flow_is_over_after_the_time_of_its_state() {
         for (protocol, state, backend_lives, limit_s) in [
-            (TCP, FLOW_CLOSED | FLOW_FIN_CLIENT | FLOW_FIN_SERVER, true, 10),
-            (TCP, FLOW_CLOSED, false, 10),
-            (TCP, FLOW_FIN_SERVER, true, 120),
+            (TCP, FLOW_FIN_CLIENT | FLOW_FIN_SERVER, true, 120),
+            (TCP, FLOW_RESET, false, 60),
+            (TCP, FLOW_FIN_SERVER, true, 600),
             (TCP, FLOW_FIN_CLIENT, false, 60),
-            (TCP, 0, true, 24 * 3600),
-            (TCP, 0, false, 60),
-            (UDP, 0, true, 180),
-            (UDP, 0, false, 60),
+            (TCP, 0, true, 60),
+            (TCP, FLOW_ANSWERED, true, 60),
+            (TCP, FLOW_ANSWERED | FLOW_OPEN, true, 24 * 3600),
+            (TCP, FLOW_ANSWERED | FLOW_OPEN, false, 60),
+            (UDP, 0, true, 30),
+            (UDP, FLOW_ANSWERED | FLOW_OPEN, true, 180),
+            (UDP, FLOW_ANSWERED | FLOW_OPEN, false, 60),
         ] {
             let over = |idle_ns| flow_is_over(protocol, state, idle_ns, backend_lives);
             assert!(!over(limit_s * SECOND - 1), "{protocol} {state} {backend_lives}");

@@ -1,7 +1,7 @@
 //! What the sweep finds of sockets: connections that keep a pin alive, and datagrams that have ended without a word.
 
 use affinity_common::{
-    abi::{Address, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
+    abi::{Address, FLOW_ANSWERED, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
     parse::UDP,
 };
 
@@ -33,7 +33,9 @@ impl Sweeper {
     /// Whether a socket has neither sent nor taken a datagram for long: each way renews only its own entry.
     fn is_silent(&self, key: &SocketKey, socket: &Socket, now_ns: u64) -> Result<bool, StoreError> {
         let lives = self.pass.lives(socket.backend, socket.generation);
-        let over = |socket: &Socket| flow_is_over(UDP, 0, now_ns.saturating_sub(socket.last_used_ns), lives);
+        // Whether there was an answer is not known: who asks by a socket mostly waits for one.
+        let over =
+            |socket: &Socket| flow_is_over(UDP, FLOW_ANSWERED, now_ns.saturating_sub(socket.last_used_ns), lives);
         // Looked up anew: a datagram may have passed since the batch was read.
         let again = self.store.sockets.get(key)?.unwrap_or(*socket);
         if !over(&again) {

@@ -158,6 +158,7 @@ impl Sampler {
         match target {
             Target::Client { key, client, service } => {
                 let removed = store.unpin(key, Clock::now().now_ns)?;
+                store.forget_datagrams(&[*key].into())?;
                 self.scan_due = Instant::now();
                 let what = if removed { "unpinned" } else { "was not pinned any more:" };
                 Ok(format!("{what} {client} of {service}"))

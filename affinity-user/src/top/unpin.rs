@@ -1,5 +1,7 @@
 //! What an operator asks to be unpinned: a client at once, all of a service in slices.
 
+use std::collections::BTreeSet;
+
 use affinity_common::abi::{Session, SessionKey};
 
 use crate::{
@@ -43,13 +45,13 @@ pub(super) struct Unpin {
     service: String,
     v4: Option<Walk>,
     v6: Option<Walk>,
-    unpinned: u64,
+    unpinned: BTreeSet<PinKey>,
 }
 
 impl Unpin {
     pub(super) fn new(store: &KernelStore, catalog: &Catalog, id: u32, service: String) -> Self {
         let (v4, v6) = (Some(store.v4.sessions.walk()), Some(store.v6.sessions.walk()));
-        Self { pins: catalog.service_pins(id), service, v4, v6, unpinned: 0 }
+        Self { pins: catalog.service_pins(id), service, v4, v6, unpinned: BTreeSet::new() }
     }
 
     /// Goes on by a slice; false when there is nothing more to do.
@@ -60,6 +62,7 @@ impl Unpin {
             } else if let Some(mut walk) = self.v6.take() {
                 self.v6 = self.batch(store, &store.v6.sessions, &mut walk)?.then_some(walk);
             } else {
+                store.forget_datagrams(&self.unpinned)?;
                 return Ok(false);
             }
         }
@@ -77,8 +80,8 @@ impl Unpin {
     {
         let Some(batch) = sessions.next_batch(walk)? else { return Ok(false) };
         for (key, session) in batch {
-            if self.pins.contain(key.scope, &session) {
-                self.unpinned += u64::from(store.unpin(&key.into(), Clock::now().now_ns)?);
+            if self.pins.contain(key.scope, &session) && store.unpin(&key.into(), Clock::now().now_ns)? {
+                self.unpinned.insert(key.into());
             }
         }
         Ok(true)
@@ -86,7 +89,8 @@ impl Unpin {
 
     /// What to tell of it, so far.
     pub(super) fn told(&self) -> String {
-        let clients = if self.unpinned == 1 { "client" } else { "clients" };
-        format!("unpinned {} {clients} of {}", self.unpinned, self.service)
+        let count = self.unpinned.len();
+        let clients = if count == 1 { "client" } else { "clients" };
+        format!("unpinned {count} {clients} of {}", self.service)
     }
 }

@@ -10,9 +10,10 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, FragmentKey, Frontend, MASQUERADE,
-        MEMBER_READY, MemberKey, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey, SHADOW, SHARED, SILENT, SPLIT,
-        Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6, WIRE_POD, WIRE_TC, WIRE_XDP,
+        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey, Frontend,
+        MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey, SHADOW,
+        SHARED, SILENT, SPLIT, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6, WIRE_ABOVE, WIRE_POD,
+        WIRE_TC, WIRE_XDP,
     },
     names,
 };
@@ -77,7 +78,11 @@ impl<'a> Dump<'a> {
 
     fn ranges<A: Address>(&self, map: &str, ranges: &BTreeSet<RangeKey<A>>) -> Vec<String> {
         let line = |key: &RangeKey<A>| {
-            let scope = if key.scope == PODS { "pods".into() } else { self.catalog.service_name(key.scope) };
+            let scope = match key.scope {
+                PODS => "pods".into(),
+                NODE => "node".into(),
+                service => self.catalog.service_name(service),
+            };
             let address = from_mapped(key.address.to_mapped());
             format!("{map} {scope} {address}/{} -> 1", key.prefix_len.saturating_sub(u32::BITS))
         };
@@ -278,11 +283,30 @@ impl<'a> Dump<'a> {
                     Endpoint::new(edit.daddr, edit.dport),
                     self.catalog.backend(flow.backend, flow.generation).full_name(),
                     self.catalog.service_name(flow.service),
-                    FlowState::new(flow.state).name()
+                    FlowState::new(key.protocol, flow.state).name()
                 );
                 if self.options.times {
                     let moment = |time_ns| short_duration(self.catalog.clock.moment(time_ns).age.as_secs());
                     line += &format!(" age={} idle={}", moment(flow.created_ns), moment(flow.last_used_ns));
+                }
+                ((key.direction, key.protocol, key), line)
+            })
+            .collect();
+        lines.into_values().collect()
+    }
+
+    /// Connections of one family to no frontend, by protocol, source and destination of their replies.
+    #[must_use]
+    pub fn foreign<A: Address>(&self, entries: impl IntoIterator<Item = (FlowKey<A>, Foreign)>) -> Vec<String> {
+        let map = if A::BITS == V4::BITS { names::FOREIGN_V4 } else { names::FOREIGN_V6 };
+        let lines: BTreeMap<_, _> = entries
+            .into_iter()
+            .map(|(key, foreign)| {
+                let state = FlowState::of_foreign(key.protocol, foreign.state).name();
+                let mut line = format!("{map} {} -> state={state}", flow_text(&key));
+                if self.options.times {
+                    let idle = self.catalog.clock.moment(foreign.last_sent_ns).age.as_secs();
+                    line += &format!(" idle={}", short_duration(idle));
                 }
                 ((key.direction, key.protocol, key), line)
             })
@@ -332,7 +356,8 @@ impl<'a> Dump<'a> {
         wires: impl IntoIterator<Item = (u32, u32)>,
         name: impl Fn(u32) -> Option<String>,
     ) -> Vec<String> {
-        const WAYS: [(u32, &str); 3] = [(WIRE_XDP, " xdp"), (WIRE_TC, " tc"), (WIRE_POD, " pod")];
+        const WAYS: [(u32, &str); 4] =
+            [(WIRE_XDP, " xdp"), (WIRE_TC, " tc"), (WIRE_POD, " pod"), (WIRE_ABOVE, " above")];
 
         let line = |(ifindex, bits): (u32, u32)| {
             let device = name(ifindex).unwrap_or_else(|| ifindex.to_string());

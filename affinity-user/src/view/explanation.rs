@@ -16,12 +16,13 @@ use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
 
 use affinity_common::{
     abi::{
-        Address, Direction, FLOW_CLOSED, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason, SHADOW,
-        Selection, filter_bit,
+        Address, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason, SHADOW, Selection,
+        filter_bit,
     },
     model::Model,
     parse::{ACK, Headers, SYN, UDP},
     pipeline::{self, Decision},
+    state,
     tables::{Entry, FamilyTables},
 };
 use serde::Serialize;
@@ -111,6 +112,9 @@ where
     Case { catalog, question, situation, frontend: question.frontend::<A>(catalog) }.explain()
 }
 
+/// The question names none.
+const NO_DEVICE: u32 = 0;
+
 struct Case<'a, 'q, A: Address> {
     catalog: &'a Catalog,
     question: &'q Question,
@@ -129,7 +133,8 @@ where
         let pinned = flow.and_then(|flow| self.pin(&flow, decided));
         let known = self.situation.flow;
         let established = known.filter(|_| matches!(decided, Reason::Established | Reason::FlowGone | Reason::Shadow));
-        let is_new = !self.is_in_connection() && !matches!(decided, Reason::NotFrontend | Reason::Established);
+        let is_new =
+            !self.is_in_connection() && !matches!(decided, Reason::NotFrontend | Reason::NotOurs | Reason::Established);
         let (verdict, reason) = if self.is_shadow() && is_new { ("pass", Reason::Shadow) } else { (would, decided) };
         Explanation {
             frontend: self.frontend.map(|record| ExplainedFrontend {
@@ -152,7 +157,7 @@ where
         if self.is_left_to_packets() {
             return ("pass", Reason::NotInRanges, None);
         }
-        let outcome = pipeline::to_frontend(&self.model(), &mut self.headers());
+        let outcome = pipeline::to_frontend(&self.model(), &mut self.headers(), NO_DEVICE);
         let (would, flow) = match outcome.decision {
             Decision::Pass => ("pass", None),
             Decision::Forward(flow) => ("forward", Some(flow.get())),
@@ -183,7 +188,7 @@ where
 
     /// Whether the packet is one of a connection that has begun, and not ended.
     fn is_in_connection(&self) -> bool {
-        self.question.protocol != UDP && self.situation.flow.is_some_and(|flow| flow.state & FLOW_CLOSED == 0)
+        self.question.protocol != UDP && self.situation.flow.is_some_and(|flow| !state::is_closed(flow.state))
     }
 
     /// The tables as far as this packet can see them.
@@ -213,12 +218,16 @@ where
         model.node = observed.node;
         model.backends.clone_from(&observed.backends);
         model.loads.borrow_mut().extend(&situation.loads);
-        for (key, session) in &situation.sessions {
-            // An empty table of sixteen takes one or two entries.
+        let flow_pin = situation.flow_pin.as_ref().map(|(key, pin)| (key, pin));
+        for (key, session) in situation.sessions.iter().chain(flow_pin) {
+            // An empty table of sixteen takes so few entries; one that is in both places is there already.
             let _ = model.add_session(key, session);
         }
         if let Some(flow) = &situation.flow {
             let _ = model.put_flow(&key, flow);
+        }
+        if let Some(foreign) = &situation.foreign {
+            model.put_foreign(&key, foreign);
         }
         model
     }

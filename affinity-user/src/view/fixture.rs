@@ -159,6 +159,7 @@ pub(crate) fn flow() -> (FlowKey<V4>, Flow<V4>) {
         created_ns: 9_000 * SECOND,
         last_used_ns: 9_999 * SECOND,
         timeout_ns: 10_800 * SECOND,
+        segment: 0,
         edit,
         backend: 1,
         generation: 1,

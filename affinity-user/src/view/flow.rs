@@ -2,21 +2,28 @@
 
 use std::borrow::Cow;
 
-use affinity_common::abi::{Address, Direction, FLOW_CLOSED, FLOW_SHADOW, Flow, FlowKey};
+use affinity_common::{
+    abi::{Address, Direction, FLOW_FOREIGN, FLOW_SHADOW, Flow, FlowKey},
+    state::Phase,
+};
 use serde::Serialize;
 
 use super::{BackendRef, Catalog, Endpoint, Moment, protocol_name};
 
-/// How far a connection's end has come.
+/// Where a connection is in its life.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum FlowState {
-    /// No end in sight; UDP stays here.
+    /// TCP: the handshake is not complete.
+    HalfOpen,
+    /// TCP: the handshake is complete. UDP: there are datagrams in both directions.
     Open,
     /// One side has sent FIN.
     Closing,
     /// Both have, or one has sent RST.
     Closed,
+    /// UDP: the client's datagrams have had no answer.
+    Unanswered,
     /// Decided in shadow mode: another proxy translates it.
     Shadow,
 }
@@ -24,12 +31,25 @@ pub enum FlowState {
 impl FlowState {
     /// From a record's bits.
     #[must_use]
-    pub fn new(state: u8) -> Self {
-        match state {
-            0 => Self::Open,
-            state if state & FLOW_SHADOW != 0 => Self::Shadow,
-            state if state & FLOW_CLOSED != 0 => Self::Closed,
-            _ => Self::Closing,
+    pub fn new(protocol: u8, state: u8) -> Self {
+        if state & FLOW_SHADOW != 0 {
+            return Self::Shadow;
+        }
+        match Phase::of(protocol, state) {
+            Phase::HalfOpen => Self::HalfOpen,
+            Phase::Open | Phase::Answered => Self::Open,
+            Phase::Closing => Self::Closing,
+            Phase::Closed => Self::Closed,
+            Phase::Unanswered => Self::Unanswered,
+        }
+    }
+
+    /// Of a connection to no frontend, of which nothing but its beginning and its end is known.
+    #[must_use]
+    pub fn of_foreign(protocol: u8, state: u32) -> Self {
+        match Self::new(protocol, state as u8) {
+            Self::HalfOpen | Self::Unanswered => Self::Open,
+            state @ (Self::Open | Self::Closing | Self::Closed | Self::Shadow) => state,
         }
     }
 
@@ -37,9 +57,11 @@ impl FlowState {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::HalfOpen => "half-open",
             Self::Open => "open",
             Self::Closing => "closing",
             Self::Closed => "closed",
+            Self::Unanswered => "unanswered",
             Self::Shadow => "shadow",
         }
     }
@@ -61,7 +83,7 @@ pub struct FlowView<'a> {
     pub backend: BackendRef<'a>,
     /// The pod's end.
     pub translated: Endpoint,
-    /// How far its end has come.
+    /// Where it is in its life.
     pub state: FlowState,
     /// When it began.
     pub created: Moment,
@@ -70,17 +92,18 @@ pub struct FlowView<'a> {
 }
 
 impl<'a> FlowView<'a> {
-    /// An entry of `flows_v4` or `flows_v6`; `None` for the record of replies, which says the same again.
+    /// An entry of `flows_v4` or `flows_v6`; `None` for the record of replies, which says the same again, and for a connection
+    /// to no frontend.
     #[must_use]
     pub fn new<A: Address>(catalog: &'a Catalog, key: &FlowKey<A>, flow: &Flow<A>) -> Option<Self> {
-        (key.direction == Direction::Forward as u8).then(|| Self {
+        (key.direction == Direction::Forward as u8 && flow.flags & FLOW_FOREIGN == 0).then(|| Self {
             service: catalog.service_name(flow.service),
             protocol: protocol_name(key.protocol),
             client: Endpoint::new(key.saddr, key.sport),
             frontend: Endpoint::new(key.daddr, key.dport),
             backend: catalog.backend(flow.backend, flow.generation),
             translated: Endpoint::new(flow.edit.daddr, flow.edit.dport),
-            state: FlowState::new(flow.state),
+            state: FlowState::new(key.protocol, flow.state),
             created: catalog.clock.moment(flow.created_ns),
             last_used: catalog.clock.moment(flow.last_used_ns),
         })

@@ -56,7 +56,7 @@ impl<'a> SessionView<'a> {
             reason: Reason::from_byte(session.reason).map_or("?", Reason::name),
             group,
             uses: session.uses,
-            connections: policy.filter(|policy| policy.timer == Timer::Alive).map(|_| session.connections),
+            connections: policy.filter(|policy| policy.timer == Timer::Alive).map(|_| session.live_connections()),
         }
     }
 
@@ -94,7 +94,7 @@ impl Catalog {
 /// Seconds until a pin expires, rounded up, so that zero means expired; `None`: never, as things are.
 #[must_use]
 pub fn expires_in_s(session: &Session, timer: Timer, timeout_ns: u64, now_ns: u64) -> Option<u64> {
-    if timeout_ns == TIMEOUT_UNLIMITED || timer == Timer::Alive && session.connections > 0 {
+    if timeout_ns == TIMEOUT_UNLIMITED || timer == Timer::Alive && session.live_connections() > 0 {
         return None;
     }
     if !is_fresh(session, timer, timeout_ns, now_ns) {

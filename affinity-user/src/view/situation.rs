@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use affinity_common::abi::{Address, Direction, Flow, FlowKey, Session, SessionKey};
+use affinity_common::abi::{Address, Direction, Flow, FlowKey, Foreign, Session, SessionKey};
 
 use super::{
     Catalog, Question,
@@ -22,6 +22,10 @@ pub struct Situation<A: Address> {
     pub sessions: BTreeMap<SessionKey<A>, Session>,
     /// The flow that the packet belongs to.
     pub flow: Option<Flow<A>>,
+    /// The pin of that flow, which may be of a scope that the frontend had before.
+    pub flow_pin: Option<(SessionKey<A>, Session)>,
+    /// The connection to no frontend that the packet would be a reply of.
+    pub foreign: Option<Foreign>,
     /// Whether that flow has a source of the node.
     pub is_masqueraded: bool,
     /// Live sessions of the pool's backends.
@@ -36,6 +40,8 @@ impl<A: Address + FrontendTables> Situation<A> {
             in_filter: question.is_frontend::<A>(catalog),
             sessions: BTreeMap::new(),
             flow: None,
+            flow_pin: None,
+            foreign: None,
             is_masqueraded: false,
             loads: BTreeMap::new(),
         }
@@ -58,13 +64,23 @@ impl<A: Family + FrontendTables> Situation<A> {
         let (word, bit) = filter_word(Direction::Forward, question.filter_bit());
         let backends = pool_backends::<A>(catalog, question).into_iter().filter(|&index| index < store.loads.len());
         let flow = if question.from_port.is_some() { tables.flows.get(&question.key())? } else { None };
+        let pin_key = flow.filter(|flow| flow.scope != 0);
+        let pin_key = pin_key.map(|flow| SessionKey::new(flow.scope, question.key::<A>().saddr, flow.prefix));
+        let flow_pin = match pin_key {
+            Some(key) => tables.sessions.get(&key)?.map(|pin| (key, pin)),
+            None => None,
+        };
         let outward = flow.map(|flow| FlowKey::translated(&flow.edit, question.protocol, Direction::Outward));
         Ok(Self {
             in_filter: store.filter.load_u64(word) & bit != 0,
             sessions,
             flow,
+            flow_pin,
+            foreign: if question.from_port.is_some() { tables.foreign.get(&question.key())? } else { None },
             is_masqueraded: outward.map(|outward| tables.flows.get(&outward)).transpose()?.flatten().is_some(),
-            loads: backends.map(|index| (index, store.loads.load_u64(index))).collect(),
+            loads: backends
+                .map(|index| (index, store.loads.load_u64(index).cast_signed().max(0).cast_unsigned()))
+                .collect(),
         })
     }
 }

@@ -25,9 +25,9 @@ use affinity_common::{
 };
 
 use crate::{
-    frame::{ACK, FIN, RST, SYN, TCP, error, fragment_field, network_places, quoted, read, turned},
+    frame::{ACK, FIN, RST, SYN, TCP, UDP, error, fragment_field, network_places, quoted, read, turned},
     onward::send_on,
-    passage::Passage,
+    passage::{Passage, frontend_of},
     snat::by_the_node,
     state::{PORTS, State, send_to},
 };
@@ -40,6 +40,7 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     let Some((state, frame)) = State::split(input) else { return BTreeSet::new() };
     let frame = state.aimed(frame);
     let mut model = state.tables(read(&frame).as_ref());
+    let mut met: BTreeSet<_> = answer_to_another(&model, &frame).into_iter().collect();
 
     let first = Passage::new(&model, Direction::Forward, &frame);
     if first.verdict == Verdict::Forward {
@@ -49,12 +50,14 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
         reply(&model, &first);
         errors(&model, &first);
         further_connections(&model, &first);
+        met.insert(straight_to_the_pod(&model, &first));
     }
     state.change(&mut model);
     Passage::new(&model, Direction::Forward, &frame);
     Passage::new(&model, Direction::Reverse, &frame);
     let counters = model.counters.borrow();
-    counters.keys().copied().collect()
+    met.extend(counters.keys().copied());
+    met
 }
 
 /// A flow's next packet takes the same way.
@@ -131,6 +134,37 @@ fn further_connections(model: &Model, first: &Passage) {
         frame[ports.start + 1] ^= 1;
         Passage::new(model, Direction::Forward, &frame);
     }
+}
+
+/// The same datagram as an answer to one that has left from the frontend's address and port: that is another's, and passes.
+fn answer_to_another(model: &Model, frame: &[u8]) -> Option<Reason> {
+    let reading = read(frame).filter(|reading| reading.protocol == UDP && frontend_of(model, reading).is_some())?;
+    let model = model.clone();
+    let asked = Passage::new(&model, Direction::Reverse, &turned(frame, &reading));
+    assert_eq!(asked.verdict, Verdict::Pass);
+    let answer = Passage::new(&model, Direction::Forward, frame);
+    assert_eq!((answer.verdict, answer.reason), (Verdict::Pass, Reason::NotOurs));
+    Some(answer.reason)
+}
+
+/// The client's connection to the same pod by the same port, past the service: it gets another port where the replies would be
+/// the other one's, and they come back to it.
+fn straight_to_the_pod(model: &Model, first: &Passage) -> Reason {
+    // Apart: it would be in the way of later connections.
+    let model = &model.clone();
+    let straight = Passage::new(model, Direction::Forward, &first.after);
+    if straight.reason != Reason::PortChanged {
+        assert_eq!(straight.verdict, Verdict::Pass);
+        return straight.reason;
+    }
+    let [was, is] = [&straight.before, &straight.after].map(|frame| read(frame).expect("it is whole"));
+    assert_eq!((&is.addresses, is.ports[1]), (&was.addresses, was.ports[1]));
+    assert_ne!(is.ports[0], was.ports[0]);
+    let reply = Passage::new(model, Direction::Reverse, &turned(&straight.after, &is));
+    assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));
+    let came = read(&reply.after).expect("it is whole");
+    assert_eq!(came.ports, [was.ports[1], was.ports[0]]);
+    straight.reason
 }
 
 #[cfg(test)]

@@ -30,6 +30,10 @@ impl NextHop for Hop {
 struct Routed(Vec<u8>);
 
 impl Packet for Routed {
+    fn ifindex(&self) -> u32 {
+        0
+    }
+
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.0.read(offset)
     }

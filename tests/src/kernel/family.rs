@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Flow, FlowKey, FragmentKey, Frontend, FrontendKey, RangeKey, Session, SessionKey, V4, V6},
+    abi::{Address, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, RangeKey, Session, SessionKey, V4, V6},
     model::{Lru, Model},
 };
 
@@ -31,6 +31,8 @@ pub trait ModelFamily: Address {
     fn sessions(model: &Model) -> &RefCell<Lru<SessionKey<Self>, Session>>;
     /// The model's flows.
     fn flows(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Flow<Self>>>;
+    /// The model's connections to no frontend.
+    fn foreign(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Foreign>>;
     /// The sessions that frames left.
     fn sessions_left(state: &State) -> &BTreeMap<SessionKey<Self>, Session>;
     /// The flows that frames left.
@@ -38,7 +40,7 @@ pub trait ModelFamily: Address {
 }
 
 macro_rules! family {
-    ($address:ident, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $fragments:ident) => {
+    ($address:ident, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident) => {
         impl ModelFamily for $address {
             fn of(address: IpAddr) -> Option<Self> {
                 if let IpAddr::$address(address) = address { Some(Self(address.octets())) } else { None }
@@ -72,6 +74,10 @@ macro_rules! family {
                 &model.$flows
             }
 
+            fn foreign(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Foreign>> {
+                &model.$foreign
+            }
+
             fn sessions_left(state: &State) -> &BTreeMap<SessionKey<Self>, Session> {
                 &state.$sessions
             }
@@ -83,5 +89,5 @@ macro_rules! family {
     };
 }
 
-family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, fragments_v4);
-family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, fragments_v6);
+family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, foreign_v4, fragments_v4);
+family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, foreign_v6, fragments_v6);

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fmt::Debug};
 
 use affinity_common::{
     abi::{
-        Event, Flow, FlowKey, FragmentKey, REASONS, Reason, Session, SessionKey, USAGES, Usage, UsageKey, V4, V6,
-        usage_index,
+        Event, Flow, FlowKey, Foreign, FragmentKey, REASONS, Reason, Session, SessionKey, USAGES, Usage, UsageKey, V4,
+        V6, usage_index,
     },
     model::Model,
 };
@@ -24,6 +24,10 @@ pub struct State {
     pub flows_v4: BTreeMap<FlowKey<V4>, Flow<V4>>,
     /// Flows, IPv6.
     pub flows_v6: BTreeMap<FlowKey<V6>, Flow<V6>>,
+    /// Connections to no frontend, IPv4.
+    pub foreign_v4: BTreeMap<FlowKey<V4>, Foreign>,
+    /// Connections to no frontend, IPv6.
+    pub foreign_v6: BTreeMap<FlowKey<V6>, Foreign>,
     /// Packets in pieces, IPv4.
     pub fragments_v4: BTreeMap<FragmentKey<V4>, FlowKey<V4>>,
     /// Packets in pieces, IPv6.
@@ -55,6 +59,8 @@ impl State {
             sessions_v6: model.sessions_v6.borrow().iter().collect(),
             flows_v4: model.flows_v4.borrow().iter().collect(),
             flows_v6: model.flows_v6.borrow().iter().collect(),
+            foreign_v4: model.foreign_v4.borrow().iter().collect(),
+            foreign_v6: model.foreign_v6.borrow().iter().collect(),
             fragments_v4: model.fragments_v4.borrow().iter().collect(),
             fragments_v6: model.fragments_v6.borrow().iter().collect(),
             loads: without_zeros(model.loads.borrow().iter().map(|(index, load)| (*index, *load))),
@@ -72,6 +78,8 @@ impl State {
             sessions_v6: store.v6.sessions.iter().collect::<Result<_, _>>()?,
             flows_v4: store.v4.flows.iter().collect::<Result<_, _>>()?,
             flows_v6: store.v6.flows.iter().collect::<Result<_, _>>()?,
+            foreign_v4: store.v4.foreign.iter().collect::<Result<_, _>>()?,
+            foreign_v6: store.v6.foreign.iter().collect::<Result<_, _>>()?,
             fragments_v4: store.v4.fragments.iter().collect::<Result<_, _>>()?,
             fragments_v6: store.v6.fragments.iter().collect::<Result<_, _>>()?,
             loads: without_zeros((0..store.loads.len()).map(|index| (index, store.loads.load_u64(index)))),
@@ -94,6 +102,8 @@ impl State {
         compare(&mut lines, "session", sessions_v6, &model.sessions_v6);
         compare(&mut lines, "flow", flows_v4, &model.flows_v4);
         compare(&mut lines, "flow", flows_v6, &model.flows_v6);
+        compare(&mut lines, "foreign", &kernel.foreign_v4, &model.foreign_v4);
+        compare(&mut lines, "foreign", &kernel.foreign_v6, &model.foreign_v6);
         compare(&mut lines, "fragment", &kernel.fragments_v4, &model.fragments_v4);
         compare(&mut lines, "fragment", &kernel.fragments_v6, &model.fragments_v6);
         compare(&mut lines, "load", loads, &model.loads);

@@ -72,6 +72,11 @@ impl Client {
         self.door.run(|| self.open(protocol, from, to))?
     }
 
+    /// The same from a port of the caller's choice, which other connections may have, too.
+    pub fn connect_by(&self, protocol: Protocol, from: SocketAddr, to: SocketAddr) -> io::Result<Connection> {
+        self.door.run(|| Connection::open(protocol, from, to, self.patience))?
+    }
+
     /// The pod that answers each of these clients, each on a new connection, in the order of the clients.
     ///
     /// # Errors
@@ -122,7 +127,7 @@ impl Client {
     /// Opens a connection from `from`, any port, in the namespace of the calling thread: inside
     /// [`Client::in_parallel`] the client's.
     pub fn open(&self, protocol: Protocol, from: IpAddr, to: SocketAddr) -> io::Result<Connection> {
-        Connection::open(protocol, from, to, self.patience)
+        Connection::open(protocol, SocketAddr::new(from, 0), to, self.patience)
     }
 }
 
@@ -141,8 +146,8 @@ pub enum Connection {
 }
 
 impl Connection {
-    /// Opens one from `from`, any port, in the namespace of the calling thread.
-    pub(super) fn open(protocol: Protocol, from: IpAddr, to: SocketAddr, patience: Duration) -> io::Result<Self> {
+    /// Opens one from `from`, any port where that is zero, in the namespace of the calling thread.
+    pub(super) fn open(protocol: Protocol, from: SocketAddr, to: SocketAddr, patience: Duration) -> io::Result<Self> {
         match protocol {
             Protocol::Tcp => {
                 let stream = TcpStream::from(socket(SocketType::STREAM, from, to, patience)?);
@@ -212,7 +217,7 @@ fn family_of(address: SocketAddr) -> Family {
 }
 
 /// A connected socket, in the namespace of the calling thread.
-fn socket(kind: SocketType, from: IpAddr, to: SocketAddr, patience: Duration) -> io::Result<OwnedFd> {
+fn socket(kind: SocketType, from: SocketAddr, to: SocketAddr, patience: Duration) -> io::Result<OwnedFd> {
     let domain = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(domain, kind, SocketFlags::CLOEXEC, None)?;
     // No interface has the client addresses: a local route for their prefix makes them ours.
@@ -224,7 +229,11 @@ fn socket(kind: SocketType, from: IpAddr, to: SocketAddr, patience: Duration) ->
     for direction in [sockopt::Timeout::Send, sockopt::Timeout::Recv] {
         sockopt::set_socket_timeout(&socket, direction, Some(patience))?;
     }
-    bind(&socket, &SocketAddr::new(from, 0))?;
+    if from.port() != 0 {
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        sockopt::set_socket_reuseport(&socket, true)?;
+    }
+    bind(&socket, &from)?;
     connect(&socket, &to).map_err(|error| timed_out(error.into()))?;
     Ok(socket)
 }

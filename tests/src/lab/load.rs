@@ -190,7 +190,7 @@ impl Caller {
 
     fn ask_anew(&mut self, report: &mut Report) {
         report.requests += 1;
-        let answer = Connection::open(self.protocol, self.from, self.to, patience(PATIENCE))
+        let answer = Connection::open(self.protocol, SocketAddr::new(self.from, 0), self.to, patience(PATIENCE))
             .and_then(|mut connection| connection.ask_last("/"));
         match answer {
             Ok(pod) => {
@@ -239,7 +239,8 @@ impl Caller {
     }
 
     fn keep_one(&self) -> Option<(Connection, String)> {
-        let mut connection = Connection::open(self.protocol, self.from, self.to, patience(PATIENCE)).ok()?;
+        let mut connection =
+            Connection::open(self.protocol, SocketAddr::new(self.from, 0), self.to, patience(PATIENCE)).ok()?;
         let pod = connection.ask("/").ok()?;
         Some((connection, pod))
     }

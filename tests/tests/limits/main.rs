@@ -169,11 +169,19 @@ fn timer_absolute_is_never_restarted() -> Result<()> {
 fn timer_alive_runs_from_the_end_of_the_last_connection() -> Result<()> {
     let (kernel, client) = (site(SIZES, |frontend| frontend.timer = Timer::Alive as u8)?, Family::V4.client(4));
     let to = service(Family::V4);
+    let complete = |pod, port| {
+        answer(&kernel, pod, SocketAddr::new(client, port), SYN | ACK)?;
+        send(&kernel, Hook::XdpForward, SocketAddr::new(client, port), to, ACK)
+    };
     let pod = connect(&kernel, client, 1)?;
+    complete(pod, 1)?;
     connect(&kernel, client, 2)?;
+    complete(pod, 2)?;
+    ensure!(session(&kernel, client)?.connections == 2);
     send(&kernel, Hook::XdpForward, SocketAddr::new(client, 2), to, RST)?;
     age(&kernel, client, 3 * TIMEOUT_NS)?;
     expect(&kernel, Reason::Pinned, || connect(&kernel, client, 3))?;
+    complete(pod, 3)?;
     send(&kernel, Hook::XdpForward, SocketAddr::new(client, 3), to, FIN | ACK)?;
     answer(&kernel, pod, SocketAddr::new(client, 3), FIN | ACK)?;
     ensure!(session(&kernel, client)?.connections == 1);
@@ -184,6 +192,7 @@ fn timer_alive_runs_from_the_end_of_the_last_connection() -> Result<()> {
     ensure!(session(&kernel, client)?.connections == 0 && is_now(session(&kernel, client)?.last_used_ns));
     age(&kernel, client, TIMEOUT_NS - SECOND_NS)?;
     expect(&kernel, Reason::Pinned, || connect(&kernel, client, 4))?;
+    complete(pod, 4)?;
     send(&kernel, Hook::XdpForward, SocketAddr::new(client, 4), to, RST)?;
     age(&kernel, client, TIMEOUT_NS)?;
     expect(&kernel, Reason::Expired, || connect(&kernel, client, 5))?;

@@ -15,7 +15,7 @@ use affinity_common::{
 use affinity_tests::{
     kernel::{Fixed, Hook, Kernel, ModelFamily, SMALL, empty_model},
     lab::Family,
-    packet::Frame,
+    packet::{Frame, tcp_flags::RST},
 };
 use affinity_user::load::{Sizes, monotonic_ns};
 use anyhow::{Context, Result, ensure};
@@ -99,7 +99,9 @@ fn publish<A: ModelFamily>(model: &mut Model, family: Family, change: impl Fn(&m
 
 /// Sends a segment to a service; the pod that it goes to.
 pub(crate) fn send(kernel: &Kernel, hook: Hook, from: SocketAddr, to: SocketAddr, flags: u8) -> Result<IpAddr> {
-    let frame = Frame::tcp(from, to, flags).build();
+    let frame = Frame::tcp(from, to, flags);
+    // A reset has a number that the other side has acknowledged: what every other frame does.
+    let frame = if flags & RST == 0 { frame } else { frame.numbers(2000, 0) }.build();
     let ran = kernel.run(hook, &frame)?;
     ensure!(ran.verdict == Verdict::Forward, "{from} to {to}: {:?}", ran.verdict);
     destination(&ran.frame)

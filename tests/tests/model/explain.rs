@@ -8,10 +8,11 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Direction, FLOW_CLOSED, Flow, FlowKey, Port, REASONS, Reason, V4, V6},
+    abi::{Direction, Flow, FlowKey, Port, REASONS, Reason, V4, V6},
     model::Model,
     parse::TCP,
     pipeline::Verdict,
+    state,
     tables::FamilyTables,
 };
 use affinity_tests::{
@@ -154,7 +155,7 @@ impl Met {
         let from = SocketAddr::new(question.from, port);
         let to = SocketAddr::new(question.to.address, question.to.port);
         let frame = match (question.protocol, flow) {
-            (TCP, Some(flow)) if flow.state & FLOW_CLOSED == 0 => Frame::tcp(from, to, ACK),
+            (TCP, Some(flow)) if !state::is_closed(flow.state) => Frame::tcp(from, to, ACK),
             (TCP, _) => Frame::tcp(from, to, SYN),
             _ => Frame::udp(from, to),
         };

@@ -43,7 +43,9 @@ fn request(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
     }
     if dice.percent(50) {
         let known = dice.pick(&world.connections);
-        return (known.client, known.service, known.protocol);
+        // Straight to the pod, by a port that a connection to the service may have.
+        let to = if dice.percent(20) { known.pod } else { known.service };
+        return (known.client, to, known.protocol);
     }
     let (service, protocol) = dice.pick(&world.frontends);
     let client = World::client(dice, family(service));
@@ -55,6 +57,12 @@ fn reply(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
     if dice.percent(60) {
         let known = dice.pick(&world.connections);
         return (known.pod, known.client, known.protocol);
+    }
+    if dice.percent(20) {
+        // Of others: from a frontend's address and port, or from the node's.
+        let known = dice.pick(&world.connections);
+        let node = World::node(family(known.pod), dice.below(6));
+        return dice.pick(&[(known.service, known.client, known.protocol), (node, known.pod, known.protocol)]);
     }
     if dice.percent(50) {
         let known = dice.pick(&world.connections);

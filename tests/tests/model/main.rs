@@ -185,6 +185,8 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::NoLocalEndpoints
         | Reason::PortsExhausted
         | Reason::Returned
+        | Reason::NotOurs
+        | Reason::PortChanged
         | Reason::Inconsistent => is_forward,
         // A group of which both scopes are the same: the pin is neither usable nor absent.
         Reason::SessionNotStored => is_forward,

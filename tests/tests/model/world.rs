@@ -5,9 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use affinity_common::{
     abi::{
-        Backend, Direction, FLOW_CLOSED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_SHADOW, Flow, FlowKey, Frontend,
-        FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS, Port, RANGES, RangeKey,
-        Reason, SILENT, SPLIT, Session, SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
+        Backend, Direction, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN, FLOW_RESET,
+        FLOW_SHADOW, Flow, FlowKey, Foreign, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, MOVES,
+        Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SILENT, SPLIT, Session, SessionKey,
+        TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     model::Model,
     parse::{TCP, UDP},
@@ -25,6 +26,22 @@ const TIMEOUTS_NS: [u64; 5] = [SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS, TI
 /// Flags of frontends that no plain one has.
 const OF_A_PROXY: [u8; 8] = [0, 0, 0, MASQUERADE, MASQUERADE, SPLIT, RANGES, SILENT];
 const PREFIXES: [u8; 8] = [32, 128, 128, 128, 24, 64, 0, 255];
+/// States that flows may have.
+const STATES: [u8; 11] = [
+    0,
+    FLOW_ANSWERED,
+    OPEN,
+    OPEN,
+    FLOW_SHADOW,
+    FLOW_SHADOW | FLOW_OPEN,
+    FLOW_SHADOW | FLOW_OPEN | FLOW_FIN_CLIENT,
+    OPEN | FLOW_FIN_CLIENT,
+    OPEN | FLOW_FIN_SERVER,
+    OPEN | FLOW_RESET,
+    OPEN | FLOW_FIN_CLIENT | FLOW_FIN_SERVER,
+];
+/// The state of a connection that goes on.
+const OPEN: u8 = FLOW_ANSWERED | FLOW_OPEN;
 const BACKENDS: u32 = 12;
 const POOLS: u32 = 4;
 const SLOTS_OF_A_POOL: u32 = 8;
@@ -187,6 +204,13 @@ impl World {
         if dice.percent(88) { generation } else { generation.wrapping_add(dice.pick(&[1, 2, u32::MAX])) }
     }
 
+    /// The numbers of a segment: none, those that frames have, or others.
+    fn segment(&self, dice: &mut Dice) -> u64 {
+        let number = |dice: &mut Dice| dice.pick(&[1_000_u32, 2_000, 2_000, 900, 0x8000_0000]).to_be_bytes();
+        let ([a, b, c, d], [e, f, g, h]) = (number(dice), number(dice));
+        dice.pick(&[0, u64::from_ne_bytes([a, b, c, d, e, f, g, h])])
+    }
+
     /// A time at the edge of every timeout.
     fn time_ns(&self, dice: &mut Dice) -> u64 {
         let edges = [0, SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS];
@@ -230,6 +254,10 @@ impl World {
             let within = RangeKey::new(scope, address(SocketAddr::new(family.client(1), 0)), dice.pick(&PREFIXES));
             A::ranges_mut(&mut self.model).insert(within);
         }
+        if dice.percent(50) {
+            let shared = RangeKey::new(NODE, address(SocketAddr::new(family.cluster_ip(1), 0)), A::BITS);
+            A::ranges_mut(&mut self.model).insert(shared);
+        }
         for scope in FIRST_SCOPE..FIRST_SCOPE + SCOPES {
             for _ in 0..5 {
                 let (client, session) = (Self::client(dice, family), self.session(dice));
@@ -249,7 +277,7 @@ impl World {
             generation: self.generation(dice, backend),
             service: dice.below(SERVICES as usize) as u32,
             draw: dice.number() as u32,
-            connections: dice.pick(&[0, 0, 0, 1, 2]),
+            connections: dice.pick(&[0, 0, 0, 1, 2, 7 * MOVES, 255 * MOVES + 1]),
             uses: dice.pick(&[1, 7, u32::MAX]),
             reason: Reason::Created as u8,
             pad: [0; 7],
@@ -314,30 +342,21 @@ impl World {
             pad: [0; 2],
         };
         let edit = rewrite::edit(&key, key.saddr, address(pod), key.sport, Port::new(pod.port()));
-        let states = [
-            0,
-            0,
-            FLOW_SHADOW,
-            FLOW_SHADOW | FLOW_FIN_CLIENT | FLOW_CLOSED,
-            FLOW_FIN_CLIENT,
-            FLOW_FIN_SERVER,
-            FLOW_CLOSED,
-            FLOW_FIN_CLIENT | FLOW_FIN_SERVER | FLOW_CLOSED,
-        ];
         let flow = Flow {
             created_ns: self.time_ns(dice),
             last_used_ns: self.time_ns(dice),
             timeout_ns: frontend.timeout_ns,
+            segment: self.segment(dice),
             edit,
             backend,
             generation: self.generation(dice, backend),
             pool: frontend.pool,
             scope: dice.pick(&[0, frontend.group, frontend.group, frontend.own]),
             service: frontend.service,
-            state: dice.pick(&states),
+            state: dice.pick(&STATES),
             timer: frontend.timer,
             prefix: frontend.prefix,
-            flags: 0,
+            flags: dice.pick(&[0, 0, 0, FLOW_EXACT]),
         };
         let reverse = key.opposite(&edit);
         let back = rewrite::edit(&reverse, key.daddr, key.saddr, key.dport, key.sport);
@@ -346,10 +365,25 @@ impl World {
             flows.insert(key, flow);
         }
         if dice.percent(95) {
-            flows.insert(reverse, Flow { edit: back, last_used_ns: self.time_ns(dice), ..flow });
+            let (last_used_ns, segment) = (self.time_ns(dice), self.segment(dice));
+            flows.insert(reverse, Flow { edit: back, last_used_ns, segment, ..flow });
         }
         drop(flows);
+        if dice.percent(20) {
+            let replies = dice.pick(&[key, reverse, reverse]);
+            self.add_foreign(dice, replies);
+        }
         self.connections.push(Connection { client, service, pod, protocol });
+    }
+
+    /// A connection to no frontend, whose replies look like packets of another one, or have no flow.
+    fn add_foreign<A: ModelFamily>(&mut self, dice: &mut Dice, replies: FlowKey<A>) {
+        let state = dice.pick(&STATES) & !FLOW_SHADOW;
+        let foreign = Foreign { last_sent_ns: self.time_ns(dice), state: u32::from(state), pad: 0 };
+        A::foreign(&self.model).borrow_mut().insert(replies, foreign);
+        if dice.percent(50) {
+            A::flows(&self.model).borrow_mut().remove(&replies);
+        }
     }
 }
 

@@ -1,11 +1,12 @@
-//! Two processors and one client, step by step: another packet of the client is handled whole between any two accesses
-//! to the tables that the handling of the first one makes.
+//! Two processors and one client, step by step: other packets are handled whole between any two accesses to the tables
+//! that the handling of the first one makes.
 
 use std::{cell::Cell, vec::Vec};
 
 use super::*;
 use crate::{
-    abi::{Draft, Flow, FlowKey, FragmentKey, Node},
+    abi::{Draft, Flow, FlowKey, Foreign, FragmentKey, Node},
+    flow, foreign,
     model::Shared,
     parse::Headers,
     pipeline::{self, Opened},
@@ -20,23 +21,43 @@ struct Interrupted<'a> {
     cluster: &'a Cluster,
     /// Accesses until the other processor comes.
     left: Cell<u32>,
-    /// Where the other one's packet went.
-    other: Cell<Option<u32>>,
+    /// Whether the other one has come.
+    is_over: Cell<bool>,
+    /// What it does.
+    other: &'a dyn Fn(&Cluster),
 }
 
-impl Interrupted<'_> {
+impl<'a> Interrupted<'a> {
+    fn new(cluster: &'a Cluster, after: u32, other: &'a dyn Fn(&Cluster)) -> Self {
+        Self { cluster, left: Cell::new(after), is_over: Cell::new(false), other }
+    }
+
     fn step(&self) {
         match self.left.get().checked_sub(1) {
             Some(left) => self.left.set(left),
-            None if self.other.get().is_none() => {
-                // Clients that change the loads, which the first processor may have read already.
-                for number in 0..STRANGERS {
-                    self.cluster.connect(client(number), OTHER_PORT);
-                }
-                self.other.set(Some(self.cluster.connect(CLIENT, OTHER_PORT)));
-            }
+            None if !self.is_over.replace(true) => (self.other)(self.cluster),
             None => {}
         }
+    }
+}
+
+/// The first processor's handling of what `packet` does, interrupted by `other` after each number of accesses there is;
+/// `check` looks at what came of it.
+fn at_every_step(
+    scene: impl Fn() -> Cluster,
+    packet: impl Fn(&Interrupted<'_>),
+    other: impl Fn(&Cluster),
+    check: impl Fn(&Cluster, u32),
+) {
+    for after in 0.. {
+        let cluster = scene();
+        let tables = Interrupted::new(&cluster, after, &other);
+        packet(&tables);
+        if !tables.is_over.get() {
+            assert!(after > 3, "it was never interrupted");
+            return;
+        }
+        check(&cluster, after);
     }
 }
 
@@ -67,9 +88,17 @@ impl Pin for Stepwise<'_, '_> {
         self.1.step();
         self.0.repin(from, to)
     }
-    fn add_connections(&self, connections: u32) {
+    fn pointed_to(&self) -> (u32, u32) {
         self.1.step();
-        self.0.add_connections(connections);
+        self.0.pointed_to()
+    }
+    fn connections(&self) -> u32 {
+        self.1.step();
+        self.0.connections()
+    }
+    fn swap_connections(&self, from: u32, to: u32) -> bool {
+        self.1.step();
+        self.0.swap_connections(from, to)
     }
 }
 
@@ -91,6 +120,9 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
     }
     fn node(&self) -> Option<Node> {
         self.cluster.0.node()
+    }
+    fn is_above_another(&self, ifindex: u32) -> bool {
+        self.cluster.0.is_above_another(ifindex)
     }
     fn tried(&self, backend: u32) -> u64 {
         self.cluster.0.tried(backend)
@@ -131,6 +163,22 @@ where
     fn open(&self, headers: &Headers<A>) -> Opened {
         pipeline::open(self, headers)
     }
+    fn advance(&self, headers: &Headers<A>) {
+        flow::advance(self, headers);
+    }
+    fn note_leaving(&self, headers: &Headers<A>) {
+        foreign::note_leaving(self, headers);
+    }
+    fn add_state(&self, flow: &Shared<Flow<A>>, bits: u8) -> u8 {
+        self.step();
+        self.cluster.0.add_state(flow, bits)
+    }
+    fn foreign(&self, replies: &FlowKey<A>) -> Option<Shared<Foreign>> {
+        self.cluster.0.foreign(replies)
+    }
+    fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign) {
+        self.cluster.0.put_foreign(replies, foreign);
+    }
     fn is_within(&self, scope: u32, address: A) -> bool {
         self.cluster.0.is_within(scope, address)
     }
@@ -161,6 +209,7 @@ where
         self.cluster.0.add_session(key, session)
     }
     fn flow(&self, key: &FlowKey<A>) -> Option<Shared<Flow<A>>> {
+        self.step();
         self.cluster.0.flow(key)
     }
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored> {
@@ -203,7 +252,8 @@ fn scene(select: Selection, draw: u32, before: Before) -> Cluster {
     cluster
 }
 
-/// Both packets reach one pod, the pin names it and counts both connections, and the loads count the pin once.
+/// Both packets reach one pod, the pin names it and, once they are open, counts both connections, and the loads count the
+/// pin once.
 #[test]
 fn whenever_the_other_comes_both_agree() {
     let mut moves_in_the_middle = 0;
@@ -213,14 +263,28 @@ fn whenever_the_other_comes_both_agree() {
                 for after in 0.. {
                     let cluster = scene(select, draw.wrapping_mul(0x9e37_79b1), before);
                     let loads: u64 = cluster.0.loads.borrow().values().sum();
-                    let tables = Interrupted { cluster: &cluster, left: Cell::new(after), other: Cell::new(None) };
+                    let went = Cell::new(0);
+                    let other = |cluster: &Cluster| {
+                        // Clients that change the loads, which the first processor may have read already.
+                        for number in 0..STRANGERS {
+                            cluster.connect(client(number), OTHER_PORT);
+                        }
+                        went.set(cluster.connect(CLIENT, OTHER_PORT));
+                    };
+                    let tables = Interrupted::new(&cluster, after, &other);
                     let mut frame = Shape::tcp(SYN).frame(&Ends { from: (CLIENT, 1), to: WEB });
                     assert_eq!(pipeline::forward(&mut frame, &&tables), Verdict::Forward);
-                    let Some(other) = tables.other.get() else { break };
+                    if !tables.is_over.get() {
+                        break;
+                    }
+                    let other = went.get();
                     let what = format!("{select:?}, {before:?}, draw {draw}, after {after} steps");
                     assert_eq!(u32::from(frame[33]), other, "{what}");
+                    for port in [1, OTHER_PORT] {
+                        cluster.complete(other, CLIENT, port);
+                    }
                     let pin = cluster.session(GROUP, CLIENT).expect("a pin");
-                    assert_eq!((pin.backend, pin.connections), (other, 2), "{what}");
+                    assert_eq!((pin.backend, pin.live_connections()), (other, 2), "{what}");
                     assert_eq!(pin.generation, 1, "{what}");
                     let new = u64::from(matches!(before, Before::None)) + u64::from(STRANGERS);
                     assert_eq!(cluster.0.loads.borrow().values().sum::<u64>(), loads + new, "{what}");
@@ -246,4 +310,104 @@ fn alone_a_processor_makes_the_move_itself() {
         })
         .collect();
     assert_eq!(moves, [Reason::Created, Reason::Pinned, Reason::Expired, Reason::BackendGone, Reason::NotReady]);
+}
+
+/// A service under `alive`, with a connection by port 1 to the first pod returned, and one by port 9 that stays open.
+fn alive() -> (Cluster, u32) {
+    let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
+    let pod = cluster.connect(CLIENT, 1);
+    cluster.complete(pod, CLIENT, 1);
+    cluster.open(CLIENT, 9);
+    (cluster, pod)
+}
+
+/// A segment of the client that the first processor handles.
+fn segment(tables: &Interrupted<'_>, flags: u8) {
+    let mut frame = Shape::tcp(flags).frame(&Ends { from: (CLIENT, 1), to: WEB });
+    assert_eq!(pipeline::forward(&mut frame, &tables), Verdict::Forward);
+}
+
+/// A connection of the same client, from its beginning.
+fn open_another(cluster: &Cluster) {
+    cluster.open(CLIENT, OTHER_PORT);
+}
+
+fn live(cluster: &Cluster) -> u32 {
+    cluster.session(GROUP, CLIENT).expect("a pin").live_connections()
+}
+
+/// Two processors see the two FINs, whichever comes first: the connection has ended, and is counted off once.
+#[test]
+fn both_ends_at_once_are_one_end() {
+    let (_, pod) = alive();
+    at_every_step(
+        || alive().0,
+        |tables| segment(tables, FIN | ACK),
+        |cluster| cluster.reply(pod, CLIENT, 1, FIN | ACK),
+        |cluster, after| {
+            assert_eq!(live(cluster), 1, "after {after} steps");
+            cluster.connect(CLIENT, 1);
+            assert_eq!(live(cluster), 1, "a new connection ends none, after {after} steps");
+        },
+    );
+}
+
+/// The end of a connection is never taken for one of a connection to another pod, where the pin has moved meanwhile.
+#[test]
+fn an_end_is_counted_off_where_the_connection_was_counted() {
+    let scene = || {
+        let (mut cluster, pod) = alive();
+        cluster.drain(1, pod);
+        cluster
+    };
+    at_every_step(
+        scene,
+        |tables| segment(tables, RST),
+        open_another,
+        |cluster, after| {
+            assert_eq!(live(cluster), 1, "the connection to the other pod, after {after} steps");
+        },
+    );
+}
+
+/// Nor is a connection that opens counted for another pod than its own.
+#[test]
+fn a_connection_is_counted_for_its_own_pod() {
+    let scene = || {
+        let mut cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
+        let pod = cluster.connect(CLIENT, 1);
+        cluster.reply(pod, CLIENT, 1, SYN | ACK);
+        cluster.drain(1, pod);
+        cluster
+    };
+    at_every_step(
+        scene,
+        |tables| segment(tables, ACK),
+        open_another,
+        |cluster, after| {
+            assert_eq!(live(cluster), 1, "after {after} steps");
+        },
+    );
+}
+
+/// The client's ACK is seen by two processors: it opened one connection.
+#[test]
+fn a_connection_opens_once() {
+    let scene = || {
+        let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
+        let pod = cluster.connect(CLIENT, 1);
+        cluster.reply(pod, CLIENT, 1, SYN | ACK);
+        cluster
+    };
+    let again = |cluster: &Cluster| {
+        cluster.segment(CLIENT, 1, ACK).unwrap();
+    };
+    at_every_step(
+        scene,
+        |tables| segment(tables, ACK),
+        again,
+        |cluster, after| {
+            assert_eq!(live(cluster), 1, "after {after} steps");
+        },
+    );
 }

@@ -1,8 +1,8 @@
 //! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
 use affinity_common::abi::{
-    AFFINITY, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, NameKind, OUTSIDE, PODS, RANGES, SHADOW,
-    SHARED, SILENT, SPLIT,
+    AFFINITY, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, NODE, NameKind, OUTSIDE, PODS, RANGES,
+    SHADOW, SHARED, SILENT, SPLIT,
 };
 
 use super::{
@@ -38,7 +38,12 @@ fn tell(step: &Op) -> String {
     };
     let side = |side| if side == OUTSIDE { " outside" } else { "" };
     let range = |scope, prefix_len: u32| {
-        format!("range {} of {}", if scope == PODS { "of pods" } else { "of a service" }, prefix_len - 32)
+        let of = match scope {
+            PODS => "pods",
+            NODE => "the node",
+            _ => "a service",
+        };
+        format!("range of {of} of {}", prefix_len - 32)
     };
     match step {
         Op::PutName(_, name) => format!("name {name}"),
@@ -90,6 +95,8 @@ fn the_life_of_a_service() {
     put usage
     put usage
     put usage
+    put range of the node of 32
+    put range of the node of 128
     masquerade from 28976 ports
     set 2 bits Forward
     set 4 bits Reverse
@@ -347,7 +354,8 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
 
 #[test]
 fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
-    let few = Capacity { ranges: 3, ..CAPACITY };
+    // One is the node's address.
+    let few = Capacity { ranges: 4, ..CAPACITY };
     let mut observed = Observed::default();
     let mut take = |ranges: &[&'static str]| {
         let world = World::of(&[&[(1, Ready, true)]]).exposed(false, ranges);
@@ -356,13 +364,13 @@ fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
         let problems: Vec<String> = problems.iter().map(Problem::to_string).collect();
         (observed.ranges_v4.len(), problems.join("\n"))
     };
-    assert_eq!(take(&["192.0.2.0/30"]), (2, String::new()));
+    assert_eq!(take(&["192.0.2.0/30"]), (3, String::new()));
     let (count, problems) = take(&["192.0.2.0/30", "192.0.2.4/30", "192.0.2.8/30"]);
-    assert_eq!(count, 3);
-    insta::assert_snapshot!(problems, @"Service default/s1: no room among 3 for 1 of its source ranges: clients there are kept out");
+    assert_eq!(count, 4);
+    insta::assert_snapshot!(problems, @"Service default/s1: no room among 4 for 1 of its source ranges: clients there are kept out");
     // The old ones go at the end of a plan: the next one has their room.
-    assert_eq!(take(&["192.0.2.16/30"]).0, 1);
-    assert_eq!(take(&["192.0.2.16/30"]), (2, String::new()));
+    assert_eq!(take(&["192.0.2.16/30"]).0, 2);
+    assert_eq!(take(&["192.0.2.16/30"]), (3, String::new()));
 }
 
 /// A service that is given back to another proxy leaves its connections here: they need their pods.

@@ -307,11 +307,12 @@ where
     Model: FamilyTables<A>,
 {
     let mut headers = headers(frontend, client, sport, flags);
-    let outcome = to_frontend(model, &mut headers);
+    let outcome = to_frontend(model, &mut headers, 0);
     let to = match outcome.decision {
         Decision::Forward(flow) => {
             let edit = flow.with(|flow| flow.edit);
-            let mut reply = Headers { key: headers.key.opposite(&edit), ..headers };
+            let mut reply = headers;
+            reply.key = headers.key.opposite(&edit);
             let answer = from_backend(model, &mut reply).decision;
             assert!(matches!(answer, Decision::Forward(_)), "the filter or the flows know nothing of the reply");
             Some((edit.daddr.ip(), edit.dport.get()))

@@ -1,8 +1,13 @@
 //! Pins of either family, as operators handle them.
 
-use affinity_common::abi::{EventKind, Reason, SessionKey, V4, V6};
+use std::collections::BTreeSet;
 
-use super::KernelStore;
+use affinity_common::{
+    abi::{Address, Direction, EventKind, Reason, SessionKey, SocketRole, V4, V6},
+    parse::UDP,
+};
+
+use super::{Family, KernelStore};
 use crate::store::StoreError;
 
 /// The key of a pin of either family.
@@ -38,5 +43,42 @@ impl KernelStore {
             PinKey::V6(key) => self.remove_session(key, kind, reason, now_ns)?,
         };
         Ok(removed.is_some())
+    }
+
+    /// Forgets where the datagrams of unpinned clients went, so that the next one asks for a pin.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn forget_datagrams(&self, unpinned: &BTreeSet<PinKey>) -> Result<(), StoreError> {
+        if unpinned.is_empty() {
+            return Ok(());
+        }
+        self.forget_flows::<V4>(unpinned)?;
+        self.forget_flows::<V6>(unpinned)?;
+        let sockets: Vec<_> = self.sockets.iter().collect::<Result<_, _>>()?;
+        for (key, socket) in sockets {
+            let pin = SessionKey::new(socket.scope, socket.client, V6::BITS);
+            if key.role != SocketRole::Connected as u8 && unpinned.contains(&PinKey::V6(pin)) {
+                self.sockets.remove(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_flows<A: Family>(&self, unpinned: &BTreeSet<PinKey>) -> Result<(), StoreError>
+    where
+        PinKey: From<SessionKey<A>>,
+    {
+        let flows = &self.family::<A>().flows;
+        let all: Vec<_> = flows.iter().collect::<Result<_, _>>()?;
+        for (key, flow) in all {
+            let pin = SessionKey::new(flow.scope, key.saddr, flow.prefix);
+            let is_of_client = key.protocol == UDP && key.direction == Direction::Forward as u8;
+            if is_of_client && unpinned.contains(&pin.into()) {
+                flows.remove(&key)?;
+                flows.remove(&key.opposite(&flow.edit))?;
+            }
+        }
+        Ok(())
     }
 }

@@ -2,8 +2,8 @@
 
 use affinity_common::{
     abi::{
-        FrontendKey, MASQUERADE, MEMBER_DRAINING, PODS, Port, RANGES, RangeKey, SPLIT, Selection, Session, SessionKey,
-        V4, V6, netns_client,
+        FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, FrontendKey, MASQUERADE, MEMBER_DRAINING, PODS, Port, RANGES, RangeKey,
+        SPLIT, Selection, Session, SessionKey, V4, V6, netns_client,
     },
     parse::TCP,
 };
@@ -26,6 +26,8 @@ fn ask(catalog: &Catalog, from: &str, to: &str, sessions: &[(SessionKey<V4>, Ses
         in_filter: question.is_frontend::<V4>(catalog),
         sessions: sessions.iter().filter(|(key, _)| keys.contains(key)).copied().collect(),
         flow: None,
+        flow_pin: None,
+        foreign: None,
         is_masqueraded: false,
         loads: BTreeMap::new(),
     };
@@ -218,7 +220,7 @@ fn a_flow_keeps_its_pod_whatever_becomes_of_the_pin() {
     let (key, flow) = fixture::flow();
     let (mut question, mut situation) = ask(&catalog, "192.0.2.1", "10.96.0.10:80", &[]);
     question.from_port = Some(key.sport.get());
-    situation.flow = Some(Flow { state: 0, ..flow });
+    situation.flow = Some(Flow { state: FLOW_ANSWERED | FLOW_OPEN, ..flow });
     let answer = explain(&catalog, &question, &situation);
     assert_eq!((answer.verdict, answer.reason), ("forward", "established"));
     assert_eq!(answer.flow.as_ref().unwrap().backend.name, Some("web-0"));
@@ -257,6 +259,8 @@ fn a_socket_follows_the_pin_of_its_namespace() {
         in_filter: true,
         sessions: BTreeMap::new(),
         flow: None,
+        flow_pin: None,
+        foreign: None,
         is_masqueraded: false,
         loads: BTreeMap::new(),
     };
@@ -324,7 +328,7 @@ fn a_connection_whose_pod_has_gone_is_told_by_its_next_packet() {
         (answer.verdict, answer.reason)
     };
     assert_eq!(meets(0), ("reject", "flow-gone"));
-    assert_eq!(meets(FLOW_CLOSED), ("forward", "created"), "its port begins another connection");
+    assert_eq!(meets(FLOW_RESET), ("forward", "created"), "its port begins another connection");
 }
 
 #[test]

@@ -1,0 +1,236 @@
+//! What is not ours stays untouched, with real sockets: connections of the node from a port that is a node port, and
+//! connections straight to a pod from a port that has a connection to the service, too. Each story is held against
+//! kube-proxy's rules where the machine has iptables.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::thread;
+
+use affinity_tests::in_every_way;
+use affinity_tests::lab::{Client, Connection, Family, Frontend, Protocol, Service};
+use affinity_tests::proxy::{Proxy, Scene};
+use anyhow::{Context, Result, ensure};
+
+const NODE_PORT: u16 = 30_080;
+/// A server outside, which listens there.
+const OUTSIDE: u16 = 8080;
+
+fn web() -> Service {
+    Service::new("web", 1).tcp("http", 80, 8080).udp("dns", 53, 5353).node_ports(NODE_PORT).on([0])
+}
+
+/// Every family and protocol.
+fn routes() -> impl Iterator<Item = (Family, Protocol)> {
+    Family::BOTH.into_iter().flat_map(|family| Protocol::BOTH.map(|protocol| (family, protocol)))
+}
+
+/// Where the pod of [`web`] listens.
+fn pod(family: Family, protocol: Protocol) -> SocketAddr {
+    SocketAddr::new(family.pod(0), if protocol == Protocol::Tcp { 8080 } else { 5353 })
+}
+
+in_every_way!(one_port_to_a_service_and_straight_to_its_pod, the_nodes_own_connections_from_a_node_port);
+
+/// Whichever comes first, both go on.
+fn one_port_to_a_service_and_straight_to_its_pod(proxy: Proxy) -> Result<()> {
+    let web = web();
+    let scene = proxy.start(std::slice::from_ref(&web))?;
+    let client = scene.lab().client();
+    let mut port = 41_000;
+    for (family, protocol) in routes() {
+        let service = web.address(Frontend::ClusterIp, family, protocol).context("a cluster IP")?;
+        for order in [[service, pod(family, protocol)], [pod(family, protocol), service]] {
+            port += 1;
+            let from = SocketAddr::new(family.client(1), port);
+            let way = |step| format!("{proxy:?} {family:?} {protocol}, {order:?} from port {port}: {step}");
+            let mut first = client.connect_by(protocol, from, order[0]).with_context(|| way("the first"))?;
+            first.ask("/").with_context(|| way("the first"))?;
+            let mut second = client.connect_by(protocol, from, order[1]).with_context(|| way("the second"))?;
+            for _ in 0..3 {
+                for (connection, step) in [(&mut second, "the second goes on"), (&mut first, "the first goes on")] {
+                    let name = connection.ask("/").with_context(|| way(step))?;
+                    ensure!(name == scene.lab().pod(0).name(), "{}: {name}", way(step));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is sent back to them is no client's.
+fn the_nodes_own_connections_from_a_node_port(proxy: Proxy) -> Result<()> {
+    let web = web();
+    let scene = proxy.start(std::slice::from_ref(&web))?;
+    let lab = scene.lab();
+    for (family, protocol) in routes() {
+        let outside = SocketAddr::new(family.client(77), OUTSIDE);
+        serve_outside(&scene, protocol, outside)?;
+        let node_port = web.address(Frontend::NodePort, family, protocol).context("a node port")?;
+        let [node, _] = family.node_addresses();
+        let own = SocketAddr::new(node, node_port.port());
+        let mut connection = lab.node_client().connect_by(protocol, own, outside)?;
+        for round in 0..5 {
+            let said =
+                connection.ask("/").with_context(|| format!("{proxy:?} {family:?} {protocol}, round {round}"))?;
+            ensure!(said == "outside", "{said}");
+            let served = lab.client().ask(protocol, family.client(1), node_port)?;
+            ensure!(served == lab.pod(0).name(), "the node port serves on: {served}");
+        }
+    }
+    ensure!(lab.count("not-ours")? > 0, "they came to a node port");
+    Ok(())
+}
+
+/// A server in the clients' namespace that answers each request with its name.
+fn serve_outside(scene: &Scene, protocol: Protocol, at: SocketAddr) -> Result<()> {
+    // Threads of the test's process: they end with it.
+    let namespace = scene.lab().client_namespace();
+    match protocol {
+        Protocol::Tcp => {
+            let listener = namespace.run(|| listener(at))??;
+            thread::spawn(move || {
+                for mut stream in listener.incoming().flatten() {
+                    thread::spawn(move || {
+                        let mut request = [0; 1024];
+                        while stream.read(&mut request).is_ok_and(|length| length > 0) {
+                            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\noutside\n";
+                            if stream.write_all(answer).is_err() {
+                                break;
+                            }
+                        }
+                    });
+                }
+            });
+        }
+        Protocol::Udp => {
+            let socket = namespace.run(|| datagrams(at))??;
+            thread::spawn(move || {
+                let mut request = [0; 1024];
+                while let Ok((_, from)) = socket.recv_from(&mut request) {
+                    // Whoever asked may be gone.
+                    let _ = socket.send_to(b"outside\n", from);
+                }
+            });
+        }
+    }
+    Ok(())
+}
+
+const HELD: u32 = 200;
+const REQUESTS: u32 = 3_000;
+
+/// Connections straight to the pod are held while as many requests come by the service, from the ports that the system gives
+/// to both: none is lost.
+fn direct_connections_are_held(proxy: Proxy) -> Result<()> {
+    if !proxy.is_available() {
+        println!("{proxy:?} is not to be had here");
+        return Ok(());
+    }
+    let web = web();
+    let scene = proxy.start(std::slice::from_ref(&web))?;
+    let client = scene.lab().client();
+    let (family, protocol) = (Family::V4, Protocol::Tcp);
+    let to = web.address(Frontend::ClusterIp, family, protocol).context("a cluster IP")?;
+    // Few ports, so that many are used by both.
+    scene
+        .lab()
+        .client_namespace()
+        .command("sysctl")
+        .args(["-qw", "net.ipv4.ip_local_port_range=40000 40999"])
+        .status()?;
+    let mut held = hold(&client, family.client(1), pod(family, protocol))?;
+    for request in 0..REQUESTS {
+        let name = client.ask(protocol, family.client(1), to);
+        ensure!(name.is_ok(), "{proxy:?}: request {request} by the service: {name:?}");
+    }
+    go_on(&mut held).with_context(|| format!("{proxy:?}, straight to the pod"))
+}
+
+#[test]
+fn direct_connections_are_held_beside_requests_by_tc() -> Result<()> {
+    direct_connections_are_held(Proxy::Tc)
+}
+
+#[test]
+fn direct_connections_are_held_beside_requests_by_xdp() -> Result<()> {
+    direct_connections_are_held(Proxy::Xdp)
+}
+
+#[test]
+fn direct_connections_are_held_beside_requests_by_kube_proxys_rules() -> Result<()> {
+    direct_connections_are_held(Proxy::Iptables)
+}
+
+/// The node's own connections to the pod are held while node port requests are masqueraded to it.
+fn connections_of_the_node_are_held(proxy: Proxy) -> Result<()> {
+    if !proxy.is_available() {
+        println!("{proxy:?} is not to be had here");
+        return Ok(());
+    }
+    let web = web();
+    let scene = proxy.start(std::slice::from_ref(&web))?;
+    let (client, node) = (scene.lab().client(), scene.lab().node_client());
+    let (family, protocol) = (Family::V4, Protocol::Tcp);
+    let to = web.address(Frontend::NodePort, family, protocol).context("a node port")?;
+    let mut held = hold(&node, family.node_addresses()[0], pod(family, protocol))?;
+    for request in 0..REQUESTS {
+        let name = client.ask(protocol, family.client(request % 200), to);
+        ensure!(name.is_ok(), "{proxy:?}: request {request} to the node port: {name:?}");
+    }
+    go_on(&mut held).with_context(|| format!("{proxy:?}, of the node"))
+}
+
+#[test]
+fn connections_of_the_node_are_held_beside_masqueraded_ones_by_tc() -> Result<()> {
+    connections_of_the_node_are_held(Proxy::Tc)
+}
+
+#[test]
+fn connections_of_the_node_are_held_beside_masqueraded_ones_by_xdp() -> Result<()> {
+    connections_of_the_node_are_held(Proxy::Xdp)
+}
+
+#[test]
+fn connections_of_the_node_are_held_beside_masqueraded_ones_by_kube_proxys_rules() -> Result<()> {
+    connections_of_the_node_are_held(Proxy::Iptables)
+}
+
+fn hold(client: &Client, from: std::net::IpAddr, to: SocketAddr) -> Result<Vec<Connection>> {
+    let open = |_| {
+        let mut connection = client.connect(Protocol::Tcp, from, to)?;
+        connection.ask("/")?;
+        Ok(connection)
+    };
+    (0..HELD).map(open).collect()
+}
+
+/// All of them are there still.
+fn go_on(held: &mut [Connection]) -> Result<()> {
+    let broken = held.iter_mut().filter_map(|connection| connection.ask("/").err()).count();
+    ensure!(broken == 0, "{broken} of {} connections are broken", held.len());
+    Ok(())
+}
+
+/// Client addresses are on no device.
+fn listener(at: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = free_socket(at, rustix::net::SocketType::STREAM)?;
+    rustix::net::listen(&socket, 16)?;
+    Ok(socket.into())
+}
+
+fn datagrams(at: SocketAddr) -> std::io::Result<UdpSocket> {
+    Ok(free_socket(at, rustix::net::SocketType::DGRAM)?.into())
+}
+
+fn free_socket(at: SocketAddr, kind: rustix::net::SocketType) -> std::io::Result<std::os::fd::OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, bind, socket_with, sockopt};
+    let domain = if at.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(domain, kind, SocketFlags::CLOEXEC, None)?;
+    if at.is_ipv4() {
+        sockopt::set_ip_freebind(&socket, true)?;
+    } else {
+        sockopt::set_ipv6_freebind(&socket, true)?;
+    }
+    bind(&socket, &at)?;
+    Ok(socket)
+}
