@@ -89,14 +89,18 @@ struct TestArgs {
     #[arg(long, conflicts_with = "kernel")]
     kernels: bool,
     /// Network cards of this model in a guest: native XDP where their driver has it, on the kernel 6.12 unless told otherwise
-    #[arg(long, value_enum, value_name = "MODEL", conflicts_with_all = ["kernels", "brief", "only"])]
+    #[arg(long, value_enum, value_name = "MODEL", conflicts_with_all = ["kernels", "brief", "suite"])]
     nic: Option<Model>,
     /// In guests only the few tests that `cargo xtask test` runs there
     #[arg(long)]
     brief: bool,
-    /// In guests only tests of this binary; what follows it is given to it, such as a part of tests' names
-    #[arg(value_name = "BINARY", last = true, conflicts_with = "brief")]
-    only: Vec<String>,
+    /// Only these suites of kernel tests, here or in guests: files and directories in tests/tests, and `lib`; in guests
+    /// `demo` is the demonstration
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "brief")]
+    suite: Vec<String>,
+    /// Given to the programs of these suites, such as a part of tests' names
+    #[arg(last = true, requires = "suite")]
+    arguments: Vec<String>,
 }
 
 impl TestArgs {
@@ -107,12 +111,15 @@ impl TestArgs {
         let releases: &[Release] = match &self.kernel {
             Some(release) => std::slice::from_ref(release),
             None if self.kernels => &Release::ALL,
-            None => return Steps::report(test::run),
+            None if self.suite.is_empty() => return Steps::report(test::run),
+            None => return Steps::report(|steps| test::kernel_tests(steps, &self.suite, &self.arguments)),
         };
-        let selection = match self.only.split_first() {
-            Some((binary, filter)) => Selection::Some(binary.clone(), filter.to_vec()),
-            None if self.brief => Selection::Brief,
-            None => Selection::Whole,
+        let selection = if self.brief {
+            Selection::Brief
+        } else if self.suite.is_empty() {
+            Selection::Whole
+        } else {
+            Selection::Suites(self.suite.clone(), self.arguments.clone())
         };
         qemu::test_kernels(releases, &selection)
     }

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use self::{
-    guest::{Accelerator, Guest, Job, Qemu, Report},
+    guest::{Accelerator, Ended, Guest, Job, Qemu, Report},
     image::Kernel,
     nic::Cable,
     outcome::Row,
@@ -24,7 +24,7 @@ use self::{
 pub(crate) use self::{image::Release, nic::Model};
 use crate::{
     run::{cargo, command, is_root, output, root, target_dir},
-    setup,
+    setup, test,
 };
 
 /// Tests that show in a few minutes of emulation whether a kernel can be used: all programs load, each hook carries a
@@ -33,6 +33,12 @@ const BRIEF: [(&str, &[&str]); 2] = [("hooks", &[]), ("lab", &BRIEF_STORIES)];
 
 const BRIEF_STORIES: [&str; 2] =
     ["a_service_without_endpoints_refuses_at_once", "a_flow_whose_backend_has_gone_is_not_left_hanging"];
+
+/// The demonstration, as a suite.
+const DEMO: &str = "demo";
+
+/// The target that [`test::LIBRARY`] stands for.
+const LIBRARY_TARGET: &str = "affinity_tests";
 
 /// How long the brief tests may take.
 const BRIEF_LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -44,8 +50,8 @@ pub(crate) enum Selection {
     Whole,
     /// [`BRIEF`].
     Brief,
-    /// Those of one binary whose names have one of these.
-    Some(String, Vec<String>),
+    /// Those of these suites, whose programs are given these arguments.
+    Suites(Vec<String>, Vec<String>),
 }
 
 /// What guests need, once it is here.
@@ -95,10 +101,10 @@ impl Laboratory {
             let report = test_kernel(self, kernel, selection, &jobs)?;
             let failed = report.ended.iter().filter(|job| job.status != Some(0));
             failures.extend(failed.map(|job| format!("{title}: {}", job.name)));
-            if let Some(failure) = &report.failure {
-                println!("{failure:#}");
+            if report.failure.is_some() {
                 failures.push(format!("{title}: the guest failed"));
             }
+            println!("\n{}", outcome::durations(&report.ended));
             rows.push(Row::new(title, &report));
         }
         if rows.iter().any(Row::has_hooks) {
@@ -129,7 +135,24 @@ fn test_kernel(laboratory: &Laboratory, kernel: &Kernel, selection: &Selection, 
     if *selection == Selection::Brief {
         guest.limit = BRIEF_LIMIT;
     }
-    guest.run(jobs)
+    run_all(jobs, |jobs| guest.run(jobs))
+}
+
+/// Runs programs in a guest. If it fails, those that had not begun are run in another guest, so that one run shows all
+/// that fails; but not if it did not come to a program.
+fn run_all(jobs: &[Job], mut run: impl FnMut(&[Job]) -> Result<Report>) -> Result<Report> {
+    let mut whole = Report { ended: Vec::new(), failure: None };
+    loop {
+        let Report { ended, failure } = run(&jobs[whole.ended.len()..])?;
+        let is_stuck = ended.is_empty();
+        whole.ended.extend(ended);
+        let Some(failure) = failure else { return Ok(whole) };
+        println!("{failure:#}");
+        whole.failure = Some(failure);
+        if is_stuck || whole.ended.len() == jobs.len() {
+            return Ok(whole);
+        }
+    }
 }
 
 /// Runs the tests of network cards on cards of this model.
@@ -141,7 +164,7 @@ pub(crate) fn test_cards(model: Model, release: Release) -> Result<()> {
     let qemu = nic::qemu_with(qemu, model, &mirror)?;
     let kernel = Kernel::prepare(release, &qemu.dir, &mirror, &qemu.busybox)?;
     let accelerator = Accelerator::probe(&qemu, &kernel)?;
-    let mut jobs = jobs(&Selection::Some("nic".to_owned(), Vec::new()))?;
+    let mut jobs = jobs(&Selection::Suites(vec!["nic".to_owned()], Vec::new()))?;
     // They need the cards, so ordinary runs do not have them; and the cards are there once.
     jobs.iter_mut()
         .for_each(|job| job.words.splice(1.., ["--ignored", "--test-threads=1"].map(str::to_owned)).for_each(drop));
@@ -184,19 +207,28 @@ fn jobs(selection: &Selection) -> Result<Vec<Job>> {
             let mut jobs: Vec<_> = tests.map(|(name, path)| job(name, path, &[])).collect();
             // What shows fastest whether anything can work comes first.
             jobs.sort_by_key(|job| job.name != "hooks");
-            crate::run::run(&mut cargo(["build", "--package", "affinity-tests", "--bin", "demo"]))?;
-            let demo = target_dir()?.join("debug/demo").display().to_string();
-            jobs.push(Job { name: "demo".to_owned(), directory: root(), words: vec![demo] });
+            jobs.push(demo()?);
             jobs
         }
         Selection::Brief => {
             BRIEF.iter().map(|(name, filter)| Ok(job(name, find(name)?, filter))).collect::<Result<_>>()?
         }
-        Selection::Some(name, filter) => {
-            let filter: Vec<_> = filter.iter().map(String::as_str).collect();
-            vec![job(name, find(name)?, &filter)]
+        Selection::Suites(names, arguments) => {
+            let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+            let suite = |name: &String| match name.as_str() {
+                DEMO => demo(),
+                name => Ok(job(name, find(if name == test::LIBRARY { LIBRARY_TARGET } else { name })?, &arguments)),
+            };
+            names.iter().map(suite).collect::<Result<_>>()?
         }
     })
+}
+
+/// Builds the demonstration.
+fn demo() -> Result<Job> {
+    crate::run::run(&mut cargo(["build", "--package", "affinity-tests", "--bin", DEMO]))?;
+    let program = target_dir()?.join("debug").join(DEMO).display().to_string();
+    Ok(Job { name: DEMO.to_owned(), directory: root(), words: vec![program] })
 }
 
 /// Two tests at a time, as on this machine.
@@ -247,6 +279,40 @@ fn commit() -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn ended(name: &str, status: Option<i32>) -> Ended {
+        Ended { name: name.to_owned(), status, output: String::new(), took: Duration::ZERO }
+    }
+
+    #[test]
+    fn programs_that_a_failed_guest_did_not_begin_run_in_another() {
+        let jobs = ["a", "b", "c"].map(|name| Job { name: name.to_owned(), directory: root(), words: Vec::new() });
+        let mut guests = vec![
+            Report { ended: vec![ended("c", Some(0))], failure: None },
+            Report { ended: vec![ended("a", Some(0)), ended("b", None)], failure: Some(anyhow::anyhow!("a panic")) },
+        ];
+        let mut begun = Vec::new();
+        let report = run_all(&jobs, |jobs| {
+            begun.push(jobs.len());
+            Ok(guests.pop().expect("two guests are enough"))
+        });
+        let report = report.expect("guests were started");
+        assert_eq!(begun, [3, 1]);
+        assert_eq!(report.ended, [ended("a", Some(0)), ended("b", None), ended("c", Some(0))]);
+        assert!(report.failure.is_some());
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_boot_is_not_tried_for_ever() {
+        let jobs = [Job { name: "a".to_owned(), directory: root(), words: Vec::new() }];
+        let mut count = 0;
+        let report = run_all(&jobs, |_| {
+            count += 1;
+            Ok(Report { ended: Vec::new(), failure: Some(anyhow::anyhow!("no boot")) })
+        });
+        assert!(report.expect("guests were started").failure.is_some());
+        assert_eq!(count, 1);
+    }
 
     #[test]
     fn test_programs_are_found_among_the_messages_of_cargo() {

@@ -24,7 +24,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
         )
     })?;
     steps.step("deploy, rendered", rendered)?;
-    kernel_tests(steps)?;
+    kernel_tests(steps, &[], &[])?;
     steps.step("metrics, by promtool", promtool)?;
     steps.optional_step("kernel tests on Debian 12's kernel, in brief", || {
         // What is missing here is no fault of the commit; what fails in a guest is.
@@ -52,14 +52,20 @@ fn rendered() -> Result<()> {
 
 /// The tests that make namespaces, load programs and send packets. They share the machine's kernel, so there are two at a time,
 /// of one binary; and all of them, so that one run shows all that fails.
-fn kernel_tests(steps: &mut Steps) -> Result<()> {
+///
+/// # Arguments
+/// `only` names the suites to run; none: all. Their programs are given `arguments`.
+pub(crate) fn kernel_tests(steps: &mut Steps, only: &[String], arguments: &[String]) -> Result<()> {
     ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
+    let all = suites()?;
+    let unknown: Vec<_> = only.iter().filter(|name| !all.contains(*name)).map(String::as_str).collect();
+    ensure!(unknown.is_empty(), "there is no suite {} in tests/tests", unknown.join(", "));
     steps.step("kernel tests, built", || {
         run_command(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
         run_command(&mut cargo(["test", "--package", "affinity-tests", "--no-run"]))
     })?;
     let mut failed = Vec::new();
-    for suite in suites()? {
+    for suite in all.into_iter().filter(|suite| only.is_empty() || only.contains(suite)) {
         // A step of its own each: the table at the end tells how long it took.
         let name = format!("kernel tests, {suite}");
         let mut command = cargo(["test", "--package", "affinity-tests"]);
@@ -67,7 +73,8 @@ fn kernel_tests(steps: &mut Steps) -> Result<()> {
             LIBRARY => command.args(["--lib", "--bins"]),
             suite => command.args(["--test", suite]),
         };
-        if let Err(error) = steps.step(name, || run_command(command.args(["--", "--test-threads=2"]))) {
+        command.args(["--", "--test-threads=2"]).args(arguments);
+        if let Err(error) = steps.step(name, || run_command(&mut command)) {
             eprintln!("{error:#}");
             failed.push(suite);
         }
@@ -77,7 +84,7 @@ fn kernel_tests(steps: &mut Steps) -> Result<()> {
 }
 
 /// The unit tests of the lab itself.
-const LIBRARY: &str = "lib";
+pub(crate) const LIBRARY: &str = "lib";
 
 /// The names of all test binaries of the lab, as cargo finds them: files and directories in `tests`.
 fn suites() -> Result<BTreeSet<String>> {

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -25,14 +25,18 @@ const MEMORY_MIB: u32 = 3072;
 /// How long a guest may take from its start to its first program.
 const BOOT: Duration = Duration::from_secs(180);
 
-/// How long its programs may be silent. Tests say something when they end, and some take minutes under emulation.
-const SILENCE: Duration = Duration::from_secs(900);
+/// How long its programs may be silent. Tests say something when they end, and some take many minutes under emulation on a
+/// machine that does something else too.
+const SILENCE: Duration = Duration::from_secs(1800);
 
 /// How long a guest may take to boot, do nothing and end, where the processor helps.
 const PROBE: Duration = Duration::from_secs(20);
 
 /// How much of a guest's console is shown when something went wrong.
 const CONSOLE_LINES: usize = 40;
+
+/// The file that a guest makes before its first program.
+const BOOTED: &str = "booted";
 
 /// How the names of the directories with results begin; the process that made one follows.
 const RESULTS: &str = "run-";
@@ -136,6 +140,8 @@ pub(crate) struct Ended {
     /// None: it had not ended when the guest did.
     pub(crate) status: Option<i32>,
     pub(crate) output: String,
+    /// From the end of the one before it.
+    pub(crate) took: Duration,
 }
 
 /// What became of a guest.
@@ -200,7 +206,9 @@ impl<'a> Guest<'a> {
             (Some(line), _) => Some(anyhow!("the guest's kernel says: {line}")),
             (None, watched) => watched.err(),
         };
-        let ended = jobs.iter().enumerate().filter_map(|(number, job)| read_end(&results, number, job)).collect();
+        let mut since = modified(&results.join(BOOTED));
+        let ended = jobs.iter().enumerate().map_while(|(number, job)| read_end(&results, number, job, &mut since));
+        let ended = ended.collect();
         let failure = failure.map(|error| {
             anyhow!("Linux {}: {error:#}. The end of its console:\n{}", self.kernel.version, last_lines(&console))
         });
@@ -219,12 +227,25 @@ impl<'a> Guest<'a> {
         let started = Instant::now();
         let mut heard = started;
         let mut shown = vec![0; jobs.len()];
+        let mut current = 0;
         loop {
             let ended = qemu.0.try_wait()?;
-            for (number, shown) in shown.iter_mut().enumerate() {
-                if show(&output_file(results, number), shown)? {
+            while let (Some(job), Some(shown)) = (jobs.get(current), shown.get_mut(current)) {
+                // Asked first: whatever the program wrote, it wrote before its status.
+                let status = fs::read_to_string(results.join(format!("status.{current}"))).unwrap_or_default();
+                if show(&output_file(results, current), shown)? {
                     heard = Instant::now();
                 }
+                if !status.ends_with('\n') {
+                    break;
+                }
+                println!(
+                    "qemu: {} ended with status {}, {} s after the start",
+                    job.name,
+                    status.trim_end(),
+                    started.elapsed().as_secs()
+                );
+                current += 1;
             }
             if let Some(status) = ended {
                 let said = fs::read_to_string(results.join("qemu.log")).unwrap_or_default();
@@ -233,7 +254,7 @@ impl<'a> Guest<'a> {
                 return Ok(());
             }
             ensure!(started.elapsed() < self.limit, "the guest was not done within {} s", self.limit.as_secs());
-            let booted = results.join("booted").exists();
+            let booted = results.join(BOOTED).exists();
             ensure!(booted || started.elapsed() < BOOT, "the guest has not booted within {} s", BOOT.as_secs());
             ensure!(!booted || heard.elapsed() < SILENCE, "the guest was silent for {} s", SILENCE.as_secs());
             thread::sleep(Duration::from_millis(50));
@@ -356,15 +377,25 @@ fn show(path: &Path, shown: &mut u64) -> Result<bool> {
     Ok(!text.is_empty())
 }
 
-/// None: the program was not started.
-fn read_end(results: &Path, number: usize, job: &Job) -> Option<Ended> {
+/// None: the program was not started. `since` is when the one before it ended, and becomes when this one did.
+fn read_end(results: &Path, number: usize, job: &Job, since: &mut SystemTime) -> Option<Ended> {
     let output = fs::read(output_file(results, number)).ok()?;
-    let status = fs::read_to_string(results.join(format!("status.{number}"))).ok();
+    let status_file = results.join(format!("status.{number}"));
+    let status = fs::read_to_string(&status_file).ok();
+    let until = if status.is_some() { modified(&status_file) } else { SystemTime::now() };
+    let took = until.duration_since(*since).unwrap_or_default();
+    *since = until;
     Some(Ended {
         name: job.name.clone(),
         status: status.and_then(|status| status.trim().parse().ok()),
         output: String::from_utf8_lossy(&output).into_owned(),
+        took,
     })
+}
+
+/// When a file was last written; now, if it was not.
+fn modified(path: &Path) -> SystemTime {
+    fs::metadata(path).and_then(|file| file.modified()).unwrap_or_else(|_| SystemTime::now())
 }
 
 fn last_lines(text: &str) -> String {

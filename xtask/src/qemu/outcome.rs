@@ -97,6 +97,23 @@ impl std::fmt::Display for Counts {
     }
 }
 
+/// How long each program took, and how it ended.
+pub(crate) fn durations(ended: &[Ended]) -> String {
+    let width = ended.iter().map(|program| program.name.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for program in ended {
+        let result = match program.status {
+            Some(0) => "ok",
+            Some(_) => "FAILED",
+            None => "did not end",
+        };
+        let tests = Counts::of(std::slice::from_ref(program));
+        let took = program.took.as_secs_f64();
+        let _ = writeln!(text, "{:width$}  {took:>7.1} s  {result}: {tests}", program.name);
+    }
+    text
+}
+
 /// The number that stands before these words.
 fn number_before(line: &str, words: &str) -> Option<u64> {
     line.split_once(words)?.0.rsplit(' ').next()?.parse().ok()
@@ -122,7 +139,8 @@ mod tests {
     use super::*;
 
     fn ended(status: i32, output: &str) -> Ended {
-        Ended { name: "hooks".to_owned(), status: Some(status), output: output.to_owned() }
+        let took = std::time::Duration::from_secs(61);
+        Ended { name: "hooks".to_owned(), status: Some(status), output: output.to_owned(), took }
     }
 
     #[test]
@@ -142,6 +160,13 @@ mod tests {
     fn programs_that_end_early_are_counted() {
         let counts = Counts::of(&[ended(134, "running 3 tests\n"), ended(0, "the demo")]);
         assert_eq!(counts.to_string(), "0 passed, 1 programs ended early");
+    }
+
+    #[test]
+    fn each_program_has_its_time_and_result() {
+        let stopped = Ended { name: "lab".to_owned(), status: None, ..ended(0, "test a ... ok\n") };
+        let text = durations(&[ended(0, "test result: ok. 3 passed; 0 failed\n"), stopped]);
+        assert_eq!(text, "hooks     61.0 s  ok: 3 passed\nlab       61.0 s  did not end: 1 passed\n");
     }
 
     #[test]
