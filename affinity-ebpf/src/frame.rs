@@ -259,15 +259,20 @@ impl Packet for Skb<'_> {
     /// that place lies before the frame, so the frame loses its first bytes, up to behind that place, and has as many more
     /// at its end before.
     ///
-    /// A frame with a VLAN tag among its data cannot be cut like this, and only gets its length: such frames are the inner
-    /// ones of two tags, and tests.
+    /// The kernel does not cut a frame with a VLAN tag among its data (the inner one of two tags, because the first one is
+    /// taken out before TC). Such a frame is shortened until it ends before its transport checksum, and then gets its length.
+    /// The kernel refuses to shorten a frame with a partial checksum like that, so such a frame is not answered.
     ///
-    /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`)
+    /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`),
+    /// <https://elixir.bootlin.com/linux/v6.18/source/net/core/filter.c> (`bpf_skb_adjust_room`, `__bpf_skb_min_len`)
     #[inline(always)]
     fn resize(&mut self, len: usize, l4: usize) -> bool {
         let behind = l4 + 2;
-        let is_cut = !self.skb.is_verified() && self.skb.resize(len + behind) && self.skb.cut(behind);
-        let done = is_cut || self.skb.resize(len);
+        let done = if self.skb.is_verified() {
+            self.skb.resize(len)
+        } else {
+            self.skb.resize(len + behind) && self.skb.cut(behind) || self.skb.resize(behind) && self.skb.resize(len)
+        };
         self.skb.pull(len);
         self.bytes = self.skb.bytes();
         done

@@ -672,6 +672,13 @@ impl SkBuff {
         unsafe { helpers::bpf_skb_adjust_room(self.0, -(len as i32), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0) == 0 }
     }
 
+    /// Gives the frame a VLAN tag outside of those that it has; false where there is no memory.
+    #[inline(always)]
+    pub fn tag(self, protocol: u16, id: u16) -> bool {
+        // SAFETY: as above.
+        unsafe { helpers::bpf_skb_vlan_push(self.0, protocol.to_be(), id) == 0 }
+    }
+
     /// Whether a device has verified the transport checksum (`CHECKSUM_UNNECESSARY`).
     #[inline(always)]
     pub fn is_verified(self) -> bool {

@@ -17,10 +17,10 @@ use affinity_common::{
 };
 use affinity_ebpf::{
     frame::{Skb, XdpFrame},
-    kernel::{self, MapValue},
+    kernel::{self, MapValue, SkBuff},
 };
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, TC_ACT_UNSPEC, xdp_action},
+    bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     macros::{classifier, map, xdp},
     maps::{Array, LruHashMap, ProgramArray},
     programs::{TcContext, XdpContext},
@@ -289,6 +289,16 @@ pub fn xdp_pass(_ctx: XdpContext) -> u32 {
 #[classifier]
 pub fn tc_pass(_ctx: TcContext) -> i32 {
     TC_ACT_UNSPEC
+}
+
+/// Gives each frame two VLAN tags, for tests of frames that have them.
+#[classifier]
+pub fn tc_tag_twice(ctx: TcContext) -> i32 {
+    const VLAN: u16 = 0x8100;
+    const VLAN_OUTER: u16 = 0x88a8;
+
+    let skb = SkBuff::new(ctx.skb.skb);
+    if skb.tag(VLAN, 7) && skb.tag(VLAN_OUTER, 8) { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
 }
 
 #[xdp(frags)]

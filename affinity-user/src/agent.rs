@@ -401,10 +401,12 @@ impl Agent {
             http::serve(http, &options.pin_dir, Arc::clone(&vitals))
                 .map_err(|error| AgentError::Http(http.address, error))?;
         }
-        node_health::serve(options.node_health, &vitals).map_err(|error| AgentError::System("thread", error))?;
+        let health = HealthChecks::start(options.node_health, Arc::clone(&vitals))
+            .map_err(|error| AgentError::System("thread", error))?;
         let mut feed = options.source.watch().await?;
         let first = first_snapshot(&mut feed, options, &pins).await?;
-        let started = all_or_nothing(&pins.clone(), Self::bring_up(options, pins, attacher, vitals, feed, first)).await;
+        let started =
+            all_or_nothing(&pins.clone(), Self::bring_up(options, pins, attacher, vitals, health, feed, first)).await;
         started.map(|agent| Self { lock: Some(lock), ..agent })
     }
 
@@ -413,6 +415,7 @@ impl Agent {
         pins: PinDir,
         mut attacher: Attacher,
         vitals: Arc<Vitals>,
+        health: HealthChecks,
         feed: Feed,
         first: Option<Snapshot>,
     ) -> Result<Self, AgentError> {
@@ -452,7 +455,7 @@ impl Agent {
             )
             .map_err(|error| AgentError::System("thread", error))?,
             publisher,
-            health: HealthChecks::start(Arc::clone(&vitals)).map_err(|error| AgentError::System("thread", error))?,
+            health,
             feed,
             is_ready: false,
             is_held_back,

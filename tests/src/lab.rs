@@ -65,7 +65,7 @@ pub use client::{Client, Connection, PATIENCE};
 pub use interrupt::Interrupt;
 pub use load::{Load, Report};
 pub use netns::{Door, Namespace};
-pub use network::{ethtool, pass_by_xdp};
+pub use network::{ethtool, has_tcx, pass_by_xdp, tag_twice, tc_hooks};
 pub use observe::{Backend, Candidate, Explanation, Session};
 pub use pod::Pod;
 pub use sctp::{Association, SctpServer};

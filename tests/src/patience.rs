@@ -1,8 +1,8 @@
 //! How long tests wait: as long as they say, times a factor for machines that are slow.
 //!
 //! What a test waits for must come within a time that its author knows from a machine of the usual speed. An emulated one takes
-//! several times as long, so whoever runs tests there says by [`VARIABLE`] how many. Times that are no patience, such as a
-//! service's timeout, do not pass here.
+//! several times as long, so whoever runs tests there says by [`VARIABLE`] how many. A service's timeout that must not pass
+//! while a test does something takes [`timeout_s`], and the test waits for its end by [`patience`] too.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -15,11 +15,26 @@ pub const VARIABLE: &str = "AFFINITY_TEST_PATIENCE";
 /// # Panics
 /// When the variable holds something else than a positive number: a test that guesses would prove nothing.
 pub fn patience(usual: Duration) -> Duration {
+    usual.mul_f64(factor())
+}
+
+/// A service's timeout, as `timeoutSeconds` has it: a test does within it what it usually does within `usual` seconds.
+///
+/// # Panics
+/// As [`patience`].
+pub fn timeout_s(usual: u32) -> u32 {
+    // A float that is too large becomes the largest integer.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "seconds, and not negative")]
+    let seconds = (f64::from(usual) * factor()).ceil() as u32;
+    seconds.max(1)
+}
+
+fn factor() -> f64 {
     static FACTOR: OnceLock<f64> = OnceLock::new();
-    usual.mul_f64(*FACTOR.get_or_init(|| match std::env::var(VARIABLE) {
+    *FACTOR.get_or_init(|| match std::env::var(VARIABLE) {
         Ok(text) => parse(&text).unwrap_or_else(|| panic!("{VARIABLE}={text}: it must be a positive number")),
         Err(_) => 1.0,
-    }))
+    })
 }
 
 fn parse(text: &str) -> Option<f64> {

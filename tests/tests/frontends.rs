@@ -12,7 +12,7 @@ use affinity_tests::lab::{
     EndpointState, FIRST_OF_B, Family, Frontend, Lab, Options, Policy, Protocol, Service, WIRE, eventually,
 };
 use affinity_tests::on_every_hook;
-use affinity_tests::patience::patience;
+use affinity_tests::patience::{patience, timeout_s};
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
@@ -97,7 +97,7 @@ fn affinity_is_switched_on_a_live_service(hook: Hook) -> Result<()> {
 
 fn a_pin_expires_and_the_next_connection_may_go_elsewhere(hook: Hook) -> Result<()> {
     for policy in Policy::BOTH {
-        let service = exposed(policy).client_ip_for(1);
+        let service = exposed(policy).client_ip_for(timeout_s(1));
         tell(hook, &[&service], |lab, _| {
             let routes = external(&service);
             let mut reached = vec![BTreeSet::new(); routes.len()];
@@ -106,7 +106,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere(hook: Hook) -> Result<
                 assert_eq!(reached.len(), 1, "sticky at first, by {route:?} under {policy:?}");
             }
             for _ in 0..15 {
-                sleep(Duration::from_millis(1150));
+                sleep(patience(Duration::from_millis(1150)));
                 for ((client, route), reached) in (1..).zip(&routes).zip(&mut reached) {
                     reached.extend(route.dial(lab, client, 1)?);
                 }

@@ -3,9 +3,8 @@
 //! makes a table of the lines that they print.
 
 use std::collections::BTreeSet;
-use std::fs;
 
-use affinity_tests::lab::{Cgroup, Family, Lab, Options, PODS, Protocol, WIRE};
+use affinity_tests::lab::{Cgroup, Family, Lab, Options, PODS, Protocol, WIRE, has_tcx, tc_hooks};
 use affinity_tests::story::{Hook, Route, report, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
@@ -52,13 +51,13 @@ fn xdp_in_the_driver_of_a_veth() -> Result<()> {
 
 #[test]
 fn tcx_where_the_kernel_has_it() -> Result<()> {
-    // Not asked of the kernel as the agent does it: https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c
-    let symbols = fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms")?;
-    let has_tcx = symbols.lines().any(|line| line.split(' ').nth(2) == Some("tcx_link_attach"));
     let hooks = clients_stay(&Hook::Tc.args())?;
-    let wanted = if has_tcx { ["tcx-egress", "tcx-ingress"] } else { ["clsact-egress", "clsact-ingress"] };
-    ensure!(hooks.iter().eq(&wanted), "the kernel has tcx: {has_tcx}, and the hooks are {hooks:?}");
-    say("tcx", if has_tcx { "works" } else { "not in this kernel" });
+    let wanted = tc_hooks()?;
+    ensure!(
+        hooks == BTreeSet::from(wanted.map(str::to_owned)),
+        "the kernel has {wanted:?}, and the hooks are {hooks:?}"
+    );
+    say("tcx", if has_tcx()? { "works" } else { "not in this kernel" });
     Ok(())
 }
 

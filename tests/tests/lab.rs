@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use affinity_tests::lab::{Capture, Connection, Direction, Family, Lab, Options, Protocol, Service, WIRE, eventually};
 use affinity_tests::on_every_hook;
 use affinity_tests::packet::{Verified, verify_checksums};
-use affinity_tests::patience::patience;
+use affinity_tests::patience::{patience, timeout_s};
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use anyhow::{Context, Result, ensure};
 
@@ -80,7 +80,7 @@ fn affinity_is_switched_on_a_live_service(hook: Hook) -> Result<()> {
 }
 
 fn a_pin_expires_and_the_next_connection_may_go_elsewhere(hook: Hook) -> Result<()> {
-    tell(hook, &[&web().client_ip_for(1)], |lab, _| {
+    tell(hook, &[&web().client_ip_for(timeout_s(1))], |lab, _| {
         let routes = Route::all_to(&web());
         let mut reached = vec![BTreeSet::new(); routes.len()];
         for (route, reached) in routes.iter().zip(&mut reached) {
@@ -88,7 +88,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere(hook: Hook) -> Result<
             assert_eq!(reached.len(), 1, "sticky at first, by {route:?}");
         }
         for _ in 0..15 {
-            sleep(Duration::from_millis(1150));
+            sleep(patience(Duration::from_millis(1150)));
             for (route, reached) in routes.iter().zip(&mut reached) {
                 reached.extend(route.dial(lab, 1, 1)?);
             }
@@ -256,7 +256,7 @@ fn the_timer_restarts_as_the_policy_says(hook: Hook) -> Result<()> {
         .into_iter()
         .zip(20..)
         .map(|(timer, number)| {
-            let service = Service::new(timer, number).tcp("http", 80, 8080).client_ip_for(2).on(0..3);
+            let service = Service::new(timer, number).tcp("http", 80, 8080).client_ip_for(timeout_s(2)).on(0..3);
             (timer, service.annotated("timer", timer))
         })
         .collect();
@@ -272,7 +272,7 @@ fn the_timer_restarts_as_the_policy_says(hook: Hook) -> Result<()> {
                 returning.push((*timer, to, first, BTreeSet::new()));
             }
             let started = Instant::now();
-            while started.elapsed() < Duration::from_millis(3500) {
+            while started.elapsed() < patience(Duration::from_millis(3500)) {
                 for (timer, _, kept) in &mut busy {
                     for (_, connection, pod) in kept {
                         assert_eq!(connection.ask("/")?, *pod, "a connection stays where it is, under {timer}");

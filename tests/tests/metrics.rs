@@ -267,7 +267,7 @@ fn scrapes_in_parallel_and_half_sent_requests_cost_little() -> Result<()> {
     for path in ["/healthz", "/readyz", "/healthz", "/readyz"] {
         let began = Instant::now();
         ensure!(get(&lab, path)?.0 == 200);
-        ensure!(began.elapsed() < Duration::from_secs(1), "{path} took {:?}", began.elapsed());
+        ensure!(began.elapsed() < patience(Duration::from_secs(1)), "{path} took {:?}", began.elapsed());
     }
     ensure!(get(&lab, "/metrics")?.0 == 200);
     let peak = agent.memory()?.peak;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use affinity_tests::lab::{
     Agent, Cgroup, EndpointState, Family, Lab, Options, Protocol, Service, SocketProcess, eventually,
 };
-use affinity_tests::patience::patience;
+use affinity_tests::patience::{patience, timeout_s};
 use affinity_tests::story::{tell_in, web};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
@@ -202,7 +202,7 @@ fn affinity_is_switched_on_a_live_service() -> Result<()> {
 
 #[test]
 fn a_pin_expires_and_the_next_connection_may_go_elsewhere() -> Result<()> {
-    let web = web().client_ip_for(1);
+    let web = web().client_ip_for(timeout_s(1));
     tell(&NO_DEVICE, &[&web], |scene| {
         let [v4, v6] = Family::BOTH.map(|family| web.frontend(family, "http"));
         let mut reached = [BTreeSet::new(), BTreeSet::new()];
@@ -212,7 +212,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere() -> Result<()> {
         }
         assert!(reached.iter().all(|pods| pods.len() == 1), "sticky at first: {reached:?}");
         for _ in 0..15 {
-            sleep(Duration::from_millis(1150));
+            sleep(patience(Duration::from_millis(1150)));
             reached[0].insert(scene.node.dial(Protocol::Tcp, v4)?);
             reached[1].insert(scene.pod.dial(Protocol::Tcp, v6)?);
             if reached.iter().all(|pods| pods.len() > 1) {
@@ -245,7 +245,7 @@ fn a_service_without_endpoints_refuses_at_once() -> Result<()> {
 
 #[test]
 fn under_alive_a_pin_lives_as_long_as_its_sockets() -> Result<()> {
-    let web = web().client_ip_for(1).annotated("timer", "alive");
+    let web = web().client_ip_for(timeout_s(1)).annotated("timer", "alive");
     tell(&NO_DEVICE, &[&web], |scene| {
         let to = web.frontend(Family::V4, "http");
         let (socket, _) = scene.node.connect(Protocol::Tcp, to)?;
@@ -256,7 +256,7 @@ fn under_alive_a_pin_lives_as_long_as_its_sockets() -> Result<()> {
         };
         assert_eq!(connections(scene.lab)?, 1);
         // Longer than the timeout, and than a pass of the sweep, which corrects what is counted wrong.
-        sleep(Duration::from_secs(6));
+        sleep(patience(Duration::from_secs(6)));
         assert_eq!(connections(scene.lab)?, 1);
         for _ in 0..CONFIRMATIONS {
             assert_eq!(scene.node.dial(Protocol::Tcp, to)?, pod);
@@ -265,7 +265,7 @@ fn under_alive_a_pin_lives_as_long_as_its_sockets() -> Result<()> {
         scene.node.close(socket)?;
         assert_eq!(connections(scene.lab)?, 0);
         eventually("the pin expires", SYNC_PATIENCE, || {
-            sleep(Duration::from_millis(1100));
+            sleep(patience(Duration::from_millis(1100)));
             Ok(scene.node.dial(Protocol::Tcp, to)? != pod)
         })
     })

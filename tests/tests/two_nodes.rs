@@ -13,6 +13,7 @@ use affinity_tests::lab::{
     EndpointState, FIRST_OF_B, Family, Frontend, Lab, NODE_B_NAME, NODE_NAME, Policy, Protocol, Service, eventually,
     pod_name,
 };
+use affinity_tests::patience::{patience, timeout_s};
 use affinity_tests::proxy::Proxy;
 use anyhow::{Result, ensure};
 
@@ -149,7 +150,7 @@ fn affinity_is_switched_on_a_live_service(lab: &Lab, callers: &mut Callers<'_>) 
 }
 
 fn a_pin_expires_and_the_next_connection_may_go_elsewhere(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
-    let services = under_both(5).map(|(policy, service)| (policy, service.client_ip_for(1)));
+    let services = under_both(5).map(|(policy, service)| (policy, service.client_ip_for(timeout_s(1))));
     settle(lab, &services)?;
     let mut met: Vec<(Call, BTreeSet<String>)> = Vec::new();
     for call in services.iter().flat_map(|(_, service)| calls(service)) {
@@ -158,7 +159,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere(lab: &Lab, callers: &m
         met.push((call, BTreeSet::new()));
     }
     for _ in 0..20 {
-        sleep(Duration::from_millis(1150));
+        sleep(patience(Duration::from_millis(1150)));
         for (call, pods) in &mut met {
             pods.insert(callers.dial(call, "/")?);
         }

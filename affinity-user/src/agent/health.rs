@@ -1,16 +1,16 @@
 //! Load balancers ask every node at a service's `healthCheckNodePort` whether it has endpoints of the service: answered
-//! as kube-proxy does, 200 with the number of ready endpoints on this node, or 503 where there are none.
+//! as kube-proxy does, 200 with the number of ready endpoints on this node, or 503 where there are none. And they ask at one
+//! port whether the node should have traffic at all: [`super::node_health`].
 //!
-//! The servers run on a thread of their own, so that an answer never waits for a plan to be carried out. A port that is
-//! taken by somebody else is warned of once, and tried again.
+//! The servers of both run on a thread of their own, so that an answer never waits for a plan to be carried out. A port that
+//! is taken is warned of once, and tried again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::Duration,
 };
 
 use axum::{
@@ -19,10 +19,13 @@ use axum::{
     http::{StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
 };
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with, sockopt};
-use tokio::{net::TcpListener, sync::watch, task::AbortHandle, time::timeout};
-use tracing::{error, warn};
+use tokio::{sync::watch, task::AbortHandle};
+use tracing::warn;
 
+use super::{
+    node_health::{self, NodeHealth},
+    server::{self, Limits},
+};
 use crate::{
     desired::{Desired, Family, HealthCheck},
     load::monotonic_ns,
@@ -30,10 +33,8 @@ use crate::{
     source::ObjectName,
 };
 
-/// When to try a port again that was taken.
-pub(super) const TRY_AGAIN: Duration = Duration::from_secs(10);
-/// Who waits to be accepted, at most.
-const BACKLOG: i32 = 128;
+/// Open connections to one address and port: there are as many of those as services and addresses of the node.
+const CONNECTIONS: usize = 32;
 
 /// What is asked at one address and port.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -44,21 +45,26 @@ struct Answer {
 
 type Answers = BTreeMap<SocketAddr, Answer>;
 
-/// Answers for the services of a node.
+/// Answers for the node and its services, until it is dropped.
 pub(super) struct HealthChecks {
     answers: watch::Sender<Answers>,
 }
 
 impl HealthChecks {
-    /// With nothing to answer yet.
+    /// Answers for the node, and for no service yet.
     ///
     /// # Errors
     /// The system's answer where there is no thread to be had.
-    pub(super) fn start(vitals: Arc<Vitals>) -> io::Result<Self> {
+    pub(super) fn start(node: NodeHealth, vitals: Arc<Vitals>) -> io::Result<Self> {
         let (answers, told) = watch::channel(Answers::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let servers = Servers { current: Arc::default(), vitals, running: BTreeMap::new(), refused: BTreeSet::new() };
-        thread::Builder::new().name("health".to_owned()).spawn(move || runtime.block_on(servers.follow(told)))?;
+        let servers = Servers { current: Arc::default(), vitals, running: BTreeMap::new(), taken: Arc::default() };
+        thread::Builder::new().name("health".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                node_health::serve(node, &servers.vitals);
+                servers.follow(told).await;
+            });
+        })?;
         Ok(Self { answers })
     }
 
@@ -87,19 +93,19 @@ fn answers(desired: &Desired) -> Answers {
     answers
 }
 
-/// The servers, one for each address and port.
+/// The servers for services, one for each address and port.
 struct Servers {
     current: Arc<Mutex<Answers>>,
     vitals: Arc<Vitals>,
     running: BTreeMap<SocketAddr, AbortHandle>,
     /// Ports that were warned of.
-    refused: BTreeSet<u16>,
+    taken: Arc<Mutex<BTreeSet<u16>>>,
 }
 
 impl Servers {
     /// Until nobody tells any more.
     async fn follow(mut self, mut told: watch::Receiver<Answers>) {
-        while self.change(&mut told).await {
+        while told.changed().await.is_ok() {
             let answers = told.borrow_and_update().clone();
             self.running.retain(|at, server| {
                 let stays = answers.contains_key(at);
@@ -109,9 +115,10 @@ impl Servers {
                 stays
             });
             *self.current.lock().unwrap_or_else(PoisonError::into_inner) = answers.clone();
+            let is_asked = |port: &u16| answers.keys().any(|at| at.port() == *port);
+            self.taken.lock().unwrap_or_else(PoisonError::into_inner).retain(is_asked);
             // A port is free when its former server is gone.
             tokio::task::yield_now().await;
-            self.refused.retain(|port| answers.keys().any(|at| at.port() == *port));
             for (at, answer) in answers {
                 if !self.running.contains_key(&at) {
                     self.start(at, &answer.service);
@@ -120,50 +127,20 @@ impl Servers {
         }
     }
 
-    /// Waits for news, or where a port was taken, for a while; false where nobody tells any more.
-    async fn change(&self, told: &mut watch::Receiver<Answers>) -> bool {
-        if self.refused.is_empty() {
-            return told.changed().await.is_ok();
-        }
-        timeout(TRY_AGAIN, told.changed()).await.unwrap_or(Ok(())).is_ok()
-    }
-
     fn start(&mut self, at: SocketAddr, service: &ObjectName) {
-        let listener = match listener(at) {
-            Ok(listener) => listener,
-            Err(error) => {
-                if self.refused.insert(at.port()) {
-                    warn!("Service {service}: spec.healthCheckNodePort: cannot listen at {at}: {error}");
-                }
-                return;
-            }
-        };
         let asked = Arc::new(Asked { at, current: Arc::clone(&self.current), vitals: Arc::clone(&self.vitals) });
         let router = Router::new().fallback(answer).with_state(asked);
-        let server = tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
-                error!("health checks at {at} are answered no longer: {error}");
+        let (service, taken) = (service.clone(), Arc::clone(&self.taken));
+        let on_taken = move |error| {
+            // A program that has the port at one address has it at all, as a rule.
+            if taken.lock().unwrap_or_else(PoisonError::into_inner).insert(at.port()) {
+                warn!("Service {service}: spec.healthCheckNodePort: cannot listen at {at}: {error}");
             }
-        });
+        };
+        let limits = Limits { connections: CONNECTIONS, ..Limits::default() };
+        let server = tokio::spawn(server::serve_at(at, router, limits, on_taken));
         self.running.insert(at, server.abort_handle());
     }
-}
-
-/// One of IPv6 is for IPv6 alone, so that the other family has its own.
-pub(super) fn listener(at: SocketAddr) -> io::Result<TcpListener> {
-    let family = match at.ip() {
-        IpAddr::V4(_) => AddressFamily::INET,
-        IpAddr::V6(_) => AddressFamily::INET6,
-    };
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if at.is_ipv6() {
-        sockopt::set_ipv6_v6only(&socket, true)?;
-    }
-    bind(&socket, &at)?;
-    listen(&socket, BACKLOG)?;
-    TcpListener::from_std(socket.into())
 }
 
 /// What a handler knows.
@@ -198,11 +175,12 @@ fn respond(Answer { service, local }: &Answer, is_healthy: bool) -> Response {
 pub(super) mod tests {
     use std::{
         io::{Read, Write},
-        net::{Ipv4Addr, Ipv6Addr, TcpStream},
-        time::Instant,
+        net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream},
+        time::{Duration, Instant},
     };
 
     use super::*;
+    use crate::agent::server::tests::ask_beside_half_sent;
 
     fn ask(at: SocketAddr) -> io::Result<String> {
         ask_for(at, "/")
@@ -251,7 +229,7 @@ pub(super) mod tests {
     fn load_balancers_are_told_how_many_endpoints_are_here() {
         let vitals = Arc::new(Vitals::default());
         vitals.tick();
-        let checks = HealthChecks::start(vitals).expect("a thread");
+        let checks = HealthChecks::start(NodeHealth::Off, vitals).expect("a thread");
         let port = free_port();
         let (v4, v6) = ((Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into());
         let has = |text: &'static str| move |answer: &io::Result<String>| matches!(answer, Ok(is) if is.contains(text));
@@ -268,6 +246,7 @@ pub(super) mod tests {
         );
         // Of the other family none is here.
         comes_to(v6, has("503 Service Unavailable"));
+        assert!(ask_beside_half_sent(v4, "/").contains("200 OK"), "half-sent requests are in the way");
         checks.follow(&desired(port, &[(Family::V4, 0), (Family::V6, 1)]));
         comes_to(v4, has("\"localEndpoints\":0"));
         comes_to(v6, has("200 OK"));
@@ -287,10 +266,10 @@ pub(super) mod tests {
         let port = taken.local_addr().expect("its number").port();
         let vitals = Arc::new(Vitals::default());
         vitals.tick();
-        let checks = HealthChecks::start(vitals).expect("a thread");
+        let checks = HealthChecks::start(NodeHealth::Off, vitals).expect("a thread");
         checks.follow(&desired(port, &[(Family::V4, 1), (Family::V6, 1)]));
         comes_to((Ipv6Addr::LOCALHOST, port).into(), Result::is_ok);
-        // The next change finds it free.
+        // It is tried again.
         drop(taken);
         checks.follow(&desired(port, &[(Family::V4, 3), (Family::V6, 1)]));
         let answer = comes_to((Ipv4Addr::LOCALHOST, port).into(), Result::is_ok);

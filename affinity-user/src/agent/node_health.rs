@@ -5,13 +5,11 @@
 //! said a minute ago is not in effect. `/livez` is the same without the first. A source that does not answer is no reason, as
 //! it is none for kube-proxy: the dataplane goes on, and all nodes would lose their traffic together.
 //!
-//! The server has a thread of its own. A port that is taken, by kube-proxy as a rule, is warned of once, and tried again.
+//! [`super::health`] has the thread. A port that is taken, by kube-proxy as a rule, is warned of once, and tried again.
 
 use std::{
-    io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    thread,
     time::Duration,
 };
 
@@ -23,10 +21,9 @@ use axum::{
     routing::get,
 };
 use jiff::Timestamp;
-use tokio::{net::TcpListener, time::sleep};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
-use super::health::{TRY_AGAIN, listener};
+use super::server::{self, Limits, TRY_AGAIN};
 use crate::{load::monotonic_ns, metrics::Vitals};
 
 /// kube-proxy's port.
@@ -54,56 +51,20 @@ impl NodeHealth {
     }
 }
 
-/// Answers for as long as the process lives.
-///
-/// # Errors
-/// The system's answer where there is no thread to be had.
-pub(super) fn serve(health: NodeHealth, vitals: &Arc<Vitals>) -> io::Result<()> {
-    let addresses = health.addresses();
-    if addresses.is_empty() {
-        return Ok(());
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+/// Starts to answer, on the runtime of the calling task.
+pub(super) fn serve(health: NodeHealth, vitals: &Arc<Vitals>) {
     let router =
         Router::new().route("/healthz", get(healthz)).route("/livez", get(livez)).with_state(Arc::clone(vitals));
-    thread::Builder::new().name("node-health".to_owned()).spawn(move || {
-        runtime.block_on(async {
-            for address in addresses {
-                tokio::spawn(serve_at(address, router.clone()));
-            }
-            std::future::pending::<()>().await;
-        });
-    })?;
-    Ok(())
-}
-
-async fn serve_at(address: SocketAddr, router: Router) {
-    let Some(listener) = listening(address, TRY_AGAIN).await else { return };
-    info!("node health at http://{address}/healthz");
-    if let Err(error) = axum::serve(listener, router).await {
-        error!("node health at {address} is answered no longer: {error}");
-    }
-}
-
-/// Waits for the port to be free, and tries it again after each pause. None: this machine does not have the family.
-async fn listening(address: SocketAddr, pause: Duration) -> Option<TcpListener> {
-    let mut is_told = false;
-    loop {
-        match listener(address) {
-            Ok(listener) => return Some(listener),
-            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return None,
-            Err(error) => {
-                if !is_told {
-                    warn!(
-                        "--node-health {address}: {error}; trying again every {} s. If kube-proxy answers there, let it, \
-                         and say --node-health off",
-                        pause.as_secs()
-                    );
-                }
-                is_told = true;
-            }
-        }
-        sleep(pause).await;
+    for address in health.addresses() {
+        let on_taken = move |error| {
+            warn!(
+                "--node-health {address}: {error}; trying again every {} s. If kube-proxy answers there, let it, and say \
+                 --node-health off",
+                TRY_AGAIN.as_secs()
+            );
+        };
+        info!("node health at http://{address}/healthz");
+        tokio::spawn(server::serve_at(address, router.clone(), Limits::default(), on_taken));
     }
 }
 
@@ -133,8 +94,16 @@ fn respond(vitals: &Vitals, is_fit: bool, node_eligible: Option<bool>) -> Respon
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
-    use crate::agent::health::tests::{ask_for, free_port};
+    use crate::agent::{
+        health::{
+            HealthChecks,
+            tests::{ask_for, free_port},
+        },
+        server::tests::ask_beside_half_sent,
+    };
 
     /// The status line and the body.
     fn answer(at: SocketAddr, path: &str) -> (String, serde_json::Value) {
@@ -154,7 +123,7 @@ mod tests {
     fn load_balancers_are_told_whether_the_node_should_have_traffic() {
         let vitals = Arc::new(Vitals::default());
         let at = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
-        serve(NodeHealth::At(at), &vitals).expect("a thread");
+        let _checks = HealthChecks::start(NodeHealth::At(at), Arc::clone(&vitals)).expect("a thread");
         let (status, body) = answer(at, "/healthz");
         assert!(status.contains("200 OK"), "{status}");
         assert_eq!((&body["nodeEligible"], &body["lastUpdated"]), (&true.into(), &body["currentTime"]));
@@ -176,17 +145,6 @@ mod tests {
         vitals.published(1);
         assert!(answer(at, "/healthz").0.contains("200"));
         assert!(answer(at, "/metrics").0.contains("404"));
-    }
-
-    #[tokio::test]
-    async fn a_port_that_is_taken_is_waited_for() {
-        let taken = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-        let at = taken.local_addr().expect("its number");
-        let pause = Duration::from_millis(10);
-        let waiting = tokio::spawn(listening(at, pause));
-        sleep(5 * pause).await;
-        assert!(!waiting.is_finished());
-        drop(taken);
-        assert!(waiting.await.expect("no panic").is_some());
+        assert!(ask_beside_half_sent(at, "/healthz").contains("200 OK"), "half-sent requests are in the way");
     }
 }

@@ -9,6 +9,7 @@ use std::{
     collections::VecDeque,
     convert::Infallible,
     io::{self, ErrorKind},
+    net::{IpAddr, SocketAddr},
     pin::pin,
     sync::{
         Arc,
@@ -20,6 +21,7 @@ use std::{
 use axum::{Router, body::Body, extract::Request};
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, listen, socket_with, sockopt};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::{AbortHandle, JoinSet, yield_now},
@@ -52,8 +54,46 @@ const BUFFER: usize = 16 * 1024;
 /// How long to wait after `accept` failed, for example because no file descriptor was left.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
 
+/// How long to wait before a port is tried again that was taken.
+pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
+
 /// Connections that the kernel completes before they are accepted: a burst fits, so that nobody has to send a SYN twice.
 pub(super) const BACKLOG: i32 = 4096;
+
+/// Listens at `at` and answers requests until the future is dropped. While the port is taken it is tried again, and
+/// `on_taken` is told the first error. Returns only if this machine does not have the address's family.
+pub(super) async fn serve_at(at: SocketAddr, router: Router, limits: Limits, on_taken: impl FnOnce(io::Error)) {
+    let mut on_taken = Some(on_taken);
+    loop {
+        match listener(at) {
+            Ok(listener) => match serve(listener, router, limits).await {},
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return,
+            Err(error) => {
+                if let Some(on_taken) = on_taken.take() {
+                    on_taken(error);
+                }
+            }
+        }
+        sleep(TRY_AGAIN).await;
+    }
+}
+
+/// A listener of IPv6 does not take IPv4, so that each family can have its own.
+fn listener(at: SocketAddr) -> io::Result<TcpListener> {
+    let family = match at.ip() {
+        IpAddr::V4(_) => AddressFamily::INET,
+        IpAddr::V6(_) => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if at.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    bind(&socket, &at)?;
+    listen(&socket, BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
 
 /// Answers requests to `listener` until the future is dropped, which closes all connections.
 pub(super) async fn serve(listener: TcpListener, router: Router, limits: Limits) -> Infallible {
@@ -146,10 +186,10 @@ async fn talk(stream: TcpStream, router: Router, limits: Limits, is_busy: Arc<At
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{
         io::{Read, Write},
-        net::{SocketAddr, TcpStream},
+        net::TcpStream,
         thread,
         time::Instant,
     };
@@ -193,6 +233,34 @@ mod tests {
     const WHOLE: &str = "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
     const HALF: &str = "GET / HTTP/1.1\r\nHost: x\r\n";
     const LONG: &str = "GET /long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+
+    /// The whole answer to a request, while as many others as fit into the server's bounds, and more, send half of theirs.
+    pub(in crate::agent) fn ask_beside_half_sent(at: SocketAddr, path: &str) -> String {
+        let _half: Vec<_> = (0..2 * Limits::default().connections).map(|_| send(at, HALF)).collect();
+        rest(send(at, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")))
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_is_waited_for() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let at = taken.local_addr().expect("its number");
+        let router = Router::new().route("/", get(|| async { "ok\n" }));
+        let (told, hears) = std::sync::mpsc::channel();
+        tokio::spawn(serve_at(at, router, Limits::default(), move |error| told.send(error).expect("it is awaited")));
+        while hears.try_recv().map_err(|error| assert_eq!(error, std::sync::mpsc::TryRecvError::Empty)).is_err() {
+            yield_now().await;
+        }
+        drop(taken);
+        let answer = tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            while TcpStream::connect(at).is_err() {
+                assert!(began.elapsed() < Duration::from_secs(20), "nobody listens");
+                thread::sleep(Duration::from_millis(10));
+            }
+            rest(send(at, WHOLE))
+        });
+        assert!(answer.await.expect("no panic").ends_with("ok\n"));
+    }
 
     #[test]
     fn half_sent_requests_keep_nobody_from_being_answered() {

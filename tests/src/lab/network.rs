@@ -6,7 +6,7 @@ use std::thread::available_parallelism;
 use affinity_user::objects::LIMITS;
 use anyhow::{Context, Result};
 use aya::Ebpf;
-use aya::programs::{Xdp, XdpMode};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc};
 
 use super::netns::{self, Namespace};
 use super::{UNDERLAY_WIRE, WIRE, address};
@@ -89,6 +89,23 @@ pub fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
     })?
 }
 
+/// Has a device send each frame with two VLAN tags, until what is returned is dropped.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn tag_twice(namespace: &Namespace, device: &str) -> Result<Ebpf> {
+    namespace.run(|| {
+        let mut limits = Ebpf::load(LIMITS)?;
+        let tag: &mut SchedClassifier =
+            limits.program_mut("tc_tag_twice").context("program tc_tag_twice")?.try_into()?;
+        tag.load()?;
+        // Without tcx (before Linux 6.6) the program needs this queueing discipline.
+        tc::qdisc_add_clsact(device)?;
+        tag.attach(device, TcAttachType::Egress)?;
+        Ok(limits)
+    })?
+}
+
 /// Spreads what a device receives over the processors by flow (`Documentation/networking/scaling.rst`, RPS).
 pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
     // One word of the mask has 32 processors, and that is enough.
@@ -97,6 +114,24 @@ pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
     // `ip` mounts the namespace's own /sys.
     let write = format!("echo {mask:x} > /sys/class/net/{device}/queues/rx-0/rps_cpus");
     netns::run(Command::new("ip").args(["netns", "exec", namespace.name(), "sh", "-c", &write]))
+}
+
+/// Whether this kernel attaches TC programs by tcx links (Linux 6.6). It is not asked as the agent asks it:
+/// <https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c>
+///
+/// # Errors
+/// When the kernel's symbols cannot be read.
+pub fn has_tcx() -> Result<bool> {
+    let symbols = std::fs::read_to_string("/proc/kallsyms").context("/proc/kallsyms")?;
+    Ok(symbols.lines().any(|line| line.split(' ').nth(2) == Some("tcx_link_attach")))
+}
+
+/// The names of the TC hooks that this kernel has: ingress, then egress.
+///
+/// # Errors
+/// As [`has_tcx`].
+pub fn tc_hooks() -> Result<[&'static str; 2]> {
+    Ok(if has_tcx()? { ["tcx-ingress", "tcx-egress"] } else { ["clsact-ingress", "clsact-egress"] })
 }
 
 /// Switches offloads of a device.

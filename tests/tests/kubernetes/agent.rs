@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use affinity_tests::apiserver::{Answer, ApiServer, Gone, Kind, Verb};
 use affinity_tests::lab::{Agent, Family, Lab, Load, Protocol, Service, eventually};
+use affinity_tests::patience::patience;
 use affinity_tests::story::web;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -165,7 +166,7 @@ fn a_fresh_node_waits_for_its_api() -> Result<()> {
 fn node_health(lab: &Lab, path: &str) -> Result<String> {
     lab.node().door().run(|| {
         let mut stream = TcpStream::connect(("127.0.0.1", 10_256))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patience(PATIENCE)))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
