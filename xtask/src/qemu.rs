@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use self::{
-    guest::{Accelerator, Ended, Guest, Job, Qemu, Report},
+    guest::{Accelerator, Guest, Job, Qemu, Report},
     image::Kernel,
     nic::Cable,
     outcome::Row,
@@ -284,7 +284,7 @@ fn commit() -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{guest::Ended, *};
 
     fn ended(name: &str, status: Option<i32>) -> Ended {
         Ended { name: name.to_owned(), status, output: String::new(), took: Duration::ZERO }
