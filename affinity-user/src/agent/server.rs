@@ -234,10 +234,15 @@ pub(super) mod tests {
     const HALF: &str = "GET / HTTP/1.1\r\nHost: x\r\n";
     const LONG: &str = "GET /long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
-    /// The whole answer to a request, while as many others as fit into the server's bounds, and more, send half of theirs.
+    /// The whole answer to a request, while twice as many others as a server lets in have sent half of theirs; the oldest of
+    /// those is closed.
     pub(in crate::agent) fn ask_beside_half_sent(at: SocketAddr, path: &str) -> String {
-        let _half: Vec<_> = (0..2 * Limits::default().connections).map(|_| send(at, HALF)).collect();
-        rest(send(at, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")))
+        let mut half: Vec<_> = (0..2 * Limits::default().connections).map(|_| send(at, HALF)).collect();
+        let answer = rest(send(at, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")));
+        let end = half[0].read(&mut [0]);
+        let is_closed = end.as_ref().map_or_else(|error| error.kind() == ErrorKind::ConnectionReset, |len| *len == 0);
+        assert!(is_closed, "{end:?}: it stays open");
+        answer
     }
 
     #[tokio::test]
