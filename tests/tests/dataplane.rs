@@ -475,10 +475,10 @@ fn each_policy_has_its_hooks_and_switching_leaves_no_other() -> Result<()> {
     wire.inside(async || {
         let device = device("wire").await?;
         assert_eq!((device.kind.as_deref(), device.framing), (Some("veth"), Framing::Ethernet));
-        let here = |hook: Hook| match hook {
-            Hook::TcxIngress if !has_tcx => Hook::ClsactIngress,
-            Hook::TcxEgress if !has_tcx => Hook::ClsactEgress,
-            hook => hook,
+        let here = |hook: Hook| match (hook, has_tcx) {
+            (Hook::TcxIngress, false) => Hook::ClsactIngress,
+            (Hook::TcxEgress, false) => Hook::ClsactEgress,
+            (hook, _) => hook,
         };
         for (xdp, tcx, hooks) in cases {
             let hooks = hooks.map(here);
