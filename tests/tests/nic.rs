@@ -17,6 +17,7 @@ use affinity_tests::lab::{
 use affinity_tests::patience::patience;
 use affinity_tests::story::{Route, report, tell_in, web};
 use anyhow::{Context, Result, bail, ensure};
+use rustix::net::sockopt;
 
 /// Which cards there are: one of [`Cards::ALL`], by name.
 const VARIABLE: &str = "AFFINITY_TEST_NIC";
@@ -195,8 +196,15 @@ fn megabytes_arrive_as_they_were_sent_both_ways() -> Result<()> {
     let services = [on_pod(1, 0), on_pod(2, FIRST_OF_B)];
     tell_in(&cards.lab(1)?, &args(), &services.each_ref(), |lab, agent| {
         cards.is_attached_right(lab, agent, WIRE)?;
-        stream_to_each(lab, &services)
+        stream_to_each(lab, &frontends(&services))
     })
+}
+
+/// Where each service's streams go to, and to which pod.
+fn frontends(services: &[Service; 2]) -> Vec<(SocketAddr, usize)> {
+    let of_family =
+        |family| services.iter().map(move |service| service.frontend(family, "stream")).zip([0, FIRST_OF_B]);
+    Family::BOTH.into_iter().flat_map(of_family).collect()
 }
 
 #[test]
@@ -215,6 +223,9 @@ fn frames_of_9000_bytes_pass_by_native_xdp_or_by_tc() -> Result<()> {
     ] {
         devices.iter().try_for_each(|device| node.ip(&format!("link set {device} mtu 9000\n")))?;
     }
+    let pods = Family::BOTH.into_iter().flat_map(|family| [0, FIRST_OF_B].map(|pod| (family.pod(pod), pod)));
+    let pods: Vec<_> = pods.map(|(address, pod)| (SocketAddr::new(address, STREAM_PORT), pod)).collect();
+    stream_to_each(&lab, &pods).context("the cards do not carry such frames, without affinity")?;
     services.iter().try_for_each(|service| lab.publish(service))?;
     let agent = lab.agent(&args())?;
     services.iter().try_for_each(|service| lab.publish_and_settle(service))?;
@@ -225,37 +236,40 @@ fn frames_of_9000_bytes_pass_by_native_xdp_or_by_tc() -> Result<()> {
             cards.says_why(&agent, device)?;
         }
     }
-    stream_to_each(&lab, &services).with_context(|| agent.log().join("\n"))
+    stream_to_each(&lab, &frontends(&services)).with_context(|| agent.log().join("\n"))
 }
 
-/// Sends a stream over the cluster IP of each service, to a pod that sends it back, and compares.
-fn stream_to_each(lab: &Lab, services: &[Service; 2]) -> Result<()> {
-    for (service, pod) in services.iter().zip([0, FIRST_OF_B]) {
+/// Sends a stream to each address, behind which this pod sends it back, and compares.
+fn stream_to_each(lab: &Lab, ways: &[(SocketAddr, usize)]) -> Result<()> {
+    for &(to, pod) in ways {
         let namespace = lab.pod(pod).namespace().context("it lives")?;
         let listener = namespace.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, STREAM_PORT)))??;
+        // A thread that waits for ever would keep the namespace, and with it the cards that the next test needs.
+        sockopt::set_socket_timeout(&listener, sockopt::Timeout::Recv, Some(stall()))?;
         let echo = thread::spawn(move || -> std::io::Result<()> {
-            for _ in Family::BOTH {
-                let (mut stream, _) = listener.accept()?;
-                std::io::copy(&mut stream.try_clone()?, &mut stream)?;
-            }
+            let (mut stream, _) = listener.accept()?;
+            stream.set_read_timeout(Some(stall()))?;
+            stream.set_write_timeout(Some(stall()))?;
+            std::io::copy(&mut stream.try_clone()?, &mut stream)?;
             Ok(())
         });
-        for family in Family::BOTH {
-            let to = service.frontend(family, "stream");
-            let started = Instant::now();
-            let stream = lab.client_namespace().run(|| TcpStream::connect(to))?.with_context(|| to.to_string())?;
-            stream_there_and_back(stream, to)?;
-            report(&format!("{} MiB to {to} and back in {:?}", STREAM_BYTES >> 20, started.elapsed()));
-        }
+        let started = Instant::now();
+        let stream = lab.client_namespace().run(|| TcpStream::connect(to))?.with_context(|| to.to_string())?;
+        stream_there_and_back(stream, to)?;
+        report(&format!("{} MiB to {to} and back in {:?}", STREAM_BYTES >> 20, started.elapsed()));
         echo.join().map_err(|_| anyhow::anyhow!("the echo panicked"))??;
     }
     Ok(())
 }
 
+/// How long a stream may stand still.
+fn stall() -> Duration {
+    patience(Duration::from_secs(10))
+}
+
 fn stream_there_and_back(stream: TcpStream, to: SocketAddr) -> Result<()> {
-    let limit = Some(patience(Duration::from_secs(10)));
-    stream.set_read_timeout(limit)?;
-    stream.set_write_timeout(limit)?;
+    stream.set_read_timeout(Some(stall()))?;
+    stream.set_write_timeout(Some(stall()))?;
     let sent = &noise();
     let mut received = Vec::with_capacity(sent.len());
     thread::scope(|scope| -> Result<()> {

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 
 use crate::{
     qemu::{Model, Release, Selection},
@@ -81,6 +81,7 @@ enum Task {
 
 /// Without options: all that must hold on this machine.
 #[derive(Args)]
+#[command(group(ArgGroup::new("chosen").args(["suite", "nic"])))]
 struct TestArgs {
     /// In place of that: the kernel tests and the demonstration in a guest with this kernel of Debian's
     #[arg(long, value_enum, value_name = "KERNEL")]
@@ -98,15 +99,15 @@ struct TestArgs {
     /// `demo` is the demonstration
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "brief")]
     suite: Vec<String>,
-    /// Given to the programs of these suites, such as a part of tests' names
-    #[arg(last = true, requires = "suite")]
+    /// Given to the programs of these suites, or to that of the cards, such as a part of tests' names
+    #[arg(last = true, requires = "chosen")]
     arguments: Vec<String>,
 }
 
 impl TestArgs {
     fn run(&self) -> anyhow::Result<()> {
         if let Some(model) = self.nic {
-            return qemu::test_cards(model, self.kernel.unwrap_or(Release::Trixie));
+            return qemu::test_cards(model, self.kernel.unwrap_or(Release::Trixie), &self.arguments);
         }
         let releases: &[Release] = match &self.kernel {
             Some(release) => std::slice::from_ref(release),

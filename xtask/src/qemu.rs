@@ -166,15 +166,15 @@ fn run_all(jobs: &[Job], mut run: impl FnMut(&[Job]) -> Result<Report>) -> Resul
 ///
 /// # Errors
 /// As [`test_kernels`].
-pub(crate) fn test_cards(model: Model, release: Release) -> Result<()> {
+pub(crate) fn test_cards(model: Model, release: Release, arguments: &[String]) -> Result<()> {
     let Laboratory { qemu, mirror } = Laboratory::open()?;
     let qemu = nic::qemu_with(qemu, model, &mirror)?;
     let kernel = Kernel::prepare(release, &qemu.dir, &mirror, &qemu.busybox)?;
     let accelerator = Accelerator::probe(&qemu, &kernel)?;
-    let mut jobs = jobs(&Selection::Suites(vec!["nic".to_owned()], Vec::new()))?;
+    let mut jobs = jobs(&Selection::Suites(vec!["nic".to_owned()], arguments.to_vec()))?;
     // They need the cards, so ordinary runs do not have them; and the cards are there once.
     jobs.iter_mut()
-        .for_each(|job| job.words.splice(1.., ["--ignored", "--test-threads=1"].map(str::to_owned)).for_each(drop));
+        .for_each(|job| job.words.splice(1..2, ["--ignored", "--test-threads=1"].map(str::to_owned)).for_each(drop));
     let mut failed = Vec::new();
     for (variant, device) in model.variants() {
         println!("\nqemu: Linux {} by {} with cards: {variant}", kernel.version, accelerator.title());
