@@ -24,7 +24,9 @@ use core::fmt::Debug;
 
 use bytemuck::{Pod, Zeroable};
 
-pub use backend::{BACKEND_LOCAL, Backend, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey};
+pub use backend::{
+    BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, Backend, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey,
+};
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
 pub use flow::{

@@ -58,6 +58,7 @@ use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},
     desired::{self, NodeFacts},
     events::Consumer,
+    linger::Limits,
     load::{self, LoadError, Loaded, Memory, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
     sockets::Closer,
@@ -66,7 +67,7 @@ use crate::{
         StoreError,
         kernel::{KernelStore, OpenError},
     },
-    sweep::{FilterPlans, Sweeper},
+    sweep::{self, FilterPlans, Sweeper},
     sys::SysError,
 };
 
@@ -155,6 +156,8 @@ pub struct Options {
     pub proxy_name: String,
     /// Decide and count, and let every packet pass.
     pub shadow: bool,
+    /// How long what has gone may come back.
+    pub limits: Limits,
     /// `run`: take the dataplane away at the end.
     pub detach_on_exit: bool,
     /// `run`: serve metrics and probes.
@@ -229,7 +232,7 @@ fn attach_once(
     let loaded = load::load(pins, &options.load)?;
     log_loaded(&loaded, options);
     let store = KernelStore::open(&options.pin_dir)?;
-    let mut publisher = Publisher::new(store, options.desired(), Arc::default(), Arc::default());
+    let mut publisher = Publisher::new(store, options.desired(), options.limits, Arc::default(), Arc::default());
     publisher.learn(node);
     let view = View::default();
     view.is_current_at(monotonic_ns());
@@ -424,7 +427,8 @@ impl Agent {
         let store = KernelStore::open(&options.pin_dir)?;
         let consumer = Consumer::new(&store.events)?;
         let filter = Arc::<FilterPlans>::default();
-        let mut publisher = Publisher::new(store, options.desired(), Arc::clone(&filter), Arc::clone(&vitals));
+        let (filter_plans, told) = (Arc::clone(&filter), Arc::clone(&vitals));
+        let mut publisher = Publisher::new(store, options.desired(), options.limits, filter_plans, told);
         let mut devices = Devices::new().map_err(no_netlink)?;
         publisher.learn(seen(&devices, &options.node).await?);
         if let Some(snapshot) = &first {
@@ -450,7 +454,8 @@ impl Agent {
             sockets: Sockets::new(pins.clone(), cgroup),
             closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
             sweeping: Sweeping::start(
-                Sweeper::new(KernelStore::open(&options.pin_dir)?, filter, feed.nodes.clone())?,
+                Sweeper::new(KernelStore::open(&options.pin_dir)?, filter, feed.nodes.clone())?
+                    .with_gap(options.limits.gap),
                 Arc::clone(&vitals),
             )
             .map_err(|error| AgentError::System("thread", error))?,
@@ -486,6 +491,7 @@ impl Agent {
         let mut tell = every(TELL_EVERY);
         let mut upkeep = every(UPKEEP_EVERY);
         let mut notice = every(LOOK_EVERY);
+        let mut linger = every(sweep::LOOK_EVERY);
         let mut retry = Retry::default();
         loop {
             let was_held_back = self.is_held_back;
@@ -513,6 +519,7 @@ impl Agent {
                 _ = tell.tick() => self.tell()?,
                 _ = upkeep.tick() => self.keep_whole(),
                 _ = notice.tick(), if self.is_ready => self.notice(),
+                _ = linger.tick(), if self.is_ready => self.end_lingering(&mut retry)?,
                 _ = consume.tick() => {
                     self.vitals.tick();
                     self.consumer.keep_up();
@@ -551,6 +558,17 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    /// Retires backends that need not linger any longer, and publishes what had no room beside them.
+    fn end_lingering(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
+        match self.publisher.end_lingering(&self.sweeping.traffic()) {
+            Ok(false) => return Ok(()),
+            Ok(true) => {}
+            Err(error) => error!("{error}"),
+        }
+        self.closer.backends_left();
+        if self.publisher.is_due() { self.publish(retry) } else { Ok(()) }
     }
 
     /// Takes the devices over from a dataplane of another version.

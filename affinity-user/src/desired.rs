@@ -11,7 +11,7 @@
 //! Each service port has a pool for each IP family, and another one of this node's own endpoints where a policy asks for
 //! it; a pool's members are the endpoints that its service's slices list for that port. Ready ones take connections; if
 //! there are none, those that are terminating but still serve do. All others are kept as draining members, so that their
-//! established connections go on for as long as a slice lists them.
+//! established connections go on. What becomes of pods that no pool has any more is up to the `plan` module.
 
 mod endpoints;
 mod exposure;
@@ -332,8 +332,11 @@ pub struct Desired {
     pub unions: BTreeMap<Scope, BTreeMap<BackendName, bool>>,
     /// The backends of these pools, and whether each is on this node.
     pub backends: BTreeMap<BackendName, bool>,
-    /// The pods of services that are not ours: connections of the time when they were go on.
+    /// The pods that some slice lists, but that are in none of these pools: of services that are not ours, or of which
+    /// only slices are left. They live, and so do the connections that they have.
     pub others: BTreeSet<BackendName>,
+    /// The pods that some slice says are terminating: once no slice lists them, they are dead.
+    pub terminating: BTreeSet<BackendName>,
     /// Whether another service proxy handles the other services, and whatever is not known here.
     pub beside: bool,
     /// Whether everything is only decided and counted.

@@ -7,6 +7,7 @@ pub mod attach;
 pub mod cli;
 pub mod desired;
 pub mod events;
+pub mod linger;
 pub mod load;
 pub mod metrics;
 pub mod netns;

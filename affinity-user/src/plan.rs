@@ -14,7 +14,7 @@
 //!    everybody that tells of it; then withdrawn;
 //! 5. [`Op::Grace`]: from here no packet uses what step 4 replaced;
 //! 6. records for clients outside that nothing tells of any more are withdrawn, and another [`Op::Grace`];
-//! 7. what nothing refers to any more: members drain or leave, backends are retired, ranges, usage entries and names go.
+//! 7. what nothing refers to any more: members drain or leave, backends linger or are retired, ranges, usage entries go.
 //!
 //! So after every prefix of a plan, a slot that a frontend names holds a ready member of its pool, and a client whose
 //! pod is ready before and after finds it ready throughout. Who may use a frontend before and after may do so throughout,
@@ -35,9 +35,11 @@ mod target;
 use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::abi::{
-    Address, Direction, EVERYBODY, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, SHARED, V4, V6, filter_bit,
+    Address, BACKEND_LINGERING, Backend, Direction, EVERYBODY, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey,
+    SHARED, V4, V6, filter_bit,
 };
 
+pub(crate) use self::backends::retired;
 pub use self::ledger::Ledger;
 use crate::{
     desired::{Change, Desired},
@@ -127,7 +129,7 @@ fn prepare(observed: &Observed, target: &Observed) -> Vec<Op> {
         }
     }
     for (index, backend) in changed(&observed.backends, &target.backends) {
-        if backend.generation % 2 == 1 {
+        if !leaves(backend) {
             steps.push(Op::PutBackend(*index, *backend));
         }
     }
@@ -228,14 +230,19 @@ fn retire_members(observed: &Observed, target: &Observed) -> Vec<Op> {
 
 /// Step 7, all but the members.
 fn retire_rest(observed: &Observed, target: &Observed) -> Vec<Op> {
-    let retired = changed(&observed.backends, &target.backends).filter(|(_, backend)| backend.generation % 2 == 0);
-    let mut steps: Vec<Op> = retired.map(|(index, backend)| Op::PutBackend(*index, *backend)).collect();
+    let left = changed(&observed.backends, &target.backends).filter(|(_, backend)| leaves(backend));
+    let mut steps: Vec<Op> = left.map(|(index, backend)| Op::PutBackend(*index, *backend)).collect();
     steps.extend(observed.ranges_v4.difference(&target.ranges_v4).map(|key| Op::RemoveRangeV4(*key)));
     steps.extend(observed.ranges_v6.difference(&target.ranges_v6).map(|key| Op::RemoveRangeV6(*key)));
     steps.extend(observed.usage.difference(&target.usage).map(|key| Op::RemoveUsage(*key)));
     let names = observed.names.keys().filter(|key| !target.names.contains_key(key));
     steps.extend(names.map(|key| Op::RemoveName(*key)));
     steps
+}
+
+/// Whether a backend is retired, or lingers.
+const fn leaves(backend: &Backend) -> bool {
+    backend.generation % 2 == 0 || backend.flags & BACKEND_LINGERING != 0
 }
 
 /// Whether a member that takes connections now will not: slots may name it until they are switched.

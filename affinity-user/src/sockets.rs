@@ -3,7 +3,7 @@
 //! A socket that was sent to a backend speaks to it for as long as it lives, and no packet of it meets a program. So when
 //! a backend goes, the agent asks the kernel to end the sockets that speak to it (`SOCK_DESTROY`): of TCP, and of UDP
 //! where they are connected. UDP follows its pool too: a backend that is merely not ready any more, or serves another port,
-//! loses its connected sockets, while TCP goes on with one that is draining. Sockets that are not connected need none
+//! loses its connected sockets, while TCP goes on with one that drains or lingers. Sockets that are not connected need none
 //! of this: their next datagram selects anew.
 //!
 //! Only sockets that the programs have noted are ended, each told by its cookie and by whom it speaks to. They are looked
@@ -16,16 +16,17 @@ use std::{
     path::Path,
     sync::mpsc::{Receiver, Sender, channel},
     thread,
+    time::Duration,
 };
 
 use affinity_common::{
     abi::{MEMBER_READY, MemberKey, Socket, SocketKey, SocketRole},
-    parse::UDP,
+    parse::{TCP, UDP},
 };
 use netlink_packet_sock_diag::{
     SockDiagDestroy, SockDiagMessage,
     constants::{AF_INET, AF_INET6},
-    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
 use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
@@ -89,8 +90,8 @@ fn follow(pin_dir: &Path, wakes: &Receiver<()>) {
     }
 }
 
-/// Connected sockets that have lost their backend, by cookie.
-type Lost = BTreeMap<u64, (SocketKey, Socket)>;
+/// Connected sockets that the programs have noted, by cookie.
+pub(crate) type Noted = BTreeMap<u64, (SocketKey, Socket)>;
 
 /// Closes every socket that has lost its backend, and returns how many those were.
 ///
@@ -118,8 +119,8 @@ pub fn close_lost(pin_dir: &Path) -> Result<usize, CloseError> {
     Ok(closed)
 }
 
-fn lost(store: &KernelStore) -> Result<Lost, StoreError> {
-    let mut lost = Lost::new();
+fn lost(store: &KernelStore) -> Result<Noted, StoreError> {
+    let mut lost = Noted::new();
     for entry in &store.sockets {
         let (key, socket) = entry?;
         if key.role == SocketRole::Connected as u8 && !is_kept(store, &key, &socket)? {
@@ -141,27 +142,82 @@ fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool
     }))
 }
 
+/// How the connection of a TCP socket is, as its kernel sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Pulse {
+    /// Whether it has sent the same several times, and nothing has come back since.
+    pub(crate) is_unanswered: bool,
+    /// For how long nothing has come back.
+    pub(crate) answered_ago: Duration,
+}
+
+impl Pulse {
+    /// Of a `struct tcp_info` (<https://elixir.bootlin.com/linux/v6.1/source/include/uapi/linux/tcp.h>).
+    fn of(info: &[u8]) -> Option<Self> {
+        const RETRANSMITS: usize = 2;
+        const LAST_DATA_RECV_MS: usize = 52;
+        const LAST_ACK_RECV_MS: usize = 56;
+        let word = |at: usize| info.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
+        let answered_ago = Duration::from_millis(word(LAST_DATA_RECV_MS)?.min(word(LAST_ACK_RECV_MS)?).into());
+        Some(Self { is_unanswered: *info.get(RETRANSMITS)? >= RETRANSMISSIONS, answered_ago })
+    }
+}
+
+/// So many times at least: with the shortest of retransmission timers that is a little more than three seconds.
+const RETRANSMISSIONS: u8 = 4;
+
+/// How the connections of these sockets are, by cookie. A namespace that cannot be entered is left out.
+pub(crate) fn pulses(wanted: &Noted) -> BTreeMap<u64, Pulse> {
+    let mut pulses = BTreeMap::new();
+    for namespace in netns::all() {
+        if let Ok(Err(error)) | Err(error) = namespace.run(|| take_pulses(wanted, &mut pulses)) {
+            debug!("sockets of {namespace:?}: {error}");
+        }
+    }
+    pulses
+}
+
+fn take_pulses(wanted: &Noted, pulses: &mut BTreeMap<u64, Pulse>) -> io::Result<()> {
+    for family in [AF_INET, AF_INET6] {
+        list(family, TCP, ExtensionFlags::INFO, |response| {
+            let id = &response.header.socket_id;
+            let info =
+                response.nlas.iter().find_map(|nla| if let Nla::TcpInfo(info) = nla { Some(info) } else { None });
+            let pulse = info.filter(|_| is_among(wanted, id)).and_then(|info| Pulse::of(info));
+            pulses.extend(pulse.map(|pulse| (cookie(id), pulse)));
+        })?;
+    }
+    Ok(())
+}
+
+/// Visits the sockets of a protocol in the calling thread's namespace.
+fn list(family: u8, protocol: u8, extensions: ExtensionFlags, mut visit: impl FnMut(&InetResponse)) -> io::Result<()> {
+    let request = InetRequest {
+        family,
+        protocol,
+        extensions,
+        states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT,
+        socket_id: if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() },
+    };
+    let mut dump = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
+    dump.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    netns::dump(NETLINK_SOCK_DIAG, dump, |message| {
+        if let SockDiagMessage::InetResponse(response) = message {
+            visit(&response);
+        }
+    })
+}
+
 /// Closes those of the calling thread's namespace, and returns their cookies.
-fn close_here(lost: &Lost) -> io::Result<Vec<u64>> {
+fn close_here(lost: &Noted) -> io::Result<Vec<u64>> {
     let mut closed = Vec::new();
     let protocols: std::collections::BTreeSet<u8> = lost.values().map(|(key, _)| key.protocol).collect();
     for protocol in protocols {
         for family in [AF_INET, AF_INET6] {
             let mut found = Vec::new();
-            let request = InetRequest {
-                family,
-                protocol,
-                extensions: ExtensionFlags::empty(),
-                states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT,
-                socket_id: if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() },
-            };
-            let mut dump = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
-            dump.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-            netns::dump(NETLINK_SOCK_DIAG, dump, |message| {
-                if let SockDiagMessage::InetResponse(response) = message
-                    && is_lost(lost, &response.header.socket_id)
-                {
-                    found.push(response.header.socket_id);
+            list(family, protocol, ExtensionFlags::empty(), |response| {
+                if is_among(lost, &response.header.socket_id) {
+                    found.push(response.header.socket_id.clone());
                 }
             })?;
             for id in found {
@@ -175,8 +231,8 @@ fn close_here(lost: &Lost) -> io::Result<Vec<u64>> {
     Ok(closed)
 }
 
-fn is_lost(lost: &Lost, id: &SocketId) -> bool {
-    let Some((_, socket)) = lost.get(&cookie(id)) else { return false };
+fn is_among(noted: &Noted, id: &SocketId) -> bool {
+    let Some((_, socket)) = noted.get(&cookie(id)) else { return false };
     let peer = SocketAddr::new(IpAddr::from(Ipv6Addr::from(socket.peer.0)).to_canonical(), socket.peer_port.get());
     SocketAddr::new(id.destination_address.to_canonical(), id.destination_port) == peer
 }

@@ -17,6 +17,7 @@ mod clients;
 mod evictions;
 mod fate;
 mod filter;
+mod lingering;
 mod scopes;
 mod sockets;
 
@@ -39,18 +40,21 @@ use bytemuck::Zeroable;
 use tracing::{debug, error, warn};
 
 pub use self::fate::{
-    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, HALF_OPEN_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, ORPHANED_SESSION, Policy,
+    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, HALF_OPEN_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, Keeping, ORPHANED_SESSION, Policy,
     UNANSWERED_UDP_FLOW, flow_is_over, is_expired,
 };
 pub use self::filter::{FilterPlan, FilterPlans};
+pub use self::lingering::LOOK_EVERY;
 use self::{
     clients::Clients,
     evictions::{Counts, Evictions, Found},
     filter::FilterUse,
+    lingering::Watch,
     scopes::Scopes,
 };
 use crate::{
     events::EventReader,
+    linger::Traffic,
     load::monotonic_ns,
     source::NodeAddresses,
     store::{
@@ -98,13 +102,13 @@ pub struct Census {
     pub evicted: BTreeMap<u32, u64>,
 }
 
-/// The services that a whole pass has met in sessions, flows and sockets.
+/// The services, pools and groups that a whole pass has met in sessions, flows and sockets.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Met {
     /// When the pass began, `CLOCK_MONOTONIC` in nanoseconds.
     pub began_ns: u64,
     /// Their ids.
-    pub services: BTreeSet<u32>,
+    pub ids: BTreeSet<u32>,
 }
 
 /// Walks the tables of one dataplane.
@@ -123,6 +127,11 @@ pub struct Sweeper {
     totals: Totals,
     census: Census,
     met: Met,
+    watch: Watch,
+    /// How long pins stay that nothing leads to.
+    orphaned: Duration,
+    /// Scope -> when a pass first found that nothing leads to it, monotonic nanoseconds.
+    orphans: BTreeMap<u32, u64>,
     nodes: NodeAddresses,
     /// Services about which something is remarked.
     remarked: BTreeSet<u32>,
@@ -159,7 +168,7 @@ struct Pass {
     by_service: BTreeMap<u32, u64>,
     /// Map -> entries that stayed.
     entries: BTreeMap<&'static str, u64>,
-    /// Services of all that stayed.
+    /// Services, pools and scopes of all that stayed.
     met: BTreeSet<u32>,
     clients: Clients,
 }
@@ -190,10 +199,39 @@ impl Sweeper {
             totals: Totals::default(),
             census: Census::default(),
             met: Met::default(),
+            watch: Watch::new(),
+            orphaned: ORPHANED_SESSION,
+            orphans: BTreeMap::new(),
             nodes,
             remarked: BTreeSet::new(),
             store,
         })
+    }
+
+    /// Keeps pins that nothing leads to for at least so long.
+    #[must_use]
+    pub fn with_gap(mut self, gap: Duration) -> Self {
+        self.orphaned = gap.max(ORPHANED_SESSION);
+        self
+    }
+
+    /// Looks at the connections of backends that linger, where it is time to; see [`LOOK_EVERY`]. A failure is logged.
+    pub fn look(&mut self) {
+        if let Err(error) = self.watch.look(&self.store) {
+            error!("sweep: {error}");
+        }
+    }
+
+    /// What was last seen of them, by backend.
+    #[must_use]
+    pub const fn traffic(&self) -> &BTreeMap<u32, Traffic> {
+        self.watch.traffic()
+    }
+
+    /// Whether another pass is wanted soon, because backends linger whose connections are not known.
+    #[must_use]
+    pub const fn is_behind(&self) -> bool {
+        self.watch.is_behind()
     }
 
     /// What was done so far.
@@ -208,7 +246,7 @@ impl Sweeper {
         &self.census
     }
 
-    /// Which services the last whole pass has met.
+    /// Which services, pools and groups the last whole pass has met.
     #[must_use]
     pub const fn met(&self) -> &Met {
         &self.met
@@ -240,7 +278,10 @@ impl Sweeper {
             },
             Stage::Sockets(mut walk) => match self.sockets(&mut walk, now_ns)? {
                 true => Stage::Sockets(walk),
-                false => Stage::SessionsV4(self.store.v4.sessions.walk()),
+                false => {
+                    self.watch.finish();
+                    Stage::SessionsV4(self.store.v4.sessions.walk())
+                }
             },
             Stage::SessionsV4(mut walk) => match self.sessions::<V4>(&mut walk, now_ns)? {
                 true => Stage::SessionsV4(walk),
@@ -291,7 +332,10 @@ impl Sweeper {
         for entry in &self.store.v6.frontends {
             self.pass.scopes.add(&entry?.1);
         }
+        let scopes = &self.pass.scopes;
+        self.orphans.retain(|scope, _| !scopes.leads_to(*scope));
         self.pass.before = self.count()?;
+        self.watch.begin(&self.store);
         self.filter.begin();
         Ok(())
     }
@@ -309,7 +353,7 @@ impl Sweeper {
         self.census.by_service = mem::take(&mut self.pass.by_service);
         self.census.by_backend = mem::take(&mut self.pass.loads);
         self.census.entries = mem::take(&mut self.pass.entries);
-        self.met = Met { began_ns: self.pass.began_ns, services: mem::take(&mut self.pass.met) };
+        self.met = Met { began_ns: self.pass.began_ns, ids: mem::take(&mut self.pass.met) };
         self.remark()?;
         self.need_published()?;
         self.totals.filter_bits += u64::from(self.filter.finish(&self.store.filter));
@@ -451,7 +495,8 @@ impl Sweeper {
                 self.remove_flow(&key, &flow, now_ns)?;
             } else {
                 *self.pass.entries.entry(A::FLOWS).or_default() += 1;
-                self.pass.met.insert(flow.service);
+                self.pass.met.extend([flow.service, flow.pool, flow.scope]);
+                self.watch.note_flow(&key, &flow);
                 self.note_flow(&key, &flow);
             }
         }
@@ -512,14 +557,15 @@ impl Sweeper {
             let group = self.pass.scopes.group(key.scope);
             let policy = self.pass.scopes.policy(key.scope, session.service);
             let session = self.correct_connections(&key, session, policy)?;
-            if is_expired(&session, policy, now_ns) && self.expire(&key, policy, now_ns)? {
+            let keeping = policy.map_or_else(|| self.keep_orphan(key.scope), Keeping::By);
+            if is_expired(&session, keeping, now_ns) && self.expire(&key, keeping, now_ns)? {
                 self.counts.entry(group).or_default().removed += 1;
                 self.totals.expired += 1;
                 continue;
             }
             *self.pass.live.entry(group).or_default() += 1;
             *self.pass.entries.entry(A::SESSIONS).or_default() += 1;
-            self.pass.met.insert(session.service);
+            self.pass.met.extend([session.service, key.scope]);
             if self.pass.lives(session.backend, session.generation) {
                 *self.pass.by_service.entry(session.service).or_default() += 1;
                 *self.pass.loads.entry(session.backend).or_default() += 1;
@@ -529,8 +575,15 @@ impl Sweeper {
         Ok(true)
     }
 
-    fn expire<A: Family>(&self, key: &SessionKey<A>, policy: Option<Policy>, now_ns: u64) -> Result<bool, StoreError> {
-        let still = |session: &Session| is_expired(session, policy, now_ns);
+    /// Nothing leads to a pin of this scope, since this pass or an earlier one.
+    fn keep_orphan(&mut self, scope: u32) -> Keeping {
+        let since_ns = *self.orphans.entry(scope).or_insert(self.pass.began_ns);
+        let orphaned_ns = u64::try_from(self.orphaned.as_nanos()).unwrap_or(u64::MAX);
+        Keeping::OrphanedUntil(since_ns.saturating_add(orphaned_ns))
+    }
+
+    fn expire<A: Family>(&self, key: &SessionKey<A>, keeping: Keeping, now_ns: u64) -> Result<bool, StoreError> {
+        let still = |session: &Session| is_expired(session, keeping, now_ns);
         let removed = self.store.remove_session_if(key, EventKind::Expired, Reason::Expired, now_ns, still)?;
         Ok(removed.is_some())
     }

@@ -13,7 +13,7 @@ use super::Port;
 pub struct Backend {
     /// Odd: in use; even: vacant; zero: it never was in use. The first field, which the agent reads of all records at once.
     pub generation: u32,
-    /// [`BACKEND_LOCAL`].
+    /// [`BACKEND_LOCAL`]; the others are the agent's own, and no program reads them.
     pub flags: u32,
     /// IPv6, or IPv4-mapped, network byte order.
     pub address: [u8; 16],
@@ -21,6 +21,11 @@ pub struct Backend {
 
 /// [`Backend::flags`]: the pod runs on this node.
 pub const BACKEND_LOCAL: u32 = 1;
+/// [`Backend::flags`]: the backend has left every pool. It has no member and no slot, so it gets nobody new and no pin
+/// leads to it, but its established connections go on.
+pub const BACKEND_LINGERING: u32 = 2;
+/// [`Backend::flags`]: an EndpointSlice has said that the pod is terminating. Once no slice lists it, it is dead.
+pub const BACKEND_TERMINATING: u32 = 4;
 
 /// Key of `members`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, mem, sync::Arc, time::Instant};
 
-use affinity_common::abi::{MEMBER_READY, Member, NameKey, NameKind};
+use affinity_common::abi::{MEMBER_READY, Member, NameKey, NameKind, UsageKey, UsageOf};
 use tracing::{debug, info};
 
 use super::{
@@ -10,10 +10,11 @@ use super::{
     withdrawal::{self, Given},
 };
 use crate::{
-    desired::{self, Change, Desired, Memo, NodeFacts},
+    desired::{self, BackendName, Change, Desired, Memo, NodeFacts, Scope},
+    linger::{Limits, Lingerer, Traffic},
     load::monotonic_ns,
     metrics::Vitals,
-    plan::Ledger,
+    plan::{Ledger, retired},
     source::{Problem, Snapshot, api::Node},
     store::{Observed, Op, Store, StoreError, kernel::KernelStore},
     sweep::{FilterPlans, Met},
@@ -35,8 +36,11 @@ pub(super) struct Publisher {
     has_compared: bool,
     /// When the snapshot came that is not published yet.
     taken: Option<Instant>,
-    /// Services that have gone and keep their name, and when that was first seen: `CLOCK_MONOTONIC` in nanoseconds.
-    withdrawn: BTreeMap<u32, u64>,
+    /// What has gone and keeps its name, and when that was first seen: `CLOCK_MONOTONIC` in nanoseconds.
+    withdrawn: BTreeMap<NameKey, u64>,
+    limits: Limits,
+    /// Backends that linger, by index and generation.
+    lingering: BTreeMap<(u32, u32), Lingerer>,
     filter: Arc<FilterPlans>,
     vitals: Arc<Vitals>,
 }
@@ -103,6 +107,7 @@ impl Publisher {
     pub(super) fn new(
         store: KernelStore,
         options: desired::Options,
+        limits: Limits,
         filter: Arc<FilterPlans>,
         vitals: Arc<Vitals>,
     ) -> Self {
@@ -117,6 +122,8 @@ impl Publisher {
             has_compared: false,
             taken: None,
             withdrawn: BTreeMap::new(),
+            limits,
+            lingering: BTreeMap::new(),
             filter,
             vitals,
         }
@@ -217,29 +224,82 @@ impl Publisher {
         ledger.plan(self.memo.desired())
     }
 
-    /// Takes away the names of services that have gone, once a pass of the sweep that began later has met none of their pins
-    /// and flows.
+    /// Takes away the names of services, pools and groups that have gone, once the gap is over in which they may come back and
+    /// a pass of the sweep that began later has met none of their pins and flows.
     ///
     /// # Errors
     /// The step that failed; the next plan reads the store anew.
     pub(super) fn forget_names(&mut self, met: &Met) -> Result<(), StoreError> {
         let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
         let now_ns = monotonic_ns();
-        let mut unused: BTreeMap<String, u32> = ledger.withdrawn().map(|(id, name)| (name.to_owned(), id)).collect();
+        let mut unused: BTreeMap<(u32, String), NameKey> =
+            ledger.withdrawn().map(|(key, name)| ((key.kind, name.to_owned()), key)).collect();
         if !unused.is_empty() {
             // There may have been no room to publish them.
-            let wanted = self.memo.desired().pools.keys().map(|pool| pool.service.to_string());
-            wanted.for_each(|name| _ = unused.remove(&name));
+            wanted_names(self.memo.desired()).for_each(|name| _ = unused.remove(&name));
         }
-        let since = |id| (id, self.withdrawn.get(&id).copied().unwrap_or(now_ns));
+        let since = |key| (key, self.withdrawn.get(&key).copied().unwrap_or(now_ns));
         self.withdrawn = unused.into_values().map(since).collect();
-        for (id, _) in self.withdrawn.extract_if(.., |id, since| *since < met.began_ns && !met.services.contains(id)) {
-            let step = Op::RemoveName(NameKey { kind: NameKind::Service as u32, id });
+        let gap_ns = u64::try_from(self.limits.gap.as_nanos()).unwrap_or(u64::MAX);
+        let is_over = |key: &NameKey, since_ns: &mut u64| {
+            let is_unmet = *since_ns < met.began_ns && !met.ids.contains(&key.id);
+            is_unmet && now_ns.saturating_sub(*since_ns) >= gap_ns
+        };
+        for (key, _) in self.withdrawn.extract_if(.., is_over) {
+            let step = Op::RemoveName(key);
             self.store.apply(&step)?;
             ledger.apply(&step);
         }
         self.ledger = Some(ledger);
         Ok(())
+    }
+
+    /// Retires backends that need not linger any longer, by what the sweep has seen of their connections. Says whether there
+    /// were any.
+    ///
+    /// # Errors
+    /// The step that failed; the next call reads the store anew.
+    pub(super) fn end_lingering(&mut self, traffic: &BTreeMap<u32, Traffic>) -> Result<bool, StoreError> {
+        if !self.has_compared {
+            // Nothing is known of what is desired.
+            return Ok(false);
+        }
+        let mut ledger = match self.ledger.take() {
+            Some(ledger) => ledger,
+            None => {
+                self.due = Due::All;
+                self.read()?
+            }
+        };
+        let now_ns = monotonic_ns();
+        let former = mem::take(&mut self.lingering);
+        let mut over = Vec::new();
+        for (index, name, record) in ledger.lingering() {
+            let key = (index, record.generation);
+            let mut lingerer = former.get(&key).copied().unwrap_or_else(|| Lingerer::new(now_ns));
+            let is_listed = self.memo.desired().others.contains(&name);
+            let seen = traffic.get(&index).filter(|seen| seen.generation == record.generation);
+            match lingerer.look(seen, is_listed, self.limits, now_ns) {
+                Some(end) => over.push((index, name, retired(record), end)),
+                None => _ = self.lingering.insert(key, lingerer),
+            }
+        }
+        for (index, name, record, end) in &over {
+            let BackendName { address, pod } = name;
+            info!("backend {address} {pod} lingers no longer: {}", end.text());
+            let usage = UsageKey { of: UsageOf::Backend as u32, id: *index };
+            for step in [Op::PutBackend(*index, *record), Op::RemoveUsage(usage)] {
+                self.store.apply(&step)?;
+                ledger.apply(&step);
+            }
+        }
+        self.ledger = Some(ledger);
+        Ok(!over.is_empty())
+    }
+
+    /// Whether the last plan left something undone, for lack of room.
+    pub(super) const fn is_due(&self) -> bool {
+        !matches!(self.due, Due::Nothing)
     }
 
     /// What is wrong with the source and with what was decided from it.
@@ -260,6 +320,18 @@ impl Publisher {
         services.dedup();
         format!("{}, {}", count(services.len(), "service"), count(desired.backends.len(), "backend"))
     }
+}
+
+/// The kinds and names of all services, pools and groups.
+fn wanted_names(desired: &Desired) -> impl Iterator<Item = (u32, String)> {
+    desired.pools.iter().flat_map(|(name, pool)| {
+        let group = match &pool.scope {
+            Scope::Group(group) => Some((NameKind::Group as u32, group.to_string())),
+            Scope::Service(_) => None,
+        };
+        let service = (NameKind::Service as u32, name.service.to_string());
+        [service, (NameKind::Pool as u32, name.to_string())].into_iter().chain(group)
+    })
 }
 
 /// "1 service", "2 services".

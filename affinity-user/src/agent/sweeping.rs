@@ -1,20 +1,22 @@
 //! The sweep, on a thread of its own: to read the tables of a large cluster takes longer than a change may wait.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io, mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use tracing::error;
 
 use crate::{
+    linger::Traffic,
     metrics::Vitals,
-    sweep::{Met, Sweeper},
+    sweep::{LOOK_EVERY, Met, Sweeper},
 };
 
 /// A sweeper at work. It ends when this is dropped.
@@ -29,18 +31,26 @@ pub(super) struct Sweeping {
 pub(super) struct Findings {
     /// The names, `namespace/name`, of services whose pins were evicted.
     pub(super) evicted: BTreeSet<String>,
-    /// Which services the last pass has met; none where no pass has ended.
+    /// Which services, pools and groups the last pass has met; none where no pass has ended.
     pub(super) met: Option<Met>,
     /// The names of services whose clients all looked like nodes in the last pass; none where no pass has ended.
     pub(super) clients_are_nodes: Option<BTreeSet<String>>,
 }
 
 #[derive(Default)]
-struct Shared(Mutex<Findings>);
+struct Shared {
+    findings: Mutex<Findings>,
+    /// What was last seen of the connections of backends that linger.
+    traffic: Mutex<BTreeMap<u32, Traffic>>,
+}
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Findings> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.findings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn traffic(&self) -> MutexGuard<'_, BTreeMap<u32, Traffic>> {
+        self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -62,6 +72,11 @@ impl Sweeping {
     /// What was found since the last call.
     pub(super) fn take_findings(&self) -> Findings {
         mem::take(&mut self.findings.lock())
+    }
+
+    /// What was last seen of the connections of backends that linger.
+    pub(super) fn traffic(&self) -> BTreeMap<u32, Traffic> {
+        self.findings.traffic().clone()
     }
 
     /// Whether the thread is gone, which only a bug does.
@@ -91,8 +106,27 @@ fn follow(mut sweeper: Sweeper, stopped: &Receiver<()>, vitals: &Vitals, finding
             findings.met = Some(sweeper.met().clone());
             findings.clients_are_nodes = Some(sweeper.clients_are_nodes().into_iter().collect());
         }
-        if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+        if !rest(&mut sweeper, stopped, pause, findings) {
             return;
+        }
+    }
+}
+
+/// Waits before the next slice, and meanwhile looks after backends that linger. False where the sweep is to end.
+fn rest(sweeper: &mut Sweeper, stopped: &Receiver<()>, pause: Duration, findings: &Shared) -> bool {
+    let until = Instant::now() + pause;
+    // Where a pass is wanted, the rest is as long as the last one took: see `REST_FACTOR`.
+    let soon = Instant::now() + pause / 4;
+    loop {
+        sweeper.look();
+        findings.traffic().clone_from(sweeper.traffic());
+        let end = if sweeper.is_behind() { soon } else { until };
+        let left = end.saturating_duration_since(Instant::now());
+        if stopped.recv_timeout(left.min(LOOK_EVERY)) != Err(RecvTimeoutError::Timeout) {
+            return false;
+        }
+        if left <= LOOK_EVERY {
+            return true;
         }
     }
 }

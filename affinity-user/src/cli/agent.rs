@@ -5,6 +5,7 @@ use std::{
     io::{self, Write},
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use aya_log::Level;
@@ -12,6 +13,7 @@ use clap::{
     Args, ValueEnum,
     builder::{PossibleValuesParser, TypedValueParser},
 };
+use jiff::SignedDuration;
 
 use super::{
     Global,
@@ -25,6 +27,7 @@ use crate::{
     agent::{self, NodeHealth},
     attach::{self, XdpPolicy, cgroup::SocketPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
+    linger::Limits,
     load::{self, PinDir},
     source::Source,
 };
@@ -76,10 +79,23 @@ pub(crate) struct AttachArgs {
     /// Log messages of the kernel programs, for debugging. Without it, they log nothing
     #[arg(long, value_name = "LEVEL", value_enum)]
     programs_log: Option<ProgramsLog>,
+    /// How long an endpoint, a slice or a whole Service may be away, and find its pins when it comes back
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
+    gap: Duration,
+    /// How long connections to a pod that has left its service are kept although it sends nothing; while it sends, they go on
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
+    linger: Duration,
     #[command(flatten)]
     node: NodeArgs,
     #[command(flatten)]
     sizes: SizeArgs,
+}
+
+/// At most a day: who was away for longer is somebody else.
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed = text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
+    let is_short = |duration: &Duration| *duration <= Duration::from_hours(24);
+    parsed.filter(is_short).ok_or_else(|| "expected a duration from 0s to 24h, such as 10s".to_owned())
 }
 
 fn xdp_policy() -> impl TypedValueParser<Value = XdpPolicy> {
@@ -152,6 +168,7 @@ impl AttachArgs {
             services: self.services(),
             proxy_name: self.service_proxy_name.clone(),
             shadow: self.shadow,
+            limits: Limits { gap: self.gap, linger: self.linger },
             detach_on_exit,
             http: None,
             node_health: NodeHealth::Off,

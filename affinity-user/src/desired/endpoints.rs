@@ -287,11 +287,12 @@ pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeM
     addresses.into_iter().map(|(family, addresses)| (family, addresses.len())).collect()
 }
 
-/// The backends of a slice, whatever else it says.
-pub(super) fn backends(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = BackendName> {
+/// The backends of a slice, whatever else it says, and whether each is terminating.
+pub(super) fn listed(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = (BackendName, bool)> {
     slice.endpoints.iter().flatten().filter_map(|endpoint| {
         let address = parse_address(endpoint.addresses.first()?)?;
-        Some(BackendName { address, pod: pod(endpoint, name).into() })
+        let terminating = endpoint.conditions.as_ref().and_then(|conditions| conditions.terminating);
+        Some((BackendName { address, pod: pod(endpoint, name).into() }, terminating == Some(true)))
     })
 }
 

@@ -54,10 +54,8 @@ enum Subject {
 struct KnownSlice {
     source: Sourced<EndpointSlice>,
     service: Option<ObjectName>,
-    /// What was read of it.
+    /// What was read of it; none where its service is not ours.
     slice: Option<Slice>,
-    /// Whether its service is not ours: then it was not read.
-    foreign: bool,
 }
 
 struct KnownService {
@@ -89,8 +87,10 @@ pub struct Memo {
     pools_with: BTreeMap<BackendName, u32>,
     /// How many slices say that a backend is on this node.
     local: BTreeMap<BackendName, u32>,
-    /// How many slices of services that are not ours list a backend.
-    others: BTreeMap<BackendName, u32>,
+    /// How many slices list a backend, whosever they are.
+    listed: BTreeMap<BackendName, u32>,
+    /// How many of these say that it is terminating.
+    terminating: BTreeMap<BackendName, u32>,
     desired: Desired,
     problems: BTreeMap<Subject, Vec<Problem>>,
 }
@@ -124,7 +124,8 @@ impl Memo {
             scopes: BTreeMap::new(),
             pools_with: BTreeMap::new(),
             local: BTreeMap::new(),
-            others: BTreeMap::new(),
+            listed: BTreeMap::new(),
+            terminating: BTreeMap::new(),
             desired,
             problems: BTreeMap::new(),
         }
@@ -215,9 +216,12 @@ impl Memo {
     }
 
     fn forget_slice(&mut self, name: &ObjectName, touched: &mut Touched) {
-        let Some(KnownSlice { source, service, slice, foreign }) = self.slices.remove(name) else { return };
-        for backend in foreign.then(|| endpoints::backends(name, &source.object)).into_iter().flatten() {
-            discount(&mut self.others, &backend);
+        let Some(KnownSlice { source, service, slice }) = self.slices.remove(name) else { return };
+        for (backend, is_terminating) in endpoints::listed(name, &source.object) {
+            discount(&mut self.listed, &backend);
+            if is_terminating {
+                discount(&mut self.terminating, &backend);
+            }
             touched.backends.insert(backend);
         }
         self.problems.remove(&Subject::Slice(name.clone()));
@@ -233,14 +237,15 @@ impl Memo {
 
     fn read_slice(&mut self, name: &ObjectName, source: &Sourced<EndpointSlice>, touched: &mut Touched) {
         let service = endpoints::service_of(name, &source.object);
-        let foreign = service.as_ref().is_some_and(|service| self.is_foreign(service));
-        let mut slice = None;
-        if foreign {
-            for backend in endpoints::backends(name, &source.object) {
-                touched.backends.insert(backend.clone());
-                *self.others.entry(backend).or_default() += 1;
+        for (backend, is_terminating) in endpoints::listed(name, &source.object) {
+            touched.backends.insert(backend.clone());
+            if is_terminating {
+                *self.terminating.entry(backend.clone()).or_default() += 1;
             }
-        } else {
+            *self.listed.entry(backend).or_default() += 1;
+        }
+        let mut slice = None;
+        if !service.as_ref().is_some_and(|service| self.is_foreign(service)) {
             let mut problems = Vec::new();
             let mut report = Report::new("EndpointSlice", name, source, &mut problems);
             slice = endpoints::read(name, &source.object, &self.node, &mut report);
@@ -254,7 +259,7 @@ impl Memo {
             self.slices_of.entry(service.clone()).or_default().insert(name.clone());
             touched.services.insert(service.clone());
         }
-        self.slices.insert(name.clone(), KnownSlice { source: source.clone(), service, slice, foreign });
+        self.slices.insert(name.clone(), KnownSlice { source: source.clone(), service, slice });
     }
 
     /// Whether a service is there, but not ours.
@@ -309,16 +314,15 @@ impl Memo {
         services.iter().for_each(|name| self.publish(name, touched));
         touched.scopes.iter().for_each(|scope| self.unite(scope));
         for backend in &touched.backends {
-            if self.pools_with.contains_key(backend) {
+            let is_in_pool = self.pools_with.contains_key(backend);
+            if is_in_pool {
                 self.desired.backends.insert(backend.clone(), self.local.contains_key(&backend.as_listed()));
             } else {
                 self.desired.backends.remove(backend);
             }
-            if self.others.contains_key(backend) {
-                self.desired.others.insert(backend.clone());
-            } else {
-                self.desired.others.remove(backend);
-            }
+            let Desired { others, terminating, .. } = &mut self.desired;
+            set_member(others, backend, !is_in_pool && self.listed.contains_key(backend));
+            set_member(terminating, backend, self.terminating.contains_key(backend));
         }
     }
 
@@ -445,6 +449,7 @@ impl Memo {
         let mut gone = BTreeSet::new();
         for backend in backends {
             let local = self.desired.backends.get(&backend);
+            set_member(&mut desired.terminating, &backend, self.desired.terminating.contains(&backend));
             desired.backends.extend(local.map(|local| (backend.clone(), *local)));
             if self.desired.others.contains(&backend) {
                 desired.others.insert(backend);
@@ -515,6 +520,15 @@ fn discount(counts: &mut BTreeMap<BackendName, u32>, of: &BackendName) {
         if *count == 0 {
             counts.remove(of);
         }
+    }
+}
+
+/// Puts a backend into a set, or takes it out.
+fn set_member(set: &mut BTreeSet<BackendName>, backend: &BackendName, is_member: bool) {
+    if is_member {
+        set.insert(backend.clone());
+    } else {
+        set.remove(backend);
     }
 }
 

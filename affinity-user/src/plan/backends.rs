@@ -1,14 +1,17 @@
 //! Indices of backends and their generations.
 //!
-//! An index is in use while its generation is odd. It stays with its identity for as long as that is desired; when it is
-//! retired, and when it is used again, its generation rises by one.
+//! An index is in use while its generation is odd. It stays with its identity for as long as that is desired, and after
+//! that for as long as the backend lingers: its connections go on, and if it comes back it is the same backend. A plan
+//! retires a backend by itself only if its pod is known to be dead; how long others linger is up to the agent
+//! ([`crate::linger`]). When an index is retired, and when it is used again, its generation rises by one.
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_set},
     net::{IpAddr, Ipv6Addr},
+    sync::Arc,
 };
 
-use affinity_common::abi::{BACKEND_LOCAL, Backend, NameKey, NameKind};
+use affinity_common::abi::{BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, Backend, NameKey, NameKind};
 
 use crate::{desired::BackendName, store::Observed};
 
@@ -19,6 +22,8 @@ pub(super) struct Roster {
     by_name: BTreeSet<(BackendName, u32)>,
     /// Used once, and free.
     vacant: BTreeSet<u32>,
+    /// In use, and in no pool.
+    lingering: BTreeSet<u32>,
     /// How many were used once or are in use.
     used: usize,
     /// No index below was never used.
@@ -28,13 +33,22 @@ pub(super) struct Roster {
 impl Roster {
     /// Of `capacity` indices that were never used.
     pub(super) const fn new(capacity: u32) -> Self {
-        Self { capacity, by_name: BTreeSet::new(), vacant: BTreeSet::new(), used: 0, unused_from: 0 }
+        Self {
+            capacity,
+            by_name: BTreeSet::new(),
+            vacant: BTreeSet::new(),
+            lingering: BTreeSet::new(),
+            used: 0,
+            unused_from: 0,
+        }
     }
 
     /// Enters all backends of a store, where none was entered.
     pub(super) fn enter_all(&mut self, observed: &Observed) {
         let in_use = observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
         self.by_name = in_use.map(|(index, record)| (identity(observed, *index, record), *index)).collect();
+        let lingering = observed.backends.iter().filter(|(_, record)| lingers(record));
+        self.lingering = lingering.map(|(index, _)| *index).collect();
         let within = observed.backends.range(..self.capacity).filter(|(_, record)| record.generation != 0);
         self.used = within.clone().count();
         self.vacant = within.filter(|(_, record)| record.generation % 2 == 0).map(|(index, _)| *index).collect();
@@ -46,6 +60,7 @@ impl Roster {
         let Some(record) = used(&observed.backends, index) else { return };
         if record.generation % 2 == 1 {
             self.by_name.insert((identity(observed, index, record), index));
+            self.lingering.extend(lingers(record).then_some(index));
         } else if index < self.capacity {
             self.vacant.insert(index);
         }
@@ -58,6 +73,7 @@ impl Roster {
         let Some(record) = used(&observed.backends, index) else { return };
         if record.generation % 2 == 1 {
             self.by_name.remove(&(identity(observed, index, record), index));
+            self.lingering.remove(&index);
         } else {
             self.vacant.remove(&index);
         }
@@ -70,11 +86,33 @@ impl Roster {
         }
     }
 
+    /// The indices of backends that linger.
+    pub(super) fn lingering(&self) -> impl Iterator<Item = u32> {
+        self.lingering.iter().copied()
+    }
+
+    /// The backends in use at an address.
+    pub(super) fn at(&self, address: IpAddr) -> impl Iterator<Item = (&BackendName, u32)> {
+        let first = BackendName { address, pod: Arc::default() };
+        let from = self.by_name.range((first, 0)..);
+        from.take_while(move |(name, _)| name.address == address).map(|(name, index)| (name, *index))
+    }
+
+    /// Whether a backend in use is in no pool.
+    pub(super) fn is_lingering(&self, index: u32) -> bool {
+        self.lingering.contains(&index)
+    }
+
     /// The index that is in use for a backend.
     pub(super) fn find(&self, name: &BackendName) -> Option<u32> {
         let (found, index) = self.by_name.range((name.clone(), 0)..).next()?;
         (found == name).then_some(*index)
     }
+}
+
+/// Whether a backend is in use, but in no pool.
+fn lingers(record: &Backend) -> bool {
+    record.generation % 2 == 1 && record.flags & BACKEND_LINGERING != 0
 }
 
 /// The record of an index that was ever used.
@@ -90,6 +128,8 @@ pub(super) struct Claims<'a> {
     vacant: btree_set::Iter<'a, u32>,
     unused_from: u32,
     used: usize,
+    /// How many backends got no index.
+    short: usize,
     /// The records of what is in use.
     claimed: BTreeMap<u32, Backend>,
 }
@@ -103,18 +143,23 @@ impl<'a> Claims<'a> {
             vacant: roster.vacant.iter(),
             unused_from: roster.unused_from,
             used: roster.used,
+            short: 0,
             claimed: BTreeMap::new(),
         }
     }
 
     /// The index of a backend: its own, or a free one; none where all are in use. To be asked once for each backend.
-    pub(super) fn claim(&mut self, name: &BackendName, local: bool) -> Option<u32> {
-        let flags = if local { BACKEND_LOCAL } else { 0 };
+    pub(super) fn claim(&mut self, name: &BackendName, local: bool, terminating: bool) -> Option<u32> {
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        let flags = flag(local, BACKEND_LOCAL) | flag(terminating, BACKEND_TERMINATING);
         let own = self.roster.find(name).and_then(|index| Some((index, *self.records.get(&index)?)));
         let (index, record) = match own {
             Some((index, record)) => (index, Backend { flags, ..record }),
             None => {
-                let index = self.take()?;
+                let Some(index) = self.take() else {
+                    self.short += 1;
+                    return None;
+                };
                 let former = self.records.get(&index).map_or(0, |record| record.generation);
                 (index, Backend { address: mapped(name.address), generation: former.wrapping_add(1), flags })
             }
@@ -123,16 +168,12 @@ impl<'a> Claims<'a> {
         Some(index)
     }
 
-    /// Keeps an index in use although nothing desires it.
+    /// Keeps an index as a member of pools although nothing desires it.
     pub(super) fn keep(&mut self, index: u32) {
         if let Some(record) = self.records.get(&index) {
-            self.claimed.entry(index).or_insert(*record);
+            let flags = record.flags & !BACKEND_LINGERING;
+            self.claimed.entry(index).or_insert(Backend { flags, ..*record });
         }
-    }
-
-    /// Keeps those indices in use that belong to any of `names`.
-    pub(super) fn keep_all(&mut self, names: &BTreeSet<BackendName>) {
-        names.iter().filter_map(|name| self.roster.find(name)).for_each(|index| self.keep(index));
     }
 
     /// The generation of an index.
@@ -140,15 +181,36 @@ impl<'a> Claims<'a> {
         self.claimed.get(&index).or_else(|| self.records.get(&index)).map_or(0, |record| record.generation)
     }
 
-    /// What becomes of `records`: those in use that nothing claimed are retired. And the indices that were claimed.
-    pub(super) fn finish(self, records: &BTreeMap<u32, Backend>) -> (BTreeMap<u32, Backend>, BTreeSet<u32>) {
+    /// What becomes of `records`: those in use that nothing claimed linger, or are retired where nobody lives there any
+    /// more, or where their room is wanted: of these, who has lingered already goes first. And the indices in use.
+    pub(super) fn finish(
+        self,
+        records: &BTreeMap<u32, Backend>,
+        leaving: impl Fn(u32, &Backend) -> Leaving,
+    ) -> (BTreeMap<u32, Backend>, BTreeSet<u32>) {
         let mut after = records.clone();
-        for record in after.values_mut().filter(|record| record.generation % 2 == 1) {
-            *record = Backend { generation: record.generation.wrapping_add(1), flags: 0, ..*record };
+        after.extend(self.claimed.iter().map(|(index, record)| (*index, *record)));
+        let mut linger = Vec::new();
+        for (&index, record) in after.iter_mut().filter(|(_, record)| record.generation % 2 == 1) {
+            if self.claimed.contains_key(&index) {
+                continue;
+            }
+            match leaving(index, record) {
+                Leaving::Dead => *record = retired(record),
+                Leaving::Alive { terminating } => {
+                    let is_newly = record.flags & BACKEND_LINGERING == 0;
+                    record.flags |= BACKEND_LINGERING | if terminating { BACKEND_TERMINATING } else { 0 };
+                    linger.push((is_newly, index));
+                }
+            }
         }
-        let claimed = self.claimed.keys().copied().collect();
-        after.extend(self.claimed);
-        (after, claimed)
+        linger.sort_unstable();
+        for (_, index) in linger.into_iter().take(self.short) {
+            after.entry(index).and_modify(|record| *record = retired(record));
+        }
+        let in_use = after.iter().filter(|(_, record)| record.generation % 2 == 1);
+        let in_use = in_use.map(|(index, _)| *index).collect();
+        (after, in_use)
     }
 
     fn take(&mut self) -> Option<u32> {
@@ -164,6 +226,23 @@ impl<'a> Claims<'a> {
         self.used += 1;
         Some(index)
     }
+}
+
+/// What is known of a backend that no pool has any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Leaving {
+    /// Its pod has ended.
+    Dead,
+    /// As far as is known, its pod lives; perhaps not for long.
+    Alive {
+        /// Whether a slice says that it is terminating.
+        terminating: bool,
+    },
+}
+
+/// The record of an index that is free again.
+pub(crate) fn retired(record: &Backend) -> Backend {
+    Backend { generation: record.generation.wrapping_add(1), flags: 0, ..*record }
 }
 
 /// Who has an index that is in use.
@@ -189,13 +268,13 @@ mod tests {
         BackendName { address: IpAddr::from([10, 0, 0, last]), pod: format!("default/p{last}").into() }
     }
 
-    /// What a store holds after `backends` are all that is desired.
-    fn publish(observed: &mut Observed, capacity: u32, names: &[u8]) -> Vec<Option<u32>> {
+    /// What a store holds after `names` are all that is desired, where every pod that leaves is dead or alive.
+    fn publish(observed: &mut Observed, capacity: u32, names: &[u8], leaving: Leaving) -> Vec<Option<u32>> {
         let mut roster = Roster::new(capacity);
         roster.enter_all(observed);
         let mut claims = Claims::new(&roster, &observed.backends);
-        let indices: Vec<Option<u32>> = names.iter().map(|last| claims.claim(&name(*last), false)).collect();
-        let (records, _) = claims.finish(&observed.backends);
+        let indices: Vec<Option<u32>> = names.iter().map(|last| claims.claim(&name(*last), false, false)).collect();
+        let (records, _) = claims.finish(&observed.backends, |_, _| leaving);
         for (id, last) in indices.iter().zip(names).filter_map(|(index, last)| Some(((*index)?, last))) {
             observed.names.insert(NameKey { kind: NameKind::Backend as u32, id }, name(*last).pod.to_string());
         }
@@ -203,29 +282,65 @@ mod tests {
         indices
     }
 
+    const ALIVE: Leaving = Leaving::Alive { terminating: false };
+
     #[test]
     fn indices_stay_and_generations_rise() {
         let mut observed = Observed::default();
-        assert_eq!(publish(&mut observed, 6, &[1, 2]), [Some(0), Some(1)]);
-        assert_eq!(publish(&mut observed, 6, &[2]), [Some(1)]);
-        assert_eq!(observed.backends[&0].generation, 2);
+        let mut publish = |names: &[u8]| {
+            let indices = publish(&mut observed, 6, names, Leaving::Dead);
+            (indices, observed.backends[&0].generation)
+        };
+        assert_eq!(publish(&[1, 2]), (vec![Some(0), Some(1)], 1));
+        assert_eq!(publish(&[2]), (vec![Some(1)], 2));
         // Less than half were ever used: a new one.
-        assert_eq!(publish(&mut observed, 6, &[2, 3]), [Some(1), Some(2)]);
+        assert_eq!(publish(&[2, 3]), (vec![Some(1), Some(2)], 2));
         // Half were: the vacant one, under a new generation, then those never used, then none.
-        assert_eq!(publish(&mut observed, 6, &[2, 3, 1]), [Some(1), Some(2), Some(0)]);
-        assert_eq!(observed.backends[&0].generation, 3);
-        let all = publish(&mut observed, 6, &[1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(publish(&[2, 3, 1]), (vec![Some(1), Some(2), Some(0)], 3));
+        let all = publish(&[1, 2, 3, 4, 5, 6, 7]).0;
         assert_eq!(all, [Some(0), Some(1), Some(2), Some(3), Some(4), Some(5), None]);
+    }
+
+    #[test]
+    fn a_backend_that_left_keeps_its_index_until_it_comes_back() {
+        let mut observed = Observed::default();
+        publish(&mut observed, 6, &[1, 2], ALIVE);
+        let before = observed.backends.clone();
+        assert_eq!(publish(&mut observed, 6, &[2, 3, 4], ALIVE), [Some(1), Some(2), Some(3)]);
+        let lingering = Backend { flags: BACKEND_LINGERING, ..before[&0] };
+        assert_eq!(observed.backends[&0], lingering);
+        assert_eq!(publish(&mut observed, 6, &[1, 2], ALIVE), [Some(0), Some(1)]);
+        assert_eq!((observed.backends[&0], observed.backends[&1]), (before[&0], before[&1]));
+    }
+
+    #[test]
+    fn where_room_is_short_who_has_lingered_makes_room() {
+        let mut observed = Observed::default();
+        publish(&mut observed, 3, &[1, 2, 3], ALIVE);
+        publish(&mut observed, 3, &[1, 2], ALIVE);
+        // One newcomer: the index is free for it once its former backend is retired.
+        assert_eq!(publish(&mut observed, 3, &[1, 4], ALIVE), [Some(0), None]);
+        let generations: Vec<u32> = observed.backends.values().map(|record| record.generation).collect();
+        assert_eq!(generations, [1, 1, 2]);
+        assert_eq!(publish(&mut observed, 3, &[1, 4], ALIVE), [Some(0), Some(2)]);
+    }
+
+    #[test]
+    fn a_terminating_pod_is_known_as_such_by_its_record() {
+        let mut observed = Observed::default();
+        publish(&mut observed, 3, &[1], ALIVE);
+        publish(&mut observed, 3, &[], Leaving::Alive { terminating: true });
+        assert_eq!(observed.backends[&0].flags, BACKEND_LINGERING | BACKEND_TERMINATING);
     }
 
     #[test]
     fn another_pod_with_the_address_is_another_backend() {
         let (roster, none) = (Roster::new(8), BTreeMap::new());
         let mut claims = Claims::new(&roster, &none);
-        let first = claims.claim(&name(1), false);
+        let first = claims.claim(&name(1), false, false);
         let other = BackendName { pod: "default/q".into(), ..name(1) };
-        assert_ne!(claims.claim(&other, true), first);
-        let (records, _) = claims.finish(&none);
+        assert_ne!(claims.claim(&other, true, false), first);
+        let (records, _) = claims.finish(&none, |_, _| ALIVE);
         assert_eq!(records[&0].address, records[&1].address);
         assert_eq!(records[&1].flags, BACKEND_LOCAL);
     }

@@ -4,14 +4,14 @@
 //! they are, and so do the members of a service whose slices were in that file.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, BACKEND_LOCAL, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey, NameKey, NameKind,
-    OUTSIDE, RANGES, SILENT, Selection, Timer,
+    AFFINITY, Address, BACKEND_LOCAL, BACKEND_TERMINATING, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey,
+    NameKey, NameKind, OUTSIDE, RANGES, SILENT, Selection, Timer,
 };
 
 use super::backends::identity;
@@ -127,7 +127,11 @@ impl Keeper<'_> {
             let backend = identity(self.observed, key.backend, record);
             let member = Member { port: member.port.get(), ready: member.state == MEMBER_READY };
             pool.members.entry(backend.clone()).or_insert(member);
-            self.desired.backends.entry(backend).or_insert(record.flags & BACKEND_LOCAL != 0);
+            if let Entry::Vacant(unknown) = self.desired.backends.entry(backend.clone()) {
+                unknown.insert(record.flags & BACKEND_LOCAL != 0);
+                let is_terminating = record.flags & BACKEND_TERMINATING != 0;
+                self.desired.terminating.extend(is_terminating.then_some(backend));
+            }
         }
     }
 }

@@ -4,15 +4,22 @@
 //! it is as if the store had been read anew. So a plan for a few services costs what these services are, whatever else the
 //! store holds.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use affinity_common::abi::{
-    Address, Frontend, FrontendKey, MemberKey, NameKey, NameKind, Port, RangeKey, UsageKey, UsageOf, V4, V6,
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
 };
 
-use super::{backends::Roster, ids::Ids};
+use affinity_common::abi::{
+    Address, Backend, Frontend, FrontendKey, MemberKey, NameKey, NameKind, PODS, Port, RangeKey, UsageKey, UsageOf, V4,
+    V6,
+};
+
+use super::{
+    backends::{Roster, identity},
+    ids::Ids,
+};
 use crate::{
-    desired::Change,
+    desired::{BackendName, Change, Network},
     store::{Capacity, Observed, Op},
 };
 
@@ -69,10 +76,34 @@ impl Ledger {
         &self.observed
     }
 
-    /// Services of which nothing is left but the name: no plan takes it away, because pins and flows may still tell of
-    /// them.
-    pub fn withdrawn(&self) -> impl Iterator<Item = (u32, &str)> {
-        self.ids.unused(NameKind::Service)
+    /// Services, pools and groups of which nothing is left but the name: no plan takes it away, because pins and flows may
+    /// still tell of them, and find them if they come back.
+    pub fn withdrawn(&self) -> impl Iterator<Item = (NameKey, &str)> {
+        [NameKind::Service, NameKind::Pool, NameKind::Group]
+            .into_iter()
+            .flat_map(|kind| self.ids.unused(kind).map(move |(id, name)| (NameKey { kind: kind as u32, id }, name)))
+    }
+
+    /// The backends that linger: who they are, and their records.
+    pub fn lingering(&self) -> impl Iterator<Item = (u32, BackendName, &Backend)> {
+        let records = self.backends.lingering().filter_map(|index| Some((index, self.observed.backends.get(&index)?)));
+        records.map(|(index, record)| (index, identity(&self.observed, index, record), record))
+    }
+
+    /// Whether an address is in a network of pods.
+    pub(super) fn is_in_pod_network(&self, address: IpAddr) -> bool {
+        fn contains<A: Address>(key: &RangeKey<A>, network: IpAddr, address: IpAddr) -> bool {
+            let prefix = key.prefix_len.checked_sub(32).and_then(|prefix| u8::try_from(prefix).ok());
+            prefix.and_then(|prefix| Network::of(network, prefix)).is_some_and(|network| network.contains(address))
+        }
+        match address {
+            IpAddr::V4(_) => {
+                ranges(&self.ranges_v4, PODS).any(|key| contains(&key, IpAddr::from(key.address.0), address))
+            }
+            IpAddr::V6(_) => {
+                ranges(&self.ranges_v6, PODS).any(|key| contains(&key, IpAddr::from(key.address.0), address))
+            }
+        }
     }
 
     /// Enters a step that was carried out.
@@ -195,7 +226,12 @@ impl Ledger {
             }
         }
         let backends = change.desired.backends.keys().chain(&change.desired.others).chain(&change.gone);
-        backends.filter_map(|name| self.backends.find(name)).for_each(|index| self.copy_backend(index, &mut part));
+        for name in backends {
+            // And who lingers at their addresses: another pod may have come there.
+            let there = self.backends.at(name.address);
+            let there = there.filter(|(other, index)| *other == name || self.backends.is_lingering(*index));
+            there.for_each(|(_, index)| self.copy_backend(index, &mut part));
+        }
         part
     }
 

@@ -6,15 +6,22 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, BESIDE, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey,
-    NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, UsageKey,
-    UsageOf, V4, V6,
+    AFFINITY, Address, BACKEND_TERMINATING, BESIDE, Backend, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
+    MEMBER_READY, Member, MemberKey, NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED, SILENT,
+    SPLIT, Selection, UsageKey, UsageOf, V4, V6,
 };
 
-use super::{backends::Claims, extents::Extents, ids::Naming, ledger::Ledger, maglev};
+use super::{
+    backends::{Claims, Leaving, identity},
+    extents::Extents,
+    ids::Naming,
+    ledger::Ledger,
+    maglev,
+};
 use crate::{
     desired::{self, BackendName, Desired, FrontendAddress, Masquerade, Network, Pool, PoolName, Route, Scope},
     source::{ObjectName, Problem, Severity},
@@ -76,11 +83,11 @@ impl<'a> Numbering<'a> {
     fn claim_backends(&mut self) -> Indices<'a> {
         let mut indices = BTreeMap::new();
         for (name, local) in &self.desired.backends {
-            if let Some(index) = self.backends.claim(name, *local) {
+            let terminating = self.desired.terminating.contains(name);
+            if let Some(index) = self.backends.claim(name, *local, terminating) {
                 indices.insert(name, index);
             }
         }
-        self.backends.keep_all(&self.desired.others);
         indices
     }
 
@@ -287,21 +294,52 @@ impl<'a> Numbering<'a> {
 
     fn finish(mut self, part: &Observed, indices: &Indices<'_>) -> (Observed, Vec<Problem>) {
         let key = |id| NameKey { kind: NameKind::Backend as u32, id };
-        let (records, claimed) = self.backends.finish(&part.backends);
+        let Numbering { ledger, desired, .. } = self;
+        let (records, in_use) =
+            self.backends.finish(&part.backends, |index, record| leaving(ledger, part, desired, (index, record)));
         // A pod that has gone keeps its name until another one has its index: sessions and events still tell of it.
         for id in records.keys() {
             self.target.names.extend(part.names.get(&key(*id)).map(|name| (key(*id), name.clone())));
         }
         self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.to_string())));
-        // A service keeps its name as long as pins and flows tell of it, which others know: see `Ledger::withdrawn`.
-        let services = part.names.iter().filter(|(key, _)| key.kind == NameKind::Service as u32);
-        for (key, name) in services {
+        // A service, a pool and a group keep their names, and so their ids, as long as pins and flows tell of them, which
+        // others know: see `Ledger::withdrawn`.
+        let ids = part.names.iter().filter(|(key, _)| key.kind != NameKind::Backend as u32);
+        for (key, name) in ids {
             self.target.names.entry(*key).or_insert_with(|| name.clone());
         }
-        self.target.usage.extend(claimed.into_iter().map(|id| UsageKey { of: UsageOf::Backend as u32, id }));
+        self.target.usage.extend(in_use.into_iter().map(|id| UsageKey { of: UsageOf::Backend as u32, id }));
         self.target.backends = records;
         (self.target, self.problems)
     }
+}
+
+/// What is known of a backend that nothing desires. What a source cannot tell of may live.
+fn leaving(ledger: &Ledger, part: &Observed, desired: &Desired, (index, record): (u32, &Backend)) -> Leaving {
+    let name = identity(&ledger.observed, index, record);
+    let is_known = desired.known.is_none() && !desired.others.contains(&name);
+    let was_terminating = record.flags & BACKEND_TERMINATING != 0;
+    if is_known && (was_terminating || is_replaced(ledger, part, desired, &name)) {
+        return Leaving::Dead;
+    }
+    Leaving::Alive { terminating: desired.terminating.contains(&name) }
+}
+
+/// Whether another pod has the address of one that no slice lists. Pods that use the host's network share its address, so
+/// that only an address in a network of pods tells.
+fn is_replaced(ledger: &Ledger, part: &Observed, desired: &Desired, name: &BackendName) -> bool {
+    // The name of a pod has a slash.
+    let is_another = |other: &BackendName| other.pod.contains('/') && other.pod != name.pod;
+    let first = BackendName { address: name.address, pod: Arc::default() };
+    let desired_there = desired.backends.range(first..).map(|(other, _)| other);
+    let mut desired_there = desired_there.take_while(|other| other.address == name.address);
+    // Those that a change does not touch are still desired.
+    let is_untouched = |index| !ledger.backends.is_lingering(index) && !part.backends.contains_key(&index);
+    let mut untouched = ledger.backends.at(name.address).filter(|(_, index)| is_untouched(*index));
+    name.pod.contains('/')
+        && (desired_there.any(is_another) || untouched.any(|(other, _)| is_another(other)))
+        && (desired.pod_networks.iter().any(|network| network.contains(name.address))
+            || ledger.is_in_pod_network(name.address))
 }
 
 /// The records of a frontend; none where one of its pools is not published.

@@ -17,7 +17,8 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Address, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey,
+        Address, BACKEND_LINGERING, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Foreign,
+        FragmentKey,
         Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket,
         SocketKey, Status, Usage, UsageKey, V4, V6,
     },
@@ -147,7 +148,7 @@ pub struct KernelStore {
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
     pub backends: Table<u32, Backend>,
-    /// Backend index -> generation: the beginning of its record, `u32`.
+    /// Backend index -> generation: the beginning of its record, `u32`; the flags follow.
     pub generations: Words,
     /// Sockets that were sent to a backend.
     pub sockets: Table<SocketKey, Socket>,
@@ -277,6 +278,22 @@ impl KernelStore {
     #[must_use]
     pub fn is_alive(&self, backend: u32, generation: u32) -> bool {
         backend < self.generations.len() && self.generations.load_u32(backend) == generation
+    }
+
+    /// The backends that have left every pool and still have their index, with their generations.
+    #[must_use]
+    pub fn lingering(&self) -> BTreeMap<u32, u32> {
+        let record = |index| {
+            // The generation comes first, then the flags.
+            let [a, b, c, d, e, f, g, h] = self.generations.load_u64(index).to_ne_bytes();
+            (index, u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
+        };
+        let lingers = |(_, generation, flags): &(u32, u32, u32)| generation % 2 == 1 && flags & BACKEND_LINGERING != 0;
+        (0..self.generations.len())
+            .map(record)
+            .filter(lingers)
+            .map(|(index, generation, _)| (index, generation))
+            .collect()
     }
 
     /// Forgets every socket.

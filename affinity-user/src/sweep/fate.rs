@@ -23,7 +23,8 @@ pub const UNANSWERED_UDP_FLOW: Duration = Duration::from_secs(30);
 pub const IDLE_UDP_FLOW: Duration = Duration::from_secs(180);
 /// A flow whose backend has gone: its client was told, or moved on.
 pub const DEAD_FLOW: Duration = Duration::from_secs(60);
-/// A session that no frontend leads to: its service has gone, or pins no more. If the service comes back soon, so do its pins.
+/// Sessions that no frontend leads to: their service has gone, or pins no more. If it comes back soon, so do its pins. At
+/// least as long as [`crate::linger::Limits::gap`].
 pub const ORPHANED_SESSION: Duration = Duration::from_secs(60);
 
 /// How a service's pins expire.
@@ -35,12 +36,21 @@ pub struct Policy {
     pub timeout_ns: u64,
 }
 
-/// Whether nobody will follow a pin any more. Under no policy at all it is an orphan.
+/// What decides how long a pin stays.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keeping {
+    /// Its service's policy.
+    By(Policy),
+    /// Nothing leads to it: it stays until this moment, monotonic nanoseconds.
+    OrphanedUntil(u64),
+}
+
+/// Whether nobody will follow a pin any more.
 #[must_use]
-pub fn is_expired(session: &Session, policy: Option<Policy>, now_ns: u64) -> bool {
-    match policy {
-        Some(Policy { timer, timeout_ns }) => !is_fresh(session, timer, timeout_ns, now_ns),
-        None => now_ns.saturating_sub(session.last_used_ns) >= nanoseconds(ORPHANED_SESSION),
+pub fn is_expired(session: &Session, keeping: Keeping, now_ns: u64) -> bool {
+    match keeping {
+        Keeping::By(Policy { timer, timeout_ns }) => !is_fresh(session, timer, timeout_ns, now_ns),
+        Keeping::OrphanedUntil(until_ns) => now_ns >= until_ns,
     }
 }
 
@@ -84,7 +94,7 @@ mod tests {
     #[test]
     fn a_session_expires_by_its_services_policy() {
         let expired = |session: &Session, timer, timeout_s: u64| {
-            is_expired(session, Some(Policy { timer, timeout_ns: timeout_s * SECOND }), NOW)
+            is_expired(session, Keeping::By(Policy { timer, timeout_ns: timeout_s * SECOND }), NOW)
         };
         assert!(!expired(&session(100, 9, 0), Timer::Connection, 10));
         assert!(expired(&session(100, 10, 0), Timer::Connection, 10));
@@ -93,14 +103,14 @@ mod tests {
         assert!(!expired(&session(9, 9, 0), Timer::Absolute, 10));
         assert!(!expired(&session(1000, 1000, 1), Timer::Alive, 10));
         assert!(expired(&session(1000, 1000, 0), Timer::Alive, 10));
-        let for_ever = Policy { timer: Timer::Connection, timeout_ns: TIMEOUT_UNLIMITED };
-        assert!(!is_expired(&session(1000, 1000, 0), Some(for_ever), NOW));
+        let for_ever = Keeping::By(Policy { timer: Timer::Connection, timeout_ns: TIMEOUT_UNLIMITED });
+        assert!(!is_expired(&session(1000, 1000, 0), for_ever, NOW));
     }
 
     #[test]
-    fn an_orphan_waits_for_its_service_to_come_back() {
-        assert!(!is_expired(&session(1000, 59, 0), None, NOW));
-        assert!(is_expired(&session(1000, 60, 0), None, NOW));
+    fn an_orphan_waits_for_its_service_to_come_back_however_old_it_is() {
+        assert!(!is_expired(&session(1000, 900, 0), Keeping::OrphanedUntil(NOW + 1), NOW));
+        assert!(is_expired(&session(1000, 0, 0), Keeping::OrphanedUntil(NOW), NOW));
     }
 
     #[test]

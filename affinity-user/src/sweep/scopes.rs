@@ -41,6 +41,11 @@ impl Scopes {
         self.policies.get(&service).or_else(|| self.policies.get(speaker)).copied()
     }
 
+    /// Whether any frontend leads to the pins of a scope.
+    pub(super) fn leads_to(&self, scope: u32) -> bool {
+        self.speakers.contains_key(&scope)
+    }
+
     /// The group that a scope belongs to: itself where no frontend says otherwise.
     pub(super) fn group(&self, scope: u32) -> u32 {
         self.groups.get(&scope).copied().unwrap_or(scope)

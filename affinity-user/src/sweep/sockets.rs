@@ -18,9 +18,12 @@ impl Sweeper {
                 self.totals.flows += 1;
                 continue;
             }
-            self.pass.met.insert(socket.service);
+            self.pass.met.extend([socket.service, socket.pool, socket.scope]);
             need_frontend(&mut self.filter, socket.frontend, socket.frontend_port, key.protocol);
             self.filter.need_member(socket.peer.0, socket.peer_port, key.protocol);
+            if key.role == SocketRole::Connected as u8 {
+                self.watch.note_socket(&key, &socket);
+            }
             let counts = socket.timer == Timer::Alive as u8 && socket.scope != 0;
             if counts && key.role == SocketRole::Connected as u8 {
                 let session = (socket.client.0, socket.scope, socket.backend, socket.generation);

@@ -218,7 +218,8 @@ pub(crate) fn options() -> Options {
 
 /// Puts a change into what was desired before it.
 fn patch(before: &Desired, change: &Change) -> Desired {
-    let Desired { frontends, ranges, health_checks, pools, unions, backends, others, .. } = change.desired.clone();
+    let Desired { frontends, ranges, health_checks, pools, unions, backends, others, terminating, .. } =
+        change.desired.clone();
     let mut after = before.clone();
     after.frontends.retain(|_, frontend| !change.services.contains(&frontend.inside.pool.service));
     after.ranges.retain(|service, _| !change.services.contains(service));
@@ -230,6 +231,9 @@ fn patch(before: &Desired, change: &Change) -> Desired {
     });
     after.backends.retain(|backend, _| !change.gone.contains(backend) && !others.contains(backend));
     after.others.retain(|backend| !change.gone.contains(backend) && !backends.contains_key(backend));
+    let is_told =
+        |name: &BackendName| backends.contains_key(name) || others.contains(name) || change.gone.contains(name);
+    after.terminating.retain(|backend| !is_told(backend));
     after.frontends.extend(frontends);
     after.ranges.extend(ranges);
     after.health_checks.extend(health_checks);
@@ -237,6 +241,7 @@ fn patch(before: &Desired, change: &Change) -> Desired {
     after.unions.extend(unions);
     after.backends.extend(backends);
     after.others.extend(others);
+    after.terminating.extend(terminating);
     after
 }
 

@@ -1,0 +1,220 @@
+//! How long a backend that has left every pool keeps its index, and with it its connections. Pure.
+//!
+//! Such a backend *lingers*. Its pod may well live: the Service's selector was switched, the endpoint moves from one slice
+//! to another, or the Service is deleted and made again. So its connections go on, and if it comes back it finds its pins.
+//! It stops lingering when no connection needs it, when it no longer answers, or when it has said nothing for long. (A pod
+//! that is known to be dead does not linger: see [`crate::plan`].)
+
+use std::time::Duration;
+
+/// The bounds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// How long backends, ids and pins are kept for what comes back, whether or not anything uses them.
+    pub gap: Duration,
+    /// How long a backend may linger without a packet of its pod.
+    pub linger: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { gap: Duration::from_secs(10), linger: Duration::from_mins(10) }
+    }
+}
+
+/// A pod is silent when its clients have sent for so long, more than once, and it has not answered.
+pub const SILENT_AFTER: Duration = Duration::from_secs(5);
+
+/// The records of the two directions are each renewed once a second, so that they may differ by so much although each packet
+/// was answered at once: one second, and the time that a client takes to acknowledge.
+const TOLERANCE: Duration = Duration::from_millis(1_500);
+
+/// What was seen of the connections to a backend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Traffic {
+    /// The backend's generation.
+    pub generation: u32,
+    /// Connections of which a record is left: late packets may come of those that have ended.
+    pub connections: u64,
+    /// Those of them that are open.
+    pub open: u64,
+    /// When a client last sent something, monotonic nanoseconds.
+    pub asked_ns: u64,
+    /// When the pod last sent something.
+    pub answered_ns: u64,
+    /// Sockets of this machine that have sent the same again and again, and got nothing.
+    pub unanswered_sockets: u64,
+}
+
+/// Why a backend no longer lingers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// It has no connection.
+    Unused,
+    /// It does not answer.
+    Silent,
+    /// Its pod has sent nothing for [`Limits::linger`].
+    Idle,
+}
+
+impl End {
+    /// As the log says it.
+    #[must_use]
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Unused => "it has no connection any more",
+            Self::Silent => "it does not answer any more; its clients are told by RST",
+            Self::Idle => "it has sent nothing for long (--linger)",
+        }
+    }
+}
+
+/// A backend that lingers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lingerer {
+    since_ns: u64,
+    /// Since when no slice lists it.
+    unlisted_since_ns: u64,
+    /// When the first packet came that was seen to be without an answer; none while it answers.
+    unanswered_since_ns: Option<u64>,
+}
+
+impl Lingerer {
+    /// As of now.
+    #[must_use]
+    pub const fn new(now_ns: u64) -> Self {
+        Self { since_ns: now_ns, unlisted_since_ns: now_ns, unanswered_since_ns: None }
+    }
+
+    /// Takes in what was seen of its connections, none where nobody has looked yet, and says whether it lingers no longer.
+    /// A pod that some slice lists is not judged: whoever lists it knows that it lives.
+    pub fn look(&mut self, traffic: Option<&Traffic>, is_listed: bool, limits: Limits, now_ns: u64) -> Option<End> {
+        if is_listed {
+            (self.unlisted_since_ns, self.unanswered_since_ns) = (now_ns, None);
+        }
+        let traffic = traffic?;
+        if traffic.connections == 0 && has_passed(limits.gap, self.since_ns, now_ns) {
+            return Some(End::Unused);
+        }
+        if self.is_silent(traffic, now_ns) {
+            return Some(End::Silent);
+        }
+        let last_sign_ns = self.unlisted_since_ns.max(traffic.answered_ns);
+        has_passed(limits.linger, last_sign_ns, now_ns).then_some(End::Idle)
+    }
+
+    fn is_silent(&mut self, traffic: &Traffic, now_ns: u64) -> bool {
+        let &Traffic { asked_ns, answered_ns, unanswered_sockets, .. } = traffic;
+        let is_unanswered = has_passed(TOLERANCE, answered_ns, asked_ns) && asked_ns > self.unlisted_since_ns;
+        if !is_unanswered {
+            self.unanswered_since_ns = None;
+            // The sockets have waited for as long by themselves. One whose network fails is told apart by those of others.
+            return unanswered_sockets > 0 && has_passed(SILENT_AFTER, self.unlisted_since_ns.max(answered_ns), now_ns);
+        }
+        let since_ns = *self.unanswered_since_ns.get_or_insert(asked_ns);
+        asked_ns > since_ns && has_passed(SILENT_AFTER, since_ns, now_ns)
+    }
+}
+
+const fn has_passed(duration: Duration, since_ns: u64, now_ns: u64) -> bool {
+    now_ns.saturating_sub(since_ns) as u128 >= duration.as_nanos()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const START_S: u64 = 10_000;
+    const LIMITS: Limits = Limits { gap: Duration::from_secs(10), linger: Duration::from_mins(10) };
+
+    /// One open connection; times in seconds since the backend has left.
+    fn traffic(asked_s: f64, answered_s: f64) -> Traffic {
+        let at = |s: f64| START_S * SECOND - 3600 * SECOND + ((s + 3600.0) * 1e9) as u64;
+        let (asked_ns, answered_ns) = (at(asked_s), at(answered_s));
+        Traffic { generation: 1, connections: 1, open: 1, asked_ns, answered_ns, unanswered_sockets: 0 }
+    }
+
+    fn lingerer() -> Lingerer {
+        Lingerer::new(START_S * SECOND)
+    }
+
+    fn look(lingerer: &mut Lingerer, traffic: &Traffic, at_s: u64) -> Option<End> {
+        lingerer.look(Some(traffic), false, LIMITS, (START_S + at_s) * SECOND)
+    }
+
+    #[test]
+    fn without_connections_it_lingers_for_the_gap() {
+        let mut lingerer = lingerer();
+        let none = Traffic::default();
+        assert_eq!(look(&mut lingerer, &none, 9), None);
+        assert_eq!(look(&mut lingerer, &none, 10), Some(End::Unused));
+        assert_eq!(lingerer.look(None, false, LIMITS, (START_S + 60) * SECOND), None, "nobody has looked");
+    }
+
+    #[test]
+    fn with_connections_it_lingers_as_long_as_it_answers_and_some_time_more() {
+        let mut lingerer = lingerer();
+        assert_eq!(look(&mut lingerer, &traffic(-50.0, -50.0), 599), None);
+        assert_eq!(look(&mut lingerer, &traffic(599.0, 598.0), 700), None);
+        assert_eq!(look(&mut lingerer, &traffic(5_000.0, 5_000.5), 5_599), None);
+        assert_eq!(look(&mut lingerer, &traffic(5_000.0, 5_000.5), 5_601), Some(End::Idle));
+    }
+
+    #[test]
+    fn who_is_asked_again_and_again_and_does_not_answer_is_silent() {
+        // A request after a long rest, and what the client's kernel then sends again.
+        let mut lingerer = lingerer();
+        assert_eq!(look(&mut lingerer, &traffic(20.0, -300.0), 21), None);
+        assert_eq!(look(&mut lingerer, &traffic(21.4, -300.0), 22), None);
+        assert_eq!(look(&mut lingerer, &traffic(23.0, -300.0), 24), None);
+        assert_eq!(look(&mut lingerer, &traffic(23.0, -300.0), 25), Some(End::Silent));
+    }
+
+    #[test]
+    fn one_packet_without_an_answer_is_no_silence() {
+        let mut lingerer = lingerer();
+        for at_s in 21..60 {
+            assert_eq!(look(&mut lingerer, &traffic(20.0, -300.0), at_s), None);
+        }
+        assert_eq!(look(&mut lingerer, &traffic(59.0, 59.1), 60), None);
+    }
+
+    #[test]
+    fn records_that_differ_by_their_renewal_are_no_silence() {
+        let mut lingerer = lingerer();
+        for at_s in 1..100 {
+            assert_eq!(look(&mut lingerer, &traffic(at_s as f64, at_s as f64 - 1.2), at_s), None);
+        }
+    }
+
+    #[test]
+    fn packets_of_before_it_left_say_nothing() {
+        let mut lingerer = lingerer();
+        for at_s in 1..100 {
+            assert_eq!(look(&mut lingerer, &traffic(-1.0, -30.0), at_s), None);
+        }
+    }
+
+    #[test]
+    fn whom_a_slice_lists_is_not_judged() {
+        let mut lingerer = lingerer();
+        for at_s in 0..1_000 {
+            let now_ns = (START_S + at_s) * SECOND;
+            let unanswered = traffic(at_s as f64, -300.0);
+            assert_eq!(lingerer.look(Some(&unanswered), true, LIMITS, now_ns), None);
+        }
+        let none = Traffic::default();
+        assert_eq!(lingerer.look(Some(&none), true, LIMITS, (START_S + 1_000) * SECOND), Some(End::Unused));
+    }
+
+    #[test]
+    fn a_socket_that_gets_no_answer_is_believed_unless_others_do() {
+        let mut lingerer = lingerer();
+        let unanswered = Traffic { unanswered_sockets: 1, ..traffic(-1.0, -1.0) };
+        assert_eq!(look(&mut lingerer, &unanswered, 4), None);
+        assert_eq!(look(&mut lingerer, &unanswered, 5), Some(End::Silent));
+        let others_are_answered = Traffic { unanswered_sockets: 1, ..traffic(3.0, 3.0) };
+        assert_eq!(look(&mut lingerer, &others_are_answered, 5), None);
+    }
+}

@@ -1,0 +1,245 @@
+//! The connections of backends that linger, looked at every second while there are any.
+//!
+//! A backend gets no new connection while it lingers, so one pass over all flows and sockets finds those that it has; after
+//! that they are looked up one by one. What this costs depends on how many connections linger, not on how many there are.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use affinity_common::{
+    abi::{Address, Direction, FLOW_SHADOW, Flow, FlowKey, Port, Socket, SocketKey, V4, V6},
+    parse::UDP,
+    state,
+};
+use tracing::debug;
+
+use crate::{
+    linger::Traffic,
+    load::monotonic_ns,
+    sockets,
+    store::{
+        StoreError,
+        kernel::{Family, KernelStore},
+    },
+};
+
+/// How often to look, at least. Where a look takes long, so many times as long passes before the next.
+pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+const REST_FACTOR: u32 = 4;
+/// How often sockets are asked for: that takes a visit to every network namespace.
+const ASK_SOCKETS_EVERY: Duration = Duration::from_secs(2);
+
+/// A flow of either family, by the packets of its client.
+#[derive(Clone, Copy, Debug)]
+struct ClientKey {
+    is_v4: bool,
+    saddr: [u8; 16],
+    daddr: [u8; 16],
+    sport: Port,
+    dport: Port,
+    protocol: u8,
+}
+
+impl ClientKey {
+    fn new<A: Address>(key: &FlowKey<A>) -> Self {
+        let FlowKey { saddr, daddr, sport, dport, protocol, .. } = *key;
+        Self { is_v4: A::BITS == V4::BITS, saddr: saddr.to_mapped(), daddr: daddr.to_mapped(), sport, dport, protocol }
+    }
+
+    fn key<A: Address>(&self) -> FlowKey<A> {
+        FlowKey {
+            saddr: A::from_mapped(self.saddr),
+            daddr: A::from_mapped(self.daddr),
+            sport: self.sport,
+            dport: self.dport,
+            protocol: self.protocol,
+            direction: Direction::Forward as u8,
+            pad: [0; 2],
+        }
+    }
+}
+
+/// The connections of one backend.
+#[derive(Clone, Debug, Default)]
+struct Connections {
+    generation: u32,
+    flows: Vec<ClientKey>,
+    sockets: Vec<SocketKey>,
+}
+
+/// The connections of all backends that linger.
+#[derive(Debug)]
+pub(super) struct Watch {
+    /// Of those that lingered when the pass began that is under way.
+    found: BTreeMap<u32, Connections>,
+    /// Of those that lingered when the last whole pass began.
+    known: BTreeMap<u32, Connections>,
+    /// Whether any lingers that is not among these.
+    is_behind: bool,
+    due: Instant,
+    sockets_due: Instant,
+    /// Cookies of sockets that got no answer when they were last asked for, and when others last got one.
+    unanswered: BTreeSet<u64>,
+    answered_ns: BTreeMap<u64, u64>,
+    traffic: BTreeMap<u32, Traffic>,
+}
+
+impl Watch {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            found: BTreeMap::new(),
+            known: BTreeMap::new(),
+            is_behind: false,
+            due: now,
+            sockets_due: now,
+            unanswered: BTreeSet::new(),
+            answered_ns: BTreeMap::new(),
+            traffic: BTreeMap::new(),
+        }
+    }
+
+    /// A pass begins.
+    pub(super) fn begin(&mut self, store: &KernelStore) {
+        let lingering = store.lingering().into_iter();
+        self.found = lingering
+            .map(|(index, generation)| (index, Connections { generation, ..Connections::default() }))
+            .collect();
+    }
+
+    /// The pass has met all flows and sockets.
+    pub(super) fn finish(&mut self) {
+        self.known = std::mem::take(&mut self.found);
+        self.is_behind = false;
+        self.due = Instant::now();
+    }
+
+    /// A flow that the pass has met. Datagrams follow their pool, so they need no backend that lingers.
+    pub(super) fn note_flow<A: Address>(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
+        let counts = key.direction == Direction::Forward as u8 && key.protocol != UDP && flow.state & FLOW_SHADOW == 0;
+        let Some(of) = self.found.get_mut(&flow.backend).filter(|of| counts && of.generation == flow.generation) else {
+            return;
+        };
+        of.flows.push(ClientKey::new(key));
+    }
+
+    /// A connected socket that the pass has met.
+    pub(super) fn note_socket(&mut self, key: &SocketKey, socket: &Socket) {
+        let Some(of) = self.found.get_mut(&socket.backend) else { return };
+        if key.protocol != UDP && of.generation == socket.generation {
+            of.sockets.push(*key);
+        }
+    }
+
+    /// Whether backends linger whose connections are not known yet, so that another pass is wanted.
+    pub(super) const fn is_behind(&self) -> bool {
+        self.is_behind
+    }
+
+    /// What was last seen, by backend.
+    pub(super) const fn traffic(&self) -> &BTreeMap<u32, Traffic> {
+        &self.traffic
+    }
+
+    /// Looks, where it is time to.
+    pub(super) fn look(&mut self, store: &KernelStore) -> Result<(), StoreError> {
+        let began = Instant::now();
+        if began < self.due {
+            return Ok(());
+        }
+        let lingering = store.lingering();
+        self.known.retain(|index, of| lingering.get(index) == Some(&of.generation));
+        self.is_behind = lingering.keys().any(|index| !self.known.contains_key(index));
+        self.traffic.clear();
+        self.ask_sockets(store)?;
+        let Self { known, unanswered, answered_ns, traffic, .. } = self;
+        for (index, of) in known {
+            traffic.insert(*index, of.look(store, *index, unanswered, answered_ns)?);
+        }
+        self.due = began + LOOK_EVERY.max(began.elapsed() * REST_FACTOR);
+        Ok(())
+    }
+
+    /// Asks the kernel how sockets are: no program sees their packets.
+    fn ask_sockets(&mut self, store: &KernelStore) -> Result<(), StoreError> {
+        let now = Instant::now();
+        if now < self.sockets_due {
+            return Ok(());
+        }
+        self.sockets_due = now + ASK_SOCKETS_EVERY;
+        let mut wanted = BTreeMap::new();
+        for key in self.known.values().flat_map(|of| &of.sockets) {
+            wanted.extend(store.sockets.get(key)?.map(|socket| (key.cookie, (*key, socket))));
+        }
+        self.unanswered.clear();
+        self.answered_ns.clear();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let now_ns = monotonic_ns();
+        for (cookie, pulse) in sockets::pulses(&wanted) {
+            let ago_ns = u64::try_from(pulse.answered_ago.as_nanos()).unwrap_or(u64::MAX);
+            self.answered_ns.insert(cookie, now_ns.saturating_sub(ago_ns));
+            self.unanswered.extend(pulse.is_unanswered.then_some(cookie));
+        }
+        debug!(sockets = wanted.len(), unanswered = self.unanswered.len(), "sweep: sockets of pods that linger");
+        Ok(())
+    }
+}
+
+impl Connections {
+    /// Looks up each, and forgets those that are gone.
+    fn look(
+        &mut self,
+        store: &KernelStore,
+        index: u32,
+        unanswered: &BTreeSet<u64>,
+        answered_ns: &BTreeMap<u64, u64>,
+    ) -> Result<Traffic, StoreError> {
+        let mut traffic = Traffic { generation: self.generation, ..Traffic::default() };
+        let mut flows = Vec::with_capacity(self.flows.len());
+        for key in &self.flows {
+            let is_there = if key.is_v4 {
+                look_up::<V4>(store, &key.key(), (index, self.generation), &mut traffic)?
+            } else {
+                look_up::<V6>(store, &key.key(), (index, self.generation), &mut traffic)?
+            };
+            flows.extend(is_there.then_some(*key));
+        }
+        self.flows = flows;
+        let mut sockets = Vec::with_capacity(self.sockets.len());
+        for key in &self.sockets {
+            let socket = store.sockets.get(key)?;
+            if socket.is_none_or(|socket| (socket.backend, socket.generation) != (index, self.generation)) {
+                continue;
+            }
+            traffic.connections += 1;
+            traffic.open += 1;
+            traffic.answered_ns = traffic.answered_ns.max(answered_ns.get(&key.cookie).copied().unwrap_or(0));
+            traffic.unanswered_sockets += u64::from(unanswered.contains(&key.cookie));
+            sockets.push(*key);
+        }
+        self.sockets = sockets;
+        Ok(traffic)
+    }
+}
+
+/// Adds what both records of a flow tell; false where it is no longer this backend's.
+fn look_up<A: Family>(
+    store: &KernelStore,
+    key: &FlowKey<A>,
+    backend: (u32, u32),
+    traffic: &mut Traffic,
+) -> Result<bool, StoreError> {
+    let flows = &store.family::<A>().flows;
+    let is_its_own = |flow: &Flow<A>| (flow.backend, flow.generation) == backend;
+    let Some(flow) = flows.get(key)?.filter(is_its_own) else { return Ok(false) };
+    let reply = flows.get(&key.opposite(&flow.edit))?.filter(is_its_own);
+    traffic.connections += 1;
+    traffic.open += u64::from(!state::is_closed(flow.state));
+    traffic.asked_ns = traffic.asked_ns.max(flow.last_used_ns);
+    traffic.answered_ns = traffic.answered_ns.max(reply.map_or(0, |reply| reply.last_used_ns));
+    Ok(true)
+}
