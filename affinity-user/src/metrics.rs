@@ -256,6 +256,11 @@ impl Collector for Named {
         writer.gauges("map_entries", "Entries of a map", entries.into_iter().map(|(map, n)| ([("map", map)], n)))?;
         let capacities = tables.capacities.iter().map(|&(map, entries)| ([("map", map)], entries));
         writer.gauges("map_capacity", "Entries that a map has room for", capacities)?;
+        writer.gauge(
+            "lingering_backends",
+            "Backends that have left every service and keep their connections",
+            tables.lingering() as f64,
+        )?;
         let attachments = tables.attachments.iter().map(|(&hook, &number)| ([("hook", hook)], number));
         writer.gauges("attachments", "Devices with a program at a hook", attachments)?;
         tables.view_age.map_or(Ok(()), |age| {

@@ -143,7 +143,7 @@ impl GetArgs {
                 Ok(rows)
             }
             Resource::Backends => {
-                let mut backends = BackendView::all(catalog, &reading.live_sessions()?);
+                let mut backends = BackendView::all(catalog, &reading.live_sessions()?, &reading.open_connections()?);
                 let FilterArgs { service, backend, .. } = &self.filter;
                 backends.retain(|view| {
                     service.as_ref().is_none_or(|wanted| view.services.contains(wanted))

@@ -1,14 +1,21 @@
 //! Reading a running dataplane: its small tables at once, sessions and flows one at a time.
 
-use std::{collections::BTreeSet, net::IpAddr, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::Path,
+};
 
-use affinity_common::abi::{Address, Flow, FlowKey, Frontend, Session, SessionKey, V4, V6, netns_client};
+use affinity_common::{
+    abi::{Address, Direction, Flow, FlowKey, Frontend, Session, SessionKey, SocketRole, V4, V6, netns_client},
+    parse::UDP,
+};
 use clap::Args;
 
 use super::{client::ClientArg, error::Error, progress::Progress};
 use crate::{
     store::kernel::{Family, KernelStore, PinKey},
-    view::{Catalog, Client, ClientRef, FlowView, LiveSessions, ServicePins, SessionView},
+    view::{Catalog, Client, ClientRef, FlowState, FlowView, LiveSessions, ServicePins, SessionView},
 };
 
 /// Which objects to list.
@@ -177,6 +184,40 @@ impl Reading {
             }
             if let Some(view) = FlowView::new(&self.catalog, &key, &flow) {
                 visit(&view)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the open connections to each backend that lingers.
+    pub(crate) fn open_connections(&self) -> Result<BTreeMap<u32, u64>, Error> {
+        let mut open = BTreeMap::new();
+        let lingering = self.store.lingering();
+        if lingering.is_empty() {
+            return Ok(open);
+        }
+        self.count_open::<V4>(&lingering, &mut open)?;
+        self.count_open::<V6>(&lingering, &mut open)?;
+        for entry in &self.store.sockets {
+            let (key, socket) = entry?;
+            if key.role == SocketRole::Connected as u8 && lingering.get(&socket.backend) == Some(&socket.generation) {
+                *open.entry(socket.backend).or_default() += 1;
+            }
+        }
+        Ok(open)
+    }
+
+    fn count_open<A: Family>(
+        &self,
+        lingering: &BTreeMap<u32, u32>,
+        open: &mut BTreeMap<u32, u64>,
+    ) -> Result<(), Error> {
+        for entry in self.store.family::<A>().flows.iter() {
+            let (key, flow) = entry?;
+            let is_its_own = lingering.get(&flow.backend) == Some(&flow.generation);
+            let is_open = matches!(FlowState::new(key.protocol, flow.state), FlowState::Open | FlowState::Closing);
+            if is_its_own && is_open && key.direction == Direction::Forward as u8 && key.protocol != UDP {
+                *open.entry(flow.backend).or_default() += 1;
             }
         }
         Ok(())

@@ -170,6 +170,7 @@ impl Row for BackendView<'_> {
         Column::text("STATE"),
         Column::number("SESSIONS"),
         Column::number("CONNECTIONS"),
+        Column::number("OPEN"),
         Column::text("SERVICES"),
         Column::text("NAMESPACE").wide(),
         Column::text("LOCAL").wide(),
@@ -179,7 +180,7 @@ impl Row for BackendView<'_> {
         let tone = match self.state {
             BackendState::Ready => Tone::Good,
             BackendState::Draining => Tone::Attention,
-            BackendState::Unused => Tone::Faint,
+            BackendState::Lingering | BackendState::Unused => Tone::Faint,
         };
         vec![
             pod(&self.backend),
@@ -187,6 +188,7 @@ impl Row for BackendView<'_> {
             Cell::toned(self.state.name(), tone),
             Cell::number(self.sessions),
             Cell::number(self.connections),
+            optional(self.open),
             optional(Some(self.services.join(",")).filter(|services| !services.is_empty())),
             optional(self.backend.namespace),
             Cell::new(if self.local { "yes" } else { "no" }),
@@ -389,24 +391,27 @@ mod tests {
     #[test]
     fn backends_as_table_wide_and_json() {
         let catalog = fixture::catalog();
-        let backends = BackendView::all(&catalog, &live(&catalog));
+        let mut backends = BackendView::all(&catalog, &live(&catalog), &BTreeMap::new());
+        let left =
+            BackendView { state: BackendState::Lingering, services: Vec::new(), open: Some(3), ..backends[2].clone() };
+        backends[2] = left;
         insta::assert_snapshot!(print(&backends, Format::Table), @r"
-        POD     ADDRESS      STATE      SESSIONS   CONNECTIONS   SERVICES
-        -       10.244.0.3   draining          2             0   kube-system/dns
-        web-0   10.244.0.1   ready             1            18   default/web
-        web-1   10.244.0.2   ready             1             0   default/web
+        POD     ADDRESS      STATE       SESSIONS   CONNECTIONS   OPEN   SERVICES
+        -       10.244.0.3   draining           2             0      -   kube-system/dns
+        web-0   10.244.0.1   ready              1            18      -   default/web
+        web-1   10.244.0.2   lingering          1             0      3   -
         ");
         insta::assert_snapshot!(print(&backends, Format::Wide), @r"
-        POD     ADDRESS      STATE      SESSIONS   CONNECTIONS   SERVICES          NAMESPACE   LOCAL
-        -       10.244.0.3   draining          2             0   kube-system/dns   -           no
-        web-0   10.244.0.1   ready             1            18   default/web       default     yes
-        web-1   10.244.0.2   ready             1             0   default/web       default     no
+        POD     ADDRESS      STATE       SESSIONS   CONNECTIONS   OPEN   SERVICES          NAMESPACE   LOCAL
+        -       10.244.0.3   draining           2             0      -   kube-system/dns   -           no
+        web-0   10.244.0.1   ready              1            18      -   default/web       default     yes
+        web-1   10.244.0.2   lingering          1             0      3   -                 default     no
         ");
         insta::assert_snapshot!(print(&backends, Format::Json), @r#"
         [
-        {"address":"10.244.0.3","name":null,"namespace":null,"services":["kube-system/dns"],"state":"draining","local":false,"sessions":2,"connections":0},
-        {"address":"10.244.0.1","name":"web-0","namespace":"default","services":["default/web"],"state":"ready","local":true,"sessions":1,"connections":18},
-        {"address":"10.244.0.2","name":"web-1","namespace":"default","services":["default/web"],"state":"ready","local":false,"sessions":1,"connections":0}
+        {"address":"10.244.0.3","name":null,"namespace":null,"services":["kube-system/dns"],"state":"draining","local":false,"sessions":2,"connections":0,"open":null},
+        {"address":"10.244.0.1","name":"web-0","namespace":"default","services":["default/web"],"state":"ready","local":true,"sessions":1,"connections":18,"open":null},
+        {"address":"10.244.0.2","name":"web-1","namespace":"default","services":[],"state":"lingering","local":false,"sessions":1,"connections":0,"open":3}
         ]
         "#);
     }
@@ -535,7 +540,7 @@ mod tests {
         let listings = [
             ("Sessions", print(&sessions(&catalog), Format::Json)),
             ("Services", print(&ServiceView::all(&catalog, &live(&catalog)), Format::Json)),
-            ("Backends", print(&BackendView::all(&catalog, &live(&catalog)), Format::Json)),
+            ("Backends", print(&BackendView::all(&catalog, &live(&catalog), &BTreeMap::new()), Format::Json)),
             ("Flows", print(&flows, Format::Json)),
             (
                 "Devices",
@@ -597,7 +602,7 @@ mod tests {
     #[test]
     fn colour_goes_around_the_text_and_not_around_the_blanks() {
         let catalog = fixture::catalog();
-        let backends = BackendView::all(&catalog, &live(&catalog));
+        let backends = BackendView::all(&catalog, &live(&catalog), &BTreeMap::new());
         let mut out = Vec::new();
         list(&mut out, Format::Table, true, &backends).unwrap();
         let text = String::from_utf8(out).unwrap();

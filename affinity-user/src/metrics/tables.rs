@@ -6,7 +6,8 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Backend, Frontend, Member, MemberKey, NameKey, NameKind, Reason, USAGES, Usage, UsageKey, UsageOf,
+    AFFINITY, BACKEND_LINGERING, Backend, Frontend, Member, MemberKey, NameKey, NameKind, Reason, USAGES, Usage,
+    UsageKey, UsageOf,
 };
 
 use crate::view::{BackendRef, from_mapped};
@@ -125,6 +126,11 @@ impl Tables {
     /// Every backend in use, with its name.
     pub(super) fn backends(&self) -> impl Iterator<Item = (u32, String)> {
         self.backends.iter().map(|(&index, backend)| (index, self.backend_name(index, backend)))
+    }
+
+    /// How many backends have left every service.
+    pub(super) fn lingering(&self) -> u64 {
+        self.backends.values().filter(|backend| backend.flags & BACKEND_LINGERING != 0).count() as u64
     }
 
     /// What was counted of a backend.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
-use affinity_common::abi::{BACKEND_LOCAL, UsageKey, UsageOf};
+use affinity_common::abi::{BACKEND_LINGERING, BACKEND_LOCAL, UsageKey, UsageOf};
 use serde::Serialize;
 
 use super::{Catalog, LiveSessions};
@@ -67,7 +67,9 @@ pub enum BackendState {
     Ready,
     /// Only the packets of connections that it has.
     Draining,
-    /// None: it belongs to no service any more.
+    /// Only the packets of connections that it has: it belongs to no service any more.
+    Lingering,
+    /// None, as its service is just being changed.
     Unused,
 }
 
@@ -78,6 +80,7 @@ impl BackendState {
         match self {
             Self::Ready => "ready",
             Self::Draining => "draining",
+            Self::Lingering => "lingering",
             Self::Unused => "unused",
         }
     }
@@ -99,12 +102,14 @@ pub struct BackendView<'a> {
     pub sessions: u64,
     /// New connections that it was given since it became known.
     pub connections: u64,
+    /// Of one that lingers: connections that are open. Of others they are not counted.
+    pub open: Option<u64>,
 }
 
 impl<'a> BackendView<'a> {
-    /// Every pod in use, by name and address.
+    /// Every pod in use, by name and address. `open` is the number of open connections to those that linger.
     #[must_use]
-    pub fn all(catalog: &'a Catalog, live: &LiveSessions) -> Vec<Self> {
+    pub fn all(catalog: &'a Catalog, live: &LiveSessions, open: &BTreeMap<u32, u64>) -> Vec<Self> {
         let mut members: BTreeMap<u32, (Vec<String>, bool)> = BTreeMap::new();
         for (pool, service) in catalog.pools() {
             for (backend, ready) in catalog.members(pool) {
@@ -119,7 +124,9 @@ impl<'a> BackendView<'a> {
                 let (mut services, any_ready) = members.remove(&index).unwrap_or_default();
                 services.sort_unstable();
                 services.dedup();
+                let lingers = record.flags & BACKEND_LINGERING != 0;
                 let state = match (services.is_empty(), any_ready) {
+                    (true, _) if lingers => BackendState::Lingering,
                     (true, _) => BackendState::Unused,
                     (false, true) => BackendState::Ready,
                     (false, false) => BackendState::Draining,
@@ -132,6 +139,7 @@ impl<'a> BackendView<'a> {
                     local: record.flags & BACKEND_LOCAL != 0,
                     sessions: live.of_backend(index),
                     connections: usage.map_or(0, |usage| usage.counts.iter().sum()),
+                    open: lingers.then(|| open.get(&index).copied().unwrap_or(0)),
                 }
             })
             .collect();
@@ -143,6 +151,20 @@ impl<'a> BackendView<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::view::fixture;
+
+    #[test]
+    fn a_pod_without_a_service_lingers_while_its_record_says_so() {
+        let mut catalog = fixture::catalog();
+        catalog.observed.members.clear();
+        for (index, flags) in [(1, BACKEND_LOCAL | BACKEND_LINGERING), (2, BACKEND_LINGERING), (3, 0)] {
+            catalog.observed.backends.entry(index).and_modify(|record| record.flags = flags);
+        }
+        let views = BackendView::all(&catalog, &LiveSessions::default(), &BTreeMap::from([(1, 7)]));
+        let states: Vec<_> = views.iter().map(|view| (view.backend.name, view.state.name(), view.open)).collect();
+        let (web_0, web_1) = (Some("web-0"), Some("web-1"));
+        assert_eq!(states, [(None, "unused", None), (web_0, "lingering", Some(7)), (web_1, "lingering", Some(0))]);
+    }
 
     #[test]
     fn a_pod_answers_to_its_address_its_name_and_its_full_name() {

@@ -10,10 +10,10 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey, Frontend,
-        MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey, SHADOW,
-        SHARED, SILENT, SPLIT, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6, WIRE_ABOVE, WIRE_POD,
-        WIRE_TC, WIRE_XDP,
+        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, BESIDE, Event, FILTER_BITS, Flow,
+        FlowKey, Foreign, FragmentKey, Frontend, MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port,
+        RANGES, REASONS, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Session, SessionKey, Socket, SocketKey, USAGES,
+        UsageOf, V4, V6, WIRE_ABOVE, WIRE_POD, WIRE_TC, WIRE_XDP,
     },
     names,
 };
@@ -181,7 +181,10 @@ impl<'a> Dump<'a> {
                 let backend = self.catalog.backend(index, record.generation);
                 let address = backend.address.map_or_else(|| "(none)".to_owned(), |address| address.to_string());
                 let local = if record.flags & BACKEND_LOCAL == 0 { "" } else { " local" };
-                let line = format!("{} {address} -> name={}{local}", names::BACKENDS, backend.full_name());
+                let lingering = if record.flags & BACKEND_LINGERING == 0 { "" } else { " lingering" };
+                let terminating = if record.flags & BACKEND_TERMINATING == 0 { "" } else { " terminating" };
+                let name = backend.full_name();
+                let line = format!("{} {address} -> name={name}{local}{lingering}{terminating}", names::BACKENDS);
                 ((backend.address, index), line)
             })
             .collect();

@@ -1,8 +1,8 @@
 //! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
 use affinity_common::abi::{
-    AFFINITY, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, NODE, NameKind, OUTSIDE, PODS, RANGES,
-    SHADOW, SHARED, SILENT, SPLIT,
+    AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, NODE,
+    OUTSIDE, PODS, RANGES, SHADOW, SHARED, SILENT, SPLIT,
 };
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     },
 };
 use crate::{
-    desired::{Options, Services, desired},
+    desired::{BackendName, Options, Services, desired},
     plan::plan,
     source::Problem,
     store::{Capacity, Observed, Op},
@@ -48,7 +48,11 @@ fn tell(step: &Op) -> String {
     match step {
         Op::PutName(_, name) => format!("name {name}"),
         Op::RemoveName(_) => "remove a name".to_owned(),
-        Op::PutBackend(index, backend) => format!("put backend {index} generation {}", backend.generation),
+        Op::PutBackend(index, backend) => {
+            let flags = [(BACKEND_LINGERING, " lingering"), (BACKEND_TERMINATING, " terminating")];
+            let flags = flags.iter().filter(|(flag, _)| backend.flags & flag != 0).map(|(_, name)| *name);
+            format!("put backend {index} generation {}{}", backend.generation, flags.collect::<String>())
+        }
         Op::PutMember(key, member) => {
             format!("put member {} port {} {}", key.backend, member.port.get(), state(member.state))
         }
@@ -127,14 +131,60 @@ fn the_life_of_a_service() {
     put member 0 port 5353 draining
     put member 0 port 8080 draining
     ");
-    // The one that drained is gone.
+    // The one that drained has left: its connections go on.
     insta::assert_snapshot!(bring(&[(2, Ready, true), (3, Ready, true)]), @r"
+    grace
+    remove member 0
+    remove member 0
+    put backend 0 generation 1 lingering
+    ");
+    // It is back, as the same backend.
+    insta::assert_snapshot!(bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]), @r"
+    set 2 bits Reverse
+    put backend 0 generation 1
+    put member 0 port 5353 draining
+    put member 0 port 8080 draining
+    ");
+}
+
+/// A pod that was seen to terminate, and is gone from all slices, is dead.
+#[test]
+fn a_dead_pod_is_retired_at_once() {
+    let mut observed = Observed::default();
+    let mut bring = |parts: &[_]| bring(&mut observed, &World::of(&[parts])).join("\n");
+    bring(&[(1, Ready, true), (2, Ready, true)]);
+    bring(&[(1, Leaving, true), (2, Ready, true)]);
+    insta::assert_snapshot!(bring(&[(2, Ready, true)]), @r"
     grace
     remove member 0
     remove member 0
     put backend 0 generation 2
     remove usage
     ");
+}
+
+/// A pod at an address in a network of pods is dead when another one has the address; elsewhere pods may share one.
+#[test]
+fn a_pod_whose_address_another_one_has_is_retired_at_once() {
+    let world = |pod: &str, network: Option<&str>| {
+        let mut desired = World::of(&[&[(1, Ready, false)]]).desired();
+        let renamed = |name: &BackendName| BackendName { pod: pod.into(), ..name.clone() };
+        desired.backends = desired.backends.iter().map(|(name, local)| (renamed(name), *local)).collect();
+        for pool in desired.pools.values_mut() {
+            pool.members = pool.members.iter().map(|(name, member)| (renamed(name), *member)).collect();
+        }
+        desired.pod_networks = network.iter().flat_map(|network| network.parse()).collect();
+        desired
+    };
+    for (network, generations) in [(Some("10.1.0.0/16"), [2, 1]), (None, [1, 1])] {
+        let mut observed = Observed::default();
+        for pod in ["default/blue", "default/green"] {
+            let (steps, _) = plan(&observed, &world(pod, network), CAPACITY);
+            steps.iter().for_each(|step| observed.apply(step));
+        }
+        let found: Vec<u32> = observed.backends.values().map(|record| record.generation).collect();
+        assert_eq!(found, generations, "{network:?}");
+    }
 }
 
 #[test]
@@ -146,6 +196,7 @@ fn the_last_pods_of_a_service() {
     bring(&[(2, Ready, true), (3, Ready, true)]);
     // Nobody is ready, but one still serves.
     insta::assert_snapshot!(bring(&[(2, Leaving, true)]), @r"
+    put backend 1 generation 1 terminating
     write slots 0: [1]
     write slots 1: [1]
     put frontend :80 slots 0+1
@@ -153,8 +204,7 @@ fn the_last_pods_of_a_service() {
     grace
     remove member 2
     remove member 2
-    put backend 2 generation 2
-    remove usage
+    put backend 2 generation 1 lingering
     ");
     insta::assert_snapshot!(bring(&[]), @r"
     put frontend :80 slots 0+0
@@ -178,15 +228,16 @@ fn the_end_of_a_service() {
     grace
     remove member 0
     remove member 0
-    put backend 0 generation 2
+    put backend 0 generation 1 lingering
     remove usage
-    remove usage
-    remove a name
-    remove a name
     ");
-    // A pod and a service that have gone keep their names, for the sessions and events that still tell of them.
-    assert_eq!(observed.names.values().collect::<Vec<_>>(), ["default/s1", "default/p1"]);
+    // All names stay, for the sessions and events that still tell of them, and so that what is made again is the same.
+    let names: Vec<_> = observed.names.values().collect();
+    assert_eq!(names, ["default/s1", "default/s1:b/UDP/v4", "default/s1:a/TCP/v4", "default/p1"]);
     assert!(observed.members.is_empty() && observed.slots.is_empty());
+    let before = observed.names.clone();
+    bring(&mut observed, &World::of(&[&[(1, Ready, true)]]));
+    assert_eq!((observed.names, observed.backends[&0].generation), (before, 1));
 }
 
 /// The pools of a service come to differ, and then to be alike again: a client that meets the new pod on one port must
@@ -347,8 +398,6 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
     remove member 1
     remove member 0
     remove member 1
-    remove a name
-    remove a name
     ");
 }
 
@@ -373,13 +422,14 @@ fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
     assert_eq!(take(&["192.0.2.16/30"]), (3, String::new()));
 }
 
-/// A service that is given back to another proxy leaves its connections here: they need their pods.
+/// A service that is given back to another proxy leaves its connections here: they need their pods, and its slices still
+/// tell whether these live.
 #[test]
-fn pods_of_a_service_that_is_given_back_stay_as_long_as_they_live() {
+fn pods_of_a_service_that_is_given_back_linger() {
     let mut observed = Observed::default();
     bring(&mut observed, &World::of(&[&[(1, Ready, true), (2, Ready, true)]]));
     let in_use = |observed: &Observed| observed.backends.values().filter(|backend| backend.generation % 2 == 1).count();
-    let before = (observed.backends.clone(), observed.names.clone());
+    let names = observed.names.clone();
 
     let options = Options { services: Services::Labelled, ..Options::default() };
     let given_back = |pods: &[_]| desired(&World::of(&[pods]).snapshot(), &options).0;
@@ -391,18 +441,14 @@ fn pods_of_a_service_that_is_given_back_stay_as_long_as_they_live() {
     };
     let after = take(&[(1, Ready, true), (2, Ready, true)]);
     assert!(after.frontends_v4.is_empty() && after.members.is_empty());
-    assert_eq!(after.backends, before.0);
-    assert!(
-        before
-            .1
-            .iter()
-            .filter(|(key, _)| key.kind == NameKind::Backend as u32)
-            .all(|kept| { after.names.get(kept.0) == Some(kept.1) })
-    );
-    let after = take(&[(1, Ready, true)]);
+    assert!(after.backends.values().all(|record| record.flags & BACKEND_LINGERING != 0));
+    assert_eq!((in_use(&after), &after.names), (2, &names));
+    let after = take(&[(1, Leaving, true), (2, Ready, true)]);
+    assert_eq!(after.backends[&0].flags, BACKEND_LINGERING | BACKEND_TERMINATING);
+    let after = take(&[(2, Ready, true)]);
     assert_eq!(in_use(&after), 1);
     // Pods that never were ours are not remembered.
-    let after = take(&[(1, Ready, true), (3, Ready, true)]);
+    let after = take(&[(2, Ready, true), (3, Ready, true)]);
     assert_eq!(in_use(&after), 1);
 }
 

@@ -7,8 +7,8 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Backend, EVERYBODY, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey, NameKind, PODS,
-        RANGES, RangeKey, Reason, SPLIT, SessionKey, V4, V6,
+        AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, Backend, EVERYBODY, Frontend, FrontendKey, MEMBER_READY,
+        Member, MemberKey, NameKey, NameKind, PODS, RANGES, RangeKey, Reason, SPLIT, SessionKey, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, UDP},
@@ -18,8 +18,8 @@ use proptest::prelude::*;
 
 use super::world::{TestAddress, World, inner_world, send, world};
 use crate::{
-    desired::{Memo, options, snapshots},
-    plan::{Ledger, plan},
+    desired::{Desired, Memo, options, snapshots},
+    plan::{Ledger, backends::identity, plan, retired},
     source::Snapshot,
     store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
 };
@@ -153,6 +153,42 @@ fn assert_ids_stay(before: &Observed, after: &Observed) {
     let ids = after.keys().filter(|(kind, _)| *kind != NameKind::Backend as u32).count();
     assert_eq!(distinct.len(), ids, "one space of ids");
     assert!(!distinct.contains(&0));
+}
+
+/// Who leaves every pool lingers, unless its pod has ended; nobody else does, and nobody is retired otherwise.
+fn assert_lingering(before: &Observed, after: &Observed, desired: &Desired) {
+    for (index, record) in before.backends.iter().filter(|(_, record)| record.generation % 2 == 1) {
+        let name = identity(before, *index, record);
+        let is_wanted = desired.backends.contains_key(&name);
+        let is_dead = !is_wanted && !desired.others.contains(&name) && record.flags & BACKEND_TERMINATING != 0;
+        let now = &after.backends[index];
+        assert_eq!(now.generation, record.generation + u32::from(is_dead), "{name:?}");
+        assert_eq!(now.flags & BACKEND_LINGERING != 0, !is_wanted && !is_dead, "{name:?}");
+    }
+    for (key, member) in &after.members {
+        let record = &after.backends[&key.backend];
+        assert_eq!((record.flags & BACKEND_LINGERING, record.generation), (0, member.generation), "{key:?}");
+    }
+}
+
+/// Sequences of worlds, between which the agent retires some of those that linger.
+fn check_lingering(worlds: &[(World, u64)]) {
+    let mut observed = Observed::default();
+    let mut history = History::new();
+    for (world, retire) in worlds {
+        let before = observed.clone();
+        let desired = world.desired();
+        let (steps, problems) = plan(&before, &desired, ROOMY);
+        assert_eq!(problems, []);
+        steps.iter().for_each(|step| observed.apply(step));
+        assert_lingering(&before, &observed, &desired);
+        assert_generations(&observed, &mut history);
+        assert_eq!(plan(&observed, &desired, ROOMY).0, [], "planned twice");
+        let ledger = Ledger::new(observed.clone(), ROOMY);
+        let over = ledger.lingering().filter(|(index, ..)| retire & 1 << (index % 64) != 0);
+        let over: Vec<Op> = over.map(|(index, _, record)| Op::PutBackend(index, retired(record))).collect();
+        over.iter().for_each(|step| observed.apply(step));
+    }
 }
 
 fn check_structure(worlds: &[World], capacity: Capacity) {
@@ -441,6 +477,11 @@ proptest! {
     #[test]
     fn a_change_is_planned_as_if_in_full(snapshots in snapshots(12)) {
         check_changes(&snapshots, ROOMY);
+    }
+
+    #[test]
+    fn who_leaves_every_pool_lingers(worlds in prop::collection::vec((world(3), any::<u64>()), 1..8)) {
+        check_lingering(&worlds);
     }
 
     #[test]
