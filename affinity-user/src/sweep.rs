@@ -40,8 +40,8 @@ use bytemuck::Zeroable;
 use tracing::{debug, error, warn};
 
 pub use self::fate::{
-    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, HALF_OPEN_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, Keeping, ORPHANED_SESSION, Policy,
-    UNANSWERED_UDP_FLOW, flow_is_over, is_expired,
+    CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, HALF_OPEN_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, Keeping, ORPHANED_SESSION,
+    Policy, UNANSWERED_UDP_FLOW, flow_is_over, is_expired,
 };
 pub use self::filter::{FilterPlan, FilterPlans};
 pub use self::lingering::LOOK_EVERY;

@@ -7,7 +7,9 @@ use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use affinity_tests::lab::{Capture, Connection, Direction, Family, Lab, Options, Protocol, Service, WIRE, eventually};
+use affinity_tests::lab::{
+    Capture, Connection, Direction, EndpointState, Family, Lab, Options, Protocol, Service, WIRE, eventually,
+};
 use affinity_tests::on_every_hook;
 use affinity_tests::packet::{Verified, verify_checksums};
 use affinity_tests::patience::{patience, timeout_s};
@@ -207,8 +209,12 @@ fn a_flow_whose_backend_has_gone_is_not_left_hanging(hook: Hook) -> Result<()> {
                 kept.push((route, number, connection, pod));
             }
         }
+        lab.publish_and_settle(&web.clone().endpoint(0, EndpointState::Terminating))?;
         lab.kill_pod(0)?;
         lab.publish_and_settle(&web.clone().on([1, 2]))?;
+        eventually("it is known to be dead", SYNC_PATIENCE, || {
+            Ok(!lab.affinity(&["get", "backends"])?.contains("pod-0"))
+        })?;
         for (route, number, mut connection, pod) in kept {
             let started = Instant::now();
             let answer = connection.ask("/");
@@ -228,13 +234,12 @@ fn a_flow_whose_backend_has_gone_is_not_left_hanging(hook: Hook) -> Result<()> {
 }
 
 fn a_terminating_endpoint_keeps_its_connections_and_gets_no_new_ones(hook: Hook) -> Result<()> {
-    use affinity_tests::lab::EndpointState::Terminating;
     let web = web().client_ip();
     tell(hook, &[&web], |lab, _| {
         for family in Family::BOTH {
             let to = web.frontend(family, "http");
             let mut kept = keep_connections(lab, family, to, 30)?;
-            lab.publish_and_settle(&web.clone().endpoint(2, Terminating))?;
+            lab.publish_and_settle(&web.clone().endpoint(2, EndpointState::Terminating))?;
             for (_, connection, pod) in &mut kept {
                 assert_eq!(connection.ask("/")?, *pod, "an established connection goes on");
             }

@@ -334,11 +334,12 @@ fn sockets_of_a_backend_that_has_gone_are_closed() -> Result<()> {
                 let datagram = process.ask_to(free, dns, "/")?;
                 assert_eq!(process.ask(udp, "/")?, Ok(pod.clone()));
                 let index = scene.lab.pods().iter().position(|known| known.name() == pod).context("a pod of ours")?;
-                scene.lab.publish_and_settle(&web.clone().on((0..3).filter(|other| *other != index)))?;
+                let others = web.clone().without(index);
+                scene.lab.publish_and_settle(&others.clone().endpoint(index, EndpointState::Terminating))?;
+                assert_eq!(process.await_end(udp)?, Ok("ConnectionAborted".to_owned()), "UDP {http}");
+                scene.lab.publish_and_settle(&others)?;
                 let began = Instant::now();
-                for (socket, what) in [(tcp, "TCP"), (udp, "UDP")] {
-                    assert_eq!(process.await_end(socket)?, Ok("ConnectionAborted".to_owned()), "{what} {http}");
-                }
+                assert_eq!(process.await_end(tcp)?, Ok("ConnectionAborted".to_owned()), "TCP {http}");
                 assert!(began.elapsed() < patience(Duration::from_millis(900)), "{:?}", began.elapsed());
                 let elsewhere = process.ask_to(free, dns, "/")?;
                 assert!(elsewhere.is_ok() && elsewhere != datagram, "{elsewhere:?}, before {datagram:?}");
@@ -346,6 +347,36 @@ fn sockets_of_a_backend_that_has_gone_are_closed() -> Result<()> {
                 scene.lab.publish_and_settle(&web)?;
             }
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn sockets_of_a_backend_that_left_go_on_until_it_does_not_answer() -> Result<()> {
+    let web = web().client_ip();
+    tell(&NO_DEVICE, &[&web], |scene| {
+        let http = web.frontend(Family::V4, "http");
+        let (tcp, _) = scene.node.connect(Protocol::Tcp, http)?;
+        let pod = scene.node.ask(tcp, "/")?.map_err(|error| anyhow!(error))?;
+        let index = scene.lab.pods().iter().position(|known| known.name() == pod).context("a pod of ours")?;
+        scene.lab.publish_and_settle(&web.clone().without(index))?;
+        // Longer than the gap, and than any number of looks at it.
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(14) {
+            assert_eq!(scene.node.ask(tcp, "/")?, Ok(pod.clone()));
+            sleep(Duration::from_secs(1));
+        }
+        let backends = scene.lab.affinity_json(&["get", "backends"])?;
+        let lingers = |backend: &serde_json::Value| backend["state"] == "lingering" && backend["open"] == 1;
+        assert!(backends.as_array().is_some_and(|backends| backends.iter().any(lingers)), "{backends}");
+        scene.lab.pod(index).namespace().context("it lives")?.ip("link set eth0 down")?;
+        let began = Instant::now();
+        let mut answer = scene.node.ask(tcp, "/")?;
+        while answer != Err("ConnectionAborted".to_owned()) && began.elapsed() < patience(Duration::from_secs(30)) {
+            answer = scene.node.ask(tcp, "/")?;
+            sleep(Duration::from_millis(200));
+        }
+        assert_eq!(answer, Err("ConnectionAborted".to_owned()), "after {:?}", began.elapsed());
         Ok(())
     })
 }

@@ -11,8 +11,8 @@ use std::{
 
 use affinity_common::abi::{
     AFFINITY, Address, BACKEND_TERMINATING, BESIDE, Backend, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
-    MEMBER_READY, Member, MemberKey, NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED, SILENT,
-    SPLIT, Selection, UsageKey, UsageOf, V4, V6,
+    MEMBER_READY, Member, MemberKey, NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED,
+    SILENT, SPLIT, Selection, UsageKey, UsageOf, V4, V6,
 };
 
 use super::{

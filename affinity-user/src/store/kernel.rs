@@ -17,10 +17,9 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Address, BACKEND_LINGERING, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey, Foreign,
-        FragmentKey,
-        Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session, SessionKey, Socket,
-        SocketKey, Status, Usage, UsageKey, V4, V6,
+        Address, BACKEND_LINGERING, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey,
+        Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session,
+        SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
     },
     names,
 };

@@ -1,8 +1,8 @@
 //! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
 use affinity_common::abi::{
-    AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, NODE,
-    OUTSIDE, PODS, RANGES, SHADOW, SHARED, SILENT, SPLIT,
+    AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY,
+    NODE, OUTSIDE, PODS, RANGES, SHADOW, SHARED, SILENT, SPLIT,
 };
 
 use super::{
