@@ -156,15 +156,18 @@ fn fail_over(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
     let mut kept = scene.clients().connect(Protocol::Tcp, client(), SocketAddr::from(HTTP))?;
     let victim = kept.ask("/")?;
     let index = (0..POD_COUNT).find(|index| pod_name(*index) == victim).context("a pod of the lab")?;
-    stage.say(&format!("{} has a connection open to {victim}. Now {victim} dies, and its endpoint goes:", client()));
+    stage.say(&format!("{} has a connection open to {victim}. Now {victim} is told to end:", client()));
     let endpoint = format!(
         "  - addresses: [{}]\n    conditions: {{ready: true}}\n    nodeName: node-a\n    \
          targetRef: {{kind: Pod, namespace: default, name: {victim}}}\n",
         Family::V4.pod(index)
     );
+    let ending = endpoint.replace("{ready: true}", "{ready: false, serving: true, terminating: true}");
     let before = scene.web().to_owned();
+    scene.edit(stage, &endpoint, &ending, |scene| Ok(!scene.candidates()?.contains(&victim)))?;
+    stage.say("It dies, and its endpoint goes:");
     scene.lab.kill_pod(index)?;
-    scene.edit(stage, &endpoint, "", |scene| Ok(!scene.candidates()?.contains(&victim)))?;
+    scene.edit(stage, &ending, "", |scene| Ok(!scene.lab.affinity(&["get", "backends"])?.contains(&victim)))?;
 
     let (broken, told) = timed(|| kept.ask("/"));
     let error = broken.err().map_or_else(|| "answered".to_owned(), |error| error.kind().to_string());
