@@ -139,7 +139,7 @@ fn yaml_becomes_maps() {
     insta::assert_snapshot!(dump(&["backends"]), @r"
     backends 10.244.0.10 -> name=default/web-0 local
     backends 10.244.0.11 -> name=default/web-1
-    backends 10.244.0.12 -> name=default/web-2
+    backends 10.244.0.12 -> name=default/web-2 terminating
     backends 10.244.0.20 -> name=default/cache-0
     backends 10.244.0.21 -> name=default/cache-1
     ");
