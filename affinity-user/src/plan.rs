@@ -242,7 +242,7 @@ fn retire_rest(observed: &Observed, target: &Observed) -> Vec<Op> {
 
 /// Whether a backend is retired, or lingers.
 const fn leaves(backend: &Backend) -> bool {
-    backend.generation % 2 == 0 || backend.flags & BACKEND_LINGERING != 0
+    backend.generation.is_multiple_of(2) || backend.flags & BACKEND_LINGERING != 0
 }
 
 /// Whether a member that takes connections now will not: slots may name it until they are switched.

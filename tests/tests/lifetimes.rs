@@ -116,7 +116,10 @@ fn connections_outlive_a_switch_of_the_selector(hook: Hook) -> Result<()> {
         // They are new clients of the green pod now, and stay that.
         lab.publish_and_settle(&web().client_ip())?;
         all_go_on(&mut lines, "when the pods are back")?;
-        lines.iter().try_for_each(|line| Ok(ensure!(dial(lab, &green, line.from)? == pod_name(2), "it has moved")))
+        for line in &lines {
+            ensure!(dial(lab, &green, line.from)? == pod_name(2), "{} has moved", line.from);
+        }
+        Ok(())
     })
 }
 
@@ -154,7 +157,7 @@ fn a_service_that_is_made_again_finds_its_connections_and_pins(hook: Hook) -> Re
     let web = web().client_ip().annotated("group", "pets");
     tell(hook, &web, |lab, _| {
         let mut lines = open_lines(lab, &web)?;
-        let sessions = |lab: &Lab| Ok::<_, anyhow::Error>(lab.affinity(&["dump", "sessions_v4"])?);
+        let sessions = |lab: &Lab| lab.affinity(&["dump", "sessions_v4"]);
         let before = sessions(lab)?;
         lab.withdraw(&web)?;
         eventually("it is deleted", SYNC_PATIENCE, || Ok(!is_served(lab, &web)?))?;
