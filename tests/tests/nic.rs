@@ -38,15 +38,17 @@ struct Cards {
     driver: &'static str,
     /// Whether XDP works in the driver.
     native: bool,
+    /// An MTU above the usual one that the emulated card carries. QEMU's vmxnet3 loses frames of several buffers.
+    large_mtu: u16,
 }
 
 impl Cards {
     const ALL: [Self; 5] = [
-        Self { name: "virtio-net", driver: "virtio_net", native: true },
-        Self { name: "virtio-net-fixed-offloads", driver: "virtio_net", native: false },
-        Self { name: "igb", driver: "igb", native: true },
-        Self { name: "vmxnet3", driver: "vmxnet3", native: true },
-        Self { name: "e1000e", driver: "e1000e", native: false },
+        Self { name: "virtio-net", driver: "virtio_net", native: true, large_mtu: 9000 },
+        Self { name: "virtio-net-fixed-offloads", driver: "virtio_net", native: false, large_mtu: 9000 },
+        Self { name: "igb", driver: "igb", native: true, large_mtu: 9000 },
+        Self { name: "vmxnet3", driver: "vmxnet3", native: true, large_mtu: 3000 },
+        Self { name: "e1000e", driver: "e1000e", native: false, large_mtu: 9000 },
     ];
 
     /// Those that this guest is said to have.
@@ -209,7 +211,7 @@ fn frontends(services: &[Service; 2]) -> Vec<(SocketAddr, usize)> {
 
 #[test]
 #[ignore = "needs cards that QEMU gives a guest: cargo xtask test --nic MODEL"]
-fn frames_of_9000_bytes_pass_by_native_xdp_or_by_tc() -> Result<()> {
+fn large_frames_pass_by_native_xdp_or_by_tc() -> Result<()> {
     let cards = Cards::of_this_guest()?;
     let services = [on_pod(1, 0), on_pod(2, FIRST_OF_B)];
     let lab = Lab::up(&cards.lab(1)?)?;
@@ -221,7 +223,7 @@ fn frames_of_9000_bytes_pass_by_native_xdp_or_by_tc() -> Result<()> {
         (lab.pod(0).namespace().context("it lives")?, &["eth0"]),
         (lab.pod(FIRST_OF_B).namespace().context("it lives")?, &["eth0"]),
     ] {
-        devices.iter().try_for_each(|device| node.ip(&format!("link set {device} mtu 9000\n")))?;
+        devices.iter().try_for_each(|device| node.ip(&format!("link set {device} mtu {}\n", cards.large_mtu)))?;
     }
     let pods = Family::BOTH.into_iter().flat_map(|family| [0, FIRST_OF_B].map(|pod| (family.pod(pod), pod)));
     let pods: Vec<_> = pods.map(|(address, pod)| (SocketAddr::new(address, STREAM_PORT), pod)).collect();
@@ -231,7 +233,7 @@ fn frames_of_9000_bytes_pass_by_native_xdp_or_by_tc() -> Result<()> {
     services.iter().try_for_each(|service| lab.publish_and_settle(service))?;
     for device in [WIRE, UNDERLAY_WIRE] {
         let hooks = ingress_hooks(&lab, device)?;
-        report(&format!("{device} with an MTU of 9000: {}", hooks.join(", ")));
+        report(&format!("{device} with an MTU of {}: {}", cards.large_mtu, hooks.join(", ")));
         if hooks != ["xdp-native"] {
             cards.says_why(&agent, device)?;
         }
