@@ -325,7 +325,7 @@ assert_no_padding!(
     NameKey: 4 + 4,
     Name: 2 + 318,
     Status: 8 + 8 + 4 + 4,
-    Config: 9 * 8,
+    Config: 10 * 8,
     DeviceMac: 6 + 6 + 4,
 );
 

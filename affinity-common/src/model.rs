@@ -21,6 +21,7 @@ use crate::{
     packet::Packet,
     parse::Headers,
     pipeline::{self, Opened},
+    refuse::Bucket,
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables},
 };
 
@@ -191,6 +192,10 @@ pub struct Model {
     pub fragments_v6: RefCell<Lru<FragmentKey<V6>, FlowKey<V6>>>,
     /// Source ports tried, by backend.
     pub tried: RefCell<BTreeMap<u32, u64>>,
+    /// How often a packet may be rejected, in nanoseconds; zero: there is no limit.
+    pub rejection_interval_ns: u64,
+    /// The one processor's bucket.
+    pub rejections: Cell<Bucket>,
     /// Sockets.
     pub sockets: RefCell<Lru<SocketKey, Socket>>,
     /// Packets by reason.
@@ -230,6 +235,8 @@ impl Model {
             fragments_v4: RefCell::new(Lru::new(capacity)),
             fragments_v6: RefCell::new(Lru::new(capacity)),
             tried: RefCell::default(),
+            rejection_interval_ns: 0,
+            rejections: Cell::default(),
             sockets: RefCell::new(Lru::new(capacity)),
             counters: RefCell::default(),
             usage: RefCell::default(),
@@ -297,6 +304,14 @@ impl Tables for Model {
         let mut loads = self.loads.borrow_mut();
         let load = loads.entry(backend).or_default();
         *load = load.wrapping_add_signed(sessions);
+    }
+
+    fn may_reject(&self) -> bool {
+        if self.rejection_interval_ns == 0 {
+            return true;
+        }
+        let rest = self.rejections.get().take(self.now_ns.get(), self.rejection_interval_ns);
+        rest.inspect(|rest| self.rejections.set(*rest)).is_some()
     }
 
     fn count(&self, reason: Reason) {

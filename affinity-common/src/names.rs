@@ -40,6 +40,8 @@ pub const FRAGMENTS_V6: &str = "fragments_v6";
 pub const DRAFTS_V4: &str = "drafts_v4";
 /// `percpu_array` of one [`crate::abi::Draft`], IPv6.
 pub const DRAFTS_V6: &str = "drafts_v6";
+/// `percpu_array` of one [`crate::refuse::Bucket`]: limits how many packets a processor rejects.
+pub const REJECTIONS: &str = "rejections";
 /// `array`: backend index -> how many source ports were tried for connections to it, `u64`.
 pub const TRIED: &str = "tried";
 /// `lru_hash`: [`crate::abi::SocketKey`] -> [`crate::abi::Socket`].
@@ -69,7 +71,7 @@ pub const XDP_STAGES: &str = "xdp_stages";
 pub const TC_STAGES: &str = "tc_stages";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 32] = [
+pub const MAPS: [&str; 33] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -90,6 +92,7 @@ pub const MAPS: [&str; 32] = [
     FRAGMENTS_V6,
     DRAFTS_V4,
     DRAFTS_V6,
+    REJECTIONS,
     TRIED,
     SOCKETS,
     COUNTERS,

@@ -389,6 +389,7 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
                 (true, _) => (Verdict::Onward, outcome.reason),
             }
         }
+        Decision::Reject if !tables.may_reject() => (Verdict::Drop, Reason::RejectionLimited),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
     };

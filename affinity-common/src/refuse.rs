@@ -4,6 +4,8 @@
 //! ICMP quotes of the refused packet is its IP header without options or extensions, and the first eight bytes of its
 //! transport header: what a host needs to find the socket.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::{
     abi::{Address, V4, V6},
     checksum,
@@ -18,6 +20,39 @@ const ICMPV6: u8 = 58;
 const PORT_UNREACHABLE: [u8; 2] = [3, 3];
 /// ICMPv6 type 1, code 4 (RFC 4443).
 const PORT_UNREACHABLE_V6: [u8; 2] = [1, 4];
+
+/// What a full bucket is worth: this many nanoseconds of the configured rate.
+const BURST_NS: u64 = 10_000_000_000;
+
+/// A processor's token bucket: it limits how many packets the processor rejects. RFC 4443, section 2.4 (f), demands a limit
+/// for ICMPv6 errors; ICMPv4 errors and RST have the same one. Otherwise a flood of packets with a forged source would
+/// become a flood of answers to somebody who has asked for nothing.
+///
+/// A bucket that was never used is zero, and full. It is not a count and a time but one time, so that no packet has to
+/// divide: when the bucket will be full again. Each rejection moves that by the interval between two.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct Bucket {
+    /// Monotonic nanoseconds.
+    pub full_at_ns: u64,
+}
+
+impl Bucket {
+    /// The bucket after one more rejection; `None` where it is empty.
+    #[inline(always)]
+    #[must_use]
+    pub fn take(self, now_ns: u64, interval_ns: u64) -> Option<Self> {
+        let full_at_ns = self.full_at_ns.max(now_ns).saturating_add(interval_ns);
+        (full_at_ns - now_ns <= BURST_NS).then_some(Self { full_at_ns })
+    }
+}
+
+/// The [`crate::abi::Config::rejection_interval_ns`] of so many rejections a second; zero stands for no limit in both.
+#[must_use]
+pub fn rejection_interval_ns(per_second: u32) -> u64 {
+    const SECOND_NS: u64 = 1_000_000_000;
+    SECOND_NS.checked_div(u64::from(per_second)).unwrap_or(0)
+}
 
 /// Whether this packet may be answered: not a reset (RFC 9293, section 3.5.2), and from one host (RFC 1122, section
 /// 3.2.2).
@@ -176,4 +211,57 @@ fn start_answer<A: Address, P: Packet>(
 #[inline(always)]
 fn pseudo_header_sum<A: Address>(headers: &Headers<A>, protocol: u8, len: usize) -> u32 {
     headers.key.saddr.sum() + headers.key.daddr.sum() + checksum::word(u16::from(protocol)) + checksum::word(len as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND_NS: u64 = 1_000_000_000;
+
+    /// How many rejections a bucket grants one after the other at one time; the bucket after that.
+    fn drain(mut bucket: Bucket, now_ns: u64, interval_ns: u64) -> (u32, Bucket) {
+        let mut count = 0;
+        while let Some(rest) = bucket.take(now_ns, interval_ns) {
+            bucket = rest;
+            count += 1;
+        }
+        (count, bucket)
+    }
+
+    #[test]
+    fn a_bucket_grants_ten_seconds_at_once_and_then_the_rate() {
+        for (per_second, burst) in [(100, 1000), (1, 10), (3, 30), (1000, 10_000)] {
+            let interval_ns = rejection_interval_ns(per_second);
+            for start_ns in [0, 1, 1_000_000_000_000_000, u64::MAX / 2] {
+                let (count, bucket) = drain(Bucket::default(), start_ns, interval_ns);
+                assert_eq!(count, burst, "{per_second} a second, at {start_ns}");
+                let (count, bucket) = drain(bucket, start_ns + SECOND_NS, interval_ns);
+                assert_eq!(count, per_second, "{per_second} a second, at {start_ns}, one second later");
+                let (count, bucket) = drain(bucket, start_ns + SECOND_NS, interval_ns);
+                assert_eq!(count, 0);
+                let (count, _) = drain(bucket, start_ns + 1000 * SECOND_NS, interval_ns);
+                assert_eq!(count, burst, "a bucket never holds more");
+            }
+        }
+    }
+
+    #[test]
+    fn a_steady_stream_gets_the_rate() {
+        let (interval_ns, mut bucket, mut granted) = (rejection_interval_ns(100), Bucket::default(), 0);
+        // A thousand packets a second for a hundred seconds.
+        for packet in 0..100_000 {
+            if let Some(rest) = bucket.take(packet * SECOND_NS / 1000, interval_ns) {
+                bucket = rest;
+                granted += 1;
+            }
+        }
+        assert!((10_990..=11_000).contains(&granted), "{granted}");
+    }
+
+    #[test]
+    fn none_a_second_is_no_limit() {
+        assert_eq!(rejection_interval_ns(0), 0);
+        assert_eq!(rejection_interval_ns(100), 10_000_000);
+    }
 }

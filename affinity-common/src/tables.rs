@@ -68,6 +68,8 @@ pub trait Tables {
     fn load(&self, backend: u32) -> u64;
     /// Adds to the live sessions of a backend.
     fn add_load(&self, backend: u32, sessions: i64);
+    /// Whether one more packet may be rejected now, which is then counted in the processor's [`crate::refuse::Bucket`].
+    fn may_reject(&self) -> bool;
     /// Counts a reason.
     fn count(&self, reason: Reason);
     /// Counts the reason of a packet's verdict, once a packet.

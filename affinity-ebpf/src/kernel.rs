@@ -71,6 +71,7 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
     node_netns: 0,
     redirect: 0,
     takes_ipv6_flag: 0,
+    rejection_interval_ns: 0,
     fixed_now_ns: 0,
     fixed_random: 0,
 });

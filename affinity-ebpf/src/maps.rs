@@ -5,6 +5,7 @@ use affinity_common::abi::{
     MAC_SLOTS, Member, MemberKey, Name, NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey,
     V4, V6,
 };
+use affinity_common::refuse::Bucket;
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
@@ -59,6 +60,8 @@ pub static FRAGMENTS_V6: LruHashMap<FragmentKey<V6>, FlowKey<V6>> = LruHashMap::
 pub static DRAFTS_V4: PerCpuArray<Draft<V4>> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "drafts_v6")]
 pub static DRAFTS_V6: PerCpuArray<Draft<V6>> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "rejections")]
+pub static REJECTIONS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "tried")]
 pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
 

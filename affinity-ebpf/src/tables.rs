@@ -18,8 +18,8 @@ use aya_log_ebpf::{debug, trace};
 use crate::{
     maps::{
         BACKENDS, COUNTERS, DRAFTS_V4, DRAFTS_V6, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FOREIGN_V4, FOREIGN_V6,
-        FRAGMENTS_V4, FRAGMENTS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4, RANGES_V6, Ranged,
-        SESSIONS_V4, SESSIONS_V6, SLOTS, SOCKETS, TRIED, USAGE, WIRES,
+        FRAGMENTS_V4, FRAGMENTS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4, RANGES_V6, REJECTIONS,
+        Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SOCKETS, TRIED, USAGE, WIRES,
     },
     open,
 };
@@ -115,6 +115,22 @@ impl Tables for Maps {
         if let Some(load) = LOADS.get_ptr_mut(backend) {
             MapValue::new(load).add(sessions);
         }
+    }
+
+    #[inline(always)]
+    fn may_reject(&self) -> bool {
+        let interval_ns = config(offset_of!(Config, rejection_interval_ns));
+        if interval_ns == 0 {
+            return true;
+        }
+        let taken = kernel::exclusively(REJECTIONS.get_ptr_mut(0), |bucket| {
+            let rest = bucket.take(self.now_ns(), interval_ns);
+            if let Some(rest) = rest {
+                *bucket = rest;
+            }
+            rest.is_some()
+        });
+        taken.unwrap_or(true)
     }
 
     #[inline(always)]

@@ -24,6 +24,7 @@ use affinity_common::{
     abi::{CONFIG_MAGIC, Config, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD},
     flow::REFRESH_NS,
     names,
+    refuse::rejection_interval_ns,
 };
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -136,6 +137,8 @@ pub struct Options {
     pub log_level: Option<Level>,
     /// Whether TC redirects what was translated past the stack.
     pub redirect: bool,
+    /// How many packets a second each processor may reject in the long run; zero: there is no limit.
+    pub rejections_per_second: u32,
     /// For tests: the programs' time in nanoseconds and random number, in place of the kernel's.
     pub fixed: Option<(u64, u64)>,
     /// For tests: an object file in place of the one that is built in.
@@ -361,6 +364,7 @@ impl Globals {
             node_netns,
             redirect: u64::from(options.redirect),
             takes_ipv6_flag: u64::from(takes_ipv6_flag),
+            rejection_interval_ns: rejection_interval_ns(options.rejections_per_second),
             fixed_now_ns,
             fixed_random,
         };

@@ -21,14 +21,16 @@ use affinity_common::{
     model::Model,
     names,
     pipeline::{self, Verdict},
+    refuse::{Bucket, rejection_interval_ns},
 };
 use affinity_user::{
     load::{self, Options, PinDir, Sizes},
-    store::kernel::{Family as StoreFamily, KernelStore, Table, filter_word},
+    store::kernel::{Family as StoreFamily, KernelStore, PerCpu, Table, filter_word},
     sys::{self, Ring, RingConsumer},
 };
 use anyhow::{Context, Result, bail, ensure};
 use bytemuck::{Pod, Zeroable};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 pub use family::ModelFamily;
 pub use state::State;
@@ -136,6 +138,38 @@ pub fn empty_model(sizes: &Sizes, fixed: Fixed) -> Model {
     model
 }
 
+/// Limits the packets that a model rejects in a second.
+pub fn limit(model: &mut Model, rejections_per_second: u32) {
+    model.rejection_interval_ns = rejection_interval_ns(rejections_per_second);
+}
+
+/// Keeps the thread that made it on one processor while it lives.
+#[derive(Debug)]
+pub struct OnProcessor {
+    before: CpuSet,
+}
+
+impl OnProcessor {
+    /// On the processor number `number` of those that the thread may use; none where there are fewer.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn new(number: usize) -> Result<Option<Self>> {
+        let before = sched_getaffinity(None).context("sched_getaffinity")?;
+        let Some(cpu) = (0..CpuSet::MAX_CPU).filter(|cpu| before.is_set(*cpu)).nth(number) else { return Ok(None) };
+        let mut only = CpuSet::new();
+        only.set(cpu);
+        sched_setaffinity(None, &only).context("sched_setaffinity")?;
+        Ok(Some(Self { before }))
+    }
+}
+
+impl Drop for OnProcessor {
+    fn drop(&mut self) {
+        sched_setaffinity(None, &self.before).expect("the processors that the thread had before");
+    }
+}
+
 /// The programs and maps, loaded for one test.
 #[derive(Debug)]
 pub struct Kernel {
@@ -144,6 +178,7 @@ pub struct Kernel {
     programs: [OwnedFd; 3],
     ring: Ring,
     consumer: RingConsumer,
+    rejections: PerCpu<u32, Bucket>,
     /// Words of the filter that are not zero.
     filter_words: BTreeSet<u32>,
     /// The counters when the last state was put.
@@ -156,11 +191,19 @@ impl Kernel {
     /// # Errors
     /// Where the kernel refuses: not root, above all.
     pub fn load(sizes: Sizes, fixed: Option<Fixed>) -> Result<Self> {
+        Self::load_limited(sizes, fixed, 0)
+    }
+
+    /// The same, with a limit to the packets that each processor rejects in a second, which a model has by [`limit`].
+    ///
+    /// # Errors
+    /// As [`Kernel::load`].
+    pub fn load_limited(sizes: Sizes, fixed: Option<Fixed>, rejections_per_second: u32) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("affinity-kernel-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let pins = PinDir::new(&Path::new("/sys/fs/bpf").join(name));
         let fixed = fixed.map(|Fixed { now_ns, random }| (now_ns, u64::from(random)));
-        let kernel = load::load(&pins, &Options { sizes, fixed, ..Options::default() })
+        let kernel = load::load(&pins, &Options { sizes, fixed, rejections_per_second, ..Options::default() })
             .context("load the kernel programs")
             .and_then(|_| Self::open(&pins));
         pins.remove()?;
@@ -174,7 +217,8 @@ impl Kernel {
         let (ring, consumer) = (store.events.ring()?, store.events.ring_consumer()?);
         let counted = store.counter_sums()?;
         let programs = [xdp?, forward?, reverse?];
-        Ok(Self { store, programs, ring, consumer, filter_words: BTreeSet::new(), counted })
+        let rejections = PerCpu::open(&pins.maps(), names::REJECTIONS)?;
+        Ok(Self { store, programs, ring, consumer, rejections, filter_words: BTreeSet::new(), counted })
     }
 
     /// Runs a frame through a program.
@@ -213,6 +257,9 @@ impl Kernel {
             ensure!(counts.is_empty(), "counts of the model cannot be put into the kernel's maps");
             store.usage.make(key)?;
         }
+        // A model has one processor. A bucket that was never used is full on all.
+        ensure!(model.rejections.get() == Bucket::default(), "a used bucket cannot be put into the kernel's map");
+        self.rejections.reset(&0)?;
         self.forget_events();
         self.put_counters_aside()
     }

@@ -23,6 +23,9 @@ pub struct Config {
     pub redirect: u64,
     /// One: the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`. Zero: it refuses it.
     pub takes_ipv6_flag: u64,
+    /// How often a processor may reject a packet in the long run: once in so many nanoseconds, see
+    /// [`crate::refuse::Bucket`]. Zero: there is no limit.
+    pub rejection_interval_ns: u64,
     /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,
     /// For tests: the random number that the programs draw, where `fixed_now_ns` is not zero.

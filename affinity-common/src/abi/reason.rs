@@ -85,6 +85,7 @@ reasons! {
     OtherHost = 38, "other-host", "Passed: XDP saw a frame with the link address of another host.";
     NotOurs = 39, "not-ours", "Passed: a packet to a frontend's address and port that belongs to another connection.";
     PortChanged = 40, "port-changed", "Forwarded: straight to a pod, with another source port: a connection by a service has its own.";
+    RejectionLimited = 41, "rejection-limited", "Dropped: would be rejected, but this processor has sent as many rejections as it may.";
 }
 
 /// What a [`UsageKey`] counts for.

@@ -75,6 +75,9 @@ impl Tables for Failing {
     fn add_load(&self, backend: u32, sessions: i64) {
         self.model.add_load(backend, sessions);
     }
+    fn may_reject(&self) -> bool {
+        self.model.may_reject()
+    }
     fn count(&self, reason: Reason) {
         self.model.count(reason);
     }

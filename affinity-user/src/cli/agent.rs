@@ -67,6 +67,10 @@ pub(crate) struct AttachArgs {
     /// tracking; or redirected by TC between attached devices, without the stack, which is faster
     #[arg(long, value_name = "WAY", value_enum, default_value_t = Forwarding::Stack)]
     forwarding: Forwarding,
+    /// How many packets each processor may reject with an RST or an ICMP error: so many a second, after ten times as many
+    /// at once. More are dropped. 0: no limit
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    rejections_per_second: u32,
     /// Translate at connect() for the node's own processes and pods: auto does if this is the node's own network namespace
     #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
     socket: SocketPolicy,
@@ -160,6 +164,7 @@ impl AttachArgs {
                 sizes: self.sizes.sizes(),
                 log_level: self.programs_log.map(Level::from),
                 redirect,
+                rejections_per_second: self.rejections_per_second,
                 fixed: None,
                 object: None,
             },

@@ -206,7 +206,14 @@ impl Passage {
 
 /// Whether packets are dropped for this reason.
 const fn is_dropped(reason: Reason) -> bool {
-    matches!(reason, Reason::NotAnswered | Reason::Inconsistent | Reason::NotInRanges | Reason::NoLocalEndpoints)
+    matches!(
+        reason,
+        Reason::NotAnswered
+            | Reason::Inconsistent
+            | Reason::NotInRanges
+            | Reason::NoLocalEndpoints
+            | Reason::RejectionLimited
+    )
 }
 
 fn pins_of(model: &Model, frame: &[u8]) -> Option<Pins> {

@@ -2,11 +2,14 @@
 
 use crate::{
     frame::{self, TCP, UDP},
-    state::{ADDRESS_V4, ADDRESS_V6, HEAD, IN_RANGES, LOCAL, NO_ANSWER, ONE_PORT, OUTSIDERS, PORTS, TO_NODE, WITHIN},
+    state::{
+        ADDRESS_V4, ADDRESS_V6, HEAD, IN_RANGES, LOCAL, NO_ANSWER, ONE_PORT, OUTSIDERS, PORTS, REJECTED_ENOUGH,
+        TO_NODE, WITHIN,
+    },
 };
 
 /// The states, by name; the fields of [`crate::state::State`] in their order.
-const STATES: [(&str, [u8; HEAD]); 24] = [
+const STATES: [(&str, [u8; HEAD]); 25] = [
     ("random", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
     ("consistent", [0, 1, 24, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
     ("least", [0, 2, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
@@ -30,6 +33,7 @@ const STATES: [(&str, [u8; HEAD]); 24] = [
     ("client outside", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, OUTSIDERS]),
     ("client inside", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, OUTSIDERS | IN_RANGES | WITHIN]),
     ("not in ranges", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, IN_RANGES]),
+    ("rejected enough", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, REJECTED_ENOUGH]),
     ("none here", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, NO_ANSWER]),
 ];
 

@@ -53,6 +53,8 @@ pub const OUTSIDERS: u8 = 0x10;
 pub const ONE_PORT: u8 = 0x20;
 /// Pods are on this node.
 pub const LOCAL: u8 = 0x40;
+/// The processor has rejected as many packets as it may.
+pub const REJECTED_ENOUGH: u8 = 0x80;
 
 /// The service's address.
 pub const ADDRESS_V4: V4 = V4([10, 96, 0, 1]);
@@ -74,7 +76,8 @@ pub struct State {
     clock: u8,
     random: u8,
     change: u8,
-    /// [`TO_NODE`], [`IN_RANGES`], [`WITHIN`], [`NO_ANSWER`], [`OUTSIDERS`], [`ONE_PORT`] and [`LOCAL`].
+    /// [`TO_NODE`], [`IN_RANGES`], [`WITHIN`], [`NO_ANSWER`], [`OUTSIDERS`], [`ONE_PORT`], [`LOCAL`] and
+    /// [`REJECTED_ENOUGH`].
     exposure: u8,
 }
 
@@ -106,6 +109,7 @@ impl State {
         let mut model = Model::new(64);
         model.now_ns.set(self.now_ns());
         model.random.set(u32::from(self.random).wrapping_mul(0x0101_0101));
+        model.rejection_interval_ns = if self.exposes(REJECTED_ENOUGH) { u64::MAX } else { 0 };
         for index in 0..2 * PODS {
             let address = if index < PODS { pod_v4(index).to_mapped() } else { pod_v6(index).0 };
             let flags = if self.exposes(LOCAL) { BACKEND_LOCAL } else { 0 };

@@ -50,7 +50,7 @@ struct Coverage {
 #[test]
 fn what_is_explained_is_what_the_kernel_does() -> Result<()> {
     let mut coverage = Coverage::default();
-    over_states(STATES_OF_EACH, |kernel, fixed, dice| {
+    over_states(STATES_OF_EACH, 0, |kernel, fixed, dice| {
         let world = World::published(dice, fixed);
         ask_all(kernel, fixed, &world, dice, &mut coverage)
     })?;

@@ -13,7 +13,7 @@ use affinity_common::{
     abi::{EventKind, REASONS, Reason},
     model::Model,
 };
-use affinity_tests::kernel::{Fixed, Hook, Kernel, SMALL, State, run_model};
+use affinity_tests::kernel::{Fixed, Hook, Kernel, OnProcessor, SMALL, State, limit, run_model};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::world::World;
@@ -29,6 +29,8 @@ const FIXED: [Fixed; 5] = [
     Fixed { now_ns: 1, random: 0xc000_0000 },
     Fixed { now_ns: u64::MAX / 2, random: u32::MAX },
 ];
+/// So few that a state has more frames to reject, and so many that most are rejected.
+const REJECTIONS_PER_SECOND: u32 = 4;
 const STATES_OF_EACH: usize = 80;
 const FRAMES_OF_A_STATE: usize = 480;
 /// A run in which something happened less often than this has not tested it.
@@ -52,15 +54,16 @@ fn seed() -> Result<u64> {
     }
 }
 
-/// Loads the programs with each of [`FIXED`], and lets a story happen over so many random states.
+/// Loads the programs with each of [`FIXED`] and this limit, and lets a story happen over so many random states.
 fn over_states(
     states_of_each: usize,
+    rejections_per_second: u32,
     mut story: impl FnMut(&mut Kernel, Fixed, &mut Dice) -> Result<()>,
 ) -> Result<()> {
     let seed = seed()?;
     let mut dice = Dice::new(seed);
     for fixed in FIXED {
-        let mut kernel = Kernel::load(SMALL, Some(fixed))?;
+        let mut kernel = Kernel::load_limited(SMALL, Some(fixed), rejections_per_second)?;
         for state in 0..states_of_each {
             story(&mut kernel, fixed, &mut dice)
                 .with_context(|| format!("AFFINITY_SEED={seed}, {fixed:?}, state {state}"))?;
@@ -72,8 +75,11 @@ fn over_states(
 #[test]
 fn random_frames_over_random_states_come_out_alike() -> Result<()> {
     let mut coverage = Coverage::default();
-    over_states(STATES_OF_EACH, |kernel, fixed, dice| {
-        let world = World::new(dice, fixed);
+    // The model has one processor.
+    let _first = OnProcessor::new(0)?;
+    over_states(STATES_OF_EACH, REJECTIONS_PER_SECOND, |kernel, fixed, dice| {
+        let mut world = World::new(dice, fixed);
+        limit(&mut world.model, REJECTIONS_PER_SECOND);
         let frames: Vec<_> = (0..FRAMES_OF_A_STATE).map(|_| frames::random(dice, &world)).collect();
         run(kernel, &world.model, &frames, &mut coverage)
     })?;
@@ -184,6 +190,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::NotInRanges
         | Reason::NoLocalEndpoints
         | Reason::PortsExhausted
+        | Reason::RejectionLimited
         | Reason::Returned
         | Reason::NotOurs
         | Reason::PortChanged

@@ -145,6 +145,9 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
         self.step();
         self.cluster.0.add_load(backend, sessions);
     }
+    fn may_reject(&self) -> bool {
+        self.cluster.0.may_reject()
+    }
     fn count(&self, reason: Reason) {
         self.cluster.0.count(reason);
     }

@@ -180,12 +180,21 @@ impl<K: Pod + Debug, V: Pod> PerCpu<K, V> {
     /// # Errors
     /// [`StoreError`], where the map is full among others.
     pub fn make(&self, key: &K) -> Result<(), StoreError> {
+        self.write_zeros("make", key, Write::New)
+    }
+
+    /// Makes an entry all zeros.
+    ///
+    /// # Errors
+    /// [`StoreError`], where the map is full among others.
+    pub fn reset(&self, key: &K) -> Result<(), StoreError> {
+        self.write_zeros("reset", key, Write::Any)
+    }
+
+    fn write_zeros(&self, action: &str, key: &K, write: Write) -> Result<(), StoreError> {
         let zeros = vec![0; Self::STRIDE * sys::possible_cpus()];
-        self.table
-            .map
-            .update(bytemuck::bytes_of(key), &zeros, Write::New)
-            .map(|_| ())
-            .map_err(|error| self.table.error("make", key, error))
+        let written = self.table.map.update(bytemuck::bytes_of(key), &zeros, write);
+        written.map(|_| ()).map_err(|error| self.table.error(action, key, error))
     }
 
     /// Removes an entry; false where there is none.

@@ -233,10 +233,11 @@ fn load_ours(family: Family) -> Result<Ebpf> {
         node_netns: 0,
         redirect: 0,
         takes_ipv6_flag: 0,
+        rejection_interval_ns: 0,
         fixed_now_ns: 0,
         fixed_random: 0,
     };
-    let words: [u64; 9] = must_cast(config);
+    let words: [u64; 10] = must_cast(config);
     loader.override_global("CONFIG", &words, true);
     loader.override_global("AYA_LOG_LEVEL", &0u8, false);
     loader.load(affinity_user::objects::PROGRAMS).context("loading the programs")
