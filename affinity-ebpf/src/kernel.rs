@@ -273,8 +273,9 @@ pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
     pointer.and_then(|pointer| unsafe { pointer.as_ref() })
 }
 
-/// Works on a value of a map that each processor has its own of. Only one work at a time uses it: the programs that do are
-/// not interrupted by each other, because no packet is looked at while another one is on the same processor.
+/// Works on a value of a map that each processor has its own of. Only one work at a time uses it: the programs that do so run
+/// with bottom halves off, and do not interrupt each other. That does not hold on kernels with PREEMPT_RT, which the loader
+/// refuses (docs/adr/0008), nor for the programs on cgroups, which must not use this: a packet may interrupt them.
 #[inline(always)]
 pub fn exclusively<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
     // SAFETY: a lookup gave this pointer, see `MapValue::get`; nobody else uses it, see above.

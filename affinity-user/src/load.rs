@@ -8,6 +8,7 @@ mod carry;
 mod clock;
 mod creation;
 mod limit;
+mod machine;
 mod pins;
 mod refusal;
 pub mod sizes;
@@ -41,6 +42,7 @@ pub use self::{
     clock::{ClockError, Ticks},
     creation::CreationError,
     limit::Memory,
+    machine::{Kernel, Unsuitable},
     pins::{PinDir, PinError, Pinned},
     refusal::Refusal,
     sizes::{MAX_RANGES, Sizes, cost, mib},
@@ -114,6 +116,9 @@ pub enum LoadError {
     /// The kernel refused a program.
     #[error("{0}")]
     Refused(Refusal),
+    /// The programs would not be right on this machine or kernel.
+    #[error("{0}: {advice}", advice = .0.advice())]
+    Unsuitable(#[from] Unsuitable),
     /// The kernel interprets programs. Tail calls between programs that have functions need compiled ones.
     #[error("the kernel's BPF JIT is off, and the programs need it: {JIT_ADVICE}")]
     NoJit,
@@ -197,6 +202,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
     if options.object().is_empty() {
         return Err(LoadError::NoPrograms);
     }
+    Kernel::running().suits()?;
     if jit_is_off() {
         return Err(LoadError::NoJit);
     }
@@ -251,6 +257,7 @@ pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
     if options.object().is_empty() {
         return Err(LoadError::NoPrograms);
     }
+    Kernel::running().suits()?;
     if jit_is_off() {
         return Err(LoadError::NoJit);
     }

@@ -46,11 +46,8 @@ const PACKAGING_TOOLS: [Need; 3] =
 /// What `cargo xtask test --kernel` takes beside that.
 const EMULATION_TOOLS: [Need; 1] = [Need::command("qemu-system-x86_64", "qemu-system-x86")];
 
-/// What packages are built for: statically linked, and otherwise as this machine.
-pub(crate) const PACKAGE_TARGET: &str = match env::consts::ARCH.as_bytes() {
-    b"aarch64" => "aarch64-unknown-linux-musl",
-    _ => "x86_64-unknown-linux-musl",
-};
+/// What packages are built for: the one kind of machine that the programs are right on, statically linked.
+pub(crate) const PACKAGE_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// What building bpf-linker takes.
 const LINKER_LIBRARIES: [Need; 5] = [

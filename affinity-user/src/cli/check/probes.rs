@@ -8,7 +8,7 @@ use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
 use super::{Finding, State};
 use crate::{
     attach::{self, Device, XdpFeatures, xdp_features},
-    load::{self, JIT_ADVICE, Memory, PinDir, Refusal, Sizes, cost, mib},
+    load::{self, JIT_ADVICE, Kernel, Memory, PinDir, Refusal, Sizes, cost, mib},
     objects::PROGRAMS,
     store::kernel::KernelStore,
     sys,
@@ -63,8 +63,17 @@ fn refused(refusal: &Refusal) -> Finding {
 }
 
 pub(super) fn kernel() -> Finding {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    Finding::ok("kernel", format!("Linux {release}"))
+    kernel_found(&Kernel::running())
+}
+
+fn kernel_found(kernel: &Kernel) -> Finding {
+    match kernel.suits() {
+        Ok(()) => Finding::ok("kernel", format!("Linux {}", kernel.release)),
+        Err(unsuitable) => {
+            let found = format!("Linux {}: {unsuitable}", kernel.release);
+            Finding::missing("kernel", found, unsuitable.advice())
+        }
+    }
 }
 
 pub(super) fn permissions() -> Finding {
@@ -343,6 +352,20 @@ mod tests {
         let finding = pin_directory(Path::new("/proc/self/affinity"));
         assert_eq!(finding.state, State::Missing, "{finding:?}");
         assert!(finding.advice.is_some());
+    }
+
+    #[test]
+    fn a_realtime_kernel_is_missing_what_it_takes() {
+        let kernel = |version: &str| Kernel {
+            machine: "x86_64".to_owned(),
+            release: "6.12.0-rt".to_owned(),
+            version: version.to_owned(),
+            realtime: None,
+        };
+        assert_eq!(kernel_found(&kernel("#1 SMP PREEMPT_DYNAMIC")).state, State::Ok);
+        let finding = kernel_found(&kernel("#1 SMP PREEMPT_RT"));
+        assert_eq!(finding.state, State::Missing, "{finding:?}");
+        assert!(finding.found.contains("PREEMPT_RT") && finding.advice.is_some(), "{finding:?}");
     }
 
     #[test]
