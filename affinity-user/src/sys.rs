@@ -1006,15 +1006,18 @@ const ETHTOOL_GDRVINFO: u32 = 0x03;
 const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 
-/// The name of a device's driver, in this network namespace.
+/// The name of a device's driver, in this network namespace, and the name that the device has on its bus.
 ///
 /// # Errors
 /// [`SysError`] where there is no such device, or it does not tell.
-pub fn card_driver(device: &str) -> Result<String> {
-    // `struct ethtool_drvinfo`, 196 bytes: the command, then names of 32 bytes.
+pub fn card_driver(device: &str) -> Result<(String, String)> {
+    // `struct ethtool_drvinfo`, 196 bytes: the command, then names of 32 bytes: driver, version, firmware, bus.
     let answer: [u32; 49] = ethtool(device, ETHTOOL_GDRVINFO)?;
-    let name: Vec<u8> = answer[1..9].iter().flat_map(|word| word.to_ne_bytes()).take_while(|byte| *byte != 0).collect();
-    Ok(String::from_utf8_lossy(&name).into_owned())
+    let text = |words: &[u32]| -> String {
+        let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).take_while(|byte| *byte != 0);
+        String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned()
+    };
+    Ok((text(&answer[1..9]), text(&answer[25..33])))
 }
 
 /// Offloads of a device that are on: `ETH_FLAG_*`.

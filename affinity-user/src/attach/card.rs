@@ -3,7 +3,7 @@
 //! The kernel has texts for that, but gives them only to callers by netlink, and links have no netlink. So the cause is told
 //! from the error number and from what can be asked of the card.
 
-use std::{fmt, fs, io, path::Path};
+use std::{ffi::OsStr, fmt, fs, io, path::Path};
 
 use affinity_common::abi::NOTE_SHIFT;
 
@@ -132,11 +132,10 @@ impl Card {
     #[must_use]
     pub fn of(device: &Device) -> Self {
         let name = &device.name;
-        let virtio = Path::new("/sys/class/net").join(name).join("device/features");
-        let driver = sys::card_driver(name).ok().filter(|driver| !driver.is_empty());
+        let (driver, bus) = sys::card_driver(name).unwrap_or_default();
         Self {
-            virtio: fs::read_to_string(virtio).ok().filter(|_| driver.as_deref() == Some("virtio_net")),
-            driver,
+            virtio: if driver == "virtio_net" { virtio_features(&bus) } else { None },
+            driver: Some(driver).filter(|driver| !driver.is_empty()),
             mtu: device.mtu,
             features: xdp_features().ok().and_then(|all| all.get(&device.index).copied()),
             merges: sys::card_flags(name).is_ok_and(|flags| flags & LRO != 0),
@@ -168,6 +167,15 @@ impl Card {
         let has = |bit: usize| virtio.as_bytes().get(bit) == Some(&b'1');
         !has(CTRL_GUEST_OFFLOADS) && GUEST_OFFLOADS.into_iter().any(has)
     }
+}
+
+/// The features of the virtio device at this place on its bus. `/sys/class/net` may not have it: that has the devices of
+/// the network namespace that it was mounted in.
+fn virtio_features(bus: &str) -> Option<String> {
+    let devices = fs::read_dir("/sys/bus/virtio/devices").ok()?;
+    let mut devices = devices.filter_map(|device| fs::canonicalize(device.ok()?.path()).ok());
+    let device = devices.find(|device| device.parent().and_then(Path::file_name) == Some(OsStr::new(bus)))?;
+    fs::read_to_string(device.join("features")).ok()
 }
 
 impl fmt::Display for Card {
