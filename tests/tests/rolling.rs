@@ -63,6 +63,12 @@ impl Loads {
                 let names = |said: Explanation| said.candidates.into_iter().map(|pod| pod.name).collect();
                 Ok(said.into_iter().map(names).all(|names: BTreeSet<_>| names == ready))
             })
+        })?;
+        // Members are demoted only after the slots have changed and all who read them before are done.
+        eventually(&format!("{ready:?} alone are ready members"), SYNC_PATIENCE, || {
+            let members = lab.affinity(&["dump", "members"])?;
+            let is_right = |line: &str| ready.iter().any(|pod| line.contains(&format!("/{pod} ")));
+            Ok(members.lines().filter(|line| line.contains("state=ready")).all(is_right))
         })
     }
 }
