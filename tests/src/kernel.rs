@@ -123,7 +123,12 @@ pub fn run_model(model: &Model, hook: Hook, frame: &[u8]) -> Ran {
         Hook::XdpForward | Hook::TcForward => pipeline::forward(&mut bytes, model),
         Hook::TcReverse => pipeline::reverse(&mut bytes, model),
     };
-    let verdict = if verdict == Verdict::Onward { Verdict::Forward } else { verdict };
+    // A return code does not tell what was translated and is as before: a later fragment, where the first one's port changed.
+    let verdict = match verdict {
+        Verdict::Forward | Verdict::Onward if bytes == frame => Verdict::Pass,
+        Verdict::Forward | Verdict::Onward => Verdict::Forward,
+        verdict @ (Verdict::Pass | Verdict::Answer | Verdict::Drop) => verdict,
+    };
     Ran { verdict, frame: bytes }
 }
 

@@ -30,7 +30,7 @@ const FIXED: [Fixed; 5] = [
     Fixed { now_ns: u64::MAX / 2, random: u32::MAX },
 ];
 /// So few that a state has more frames to reject, and so many that most are rejected.
-const REJECTIONS_PER_SECOND: u32 = 4;
+const REJECTIONS_PER_SECOND: u32 = 1;
 const STATES_OF_EACH: usize = 80;
 const FRAMES_OF_A_STATE: usize = 480;
 /// A run in which something happened less often than this has not tested it.
