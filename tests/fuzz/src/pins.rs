@@ -86,7 +86,7 @@ impl Pins {
             || match Timer::from_byte(self.frontend.timer) {
                 Timer::Connection | Timer::Packet => age_ns(pin.last_used_ns) < self.frontend.timeout_ns,
                 Timer::Absolute => age_ns(pin.created_ns) < self.frontend.timeout_ns,
-                Timer::Alive => pin.connections > 0 || age_ns(pin.last_used_ns) < self.frontend.timeout_ns,
+                Timer::Alive => pin.live_connections() > 0 || age_ns(pin.last_used_ns) < self.frontend.timeout_ns,
             }
     }
 }
