@@ -2,8 +2,9 @@
 //!
 //! A reply is told from others by the pod's address and port, and by the client's. So two connections of one client's
 //! port that reach one pod, by different frontends or straight ([`crate::foreign`]), would be mixed up: the second one gets
-//! another source port ([`claim_replies`], [`change_port`]). And replies that would not come back by this node at all - to a client outside that another
-//! node could answer directly, or to the pod itself - are made to: the source becomes the node's ([`masquerade`]).
+//! another source port ([`claim_replies`], [`change_port`]). And replies that would not come back by this node at all - to
+//! a client outside that another node could answer directly, or to the pod itself - are made to: the source becomes the
+//! node's ([`masquerade`]).
 //!
 //! The node's address is put in last, where the packet leaves towards the pod ([`Direction::Outward`]), and taken out
 //! first, where the reply enters ([`Direction::Return`]). In between the node's stack sees the client, as its policies
