@@ -96,27 +96,56 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
     if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
 }
 
-/// Notes that a packet passed: what it tells of the connection's state, the time of last use, the pin's timer where
-/// packets restart it, and how far the sender has come.
+/// Notes that a packet passed: how far its sender has come, and, seldom, what [`note_change`] notes.
 #[inline(always)]
 pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
-    let now_ns = tables.now_ns();
-    let (state, flags) = entry.with(|flow| (flow.state, flow.flags));
-    let is_from_client = headers.key.is_from_client();
-    let is_datagram = headers.key.protocol == UDP;
-    if headers.flags & (FIN | RST) != 0 || state & FLOW_OPEN == 0 && !(is_datagram && is_from_client) {
-        tables.advance(headers);
+    let (state, flags, last_used_ns) = entry.with(|flow| (flow.state, flow.flags, flow.last_used_ns));
+    if tells(headers, state) || renews(headers, flags) || is_due(last_used_ns, tables.now_ns()) {
+        tables.note_change(headers);
     }
-    let is_due = now_ns.saturating_sub(entry.with(|flow| flow.last_used_ns)) >= REFRESH_NS;
-    if is_due || flags & FLOW_EXACT != 0 && is_from_client {
-        note_use(tables, headers, entry, now_ns);
-    }
-    if !is_datagram && headers.flags & RST == 0 {
+    if headers.key.protocol != UDP && headers.flags & RST == 0 {
         entry.update(|flow| flow.segment = headers.segment);
     }
 }
 
-/// The seldom part of [`note_packet`].
+/// Whether a packet may tell something of its connection's state.
+#[inline(always)]
+const fn tells<A: Address>(headers: &Headers<A>, state: u8) -> bool {
+    let is_request = headers.key.protocol == UDP && headers.key.is_from_client();
+    headers.flags & (FIN | RST) != 0 || state & FLOW_OPEN == 0 && !is_request
+}
+
+/// Whether a packet restarts a timeout that is too short for [`REFRESH_NS`].
+#[inline(always)]
+const fn renews<A: Address>(headers: &Headers<A>, flags: u8) -> bool {
+    flags & FLOW_EXACT != 0 && headers.key.is_from_client()
+}
+
+#[inline(always)]
+const fn is_due(last_used_ns: u64, now_ns: u64) -> bool {
+    now_ns.saturating_sub(last_used_ns) >= REFRESH_NS
+}
+
+/// Notes what a packet tells of its connection's state, the time of last use, and the pin's timer where packets restart it.
+#[inline(always)]
+pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
+    // A draft, because a map's key may not be memory that a global function was given.
+    let _ = tables.draft(|draft| {
+        draft.key = headers.key;
+        let Some(entry) = tables.flow(&draft.key) else { return };
+        let (state, flags, last_used_ns) = entry.with(|flow| (flow.state, flow.flags, flow.last_used_ns));
+        let now_ns = tables.now_ns();
+        if tells(headers, state) {
+            draft.other = entry.with(|flow| headers.key.opposite(&flow.edit));
+            advance(tables, headers, &entry, &draft.other);
+        }
+        if renews(headers, flags) || is_due(last_used_ns, now_ns) {
+            note_use(tables, headers, &entry, now_ns);
+        }
+    });
+}
+
+/// A pin that has expired stays so.
 #[inline(never)]
 fn note_use<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
     entry.update(|flow| flow.last_used_ns = now_ns);
@@ -148,19 +177,7 @@ const fn packets_restart(timer: Timer, protocol: u8) -> bool {
 /// processors that see an end only one counts it. A connection is counted before others can see that it is open, and
 /// taken back where another processor was first, so that the count never misses one that is there.
 #[inline(always)]
-pub fn advance<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
-    // A draft, because a map's key may not be memory that a global function was given.
-    let _ = tables.draft(|draft| {
-        draft.key = headers.key;
-        if let Some(entry) = tables.flow(&draft.key) {
-            draft.other = entry.with(|flow| headers.key.opposite(&flow.edit));
-            advance_both(tables, headers, &entry, &draft.other);
-        }
-    });
-}
-
-#[inline(always)]
-fn advance_both<A: Address, T: FamilyTables<A>>(
+fn advance<A: Address, T: FamilyTables<A>>(
     tables: &T,
     headers: &Headers<A>,
     entry: &T::Entry<Flow<A>>,

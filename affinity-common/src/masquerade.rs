@@ -73,11 +73,36 @@ pub fn claim_replies<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Dra
 /// The same for the source port of the draft; false where its replies are another connection's.
 #[inline(never)]
 fn claim_replies_to<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> Result<bool, Reason> {
-    draft.back = draft.key.opposite(&draft.flow.edit);
+    draft_replies(draft);
     rewrite::set_edit(&mut draft.flow.edit, &draft.back, &draft.key);
     let is_claimed = claim(tables, draft, true);
     rewrite::set_edit(&mut draft.flow.edit, &draft.key, &draft.back);
     is_claimed
+}
+
+/// Drafts the key of replies. Apart, as [`draft_straight`] is: a key on the stack is free again when the flow is stored.
+#[inline(never)]
+fn draft_replies<A: Address>(draft: &mut Draft<A>) {
+    draft.back = draft.key.opposite(&draft.flow.edit);
+}
+
+/// Drafts the key of the client's packets after their translation.
+#[inline(never)]
+fn draft_outward<A: Address>(draft: &mut Draft<A>, protocol: u8) {
+    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
+}
+
+/// Drafts the key of replies to the source of the second translation.
+#[inline(never)]
+fn draft_returning<A: Address>(draft: &mut Draft<A>) {
+    draft.back = draft.forth.opposite(&draft.second.edit);
+}
+
+/// Drafts the keys of a connection that is not translated.
+#[inline(never)]
+fn draft_straight<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>) {
+    draft.key = headers.key;
+    draft.back = headers.key.reply();
 }
 
 /// Finds a source port with which replies are nobody else's.
@@ -87,7 +112,7 @@ fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draf
     for _ in 0..TRIES_COLLIDING {
         // Not a port of a system service. The checksum of SCTP is not one that could be kept in step.
         draft.back.dport = Port::new(draw as u16 | 1024);
-        if draft.back.protocol != SCTP && is_free(tables, draft) {
+        if draft.back.protocol != SCTP && tables.is_free(&draft.back) {
             draft.flow.edit.sport = draft.back.dport;
             return true;
         }
@@ -107,9 +132,9 @@ pub fn enter<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -
         return false;
     }
     let is_changed = tables.draft(|draft| {
-        (draft.key, draft.back) = (headers.key, headers.key.reply());
+        draft_straight(draft, headers);
         draft.flow.created_ns = tables.now_ns();
-        if tables.flow(&draft.back).is_none() || is_free(tables, draft) {
+        if tables.flow(&draft.back).is_none() || tables.is_free(&draft.back) {
             pass_straight(tables, draft, is_datagram);
             false
         } else {
@@ -177,12 +202,12 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
     let Some(address) = tables.node().and_then(|node| node.address()) else { return Ok(()) };
     draft.second = draft.flow;
     (draft.second.scope, draft.second.segment, draft.second.state) = (0, 0, 0);
-    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
+    draft_outward(draft, protocol);
     if renew(tables, draft) {
         return Ok(());
     }
     draft.second.edit.saddr = address;
-    draft.back = draft.forth.opposite(&draft.second.edit);
+    draft_returning(draft);
     if !find_port(tables, draft) {
         return Err(Reason::PortsExhausted);
     }
@@ -199,7 +224,7 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
 /// A new flow keeps its source: what another one of the same addresses and ports had is no more.
 #[inline(never)]
 pub fn forget<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &mut Draft<A>) {
-    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
+    draft_outward(draft, protocol);
     let bit = filter_bit(draft.forth.daddr, draft.forth.dport, protocol);
     if tables.filter(Direction::Outward, bit) {
         tables.remove_flow(&draft.forth);
@@ -211,12 +236,12 @@ pub fn forget<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &
 #[inline(never)]
 fn find_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
     if draft.back.protocol == SCTP {
-        return is_free(tables, draft);
+        return tables.is_free(&draft.back);
     }
     let Some(node) = tables.node() else { return false };
     for _ in 0..TRIES {
         draft.back.dport = node.port(tables.tried(draft.flow.backend));
-        if is_free(tables, draft) {
+        if tables.is_free(&draft.back) {
             return true;
         }
     }
@@ -241,22 +266,24 @@ fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bo
     true
 }
 
-/// Whether nobody has the draft's key for replies, neither a flow nor a connection to no frontend, or its holder is over: it
-/// has closed, or, where no end can be seen, it has been silent for long, at the pod too.
-#[inline(never)]
-fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
-    if foreign::holds(tables, &draft.back, draft.flow.created_ns) {
+/// Whether nobody has this key for replies, neither a flow nor a connection to no frontend, or its holder is over: it has
+/// closed, or, where no end can be seen, it has been silent for long, at the pod too.
+#[inline(always)]
+pub fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>) -> bool {
+    // A copy, because a map's key may not be memory that a global function was given.
+    let mut key = *replies;
+    let now_ns = tables.now_ns();
+    if foreign::holds(tables, &key, now_ns) {
         return false;
     }
-    let Some(holder) = tables.flow(&draft.back) else { return true };
+    let Some(holder) = tables.flow(&key) else { return true };
     let is_closed = holder.with(|holder| state::is_closed(holder.state));
-    if is_closed || draft.back.protocol != UDP {
+    if is_closed || key.protocol != UDP {
         return is_closed;
     }
-    let now_ns = draft.flow.created_ns;
-    if draft.back.direction == Direction::Return as u8 {
-        draft.other = holder.with(|holder| FlowKey::translated(&holder.edit, draft.back.protocol, Direction::Reverse));
-        if tables.flow(&draft.other).is_some_and(|flow| flow.with(|flow| !is_silent(flow, now_ns))) {
+    if key.direction == Direction::Return as u8 {
+        key = holder.with(|holder| FlowKey::translated(&holder.edit, UDP, Direction::Reverse));
+        if tables.flow(&key).is_some_and(|flow| flow.with(|flow| !is_silent(flow, now_ns))) {
             return false;
         }
     }
@@ -303,7 +330,7 @@ fn claim<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_fi
     let Some(holder) = tables.flow(&draft.back) else { return Err(Reason::FlowNotStored) };
     let is_same = is_first && holder.with(|holder| holder.edit == draft.flow.edit);
     if !is_same {
-        if !is_free(tables, draft) {
+        if !tables.is_free(&draft.back) {
             return Ok(false);
         }
         if draft.back.protocol == UDP {

@@ -17,7 +17,7 @@ use crate::{
         Address, Backend, Direction, Draft, Event, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member,
         MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
     },
-    flow, foreign,
+    flow, foreign, masquerade,
     packet::Packet,
     parse::Headers,
     pipeline::{self, Opened},
@@ -336,12 +336,16 @@ macro_rules! family {
                 pipeline::open(self, headers)
             }
 
-            fn advance(&self, headers: &Headers<$address>) {
-                flow::advance(self, headers);
+            fn note_change(&self, headers: &Headers<$address>) {
+                flow::note_change(self, headers);
             }
 
             fn note_leaving(&self, headers: &Headers<$address>) {
                 foreign::note_leaving(self, headers);
+            }
+
+            fn is_free(&self, replies: &FlowKey<$address>) -> bool {
+                masquerade::is_free(self, replies)
             }
 
             fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {

@@ -87,10 +87,12 @@ pub trait Tables {
 pub trait FamilyTables<A: Address>: Tables {
     /// Opens a new connection: [`crate::pipeline::open`], as a function that the kernel verifies by itself.
     fn open(&self, headers: &Headers<A>) -> Opened;
-    /// Notes a change of a connection's state: [`crate::flow::advance`], as a function that the kernel verifies by itself.
-    fn advance(&self, headers: &Headers<A>);
+    /// Notes what changes of a flow: [`crate::flow::note_change`], as a function that the kernel verifies by itself.
+    fn note_change(&self, headers: &Headers<A>);
     /// Notes a packet of another connection: [`crate::foreign::note_leaving`], as such a function.
     fn note_leaving(&self, headers: &Headers<A>);
+    /// Whether a key for replies is to be had: [`crate::masquerade::is_free`], as such a function.
+    fn is_free(&self, replies: &FlowKey<A>) -> bool;
     /// A frontend's record: replaced as a whole, never changed in place.
     fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
     /// Whether an address lies within a range of `scope`.

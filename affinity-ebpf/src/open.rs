@@ -2,8 +2,8 @@
 //! to them. What they are given is checked for them.
 
 use affinity_common::{
-    abi::{Reason, V4, V6},
-    flow, foreign,
+    abi::{FlowKey, Reason, V4, V6},
+    flow, foreign, masquerade,
     parse::Headers,
     pipeline::{self, Opened},
 };
@@ -22,13 +22,13 @@ verified_alone! {
 }
 
 verified_alone! {
-    /// [`flow::advance`] for IPv4.
-    fn advance_v4(headers: Headers<V4>) -> u64 { note(headers, |headers| flow::advance(&Maps, headers)) }
+    /// [`flow::note_change`] for IPv4.
+    fn note_change_v4(headers: Headers<V4>) -> u64 { note(headers, |headers| flow::note_change(&Maps, headers)) }
 }
 
 verified_alone! {
-    /// [`flow::advance`] for IPv6.
-    fn advance_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| flow::advance(&Maps, headers)) }
+    /// [`flow::note_change`] for IPv6.
+    fn note_change_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| flow::note_change(&Maps, headers)) }
 }
 
 verified_alone! {
@@ -39,6 +39,16 @@ verified_alone! {
 verified_alone! {
     /// [`foreign::note_leaving`] for IPv6.
     fn note_leaving_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| foreign::note_leaving(&Maps, headers)) }
+}
+
+verified_alone! {
+    /// [`masquerade::is_free`] for IPv4: one or zero.
+    fn is_free_v4(replies: FlowKey<V4>) -> u64 { replies.is_some_and(|replies| masquerade::is_free(&Maps, replies)).into() }
+}
+
+verified_alone! {
+    /// [`masquerade::is_free`] for IPv6: one or zero.
+    fn is_free_v6(replies: FlowKey<V6>) -> u64 { replies.is_some_and(|replies| masquerade::is_free(&Maps, replies)).into() }
 }
 
 #[inline(always)]

@@ -184,7 +184,7 @@ fn filter_word(direction: Direction, bit: u32) -> u32 {
 
 macro_rules! family {
     ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $drafts:ident,
-     $open:ident, $advance:ident, $note_leaving:ident) => {
+     $open:ident, $note_change:ident, $note_leaving:ident, $is_free:ident) => {
         impl FamilyTables<$address> for Maps {
             #[inline(always)]
             fn open(&self, headers: &Headers<$address>) -> Opened {
@@ -192,13 +192,18 @@ macro_rules! family {
             }
 
             #[inline(always)]
-            fn advance(&self, headers: &Headers<$address>) {
-                open::$advance(headers);
+            fn note_change(&self, headers: &Headers<$address>) {
+                open::$note_change(headers);
             }
 
             #[inline(always)]
             fn note_leaving(&self, headers: &Headers<$address>) {
                 open::$note_leaving(headers);
+            }
+
+            #[inline(always)]
+            fn is_free(&self, replies: &FlowKey<$address>) -> bool {
+                open::$is_free(replies) != 0
             }
 
             #[inline(always)]
@@ -288,8 +293,9 @@ family!(
     FRAGMENTS_V4,
     DRAFTS_V4,
     open_v4,
-    advance_v4,
-    note_leaving_v4
+    note_change_v4,
+    note_leaving_v4,
+    is_free_v4
 );
 family!(
     V6,
@@ -301,8 +307,9 @@ family!(
     FRAGMENTS_V6,
     DRAFTS_V6,
     open_v6,
-    advance_v6,
-    note_leaving_v6
+    note_change_v6,
+    note_leaving_v6,
+    is_free_v6
 );
 
 impl SocketTables for Maps {

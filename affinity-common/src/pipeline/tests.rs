@@ -96,11 +96,14 @@ where
     fn open(&self, headers: &Headers<A>) -> Opened {
         open(self, headers)
     }
-    fn advance(&self, headers: &Headers<A>) {
-        flow::advance(self, headers);
+    fn note_change(&self, headers: &Headers<A>) {
+        flow::note_change(self, headers);
     }
     fn note_leaving(&self, headers: &Headers<A>) {
         foreign::note_leaving(self, headers);
+    }
+    fn is_free(&self, replies: &FlowKey<A>) -> bool {
+        masquerade::is_free(self, replies)
     }
     fn add_state(&self, flow: &Self::Entry<Flow<A>>, bits: u8) -> u8 {
         self.model.add_state(flow, bits)

@@ -6,7 +6,7 @@ use std::{cell::Cell, vec::Vec};
 use super::*;
 use crate::{
     abi::{Draft, Flow, FlowKey, Foreign, FragmentKey, Node},
-    flow, foreign,
+    flow, foreign, masquerade,
     model::Shared,
     parse::Headers,
     pipeline::{self, Opened},
@@ -166,11 +166,14 @@ where
     fn open(&self, headers: &Headers<A>) -> Opened {
         pipeline::open(self, headers)
     }
-    fn advance(&self, headers: &Headers<A>) {
-        flow::advance(self, headers);
+    fn note_change(&self, headers: &Headers<A>) {
+        flow::note_change(self, headers);
     }
     fn note_leaving(&self, headers: &Headers<A>) {
         foreign::note_leaving(self, headers);
+    }
+    fn is_free(&self, replies: &FlowKey<A>) -> bool {
+        masquerade::is_free(self, replies)
     }
     fn add_state(&self, flow: &Shared<Flow<A>>, bits: u8) -> u8 {
         self.step();
