@@ -3,7 +3,7 @@
 use crate::{
     abi::{
         Address, BACKEND_LOCAL, Draft, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow,
-        FlowKey, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey, Reason, SHADOW, SessionKey, Timer,
+        FlowKey, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW, SessionKey, Timer,
     },
     masquerade,
     parse::{FIN, Headers, RST, TCP, UDP},
@@ -62,9 +62,8 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
 fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
     let (pool, backend, generation) = flow.with(|flow| (flow.pool, flow.backend, flow.generation));
     let port = flow.with(|flow| flow.edit.dport);
-    let is_served = tables
-        .member(&MemberKey { pool, backend })
-        .is_some_and(|member| member.generation == generation && member.state == MEMBER_READY && member.port == port);
+    let ready = Member { generation, port, state: MEMBER_READY, pad: 0 };
+    let is_served = tables.is_member(&MemberKey { pool, backend }, &ready);
     is_served && (flow.with(|flow| flow.scope) == 0 || follows_pin(tables, headers, flow))
 }
 
@@ -91,7 +90,7 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
     let is_datagram = key.protocol == UDP;
     let is_ours = || {
         let frontend = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
-        frontend.is_some_and(|frontend| frontend.flags & SHADOW == 0)
+        frontend.is_ok_and(|frontend| frontend.is_some_and(|frontend| frontend.flags & SHADOW == 0))
     };
     if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
 }

@@ -22,7 +22,7 @@ use crate::{
     parse::Headers,
     pipeline::{self, Opened},
     refuse::Bucket,
-    tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables},
+    tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables, Unstable},
 };
 
 /// A map that forgets what was used longest ago once it is full.
@@ -306,6 +306,10 @@ impl Tables for Model {
         *load = load.wrapping_add_signed(sessions);
     }
 
+    fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R> {
+        Some(work(&mut Frontend::zeroed()))
+    }
+
     fn may_reject(&self) -> bool {
         if self.rejection_interval_ns == 0 {
             return true;
@@ -324,8 +328,8 @@ impl Tables for Model {
         }
     }
 
-    fn report(&self, event: &Event) {
-        self.events.borrow_mut().push(*event);
+    fn report(&self, event: impl FnOnce() -> Event) {
+        self.events.borrow_mut().push(event());
     }
 }
 
@@ -348,8 +352,8 @@ macro_rules! family {
                 masquerade::is_free(self, replies)
             }
 
-            fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
-                self.$frontends.get(key)
+            fn frontend(&self, key: &FrontendKey<$address>) -> Result<Option<Frontend>, Unstable> {
+                Ok(self.$frontends.get(key).copied())
             }
 
             fn is_within(&self, scope: u32, address: $address) -> bool {

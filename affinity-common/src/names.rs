@@ -40,6 +40,8 @@ pub const FRAGMENTS_V6: &str = "fragments_v6";
 pub const DRAFTS_V4: &str = "drafts_v4";
 /// `percpu_array` of one [`crate::abi::Draft`], IPv6.
 pub const DRAFTS_V6: &str = "drafts_v6";
+/// `percpu_array` of one [`crate::abi::Frontend`]: the record of the connection that is being opened.
+pub const FRONTEND_SCRATCH: &str = "frontend_scratch";
 /// `percpu_array` of one [`crate::refuse::Bucket`]: limits how many packets a processor rejects.
 pub const REJECTIONS: &str = "rejections";
 /// `array`: backend index -> how many source ports were tried for connections to it, `u64`.
@@ -71,7 +73,7 @@ pub const XDP_STAGES: &str = "xdp_stages";
 pub const TC_STAGES: &str = "tc_stages";
 
 /// Every map, in the order of a dump.
-pub const MAPS: [&str; 33] = [
+pub const MAPS: [&str; 34] = [
     FRONTENDS_V4,
     FRONTENDS_V6,
     RANGES_V4,
@@ -92,6 +94,7 @@ pub const MAPS: [&str; 33] = [
     FRAGMENTS_V6,
     DRAFTS_V4,
     DRAFTS_V6,
+    FRONTEND_SCRATCH,
     REJECTIONS,
     TRIED,
     SOCKETS,

@@ -18,7 +18,7 @@ use crate::{
     parse::{self, Headers, Network, UDP},
     refuse,
     session::{self, Opening, Resolved},
-    tables::{Entry, FamilyTables, Tables},
+    tables::{Entry, FamilyTables, Tables, Unstable},
 };
 
 /// What happens to a packet. `F` is its flow.
@@ -244,7 +244,16 @@ impl Opened {
 /// Opens a new connection: frontend, session or selection, and remembers it as a flow.
 #[inline(always)]
 pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
-    let Some(frontend) = frontend_for(tables, &headers.key) else { return to_no_frontend(tables, headers) };
+    let opened = tables.frontend_scratch(|frontend| match frontend_for(tables, &headers.key, frontend) {
+        Ok(()) => open_at(tables, headers, frontend),
+        Err(Reason::NotFrontend) => to_no_frontend(tables, headers),
+        Err(reason) => Opened::Failed(reason),
+    });
+    opened.unwrap_or(Opened::Failed(Reason::Inconsistent))
+}
+
+#[inline(always)]
+fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, frontend: &Frontend) -> Opened {
     if is_anothers(tables, headers) {
         return Opened::NotOurs(Reason::NotOurs);
     }
@@ -292,16 +301,38 @@ fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>)
     }
 }
 
-/// The frontend that a client dials: where clients outside of the pod networks have a record of their own, theirs. Out of
-/// line, for the sake of its caller's stack frame.
+/// Copies the frontend that a client dials: where clients outside of the pod networks have a record of their own, theirs.
+/// Out of line, for the sake of its caller's stack frame.
+///
+/// # Errors
+/// [`Reason::NotFrontend`]; [`Reason::Inconsistent`] where the record could not be read.
 #[inline(never)]
-fn frontend_for<'t, A: Address, T: FamilyTables<A>>(tables: &'t T, key: &FlowKey<A>) -> Option<&'t Frontend> {
+fn frontend_for<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    key: &FlowKey<A>,
+    frontend: &mut Frontend,
+) -> Result<(), Reason> {
     let frontend_key = FrontendKey::new(key.daddr, key.dport, key.protocol);
-    let frontend = tables.frontend(&frontend_key)?;
+    copy_frontend(tables, &frontend_key, frontend)?;
     if frontend.flags & SPLIT == 0 || tables.is_within(PODS, key.saddr) {
-        return Some(frontend);
+        return Ok(());
     }
-    tables.frontend(&frontend_key.outside())
+    copy_frontend(tables, &frontend_key.outside(), frontend)
+}
+
+/// Copies the record of a frontend.
+///
+/// # Errors
+/// [`Reason::NotFrontend`]; [`Reason::Inconsistent`] where the record could not be read.
+#[inline(always)]
+pub fn copy_frontend<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    key: &FrontendKey<A>,
+    frontend: &mut Frontend,
+) -> Result<(), Reason> {
+    let found = tables.frontend(key).map_err(|Unstable| Reason::Inconsistent)?;
+    *frontend = found.ok_or(Reason::NotFrontend)?;
+    Ok(())
 }
 
 /// The member for a packet's new connection: apart, because what it needs of the stack is free again when the flow begins.

@@ -404,7 +404,7 @@ fn report<A: Address, T: Tables>(
     to: &Chosen,
     (kind, reason): (EventKind, Reason),
 ) {
-    tables.report(&Event {
+    tables.report(|| Event {
         time_ns: opening.now_ns,
         client: key.client.to_mapped(),
         service: opening.frontend.service,

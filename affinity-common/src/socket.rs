@@ -17,14 +17,17 @@
 #[cfg(test)]
 mod tests;
 
+use bytemuck::Zeroable;
+
 use crate::{
     abi::{
-        Address, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, RANGES, Reason, SHADOW, SessionKey,
-        Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
+        Address, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port, RANGES, Reason, SHADOW,
+        SessionKey, Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
     },
     flow::REFRESH_NS,
+    pipeline::copy_frontend,
     session::{self, Follower, Opening, Resolved},
-    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables},
+    tables::{Entry, NotStored, SocketTables, Tables},
 };
 
 /// The socket that a process has made a call on.
@@ -85,14 +88,17 @@ impl Peer {
         tables.filter(direction, bit)
     }
 
-    /// The frontend that this is. Apart, for the sake of the stack.
+    /// Copies the record of the frontend that this is. Apart, for the sake of the stack.
+    ///
+    /// # Errors
+    /// As [`copy_frontend`].
     #[inline(never)]
-    fn frontend<'t, T: SocketTables>(&self, tables: &'t T, protocol: u8) -> Option<&'t Frontend> {
+    fn frontend<T: SocketTables>(&self, tables: &T, protocol: u8, frontend: &mut Frontend) -> Result<(), Reason> {
         if self.is_ipv4() {
             let key = FrontendKey::<V4>::new(V4::from_mapped(self.address.0), self.port, protocol);
-            FamilyTables::<V4>::frontend(tables, &key)
+            copy_frontend(tables, &key, frontend)
         } else {
-            FamilyTables::<V6>::frontend(tables, &FrontendKey::<V6>::new(self.address, self.port, protocol))
+            copy_frontend(tables, &FrontendKey::<V6>::new(self.address, self.port, protocol), frontend)
         }
     }
 }
@@ -209,8 +215,8 @@ fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &P
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let (pool, backend, generation) = entry.with(|socket| (socket.pool, socket.backend, socket.generation));
     let port = entry.with(|socket| socket.peer_port);
-    let member = tables.member(&MemberKey { pool, backend });
-    member.is_some_and(|member| member.generation == generation && member.state == MEMBER_READY && member.port == port)
+    let ready = Member { generation, port, state: MEMBER_READY, pad: 0 };
+    tables.is_member(&MemberKey { pool, backend }, &ready)
         && (entry.with(|socket| socket.scope) == 0 || follows_pin(tables, entry))
 }
 
@@ -260,10 +266,16 @@ fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>,
 /// A new connection, or the first datagram to a frontend: finds the member and remembers it.
 #[inline(always)]
 fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRole) -> Answer {
-    let frontend = to.frontend(tables, caller.protocol);
-    let Some(frontend) = frontend.filter(|_| !to.is_loopback() || caller.netns == tables.node_netns()) else {
+    if to.is_loopback() && caller.netns != tables.node_netns() {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
-    };
+    }
+    let mut frontend = Frontend::zeroed();
+    match to.frontend(tables, caller.protocol, &mut frontend) {
+        Ok(()) => {}
+        Err(Reason::NotFrontend) => return concluded(tables, Answer::Leave, Reason::NotFrontend),
+        Err(reason) => return concluded(tables, Answer::Refuse, reason),
+    }
+    let frontend = &frontend;
     if frontend.flags & RANGES != 0 {
         // What the packets' source will be is not known yet: they are decided about where they enter a device.
         return concluded(tables, Answer::Leave, Reason::NotInRanges);
@@ -272,9 +284,9 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
         // Its packets are decided about where they enter a device, and counted there.
         return concluded(tables, Answer::Leave, Reason::Shadow);
     }
-    let mut opened = Opened { resolved: Resolved::NOTHING, asked: *to, peer: *to };
-    let done =
-        open(tables, caller, frontend, &mut opened).and_then(|()| remember(tables, caller, frontend, role, &opened));
+    let mut opened = Opened { resolved: Resolved::NOTHING, peer: *to };
+    let done = open(tables, caller, frontend, &mut opened)
+        .and_then(|()| remember(tables, caller, frontend, (to, role), &opened));
     match done {
         Ok(()) => concluded(tables, Answer::Redirect(opened.peer), opened.resolved.reason),
         Err(reason) => concluded(tables, Answer::Refuse, reason),
@@ -284,9 +296,7 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
 /// What came of a new connection.
 struct Opened {
     resolved: Resolved,
-    /// The frontend.
-    asked: Peer,
-    /// The backend.
+    /// The frontend that was asked for; then the backend.
     peer: Peer,
 }
 
@@ -298,7 +308,7 @@ fn client_of(caller: &Caller, frontend: &Peer) -> V6 {
 /// Finds the backend. Apart, because what it needs of the stack is free again when the socket is remembered.
 #[inline(never)]
 fn open<T: SocketTables>(tables: &T, caller: &Caller, frontend: &Frontend, opened: &mut Opened) -> Result<(), Reason> {
-    let opening = Opening { client: client_of(caller, &opened.asked), frontend, now_ns: tables.now_ns() };
+    let opening = Opening { client: client_of(caller, &opened.peer), frontend, now_ns: tables.now_ns() };
     session::open(tables, &opening, &mut opened.resolved)?;
     let chosen = &opened.resolved.chosen;
     let backend = tables.backend(chosen.backend).ok_or(Reason::Inconsistent)?;
@@ -312,10 +322,10 @@ fn remember<T: SocketTables>(
     tables: &T,
     caller: &Caller,
     frontend: &Frontend,
-    role: SocketRole,
+    (asked, role): (&Peer, SocketRole),
     opened: &Opened,
 ) -> Result<(), Reason> {
-    let Opened { resolved: Resolved { chosen, scope, .. }, asked, peer } = opened;
+    let Opened { resolved: Resolved { chosen, scope, .. }, peer } = opened;
     let now_ns = tables.now_ns();
     let socket = Socket {
         created_ns: now_ns,

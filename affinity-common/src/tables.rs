@@ -1,5 +1,5 @@
 //! What the pipeline needs of the maps. Two real implementations: BPF maps in the kernel programs, and
-//! [`crate::model`]. Lookups are by copy, but for records that are never changed in place; nothing here blocks or loops.
+//! [`crate::model`]. Lookups of what the agent publishes are by copy; nothing here blocks.
 
 use crate::{
     abi::{
@@ -64,6 +64,13 @@ pub trait Tables {
     fn backend(&self, index: u32) -> Option<Backend>;
     /// A member's record.
     fn member(&self, key: &MemberKey) -> Option<Member>;
+    /// Whether a member's record is this one: cheaper than [`Tables::member`] where it is.
+    fn is_member(&self, key: &MemberKey, record: &Member) -> bool {
+        self.member(key) == Some(*record)
+    }
+    /// Works with a frontend's record in the processor's own memory, because a program's stack has no room for it; `None` where
+    /// there is none, which the kernel rules out. For packets alone: they do not interrupt each other.
+    fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R>;
     /// Live sessions of a backend, as far as known: zero where more were counted off than on.
     fn load(&self, backend: u32) -> u64;
     /// Adds to the live sessions of a backend.
@@ -79,8 +86,9 @@ pub trait Tables {
     }
     /// Counts a new connection of a service or backend.
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason);
-    /// Reports a state change; counts [`Reason::EventLost`] where there is no room.
-    fn report(&self, event: &Event);
+    /// Reports a state change, which is put together in the ring, because a program's stack has no room for it; counts
+    /// [`Reason::EventLost`] where there is none.
+    fn report(&self, event: impl FnOnce() -> Event);
 }
 
 /// The tables of one family.
@@ -93,8 +101,11 @@ pub trait FamilyTables<A: Address>: Tables {
     fn note_leaving(&self, headers: &Headers<A>);
     /// Whether a key for replies is to be had: [`crate::masquerade::is_free`], as such a function.
     fn is_free(&self, replies: &FlowKey<A>) -> bool;
-    /// A frontend's record: replaced as a whole, never changed in place.
-    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend>;
+    /// A copy of a frontend's record, whole.
+    ///
+    /// # Errors
+    /// [`Unstable`].
+    fn frontend(&self, key: &FrontendKey<A>) -> Result<Option<Frontend>, Unstable>;
     /// Whether an address lies within a range of `scope`.
     fn is_within(&self, scope: u32, address: A) -> bool;
     /// A session.
@@ -150,3 +161,7 @@ pub trait SocketTables: FamilyTables<V4> + FamilyTables<V6> {
 /// A table did not take an entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NotStored;
+
+/// A record was replaced each time that it was read, so what it holds is not known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unstable;

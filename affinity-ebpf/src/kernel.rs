@@ -14,7 +14,7 @@ use affinity_common::{
     packet::Packet,
     parse::{TCP, UDP},
     socket::{Caller, Peer},
-    tables::{Entry, Pin},
+    tables::{Entry, Pin, Unstable},
 };
 use aya_ebpf::{
     EbpfContext,
@@ -242,11 +242,11 @@ impl Pin for MapValue<Session> {
     }
 }
 
-/// A copy of an array's value.
+/// A copy of an array's value. An array's elements are never another key's; where one changes meanwhile, each word is the old
+/// one or the new one.
 #[inline(always)]
 pub fn copied<V: Copy>(pointer: Option<*const V>) -> Option<V> {
-    // SAFETY: a lookup gave this pointer, see `MapValue::get`.
-    pointer.map(|pointer| unsafe { *pointer })
+    pointer.map(copy_words)
 }
 
 /// A function that the verifier takes by itself, because it is known by its name. Its body is given what its caller passed
@@ -282,11 +282,91 @@ pub fn exclusively<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R
     pointer.map(|pointer| work(unsafe { &mut *pointer }))
 }
 
-/// A value of a map whose elements are replaced as a whole and freed only when no program runs (`BPF_F_NO_PREALLOC`).
+/// How often a record is read that is replaced at each reading.
+const READINGS: u32 = 4;
+
+/// A copy of a record of a hash, of which other processors replace, remove and add elements: whole, and of the key that
+/// `lookup` looks up. `Err` where the record was replaced at each of [`READINGS`].
+///
+/// RCU does not promise that. The kernel frees an element without preallocation to a list of the processor, and the next
+/// insertion there takes it at once, with another key and value, while a program that has found it may still read it:
+/// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c> (`unit_free`, `unit_alloc`), since Linux 6.1. RCU
+/// only keeps the memory from becoming something else. Elements of an LRU hash are used again in the same way, on all kernels:
+/// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/bpf_lru_list.c>.
+///
+/// So the record is read twice, with another lookup in between that must find the same element:
+///
+/// * That lookup begins at the head of the bucket, so it finds the element in place (or on its way out). An element is put
+///   in place after it was written, whole, with its key. So the element held a whole record of this key at a time between the
+///   two readings.
+/// * A first reading from before that, of another key or of a record that was just being written, has other words than
+///   the second one, unless the record that was in place has the same. A reading that is torn and equal twice would take
+///   an element that is taken and left several times, each time with the words for the same cut, in the nanoseconds
+///   between.
+/// * x86-64 does not reorder loads with each other, nor do the compiler (the loads are volatile) and the call of the helper.
+///
+/// Where there is none the key is looked up again, because a lookup can miss a record that is being replaced: the kernel puts
+/// the new element at the head of the bucket before it takes the old one out, and a search that has left the head by then,
+/// and has not come to the old one yet, meets neither
+/// (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c>, `lookup_nulls_elem_raw`, `htab_map_update_elem`).
 #[inline(always)]
-pub fn borrowed<M, V>(_maps: &M, pointer: Option<*const V>) -> Option<&V> {
-    // SAFETY: a lookup gave this pointer; the element is neither changed nor freed before the program ends.
-    pointer.map(|pointer| unsafe { &*pointer })
+pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, Unstable> {
+    for _ in 0..READINGS {
+        let Some(first) = lookup().or_else(&lookup) else { return Ok(None) };
+        let copy = copy_words(first);
+        if lookup() == Some(first) && has_words(first, &copy) {
+            return Ok(Some(copy));
+        }
+    }
+    Err(Unstable)
+}
+
+/// The bytes of a record that are loaded at once: by no less do others write it.
+const fn word<V>() -> usize {
+    assert!(align_of::<V>() == 8 || align_of::<V>() == 4);
+    assert!(size_of::<V>().is_multiple_of(align_of::<V>()));
+    align_of::<V>()
+}
+
+/// A copy of a record that may change meanwhile, word by word.
+#[inline(always)]
+fn copy_words<V: Copy>(place: *const V) -> V {
+    let mut copy = MaybeUninit::<V>::uninit();
+    // SAFETY: a lookup gave the pointer, so the memory is the map's until the program ends, and aligned to eight bytes. The
+    // words are all of the value; every bit pattern is valid.
+    unsafe {
+        let to = copy.as_mut_ptr();
+        if const { word::<V>() } == 8 {
+            for at in 0..size_of::<V>() / 8 {
+                to.cast::<u64>().add(at).write(ptr::read_volatile(place.cast::<u64>().add(at)));
+            }
+        } else {
+            for at in 0..size_of::<V>() / 4 {
+                to.cast::<u32>().add(at).write(ptr::read_volatile(place.cast::<u32>().add(at)));
+            }
+        }
+        copy.assume_init()
+    }
+}
+
+/// Whether a record is equal to a copy now, word by word.
+#[inline(always)]
+fn has_words<V: Copy>(place: *const V, copy: &V) -> bool {
+    let (copy, mut differing) = (ptr::from_ref(copy), 0);
+    // SAFETY: as for `copy_words`; records have no padding.
+    unsafe {
+        if const { word::<V>() } == 8 {
+            for at in 0..size_of::<V>() / 8 {
+                differing |= ptr::read_volatile(place.cast::<u64>().add(at)) ^ copy.cast::<u64>().add(at).read();
+            }
+        } else {
+            for at in 0..size_of::<V>() / 4 {
+                let (now, then) = (ptr::read_volatile(place.cast::<u32>().add(at)), copy.cast::<u32>().add(at).read());
+                differing |= u64::from(now ^ then);
+            }
+        }
+    }
+    differing == 0
 }
 
 impl MapValue<u64> {

@@ -146,7 +146,7 @@ fn may_redirect(skb: &Skb<'_>) -> bool {
 /// How a device takes frames that came in by others.
 #[inline(always)]
 fn wire(ifindex: u32) -> u32 {
-    kernel::copied(WIRES.get_ptr(ifindex)).unwrap_or(0)
+    kernel::stable_copy(|| WIRES.get_ptr(ifindex)).ok().flatten().unwrap_or(0)
 }
 
 /// Reverse translation where a reply leaves the node, or goes to a pod.
@@ -175,7 +175,7 @@ fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
 pub fn report(ctx: TcContext) -> i32 {
     match kernel::event_of(&Skb::new(&ctx)) {
         Some(event) => {
-            Maps.report(&event);
+            Maps.report(|| event);
             0
         }
         None => TC_ACT_SHOT,

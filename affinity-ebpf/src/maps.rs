@@ -12,7 +12,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf},
 };
 
-// Without preallocation a replaced element is freed only when no program can see it, so a copy is never torn.
+// Without preallocation, because the agent bounds their number and most tables are far from full. A freed element is taken by
+// the next insertion at once (since Linux 6.1, https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c), so
+// programs keep no pointer into one: see `kernel::stable_copy`.
 #[map(name = "frontends_v4")]
 pub static FRONTENDS_V4: HashMap<FrontendKey<V4>, Frontend> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "frontends_v6")]
@@ -60,6 +62,8 @@ pub static FRAGMENTS_V6: LruHashMap<FragmentKey<V6>, FlowKey<V6>> = LruHashMap::
 pub static DRAFTS_V4: PerCpuArray<Draft<V4>> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "drafts_v6")]
 pub static DRAFTS_V6: PerCpuArray<Draft<V6>> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "frontend_scratch")]
+pub static FRONTEND_SCRATCH: PerCpuArray<Frontend> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "rejections")]
 pub static REJECTIONS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "tried")]

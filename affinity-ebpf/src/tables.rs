@@ -5,12 +5,12 @@ use core::mem::offset_of;
 use affinity_common::{
     abi::{
         Address, Backend, Config, Direction, Draft, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey, Frontend,
-        FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4,
-        V6, WIRE_ABOVE, usage_index,
+        FrontendKey, Member, MemberKey, Node, Port, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf,
+        V4, V6, WIRE_ABOVE, usage_index,
     },
     parse::Headers,
     pipeline::Opened,
-    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables},
+    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables, Unstable},
 };
 use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key};
 use aya_log_ebpf::{debug, trace};
@@ -18,8 +18,8 @@ use aya_log_ebpf::{debug, trace};
 use crate::{
     maps::{
         BACKENDS, COUNTERS, DRAFTS_V4, DRAFTS_V6, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FOREIGN_V4, FOREIGN_V6,
-        FRAGMENTS_V4, FRAGMENTS_V6, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4, RANGES_V6, REJECTIONS,
-        Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SOCKETS, TRIED, USAGE, WIRES,
+        FRAGMENTS_V4, FRAGMENTS_V6, FRONTEND_SCRATCH, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4,
+        RANGES_V6, REJECTIONS, Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SOCKETS, TRIED, USAGE, WIRES,
     },
     open,
 };
@@ -82,7 +82,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_above_another(&self, ifindex: u32) -> bool {
-        kernel::copied(WIRES.get_ptr(ifindex)).is_some_and(|wire| wire & WIRE_ABOVE != 0)
+        matches!(kernel::stable_copy(|| WIRES.get_ptr(ifindex)), Ok(Some(wire)) if wire & WIRE_ABOVE != 0)
     }
 
     #[inline(always)]
@@ -102,7 +102,20 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn member(&self, key: &MemberKey) -> Option<Member> {
-        kernel::copied(MEMBERS.get_ptr(key))
+        let member = member(key);
+        (member.pad == 0).then_some(member)
+    }
+
+    #[inline(always)]
+    fn is_member(&self, key: &MemberKey, record: &Member) -> bool {
+        // An equal record of another key is taken for this one only where this key's element has just been given to that one.
+        // So what is decided is what would have been decided a moment earlier.
+        kernel::copied(MEMBERS.get_ptr(key)) == Some(*record) || member(key) == *record
+    }
+
+    #[inline(always)]
+    fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R> {
+        kernel::exclusively(FRONTEND_SCRATCH.get_ptr_mut(0), work)
     }
 
     #[inline(always)]
@@ -165,14 +178,24 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn report(&self, event: &Event) {
+    fn report(&self, event: impl FnOnce() -> Event) {
         match EVENTS.reserve::<Event>(0) {
             Some(mut place) => {
-                place.write(*event);
+                place.write(event());
                 place.submit(BPF_RB_NO_WAKEUP);
             }
             None => self.count(Reason::EventLost),
         }
+    }
+}
+
+/// A member's record; where there is none, one whose padding is not zero. Where it changes at each reading, the connection is
+/// decided as if the member had just gone. Out of line, for the sake of its callers' stack frames.
+#[inline(never)]
+fn member(key: &MemberKey) -> Member {
+    match kernel::stable_copy(|| MEMBERS.get_ptr(key)) {
+        Ok(Some(member)) => member,
+        Ok(None) | Err(Unstable) => Member { generation: 0, port: Port([0; 2]), state: 0, pad: 1 },
     }
 }
 
@@ -207,8 +230,8 @@ macro_rules! family {
             }
 
             #[inline(always)]
-            fn frontend(&self, key: &FrontendKey<$address>) -> Option<&Frontend> {
-                kernel::borrowed(self, $frontends.get_ptr(key))
+            fn frontend(&self, key: &FrontendKey<$address>) -> Result<Option<Frontend>, Unstable> {
+                kernel::stable_copy(|| $frontends.get_ptr(key))
             }
 
             #[inline(always)]
@@ -271,7 +294,8 @@ macro_rules! family {
 
             #[inline(always)]
             fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
-                kernel::copied($fragments.get_ptr(key))
+                // Where it changes at each reading, the fragment passes as it is.
+                kernel::stable_copy(|| $fragments.get_ptr(key)).unwrap_or(None)
             }
 
             #[inline(always)]

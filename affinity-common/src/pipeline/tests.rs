@@ -75,6 +75,9 @@ impl Tables for Failing {
     fn add_load(&self, backend: u32, sessions: i64) {
         self.model.add_load(backend, sessions);
     }
+    fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R> {
+        self.model.frontend_scratch(work)
+    }
     fn may_reject(&self) -> bool {
         self.model.may_reject()
     }
@@ -84,7 +87,7 @@ impl Tables for Failing {
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
         self.model.count_usage(of, id, reason);
     }
-    fn report(&self, event: &Event) {
+    fn report(&self, event: impl FnOnce() -> Event) {
         self.model.report(event);
     }
 }
@@ -133,7 +136,7 @@ where
     fn put_fragment(&self, key: &FragmentKey<A>, flow: &FlowKey<A>) {
         self.model.put_fragment(key, flow);
     }
-    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
+    fn frontend(&self, key: &FrontendKey<A>) -> Result<Option<Frontend>, Unstable> {
         self.model.frontend(key)
     }
     fn session(&self, key: &SessionKey<A>) -> Option<Self::Pin> {

@@ -179,7 +179,8 @@ fn a_node_port_on_loopback_is_for_the_nodes_processes_alone() {
         [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]];
     for (address, like) in loopback.into_iter().zip([WEB_V4, WEB_V6]) {
         let to = Peer { address: V6(address), port: Port::new(30_080) };
-        let frontend = *like.frontend(&node.0, UDP).unwrap();
+        let mut frontend = Frontend::zeroed();
+        like.frontend(&node.0, UDP, &mut frontend).unwrap();
         node.publish(to, UDP, frontend);
         let of_pod = Caller { netns: NODE + 1, ..udp(1) };
         assert_ne!(node.send(&udp(2), &to), to);

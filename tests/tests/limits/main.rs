@@ -3,6 +3,7 @@
 
 mod ports;
 mod race;
+mod reuse;
 mod site;
 
 use std::{

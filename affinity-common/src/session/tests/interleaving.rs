@@ -10,7 +10,7 @@ use crate::{
     model::Shared,
     parse::Headers,
     pipeline::{self, Opened},
-    tables::{Entry, FamilyTables, NotStored, Pin},
+    tables::{Entry, FamilyTables, NotStored, Pin, Unstable},
 };
 
 const OTHER_PORT: u16 = 2;
@@ -145,6 +145,9 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
         self.step();
         self.cluster.0.add_load(backend, sessions);
     }
+    fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R> {
+        self.cluster.0.frontend_scratch(work)
+    }
     fn may_reject(&self) -> bool {
         self.cluster.0.may_reject()
     }
@@ -154,7 +157,7 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
         self.cluster.0.count_usage(of, id, reason);
     }
-    fn report(&self, event: &Event) {
+    fn report(&self, event: impl FnOnce() -> Event) {
         self.cluster.0.report(event);
     }
 }
@@ -203,7 +206,7 @@ where
     fn put_fragment(&self, key: &FragmentKey<A>, flow: &FlowKey<A>) {
         self.cluster.0.put_fragment(key, flow);
     }
-    fn frontend(&self, key: &FrontendKey<A>) -> Option<&Frontend> {
+    fn frontend(&self, key: &FrontendKey<A>) -> Result<Option<Frontend>, Unstable> {
         self.cluster.0.frontend(key)
     }
     fn session(&self, key: &SessionKey<A>) -> Option<Self::Pin> {
