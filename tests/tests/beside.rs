@@ -129,7 +129,9 @@ fn shadow_mode_decides_and_counts_and_changes_nothing() -> Result<()> {
             ensure!(sessions.as_array().context("an array")?.len() == 400, "each client is pinned in shadow");
             let services = lab.affinity_json(&["get", "services"])?;
             let row = &services[0];
-            ensure!(row["shadow"] == true && row["connections"]["pinned"] == 400, "{row}");
+            // A datagram socket that happens to get the port of the client's last one goes on with its flow.
+            let pinned = row["connections"]["pinned"].as_u64().context("a number")?;
+            ensure!(row["shadow"] == true && (398..=400).contains(&pinned), "{row}");
             for reason in ["established", "reply", "created", "pinned"] {
                 ensure!(lab.count(reason)? == 0, "{reason}: a packet was changed");
             }

@@ -17,6 +17,8 @@ $B echo /run/modprobe > /proc/sys/kernel/modprobe
 for alias in $($B cat /sys/bus/pci/devices/*/modalias /sys/bus/virtio/devices/*/modalias 2>/dev/null); do
     /run/modprobe -q "$alias"
 done
+# Nor to make the node of a device whose driver is loaded when the node is opened.
+/run/modprobe -q tun
 # Whoever runs out of memory says so on the console, and that is the end.
 $B echo 1 > /proc/sys/vm/panic_on_oom
 $B hostname affinity-guest
