@@ -127,6 +127,12 @@ impl AttachError {
     const fn note(&self) -> Option<Note> {
         if let Self::NoXdp { note, .. } = self { Some(*note) } else { None }
     }
+
+    /// Whether it says no more than that the kernel has no tcx, as `check` does, and each device that has clsact instead.
+    fn says_no_tcx(&self) -> bool {
+        let Self::Refused { hook: Hook::TcxIngress | Hook::TcxEgress, source, .. } = self else { return false };
+        source.raw_os_error() == Some(libc::EINVAL)
+    }
 }
 
 /// How to attach.
@@ -218,6 +224,7 @@ pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attach
     }
     hooks.push(egress);
     let note = ruled_out.or_else(|| refused.iter().find_map(AttachError::note));
+    refused.retain(|refusal| !refusal.says_no_tcx());
     let attached = Attached { hooks, refused, note };
     for stale in attachments_of(pins, device.index)?.iter().filter(|old| !attached.hooks.contains(&old.hook)) {
         detach_one(pins, stale)?;
