@@ -12,6 +12,7 @@
 mod backend;
 mod config;
 mod event;
+mod fields;
 mod flow;
 mod frontend;
 mod onward;
@@ -29,6 +30,7 @@ pub use backend::{
 };
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
+pub use fields::Field;
 pub use flow::{
     Direction, Draft, Edit, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_FOREIGN, FLOW_OPEN,
     FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, FragmentKey, NO_BACKEND,

@@ -36,13 +36,14 @@ pub enum Admission {
 #[inline(always)]
 pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> Admission {
     let is_datagram = headers.key.protocol == UDP;
-    let (backend, generation, state, flags) = flow.with(|flow| (flow.backend, flow.generation, flow.state, flow.flags));
+    let (state, flags) = (flow.read(Flow::STATE), flow.read(Flow::FLAGS));
     let lives = if flags & FLOW_FOREIGN != 0 {
         true
     } else if is_datagram {
         may_go_on(tables, headers, flow)
     } else {
-        tables.backend(backend).is_some_and(|backend| backend.generation == generation)
+        let backend = tables.backend(flow.read(Flow::BACKEND));
+        backend.is_some_and(|backend| backend.generation == flow.read(Flow::GENERATION))
     };
     if state & FLOW_SHADOW != 0 {
         return admit_shadow(tables, headers, lives, state);
@@ -60,25 +61,23 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
 /// allowed to go, to the port that is served there now, and where its client's pin leads.
 #[inline(always)]
 fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
-    let (pool, backend, generation) = flow.with(|flow| (flow.pool, flow.backend, flow.generation));
-    let port = flow.with(|flow| flow.edit.dport);
-    let ready = Member { generation, port, state: MEMBER_READY, pad: 0 };
-    let is_served = tables.is_member(&MemberKey { pool, backend }, &ready);
-    is_served && (flow.with(|flow| flow.scope) == 0 || follows_pin(tables, headers, flow))
+    let key = MemberKey { pool: flow.read(Flow::POOL), backend: flow.read(Flow::BACKEND) };
+    let (generation, port) = (flow.read(Flow::GENERATION), flow.read(Flow::NEW_DPORT));
+    let is_served = tables.is_member(&key, &Member { generation, port, state: MEMBER_READY, pad: 0 });
+    is_served && (flow.read(Flow::SCOPE) == 0 || follows_pin(tables, headers, flow))
 }
 
 /// Whether the flow's pin still leads to its backend.
 #[inline(never)]
 fn follows_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
-    let key = flow.with(|flow| SessionKey::new(flow.scope, headers.key.saddr, flow.prefix));
-    let follower = flow.with(|flow| Follower {
-        to: (flow.backend, flow.generation),
-        timer: Timer::from_byte(flow.timer),
-        timeout_ns: flow.timeout_ns,
-        created_ns: flow.created_ns,
-        last_used_ns: flow.last_used_ns,
-    });
-    session::leads(tables, &key, &follower)
+    let follower = Follower {
+        to: backend_of(flow),
+        timer: Timer::from_byte(flow.read(Flow::TIMER)),
+        timeout_ns: flow.read(Flow::TIMEOUT_NS),
+        created_ns: flow.read(Flow::CREATED_NS),
+        last_used_ns: flow.read(Flow::LAST_USED_NS),
+    };
+    session::leads(tables, &pin_key(headers, flow), &follower)
 }
 
 /// A flow that was decided in shadow mode stays another proxy's to its end; which a datagram flow has not, so it comes
@@ -98,31 +97,30 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
 /// Notes that a packet passed: how far its sender has come, and, seldom, what [`note_change`] notes.
 #[inline(always)]
 pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
-    let (state, flags, last_used_ns) = entry.with(|flow| (flow.state, flow.flags, flow.last_used_ns));
-    if tells(headers, state) || renews(headers, flags) || is_due(last_used_ns, tables.now_ns()) {
+    if tells(headers, entry) || renews(headers, entry) || is_due(entry, tables.now_ns()) {
         tables.note_change(headers);
     }
     if headers.key.protocol != UDP && headers.flags & RST == 0 {
-        entry.update(|flow| flow.segment = headers.segment);
+        entry.write(Flow::SEGMENT, headers.segment);
     }
 }
 
 /// Whether a packet may tell something of its connection's state.
 #[inline(always)]
-const fn tells<A: Address>(headers: &Headers<A>, state: u8) -> bool {
+fn tells<A: Address>(headers: &Headers<A>, entry: &impl Entry<Flow<A>>) -> bool {
     let is_request = headers.key.protocol == UDP && headers.key.is_from_client();
-    headers.flags & (FIN | RST) != 0 || state & FLOW_OPEN == 0 && !is_request
+    headers.flags & (FIN | RST) != 0 || entry.read(Flow::STATE) & FLOW_OPEN == 0 && !is_request
 }
 
 /// Whether a packet restarts a timeout that is too short for [`REFRESH_NS`].
 #[inline(always)]
-const fn renews<A: Address>(headers: &Headers<A>, flags: u8) -> bool {
-    flags & FLOW_EXACT != 0 && headers.key.is_from_client()
+fn renews<A: Address>(headers: &Headers<A>, entry: &impl Entry<Flow<A>>) -> bool {
+    entry.read(Flow::FLAGS) & FLOW_EXACT != 0 && headers.key.is_from_client()
 }
 
 #[inline(always)]
-const fn is_due(last_used_ns: u64, now_ns: u64) -> bool {
-    now_ns.saturating_sub(last_used_ns) >= REFRESH_NS
+fn is_due<A: Address>(entry: &impl Entry<Flow<A>>, now_ns: u64) -> bool {
+    now_ns.saturating_sub(entry.read(Flow::LAST_USED_NS)) >= REFRESH_NS
 }
 
 /// Notes what a packet tells of its connection's state, the time of last use, and the pin's timer where packets restart it.
@@ -132,13 +130,12 @@ pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
     let _ = tables.draft(|draft| {
         draft.key = headers.key;
         let Some(entry) = tables.flow(&draft.key) else { return };
-        let (state, flags, last_used_ns) = entry.with(|flow| (flow.state, flow.flags, flow.last_used_ns));
         let now_ns = tables.now_ns();
-        if tells(headers, state) {
-            draft.other = entry.with(|flow| headers.key.opposite(&flow.edit));
+        if tells(headers, &entry) {
+            draft.other = headers.key.opposite(&entry.read(Flow::EDIT));
             advance(tables, headers, &entry, &draft.other);
         }
-        if renews(headers, flags) || is_due(last_used_ns, now_ns) {
+        if renews(headers, &entry) || is_due(&entry, now_ns) {
             note_use(tables, headers, &entry, now_ns);
         }
     });
@@ -147,21 +144,21 @@ pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
 /// A pin that has expired stays so.
 #[inline(never)]
 fn note_use<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
-    entry.update(|flow| flow.last_used_ns = now_ns);
+    entry.write(Flow::LAST_USED_NS, now_ns);
     if headers.key.is_from_client() {
-        entry.with(|flow| renew_pin(tables, headers, flow, now_ns));
+        renew_pin(tables, headers, entry, now_ns);
     }
 }
 
 /// Restarts the pin's timeout where its timer says that packets do; a pin that has expired stays so.
 #[inline(always)]
-fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &Flow<A>, now_ns: u64) {
-    let timer = Timer::from_byte(flow.timer);
-    if flow.scope == 0 || !packets_restart(timer, headers.key.protocol) {
+fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>, now_ns: u64) {
+    let timer = Timer::from_byte(flow.read(Flow::TIMER));
+    if flow.read(Flow::SCOPE) == 0 || !packets_restart(timer, headers.key.protocol) {
         return;
     }
-    let key = SessionKey::new(flow.scope, headers.key.saddr, flow.prefix);
-    session::renew(tables, &key, flow.backend, (timer, flow.timeout_ns), now_ns);
+    let timeout_ns = flow.read(Flow::TIMEOUT_NS);
+    session::renew(tables, &pin_key(headers, flow), flow.read(Flow::BACKEND), (timer, timeout_ns), now_ns);
 }
 
 /// Whether packets restart a pin's timeout. A datagram's end cannot be seen, so under `alive` its packets stand for its life.
@@ -182,7 +179,7 @@ fn advance<A: Address, T: FamilyTables<A>>(
     entry: &T::Entry<Flow<A>>,
     opposite: &FlowKey<A>,
 ) {
-    let own = entry.with(|flow| flow.state);
+    let own = entry.read(Flow::STATE);
     // In shadow mode the other direction is not ours.
     let other = if own & FLOW_SHADOW == 0 { tables.flow(opposite) } else { None };
     let added = if headers.flags & RST == 0 {
@@ -192,23 +189,23 @@ fn advance<A: Address, T: FamilyTables<A>>(
     } else {
         return;
     };
-    let is_counted = entry.with(|flow| is_counted(headers.key.protocol, flow));
+    let is_counted = is_counted(headers.key.protocol, entry.read(Flow::TIMER), entry.read(Flow::SCOPE));
     let opens = is_counted && own & FLOW_OPEN == 0 && state::is_live(own | added);
     if opens {
-        entry.with(|flow| session::add_connection(tables, &pin_key(headers, flow), (flow.backend, flow.generation)));
+        session::add_connection(tables, &pin_key(headers, entry), backend_of(entry));
     }
     let before = match &other {
         Some(other) if headers.key.is_from_client() => {
-            let before = tables.add_state(entry, added);
-            tables.add_state(other, added);
+            let before = add_state(entry, added);
+            add_state(other, added);
             before
         }
         Some(other) => {
-            let before = tables.add_state(other, added);
-            tables.add_state(entry, added);
+            let before = add_state(other, added);
+            add_state(entry, added);
             before
         }
-        None => tables.add_state(entry, added),
+        None => add_state(entry, added),
     };
     if opens && !state::is_half_open(before) || is_counted && state::is_live(before) && state::is_closed(before | added)
     {
@@ -221,8 +218,8 @@ fn advance<A: Address, T: FamilyTables<A>>(
 #[inline(always)]
 fn accepts_reset<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, entry: &E, other: Option<&E>) -> bool {
     let Some(other) = other.filter(|_| headers.key.protocol == TCP) else { return true };
-    let (state, sender) = entry.with(|flow| (flow.state, flow.segment));
-    let receiver = other.with(|flow| flow.segment);
+    let (state, sender) = (entry.read(Flow::STATE), entry.read(Flow::SEGMENT));
+    let receiver = other.read(Flow::SEGMENT);
     let is_unknown = state & FLOW_OPEN == 0 || sender == 0 || receiver == 0;
     is_unknown || state::accepts_reset(headers.segment, sender, receiver)
 }
@@ -230,32 +227,43 @@ fn accepts_reset<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, entry: &E,
 /// A new connection takes the place of one whose end was not seen, or not seen whole.
 #[inline(never)]
 pub fn supersede<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
-    let is_counted = entry.with(|flow| is_counted(headers.key.protocol, flow));
-    if is_counted && state::is_live(tables.add_state(entry, FLOW_RESET)) {
+    let is_counted = is_counted(headers.key.protocol, entry.read(Flow::TIMER), entry.read(Flow::SCOPE));
+    if is_counted && state::is_live(add_state(entry, FLOW_RESET)) {
         end_connection(tables, headers, entry);
     }
 }
 
 /// Whether the pin counts the flow's connection: under `alive`, and where its end will be seen.
 #[inline(always)]
-const fn is_counted<A>(protocol: u8, flow: &Flow<A>) -> bool {
-    flow.timer == Timer::Alive as u8 && flow.scope != 0 && protocol == TCP
+const fn is_counted(protocol: u8, timer: u8, scope: u32) -> bool {
+    timer == Timer::Alive as u8 && scope != 0 && protocol == TCP
+}
+
+/// Adds bits to the flow's state, in one step, and returns what it was.
+#[inline(always)]
+fn add_state<A: Address>(entry: &impl Entry<Flow<A>>, bits: u8) -> u8 {
+    let before = entry.add_bits(Flow::STATE_WORD, u32::from_ne_bytes([bits, 0, 0, 0]));
+    let [state, ..] = before.to_ne_bytes();
+    state
+}
+
+/// The flow's backend and its generation.
+#[inline(always)]
+fn backend_of<A: Address>(flow: &impl Entry<Flow<A>>) -> (u32, u32) {
+    (flow.read(Flow::BACKEND), flow.read(Flow::GENERATION))
 }
 
 /// The key of the flow's pin, by a packet of either direction.
 #[inline(always)]
-fn pin_key<A: Address>(headers: &Headers<A>, flow: &Flow<A>) -> SessionKey<A> {
-    let client = if headers.key.is_from_client() { headers.key.saddr } else { flow.edit.daddr };
-    SessionKey::new(flow.scope, client, flow.prefix)
+fn pin_key<A: Address>(headers: &Headers<A>, flow: &impl Entry<Flow<A>>) -> SessionKey<A> {
+    let client = if headers.key.is_from_client() { headers.key.saddr } else { flow.read(Flow::NEW_DADDR) };
+    SessionKey::new(flow.read(Flow::SCOPE), client, flow.read(Flow::PREFIX))
 }
 
 /// Under `alive`, the end of a connection restarts its pin's timeout.
 #[inline(always)]
 fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
-    let now_ns = tables.now_ns();
-    entry.with(|flow| {
-        session::end_connection(tables, &pin_key(headers, flow), (flow.backend, flow.generation), now_ns);
-    });
+    session::end_connection(tables, &pin_key(headers, entry), backend_of(entry), tables.now_ns());
 }
 
 /// Stores the records of a new connection; that of the packets to come last, so that no reply finds its own missing. In
@@ -298,7 +306,7 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
 #[inline(never)]
 fn count_open<A: Address, T: FamilyTables<A>>(tables: &T, draft: &Draft<A>) {
     let Draft { key, flow, .. } = draft;
-    if is_counted(key.protocol, flow) && state::is_live(flow.state) {
+    if is_counted(key.protocol, flow.timer, flow.scope) && state::is_live(flow.state) {
         let pin = SessionKey::new(flow.scope, key.saddr, flow.prefix);
         session::add_connection(tables, &pin, (flow.backend, flow.generation));
     }

@@ -44,14 +44,13 @@ pub const fn is_telling<A>(headers: &Headers<A>) -> bool {
 #[inline(never)]
 pub fn holds<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>, now_ns: u64) -> bool {
     let Some(known) = tables.foreign(replies) else { return false };
-    let Foreign { last_sent_ns, state, .. } = known.get();
-    let limit_ns = match Phase::of(replies.protocol, state as u8) {
+    let limit_ns = match Phase::of(replies.protocol, known.read(Foreign::STATE) as u8) {
         Phase::Unanswered | Phase::Answered => UDP_NS,
         Phase::HalfOpen | Phase::Open => TCP_NS,
         Phase::Closing => CLOSING_NS,
         Phase::Closed => 0,
     };
-    now_ns.saturating_sub(last_sent_ns) < limit_ns
+    now_ns.saturating_sub(known.read(Foreign::LAST_SENT_NS)) < limit_ns
 }
 
 /// Notes a packet that leaves and is of none of our flows, under the key that its replies have where they enter.
@@ -104,10 +103,7 @@ pub fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
         } else {
             state::added(FLOW_ANSWERED | FLOW_OPEN, !is_reply, headers.key.protocol, headers.flags)
         };
-        let now_ns = tables.now_ns();
-        known.update(|foreign| {
-            foreign.state |= u32::from(added);
-            foreign.last_sent_ns = now_ns;
-        });
+        known.add_bits(Foreign::STATE, added.into());
+        known.write(Foreign::LAST_SENT_NS, tables.now_ns());
     });
 }

@@ -4,7 +4,7 @@
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::{
-    abi::{Address, FLOW_SHADOW, FragmentKey, Reason, V4},
+    abi::{Address, Edit, FLOW_SHADOW, Flow, FragmentKey, Reason, V4},
     packet::Packet,
     parse::{Headers, fragment_id},
     rewrite::{IPV4_CHECKSUM, write_addresses},
@@ -32,15 +32,12 @@ pub fn follow<A: Address, P: Packet, T: FamilyTables<A>>(
 ) -> Result<(), Reason> {
     let key = key_of(packet, l3, is_leaving).ok_or(Reason::Fragment)?;
     let first = tables.fragment(&key).ok_or(Reason::Fragment)?;
-    let flow = tables.flow(&first).filter(|flow| flow.with(|flow| flow.state) & FLOW_SHADOW == 0);
+    let flow = tables.flow(&first).filter(|flow| flow.read(Flow::STATE) & FLOW_SHADOW == 0);
     let flow = flow.ok_or(Reason::Fragment)?;
     let checksum = if A::BITS == V4::BITS { packet.read(l3 + IPV4_CHECKSUM) } else { Some([0; 2]) };
     let checksum = checksum.ok_or(Reason::Fragment)?;
-    let is_done = flow.with(|flow| {
-        let edit = &flow.edit;
-        write_addresses(packet, l3, checksum, edit.addr_delta, edit.saddr, edit.daddr)
-    });
-    if is_done { Ok(()) } else { Err(Reason::NotRewritten) }
+    let Edit { saddr, daddr, addr_delta, .. } = flow.read(Flow::EDIT);
+    if write_addresses(packet, l3, checksum, addr_delta, saddr, daddr) { Ok(()) } else { Err(Reason::NotRewritten) }
 }
 
 /// The key of a fragment's packet.

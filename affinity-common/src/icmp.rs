@@ -216,7 +216,7 @@ fn translate<A: Address, P: Packet, T: FamilyTables<A>>(
     quote: &mut Quote<A>,
 ) -> Result<(), Reason> {
     let flow = flow_of(tables, &mut quote.key).ok_or(Reason::OtherProtocol)?;
-    let is_done = flow.with(|flow| rewrite(packet, quote, &flow.edit));
+    let is_done = rewrite(packet, quote, &flow.read(Flow::EDIT));
     if is_done { Ok(()) } else { Err(Reason::NotRewritten) }
 }
 
@@ -232,7 +232,7 @@ fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &mut FlowKey<A>) -> 
     for (direction, bit) in ways {
         if tables.filter(direction, bit) {
             key.direction = direction as u8;
-            let flow = tables.flow(key).filter(|flow| flow.with(|flow| flow.state) & FLOW_SHADOW == 0);
+            let flow = tables.flow(key).filter(|flow| flow.read(Flow::STATE) & FLOW_SHADOW == 0);
             if flow.is_some() {
                 return flow;
             }

@@ -253,15 +253,14 @@ fn find_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -
 #[inline(never)]
 fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bool {
     let Some(known) = tables.flow(&draft.forth) else { return false };
-    draft.back = known.with(|known| draft.forth.opposite(&known.edit));
+    draft.back = draft.forth.opposite(&known.read(Flow::EDIT));
     let Some(back) = tables.flow(&draft.back) else { return false };
     for record in [known, back] {
-        record.update(|record| {
-            record.last_used_ns = draft.flow.last_used_ns;
-            record.backend = draft.flow.backend;
-            record.generation = draft.flow.generation;
-            (record.segment, record.state) = (0, 0);
-        });
+        record.write(Flow::LAST_USED_NS, draft.flow.last_used_ns);
+        record.write(Flow::BACKEND, draft.flow.backend);
+        record.write(Flow::GENERATION, draft.flow.generation);
+        record.write(Flow::SEGMENT, 0);
+        record.write(Flow::STATE, 0);
     }
     true
 }
@@ -277,25 +276,26 @@ pub fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>)
         return false;
     }
     let Some(holder) = tables.flow(&key) else { return true };
-    let is_closed = holder.with(|holder| state::is_closed(holder.state));
+    let is_closed = state::is_closed(holder.read(Flow::STATE));
     if is_closed || key.protocol != UDP {
         return is_closed;
     }
     if key.direction == Direction::Return as u8 {
-        key = holder.with(|holder| FlowKey::translated(&holder.edit, UDP, Direction::Reverse));
-        if tables.flow(&key).is_some_and(|flow| flow.with(|flow| !is_silent(flow, now_ns))) {
+        key = FlowKey::translated(&holder.read(Flow::EDIT), UDP, Direction::Reverse);
+        if tables.flow(&key).is_some_and(|flow| !is_silent(&flow, now_ns)) {
             return false;
         }
     }
-    holder.with(|holder| is_silent(holder, now_ns))
+    is_silent(&holder, now_ns)
 }
 
 /// Whether datagrams have not been seen for so long that nobody waits for more.
 #[inline(always)]
-fn is_silent<A>(flow: &Flow<A>, now_ns: u64) -> bool {
-    let is_stream = flow.last_used_ns.saturating_sub(flow.created_ns) >= STREAM_NS;
+fn is_silent<A: Address>(flow: &impl Entry<Flow<A>>, now_ns: u64) -> bool {
+    let last_used_ns = flow.read(Flow::LAST_USED_NS);
+    let is_stream = last_used_ns.saturating_sub(flow.read(Flow::CREATED_NS)) >= STREAM_NS;
     let limit_ns = if is_stream { STREAM_SILENT_NS } else { EXCHANGE_SILENT_NS };
-    now_ns.saturating_sub(flow.last_used_ns) >= limit_ns
+    now_ns.saturating_sub(last_used_ns) >= limit_ns
 }
 
 /// Removes all records of the flow that had the draft's key for replies, so that its next packet, if there is one, begins
@@ -303,14 +303,14 @@ fn is_silent<A>(flow: &Flow<A>, now_ns: u64) -> bool {
 #[inline(never)]
 fn dissolve<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) {
     let Some(holder) = tables.flow(&draft.back) else { return };
-    draft.other = holder.with(|holder| draft.back.opposite(&holder.edit));
+    draft.other = draft.back.opposite(&holder.read(Flow::EDIT));
     tables.remove_flow(&draft.other);
     if draft.back.direction != Direction::Return as u8 {
         return;
     }
-    draft.other = holder.with(|holder| FlowKey::translated(&holder.edit, draft.back.protocol, Direction::Reverse));
+    draft.other = FlowKey::translated(&holder.read(Flow::EDIT), draft.back.protocol, Direction::Reverse);
     if let Some(flow) = tables.flow(&draft.other) {
-        let forward = flow.with(|flow| draft.other.opposite(&flow.edit));
+        let forward = draft.other.opposite(&flow.read(Flow::EDIT));
         tables.remove_flow(&draft.other);
         tables.remove_flow(&forward);
     }
@@ -328,7 +328,7 @@ fn claim<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, is_fi
         return Ok(true);
     }
     let Some(holder) = tables.flow(&draft.back) else { return Err(Reason::FlowNotStored) };
-    let is_same = is_first && holder.with(|holder| holder.edit == draft.flow.edit);
+    let is_same = is_first && holder.read(Flow::EDIT) == draft.flow.edit;
     if !is_same {
         if !tables.is_free(&draft.back) {
             return Ok(false);

@@ -10,12 +10,12 @@ use std::{
     vec::Vec,
 };
 
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Draft, Event, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member,
-        MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
+        Address, Backend, Direction, Draft, Event, Field, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey,
+        Member, MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
     },
     flow, foreign, masquerade,
     packet::Packet,
@@ -95,19 +95,25 @@ impl<K: Copy + Ord, V: Copy> Clone for Lru<K, V> {
 #[derive(Debug)]
 pub struct Shared<V: Copy>(Rc<Cell<V>>);
 
-impl<V: Copy> Entry<V> for Shared<V> {
+impl<V: Pod> Entry<V> for Shared<V> {
     fn get(&self) -> V {
         self.0.get()
     }
 
-    fn with<R>(&self, read: impl FnOnce(&V) -> R) -> R {
-        read(&self.0.get())
+    fn read<F: Pod>(&self, field: Field<V, F>) -> F {
+        field.of(&self.0.get())
     }
 
-    fn update(&self, change: impl FnOnce(&mut V)) {
-        let mut value = self.0.get();
-        change(&mut value);
-        self.0.set(value);
+    fn write<F: Pod>(&self, field: Field<V, F>, value: F) {
+        let mut record = self.0.get();
+        field.set(&mut record, &value);
+        self.0.set(record);
+    }
+
+    fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32 {
+        let before = self.read(field);
+        self.write(field, before | bits);
+        before
     }
 }
 
@@ -117,25 +123,26 @@ impl Pin for Shared<Session> {
     }
 
     fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
-        let is_there = self.with(|pin| (pin.backend, pin.generation) == from);
+        let is_there = self.pointed_to() == from;
         if is_there {
-            self.update(|pin| (pin.backend, pin.generation) = to);
+            self.write(Session::BACKEND, to.0);
+            self.write(Session::GENERATION, to.1);
         }
         is_there
     }
 
     fn pointed_to(&self) -> (u32, u32) {
-        self.with(|pin| (pin.backend, pin.generation))
+        (self.read(Session::BACKEND), self.read(Session::GENERATION))
     }
 
     fn connections(&self) -> u32 {
-        self.with(|pin| pin.connections)
+        self.read(Session::CONNECTIONS)
     }
 
     fn swap_connections(&self, from: u32, to: u32) -> bool {
         let is_there = self.connections() == from;
         if is_there {
-            self.update(|pin| pin.connections = to);
+            self.write(Session::CONNECTIONS, to);
         }
         is_there
     }
@@ -246,7 +253,7 @@ impl Model {
 }
 
 impl Tables for Model {
-    type Entry<V: Copy> = Shared<V>;
+    type Entry<V: Pod> = Shared<V>;
     type Pin = Shared<Session>;
 
     fn now_ns(&self) -> u64 {
@@ -389,12 +396,6 @@ macro_rules! family {
 
             fn remove_flow(&self, key: &FlowKey<$address>) {
                 self.$flows.borrow_mut().remove(key);
-            }
-
-            fn add_state(&self, flow: &Shared<Flow<$address>>, bits: u8) -> u8 {
-                let before = flow.with(|flow| flow.state);
-                flow.update(|flow| flow.state |= bits);
-                before
             }
 
             fn foreign(&self, replies: &FlowKey<$address>) -> Option<Shared<Foreign>> {

@@ -408,7 +408,7 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
         Decision::Forward(flow) => {
-            let (edit, flags) = flow.with(|flow| (flow.edit, flow.flags));
+            let (edit, flags) = (flow.read(Flow::EDIT), flow.read(Flow::FLAGS));
             let is_rewritten = packet.rewrite(headers, &edit);
             if flags & FLOW_FOREIGN != 0 && !headers.key.is_entering() {
                 // It now looks like a reply of the connection that has its port.

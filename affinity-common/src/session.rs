@@ -124,10 +124,11 @@ pub fn renew<A: Address, T: FamilyTables<A>>(
     (timer, timeout_ns): (Timer, u64),
     now_ns: u64,
 ) {
-    if let Some(entry) = tables.session(key)
-        && entry.with(|pin| pin.backend == backend && is_fresh(pin, timer, timeout_ns, now_ns))
+    if let Some(pin) = tables.session(key)
+        && pin.pointed_to().0 == backend
+        && is_fresh(&pin.observe(), timer, timeout_ns, now_ns)
     {
-        entry.update(|session| session.last_used_ns = now_ns);
+        pin.write(Session::LAST_USED_NS, now_ns);
     }
 }
 
@@ -145,7 +146,7 @@ pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionK
     if let Some(pin) = tables.session(key)
         && pin.pointed_to() == to
     {
-        pin.update(|session| session.last_used_ns = now_ns);
+        pin.write(Session::LAST_USED_NS, now_ns);
         change_connections(&pin, to, |live| live.saturating_sub(1));
     }
 }
@@ -188,7 +189,10 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
 fn reset_connections(pin: &impl Pin, nowhere: (u32, u32)) {
     for _ in 0..TRIES {
         let before = pin.connections();
-        if pin.pointed_to() != nowhere || pin.swap_connections(before, (before - before % MOVES).wrapping_add(MOVES)) {
+        if pin.pointed_to() != nowhere {
+            return;
+        }
+        if pin.swap_connections(before, (before - before % MOVES).wrapping_add(MOVES)) {
             return;
         }
     }
@@ -287,10 +291,9 @@ fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Re
 
 #[inline(always)]
 fn follow<A: Address>(opening: &Opening<'_, A>, pin: &impl Pin, scope: u32, chosen: Chosen) -> Resolved {
-    pin.update(|session| {
-        session.last_used_ns = opening.now_ns;
-        session.uses = session.uses.wrapping_add(1);
-    });
+    pin.write(Session::LAST_USED_NS, opening.now_ns);
+    // Of two at once one may be lost: a listing shows the number, and nothing is decided by it.
+    pin.write(Session::USES, pin.read(Session::USES).wrapping_add(1));
     Resolved { chosen, reason: Reason::Pinned, scope }
 }
 
@@ -315,14 +318,12 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     } else if pin.pointed_to() != nowhere {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
-    pin.update(|session| {
-        session.created_ns = opening.now_ns;
-        session.last_used_ns = opening.now_ns;
-        session.service = opening.frontend.service;
-        session.uses = 1;
-        session.reason = reason as u8;
-        session.draw = next_draw(seen.draw);
-    });
+    pin.write(Session::CREATED_NS, opening.now_ns);
+    pin.write(Session::LAST_USED_NS, opening.now_ns);
+    pin.write(Session::SERVICE, opening.frontend.service);
+    pin.write(Session::USES, 1);
+    pin.write(Session::REASON, reason as u8);
+    pin.write(Session::DRAW, next_draw(seen.draw));
     reset_connections(pin, nowhere);
     if !pin.repin(nowhere, (chosen.backend, chosen.member.generation)) {
         return Ok(follow_another(tables, opening, key, pin, chosen));

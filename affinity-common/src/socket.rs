@@ -134,7 +134,7 @@ pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
     if let Some(entry) = tables.socket(&caller.key(SocketRole::Sending, to))
         && is_ready(tables, &entry)
     {
-        let peer = entry.with(peer_of);
+        let peer = peer_of(&entry);
         note_datagram(tables, caller, &entry);
         return concluded(tables, Answer::Redirect(peer), Reason::Established);
     }
@@ -149,9 +149,9 @@ pub fn received<T: SocketTables>(tables: &T, caller: &Caller, from: &Peer) -> Op
     } else if let Some(entry) = tables.socket(&caller.key(SocketRole::Receiving, from)) {
         let now_ns = tables.now_ns();
         if is_stale(&entry, now_ns) {
-            entry.update(|socket| socket.last_used_ns = now_ns);
+            entry.write(Socket::LAST_USED_NS, now_ns);
         }
-        Some(entry.with(frontend_of))
+        Some(frontend_of(&entry))
     } else {
         frontend_of_connection(tables, caller, from)
     };
@@ -173,18 +173,22 @@ pub fn connected_to<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -
 pub fn release<T: SocketTables>(tables: &T, caller: &Caller) {
     let key = caller.connection();
     let Some(entry) = tables.socket(&key) else { return };
-    let (timer, scope) = entry.with(|socket| (socket.timer, socket.scope));
-    if timer == Timer::Alive as u8 && scope != 0 {
-        let (backend, generation) = entry.with(|socket| (socket.backend, socket.generation));
-        session::end_connection(tables, &entry.with(pin_key), (backend, generation), tables.now_ns());
+    if entry.read(Socket::TIMER) == Timer::Alive as u8 && entry.read(Socket::SCOPE) != 0 {
+        session::end_connection(tables, &pin_key(&entry), backend_of(&entry), tables.now_ns());
     }
     tables.remove_socket(&key);
 }
 
 /// The key of the pin of a socket that has one.
 #[inline(always)]
-fn pin_key(socket: &Socket) -> SessionKey<V6> {
-    SessionKey::new(socket.scope, socket.client, V6::BITS)
+fn pin_key(entry: &impl Entry<Socket>) -> SessionKey<V6> {
+    SessionKey::new(entry.read(Socket::SCOPE), entry.read(Socket::CLIENT), V6::BITS)
+}
+
+/// The socket's backend and its generation.
+#[inline(always)]
+fn backend_of(entry: &impl Entry<Socket>) -> (u32, u32) {
+    (entry.read(Socket::BACKEND), entry.read(Socket::GENERATION))
 }
 
 #[inline(always)]
@@ -194,48 +198,47 @@ fn concluded<T: Tables>(tables: &T, answer: Answer, reason: Reason) -> Answer {
 }
 
 #[inline(always)]
-fn peer_of(socket: &Socket) -> Peer {
-    Peer { address: socket.peer, port: socket.peer_port }
+fn peer_of(entry: &impl Entry<Socket>) -> Peer {
+    Peer { address: entry.read(Socket::PEER), port: entry.read(Socket::PEER_PORT) }
 }
 
 #[inline(always)]
-fn frontend_of(socket: &Socket) -> Peer {
-    Peer { address: socket.frontend, port: socket.frontend_port }
+fn frontend_of(entry: &impl Entry<Socket>) -> Peer {
+    Peer { address: entry.read(Socket::FRONTEND), port: entry.read(Socket::FRONTEND_PORT) }
 }
 
 #[inline(always)]
 fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -> Option<Peer> {
     let entry = tables.socket(&caller.connection())?;
-    (entry.with(peer_of) == *peer).then(|| entry.with(frontend_of))
+    (peer_of(&entry) == *peer).then(|| frontend_of(&entry))
 }
 
 /// A datagram has no connection to lose: it goes where new ones would be allowed to go, to the port that is served there now,
 /// and where its client's pin leads.
 #[inline(always)]
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
-    let (pool, backend, generation) = entry.with(|socket| (socket.pool, socket.backend, socket.generation));
-    let port = entry.with(|socket| socket.peer_port);
-    let ready = Member { generation, port, state: MEMBER_READY, pad: 0 };
-    tables.is_member(&MemberKey { pool, backend }, &ready)
-        && (entry.with(|socket| socket.scope) == 0 || follows_pin(tables, entry))
+    let (backend, generation) = backend_of(entry);
+    let key = MemberKey { pool: entry.read(Socket::POOL), backend };
+    let ready = Member { generation, port: entry.read(Socket::PEER_PORT), state: MEMBER_READY, pad: 0 };
+    tables.is_member(&key, &ready) && (entry.read(Socket::SCOPE) == 0 || follows_pin(tables, entry))
 }
 
 /// Whether the socket's pin still leads to its backend. Apart, for the sake of the stack.
 #[inline(never)]
 fn follows_pin<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
-    let follower = entry.with(|socket| Follower {
-        to: (socket.backend, socket.generation),
-        timer: Timer::from_byte(socket.timer),
-        timeout_ns: socket.timeout_ns,
-        created_ns: socket.created_ns,
-        last_used_ns: socket.last_used_ns,
-    });
-    session::leads(tables, &entry.with(pin_key), &follower)
+    let follower = Follower {
+        to: backend_of(entry),
+        timer: Timer::from_byte(entry.read(Socket::TIMER)),
+        timeout_ns: entry.read(Socket::TIMEOUT_NS),
+        created_ns: entry.read(Socket::CREATED_NS),
+        last_used_ns: entry.read(Socket::LAST_USED_NS),
+    };
+    session::leads(tables, &pin_key(entry), &follower)
 }
 
 #[inline(always)]
 fn is_stale(entry: &impl Entry<Socket>, now_ns: u64) -> bool {
-    now_ns.saturating_sub(entry.with(|socket| socket.last_used_ns)) >= REFRESH_NS
+    now_ns.saturating_sub(entry.read(Socket::LAST_USED_NS)) >= REFRESH_NS
 }
 
 /// Once a second, notes that the socket still sends; a datagram's end cannot be seen, so under `alive` too its datagrams
@@ -250,16 +253,16 @@ fn note_datagram<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<
 
 #[inline(never)]
 fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>, now_ns: u64) {
-    entry.update(|socket| socket.last_used_ns = now_ns);
-    let key = caller.key(SocketRole::Receiving, &entry.with(peer_of));
+    entry.write(Socket::LAST_USED_NS, now_ns);
+    let key = caller.key(SocketRole::Receiving, &peer_of(entry));
     if tables.socket(&key).is_none() {
         // Evicted: without it replies would come from a stranger. Where there is no room the next second tries again.
         let _ = tables.put_socket(&key, &entry.get());
     }
-    let (timer, scope) = entry.with(|socket| (Timer::from_byte(socket.timer), socket.scope));
-    if scope != 0 && matches!(timer, Timer::Packet | Timer::Alive) {
-        let (backend, timeout_ns) = entry.with(|socket| (socket.backend, socket.timeout_ns));
-        session::renew(tables, &entry.with(pin_key), backend, (timer, timeout_ns), now_ns);
+    let timer = Timer::from_byte(entry.read(Socket::TIMER));
+    if entry.read(Socket::SCOPE) != 0 && matches!(timer, Timer::Packet | Timer::Alive) {
+        let (backend, timeout_ns) = (entry.read(Socket::BACKEND), entry.read(Socket::TIMEOUT_NS));
+        session::renew(tables, &pin_key(entry), backend, (timer, timeout_ns), now_ns);
     }
 }
 
@@ -347,7 +350,11 @@ fn remember<T: SocketTables>(
     let stored = if role == SocketRole::Connected {
         if socket.timer == Timer::Alive as u8 && socket.scope != 0 {
             // Before the entry is there, and so before it can end.
-            session::add_connection(tables, &pin_key(&socket), (socket.backend, socket.generation));
+            session::add_connection(
+                tables,
+                &SessionKey::new(socket.scope, socket.client, V6::BITS),
+                (socket.backend, socket.generation),
+            );
         }
         tables.put_socket(&caller.connection(), &socket)
     } else {

@@ -1,23 +1,30 @@
 //! What the pipeline needs of the maps. Two real implementations: BPF maps in the kernel programs, and
 //! [`crate::model`]. Lookups of what the agent publishes are by copy; nothing here blocks.
 
+use bytemuck::Pod;
+
 use crate::{
     abi::{
-        Address, Backend, Direction, Draft, Event, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member,
-        MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
+        Address, Backend, Direction, Draft, Event, Field, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey,
+        Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
     },
     parse::Headers,
     pipeline::Opened,
 };
 
-/// A value inside a table, found by a lookup.
-pub trait Entry<V: Copy> {
-    /// A copy of the value.
+/// A record inside a table, found by a lookup. Other processors read and write it at the same time, so it is accessed field by
+/// field, as the kernel does with `READ_ONCE` and `WRITE_ONCE`: each access is one load or one store of what the field holds
+/// at that moment, and none is left out, repeated or merged with another. A field that is longer than eight bytes is accessed
+/// word by word.
+pub trait Entry<V: Pod> {
+    /// A copy of the record, word by word.
     fn get(&self) -> V;
-    /// Reads the value where it lies.
-    fn with<R>(&self, read: impl FnOnce(&V) -> R) -> R;
-    /// Changes fields in place.
-    fn update(&self, change: impl FnOnce(&mut V));
+    /// What a field holds now.
+    fn read<F: Pod>(&self, field: Field<V, F>) -> F;
+    /// Changes a field.
+    fn write<F: Pod>(&self, field: Field<V, F>, value: F);
+    /// Adds bits to a field, in one step, and returns what was there before.
+    fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32;
 }
 
 /// A pin inside a table, where another processor may be moving it at the same time: see [`crate::session`].
@@ -39,7 +46,7 @@ pub trait Pin: Entry<Session> {
 /// The tables that both families share, the clock, and randomness.
 pub trait Tables {
     /// A value found in a table.
-    type Entry<V: Copy>: Entry<V>;
+    type Entry<V: Pod>: Entry<V>;
     /// A session found in a table.
     type Pin: Pin;
 
@@ -129,8 +136,6 @@ pub trait FamilyTables<A: Address>: Tables {
     fn add_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
     /// Removes a flow, if it is there.
     fn remove_flow(&self, key: &FlowKey<A>);
-    /// Adds bits to [`Flow::state`], in one step, and returns what was there before.
-    fn add_state(&self, flow: &Self::Entry<Flow<A>>, bits: u8) -> u8;
     /// A connection to no frontend, by the key of its replies.
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>>;
     /// Stores a connection to no frontend, in place of any under its key; where there is no room it stays unknown.

@@ -9,7 +9,7 @@ use core::{
 };
 
 use affinity_common::{
-    abi::{Address, CONFIG_MAGIC, Config, Correction, Event, Flow, Port, Session, V4, V6},
+    abi::{Address, CONFIG_MAGIC, Config, Correction, Event, Field, Port, Session, Usage, V4, V6},
     onward::{Link, NextHop, Way},
     packet::Packet,
     parse::{TCP, UDP},
@@ -26,6 +26,7 @@ use aya_ebpf::{
     maps::ProgramArray,
     programs::{SockAddrContext, SockContext, TcContext},
 };
+use bytemuck::Pod;
 
 /// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.
 #[unsafe(link_section = "license")]
@@ -104,53 +105,44 @@ impl<V> MapValue<V> {
     }
 }
 
-impl<V: Copy> Entry<V> for MapValue<V> {
+impl<V: Pod> Entry<V> for MapValue<V> {
     #[inline(always)]
     fn get(&self) -> V {
-        // SAFETY: a lookup gave this pointer and the program has not ended since, so the memory is the map's and is
-        // not freed (RCU). Every bit pattern is a valid `V`; an element used again meanwhile gives a stale copy.
-        unsafe { *self.0 }
+        copy_words(self.0)
     }
 
     #[inline(always)]
-    fn with<R>(&self, read: impl FnOnce(&V) -> R) -> R {
-        // SAFETY: as above.
-        read(unsafe { &*self.0 })
+    fn read<F: Pod>(&self, field: Field<V, F>) -> F {
+        copy_words(self.place(field))
     }
 
     #[inline(always)]
-    fn update(&self, change: impl FnOnce(&mut V)) {
-        // SAFETY: as above. Another processor may write at the same time: fields are independent words, and each
-        // decision taken from them tolerates either value.
-        change(unsafe { &mut *self.0 });
+    fn write<F: Pod>(&self, field: Field<V, F>, value: F) {
+        store_words(self.place(field), &value);
+    }
+
+    #[inline(always)]
+    fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32 {
+        // SAFETY: see `copy_words`.
+        unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(self.place(field), bits) }
     }
 }
 
-impl<A: Address> MapValue<Flow<A>> {
-    /// Adds bits to the state, and returns what it was: as the first byte of a word, which is what can be changed at once.
+impl<V: Pod> MapValue<V> {
+    /// Where a field lies.
     #[inline(always)]
-    pub fn add_state(&self, bits: u8) -> u8 {
-        let at = const { offset_of!(Flow<A>, state) };
-        const { assert!(offset_of!(Flow<A>, state).is_multiple_of(4)) };
-        // SAFETY: see `MapValue::get`; the word is aligned to four bytes.
-        let before = unsafe {
-            let word: *mut u32 = self.0.byte_add(at).cast();
-            atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(word, u32::from_ne_bytes([bits, 0, 0, 0]))
-        };
-        let [state, ..] = before.to_ne_bytes();
-        state
+    fn place<F: Pod>(self, field: Field<V, F>) -> *mut F {
+        // SAFETY: a field lies within its record.
+        unsafe { self.0.byte_add(field.offset()).cast() }
     }
 }
 
 impl MapValue<Session> {
     /// The backend and its generation as one word, which other processors change as one.
-    #[inline(always)]
-    fn pinned(&self) -> *mut u64 {
-        const AT: usize = offset_of!(Session, backend);
-        const { assert!(AT.is_multiple_of(8) && offset_of!(Session, generation) == AT + 4) };
-        // SAFETY: see `MapValue::get`; the two fields lie side by side, aligned to eight bytes.
-        unsafe { self.0.byte_add(AT).cast() }
-    }
+    const PINNED: Field<Session, u64> = {
+        assert!(offset_of!(Session, generation) == offset_of!(Session, backend) + 4);
+        Field::new(offset_of!(Session, backend))
+    };
 }
 
 /// Two fields side by side, as the machine loads them at once.
@@ -173,20 +165,14 @@ impl Pin for MapValue<Session> {
     #[inline(always)]
     fn observe(&self) -> Session {
         let read = || {
-            // SAFETY: see `MapValue::get`. Volatile, because the order counts.
-            unsafe {
-                let pin = self.0;
-                (
-                    ptr::read_volatile(&raw const (*pin).draw),
-                    ptr::read_volatile(&raw const (*pin).created_ns),
-                    ptr::read_volatile(&raw const (*pin).last_used_ns),
-                    ptr::read_volatile(&raw const (*pin).connections),
-                )
-            }
+            (
+                self.read(Session::DRAW),
+                self.read(Session::CREATED_NS),
+                self.read(Session::LAST_USED_NS),
+                self.read(Session::CONNECTIONS),
+            )
         };
-        // SAFETY: see `pinned`.
-        let read_pinned = || unsafe { ptr::read_volatile(self.pinned()) };
-        let (first, mut rest, pinned) = (read_pinned(), read(), read_pinned());
+        let (first, mut rest, pinned) = (self.read(Self::PINNED), read(), self.read(Self::PINNED));
         if first != pinned {
             rest = read();
         }
@@ -208,34 +194,29 @@ impl Pin for MapValue<Session> {
 
     #[inline(always)]
     fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
-        // SAFETY: see `pinned`; whoever changes this word does it like this.
+        // SAFETY: see `copy_words`; whoever changes this word does it like this.
         let (_, is_done) = unsafe {
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
-                self.pinned(),
-                pair(from),
-                pair(to),
-            )
+            let word = self.place(Self::PINNED);
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, pair(from), pair(to))
         };
         is_done
     }
 
     #[inline(always)]
     fn pointed_to(&self) -> (u32, u32) {
-        // SAFETY: see `pinned`.
-        unpaired(unsafe { ptr::read_volatile(self.pinned()) })
+        unpaired(self.read(Self::PINNED))
     }
 
     #[inline(always)]
     fn connections(&self) -> u32 {
-        // SAFETY: see `MapValue::get`. Volatile, because the order counts.
-        unsafe { ptr::read_volatile(&raw const (*self.0).connections) }
+        self.read(Session::CONNECTIONS)
     }
 
     #[inline(always)]
     fn swap_connections(&self, from: u32, to: u32) -> bool {
-        // SAFETY: see `MapValue::get`; whoever changes this word does it like this.
+        // SAFETY: see `copy_words`; whoever changes this word does it like this.
         let (_, is_done) = unsafe {
-            let word = &raw mut (*self.0).connections;
+            let word = self.place(Session::CONNECTIONS);
             atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
         };
         is_done
@@ -278,7 +259,7 @@ pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
 /// refuses (docs/adr/0008), nor for the programs on cgroups, which must not use this: a packet may interrupt them.
 #[inline(always)]
 pub fn exclusively<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
-    // SAFETY: a lookup gave this pointer, see `MapValue::get`; nobody else uses it, see above.
+    // SAFETY: a lookup gave this pointer, see `copy_words`; nobody else uses it, see above.
     pointer.map(|pointer| work(unsafe { &mut *pointer }))
 }
 
@@ -321,59 +302,83 @@ pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Opt
     Err(Unstable)
 }
 
-/// The bytes of a record that are loaded at once: by no less do others write it.
-const fn word<V>() -> usize {
-    assert!(align_of::<V>() == 8 || align_of::<V>() == 4);
-    assert!(size_of::<V>().is_multiple_of(align_of::<V>()));
-    align_of::<V>()
+/// Does something with each word of a value, and its number: words of as many bytes as the value is aligned to, since by no
+/// less do others access it.
+macro_rules! for_each_word {
+    ($value:ty, |$at:ident, $word:ident| $work:expr) => {
+        const { assert!(size_of::<$value>().is_multiple_of(align_of::<$value>()) && align_of::<$value>() <= 8) };
+        match const { align_of::<$value>() } {
+            1 => for_each_word!(u8, $value, |$at, $word| $work),
+            2 => for_each_word!(u16, $value, |$at, $word| $work),
+            4 => for_each_word!(u32, $value, |$at, $word| $work),
+            _ => for_each_word!(u64, $value, |$at, $word| $work),
+        }
+    };
+    ($unit:ty, $value:ty, |$at:ident, $word:ident| $work:expr) => {{
+        type $word = $unit;
+        let mut $at = 0;
+        while $at < size_of::<$value>() / size_of::<$word>() {
+            $work;
+            $at += 1;
+        }
+    }};
 }
 
-/// A copy of a record that may change meanwhile, word by word.
+/// A copy of a value in a map, word by word.
 #[inline(always)]
 fn copy_words<V: Copy>(place: *const V) -> V {
     let mut copy = MaybeUninit::<V>::uninit();
-    // SAFETY: a lookup gave the pointer, so the memory is the map's until the program ends, and aligned to eight bytes. The
-    // words are all of the value; every bit pattern is valid.
+    // SAFETY: a lookup gave the pointer and the program has not ended since, so the memory is the map's and is not freed (RCU),
+    // and it is aligned. The words are all of the value, and every bit pattern is a valid one. Volatile, because others write
+    // it.
     unsafe {
-        let to = copy.as_mut_ptr();
-        if const { word::<V>() } == 8 {
-            for at in 0..size_of::<V>() / 8 {
-                to.cast::<u64>().add(at).write(ptr::read_volatile(place.cast::<u64>().add(at)));
-            }
-        } else {
-            for at in 0..size_of::<V>() / 4 {
-                to.cast::<u32>().add(at).write(ptr::read_volatile(place.cast::<u32>().add(at)));
-            }
-        }
+        for_each_word!(V, |at, Word| {
+            let word = ptr::read_volatile(place.cast::<Word>().add(at));
+            copy.as_mut_ptr().cast::<Word>().add(at).write(word);
+        });
         copy.assume_init()
     }
 }
 
-/// Whether a record is equal to a copy now, word by word.
+/// Writes a value into a map, word by word.
 #[inline(always)]
-fn has_words<V: Copy>(place: *const V, copy: &V) -> bool {
-    let (copy, mut differing) = (ptr::from_ref(copy), 0);
-    // SAFETY: as for `copy_words`; records have no padding.
+fn store_words<V: Copy>(place: *mut V, value: &V) {
+    // SAFETY: as for `copy_words`.
     unsafe {
-        if const { word::<V>() } == 8 {
-            for at in 0..size_of::<V>() / 8 {
-                differing |= ptr::read_volatile(place.cast::<u64>().add(at)) ^ copy.cast::<u64>().add(at).read();
-            }
-        } else {
-            for at in 0..size_of::<V>() / 4 {
-                let (now, then) = (ptr::read_volatile(place.cast::<u32>().add(at)), copy.cast::<u32>().add(at).read());
-                differing |= u64::from(now ^ then);
-            }
-        }
+        for_each_word!(V, |at, Word| {
+            ptr::write_volatile(place.cast::<Word>().add(at), ptr::from_ref(value).cast::<Word>().add(at).read());
+        });
+    }
+}
+
+/// Whether a value in a map is equal to a copy now, word by word.
+#[inline(always)]
+#[expect(clippy::useless_conversion, reason = "the longest words have the length of the sum already")]
+fn has_words<V: Copy>(place: *const V, copy: &V) -> bool {
+    let mut differing = 0;
+    // SAFETY: as for `copy_words`; values have no padding.
+    unsafe {
+        for_each_word!(V, |at, Word| {
+            let now = ptr::read_volatile(place.cast::<Word>().add(at));
+            differing |= u64::from(now ^ ptr::from_ref(copy).cast::<Word>().add(at).read());
+        });
     }
     differing == 0
 }
 
 impl MapValue<u64> {
+    /// Adds one to a word of this processor's own. A program that runs where a packet can interrupt it, on a cgroup, may lose
+    /// what that counts in between.
+    #[inline(always)]
+    pub fn count_own(self) {
+        let count: u64 = copy_words(self.0);
+        store_words(self.0, &count.wrapping_add(1));
+    }
+
     /// Adds to a word that other processors add to.
     #[inline(always)]
     pub fn add(self, amount: i64) {
-        // SAFETY: see `MapValue::get`; a map's value is aligned to eight bytes.
+        // SAFETY: see `copy_words`; a map's value is aligned to eight bytes.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, amount as u64) };
     }
 
@@ -389,6 +394,18 @@ impl MapValue<u64> {
     pub fn set_bit(self, bit: u32) {
         // SAFETY: as above.
         unsafe { atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, 1 << (bit % 64)) };
+    }
+}
+
+impl MapValue<Usage> {
+    /// One of the counts; none for an index beyond them.
+    #[inline(always)]
+    pub fn count(self, index: usize) -> Option<MapValue<u64>> {
+        const COUNTS: usize = size_of::<Usage>() / size_of::<u64>();
+        const { assert!(offset_of!(Usage, counts) == 0) };
+        let index = forgotten(index);
+        // SAFETY: the place is within the value.
+        (index < COUNTS).then(|| MapValue(unsafe { self.0.cast::<u64>().add(index) }))
     }
 }
 

@@ -9,7 +9,7 @@
 
 use affinity_common::{
     abi::{Address, Direction, FlowKey, Port, V4, V6},
-    checksum,
+    checksum, fields,
     packet::Packet,
     parse::{self, Headers, Network},
     rewrite,
@@ -25,9 +25,10 @@ use aya_ebpf::{
     maps::{Array, LruHashMap, ProgramArray},
     programs::{TcContext, XdpContext},
 };
+use bytemuck::{Pod, Zeroable};
 
 /// What `drive` writes: words of the one entry of `course`, set by the benchmark.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Course {
     /// Packets so far.
@@ -47,6 +48,10 @@ pub struct Course {
     /// The node's port of the first flow, for packets to the node.
     node_port: u64,
 }
+
+fields!(Course {
+    PACKETS = packets: u64,
+});
 
 /// From a client to the frontend.
 const TO_FRONTEND: u64 = 0;
@@ -92,12 +97,12 @@ const L4_V6: usize = L3 + 40;
 /// The client's number and port in the next packet, and the number of the flow.
 #[inline(always)]
 fn next(course: &MapValue<Course>) -> (u32, u16, u16) {
-    course.update(|course| course.packets += 1);
-    let (count, flows, random, bits) =
-        course.with(|course| (course.packets, course.flows, course.random, course.client_bits));
+    let Course { packets, flows, random, client_bits: bits, .. } = course.get();
+    let count = packets + 1;
+    course.write(Course::PACKETS, count);
     let number = if random == 0 {
         if count >= flows {
-            course.update(|course| course.packets = 0);
+            course.write(Course::PACKETS, 0);
         }
         count
     } else {
@@ -123,8 +128,8 @@ impl Next {
     #[inline(always)]
     fn of(course: &MapValue<Course>) -> Self {
         let (client, client_port, number) = next(course);
-        let (port, node_port, way, flags) =
-            course.with(|course| (course.port as u16, course.node_port as u16, course.way, course.tcp_flags as u8));
+        let Course { port, node_port, way, tcp_flags, .. } = course.get();
+        let (port, node_port, flags) = (port as u16, node_port as u16, tcp_flags as u8);
         let (source, destination) = match way {
             TO_FRONTEND | TO_POD => (client_port, port),
             FROM_POD => (port, client_port),
@@ -240,8 +245,8 @@ fn least<P: Packet>(packet: &mut P, remember: bool) {
 
 #[inline(always)]
 fn least_of<A: Least, P: Packet>(packet: &mut P, headers: &Headers<A>, remember: bool) {
-    let target = match A::table().get_ptr_mut(headers.key) {
-        Some(target) => MapValue::new(target).get(),
+    let target = match kernel::copied(A::table().get_ptr(headers.key)) {
+        Some(target) => target,
         None if remember => {
             let target = Target { address: A::BACKEND, port: Port::new(8080) };
             let _ = A::table().insert(headers.key, target, 0);

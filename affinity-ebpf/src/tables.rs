@@ -10,10 +10,11 @@ use affinity_common::{
     },
     parse::Headers,
     pipeline::Opened,
-    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables, Unstable},
+    tables::{FamilyTables, NotStored, SocketTables, Tables, Unstable},
 };
 use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key};
 use aya_log_ebpf::{debug, trace};
+use bytemuck::Pod;
 
 use crate::{
     maps::{
@@ -41,7 +42,7 @@ fn config(offset: usize) -> u64 {
 pub struct Maps;
 
 impl Tables for Maps {
-    type Entry<V: Copy> = MapValue<V>;
+    type Entry<V: Pod> = MapValue<V>;
     type Pin = MapValue<Session>;
 
     #[inline(always)]
@@ -149,7 +150,7 @@ impl Tables for Maps {
     #[inline(always)]
     fn count(&self, reason: Reason) {
         if let Some(count) = COUNTERS.get_ptr_mut(reason as u32) {
-            MapValue::new(count).update(|count| *count += 1);
+            MapValue::new(count).count_own();
         }
     }
 
@@ -168,12 +169,9 @@ impl Tables for Maps {
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
         if let Some(usage) = USAGE.get_ptr_mut(UsageKey { of: of as u32, id })
             && let Some(index) = usage_index(reason)
+            && let Some(count) = MapValue::new(usage).count(index)
         {
-            MapValue::new(usage).update(|usage| {
-                if let Some(count) = usage.counts.get_mut(kernel::forgotten(index)) {
-                    *count += 1;
-                }
-            });
+            count.count_own();
         }
     }
 
@@ -269,11 +267,6 @@ macro_rules! family {
             fn remove_flow(&self, key: &FlowKey<$address>) {
                 // Where it has gone already there is nothing to do.
                 let _ = $flows.remove(key);
-            }
-
-            #[inline(always)]
-            fn add_state(&self, flow: &MapValue<Flow<$address>>, bits: u8) -> u8 {
-                flow.add_state(bits)
             }
 
             #[inline(always)]

@@ -220,8 +220,7 @@ pub const NO_BACKEND: u32 = u32::MAX;
 pub struct Foreign {
     /// When the side that began it last sent a packet that tells of its beginning or its end, monotonic nanoseconds.
     pub last_sent_ns: u64,
-    /// What was seen of its end, as [`Flow::state`] says it. Not added to in one step: of two FINs that two processors see at
-    /// once one may be lost, and then the key is held for [`crate::foreign::CLOSING_NS`].
+    /// What was seen of its end, as [`Flow::state`] says it.
     pub state: u32,
     /// Zero.
     pub pad: u32,

@@ -3,6 +3,8 @@
 
 use std::{cell::Cell, vec::Vec};
 
+use bytemuck::Pod;
+
 use super::*;
 use crate::{
     abi::{
@@ -36,7 +38,7 @@ enum Sessions {
 }
 
 impl Tables for Failing {
-    type Entry<V: Copy> = <Model as Tables>::Entry<V>;
+    type Entry<V: Pod> = <Model as Tables>::Entry<V>;
     type Pin = <Model as Tables>::Pin;
 
     fn now_ns(&self) -> u64 {
@@ -107,9 +109,6 @@ where
     }
     fn is_free(&self, replies: &FlowKey<A>) -> bool {
         masquerade::is_free(self, replies)
-    }
-    fn add_state(&self, flow: &Self::Entry<Flow<A>>, bits: u8) -> u8 {
-        self.model.add_state(flow, bits)
     }
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
         self.model.foreign(replies)

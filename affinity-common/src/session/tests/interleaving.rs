@@ -3,9 +3,11 @@
 
 use std::{cell::Cell, vec::Vec};
 
+use bytemuck::Pod;
+
 use super::*;
 use crate::{
-    abi::{Draft, Flow, FlowKey, Foreign, FragmentKey, Node},
+    abi::{Draft, Field, Flow, FlowKey, Foreign, FragmentKey, Node},
     flow, foreign, masquerade,
     model::Shared,
     parse::Headers,
@@ -61,25 +63,29 @@ fn at_every_step(
     }
 }
 
-/// A pin as the first processor sees it.
-struct Stepwise<'a, 'b>(Shared<Session>, &'a Interrupted<'b>);
+/// A record as the first processor sees it.
+struct Stepwise<'a, 'b, V: Pod>(Shared<V>, &'a Interrupted<'b>);
 
-impl Entry<Session> for Stepwise<'_, '_> {
-    fn get(&self) -> Session {
+impl<V: Pod> Entry<V> for Stepwise<'_, '_, V> {
+    fn get(&self) -> V {
         self.1.step();
         self.0.get()
     }
-    fn with<R>(&self, read: impl FnOnce(&Session) -> R) -> R {
+    fn read<F: Pod>(&self, field: Field<V, F>) -> F {
         self.1.step();
-        self.0.with(read)
+        self.0.read(field)
     }
-    fn update(&self, change: impl FnOnce(&mut Session)) {
+    fn write<F: Pod>(&self, field: Field<V, F>, value: F) {
         self.1.step();
-        self.0.update(change);
+        self.0.write(field, value);
+    }
+    fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32 {
+        self.1.step();
+        self.0.add_bits(field, bits)
     }
 }
 
-impl Pin for Stepwise<'_, '_> {
+impl Pin for Stepwise<'_, '_, Session> {
     fn observe(&self) -> Session {
         self.1.step();
         self.0.observe()
@@ -103,8 +109,8 @@ impl Pin for Stepwise<'_, '_> {
 }
 
 impl<'a, 'b> Tables for &'a Interrupted<'b> {
-    type Entry<V: Copy> = Shared<V>;
-    type Pin = Stepwise<'a, 'b>;
+    type Entry<V: Pod> = Stepwise<'a, 'b, V>;
+    type Pin = Stepwise<'a, 'b, Session>;
 
     fn now_ns(&self) -> u64 {
         self.cluster.0.now_ns()
@@ -178,12 +184,8 @@ where
     fn is_free(&self, replies: &FlowKey<A>) -> bool {
         masquerade::is_free(self, replies)
     }
-    fn add_state(&self, flow: &Shared<Flow<A>>, bits: u8) -> u8 {
-        self.step();
-        self.cluster.0.add_state(flow, bits)
-    }
-    fn foreign(&self, replies: &FlowKey<A>) -> Option<Shared<Foreign>> {
-        self.cluster.0.foreign(replies)
+    fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
+        self.cluster.0.foreign(replies).map(|known| Stepwise(known, self))
     }
     fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign) {
         self.cluster.0.put_foreign(replies, foreign);
@@ -217,9 +219,9 @@ where
         self.step();
         self.cluster.0.add_session(key, session)
     }
-    fn flow(&self, key: &FlowKey<A>) -> Option<Shared<Flow<A>>> {
+    fn flow(&self, key: &FlowKey<A>) -> Option<Self::Entry<Flow<A>>> {
         self.step();
-        self.cluster.0.flow(key)
+        self.cluster.0.flow(key).map(|flow| Stepwise(flow, self))
     }
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored> {
         self.cluster.0.put_flow(key, flow)

@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Direction, FlowKey, Frontend, FrontendKey, Port, RangeKey, Reason},
+    abi::{Address, Direction, Flow, FlowKey, Frontend, FrontendKey, Port, RangeKey, Reason},
     model::Model,
     parse::Headers,
     pipeline::{Decision, from_backend, to_frontend},
@@ -310,7 +310,7 @@ where
     let outcome = to_frontend(model, &mut headers, 0);
     let to = match outcome.decision {
         Decision::Forward(flow) => {
-            let edit = flow.with(|flow| flow.edit);
+            let edit = flow.read(Flow::EDIT);
             let mut reply = headers;
             reply.key = headers.key.opposite(&edit);
             let answer = from_backend(model, &mut reply).decision;
