@@ -169,12 +169,17 @@ pub fn correct_connections<A: Address, T: FamilyTables<A>>(tables: &T, correctio
 const TRIES: u32 = 8;
 
 /// Changes the number of live connections of a pin, as long as it points to their backend. The number is read first, and where
-/// the pin points after that: a move in between has changed the word ([`reset_connections`]), and so the exchange fails.
+/// the pin points after that: a move in between has changed the word ([`reset_connections`]), and so the exchange fails. A pin
+/// that is being moved may come back to where it was.
 #[inline(always)]
 fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
-        if pin.pointed_to() != to {
+        let pointed_to = pin.pointed_to();
+        if pointed_to == nowhere(to) {
+            continue;
+        }
+        if pointed_to != to {
             return;
         }
         let live = before % MOVES;
@@ -184,18 +189,25 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
     }
 }
 
-/// A pin that points nowhere has no connections, and has moved once more.
+/// A pin that points nowhere has no connections, and has moved once more since it had `seen`. Of several processors that move it
+/// one notes that; of what is counted after the move nothing is lost.
 #[inline(always)]
-fn reset_connections(pin: &impl Pin, nowhere: (u32, u32)) {
+fn reset_connections(pin: &impl Pin, nowhere: (u32, u32), seen: u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
-        if pin.pointed_to() != nowhere {
+        if before / MOVES != seen / MOVES || pin.pointed_to() != nowhere {
             return;
         }
         if pin.swap_connections(before, (before - before % MOVES).wrapping_add(MOVES)) {
             return;
         }
     }
+}
+
+/// Where a pin to this backend and generation points while it is being moved.
+#[inline(always)]
+const fn nowhere((backend, generation): (u32, u32)) -> (u32, u32) {
+    (backend, generation & !1)
 }
 
 /// Finds the member for a new connection, and counts it for the service and the backend; `resolved` becomes what came of
@@ -307,7 +319,7 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
 ) -> Result<Resolved, Reason> {
     let mut chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
     let from = (seen.backend, seen.generation);
-    let nowhere = (seen.backend, seen.generation & !1);
+    let nowhere = nowhere(from);
     if pin.repin(from, nowhere) {
         if pin.observe().created_ns != seen.created_ns
             && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
@@ -324,7 +336,7 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     pin.write(Session::USES, 1);
     pin.write(Session::REASON, reason as u8);
     pin.write(Session::DRAW, next_draw(seen.draw));
-    reset_connections(pin, nowhere);
+    reset_connections(pin, nowhere, seen.connections);
     if !pin.repin(nowhere, (chosen.backend, chosen.member.generation)) {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }

@@ -422,3 +422,26 @@ fn a_connection_opens_once() {
         },
     );
 }
+
+/// Two connections in their middle count as soon as they are seen, also where each of two processors moves the expired pin,
+/// and the second one finds it where it was.
+#[test]
+fn a_pin_that_stays_where_it_was_keeps_its_connections() {
+    let mut stayed = 0;
+    for draw in 0..50u32 {
+        let scene = || scene(Selection::Random, draw.wrapping_mul(0x9e37_79b1), Before::Expired);
+        let was = scene().session(GROUP, CLIENT).expect("a pin").backend;
+        let other = |cluster: &Cluster| {
+            cluster.segment(CLIENT, OTHER_PORT, ACK).unwrap();
+        };
+        at_every_step(
+            scene,
+            |tables| segment(tables, ACK),
+            other,
+            |cluster, after| assert_eq!(live(cluster), 2, "draw {draw}, after {after} steps"),
+        );
+        let cluster = scene();
+        stayed += u32::from(cluster.segment(CLIENT, 1, ACK) == Ok(was));
+    }
+    assert!(stayed > 0, "no draw leaves the pin where it was");
+}
