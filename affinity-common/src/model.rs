@@ -191,6 +191,8 @@ pub struct Model {
     pub foreign_v4: RefCell<Lru<FlowKey<V4>, Foreign>>,
     /// Connections to no frontend, IPv6.
     pub foreign_v6: RefCell<Lru<FlowKey<V6>, Foreign>>,
+    drafts_v4: RefCell<Draft<V4>>,
+    drafts_v6: RefCell<Draft<V6>>,
     /// Devices above others.
     pub above: BTreeSet<u32>,
     /// Packets in pieces, IPv4.
@@ -238,6 +240,8 @@ impl Model {
             flows_v6: RefCell::new(Lru::new(capacity)),
             foreign_v4: RefCell::new(Lru::new(capacity)),
             foreign_v6: RefCell::new(Lru::new(capacity)),
+            drafts_v4: RefCell::new(Draft::zeroed()),
+            drafts_v6: RefCell::new(Draft::zeroed()),
             above: BTreeSet::new(),
             fragments_v4: RefCell::new(Lru::new(capacity)),
             fragments_v6: RefCell::new(Lru::new(capacity)),
@@ -341,7 +345,7 @@ impl Tables for Model {
 }
 
 macro_rules! family {
-    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident) => {
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $drafts:ident) => {
         impl FamilyTables<$address> for Model {
             fn open(&self, headers: &Headers<$address>) -> Opened {
                 pipeline::open(self, headers)
@@ -407,7 +411,7 @@ macro_rules! family {
             }
 
             fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
-                Some(work(&mut Draft::zeroed()))
+                Some(work(&mut self.$drafts.borrow_mut()))
             }
 
             fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
@@ -421,8 +425,8 @@ macro_rules! family {
     };
 }
 
-family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, foreign_v4, fragments_v4);
-family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, foreign_v6, fragments_v6);
+family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, foreign_v4, fragments_v4, drafts_v4);
+family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, foreign_v6, fragments_v6, drafts_v6);
 
 impl SocketTables for Model {
     fn node_netns(&self) -> u64 {

@@ -9,7 +9,7 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, BESIDE, Direction, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey, NODE, PODS,
+        Address, BESIDE, Direction, Edit, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey, NODE, PODS,
         RANGES, Reason, SHADOW, SILENT, SPLIT, V4, V6, filter_bit,
     },
     flow::{self, Admission},
@@ -28,6 +28,9 @@ pub enum Decision<F> {
     Pass,
     /// It goes on with the addresses and ports of its flow's edit.
     Forward(F),
+    /// The same, as the first packet of its flow, which is still the draft: looked up now, it would count as used, and connections
+    /// that nobody goes on with would evict those that are open.
+    Begin,
     /// Its sender is told that nobody is there.
     Reject,
     /// It vanishes.
@@ -177,10 +180,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
         headers.set_seen_below();
     }
     match tables.open(headers) {
-        Opened::As(reason) => match tables.flow(&headers.key) {
-            Some(flow) => Outcome::new(Decision::Forward(flow), reason),
-            None => Outcome::new(Decision::Drop, Reason::FlowNotStored),
-        },
+        Opened::As(reason) => Outcome::new(Decision::Begin, reason),
         Opened::NotOurs(reason) => Outcome::new(Decision::Pass, reason),
         Opened::Refused(reason) => rejected(headers, reason),
         Opened::Failed(reason) => Outcome::new(Decision::Drop, reason),
@@ -401,31 +401,47 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     headers: &Headers<A>,
     outcome: &Outcome<T::Entry<Flow<A>>>,
 ) -> Verdict {
-    if headers.is_first_fragment() && matches!(outcome.decision, Decision::Forward(_)) {
+    let translation = match &outcome.decision {
+        Decision::Forward(flow) => Some((flow.read(Flow::EDIT), flow.read(Flow::FLAGS))),
+        Decision::Begin => tables.draft(|draft| (draft.flow.edit, draft.flow.flags)),
+        Decision::Pass | Decision::Reject | Decision::Drop => None,
+    };
+    if headers.is_first_fragment() && translation.is_some() {
         fragment::remember(packet, tables, headers);
     }
     let (verdict, reason) = match &outcome.decision {
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
-        Decision::Forward(flow) => {
-            let (edit, flags) = (flow.read(Flow::EDIT), flow.read(Flow::FLAGS));
-            let is_rewritten = packet.rewrite(headers, &edit);
-            if flags & FLOW_FOREIGN != 0 && !headers.key.is_entering() {
-                // It now looks like a reply of the connection that has its port.
-                packet.mark_final();
-            }
-            match (is_rewritten, flags & FLOW_REMOTE) {
-                (false, _) => (Verdict::Drop, Reason::NotRewritten),
-                (true, 0) => (Verdict::Forward, outcome.reason),
-                (true, _) => (Verdict::Onward, outcome.reason),
-            }
-        }
+        Decision::Forward(_) | Decision::Begin => match translation {
+            Some((edit, flags)) => translate(packet, headers, (&edit, flags), outcome.reason),
+            None => (Verdict::Drop, Reason::Inconsistent),
+        },
         Decision::Reject if !tables.may_reject() => (Verdict::Drop, Reason::RejectionLimited),
         Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
     };
     tables.conclude(reason);
     verdict
+}
+
+/// Gives a frame the addresses and ports of its flow's edit.
+#[inline(always)]
+fn translate<A: Address, P: Packet>(
+    packet: &mut P,
+    headers: &Headers<A>,
+    (edit, flags): (&Edit<A>, u8),
+    reason: Reason,
+) -> (Verdict, Reason) {
+    let is_rewritten = packet.rewrite(headers, edit);
+    if flags & FLOW_FOREIGN != 0 && !headers.key.is_entering() {
+        // It now looks like a reply of the connection that has its port.
+        packet.mark_final();
+    }
+    match (is_rewritten, flags & FLOW_REMOTE) {
+        (false, _) => (Verdict::Drop, Reason::NotRewritten),
+        (true, 0) => (Verdict::Forward, reason),
+        (true, _) => (Verdict::Onward, reason),
+    }
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! Choosing a member for a connection without a usable pin.
 
 use crate::{
-    abi::{Address, Frontend, MEMBER_READY, Member, MemberKey, Selection},
+    abi::{Address, Frontend, MEMBER_READY, Member, MemberKey, Port, Selection},
     tables::Tables,
 };
 
@@ -45,6 +45,13 @@ pub const fn next_draw(draw: u32) -> u32 {
 #[inline(always)]
 pub fn client_hash<A: Address>(client: A, seed: u32) -> u32 {
     mix(client.fold() ^ mix(seed))
+}
+
+/// A number for a connection without affinity, as good as a random one, and the same for each of its packets: where the table of
+/// flows has lost the connection, the next packet finds the same pod.
+#[inline(always)]
+pub fn connection_hash<A: Address>(client: A, sport: Port, seed: u32) -> u32 {
+    mix(client.fold() ^ mix(seed ^ u32::from(sport.get()) << 8))
 }
 
 /// Spreads 32 bits evenly (the finaliser of MurmurHash3).

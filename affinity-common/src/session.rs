@@ -15,11 +15,11 @@ mod tests;
 
 use crate::{
     abi::{
-        AFFINITY, Address, Correction, Event, EventKind, Frontend, MEMBER_READY, MOVES, Member, MemberKey, Port,
-        Reason, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
+        AFFINITY, Address, Correction, Event, EventKind, FlowKey, Frontend, MEMBER_READY, MOVES, Member, MemberKey,
+        Port, Reason, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
     },
     parse::Headers,
-    select::{Chosen, next_draw, select},
+    select::{Chosen, connection_hash, next_draw, select},
     tables::{Entry, FamilyTables, NotStored, Pin, Tables},
 };
 
@@ -44,13 +44,21 @@ pub struct Opening<'a, A> {
     pub frontend: &'a Frontend,
     /// Monotonic time.
     pub now_ns: u64,
+    /// What a member is chosen by where there is no affinity.
+    pub draw: u32,
 }
 
 impl<'a, A: Address> Opening<'a, A> {
     /// By a packet: the client key is its source under the frontend's prefix.
     #[inline(always)]
     pub fn by_packet(headers: &Headers<A>, frontend: &'a Frontend, now_ns: u64) -> Self {
-        Self { client: headers.key.saddr.masked(frontend.prefix), frontend, now_ns }
+        let FlowKey { saddr, sport, .. } = headers.key;
+        Self {
+            client: saddr.masked(frontend.prefix),
+            frontend,
+            now_ns,
+            draw: connection_hash(saddr, sport, frontend.seed),
+        }
     }
 }
 
@@ -242,7 +250,7 @@ pub fn open<A: Address, T: FamilyTables<A>>(
 /// [`Reason::Inconsistent`] where the pool's slots name no ready member.
 #[inline(always)]
 fn choose<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
-    let chosen = select(tables, opening.frontend, opening.client, tables.random()).ok_or(Reason::Inconsistent)?;
+    let chosen = select(tables, opening.frontend, opening.client, opening.draw).ok_or(Reason::Inconsistent)?;
     Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 })
 }
 

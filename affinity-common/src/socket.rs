@@ -311,7 +311,8 @@ fn client_of(caller: &Caller, frontend: &Peer) -> V6 {
 /// Finds the backend. Apart, because what it needs of the stack is free again when the socket is remembered.
 #[inline(never)]
 fn open<T: SocketTables>(tables: &T, caller: &Caller, frontend: &Frontend, opened: &mut Opened) -> Result<(), Reason> {
-    let opening = Opening { client: client_of(caller, &opened.peer), frontend, now_ns: tables.now_ns() };
+    let (client, now_ns) = (client_of(caller, &opened.peer), tables.now_ns());
+    let opening = Opening { client, frontend, now_ns, draw: tables.random() };
     session::open(tables, &opening, &mut opened.resolved)?;
     let chosen = &opened.resolved.chosen;
     let backend = tables.backend(chosen.backend).ok_or(Reason::Inconsistent)?;

@@ -157,10 +157,12 @@ where
         if self.is_left_to_packets() {
             return ("pass", Reason::NotInRanges, None);
         }
-        let outcome = pipeline::to_frontend(&self.model(), &mut self.headers(), NO_DEVICE);
+        let (model, mut headers) = (self.model(), self.headers());
+        let outcome = pipeline::to_frontend(&model, &mut headers, NO_DEVICE);
         let (would, flow) = match outcome.decision {
             Decision::Pass => ("pass", None),
             Decision::Forward(flow) => ("forward", Some(flow.get())),
+            Decision::Begin => ("forward", model.flow(&headers.key).map(|flow| flow.get())),
             Decision::Reject => ("reject", None),
             Decision::Drop => ("drop", None),
         };

@@ -96,6 +96,51 @@ fn a_flood_of_flows_evicts_no_session() -> Result<()> {
     Ok(())
 }
 
+/// SYNs with forged sources, three times as many as the table holds connections, to a service without affinity. Nobody uses
+/// their records, so those of connections with a packet now and then stay; and one whose records have gone, because it was
+/// idle for as long, finds the same pod.
+#[test]
+fn a_flood_of_half_open_connections_ends_no_open_one() -> Result<()> {
+    const OPEN: u32 = 1_000;
+    const FLOOD: u32 = 60_000;
+    const ROUND: u32 = 10_000;
+    let to = plain_service(Family::V4);
+    let client = |number| SocketAddr::new(Family::V4.client(number), 40_000);
+    for hook in [Hook::XdpForward, Hook::TcForward] {
+        let kernel = site(Sizes { flows: 40_000, ..SIZES }, |_| {})?;
+        let mut pods = Vec::new();
+        for number in 0..OPEN {
+            let pod = send(&kernel, hook, client(number), to, SYN)?;
+            answer(&kernel, pod, client(number), SYN | ACK)?;
+            send(&kernel, hook, client(number), to, ACK)?;
+            pods.push(pod);
+        }
+        let busy = || (0..OPEN).zip(&pods).step_by(2);
+        for number in 0..FLOOD {
+            send(&kernel, hook, client(OPEN + number), to, SYN)?;
+            if number % ROUND == 0 {
+                for (number, pod) in busy() {
+                    send(&kernel, hook, client(number), to, ACK | PSH)?;
+                    answer(&kernel, *pod, client(number), ACK)?;
+                }
+            }
+        }
+        let established = kernel.state()?.count(Reason::Established);
+        for (number, pod) in busy() {
+            answer(&kernel, *pod, client(number), ACK | PSH)?;
+            send(&kernel, hook, client(number), to, ACK)?;
+        }
+        let kept = kernel.state()?.count(Reason::Established) - established;
+        ensure!(kept == u64::from(OPEN / 2), "{hook:?}: of {OPEN} records of busy connections {kept} were kept");
+        for (number, pod) in (0..).zip(&pods) {
+            let went = send(&kernel, hook, client(number), to, ACK | PSH)?;
+            ensure!(went == *pod, "{hook:?}: connection {number} went from {pod} to {went}");
+            answer(&kernel, *pod, client(number), ACK)?;
+        }
+    }
+    Ok(())
+}
+
 /// One client with as many connections as it has ports floods the flows, and every packet of an old one still finds
 /// its pod: by the pin.
 #[test]

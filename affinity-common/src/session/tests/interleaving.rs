@@ -21,6 +21,8 @@ const STRANGERS: u16 = 3;
 /// The tables as the first processor sees them.
 struct Interrupted<'a> {
     cluster: &'a Cluster,
+    /// What the first processor has for itself.
+    own: Model,
     /// Accesses until the other processor comes.
     left: Cell<u32>,
     /// Whether the other one has come.
@@ -31,7 +33,7 @@ struct Interrupted<'a> {
 
 impl<'a> Interrupted<'a> {
     fn new(cluster: &'a Cluster, after: u32, other: &'a dyn Fn(&Cluster)) -> Self {
-        Self { cluster, left: Cell::new(after), is_over: Cell::new(false), other }
+        Self { cluster, own: Model::new(1), left: Cell::new(after), is_over: Cell::new(false), other }
     }
 
     fn step(&self) {
@@ -152,7 +154,7 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
         self.cluster.0.add_load(backend, sessions);
     }
     fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R> {
-        self.cluster.0.frontend_scratch(work)
+        self.own.frontend_scratch(work)
     }
     fn may_reject(&self) -> bool {
         self.cluster.0.may_reject()
@@ -200,7 +202,7 @@ where
         self.cluster.0.remove_flow(key);
     }
     fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R> {
-        self.cluster.0.draft(work)
+        self.own.draft(work)
     }
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
         self.cluster.0.fragment(key)

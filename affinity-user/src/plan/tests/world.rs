@@ -309,8 +309,8 @@ where
     let mut headers = headers(frontend, client, sport, flags);
     let outcome = to_frontend(model, &mut headers, 0);
     let to = match outcome.decision {
-        Decision::Forward(flow) => {
-            let edit = flow.read(Flow::EDIT);
+        Decision::Forward(_) | Decision::Begin => {
+            let edit = model.flow(&headers.key).expect("the flow that the packet belongs to").read(Flow::EDIT);
             let mut reply = headers;
             reply.key = headers.key.opposite(&edit);
             let answer = from_backend(model, &mut reply).decision;
