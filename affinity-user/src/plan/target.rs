@@ -389,7 +389,8 @@ fn node(masquerade: &Masquerade) -> Node {
         address_v6: v6.map_or_else(V6::default, |ip| V6(ip.octets())),
         address_v4: v4.map_or_else(V4::default, |ip| V4(ip.octets())),
         port_first: Port::new(*ports.start()),
-        port_count: (ports.end() + 1).saturating_sub(*ports.start()),
+        // At most 65,535: port 0 is none.
+        port_count: ports.len() as u16,
     }
 }
 
@@ -403,6 +404,19 @@ fn wanted_slots(pool: &Pool, indices: &Indices<'_>) -> Vec<u32> {
         Selection::Consistent => {
             let addresses: Vec<IpAddr> = ready.iter().map(|(address, _)| *address).collect();
             maglev::table(&addresses).into_iter().map(|member| ready[member].1).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_up_to_the_last_one() {
+        for (ports, count) in [(1024..=29_999, 28_976), (60_000..=u16::MAX, 5_536), (1..=u16::MAX, u16::MAX)] {
+            let node = node(&Masquerade { v4: None, v6: None, ports });
+            assert_eq!(node.port_count, count);
         }
     }
 }
