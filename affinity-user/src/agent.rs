@@ -10,6 +10,7 @@ pub mod http;
 mod lock;
 mod node_health;
 mod notices;
+mod port_guard;
 mod problems;
 mod publish;
 mod server;
@@ -47,6 +48,7 @@ use self::{
     attacher::{Attacher, Look, Summary, Worker},
     health::HealthChecks,
     notices::{LOOK_EVERY, Noticer},
+    port_guard::PortGuard,
     publish::{Publisher, count},
     sockets::Sockets,
     status::{TELL_EVERY, Teller},
@@ -158,6 +160,8 @@ pub struct Options {
     pub shadow: bool,
     /// How long what has gone may come back.
     pub limits: Limits,
+    /// Keep Linux from giving ports that affinity uses to the node's own connections.
+    pub reserve_ports: bool,
     /// `run`: take the dataplane away at the end.
     pub detach_on_exit: bool,
     /// `run`: serve metrics and probes.
@@ -238,6 +242,7 @@ fn attach_once(
     view.is_current_at(monotonic_ns());
     publisher.take(snapshot);
     publisher.publish()?;
+    PortGuard::new(options.reserve_ports).look(publisher.desired());
     replace_other_layouts(pins)?;
     Teller::new(pins, &options.source, view)?.tell()?;
     let failure = attacher.reconcile_all(look)?;
@@ -358,6 +363,7 @@ struct Agent {
     upkeep: Upkeep,
     sockets: Sockets,
     publisher: Publisher,
+    ports: PortGuard,
     health: HealthChecks,
     feed: Feed,
     /// Whether the dataplane was ever in step with the source.
@@ -431,9 +437,11 @@ impl Agent {
         let mut publisher = Publisher::new(store, options.desired(), options.limits, filter_plans, told);
         let mut devices = Devices::new().map_err(no_netlink)?;
         publisher.learn(seen(&devices, &options.node).await?);
+        let mut ports = PortGuard::new(options.reserve_ports);
         if let Some(snapshot) = &first {
             publisher.take(snapshot);
             publisher.publish()?;
+            ports.look(publisher.desired());
         }
         // Until the source answers, a dataplane of another version knows more than this one.
         let is_held_back = first.is_none() && !pins.other_layouts()?.is_empty();
@@ -460,6 +468,7 @@ impl Agent {
             )
             .map_err(|error| AgentError::System("thread", error))?,
             publisher,
+            ports,
             health,
             feed,
             is_ready: false,
@@ -542,6 +551,7 @@ impl Agent {
             Ok(published) => {
                 retry.succeeded();
                 self.health.follow(self.publisher.desired());
+                self.ports.look(self.publisher.desired());
                 if published.left {
                     self.closer.backends_left();
                 }
@@ -613,7 +623,10 @@ impl Agent {
     }
 
     /// Makes again what somebody has removed, and lets the probes say what cannot be made.
-    fn keep_whole(&self) {
+    fn keep_whole(&mut self) {
+        if self.is_ready {
+            self.ports.look(self.publisher.desired());
+        }
         let repaired = self.upkeep.repair();
         match &repaired {
             Ok(names) if names.is_empty() => {}

@@ -9,6 +9,7 @@ pub mod desired;
 pub mod events;
 pub mod linger;
 pub mod load;
+mod local_ports;
 pub mod metrics;
 pub mod netns;
 pub mod objects;

@@ -2,13 +2,17 @@
 //! connections straight to a pod from a port that has a connection to the service, too. Each story is held against
 //! kube-proxy's rules where the machine has iptables.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use affinity_tests::in_every_way;
-use affinity_tests::lab::{Client, Connection, Family, Frontend, Protocol, Service};
-use affinity_tests::proxy::{Proxy, Scene};
+use affinity_tests::lab::{Client, Connection, Family, Frontend, Lab, Namespace, Protocol, Service, eventually};
+use affinity_tests::proxy::Proxy;
+use affinity_tests::story::Hook;
 use anyhow::{Context, Result, ensure};
 
 const NODE_PORT: u16 = 30_080;
@@ -64,7 +68,7 @@ fn the_nodes_own_connections_from_a_node_port(proxy: Proxy) -> Result<()> {
     let lab = scene.lab();
     for (family, protocol) in routes() {
         let outside = SocketAddr::new(family.client(77), OUTSIDE);
-        serve_outside(&scene, protocol, outside)?;
+        serve_outside(scene.lab(), protocol, outside)?;
         let node_port = web.address(Frontend::NodePort, family, protocol).context("a node port")?;
         let [node, _] = family.node_addresses();
         let own = SocketAddr::new(node, node_port.port());
@@ -82,9 +86,9 @@ fn the_nodes_own_connections_from_a_node_port(proxy: Proxy) -> Result<()> {
 }
 
 /// A server in the clients' namespace that answers each request with its name.
-fn serve_outside(scene: &Scene, protocol: Protocol, at: SocketAddr) -> Result<()> {
+fn serve_outside(lab: &Lab, protocol: Protocol, at: SocketAddr) -> Result<()> {
     // Threads of the test's process: they end with it.
-    let namespace = scene.lab().client_namespace();
+    let namespace = lab.client_namespace();
     match protocol {
         Protocol::Tcp => {
             let listener = namespace.run(|| listener(at))??;
@@ -233,4 +237,120 @@ fn free_socket(at: SocketAddr, kind: rustix::net::SocketType) -> std::io::Result
     }
     bind(&socket, &at)?;
     Ok(socket)
+}
+
+const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+const RESERVED_PORTS: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+/// What somebody else has reserved: more text than a first, short read returns.
+const RESERVED_BY_OTHERS: &str = "8080,9148,10000-10100,11000,12000,13000,14000,15000";
+
+fn set(namespace: &Namespace, path: &str, value: &str) -> Result<()> {
+    namespace.run(|| fs::write(path, value))?.with_context(|| path.to_owned())
+}
+
+/// In one read: the kernel gives the whole list only to the first.
+fn reserved(namespace: &Namespace) -> Result<String> {
+    let mut text = vec![0; 1 << 16];
+    let length = namespace.run(|| fs::File::open(RESERVED_PORTS)?.read(&mut text))??;
+    Ok(String::from_utf8(text[..length].to_vec())?.trim().to_owned())
+}
+
+/// The source ports that Linux chooses for connections from here until it has no other.
+fn chosen(namespace: &Namespace, to: SocketAddr) -> Result<Vec<u16>> {
+    let connections = namespace.run(|| {
+        let mut connections = Vec::new();
+        loop {
+            match TcpStream::connect(to) {
+                Ok(connection) => connections.push(connection),
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => return Ok(connections),
+                Err(error) => return Err(error),
+            }
+        }
+    })??;
+    let mut ports =
+        connections.iter().map(|connection| Ok(connection.local_addr()?.port())).collect::<Result<Vec<_>>>()?;
+    ports.sort_unstable();
+    Ok(ports)
+}
+
+/// Linux gives the node's own connections six ports, and one of them is a node port.
+#[test]
+fn a_node_port_that_linux_gives_to_the_nodes_own_connections_is_said_and_reserved() -> Result<()> {
+    let lab = Lab::with_pods(1)?;
+    let with_node_port = |name, number, port| Service::new(name, number).tcp("http", 80, 8080).node_ports(port).on([0]);
+    lab.publish(&with_node_port("web", 1, NODE_PORT))?;
+    let node = lab.node();
+    set(node, PORT_RANGE, "30080 30085")?;
+    set(node, RESERVED_PORTS, RESERVED_BY_OTHERS)?;
+    // A server for each time, so that no former connection is in the way.
+    let outside = |time| SocketAddr::new(Family::V4.client(77), OUTSIDE + time);
+    for time in 0..2 {
+        serve_outside(&lab, Protocol::Tcp, outside(time))?;
+    }
+    let agent = lab.agent(&Hook::Tc.args())?;
+    let said = |line: &String| {
+        ["node ports 30080 ", "30080-30085", "--reserve-ports", "ip_local_reserved_ports"]
+            .iter()
+            .all(|word| line.contains(word))
+    };
+    ensure!(agent.log().iter().filter(|line| said(line)).count() == 1, "{:?}", agent.log());
+    ensure!(lab.affinity(&["check"])?.contains("node ports 30080"), "{}", lab.affinity(&["check"])?);
+    assert_eq!(reserved(node)?, RESERVED_BY_OTHERS, "nobody has asked for that");
+    assert_eq!(chosen(node, outside(0))?, [30_080, 30_081, 30_082, 30_083, 30_084, 30_085]);
+    agent.terminate()?;
+
+    let args = [Hook::Tc.args().as_slice(), &["--reserve-ports"]].concat();
+    for reserves in [true, false] {
+        let agent = lab.agent(&args)?;
+        let has_reserved = agent.log().iter().any(|line| line.contains("reserved") && line.contains("30080"));
+        assert_eq!(has_reserved, reserves, "{:?}", agent.log());
+        ensure!(!agent.log().iter().any(said), "{:?}", agent.log());
+        assert_eq!(reserved(node)?, format!("{RESERVED_BY_OTHERS},30080"));
+        agent.terminate()?;
+    }
+    assert_eq!(chosen(node, outside(1))?, [30_081, 30_082, 30_083, 30_084, 30_085]);
+    ensure!(!lab.affinity(&["check"])?.contains("node ports 30080"), "{}", lab.affinity(&["check"])?);
+
+    let agent = lab.agent(&args)?;
+    let patience = Duration::from_secs(20);
+    lab.publish(&with_node_port("shop", 2, 30_082))?;
+    eventually("a node port that is new is reserved", patience, || {
+        Ok(reserved(node)? == format!("{RESERVED_BY_OTHERS},30080,30082"))
+    })?;
+    // As `sysctl --system` does, which knows only what is in files.
+    set(node, RESERVED_PORTS, "8080")?;
+    eventually("what somebody took away is reserved again", patience, || Ok(reserved(node)? == "8080,30080,30082"))?;
+    // Not one more: then the node would have less than half of its ports.
+    lab.publish(&Service::new("more", 3).tcp("http", 80, 8080).udp("dns", 53, 5353).node_ports(30_083).on([0]))?;
+    eventually("it is said why they are not reserved", patience, || {
+        Ok(agent.log().iter().any(|line| line.contains("30083-30084") && line.contains("half")))
+    })?;
+    agent.terminate()?;
+    lab.affinity(&["detach"])?;
+    ensure!(reserved(node)?.contains("30080"), "they stay reserved");
+    Ok(())
+}
+
+/// As in a container without privileges: `attach` does all the rest, and says what is left to do on the node.
+#[test]
+fn ports_that_cannot_be_reserved_are_said_with_the_command_that_does() -> Result<()> {
+    let lab = Lab::with_pods(1)?;
+    lab.publish(&web())?;
+    set(lab.node(), PORT_RANGE, "30080 30085")?;
+    let inner = lab.affinity_command()?;
+    let mut command = Command::new("unshare");
+    let script = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
+    command.args(["--mount", "--", "sh", "-c", script, "sh"]).arg(inner.get_program()).args(inner.get_args());
+    command.args(["attach", "--reserve-ports", "--socket", "off", "--source"]).arg(lab.source()).args(Hook::Tc.args());
+    let output = command.output()?;
+    let said = String::from_utf8(output.stderr)?;
+    let advice = "sysctl -w net.ipv4.ip_local_reserved_ports=30080-30081";
+    ensure!(output.status.success() && said.contains("cannot be reserved") && said.contains(advice), "{said}");
+    assert_eq!(reserved(lab.node())?, "");
+    // Where it can be written, `attach` reserves as `run` does.
+    let args = ["attach", "--reserve-ports", "--socket", "off", "--source"];
+    let mut command = lab.affinity_command()?;
+    ensure!(command.args(args).arg(lab.source()).args(Hook::Tc.args()).status()?.success(), "attach");
+    assert_eq!(reserved(lab.node())?, "30080-30081");
+    Ok(())
 }

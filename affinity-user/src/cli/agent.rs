@@ -83,6 +83,10 @@ pub(crate) struct AttachArgs {
     /// Log messages of the kernel programs, for debugging. Without it, they log nothing
     #[arg(long, value_name = "LEVEL", value_enum)]
     programs_log: Option<ProgramsLog>,
+    /// Keep Linux from giving node ports and masquerade ports to the node's own connections: add those that it could give to
+    /// net.ipv4.ip_local_reserved_ports. They stay there
+    #[arg(long)]
+    reserve_ports: bool,
     /// How long an endpoint, a slice or a whole Service may be away, and find its pins when it comes back
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     gap: Duration,
@@ -174,6 +178,7 @@ impl AttachArgs {
             proxy_name: self.service_proxy_name.clone(),
             shadow: self.shadow,
             limits: Limits { gap: self.gap, linger: self.linger },
+            reserve_ports: self.reserve_ports,
             detach_on_exit,
             http: None,
             node_health: NodeHealth::Off,

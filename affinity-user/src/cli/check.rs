@@ -47,6 +47,7 @@ impl CheckArgs {
             probes::memory(&self.sizes.sizes()),
             probes::cgroup(),
             probes::sockets(),
+            probes::local_ports(pin_dir),
             probes::clock(),
             probes::dataplane(pin_dir),
         ]);

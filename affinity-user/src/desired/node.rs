@@ -77,6 +77,13 @@ pub struct Masquerade {
     pub ports: RangeInclusive<u16>,
 }
 
+impl Masquerade {
+    /// Whether there is an address to masquerade to.
+    pub(crate) const fn is_possible(&self) -> bool {
+        self.v4.is_some() || self.v6.is_some()
+    }
+}
+
 impl Node {
     /// What is known once the API has said what it knows.
     pub(super) fn new(facts: &NodeFacts, told: Option<&api::Node>) -> Self {

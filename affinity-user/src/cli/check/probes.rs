@@ -1,17 +1,21 @@
 //! The single checks. Each looks and changes nothing.
 
-use std::{collections::BTreeMap, fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, net::IpAddr, path::Path};
 
-use affinity_common::names;
+use affinity_common::{
+    abi::{V4, V6},
+    names,
+};
 use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
 
 use super::{Finding, State};
 use crate::{
     attach::{self, Device, XdpFeatures, xdp_features},
     load::{self, JIT_ADVICE, Kernel, Memory, PinDir, Refusal, Sizes, cost, mib},
+    local_ports::{LocalPorts, UsedPorts},
     objects::PROGRAMS,
-    store::kernel::KernelStore,
-    sys,
+    store::kernel::{Family, KernelStore},
+    sys, view,
 };
 
 /// Bits of `CapEff`, from `linux/capability.h`.
@@ -302,6 +306,41 @@ pub(super) fn sockets() -> Finding {
     Finding::ok("sockets", format!("translated at connect(), for all processes below {root}"))
 }
 
+/// Whether Linux may give ports that the dataplane uses, or that one would use, to the node's own connections.
+pub(super) fn local_ports(pin_dir: &Path) -> Finding {
+    match LocalPorts::read() {
+        Ok(local) => ports_found(&local, &used_ports(pin_dir).unwrap_or_default()),
+        Err(error) => Finding::ok("ports", format!("which the node's own connections get cannot be told: {error}")),
+    }
+}
+
+fn ports_found(local: &LocalPorts, used: &UsedPorts) -> Finding {
+    match local.overlap(used) {
+        None => Finding::ok("ports", format!("the node's own connections get others than affinity uses: {local}")),
+        Some(overlap) => {
+            let advice = format!("start with --reserve-ports, or {}", local.command(&overlap));
+            Finding::limited("ports", local.describe(&overlap), advice)
+        }
+    }
+}
+
+/// What the dataplane uses; none where there is none that can be read.
+fn used_ports(pin_dir: &Path) -> Option<UsedPorts> {
+    let store = KernelStore::open(pin_dir).ok()?;
+    let (_, network) = attach::survey().ok()?;
+    let node = store.node.get(&0).ok()?.unwrap_or_default();
+    let first = node.port_first.get();
+    let masquerade = node.port_count.checked_sub(1).map(|more| first..=first.saturating_add(more));
+    let frontends = frontends::<V4>(&store).chain(frontends::<V6>(&store));
+    Some(UsedPorts::new(frontends, &network.own_addresses().into_iter().collect(), masquerade))
+}
+
+/// What clients dial, in one family.
+fn frontends<A: Family>(store: &KernelStore) -> impl Iterator<Item = (IpAddr, u16)> {
+    let entries = store.family::<A>().frontends.iter().filter_map(Result::ok);
+    entries.map(|(key, _)| (view::ip(key.address), key.port.get()))
+}
+
 pub(super) fn clock() -> Finding {
     let source = read("/sys/devices/system/clocksource/clocksource0/current_clocksource");
     let source = source.unwrap_or_else(|| "unknown".to_owned());
@@ -387,6 +426,17 @@ mod tests {
         let findings = vlans(&devices, &BTreeMap::from([(1, external()), (2, external()), (3, found(None))]));
         assert_eq!(findings.len(), 1, "{findings:?}");
         assert!(findings[0].found.contains("bond1") && findings[0].found.contains("strips VLAN tags"), "{findings:?}");
+    }
+
+    #[test]
+    fn ports_that_linux_gives_away_are_named_with_what_to_do() {
+        let finding = |range| ports_found(&LocalPorts::parse(range, "8080").expect("ports"), &UsedPorts::default());
+        assert_eq!(finding("32768 60999").state, State::Ok);
+        let Finding { state, found, advice, .. } = finding("32000 60999");
+        assert_eq!(state, State::Limited, "{found}");
+        assert!(found.contains("node ports 32000-32767"), "{found}");
+        let advice = advice.expect("advice");
+        assert!(advice.contains("sysctl -w net.ipv4.ip_local_reserved_ports=8080,32000-32767"), "{advice}");
     }
 
     #[test]
