@@ -890,6 +890,7 @@ fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> 
         proxy_name: DEFAULT_PROXY_NAME.to_owned(),
         shadow: false,
         limits: Limits::default(),
+        reserve_ports: false,
         detach_on_exit: false,
         http: None,
         node_health: agent::NodeHealth::Off,
