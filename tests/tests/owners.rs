@@ -334,23 +334,30 @@ fn a_node_port_that_linux_gives_to_the_nodes_own_connections_is_said_and_reserve
 /// As in a container without privileges: `attach` does all the rest, and says what is left to do on the node.
 #[test]
 fn ports_that_cannot_be_reserved_are_said_with_the_command_that_does() -> Result<()> {
+    const OPTIONS: [&str; 6] = ["attach", "--reserve-ports", "--masquerade-ports", "30085-30099", "--socket", "off"];
+    const READ_ONLY: &str = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
     let lab = Lab::with_pods(1)?;
     lab.publish(&web())?;
     set(lab.node(), PORT_RANGE, "30080 30085")?;
-    let inner = lab.affinity_command()?;
-    let mut command = Command::new("unshare");
-    let script = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
-    command.args(["--mount", "--", "sh", "-c", script, "sh"]).arg(inner.get_program()).args(inner.get_args());
-    command.args(["attach", "--reserve-ports", "--socket", "off", "--source"]).arg(lab.source()).args(Hook::Tc.args());
-    let output = command.output()?;
+    let mut attach = lab.affinity_command()?;
+    attach.args(OPTIONS).arg("--source").arg(lab.source()).args(Hook::Tc.args());
+    let mut confined = Command::new("unshare");
+    confined.args(["--mount", "--", "sh", "-c", READ_ONLY, "sh"]).arg(attach.get_program()).args(attach.get_args());
+    let output = confined.output()?;
     let said = String::from_utf8(output.stderr)?;
-    let advice = "sysctl -w net.ipv4.ip_local_reserved_ports=30080-30081";
-    ensure!(output.status.success() && said.contains("cannot be reserved") && said.contains(advice), "{said}");
+    let found = "node ports 30080-30081 and masquerade ports 30085 are in";
+    let advice = "sysctl -w net.ipv4.ip_local_reserved_ports=30080-30081,30085";
+    ensure!(output.status.success() && said.contains("cannot be reserved"), "{said}");
+    for said in [said, lab.affinity(&["check"])?] {
+        ensure!(said.contains(found) && said.contains(advice), "{said}");
+    }
     assert_eq!(reserved(lab.node())?, "");
-    // Where it can be written, `attach` reserves as `run` does.
-    let args = ["attach", "--reserve-ports", "--socket", "off", "--source"];
-    let mut command = lab.affinity_command()?;
-    ensure!(command.args(args).arg(lab.source()).args(Hook::Tc.args()).status()?.success(), "attach");
-    assert_eq!(reserved(lab.node())?, "30080-30081");
+
+    let output = attach.output()?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.success() && !said.contains("WARN"), "{said}");
+    assert_eq!(reserved(lab.node())?, "30080-30081,30085");
+    let said = lab.affinity(&["check"])?;
+    ensure!(said.contains("get others than affinity uses"), "{said}");
     Ok(())
 }

@@ -39,8 +39,8 @@ impl PortGuard {
         }
         if !local.can_spare(overlap) {
             return Some(format!(
-                "{found}; they are not reserved, because less than half of that range would be left: widen \
-                 it, or choose other --masquerade-ports"
+                "{found}; reserving them would leave less than half of that range: widen it, or choose other \
+                 --masquerade-ports"
             ));
         }
         match local.reserve(overlap) {
