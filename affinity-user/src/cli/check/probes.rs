@@ -316,7 +316,7 @@ pub(super) fn local_ports(pin_dir: &Path) -> Finding {
 
 fn ports_found(local: &LocalPorts, used: &UsedPorts) -> Finding {
     match local.overlap(used) {
-        None => Finding::ok("ports", format!("the node's own connections get others than affinity uses: {local}")),
+        None => Finding::ok("ports", format!("affinity uses none of those for the node's own connections: {local}")),
         Some(overlap) => {
             let advice = format!("start with --reserve-ports, or {}", local.command(&overlap));
             Finding::limited("ports", local.describe(&overlap), advice)
