@@ -3,8 +3,7 @@
 //!
 //! A client's error is about a reply, which came from the frontend; it goes to the pod, about what the pod sent. A pod's
 //! error, or a router's on the way to it, is about a translated packet; it reaches the client from the frontend, about what the
-//! client sent (as RFC 5508 asks of translators). A quoted TCP checksum is left alone: few errors quote that much, and
-//! nobody verifies it.
+//! client sent (as RFC 5508 asks of translators), with the checksum that it had, where the error quotes that much.
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
@@ -13,7 +12,7 @@ use crate::{
     checksum,
     packet::Packet,
     parse::{SCTP, TCP, UDP, Upper, skip_extensions},
-    rewrite::{UDP_CHECKSUM, write_addresses},
+    rewrite::{TCP_CHECKSUM, UDP_CHECKSUM, write_addresses},
     tables::{Entry, FamilyTables},
 };
 
@@ -253,8 +252,19 @@ fn rewrite<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<
     write_addresses(packet, quote.l3, quote.l3_checksum, outer_delta, saddr, edit.daddr)
         && write_addresses(packet, quote.inner_l3, quote.inner_l3_checksum, edit.addr_delta, edit.daddr, edit.saddr)
         && write_quoted_ports(packet, quote, edit)
-        && packet
-            .write(quote.l4 + CHECKSUM, checksum::update(quote.l4_checksum, message_delta(quote, edit, outer_delta)))
+        && write_checksums(packet, quote, edit, message_delta(quote, edit, outer_delta))
+}
+
+/// Writes the error's own checksum, and that of a quoted TCP header, which few errors quote as a whole.
+#[inline(always)]
+fn write_checksums<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<A>, delta: u16) -> bool {
+    let sum = checksum::update(quote.l4_checksum, delta);
+    let quoted = if quote.key.protocol == TCP { packet.read(quote.inner_l4 + TCP_CHECKSUM) } else { None };
+    let Some(quoted) = quoted else { return packet.write(quote.l4 + CHECKSUM, sum) };
+    let restored = checksum::update(quoted, checksum::join(edit.addr_delta, edit.port_delta));
+    let delta = checksum::delta(u16::from_ne_bytes(quoted), u16::from_ne_bytes(restored));
+    packet.write(quote.inner_l4 + TCP_CHECKSUM, restored)
+        && packet.write(quote.l4 + CHECKSUM, checksum::update(sum, delta))
 }
 
 /// What changes the sum that the error's own checksum is over.
