@@ -800,7 +800,8 @@ impl SkBuff {
     }
 
     /// Leaves a mark for other programs of this node that the frame meets: its traffic control index, which nothing else
-    /// uses but classifiers of the `tcindex` kind, gone since Linux 6.3, and `dsmark`, gone since 6.3 as well.
+    /// uses but classifiers of the `tcindex` kind and the `dsmark` discipline, both gone since Linux 6.3
+    /// (<https://elixir.bootlin.com/linux/v6.3/A/ident/tc_index>).
     #[inline(always)]
     pub fn mark_final(self) {
         // SAFETY: as above; programs of traffic control may write this field.

@@ -83,15 +83,8 @@ impl<A: Address> FlowKey<A> {
     #[inline(always)]
     #[must_use]
     pub fn opposite(&self, edit: &Edit<A>) -> Self {
-        Self {
-            saddr: edit.daddr,
-            daddr: edit.saddr,
-            sport: edit.dport,
-            dport: edit.sport,
-            protocol: self.protocol,
-            direction: self.direction ^ 1,
-            pad: [0; 2],
-        }
+        let Edit { saddr, daddr, sport, dport, .. } = *edit;
+        Self { saddr, daddr, sport, dport, ..*self }.reply()
     }
 }
 
