@@ -16,8 +16,8 @@ use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
 
 use affinity_common::{
     abi::{
-        Address, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason, SHADOW, Selection,
-        filter_bit,
+        AFFINITY, Address, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason, SHADOW,
+        Selection, filter_bit,
     },
     model::Model,
     parse::{ACK, Headers, SYN, UDP},
@@ -252,7 +252,11 @@ where
 
     fn candidates(&self, flow: &Flow<A>, reason: Reason) -> Vec<Candidate<'a>> {
         if let Some(frontend) = self.frontend.filter(|_| matches!(reason, Reason::Created | Reason::Selected)) {
+            // By the packet's source: see `select::connection_hash`.
+            let is_by_port =
+                frontend.flags & AFFINITY == 0 && self.question.from_port.is_some() && !self.question.is_socket();
             let chances = match Selection::from_byte(frontend.select) {
+                Selection::Random if is_by_port => BTreeMap::from([(flow.backend, 1.0)]),
                 Selection::Random => self.uniform(&frontend),
                 Selection::Least => self.two_choices(&frontend),
                 Selection::Consistent => BTreeMap::from([(flow.backend, 1.0)]),
