@@ -8,13 +8,14 @@
 //! The modes differ where kube-proxy's do: in nftables mode the node's own packets to an ingress or external IP under the
 //! policy Local are dropped where no endpoint is local, and source ranges are looked at also where there is no endpoint.
 
+mod conntrack;
 mod iptables;
 mod nftables;
 mod service;
 
 use std::process::{Command, Stdio};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::lab::{Family, Lab, Service, WIRE_CLIENT, feed};
 use service::ServicePort;
@@ -31,12 +32,15 @@ pub enum Mode {
 impl Mode {
     /// Whether this machine has the command for it.
     pub fn is_available(self) -> bool {
-        let mut probe = Command::new(match self {
-            Self::Iptables => "iptables-restore",
-            Self::Nftables => "nft",
-        });
-        probe.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
-        probe.status().is_ok_and(|status| status.success())
+        is_there(self.command(Family::V4)[0])
+    }
+
+    /// Fails where the command for it is missing: a test that needs it must not pass without it.
+    ///
+    /// # Errors
+    /// What to install.
+    pub fn ensure_available(self) -> Result<()> {
+        ensure_there(self.command(Family::V4)[0])
     }
 
     /// All rules of one family for these services, as one input for [`Mode::command`].
@@ -60,22 +64,50 @@ impl Mode {
     /// Puts the rules for these services in place on the lab's node A, instead of those of this mode that are there.
     ///
     /// # Errors
-    /// What the command says when it refuses them.
+    /// What the command says when it refuses them; what to install where it is missing.
     pub fn install(self, lab: &Lab, services: &[Service]) -> Result<()> {
         Family::BOTH.into_iter().try_for_each(|family| self.install_one(family, lab, services))
     }
 
-    /// The same, for one family alone.
+    /// The same, when the services or their endpoints have changed while connections are open.
+    ///
+    /// # Errors
+    /// As [`Mode::install`].
+    pub fn update(self, lab: &Lab, services: &[Service]) -> Result<()> {
+        self.install(lab, services)?;
+        ensure_there(conntrack::COMMAND)?;
+        Family::BOTH.into_iter().try_for_each(|family| conntrack::delete_stale(family, lab, services))
+    }
+
+    /// The same as [`Mode::install`], for one family alone.
     ///
     /// # Errors
     /// As [`Mode::install`].
     pub fn install_one(self, family: Family, lab: &Lab, services: &[Service]) -> Result<()> {
+        self.ensure_available()?;
         let words = self.command(family);
         let mut command = lab.node().command(words[0]);
         feed(command.args(&words[1..]), &self.rules(family, services))?;
         // The rules see a packet only if the node knows where it would go without them.
         lab.node().ip(&format!("route replace default via {}", WIRE_CLIENT[family as usize]))
     }
+}
+
+/// Whether this machine has a command.
+fn is_there(command: &str) -> bool {
+    let mut probe = Command::new(command);
+    probe.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
+    probe.status().is_ok_and(|status| status.success())
+}
+
+fn ensure_there(command: &str) -> Result<()> {
+    let package = match command {
+        "nft" => "nftables",
+        conntrack::COMMAND => "conntrack",
+        _ => "iptables",
+    };
+    ensure!(is_there(command), "{command} is missing: run `cargo xtask setup`, or apt-get install {package}");
+    Ok(())
 }
 
 /// The mark of packets to masquerade.

@@ -75,7 +75,7 @@ pub use terminal::Terminal;
 pub use yaml::{EndpointState, Frontend, Hints, Policy, Service, ServicePort, node_of, pod_index, pod_name};
 
 pub(crate) use address::WIRE_CLIENT;
-pub(crate) use netns::feed;
+pub(crate) use netns::{feed, output};
 use network::{client_namespace, join, node_namespace, steer};
 
 /// The node's end of the wire to the clients.

@@ -41,6 +41,7 @@ pub fn drop_invalid(lab: &Lab) -> Result<()> {
     const STRICT: &str = "table inet strict { chain forward { \
         type filter hook forward priority 0; ct state invalid counter drop; }; }";
 
+    Mode::Nftables.ensure_available()?;
     feed(lab.node().command("nft").args(["-f", "-"]), STRICT)
 }
 
@@ -57,12 +58,12 @@ macro_rules! in_every_way {
 }
 
 impl Proxy {
-    /// Whether this machine has what it needs.
-    pub fn is_available(self) -> bool {
+    /// The mode of kube-proxy, where it is that.
+    fn mode(self) -> Option<Mode> {
         match self {
-            Self::Iptables => Mode::Iptables.is_available(),
-            Self::Nftables => Mode::Nftables.is_available(),
-            Self::Tc | Self::TcRedirect | Self::Xdp | Self::XdpRedirect => true,
+            Self::Iptables => Some(Mode::Iptables),
+            Self::Nftables => Some(Mode::Nftables),
+            Self::Tc | Self::TcRedirect | Self::Xdp | Self::XdpRedirect => None,
         }
     }
 
@@ -76,17 +77,16 @@ impl Proxy {
     pub fn start(self, services: &[Service]) -> Result<Scene> {
         let lab = Lab::up(&Options { pods: PODS_OF_EACH, pods_of_b: PODS_OF_EACH, ..Options::default() })?;
         let cgroup = Cgroup::create()?;
-        let agent = match self {
-            Self::Iptables => Mode::Iptables.install(&lab, services).map(|()| None)?,
-            Self::Nftables => Mode::Nftables.install(&lab, services).map(|()| None)?,
-            Self::Tc | Self::TcRedirect | Self::Xdp | Self::XdpRedirect => {
+        let agent = match self.mode() {
+            Some(mode) => mode.install(&lab, services).map(|()| None)?,
+            None => {
                 drop_invalid(&lab)?;
                 lab.publish_zone()?;
                 services.iter().try_for_each(|service| lab.publish(service))?;
                 Some(self.agent(&lab, &cgroup)?)
             }
         };
-        Ok(Scene { agent, cgroup, lab })
+        Ok(Scene { proxy: self, services: services.to_vec(), agent, cgroup, lab })
     }
 
     /// Starts `affinity` for all services on all devices, and for processes in this cgroup.
@@ -116,6 +116,9 @@ impl Proxy {
 
 /// A lab in which a [`Proxy`] works.
 pub struct Scene {
+    proxy: Proxy,
+    /// What is in effect.
+    services: Vec<Service>,
     agent: Option<Agent>,
     cgroup: Cgroup,
     lab: Lab,
@@ -164,7 +167,24 @@ impl Scene {
     pub fn go_on_as(&mut self, proxy: Proxy) -> Result<()> {
         self.agent.take().map_or(Ok(()), Agent::terminate)?;
         self.agent = Some(proxy.agent(&self.lab, &self.cgroup)?);
+        self.proxy = proxy;
         Ok(())
+    }
+
+    /// Puts these services into effect in place of those before, and waits until new connections meet them.
+    ///
+    /// # Errors
+    /// When they are refused, or do not come into effect.
+    pub fn update(&mut self, services: &[Service]) -> Result<()> {
+        let before = std::mem::replace(&mut self.services, services.to_vec());
+        if let Some(mode) = self.proxy.mode() {
+            return mode.update(&self.lab, services);
+        }
+        for service in before.iter().filter(|old| services.iter().all(|new| new.name() != old.name())) {
+            self.lab.withdraw(service)?;
+            self.lab.settle_deleted(service)?;
+        }
+        services.iter().try_for_each(|service| self.lab.publish_and_settle(service))
     }
 
     /// Whether it is `affinity` that works here: then it can be asked what it would do.
@@ -175,6 +195,11 @@ impl Scene {
     /// The lab.
     pub fn lab(&self) -> &Lab {
         &self.lab
+    }
+
+    /// The lab, for what its pods suffer.
+    pub fn lab_mut(&mut self) -> &mut Lab {
+        &mut self.lab
     }
 
     /// Starts a process on node A that is one of those that the proxy serves. `program` is the binary `socket_process`.

@@ -297,7 +297,6 @@ fn programs_of_others_and_kube_proxys_rules_are_named() -> Result<()> {
     let said = String::from_utf8(check.output()?.stdout)?;
     ensure!(said.contains("eth0: another XDP program ("), "{said}");
 
-    ensure!(Mode::Nftables.is_available(), "nft is missing: apt-get install nftables");
     Mode::Nftables.install(&lab, &[web().on([0])])?;
     let said = lab.affinity(&["check"])?;
     ensure!(said.contains("kube-proxy's rules (nftables)"), "{said}");

@@ -1,6 +1,6 @@
 //! What is not ours stays untouched, with real sockets: connections of the node from a port that is a node port, and
-//! connections straight to a pod from a port that has a connection to the service, too. Each story is held against
-//! kube-proxy's rules where the machine has iptables.
+//! connections straight to a pod from a port that has a connection to the service, too. Stories of held
+//! connections are told of kube-proxy's rules, too.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -126,10 +126,6 @@ const REQUESTS: u32 = 3_000;
 /// Connections straight to the pod are held while as many requests come by the service, from the ports that the system gives
 /// to both: none is lost.
 fn direct_connections_are_held(proxy: Proxy) -> Result<()> {
-    if !proxy.is_available() {
-        println!("{proxy:?} is not to be had here");
-        return Ok(());
-    }
     let web = web();
     let scene = proxy.start(std::slice::from_ref(&web))?;
     let client = scene.lab().client();
@@ -167,10 +163,6 @@ fn direct_connections_are_held_beside_requests_by_kube_proxys_rules() -> Result<
 
 /// The node's own connections to the pod are held while node port requests are masqueraded to it.
 fn connections_of_the_node_are_held(proxy: Proxy) -> Result<()> {
-    if !proxy.is_available() {
-        println!("{proxy:?} is not to be had here");
-        return Ok(());
-    }
     let web = web();
     let scene = proxy.start(std::slice::from_ref(&web))?;
     let (client, node) = (scene.lab().client(), scene.lab().node_client());

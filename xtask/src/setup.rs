@@ -24,9 +24,10 @@ const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 const ADMIN_DIRS: [&str; 2] = ["/usr/sbin", "/sbin"];
 
 /// What the lab, the tests and the fuzz target run.
-const TOOLS: [Need; 12] = [
+const TOOLS: [Need; 13] = [
     Need::command("c++", "g++"),
     Need::command("cc", "gcc"),
+    Need::command("conntrack", "conntrack"),
     Need::command("ethtool", "ethtool"),
     Need::command("git", "git"),
     Need::command("ip", "iproute2"),

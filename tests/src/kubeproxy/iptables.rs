@@ -1,6 +1,8 @@
-//! kube-proxy's iptables mode. Its chains are named by 16 characters of a hash; here they are numbered, in as many.
+//! kube-proxy's iptables mode. Its chains are named by 16 characters of a hash; here those of services are numbered, in as
+//! many.
 
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
 use super::MASQUERADE_MARK;
@@ -78,7 +80,11 @@ impl Chains<'_> {
     }
 
     fn of_endpoint(&self, endpoint: usize) -> String {
-        format!("KUBE-SEP-{:08}{endpoint:08}", self.0.number)
+        // By the endpoint, not by its place: the list of recent clients with this name must not become another endpoint's
+        // when the set of endpoints changes.
+        let mut hasher = DefaultHasher::new();
+        (&self.0.name, self.0.protocol, self.0.endpoints[endpoint]).hash(&mut hasher);
+        format!("KUBE-SEP-{:016X}", hasher.finish())
     }
 
     fn comment(&self) -> String {

@@ -155,7 +155,7 @@ pub(super) fn run(command: &mut Command) -> Result<()> {
 }
 
 /// Runs a command to its end and returns what it wrote to standard output.
-pub(super) fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let done = command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
     if !done.status.success() {
         bail!("{command:?}: {}: {}", done.status, String::from_utf8_lossy(&done.stderr).trim());

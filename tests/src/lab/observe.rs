@@ -136,6 +136,18 @@ impl Lab {
         self.settle(service)
     }
 
+    /// Waits until a service that was withdrawn is served no longer.
+    ///
+    /// # Errors
+    /// When that does not come about.
+    pub fn settle_deleted(&self, service: &Service) -> Result<()> {
+        eventually(&format!("{} is deleted", service.full_name()), SYNC_PATIENCE, || {
+            let to: Vec<_> = service.ports_of(Family::V4).map(|port| (port.protocol, port.cluster_ip)).collect();
+            let said = self.explain_each(Family::V4.client(NEVER_DIALS), &to)?;
+            Ok(said.iter().all(|said| said.verdict == "pass"))
+        })
+    }
+
     /// Waits until the ClusterIPs of a service have exactly its ready endpoints as candidates; under the internal policy
     /// Local those on node A. A change of affinity alone cannot be seen so.
     ///
