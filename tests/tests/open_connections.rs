@@ -101,7 +101,8 @@ const DIFFERENCES: [Difference; 5] = [
         story: DEAD,
         group: TCP_OF_LEAVERS,
         instead: Fate::Reset,
-        reason: "a client is told at once that its pod is dead, and can connect again",
+        reason: "a client is told at once that its pod is dead, on whichever node it was; kube-proxy's rules end in an RST only \
+                 where a device went with the pod: the kernel forgets what was masqueraded by it, and another pod answers",
     },
 ];
 
