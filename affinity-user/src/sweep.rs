@@ -160,6 +160,8 @@ struct Pass {
     connections: Connections,
     /// Backend -> live sessions.
     loads: BTreeMap<u32, u64>,
+    /// Backend -> what `loads` said when the pass began.
+    loads_before: Vec<u64>,
     /// Group -> what was counted when the pass began.
     before: BTreeMap<u32, Counts>,
     /// Group -> live sessions.
@@ -309,6 +311,7 @@ impl Pass {
             generations: Vec::new(),
             connections: Connections::new(),
             loads: BTreeMap::new(),
+            loads_before: Vec::new(),
             before: BTreeMap::new(),
             live: BTreeMap::new(),
             by_service: BTreeMap::new(),
@@ -319,6 +322,15 @@ impl Pass {
     }
 }
 
+/// What is to be added to the number of live sessions that the programs keep of a backend, where a pass has met `live` of them.
+/// Sessions that came or went while it walked may have been met or not, so any number between what it was before the pass and
+/// what it is after it is right.
+fn correction([before, after]: [u64; 2], live: u64) -> i64 {
+    // Signed: the programs' number is negative where more were counted off than on.
+    let [before, after, live] = [before, after, live].map(u64::cast_signed);
+    live - live.clamp(before.min(after), before.max(after))
+}
+
 // ---- the beginning and the end of a pass ----
 
 impl Sweeper {
@@ -326,6 +338,8 @@ impl Sweeper {
         self.pass = Pass { began_ns: now_ns, clients: Clients::begin(&self.nodes), ..Pass::begin() };
         let generations = &self.store.generations;
         self.pass.generations.extend((0..generations.len()).map(|backend| generations.load_u32(backend)));
+        let loads = &self.store.loads;
+        self.pass.loads_before.extend((0..loads.len()).map(|backend| loads.load_u64(backend)));
         for entry in &self.store.v4.frontends {
             self.pass.scopes.add(&entry?.1);
         }
@@ -341,12 +355,12 @@ impl Sweeper {
     }
 
     fn end(&mut self, now_ns: u64) -> Result<(), StoreError> {
-        for backend in 0..self.store.loads.len() {
+        for (backend, before) in (0..).zip(mem::take(&mut self.pass.loads_before)) {
             let live = self.pass.loads.get(&backend).copied().unwrap_or(0);
-            // A difference, so that what the programs count at the same time is not lost.
-            let counted = self.store.loads.load_u64(backend);
-            if counted != live {
-                self.store.loads.add_u64(backend, live.wrapping_sub(counted).cast_signed());
+            // Added, so that what the programs count at the same time is not lost.
+            match correction([before, self.store.loads.load_u64(backend)], live) {
+                0 => {}
+                missing => self.store.loads.add_u64(backend, missing),
             }
         }
         self.report_evictions(now_ns)?;
@@ -622,5 +636,26 @@ impl Sweeper {
     const fn settled_ns(&self) -> u64 {
         const CLOCK_LATE_NS: u64 = 100_000_000;
         self.pass.began_ns.saturating_sub(CLOCK_LATE_NS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_or_went_during_a_pass_is_not_taken_for_wrong() {
+        assert_eq!(correction([5, 5], 5), 0);
+        // Five pins were made behind the walk, or three removed.
+        assert_eq!(correction([0, 5], 0), 0);
+        assert_eq!(correction([0, 5], 5), 0);
+        assert_eq!(correction([5, 2], 4), 0);
+        // Two were evicted, or never counted.
+        assert_eq!(correction([5, 5], 3), -2);
+        assert_eq!(correction([5, 6], 3), -2);
+        assert_eq!(correction([5, 6], 8), 2);
+        // More were counted off than on.
+        assert_eq!(correction([(-1i64).cast_unsigned(), 0], 1), 1);
+        assert_eq!(correction([(-1i64).cast_unsigned(), (-1i64).cast_unsigned()], 0), 1);
     }
 }
