@@ -118,10 +118,11 @@ impl Case {
         Self { program: "pass", reason: None, ..*self }
     }
 
-    /// What fills the tables: the same flows, one after another, each begun by its client's SYN.
+    /// What fills the tables: the same flows, one after another, each met in its middle: after a SYN
+    /// alone it would be half open, and every packet would be looked at for what it tells.
     pub(super) fn filling(&self) -> Self {
         let program = if self.reason.is_some() { "forward" } else { "remember" };
-        Self { program, way: Way::ToFrontend, random: false, tcp_flags: SYN, ..*self }
+        Self { program, way: Way::ToFrontend, random: false, tcp_flags: ACK, ..*self }
     }
 
     /// The words of `course` in the limit programs.
