@@ -94,7 +94,7 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
     if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
 }
 
-/// Notes that a packet passed: how far its sender has come, and, seldom, what [`note_change`] notes.
+/// Notes that a packet passed: how far its sender has come, and, where something changes, what [`note_change`] notes.
 #[inline(always)]
 pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
     if tells(headers, entry) || renews(headers, entry) || is_due(entry, tables.now_ns()) {
@@ -141,7 +141,7 @@ pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
     });
 }
 
-/// A pin that has expired stays so.
+/// Writes the time of last use, and restarts the pin's timeout where packets of the client do.
 #[inline(never)]
 fn note_use<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
     entry.write(Flow::LAST_USED_NS, now_ns);

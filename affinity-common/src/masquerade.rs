@@ -265,7 +265,7 @@ fn renew<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) -> bo
     true
 }
 
-/// Whether nobody has this key for replies, neither a flow nor a connection to no frontend, or its holder is over: it has
+/// Whether this key for replies is free: neither a flow nor a connection to no frontend has it, or its holder is over: it has
 /// closed, or, where no end can be seen, it has been silent for long, at the pod too.
 #[inline(always)]
 pub fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>) -> bool {

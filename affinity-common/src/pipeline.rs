@@ -29,7 +29,7 @@ pub enum Decision<F> {
     /// It goes on with the addresses and ports of its flow's edit.
     Forward(F),
     /// The same, as the first packet of its flow, which is still the draft: looked up now, it would count as used, and connections
-    /// that nobody goes on with would evict those that are open.
+    /// of a single packet would evict those that are open.
     Begin,
     /// Its sender is told that nobody is there.
     Reject,

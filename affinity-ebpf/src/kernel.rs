@@ -194,7 +194,7 @@ impl Pin for MapValue<Session> {
 
     #[inline(always)]
     fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
-        // SAFETY: see `copy_words`; whoever changes this word does it like this.
+        // SAFETY: see `copy_words`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
             let word = self.place(Self::PINNED);
             atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, pair(from), pair(to))
@@ -214,7 +214,7 @@ impl Pin for MapValue<Session> {
 
     #[inline(always)]
     fn swap_connections(&self, from: u32, to: u32) -> bool {
-        // SAFETY: see `copy_words`; whoever changes this word does it like this.
+        // SAFETY: see `copy_words`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
             let word = self.place(Session::CONNECTIONS);
             atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
@@ -259,7 +259,7 @@ pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
 /// refuses (docs/adr/0008), nor for the programs on cgroups, which must not use this: a packet may interrupt them.
 #[inline(always)]
 pub fn exclusively<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
-    // SAFETY: a lookup gave this pointer, see `copy_words`; nobody else uses it, see above.
+    // SAFETY: a lookup gave this pointer, see `copy_words`; nothing else uses it, see above.
     pointer.map(|pointer| work(unsafe { &mut *pointer }))
 }
 

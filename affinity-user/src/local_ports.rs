@@ -21,7 +21,7 @@ const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 /// More text than the longest list of ports has: every second port.
 const LONGEST_LIST: usize = 256 * 1024;
 
-/// The node ports that Kubernetes gives, unless its API server is told others.
+/// The default node port range of Kubernetes (`--service-node-port-range` of its API server).
 const DEFAULT_NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
 /// How many ranges of a list are shown in a line.
