@@ -283,37 +283,30 @@ fn side_by_side(story: &str, tell: impl Fn(&mut Stage) -> Result<()>) -> Result<
     Ok(())
 }
 
-#[test]
-fn endpoints_leave_their_slices_while_their_pods_live() -> Result<()> {
-    side_by_side(SWITCHED, |stage| {
-        stage.publish(&[without_leavers()])?;
+/// The service becomes another one, and stays so for longer than the gap.
+fn endpoints_change(story: &'static str, service: impl Fn() -> Service) -> Result<()> {
+    side_by_side(story, |stage| {
+        stage.publish(&[service()])?;
         stage.ask();
         sleep(GAP);
         stage.ask();
         Ok(())
     })
+}
+
+#[test]
+fn endpoints_leave_their_slices_while_their_pods_live() -> Result<()> {
+    endpoints_change(SWITCHED, without_leavers)
 }
 
 #[test]
 fn endpoints_lose_their_readiness() -> Result<()> {
-    side_by_side(NOT_READY, |stage| {
-        stage.publish(&[with_leavers(EndpointState::NotReady)])?;
-        stage.ask();
-        sleep(GAP);
-        stage.ask();
-        Ok(())
-    })
+    endpoints_change(NOT_READY, || with_leavers(EndpointState::NotReady))
 }
 
 #[test]
 fn endpoints_terminate() -> Result<()> {
-    side_by_side(TERMINATING, |stage| {
-        stage.publish(&[with_leavers(EndpointState::Terminating)])?;
-        stage.ask();
-        sleep(GAP);
-        stage.ask();
-        Ok(())
-    })
+    endpoints_change(TERMINATING, || with_leavers(EndpointState::Terminating))
 }
 
 #[test]
