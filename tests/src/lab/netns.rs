@@ -114,7 +114,7 @@ impl Namespace {
     }
 
     /// Sets kernel parameters under `/proc/sys/net` inside: (path below it, value).
-    pub(crate) fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
+    pub fn sysctl(&self, settings: &[(&str, &str)]) -> Result<()> {
         self.run(|| {
             settings.iter().try_for_each(|(name, value)| {
                 std::fs::write(Path::new("/proc/sys/net").join(name), value).with_context(|| name.to_string())
