@@ -40,10 +40,9 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     let lives = if flags & FLOW_FOREIGN != 0 {
         true
     } else if is_datagram {
-        may_go_on(tables, headers, flow)
+        may_go_on(tables, headers, flow) || outlives_frontend(tables, headers, flow)
     } else {
-        let backend = tables.backend(flow.read(Flow::BACKEND));
-        backend.is_some_and(|backend| backend.generation == flow.read(Flow::GENERATION))
+        has_backend(tables, flow)
     };
     if state & FLOW_SHADOW != 0 {
         return admit_shadow(tables, headers, lives, state);
@@ -65,6 +64,24 @@ fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     let (generation, port) = (flow.read(Flow::GENERATION), flow.read(Flow::NEW_DPORT));
     let is_served = tables.is_member(&key, &Member { generation, port, state: MEMBER_READY, pad: 0 });
     is_served && (flow.read(Flow::SCOPE) == 0 || follows_pin(tables, headers, flow))
+}
+
+#[inline(always)]
+fn has_backend<A: Address, T: FamilyTables<A>>(tables: &T, flow: &T::Entry<Flow<A>>) -> bool {
+    let (backend, generation) = backend_of(flow);
+    tables.backend(backend).is_some_and(|backend| backend.generation == generation)
+}
+
+/// Whether the frontend of a datagram has gone, and its backend has not: there is nothing to follow, so that it goes on as a
+/// TCP connection does.
+#[inline(never)]
+fn outlives_frontend<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    headers: &Headers<A>,
+    flow: &T::Entry<Flow<A>>,
+) -> bool {
+    let FlowKey { daddr, dport, protocol, .. } = headers.key;
+    has_backend(tables, flow) && tables.frontend(&FrontendKey::new(daddr, dport, protocol)).is_ok_and(|it| it.is_none())
 }
 
 /// Whether the flow's pin still leads to its backend.

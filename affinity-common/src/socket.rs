@@ -7,7 +7,7 @@
 //! * [`connect`]: a TCP socket, or a UDP socket that will speak to one peer. Its packets go to the backend's address, which
 //!   is no frontend, so the packet programs leave them alone.
 //! * [`send`]: a datagram to a named peer. One socket keeps to one backend for each frontend, as a flow does, until that
-//!   one is no longer ready.
+//!   one is no longer ready; where the frontend has gone, until the backend has.
 //! * [`received`], [`connected_to`]: whom a datagram is from, and whom the socket is connected to, as it asked for them.
 //! * [`release`]: the socket is closed. For the timer `alive` its connection ends here; nothing is seen of its packets, so
 //!   the timer `packet` is restarted by connecting and by [`send`] alone.
@@ -132,7 +132,7 @@ pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
     }
     if let Some(entry) = tables.socket(&caller.key(SocketRole::Sending, to))
-        && is_ready(tables, &entry)
+        && (is_ready(tables, &entry) || outlives_frontend(tables, caller, to, &entry))
     {
         let peer = peer_of(&entry);
         note_datagram(tables, caller, &entry);
@@ -221,6 +221,15 @@ fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let key = MemberKey { pool: entry.read(Socket::POOL), backend };
     let ready = Member { generation, port: entry.read(Socket::PEER_PORT), state: MEMBER_READY, pad: 0 };
     tables.is_member(&key, &ready) && (entry.read(Socket::SCOPE) == 0 || follows_pin(tables, entry))
+}
+
+/// Whether the frontend of a datagram has gone, and its backend has not: as with a flow, it goes on. Apart, for the sake of
+/// the stack.
+#[inline(never)]
+fn outlives_frontend<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, entry: &T::Entry<Socket>) -> bool {
+    let (backend, generation) = backend_of(entry);
+    tables.backend(backend).is_some_and(|backend| backend.generation == generation)
+        && to.frontend(tables, caller.protocol, &mut Frontend::zeroed()) == Err(Reason::NotFrontend)
 }
 
 /// Whether the socket's pin still leads to its backend. Apart, for the sake of the stack.

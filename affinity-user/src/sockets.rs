@@ -3,8 +3,8 @@
 //! A socket that was sent to a backend speaks to it for as long as it lives, and no packet of it meets a program. So when
 //! a backend goes, the agent asks the kernel to end the sockets that speak to it (`SOCK_DESTROY`): of TCP, and of UDP
 //! where they are connected. UDP follows its pool too: a backend that is merely not ready any more, or serves another port,
-//! loses its connected sockets, while TCP goes on with one that drains or lingers. Sockets that are not connected need none
-//! of this: their next datagram selects anew.
+//! loses its connected sockets, while TCP goes on with one that drains or lingers, and so does UDP where the service has
+//! gone. Sockets that are not connected need none of this: their next datagram selects anew.
 //!
 //! Only sockets that the programs have noted are ended, each told by its cookie and by whom it speaks to. They are looked
 //! for in every network namespace that can be seen, on a thread of its own: the agent does not wait for it.
@@ -131,8 +131,8 @@ fn lost(store: &KernelStore) -> Result<Noted, StoreError> {
 }
 
 fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool, StoreError> {
-    let &Socket { pool, backend, generation, .. } = socket;
-    if key.protocol != UDP {
+    let &Socket { pool, backend, generation, frontend, frontend_port, .. } = socket;
+    if key.protocol != UDP || !store.has_frontend(frontend, frontend_port, UDP)? {
         return Ok(store.is_alive(backend, generation));
     }
     let member = store.members.get(&MemberKey { pool, backend })?;

@@ -510,7 +510,7 @@ impl Sweeper {
             } else {
                 *self.pass.entries.entry(A::FLOWS).or_default() += 1;
                 self.pass.met.extend([flow.service, flow.pool, flow.scope]);
-                self.watch.note_flow(&key, &flow);
+                self.watch.note_flow(&self.store, &key, &flow)?;
                 self.note_flow(&key, &flow);
             }
         }

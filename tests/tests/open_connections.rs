@@ -70,7 +70,6 @@ enum Side {
 
 const TCP_OF_LEAVERS: Group = (Protocol::Tcp, Side::Leaver);
 const UDP_OF_LEAVERS: Group = (Protocol::Udp, Side::Leaver);
-const UDP_OF_STAYERS: Group = (Protocol::Udp, Side::Stayer);
 
 /// What `affinity` does on purpose in a story where kube-proxy's rules do something else.
 struct Difference {
@@ -81,7 +80,7 @@ struct Difference {
 }
 
 /// Every one that is known. Each must be met, so that none outlives its cause.
-const DIFFERENCES: [Difference; 5] = [
+const DIFFERENCES: [Difference; 3] = [
     Difference {
         story: TERMINATING,
         group: UDP_OF_LEAVERS,
@@ -95,8 +94,6 @@ const DIFFERENCES: [Difference; 5] = [
         instead: Fate::Kept,
         reason: "pins survive a gap in which their client asks nothing",
     },
-    Difference { story: DELETED, group: UDP_OF_LEAVERS, instead: Fate::Silent, reason: DATAGRAMS_OF_A_DELETED_SERVICE },
-    Difference { story: DELETED, group: UDP_OF_STAYERS, instead: Fate::Silent, reason: DATAGRAMS_OF_A_DELETED_SERVICE },
     Difference {
         story: DEAD,
         group: TCP_OF_LEAVERS,
@@ -105,9 +102,6 @@ const DIFFERENCES: [Difference; 5] = [
                  where a device went with the pod: the kernel forgets what was masqueraded by it, and another pod answers",
     },
 ];
-
-const DATAGRAMS_OF_A_DELETED_SERVICE: &str = "datagrams follow the service at once, and nobody serves its address any \
-    more; kube-proxy leaves their conntrack entries until they expire";
 
 /// An open connection, and what has become of it.
 struct Line {

@@ -11,7 +11,7 @@ use affinity_tests::lab::{
 };
 use affinity_tests::patience::{patience, timeout_s};
 use affinity_tests::story::{tell_in, web};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 
 const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 /// How many equal answers in a row confirm that a client is pinned.
@@ -377,6 +377,34 @@ fn sockets_of_a_backend_that_left_go_on_until_it_does_not_answer() -> Result<()>
             sleep(Duration::from_millis(200));
         }
         assert_eq!(answer, Err("ConnectionAborted".to_owned()), "after {:?}", began.elapsed());
+        Ok(())
+    })
+}
+
+#[test]
+fn sockets_of_a_service_that_has_gone_go_on() -> Result<()> {
+    let web = web().client_ip();
+    tell(&NO_DEVICE, &[&web], |scene| {
+        let [http, dns] = ["http", "dns"].map(|port| web.frontend(Family::V6, port));
+        let (tcp, _) = scene.node.connect(Protocol::Tcp, http)?;
+        let (udp, _) = scene.node.connect(Protocol::Udp, dns)?;
+        let unconnected = scene.node.bind(dns)?;
+        let mut ask = || {
+            let answers = [scene.node.ask(tcp, "/")?, scene.node.ask(udp, "/")?];
+            Ok::<_, Error>((answers, scene.node.ask_to(unconnected, dns, "/")?))
+        };
+        let first = ask()?;
+        ensure!(first.0.iter().all(Result::is_ok) && first.1.is_ok(), "{first:?}");
+        scene.lab.withdraw(&web)?;
+        scene.lab.settle_deleted(&web)?;
+        // Longer than the gap, and than any number of looks at what lingers.
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(14) {
+            assert_eq!(ask()?, first, "after {:?}", began.elapsed());
+            sleep(Duration::from_secs(1));
+        }
+        scene.lab.publish_and_settle(&web)?;
+        assert_eq!(ask()?, first, "the service is back");
         Ok(())
     })
 }

@@ -443,6 +443,24 @@ fn datagrams_of_a_known_client_go_to_another_pod_at_once() {
 }
 
 #[test]
+fn datagrams_of_a_service_that_has_gone_keep_to_their_pod_while_that_lives() {
+    let mut cluster = Cluster::new(|_| {});
+    cluster.publish(WEB, UDP, 1, 0..PODS, &|_| {});
+    let ask = |cluster: &Cluster| cluster.send(&Shape::udp(), (CLIENT, 1), WEB);
+    let pod = ask(&cluster).expect("a pod");
+    cluster.0.members.clear();
+    let mut frontends = std::mem::take(&mut cluster.0.frontends_v4);
+    assert_eq!(ask(&cluster), Ok(pod));
+    assert_eq!(cluster.send(&Shape::udp(), (CLIENT, 2), WEB), Err(Verdict::Pass), "nobody new");
+    frontends.values_mut().for_each(|frontend| frontend.slot_count = 0);
+    cluster.0.frontends_v4 = frontends;
+    assert_eq!(ask(&cluster), Err(Verdict::Answer), "a service without endpoints");
+    cluster.0.frontends_v4.clear();
+    cluster.stop(pod);
+    assert_eq!(ask(&cluster), Err(Verdict::Pass));
+}
+
+#[test]
 fn datagrams_follow_the_pin_of_their_client() {
     let mut cluster = Cluster::new(|_| {});
     cluster.publish(WEB, UDP, 1, 0..PODS, &|_| {});

@@ -228,6 +228,19 @@ fn datagrams_of_a_socket_keep_to_a_backend_until_it_is_not_ready() {
 }
 
 #[test]
+fn datagrams_of_a_socket_go_on_where_the_frontend_has_gone_and_the_backend_has_not() {
+    let mut node = Node::new(|_| {});
+    let peer = node.send(&udp(1), &WEB_V4);
+    node.0.frontends_v4.clear();
+    let members = std::mem::take(&mut node.0.members);
+    assert_eq!(node.send(&udp(1), &WEB_V4), peer);
+    assert_eq!(send(&node.0, &udp(2), &WEB_V4), Answer::Leave, "nobody new");
+    node.0.members = members;
+    node.stop(&peer);
+    assert_eq!(send(&node.0, &udp(1), &WEB_V4), Answer::Leave);
+}
+
+#[test]
 fn a_connected_socket_that_asks_who_sent_is_told_the_frontend() {
     let node = Node::new(|_| {});
     let peer = node.connect(&udp(1), &WEB_V6);

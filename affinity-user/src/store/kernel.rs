@@ -18,8 +18,8 @@ use std::{
 use affinity_common::{
     abi::{
         Address, BACKEND_LINGERING, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey,
-        Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, RangeKey, Reason, Session,
-        SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+        Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, Port, RangeKey, Reason,
+        Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
     },
     names,
 };
@@ -277,6 +277,19 @@ impl KernelStore {
     #[must_use]
     pub fn is_alive(&self, backend: u32, generation: u32) -> bool {
         backend < self.generations.len() && self.generations.load_u32(backend) == generation
+    }
+
+    /// Whether anything is served at an address, IPv6 or IPv4-mapped.
+    ///
+    /// # Errors
+    /// [`StoreError`] where the map cannot be read.
+    pub fn has_frontend(&self, address: V6, port: Port, protocol: u8) -> Result<bool, StoreError> {
+        let v4 = V4::from_mapped(address.0);
+        Ok(if v4.to_mapped() == address.0 {
+            self.v4.frontends.get(&FrontendKey::new(v4, port, protocol))?.is_some()
+        } else {
+            self.v6.frontends.get(&FrontendKey::new(address, port, protocol))?.is_some()
+        })
     }
 
     /// The backends that have left every pool and still have their index, with their generations.

@@ -116,21 +116,36 @@ impl Watch {
         self.due = Instant::now();
     }
 
-    /// A flow that the pass has met. Datagrams follow their pool, so they need no backend that lingers.
-    pub(super) fn note_flow<A: Address>(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
-        let counts = key.direction == Direction::Forward as u8 && key.protocol != UDP && flow.state & FLOW_SHADOW == 0;
-        let Some(of) = self.found.get_mut(&flow.backend).filter(|of| counts && of.generation == flow.generation) else {
-            return;
-        };
-        of.flows.push(ClientKey::new(key));
+    /// A flow that the pass has met. Datagrams need a backend that lingers only where their service has gone: else they
+    /// follow its pool.
+    pub(super) fn note_flow<A: Address>(
+        &mut self,
+        store: &KernelStore,
+        key: &FlowKey<A>,
+        flow: &Flow<A>,
+    ) -> Result<(), StoreError> {
+        let counts = key.direction == Direction::Forward as u8 && flow.state & FLOW_SHADOW == 0;
+        let of = self.found.get_mut(&flow.backend).filter(|of| counts && of.generation == flow.generation);
+        let Some(of) = of else { return Ok(()) };
+        if key.protocol != UDP || !store.has_frontend(V6(key.daddr.to_mapped()), key.dport, UDP)? {
+            of.flows.push(ClientKey::new(key));
+        }
+        Ok(())
     }
 
-    /// A connected socket that the pass has met.
-    pub(super) fn note_socket(&mut self, key: &SocketKey, socket: &Socket) {
-        let Some(of) = self.found.get_mut(&socket.backend) else { return };
-        if key.protocol != UDP && of.generation == socket.generation {
+    /// A socket that the pass has met, by what it sends.
+    pub(super) fn note_socket(
+        &mut self,
+        store: &KernelStore,
+        key: &SocketKey,
+        socket: &Socket,
+    ) -> Result<(), StoreError> {
+        let of = self.found.get_mut(&socket.backend).filter(|of| of.generation == socket.generation);
+        let Some(of) = of else { return Ok(()) };
+        if key.protocol != UDP || !store.has_frontend(socket.frontend, socket.frontend_port, UDP)? {
             of.sockets.push(*key);
         }
+        Ok(())
     }
 
     /// Whether backends linger whose connections are not known yet, so that another pass is wanted.
@@ -239,7 +254,10 @@ fn look_up<A: Family>(
     let reply = flows.get(&key.opposite(&flow.edit))?.filter(is_its_own);
     traffic.connections += 1;
     traffic.open += u64::from(!state::is_closed(flow.state));
-    traffic.asked_ns = traffic.asked_ns.max(flow.last_used_ns);
+    // A datagram need not be answered, so one that is not says nothing of the pod.
+    if key.protocol != UDP {
+        traffic.asked_ns = traffic.asked_ns.max(flow.last_used_ns);
+    }
     traffic.answered_ns = traffic.answered_ns.max(reply.map_or(0, |reply| reply.last_used_ns));
     Ok(true)
 }

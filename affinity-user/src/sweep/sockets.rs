@@ -21,8 +21,8 @@ impl Sweeper {
             self.pass.met.extend([socket.service, socket.pool, socket.scope]);
             need_frontend(&mut self.filter, socket.frontend, socket.frontend_port, key.protocol);
             self.filter.need_member(socket.peer.0, socket.peer_port, key.protocol);
-            if key.role == SocketRole::Connected as u8 {
-                self.watch.note_socket(&key, &socket);
+            if key.role != SocketRole::Receiving as u8 {
+                self.watch.note_socket(&self.store, &key, &socket)?;
             }
             let counts = socket.timer == Timer::Alive as u8 && socket.scope != 0;
             if counts && key.role == SocketRole::Connected as u8 {

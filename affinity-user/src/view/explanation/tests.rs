@@ -332,7 +332,7 @@ fn a_connection_whose_pod_has_gone_is_told_by_its_next_packet() {
 }
 
 #[test]
-fn a_datagram_keeps_to_a_member_of_the_pool_that_it_was_given() {
+fn a_datagram_whose_frontend_has_gone_keeps_to_its_pod_while_that_lives() {
     let mut catalog = fixture::catalog();
     let (key, flow) = fixture::flow();
     let (mut question, mut situation) = ask(&catalog, "192.0.2.1", "10.96.0.10:80/udp", &[]);
@@ -342,6 +342,8 @@ fn a_datagram_keeps_to_a_member_of_the_pool_that_it_was_given() {
     let meets = |catalog: &Catalog| explain(catalog, &question, &situation).reason;
     assert_eq!(meets(&catalog), "established", "its frontend has gone, its pool has not");
     catalog.observed.members.retain(|key, _| key.pool != flow.pool);
+    assert_eq!(meets(&catalog), "established", "its pool has gone, its pod has not");
+    catalog.observed.backends.get_mut(&flow.backend).unwrap().generation += 1;
     assert_eq!(meets(&catalog), "not-frontend");
 }
 
