@@ -100,9 +100,9 @@ pub trait Tables {
 
 /// The tables of one family.
 pub trait FamilyTables<A: Address>: Tables {
-    /// Opens a new connection: [`crate::pipeline::open`], as a function that the kernel verifies by itself.
+    /// Opens a new connection: [`crate::pipeline::open`], as a global function of the kernel programs.
     fn open(&self, headers: &Headers<A>) -> Opened;
-    /// Notes what changes of a flow: [`crate::flow::note_change`], as a function that the kernel verifies by itself.
+    /// Notes what changes of a flow: [`crate::flow::note_change`], as a global function of the kernel programs.
     fn note_change(&self, headers: &Headers<A>);
     /// Notes a packet of another connection: [`crate::foreign::note_leaving`], as such a function.
     fn note_leaving(&self, headers: &Headers<A>);

@@ -223,17 +223,17 @@ impl Pin for MapValue<Session> {
     }
 }
 
-/// A copy of an array's value. An array's elements are never another key's; where one changes meanwhile, each word is the old
-/// one or the new one.
+/// A copy of an array's value. An array element never becomes another key's. If it changes during the copy, each word is
+/// either the old one or the new one.
 #[inline(always)]
-pub fn copied<V: Copy>(pointer: Option<*const V>) -> Option<V> {
+pub fn read_copy<V: Copy>(pointer: Option<*const V>) -> Option<V> {
     pointer.map(copy_words)
 }
 
-/// A function that the verifier takes by itself, because it is known by its name. Its body is given what its caller passed
-/// a reference to.
+/// A global function: the verifier checks it once, apart from its callers, because it is exported by name
+/// (<https://docs.kernel.org/bpf/verifier.html>). The body gets the argument that the caller passed by reference.
 #[macro_export]
-macro_rules! verified_alone {
+macro_rules! global_func {
     ($(#[$about:meta])* fn $name:ident($argument:ident: $of:ty) -> u64 $body:block) => {
         $(#[$about])*
         #[expect(unsafe_code, reason = "the name is nobody else's")]
@@ -246,19 +246,19 @@ macro_rules! verified_alone {
     };
 }
 
-/// The argument of a function that is verified by itself. It is a pointer, because the verifier looks at its type; and it
-/// may be none, as far as the verifier knows.
+/// The argument of a global function. It is a pointer, because the verifier derives the size of the memory from its type,
+/// and it may be null as far as the verifier knows.
 #[inline(always)]
 pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
     // SAFETY: the verifier has every caller pass memory of this size, which nobody changes or frees meanwhile.
     pointer.and_then(|pointer| unsafe { pointer.as_ref() })
 }
 
-/// Works on a value of a map that each processor has its own of. Only one work at a time uses it: the programs that do so run
-/// with bottom halves off, and do not interrupt each other. That does not hold on kernels with PREEMPT_RT, which the loader
-/// refuses (docs/adr/0008), nor for the programs on cgroups, which must not use this: a packet may interrupt them.
+/// Calls `work` with this processor's value of a per-CPU map. No other program uses the value meanwhile: the packet programs
+/// run with bottom halves off, so they do not interrupt each other. That does not hold on kernels with PREEMPT_RT, which the
+/// loader refuses (docs/adr/0008), nor for programs on cgroups: a packet may interrupt them, so they must not call this.
 #[inline(always)]
-pub fn exclusively<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
+pub fn with_percpu<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
     // SAFETY: a lookup gave this pointer, see `copy_words`; nothing else uses it, see above.
     pointer.map(|pointer| work(unsafe { &mut *pointer }))
 }
@@ -403,16 +403,16 @@ impl MapValue<Usage> {
     pub fn count(self, index: usize) -> Option<MapValue<u64>> {
         const COUNTS: usize = size_of::<Usage>() / size_of::<u64>();
         const { assert!(offset_of!(Usage, counts) == 0) };
-        let index = forgotten(index);
+        let index = barrier_var(index);
         // SAFETY: the place is within the value.
         (index < COUNTS).then(|| MapValue(unsafe { self.0.cast::<u64>().add(index) }))
     }
 }
 
-/// The same number, of which the compiler knows nothing any more. What it compares next is then the register that it goes
-/// on to use, and the verifier sees the comparison.
+/// Hides a number's value from the compiler, as the kernel's `barrier_var` does. The compiler then compares the same register
+/// that it uses as the index, so that the verifier sees the bound.
 #[inline(always)]
-pub fn forgotten(number: usize) -> usize {
+pub fn barrier_var(number: usize) -> usize {
     let mut same = number;
     // SAFETY: no memory is touched, and the number stays as it is.
     unsafe { asm!("{same} += 0", same = inout(reg) same, options(pure, nomem, nostack)) };

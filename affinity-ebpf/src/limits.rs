@@ -245,7 +245,7 @@ fn least<P: Packet>(packet: &mut P, remember: bool) {
 
 #[inline(always)]
 fn least_of<A: Least, P: Packet>(packet: &mut P, headers: &Headers<A>, remember: bool) {
-    let target = match kernel::copied(A::table().get_ptr(headers.key)) {
+    let target = match kernel::read_copy(A::table().get_ptr(headers.key)) {
         Some(target) => target,
         None if remember => {
             let target = Target { address: A::BACKEND, port: Port::new(8080) };

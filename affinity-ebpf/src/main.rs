@@ -80,7 +80,8 @@ pub fn xdp_onward(ctx: XdpContext) -> u32 {
 fn may_be_ours(frame: &XdpFrame) -> bool {
     let ifindex = frame.ifindex();
     let Some(destination) = frame.read(0) else { return true };
-    kernel::copied(DEVICE_MACS.get_ptr(DeviceMac::slot(ifindex))).is_none_or(|mac| mac.may_take(ifindex, destination))
+    kernel::read_copy(DEVICE_MACS.get_ptr(DeviceMac::slot(ifindex)))
+        .is_none_or(|mac| mac.may_take(ifindex, destination))
 }
 
 /// To the stack, or to TC before it: where that redirects, it is told what became of the frame.

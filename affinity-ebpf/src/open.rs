@@ -1,5 +1,4 @@
-//! What is done to connections, as functions that the verifier takes by themselves: once, and not for every way that leads
-//! to them. What they are given is checked for them.
+//! Operations on connections as global functions: the verifier checks each once, not at every call.
 
 use affinity_common::{
     abi::{FlowKey, Reason, V4, V6},
@@ -7,46 +6,46 @@ use affinity_common::{
     parse::Headers,
     pipeline::{self, Opened},
 };
-use affinity_ebpf::verified_alone;
+use affinity_ebpf::global_func;
 
 use crate::tables::Maps;
 
-verified_alone! {
+global_func! {
     /// [`pipeline::open`] for IPv4: the bits of an [`Opened`].
     fn open_v4(headers: Headers<V4>) -> u64 { open(headers, |headers| pipeline::open(&Maps, headers)) }
 }
 
-verified_alone! {
+global_func! {
     /// [`pipeline::open`] for IPv6: the bits of an [`Opened`].
     fn open_v6(headers: Headers<V6>) -> u64 { open(headers, |headers| pipeline::open(&Maps, headers)) }
 }
 
-verified_alone! {
+global_func! {
     /// [`flow::note_change`] for IPv4.
     fn note_change_v4(headers: Headers<V4>) -> u64 { note(headers, |headers| flow::note_change(&Maps, headers)) }
 }
 
-verified_alone! {
+global_func! {
     /// [`flow::note_change`] for IPv6.
     fn note_change_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| flow::note_change(&Maps, headers)) }
 }
 
-verified_alone! {
+global_func! {
     /// [`foreign::note_leaving`] for IPv4.
     fn note_leaving_v4(headers: Headers<V4>) -> u64 { note(headers, |headers| foreign::note_leaving(&Maps, headers)) }
 }
 
-verified_alone! {
+global_func! {
     /// [`foreign::note_leaving`] for IPv6.
     fn note_leaving_v6(headers: Headers<V6>) -> u64 { note(headers, |headers| foreign::note_leaving(&Maps, headers)) }
 }
 
-verified_alone! {
+global_func! {
     /// [`masquerade::is_free`] for IPv4: one or zero.
     fn is_free_v4(replies: FlowKey<V4>) -> u64 { replies.is_some_and(|replies| masquerade::is_free(&Maps, replies)).into() }
 }
 
-verified_alone! {
+global_func! {
     /// [`masquerade::is_free`] for IPv6: one or zero.
     fn is_free_v6(replies: FlowKey<V6>) -> u64 { replies.is_some_and(|replies| masquerade::is_free(&Maps, replies)).into() }
 }

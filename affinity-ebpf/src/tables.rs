@@ -66,7 +66,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn filter(&self, direction: Direction, bit: u32) -> bool {
-        kernel::copied(FILTER.get_ptr(filter_word(direction, bit))).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+        kernel::read_copy(FILTER.get_ptr(filter_word(direction, bit))).is_some_and(|word| word >> (bit % 64) & 1 == 1)
     }
 
     #[inline(always)]
@@ -78,7 +78,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn node(&self) -> Option<Node> {
-        kernel::copied(NODE.get_ptr(0))
+        kernel::read_copy(NODE.get_ptr(0))
     }
 
     #[inline(always)]
@@ -93,12 +93,12 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn slot(&self, index: u32) -> Option<u32> {
-        kernel::copied(SLOTS.get_ptr(index))
+        kernel::read_copy(SLOTS.get_ptr(index))
     }
 
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<Backend> {
-        kernel::copied(BACKENDS.get_ptr(index))
+        kernel::read_copy(BACKENDS.get_ptr(index))
     }
 
     #[inline(always)]
@@ -111,17 +111,17 @@ impl Tables for Maps {
     fn is_member(&self, key: &MemberKey, record: &Member) -> bool {
         // An equal record of another key is taken for this one only where this key's element has just been given to that one.
         // So what is decided is what would have been decided a moment earlier.
-        kernel::copied(MEMBERS.get_ptr(key)) == Some(*record) || member(key) == *record
+        kernel::read_copy(MEMBERS.get_ptr(key)) == Some(*record) || member(key) == *record
     }
 
     #[inline(always)]
     fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R> {
-        kernel::exclusively(FRONTEND_SCRATCH.get_ptr_mut(0), work)
+        kernel::with_percpu(FRONTEND_SCRATCH.get_ptr_mut(0), work)
     }
 
     #[inline(always)]
     fn load(&self, backend: u32) -> u64 {
-        kernel::copied(LOADS.get_ptr(backend)).map_or(0, |load| load.cast_signed().max(0).cast_unsigned())
+        kernel::read_copy(LOADS.get_ptr(backend)).map_or(0, |load| load.cast_signed().max(0).cast_unsigned())
     }
 
     #[inline(always)]
@@ -137,7 +137,7 @@ impl Tables for Maps {
         if interval_ns == 0 {
             return true;
         }
-        let taken = kernel::exclusively(REJECTIONS.get_ptr_mut(0), |bucket| {
+        let taken = kernel::with_percpu(REJECTIONS.get_ptr_mut(0), |bucket| {
             let rest = bucket.take(self.now_ns(), interval_ns);
             if let Some(rest) = rest {
                 *bucket = rest;
@@ -282,7 +282,7 @@ macro_rules! family {
 
             #[inline(always)]
             fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
-                kernel::exclusively($drafts.get_ptr_mut(0), work)
+                kernel::with_percpu($drafts.get_ptr_mut(0), work)
             }
 
             #[inline(always)]
