@@ -15,8 +15,8 @@ mod event;
 mod fields;
 mod flow;
 mod frontend;
-mod onward;
 mod reason;
+mod redirect;
 mod session;
 mod socket;
 mod status;
@@ -39,11 +39,11 @@ pub use frontend::{
     AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, NODE, Node, OUTSIDE,
     PODS, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
 };
-pub use onward::{
-    DeviceMac, MAC_SLOTS, NOTE_SHIFT, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD,
-    WIRE_ABOVE, WIRE_POD, WIRE_TC, WIRE_XDP,
-};
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
+pub use redirect::{
+    DeviceMac, MAC_SLOTS, NOTE_SHIFT, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT, WIRE_ABOVE, WIRE_POD,
+    WIRE_TC, WIRE_XDP, XDP_META_PASSED, XDP_META_TRANSLATED,
+};
 pub use session::{Correction, MOVES, Session, SessionKey};
 pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
 pub use status::{SourceKind, Status};

@@ -15,12 +15,12 @@ pub mod masquerade;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod names;
-pub mod onward;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
 #[cfg(test)]
 mod properties;
+pub mod redirect;
 pub mod refuse;
 pub mod rewrite;
 pub mod select;

@@ -67,9 +67,9 @@ pub const REMARKS: &str = "remarks";
 pub const WIRES: &str = "wires";
 /// `array`: [`crate::abi::DeviceMac::slot`] -> [`crate::abi::DeviceMac`], of devices with XDP.
 pub const DEVICE_MACS: &str = "device_macs";
-/// `prog_array`: what [`XDP_FORWARD`] goes on with: [`XDP_ONWARD`].
+/// `prog_array`: what [`XDP_FORWARD`] goes on with: [`XDP_REDIRECT`].
 pub const XDP_STAGES: &str = "xdp_stages";
-/// `prog_array`: what [`TC_FORWARD`] goes on with, where TC redirects: [`TC_ONWARD`], [`TC_REPLY`].
+/// `prog_array`: what [`TC_FORWARD`] goes on with, where TC redirects: [`TC_REDIRECT`], [`TC_REPLY`].
 pub const TC_STAGES: &str = "tc_stages";
 
 /// Every map, in the order of a dump.
@@ -113,13 +113,13 @@ pub const MAPS: [&str; 34] = [
 /// XDP program: forward translation.
 pub const XDP_FORWARD: &str = "xdp_forward";
 /// XDP program that [`XDP_FORWARD`] goes on with: sends packets to other nodes, and back to clients.
-pub const XDP_ONWARD: &str = "xdp_onward";
+pub const XDP_REDIRECT: &str = "xdp_redirect";
 /// TC program on ingress: forward translation.
 pub const TC_FORWARD: &str = "tc_forward";
 /// TC program on egress: reverse translation.
 pub const TC_REVERSE: &str = "tc_reverse";
 /// TC program that [`TC_FORWARD`] goes on with: redirects what it has translated.
-pub const TC_ONWARD: &str = "tc_onward";
+pub const TC_REDIRECT: &str = "tc_redirect";
 /// TC program that [`TC_FORWARD`] goes on with: redirects replies, among what it has passed.
 pub const TC_REPLY: &str = "tc_reply";
 /// Programs on a cgroup: what processes ask their sockets for.

@@ -59,8 +59,8 @@ pub enum Verdict {
     Pass,
     /// Translated, to the next program or the stack.
     Forward,
-    /// The same, for a pod on another node or from there: where the hook can send it out itself, see [`crate::onward`].
-    Onward,
+    /// The same, for a pod on another node or from there: where the hook can send it out itself, see [`crate::redirect`].
+    Redirect,
     /// Now its own refusal, to be sent out where it came in.
     Answer,
     /// To be dropped.
@@ -440,7 +440,7 @@ fn translate<A: Address, P: Packet>(
     match (is_rewritten, flags & FLOW_REMOTE) {
         (false, _) => (Verdict::Drop, Reason::NotRewritten),
         (true, 0) => (Verdict::Forward, reason),
-        (true, _) => (Verdict::Onward, reason),
+        (true, _) => (Verdict::Redirect, reason),
     }
 }
 

@@ -231,7 +231,7 @@ proptest! {
         match pipeline::forward(&mut frame, &one_service()) {
             Verdict::Pass | Verdict::Drop => prop_assert_eq!(frame, before),
             Verdict::Answer => prop_assert_ne!(frame, before),
-            Verdict::Forward | Verdict::Onward => prop_assert!(false, "forwarded without an endpoint"),
+            Verdict::Forward | Verdict::Redirect => prop_assert!(false, "forwarded without an endpoint"),
         }
     }
 }

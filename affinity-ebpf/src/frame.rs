@@ -2,9 +2,9 @@
 
 use affinity_common::{
     abi::{Address, Edit, V6},
-    onward::{NextHop, Routes, Way},
     packet::Packet,
     parse::{ACK, Headers, SCTP, SYN, TCP, UDP},
+    redirect::{FibKey, FibLookup, NextHop},
     rewrite::{self, ForPorts},
 };
 use aya_ebpf::{
@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use network_types::{eth::EthHdr, udp::UdpHdr};
 
-use crate::kernel::{self, BPF_F_IPV6, Bytes, Hop, SkBuff, Xdp};
+use crate::kernel::{self, BPF_F_IPV6, Bytes, FibResult, SkBuff, Xdp};
 
 /// Headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
 const LINEAR: usize = 192;
@@ -34,33 +34,33 @@ impl XdpFrame {
         Self { xdp, bytes: xdp.bytes() }
     }
 
-    /// Makes room for a word to TC; false where the driver has none. A frame is looked at after that.
+    /// Reserves room for metadata; false if the driver has none. To be called before [`XdpFrame::new`].
     #[inline(always)]
     #[must_use]
-    pub fn make_room_for_word(ctx: &XdpContext) -> bool {
-        Xdp::new(ctx.ctx).make_room_for_word()
+    pub fn reserve_xdp_metadata(ctx: &XdpContext) -> bool {
+        Xdp::new(ctx.ctx).reserve_xdp_metadata()
     }
 
-    /// Tells TC what became of the frame, where there is room for a word.
+    /// Stores a word of metadata for TC, if room was reserved.
     #[inline(always)]
-    pub fn leave_word(&self, word: u32) {
-        self.xdp.leave_word(word);
+    pub fn set_xdp_metadata(&self, word: u32) {
+        self.xdp.set_xdp_metadata(word);
     }
 
     /// Whether it opens a TCP connection.
     #[inline(always)]
-    fn opens<A: Address>(&self, way: &Way<A>) -> bool {
+    fn opens<A: Address>(&self, key: &FibKey<A>) -> bool {
         const FLAGS: usize = 13;
 
-        let flags = self.read(way.transport() + FLAGS).map_or(0, |[flags]| flags);
-        way.protocol == TCP && flags & (SYN | ACK) == SYN
+        let flags = self.read(key.transport() + FLAGS).map_or(0, |[flags]| flags);
+        key.protocol == TCP && flags & (SYN | ACK) == SYN
     }
 }
 
-/// Whether XDP could send an answer on; what that finds is in `hop`.
+/// Whether XDP could redirect a reply. Leaves the result of that lookup in `hop`.
 #[inline(never)]
-fn can_come_back<A: Address>(xdp: Xdp, way: &Way<A>, hop: &mut Hop) -> bool {
-    xdp.find_hop(&way.back(), hop);
+fn can_come_back<A: Address>(xdp: Xdp, key: &FibKey<A>, hop: &mut FibResult) -> bool {
+    xdp.fib_lookup(&key.back(), hop);
     hop.link().is_some()
 }
 
@@ -88,18 +88,18 @@ impl Packet for XdpFrame {
     }
 }
 
-impl Routes for XdpFrame {
-    type Hop = Hop;
+impl FibLookup for XdpFrame {
+    type Hop = FibResult;
 
-    /// A device that is to send a frame of several buffers would have to be asked whether it can. And a connection's first
-    /// packet goes by the stack where the reply would have to, for want of a neighbour: connection tracking would take a
-    /// reply alone for invalid.
+    /// Frames of several buffers go to the stack, because not every device can send them. So does the first packet of a
+    /// connection whose reply could not be redirected (no neighbour entry): conntrack marks a reply without its SYN as
+    /// INVALID.
     #[inline(always)]
-    fn hop<A: Address>(&self, way: &Way<A>) -> Hop {
-        let mut hop = Hop::unknown();
+    fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
+        let mut hop = FibResult::unknown();
         if self.xdp.is_linear() {
-            if !self.opens(way) || can_come_back(self.xdp, way, &mut hop) {
-                self.xdp.find_hop(way, &mut hop);
+            if !self.opens(key) || can_come_back(self.xdp, key, &mut hop) {
+                self.xdp.fib_lookup(key, &mut hop);
             } else {
                 hop.forget();
             }
@@ -152,16 +152,16 @@ impl<'a> Skb<'a> {
         self.skb.is_final()
     }
 
-    /// What XDP tells of the frame.
+    /// The metadata that XDP stored.
     #[inline(always)]
-    pub fn word_of_xdp(&self) -> Option<u32> {
-        self.skb.word_of_xdp()
+    pub fn xdp_metadata(&self) -> Option<u32> {
+        self.skb.xdp_metadata()
     }
 
-    /// Goes on with another program; comes back only where there is none at `index`.
+    /// Tail-calls another program; returns only if there is none at `index`.
     #[inline(always)]
-    pub fn go_on_with(&self, programs: &ProgramArray, index: u32) {
-        self.skb.go_on_with(programs, index);
+    pub fn tail_call(&self, programs: &ProgramArray, index: u32) {
+        self.skb.tail_call(programs, index);
     }
 
     /// Sends the frame out of the device that it came in by: the action to return.
@@ -179,19 +179,19 @@ impl<'a> Skb<'a> {
 
     /// Length of the longest packet that the frame is to be sent as, from the IP header on; none where it cannot be told.
     #[inline(always)]
-    fn longest<A: Address>(&self, way: &Way<A>) -> Option<u16> {
+    fn longest<A: Address>(&self, key: &FibKey<A>) -> Option<u16> {
         const TCP_WORDS: usize = 12;
 
-        let Some(segment) = self.skb.segment_size() else { return Some(way.len) };
-        let transport = match way.protocol {
+        let Some(segment) = self.skb.segment_size() else { return Some(key.len) };
+        let transport = match key.protocol {
             TCP => {
-                let [words]: [u8; 1] = self.read(way.transport() + TCP_WORDS)?;
+                let [words]: [u8; 1] = self.read(key.transport() + TCP_WORDS)?;
                 usize::from(words >> 4) * 4
             }
             UDP => UdpHdr::LEN,
             _ => return None,
         };
-        segment.checked_add((way.transport() - EthHdr::LEN + transport) as u16)
+        segment.checked_add((key.transport() - EthHdr::LEN + transport) as u16)
     }
 
     /// Brings the transport checksum in step. Each call of the helper costs as much as a lookup of a flow, so there is one
@@ -279,17 +279,17 @@ impl Packet for Skb<'_> {
     }
 }
 
-impl Routes for Skb<'_> {
-    type Hop = Hop;
+impl FibLookup for Skb<'_> {
+    type Hop = FibResult;
 
-    /// A frame that is not for this node, or has a tag beside its data, belongs to another device.
+    /// A frame to another host, or with a VLAN tag in the socket buffer, belongs to another device: it is not redirected.
     #[inline(always)]
-    fn hop<A: Address>(&self, way: &Way<A>) -> Hop {
-        let mut hop = Hop::unknown();
-        if let Some(len) = self.longest(way)
+    fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
+        let mut hop = FibResult::unknown();
+        if let Some(len) = self.longest(key)
             && self.skb.is_for_this_device()
         {
-            self.skb.find_hop(&Way { len, ..*way }, &mut hop);
+            self.skb.fib_lookup(&FibKey { len, ..*key }, &mut hop);
         }
         hop
     }

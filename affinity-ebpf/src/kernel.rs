@@ -10,9 +10,9 @@ use core::{
 
 use affinity_common::{
     abi::{Address, CONFIG_MAGIC, Config, Correction, Event, Field, Port, Session, Usage, V4, V6},
-    onward::{Link, NextHop, Way},
     packet::Packet,
     parse::{TCP, UDP},
+    redirect::{FibKey, Link, NextHop},
     socket::{Caller, Peer},
     tables::{Entry, Pin, Unstable},
 };
@@ -583,16 +583,16 @@ impl Xdp {
         }
     }
 
-    /// Makes room for [`Xdp::leave_word`]; false where the driver has none.
+    /// Reserves room for [`Xdp::set_xdp_metadata`]; false if the driver has none.
     #[inline(always)]
-    pub fn make_room_for_word(self) -> bool {
+    pub fn reserve_xdp_metadata(self) -> bool {
         // SAFETY: as above.
         unsafe { helpers::bpf_xdp_adjust_meta(self.0, -(size_of::<u32>() as i32)) == 0 }
     }
 
-    /// Leaves a word for TC.
+    /// Stores a word of metadata for TC.
     #[inline(always)]
-    pub fn leave_word(self, word: u32) {
+    pub fn set_xdp_metadata(self, word: u32) {
         // SAFETY: as above.
         let room = unsafe { Bytes { start: (*self.0).data_meta as usize, end: (*self.0).data as usize } };
         room.write(0, word.to_ne_bytes());
@@ -612,39 +612,39 @@ impl Xdp {
         unsafe { (*self.0).ingress_ifindex }
     }
 
-    /// Asks for the next hop of the frame's packet.
+    /// Looks up the next hop of the packet.
     #[inline(always)]
-    pub fn find_hop<A: Address>(self, way: &Way<A>, hop: &mut Hop) {
-        hop.find(self.0.cast(), self.ifindex(), way);
+    pub fn fib_lookup<A: Address>(self, key: &FibKey<A>, hop: &mut FibResult) {
+        hop.look_up(self.0.cast(), self.ifindex(), key);
     }
 }
 
-/// What the node's routes and neighbours say of a packet.
+/// The result of `bpf_fib_lookup`.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
-pub struct Hop {
+pub struct FibResult {
     lookup: bpf_fib_lookup,
     answer: u32,
 }
 
-impl Hop {
-    /// Nothing.
+impl FibResult {
+    /// Before a lookup: no route.
     #[inline(always)]
     pub fn unknown() -> Self {
         // SAFETY: all zeroes are a lookup.
         Self { lookup: unsafe { MaybeUninit::zeroed().assume_init() }, answer: BPF_FIB_LKUP_RET_NOT_FWDED }
     }
 
-    /// Knows nothing any more.
+    /// Drops the result.
     #[inline(always)]
     pub fn forget(&mut self) {
         self.answer = BPF_FIB_LKUP_RET_NOT_FWDED;
     }
 
-    /// Asks for the next hop of a packet that came in by the device `ifindex`. In place: a copy of the lookup would take
-    /// 64 bytes of the stack.
+    /// Looks up the next hop of a packet that arrived on the device `ifindex`. In place, because a copy of the lookup would
+    /// take 64 bytes of stack.
     #[inline(always)]
-    fn find<A: Address>(&mut self, ctx: *mut core::ffi::c_void, ifindex: u32, way: &Way<A>) {
+    fn look_up<A: Address>(&mut self, ctx: *mut core::ffi::c_void, ifindex: u32, key: &FibKey<A>) {
         const LOOKUP: i32 = size_of::<bpf_fib_lookup>() as i32;
         const AF_INET: u8 = 2;
         const AF_INET6: u8 = 10;
@@ -652,34 +652,34 @@ impl Hop {
         let lookup = &mut self.lookup;
         let is_v4 = A::BITS == V4::BITS;
         lookup.family = if is_v4 { AF_INET } else { AF_INET6 };
-        lookup.l4_protocol = way.protocol;
-        lookup.__bindgen_anon_1.tot_len = way.len;
+        lookup.l4_protocol = key.protocol;
+        lookup.__bindgen_anon_1.tot_len = key.len;
         lookup.ifindex = ifindex;
-        (lookup.sport, lookup.dport) = (u16::from_ne_bytes(way.sport.0), u16::from_ne_bytes(way.dport.0));
+        (lookup.sport, lookup.dport) = (u16::from_ne_bytes(key.sport.0), u16::from_ne_bytes(key.dport.0));
         if is_v4 {
-            lookup.__bindgen_anon_2.tos = way.class;
+            lookup.__bindgen_anon_2.tos = key.class;
         } else {
-            lookup.__bindgen_anon_2.flowinfo = (u32::from(way.class) << 20).to_be();
+            lookup.__bindgen_anon_2.flowinfo = (u32::from(key.class) << 20).to_be();
         }
         // SAFETY: all fields of these unions are words.
         let (source, destination) =
             unsafe { (&mut lookup.__bindgen_anon_3.ipv6_src, &mut lookup.__bindgen_anon_4.ipv6_dst) };
-        put_address(source, way.saddr);
-        put_address(destination, way.daddr);
+        put_address(source, key.saddr);
+        put_address(destination, key.daddr);
         // SAFETY: the context is the program's own, and the helper reads and writes as many bytes as it is told; the lookup
         // has no padding.
         self.answer = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
     }
 
-    /// The device, where there is a route that the stack would forward the packet by.
+    /// The device of the route, if the stack would forward the packet.
     #[inline(always)]
     pub fn device(&self) -> Option<u32> {
         matches!(self.answer, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH).then_some(self.lookup.ifindex)
     }
 
-    /// Sends the frame of a TC program there, by the stack's neighbour, whose link address it finds out: the action to return.
+    /// Redirects the frame of a TC program with `bpf_redirect_neigh`, which resolves the link address: the action to return.
     #[inline(always)]
-    pub fn redirect_by_neighbour(&self) -> i32 {
+    pub fn redirect_neigh(&self) -> i32 {
         const NEIGHBOUR: i32 = size_of::<bpf_redir_neigh>() as i32;
         // SAFETY: the helper reads as many bytes as it is told, and the kernel checks the device. A packet of one family may
         // have a neighbour of the other (RFC 5549).
@@ -691,16 +691,16 @@ impl Hop {
         }
     }
 
-    /// Has the frame of a TC program come in by the other end of the device, in the pod's namespace: the action to return.
+    /// Redirects the frame of a TC program with `bpf_redirect_peer`, into the pod's namespace: the action to return.
     #[inline(always)]
-    pub fn redirect_into(&self) -> i32 {
+    pub fn redirect_peer(&self) -> i32 {
         // SAFETY: the kernel checks the device.
         unsafe { helpers::bpf_redirect_peer(self.lookup.ifindex, 0) as i32 }
     }
 }
 
-impl NextHop for Hop {
-    /// They are known where the neighbour is.
+impl NextHop for FibResult {
+    /// Known only if the neighbour entry is.
     #[inline(always)]
     fn link(&self) -> Option<Link> {
         let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.lookup.dmac, self.lookup.smac);
@@ -815,9 +815,9 @@ impl SkBuff {
         unsafe { (*self.0).tc_index == FINAL }
     }
 
-    /// The word that XDP has left.
+    /// The metadata that XDP stored.
     #[inline(always)]
-    pub fn word_of_xdp(self) -> Option<u32> {
+    pub fn xdp_metadata(self) -> Option<u32> {
         // SAFETY: as above.
         let left = unsafe { Bytes { start: (*self.0).data_meta as usize, end: (*self.0).data as usize } };
         left.read(0).map(u32::from_ne_bytes)
@@ -839,15 +839,15 @@ impl SkBuff {
         if size == 0 { None } else { Some(size as u16) }
     }
 
-    /// Asks for the next hop of the frame's packet.
+    /// Looks up the next hop of the packet.
     #[inline(always)]
-    pub fn find_hop<A: Address>(self, way: &Way<A>, hop: &mut Hop) {
-        hop.find(self.0.cast(), self.ifindex(), way);
+    pub fn fib_lookup<A: Address>(self, key: &FibKey<A>, hop: &mut FibResult) {
+        hop.look_up(self.0.cast(), self.ifindex(), key);
     }
 
-    /// Goes on with another program; comes back only where there is none at `index`.
+    /// Tail-calls another program; returns only if there is none at `index`.
     #[inline(always)]
-    pub fn go_on_with(self, programs: &ProgramArray, index: u32) {
+    pub fn tail_call(self, programs: &ProgramArray, index: u32) {
         tail_call(programs, &TcContext::new(self.0), index);
     }
 
@@ -1001,14 +1001,14 @@ pub fn fail_with(errno: i32) {
     unsafe { helpers::bpf_set_retval(-errno) };
 }
 
-/// Goes on with another program; comes back only where there is none at `index`.
+/// Tail-calls another program; returns only if there is none at `index`.
 #[inline(always)]
 pub fn tail_call<C: EbpfContext>(programs: &ProgramArray, ctx: &C, index: u32) {
     // SAFETY: the loader puts only programs of the caller's type into the array; the kernel checks it too.
     unsafe { programs.tail_call(ctx, index) };
 }
 
-/// Sends the frame of an XDP program out by another device: the action to return.
+/// Redirects the frame of an XDP program to another device: the action to return.
 #[inline(always)]
 pub fn redirect(ifindex: u32) -> u32 {
     // SAFETY: the kernel checks the device.

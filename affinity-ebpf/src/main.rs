@@ -11,12 +11,12 @@ mod tables;
 
 use affinity_common::{
     abi::{
-        DeviceMac, Reason, SEEN_PASSED, SEEN_TRANSLATED, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD, V4, V6,
-        WIRE_POD, WIRE_TC, WIRE_XDP,
+        DeviceMac, Reason, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT, V4, V6, WIRE_POD, WIRE_TC, WIRE_XDP,
+        XDP_META_PASSED, XDP_META_TRANSLATED,
     },
-    onward::{self, NextHop},
     packet::Packet,
     pipeline::{self, Verdict},
+    redirect::{self, NextHop},
     session,
     tables::Tables,
 };
@@ -32,26 +32,26 @@ use crate::{
 };
 use affinity_ebpf::{
     frame::{Skb, XdpFrame},
-    kernel::{self, Hop},
+    kernel::{self, FibResult},
 };
 
 /// Forward translation where a client's frame enters the node, before a socket buffer exists.
 #[xdp(frags)]
 pub fn xdp_forward(ctx: XdpContext) -> u32 {
-    // Of what XDP does TC has to know where it redirects; a frame that cannot be told of is TC's.
-    if kernel::redirects() && !XdpFrame::make_room_for_word(&ctx) {
+    // Where TC redirects, it must know the verdict of XDP. Without room for metadata, TC handles the frame.
+    if kernel::redirects() && !XdpFrame::reserve_xdp_metadata(&ctx) {
         return xdp_action::XDP_PASS;
     }
     let mut frame = XdpFrame::new(&ctx);
     if !may_be_ours(&frame) {
         Maps.conclude(Reason::OtherHost);
-        return pass(&frame, SEEN_PASSED);
+        return pass(&frame, XDP_META_PASSED);
     }
     match pipeline::forward(&mut frame, &Maps) {
-        Verdict::Pass => pass(&frame, SEEN_PASSED),
-        Verdict::Forward => pass(&frame, SEEN_TRANSLATED),
-        Verdict::Onward => {
-            kernel::tail_call(&XDP_STAGES, &ctx, STAGE_XDP_ONWARD);
+        Verdict::Pass => pass(&frame, XDP_META_PASSED),
+        Verdict::Forward => pass(&frame, XDP_META_TRANSLATED),
+        Verdict::Redirect => {
+            kernel::tail_call(&XDP_STAGES, &ctx, TAIL_XDP_REDIRECT);
             xdp_action::XDP_PASS
         }
         Verdict::Answer => xdp_action::XDP_TX,
@@ -59,18 +59,18 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
     }
 }
 
-/// What [`xdp_forward`] goes on with where a pod is on another node: a program of its own, with a stack of its own.
+/// Redirects a packet to a pod on another node. [`xdp_forward`] tail-calls it, so it has a stack of its own.
 #[xdp(frags)]
-pub fn xdp_onward(ctx: XdpContext) -> u32 {
+pub fn xdp_redirect(ctx: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&ctx);
     let came_by = frame.ifindex();
-    let take = |hop: &Hop| {
+    let take = |hop: &FibResult| {
         let ifindex = hop.device().filter(|ifindex| hop.link().is_some() && wire(*ifindex) & WIRE_XDP != 0)?;
         Some(if ifindex == came_by { xdp_action::XDP_TX } else { kernel::redirect(ifindex) })
     };
-    match onward::send_on(&mut frame, &Maps, take) {
+    match redirect::redirect(&mut frame, &Maps, take) {
         Ok(action) => action,
-        Err(Verdict::Forward) => pass(&frame, SEEN_TRANSLATED),
+        Err(Verdict::Forward) => pass(&frame, XDP_META_TRANSLATED),
         Err(_) => xdp_action::XDP_DROP,
     }
 }
@@ -84,11 +84,11 @@ fn may_be_ours(frame: &XdpFrame) -> bool {
         .is_none_or(|mac| mac.may_take(ifindex, destination))
 }
 
-/// To the stack, or to TC before it: where that redirects, it is told what became of the frame.
+/// Passes the frame to TC and the stack. Where TC redirects, it finds the verdict in the metadata.
 #[inline(always)]
 fn pass(frame: &XdpFrame, seen: u32) -> u32 {
     if kernel::redirects() {
-        frame.leave_word(seen);
+        frame.set_xdp_metadata(seen);
     }
     xdp_action::XDP_PASS
 }
@@ -97,54 +97,55 @@ fn pass(frame: &XdpFrame, seen: u32) -> u32 {
 #[classifier]
 pub fn tc_forward(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let seen = if kernel::redirects() { skb.word_of_xdp() } else { None };
+    let seen = if kernel::redirects() { skb.xdp_metadata() } else { None };
     let verdict = match seen {
-        Some(SEEN_PASSED) => Verdict::Pass,
-        Some(SEEN_TRANSLATED) => Verdict::Forward,
+        Some(XDP_META_PASSED) => Verdict::Pass,
+        Some(XDP_META_TRANSLATED) => Verdict::Forward,
         _ => pipeline::forward(&mut skb, &Maps),
     };
     if kernel::redirects() {
         match verdict {
-            Verdict::Pass => skb.go_on_with(&TC_STAGES, STAGE_TC_REPLY),
-            Verdict::Forward | Verdict::Onward if may_redirect(&skb) => skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD),
-            Verdict::Forward | Verdict::Onward | Verdict::Answer | Verdict::Drop => {}
+            Verdict::Pass => skb.tail_call(&TC_STAGES, TAIL_TC_REPLY),
+            Verdict::Forward | Verdict::Redirect if may_redirect(&skb) => skb.tail_call(&TC_STAGES, TAIL_TC_REDIRECT),
+            Verdict::Forward | Verdict::Redirect | Verdict::Answer | Verdict::Drop => {}
         }
     }
     tc_action(&skb, verdict)
 }
 
-/// What [`tc_forward`] goes on with, where TC is to redirect, for what it has translated; and [`tc_reply`] for replies.
+/// Redirects a packet with `--forwarding redirect`. [`tc_forward`] tail-calls it for packets that it has translated, and
+/// [`tc_reply`] for replies.
 #[classifier]
-pub fn tc_onward(ctx: TcContext) -> i32 {
+pub fn tc_redirect(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let take = |hop: &Hop| match hop.device().map(wire)? {
-        way if way & WIRE_TC == 0 => None,
-        way if way & WIRE_POD != 0 => Some(hop.redirect_into() as u32),
-        _ => Some(hop.redirect_by_neighbour() as u32),
+    let take = |hop: &FibResult| match hop.device().map(wire)? {
+        flags if flags & WIRE_TC == 0 => None,
+        flags if flags & WIRE_POD != 0 => Some(hop.redirect_peer() as u32),
+        _ => Some(hop.redirect_neigh() as u32),
     };
-    match onward::send_on(&mut skb, &Maps, take) {
+    match redirect::redirect(&mut skb, &Maps, take) {
         Ok(action) => action as i32,
         Err(verdict) => tc_action(&skb, verdict),
     }
 }
 
-/// What [`tc_forward`] goes on with, where TC is to redirect, for what it has passed: there may be replies among it.
+/// Finds the replies among packets that [`tc_forward`] passed, with `--forwarding redirect`. [`tc_forward`] tail-calls it.
 #[classifier]
 pub fn tc_reply(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
-    if onward::is_reply(&skb, &Maps) && may_redirect(&skb) {
-        skb.go_on_with(&TC_STAGES, STAGE_TC_ONWARD);
+    if redirect::is_reply(&skb, &Maps) && may_redirect(&skb) {
+        skb.tail_call(&TC_STAGES, TAIL_TC_REDIRECT);
     }
     TC_ACT_UNSPEC
 }
 
-/// Whether what came in by this device may be redirected.
+/// Whether TC redirects frames that arrive on this device.
 #[inline(always)]
 fn may_redirect(skb: &Skb<'_>) -> bool {
     wire(skb.ifindex()) & WIRE_TC != 0
 }
 
-/// How a device takes frames that came in by others.
+/// The flags of a device.
 #[inline(always)]
 fn wire(ifindex: u32) -> u32 {
     kernel::stable_copy(|| WIRES.get_ptr(ifindex)).ok().flatten().unwrap_or(0)
@@ -165,7 +166,7 @@ pub fn tc_reverse(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::Pass | Verdict::Forward | Verdict::Onward => TC_ACT_UNSPEC,
+        Verdict::Pass | Verdict::Forward | Verdict::Redirect => TC_ACT_UNSPEC,
         Verdict::Answer => skb.send_back(),
         Verdict::Drop => TC_ACT_SHOT,
     }

@@ -22,7 +22,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{CONFIG_MAGIC, Config, STAGE_TC_ONWARD, STAGE_TC_REPLY, STAGE_XDP_ONWARD},
+    abi::{CONFIG_MAGIC, Config, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT},
     flow::REFRESH_NS,
     names,
     refuse::rejection_interval_ns,
@@ -58,10 +58,10 @@ use crate::{
 /// The programs that stay loaded, beside those for sockets; [`names::CLOCK`] is needed only to load them.
 const PINNED: [&str; 8] = [
     names::XDP_FORWARD,
-    names::XDP_ONWARD,
+    names::XDP_REDIRECT,
     names::TC_FORWARD,
     names::TC_REVERSE,
-    names::TC_ONWARD,
+    names::TC_REDIRECT,
     names::TC_REPLY,
     names::REPORT,
     names::CORRECT,
@@ -69,9 +69,9 @@ const PINNED: [&str; 8] = [
 
 /// What programs go on with, and where they find it.
 const STAGES: [(&str, u32, &str); 3] = [
-    (names::XDP_STAGES, STAGE_XDP_ONWARD, names::XDP_ONWARD),
-    (names::TC_STAGES, STAGE_TC_ONWARD, names::TC_ONWARD),
-    (names::TC_STAGES, STAGE_TC_REPLY, names::TC_REPLY),
+    (names::XDP_STAGES, TAIL_XDP_REDIRECT, names::XDP_REDIRECT),
+    (names::TC_STAGES, TAIL_TC_REDIRECT, names::TC_REDIRECT),
+    (names::TC_STAGES, TAIL_TC_REPLY, names::TC_REPLY),
 ];
 
 /// The dataplane cannot be loaded.

@@ -125,8 +125,8 @@ pub fn run_model(model: &Model, hook: Hook, frame: &[u8]) -> Ran {
     };
     // A return code does not tell what was translated and is as before: a later fragment, where the first one's port changed.
     let verdict = match verdict {
-        Verdict::Forward | Verdict::Onward if bytes == frame => Verdict::Pass,
-        Verdict::Forward | Verdict::Onward => Verdict::Forward,
+        Verdict::Forward | Verdict::Redirect if bytes == frame => Verdict::Pass,
+        Verdict::Forward | Verdict::Redirect => Verdict::Forward,
         verdict @ (Verdict::Pass | Verdict::Answer | Verdict::Drop) => verdict,
     };
     Ran { verdict, frame: bytes }

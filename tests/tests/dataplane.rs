@@ -219,10 +219,10 @@ const VERIFIED_INSTRUCTIONS: u32 = 250_000;
 fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
     const OTHERS: [&str; 8] = [
         names::XDP_FORWARD,
-        names::XDP_ONWARD,
+        names::XDP_REDIRECT,
         names::TC_FORWARD,
         names::TC_REVERSE,
-        names::TC_ONWARD,
+        names::TC_REDIRECT,
         names::TC_REPLY,
         names::REPORT,
         names::CORRECT,

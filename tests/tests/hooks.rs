@@ -100,9 +100,9 @@ fn redirect_past_the_stack() -> Result<()> {
         for route in Route::all_to(&web) {
             // The first packet finds the neighbour, by the stack.
             route.dial(lab, 1, 1)?;
-            let before = lab.count("sent-on")?;
+            let before = lab.count("redirected")?;
             route.dial(lab, 1, CONFIRMATIONS)?;
-            let redirected = lab.count("sent-on")? - before;
+            let redirected = lab.count("redirected")? - before;
             ensure!(redirected > CONFIRMATIONS as u64, "{redirected} packets were redirected by {route:?}");
         }
         Ok(())

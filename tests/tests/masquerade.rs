@@ -62,11 +62,11 @@ fn forwarded(lab: &Lab) -> Result<[u64; 2]> {
     })?
 }
 
-/// What becomes of connections over a frontend: how many packets were sent on, and how many the stack has forwarded.
-fn sent_on_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
-    let (sent_before, stack_before) = (lab.count("sent-on")?, forwarded(lab)?[family as usize]);
+/// What becomes of connections over a frontend: how many packets were redirected, and how many the stack has forwarded.
+fn redirected_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
+    let (sent_before, stack_before) = (lab.count("redirected")?, forwarded(lab)?[family as usize]);
     requests()?;
-    Ok((lab.count("sent-on")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
+    Ok((lab.count("redirected")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
 }
 
 /// Connections of a client outside to node ports of this pod, which sees the node under the policy Cluster, and the client
@@ -94,10 +94,10 @@ fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()
             };
             // The stack finds out the neighbours' link addresses.
             request(0)?;
-            let (sent, by_stack) = sent_on_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
+            let (sent, by_stack) = redirected_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
             let least = if protocol == Protocol::Tcp { 8 } else { 2 };
             let way = format!("{family:?} {protocol} under {policy:?}");
-            ensure!(sent >= u64::from(REQUESTS) * least, "{way}: {sent} were sent on");
+            ensure!(sent >= u64::from(REQUESTS) * least, "{way}: {sent} were redirected");
             ensure!(by_stack == 0, "{way}: the stack has forwarded {by_stack}");
         }
     }
@@ -182,7 +182,7 @@ fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
             lab.client().http_get(Family::V4.client(1), to, "/")?;
         }
     }
-    ensure!(lab.count("sent-on")? == 0, "half of a connection would be seen by the stack");
+    ensure!(lab.count("redirected")? == 0, "half of a connection would be seen by the stack");
     let wires = lab.affinity(&["dump", "wires"])?;
     ensure!(wires == "wires br0 -> above\nwires pod0 -> -\nwires pod1 -> -\nwires wire0 -> tc\n", "{wires}");
     Ok(())
@@ -251,7 +251,7 @@ fn xdp_sends_back_out_of_the_wire_that_a_frame_came_in_by() -> Result<()> {
         Ok(())
     };
     request(0)?;
-    let (sent, by_stack) = sent_on_and_forwarded(&lab, Family::V4, || (0..10).try_for_each(request))?;
-    ensure!(sent >= 80 && by_stack == 0, "{sent} were sent on, the stack has forwarded {by_stack}");
+    let (sent, by_stack) = redirected_and_forwarded(&lab, Family::V4, || (0..10).try_for_each(request))?;
+    ensure!(sent >= 80 && by_stack == 0, "{sent} were redirected, the stack has forwarded {by_stack}");
     Ok(())
 }

@@ -188,11 +188,11 @@ fn pods_of_another_node_are_reached_past_the_stack_where_xdp_is_native() -> Resu
             let to = service.address(Frontend::NodePort, family, protocol).context("a node port")?;
             let ask = |number| lab.client().ask(protocol, family.client(number), to);
             ask(0).with_context(|| format!("the first to {to}, {protocol}"))?;
-            let before = lab.count("sent-on")?;
+            let before = lab.count("redirected")?;
             for number in 0..20 {
                 ask(number).with_context(|| format!("client {number} to {to}, {protocol}"))?;
             }
-            let redirected = lab.count("sent-on")? - before;
+            let redirected = lab.count("redirected")? - before;
             let expected = if cards.native { 20 * 2 } else { 0 };
             ensure!(redirected >= expected, "{to}, {protocol}: {redirected} packets were redirected");
         }

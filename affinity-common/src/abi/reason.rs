@@ -81,7 +81,7 @@ reasons! {
     Returned = 34, "returned", "Forwarded: a reply to the node's address goes back to its client.";
     LaterFragment = 35, "later-fragment", "Forwarded: a later fragment of a packet whose first one was translated.";
     TableFull = 36, "table-full", "Not a packet: the table of pins was full, and the kernel dropped some.";
-    SentOn = 37, "sent-on", "Forwarded: sent on to the pod, or back to its client, past this node's stack.";
+    Redirected = 37, "redirected", "Forwarded: redirected to the pod or to the client, without this node's network stack.";
     OtherHost = 38, "other-host", "Passed: XDP saw a frame with the link address of another host.";
     NotOurs = 39, "not-ours", "Passed: a packet to a frontend's address and port that belongs to another connection.";
     PortChanged = 40, "port-changed", "Forwarded: straight to a pod, with another source port: a connection by a service has its own.";

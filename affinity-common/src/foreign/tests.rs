@@ -78,7 +78,7 @@ impl Site {
         let mut frame = self.frame(flags, from, to);
         match pipeline::forward(&mut frame, &self.model) {
             Verdict::Forward => Ok(ends(&frame)),
-            verdict @ (Verdict::Pass | Verdict::Onward | Verdict::Answer | Verdict::Drop) => {
+            verdict @ (Verdict::Pass | Verdict::Redirect | Verdict::Answer | Verdict::Drop) => {
                 let untouched = frame == self.frame(flags, from, to);
                 assert!(untouched || verdict != Verdict::Pass);
                 Err(verdict)
@@ -91,7 +91,7 @@ impl Site {
         let mut frame = self.frame(flags, from, to);
         match pipeline::reverse(&mut frame, &self.model) {
             Verdict::Forward => Ok(ends(&frame)),
-            verdict @ (Verdict::Pass | Verdict::Onward | Verdict::Answer | Verdict::Drop) => Err(verdict),
+            verdict @ (Verdict::Pass | Verdict::Redirect | Verdict::Answer | Verdict::Drop) => Err(verdict),
         }
     }
 

@@ -125,7 +125,7 @@ impl Cluster {
         let mut frame = shape.frame(&Ends { from, to });
         match pipeline::forward(&mut frame, &self.0) {
             Verdict::Forward => Ok(u32::from(frame[33])),
-            verdict @ (Verdict::Pass | Verdict::Onward | Verdict::Answer | Verdict::Drop) => Err(verdict),
+            verdict @ (Verdict::Pass | Verdict::Redirect | Verdict::Answer | Verdict::Drop) => Err(verdict),
         }
     }
 

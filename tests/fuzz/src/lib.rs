@@ -2,16 +2,16 @@
 //!
 //! An input is twelve bytes that choose a [`state`], and a frame. The frame passes through the pipeline as a client's
 //! and as a pod's packet, with follow-ups made from it: its repetition, the reply, by way of the node's address where the
-//! source became that, later fragments, further connections of the same client, the same sent on past the node's stack,
+//! source became that, later fragments, further connections of the same client, the same redirected past the node's stack,
 //! and itself once more after pods have gone or time has passed. Each passage is judged by a second, plain reading of the
 //! [`frame`].
 //!
 //! `cases` holds inputs that have told a wrong pipeline from a right one, named after what they show.
 
 pub mod frame;
-mod onward;
 mod passage;
 mod pins;
+mod redirect;
 pub mod seeds;
 mod snat;
 pub mod state;
@@ -26,8 +26,8 @@ use affinity_common::{
 
 use crate::{
     frame::{ACK, FIN, RST, SYN, TCP, UDP, error, fragment_field, network_places, quoted, read, turned},
-    onward::send_on,
     passage::{Passage, frontend_of},
+    redirect::redirect,
     snat::by_the_node,
     state::{PORTS, State, send_to},
 };
@@ -46,7 +46,7 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     if first.verdict == Verdict::Forward {
         repeat(&model, &first);
         later_fragment(&model, Direction::Forward, &first);
-        send_on(&model, &first.after);
+        redirect(&model, &first.after);
         reply(&model, &first);
         errors(&model, &first);
         further_connections(&model, &first);
@@ -80,7 +80,7 @@ fn reply(model: &Model, first: &Passage) {
         turned(&first.after, &read(&first.after).expect("a translated frame is as whole as before"))
     });
 
-    send_on(model, &frame);
+    redirect(model, &frame);
     let reply = Passage::new(model, Direction::Reverse, &frame);
     later_fragment(model, Direction::Reverse, &reply);
     assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));

@@ -31,7 +31,7 @@ impl Passage {
             Direction::Reverse | Direction::Outward => pipeline::reverse(&mut after, model),
         };
         // No pod is on this node, and what a hook makes of that is not asked here.
-        let verdict = if verdict == Verdict::Onward { Verdict::Forward } else { verdict };
+        let verdict = if verdict == Verdict::Redirect { Verdict::Forward } else { verdict };
         let counted = model.counters.borrow();
         let grown: Vec<_> =
             counted.iter().filter(|(reason, count)| counters.get(reason) != Some(count)).map(|(r, _)| *r).collect();
@@ -44,7 +44,7 @@ impl Passage {
             Verdict::Drop => assert!(is_dropped(reason), "{reason:?}"),
             Verdict::Forward if reason == Reason::RelatedError => passage.judge_error(),
             Verdict::Forward if reason == Reason::LaterFragment => passage.judge_fragment(),
-            Verdict::Forward | Verdict::Onward => passage.judge_translation(),
+            Verdict::Forward | Verdict::Redirect => passage.judge_translation(),
             Verdict::Answer => passage.judge_answer(),
         }
         if direction == Direction::Forward {

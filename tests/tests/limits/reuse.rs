@@ -126,7 +126,7 @@ fn connect_all(kernel: &Kernel, hook: Hook, service: &Service) -> Result<u64> {
         let ran = kernel.run(hook, &Frame::tcp(from, service.at, SYN).build())?;
         let arrived = match ran.verdict {
             Verdict::Forward => Some(SocketAddr::new(destination(&ran.frame)?, port(&ran.frame))),
-            Verdict::Pass | Verdict::Onward | Verdict::Answer | Verdict::Drop => None,
+            Verdict::Pass | Verdict::Redirect | Verdict::Answer | Verdict::Drop => None,
         };
         if ran.verdict != Verdict::Drop && arrived != Some(expected) {
             println!("{from}: {:?} to {arrived:?}", ran.verdict);

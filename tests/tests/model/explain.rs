@@ -170,7 +170,7 @@ impl Met {
         ensure!(others == 0, "more than one reason");
         let verdict = match ran.verdict {
             Verdict::Pass => "pass",
-            Verdict::Forward | Verdict::Onward => "forward",
+            Verdict::Forward | Verdict::Redirect => "forward",
             Verdict::Answer => "reject",
             Verdict::Drop => "drop",
         };

@@ -204,7 +204,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::EventLost
         | Reason::OperatorPinned
         | Reason::TableFull
-        | Reason::SentOn
+        | Reason::Redirected
         | Reason::OtherHost => false,
     }
 }

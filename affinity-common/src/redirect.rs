@@ -1,11 +1,10 @@
-//! Sending a packet out by the hook that it came in by, past the node's stack: a translated one to its pod, or a reply to
-//! its client. XDP does for pods on other nodes; TC, where it is to redirect, for all.
+//! Redirecting a packet without the node's network stack: a translated packet to its pod, or a reply to its client. XDP
+//! redirects packets to pods on other nodes. With `--forwarding redirect`, TC redirects all translated packets.
 //!
-//! It then meets no egress program in need of work, so all that one would do is done here too: [`pipeline::reverse`]. And
-//! what the stack would do: the next hop's link addresses, and a lower time to live. Whatever is not plain is left to the
-//! stack, which knows how to tell a sender of it: tags, options, fragments, a packet at the end of its life, or no next
-//! hop, be it that there is no route, that the packet is too long for it, or, in XDP, that a neighbour's link address is
-//! not known yet.
+//! No egress program sees a redirected packet, so [`pipeline::reverse`] runs here too. This also does what the stack would do:
+//! it sets the link addresses of the next hop and decrements the TTL. The stack gets all other packets, because it can send
+//! ICMP errors about them: packets with VLAN tags, IP options or fragments, with an expiring TTL, without a route, or longer
+//! than the MTU; and in XDP those to a neighbour whose link address is not known yet.
 
 #[cfg(test)]
 mod tests;
@@ -25,9 +24,9 @@ use crate::{
     tables::FamilyTables,
 };
 
-/// What a route is looked up by.
+/// The key of a FIB lookup.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Way<A> {
+pub struct FibKey<A> {
     /// Source address.
     pub saddr: A,
     /// Destination address.
@@ -44,8 +43,8 @@ pub struct Way<A> {
     pub dport: Port,
 }
 
-impl<A: Address> Way<A> {
-    /// That of an answer of the same length.
+impl<A: Address> FibKey<A> {
+    /// The key of a reply of the same length.
     #[inline(always)]
     #[must_use]
     pub const fn back(&self) -> Self {
@@ -63,21 +62,21 @@ impl<A: Address> Way<A> {
 /// The link addresses of a frame: destination, then source.
 pub type Link = [u8; 12];
 
-/// Where a frame is sent next; or that it cannot be told.
+/// The result of a FIB lookup.
 pub trait NextHop {
-    /// The link addresses of the frame for it, where they are known.
+    /// The link addresses of the frame, if they are known.
     fn link(&self) -> Option<Link>;
 }
 
-/// A frame whose hook can send it out by another device.
-pub trait Routes: Packet {
-    /// The answer to its hook's lookup of a route.
+/// A frame that its hook can redirect to another device.
+pub trait FibLookup: Packet {
+    /// The result of the hook's FIB lookup.
     type Hop: NextHop;
-    /// The next hop of its packet.
-    fn hop<A: Address>(&self, way: &Way<A>) -> Self::Hop;
+    /// Looks up the next hop of the packet.
+    fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> Self::Hop;
 }
 
-/// Whether what [`pipeline::forward`] has passed is a reply that [`send_on`] would translate.
+/// Whether a packet that [`pipeline::forward`] passed is a reply that [`redirect`] would translate.
 #[inline(always)]
 pub fn is_reply<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &P, tables: &T) -> bool {
     match parse::network(packet) {
@@ -93,13 +92,13 @@ fn has_flow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) ->
     tables.filter(Direction::Reverse, bit) && tables.flow(&headers.key).is_some()
 }
 
-/// Sends on what [`pipeline::forward`] has translated, or a reply; `take` gives the hook's action for the next hop, where its
-/// device takes the frame. Returns that action.
+/// Redirects a packet that [`pipeline::forward`] has translated, or a reply. `take` returns the hook's action for the next hop,
+/// or none if its device does not take redirected frames. Returns that action.
 ///
 /// # Errors
-/// What becomes of it instead: [`Verdict::Forward`], as it was, to the stack; or [`Verdict::Drop`].
+/// The verdict for a packet that is not redirected: [`Verdict::Forward`], unchanged, for the stack; or [`Verdict::Drop`].
 #[inline(always)]
-pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>>(
+pub fn redirect<P: FibLookup, T: FamilyTables<V4> + FamilyTables<V6>>(
     packet: &mut P,
     tables: &T,
     take: impl FnOnce(&P::Hop) -> Option<u32>,
@@ -110,22 +109,22 @@ pub fn send_on<P: Routes, T: FamilyTables<V4> + FamilyTables<V6>>(
         action => action as u32,
     };
     match pipeline::reverse(packet, tables) {
-        Verdict::Pass | Verdict::Forward | Verdict::Onward => {
-            tables.count(Reason::SentOn);
+        Verdict::Pass | Verdict::Forward | Verdict::Redirect => {
+            tables.count(Reason::Redirected);
             Ok(action)
         }
         Verdict::Answer | Verdict::Drop => Err(Verdict::Drop),
     }
 }
 
-/// No hook's action: there is no next hop whose device takes the frame.
+/// Not an action: no next hop, or its device does not take redirected frames.
 const NO_HOP: u64 = 1 << 32;
-/// No hook's action: the frame ends before what the hop changes.
+/// Not an action: the frame is too short to rewrite.
 const NOT_WRITTEN: u64 = 1 << 33;
 
-/// Looks the next hop up and writes what it changes: the hook's action, or [`NO_HOP`] or [`NOT_WRITTEN`].
+/// Looks up the next hop and rewrites the link addresses and the TTL: the hook's action, [`NO_HOP`] or [`NOT_WRITTEN`].
 #[inline(always)]
-fn take_hop<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
+fn take_hop<P: FibLookup>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
     match parse::network(packet) {
         Ok(Network::V4(EthHdr::LEN)) => take_hop_v4(packet, take),
         Ok(Network::V6(EthHdr::LEN)) => take_hop_v6(packet, take),
@@ -133,16 +132,16 @@ fn take_hop<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>
     }
 }
 
-/// Out of line: the stack frame of the lookup is free again when the packet is translated. The result is a number, because
-/// that fits a register: see [`crate::session::open`].
+/// Out of line: its stack frame is released before the packet is translated (512-byte BPF stack). The result is a number,
+/// because it must fit a register: see [`crate::session::open`].
 #[inline(never)]
-fn take_hop_v4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
+fn take_hop_v4<P: FibLookup>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
     taken(ipv4(packet, take))
 }
 
-/// The same of an IPv6 packet.
+/// The same for IPv6.
 #[inline(never)]
-fn take_hop_v6<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
+fn take_hop_v6<P: FibLookup>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> u64 {
     taken(ipv6(packet, take))
 }
 
@@ -155,30 +154,30 @@ fn taken(action: Option<(u32, bool)>) -> u64 {
     }
 }
 
-/// Whether a frame got the link addresses that its next hop needs.
+/// Writes the link addresses of the next hop, if the hook needs them.
 #[inline(always)]
 fn address(packet: &mut impl Packet, hop: &impl NextHop) -> bool {
     hop.link().is_none_or(|link| packet.write(0, link))
 }
 
-/// The action for an IPv4 packet's next hop, and whether that is written which the hop changes.
+/// The action for the next hop of an IPv4 packet, and whether the packet was rewritten for it.
 #[inline(always)]
-fn ipv4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> Option<(u32, bool)> {
+fn ipv4<P: FibLookup>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> Option<(u32, bool)> {
     const PLAIN: u8 = 0x45;
     const FRAGMENT: [u8; 2] = 0x3fff_u16.to_be_bytes();
     const TIME_TO_LIVE: usize = 8;
 
     let [version_ihl, class, len_hi, len_lo, _, _, fragment_hi, fragment_lo]: [u8; 8] = packet.read(EthHdr::LEN)?;
     let [time_to_live, protocol, sum_hi, sum_lo, a, b, c, d, e, f, g, h] = packet.read(EthHdr::LEN + TIME_TO_LIVE)?;
-    // A node that tracks connections holds fragments back until it has the first one too.
+    // Connection tracking on the node reassembles fragments, so it must see the first one too.
     let is_fragment = fragment_hi & FRAGMENT[0] | fragment_lo & FRAGMENT[1] != 0;
     if version_ihl != PLAIN || is_fragment || time_to_live <= 1 {
         return None;
     }
     let (saddr, daddr) = (V4([a, b, c, d]), V4([e, f, g, h]));
     let [sport, dport] = ports(packet, EthHdr::LEN + Ipv4Hdr::LEN, protocol)?;
-    let way = Way { saddr, daddr, len: u16::from_be_bytes([len_hi, len_lo]), protocol, class, sport, dport };
-    let hop = packet.hop(&way);
+    let key = FibKey { saddr, daddr, len: u16::from_be_bytes([len_hi, len_lo]), protocol, class, sport, dport };
+    let hop = packet.fib_lookup(&key);
     let action = take(&hop)?;
     let older = time_to_live - 1;
     let delta = checksum::delta(word(time_to_live, protocol), word(older, protocol));
@@ -187,7 +186,7 @@ fn ipv4<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) ->
     Some((action, is_older && address(packet, &hop)))
 }
 
-/// The ports that rules and multipath routes may choose by: `ip rule ... dport`, `fib_multipath_hash_policy=1`.
+/// The ports, for routing rules (`ip rule ... dport`) and multipath routes (`fib_multipath_hash_policy=1`).
 #[inline(always)]
 fn ports(packet: &impl Packet, l4: usize, protocol: u8) -> Option<[Port; 2]> {
     if !matches!(protocol, TCP | UDP | SCTP) {
@@ -197,15 +196,15 @@ fn ports(packet: &impl Packet, l4: usize, protocol: u8) -> Option<[Port; 2]> {
     Some([Port([a, b]), Port([c, d])])
 }
 
-/// Two bytes of a header as the word that its checksum sums.
+/// Two bytes of a header as one word of its checksum.
 #[inline(always)]
 const fn word(first: u8, second: u8) -> u16 {
     u16::from_ne_bytes([first, second])
 }
 
-/// The same of an IPv6 packet.
+/// The same for IPv6.
 #[inline(always)]
-fn ipv6<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> Option<(u32, bool)> {
+fn ipv6<P: FibLookup>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) -> Option<(u32, bool)> {
     const HOP_LIMIT: usize = 7;
     const ADDRESSES: usize = 8;
 
@@ -217,8 +216,8 @@ fn ipv6<P: Routes>(packet: &mut P, take: impl FnOnce(&P::Hop) -> Option<u32>) ->
     }
     let len = u16::from_be_bytes([len_hi, len_lo]).saturating_add(Ipv6Hdr::LEN as u16);
     let [sport, dport] = ports(packet, EthHdr::LEN + Ipv6Hdr::LEN, protocol)?;
-    let way = Way { saddr, daddr, len, protocol, class: first << 4 | second >> 4, sport, dport };
-    let hop = packet.hop(&way);
+    let key = FibKey { saddr, daddr, len, protocol, class: first << 4 | second >> 4, sport, dport };
+    let hop = packet.fib_lookup(&key);
     let action = take(&hop)?;
     let is_older = packet.write(EthHdr::LEN + HOP_LIMIT, [hop_limit - 1]);
     Some((action, is_older && address(packet, &hop)))

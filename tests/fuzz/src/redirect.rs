@@ -1,11 +1,11 @@
-//! The same packets sent on by the hook that they came in by, past the node's stack.
+//! The same packets, redirected by the hook that they came in by, without the node's network stack.
 
 use affinity_common::{
     abi::Address,
     model::Model,
-    onward::{self, Link, NextHop, Routes, Way},
     packet::Packet,
     pipeline::{self, Verdict},
+    redirect::{self, FibKey, FibLookup, Link, NextHop},
 };
 
 use crate::frame::{ICMPV6, Reading, TCP, UDP, read};
@@ -47,21 +47,21 @@ impl Packet for Routed {
     }
 }
 
-impl Routes for Routed {
+impl FibLookup for Routed {
     type Hop = Hop;
 
-    fn hop<A: Address>(&self, _way: &Way<A>) -> Hop {
+    fn fib_lookup<A: Address>(&self, _key: &FibKey<A>) -> Hop {
         Hop
     }
 }
 
 /// Sends a packet on that was translated where it came in, or a reply: what comes out is what the stack would forward, with
 /// what leaving by a device does to it. What is not plain goes to the stack as it is.
-pub(crate) fn send_on(model: &Model, frame: &[u8]) {
+pub(crate) fn redirect(model: &Model, frame: &[u8]) {
     let mut wanted = frame.to_vec();
     pipeline::reverse(&mut wanted, &model.clone());
     let mut routed = Routed(frame.to_vec());
-    let sent = onward::send_on(&mut routed, model, |_| Some(ACTION));
+    let sent = redirect::redirect(&mut routed, model, |_| Some(ACTION));
     let reading = read(frame).expect("only whole packets are translated");
     if !is_plain(frame, &reading) {
         assert_eq!((sent, routed.0.as_slice()), (Err(Verdict::Forward), frame));

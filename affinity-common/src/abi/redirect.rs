@@ -1,5 +1,5 @@
-//! What sends packets on past the stack: how devices take frames that came in by others, and the places of the programs. And
-//! what is known of a device that XDP has to know.
+//! Redirecting: which devices take redirected frames, the indices of the tail-called programs, and the MAC addresses that XDP
+//! needs.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -49,17 +49,17 @@ impl DeviceMac {
     }
 }
 
-/// The metadata of a frame that XDP has looked at, for TC: it passes.
-pub const SEEN_PASSED: u32 = 0x6166_6670;
-/// The same: it was translated.
-pub const SEEN_TRANSLATED: u32 = 0x6166_6674;
+/// XDP metadata, read by TC on the same device: XDP passed the frame unchanged.
+pub const XDP_META_PASSED: u32 = 0x6166_6670;
+/// XDP metadata: XDP translated the packet.
+pub const XDP_META_TRANSLATED: u32 = 0x6166_6674;
 
-/// `xdp_stages`: what sends on the packets of pods on other nodes.
-pub const STAGE_XDP_ONWARD: u32 = 0;
-/// `tc_stages`: what sends on translated packets.
-pub const STAGE_TC_ONWARD: u32 = 0;
-/// `tc_stages`: what sends on replies.
-pub const STAGE_TC_REPLY: u32 = 1;
+/// Index in `xdp_stages` of the program that redirects packets to pods on other nodes.
+pub const TAIL_XDP_REDIRECT: u32 = 0;
+/// Index in `tc_stages` of the program that redirects translated packets.
+pub const TAIL_TC_REDIRECT: u32 = 0;
+/// Index in `tc_stages` of the program that redirects replies.
+pub const TAIL_TC_REPLY: u32 = 1;
 
 #[cfg(test)]
 mod tests {

@@ -86,14 +86,14 @@ impl Packet for Frame {
     }
 }
 
-impl Routes for Frame {
+impl FibLookup for Frame {
     type Hop = Option<u32>;
 
-    fn hop<A: Address>(&self, way: &Way<A>) -> Option<u32> {
-        assert_eq!(usize::from(way.len), self.bytes.len() - EthHdr::LEN);
-        assert_eq!((way.protocol, way.class), (TCP, 0));
-        let ports: [u8; 4] = self.bytes.read(way.transport()).expect("a TCP header");
-        assert_eq!([way.sport.0, way.dport.0].concat(), ports, "rules and multipath routes may choose by them");
+    fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> Option<u32> {
+        assert_eq!(usize::from(key.len), self.bytes.len() - EthHdr::LEN);
+        assert_eq!((key.protocol, key.class), (TCP, 0));
+        let ports: [u8; 4] = self.bytes.read(key.transport()).expect("a TCP header");
+        assert_eq!([key.sport.0, key.dport.0].concat(), ports, "rules and multipath routes may choose by them");
         self.hop
     }
 }
@@ -124,7 +124,7 @@ const fn from_client<A: Sited>() -> Ends<A> {
 /// Sends a frame through the node; where to, or what else becomes of it.
 fn send(model: &Model, frame: &mut Frame, is_wire: bool) -> Result<u32, Verdict> {
     match pipeline::forward(frame, model) {
-        Verdict::Onward => send_on(frame, model, |hop| hop.filter(|_| is_wire)),
+        Verdict::Redirect => redirect(frame, model, |hop| hop.filter(|_| is_wire)),
         verdict @ (Verdict::Pass | Verdict::Forward | Verdict::Answer | Verdict::Drop) => Err(verdict),
     }
 }
@@ -149,7 +149,7 @@ fn goes_to_the_pod_and_back<A: Sited>() {
     assert_eq!(send(&model, &mut back, true), Ok(WIRE));
     let Ends { from, to } = from_client::<A>();
     assert_eq!(back.bytes, sent(SYN | ACK, &Ends { from: to, to: from }));
-    assert_eq!(model.counters.borrow().get(&Reason::SentOn), Some(&2));
+    assert_eq!(model.counters.borrow().get(&Reason::Redirected), Some(&2));
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn knows_replies<A: Sited>() {
     assert!(!is_reply(&reply, &model), "nobody has asked");
 
     let mut request = Shape::tcp(SYN).frame(&from_client::<A>());
-    assert_eq!(pipeline::forward(&mut request, &model), Verdict::Onward);
+    assert_eq!(pipeline::forward(&mut request, &model), Verdict::Redirect);
     let there = Shape::tcp(SYN).frame(&Ends { from: (A::CLIENT, 40_000), to: (A::POD, 8080) });
     assert_eq!(request, there);
     let back = |flags, port| Shape::tcp(flags).frame(&Ends { from: (A::POD, 8080), to: (A::CLIENT, port) });
@@ -173,7 +173,7 @@ fn knows_replies<A: Sited>() {
     assert!(!is_reply(&there, &model), "the way there");
 
     let mut end = Shape::tcp(FIN | ACK).frame(&from_client::<A>());
-    assert_eq!(pipeline::forward(&mut end, &model), Verdict::Onward);
+    assert_eq!(pipeline::forward(&mut end, &model), Verdict::Redirect);
     assert!(is_reply(&back(FIN | ACK, 40_000), &model), "at its end, too");
 }
 
@@ -190,7 +190,7 @@ fn leaves_to_the_stack<A: Sited>(shape: &Shape, hop: Option<u32>, is_wire: bool)
     assert_eq!(send(&model, &mut frame, is_wire), Err(Verdict::Forward), "{shape:?}");
     let Ends { from, .. } = from_client::<A>();
     assert_eq!(frame.bytes, shape.frame(&Ends { from, to: (A::POD, 8080) }), "{shape:?}");
-    assert_eq!(model.counters.borrow().get(&Reason::SentOn), None);
+    assert_eq!(model.counters.borrow().get(&Reason::Redirected), None);
 }
 
 #[test]
