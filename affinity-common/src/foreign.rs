@@ -58,11 +58,11 @@ pub fn holds<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>, n
 pub fn note_leaving<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
     let FlowKey { saddr, daddr, sport, dport, protocol, .. } = headers.key;
     let (from, to) = (filter_bit(saddr, sport, protocol), filter_bit(daddr, dport, protocol));
-    if protocol == UDP && tables.filter(Direction::Forward, from) {
-        note_first(tables, headers, Direction::Forward);
-    } else if tables.filter(Direction::Reverse, to) && is_from_node(tables, saddr, sport) {
-        note_first(tables, headers, Direction::Return);
-    } else if tables.filter(Direction::Reverse, from) && headers.flags & (FIN | RST) != 0 {
+    if protocol == UDP && tables.filter(Direction::Dnat, from) {
+        note_first(tables, headers, Direction::Dnat);
+    } else if tables.filter(Direction::RevDnat, to) && is_from_node(tables, saddr, sport) {
+        note_first(tables, headers, Direction::RevSnat);
+    } else if tables.filter(Direction::RevDnat, from) && headers.flags & (FIN | RST) != 0 {
         note_end(tables, headers, headers.key.direction, true);
     }
 }

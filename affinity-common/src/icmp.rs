@@ -224,9 +224,9 @@ fn translate<A: Address, P: Packet, T: FamilyTables<A>>(
 fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &mut FlowKey<A>) -> Option<T::Entry<Flow<A>>> {
     let (from, to) = (filter_bit(key.saddr, key.sport, key.protocol), filter_bit(key.daddr, key.dport, key.protocol));
     let ways = if key.is_entering() {
-        [(Direction::Forward, to), (Direction::Return, to)]
+        [(Direction::Dnat, to), (Direction::RevSnat, to)]
     } else {
-        [(Direction::Reverse, from), (Direction::Outward, to)]
+        [(Direction::RevDnat, from), (Direction::Snat, to)]
     };
     for (direction, bit) in ways {
         if tables.filter(direction, bit) {

@@ -6,8 +6,8 @@
 //! a client outside that another node could answer directly, or to the pod itself - are made to: the source becomes the
 //! node's ([`masquerade`]).
 //!
-//! The node's address is put in last, where the packet leaves towards the pod ([`Direction::Outward`]), and taken out
-//! first, where the reply enters ([`Direction::Return`]). In between the node's stack sees the client, as its policies
+//! The node's address is put in last, where the packet leaves towards the pod ([`Direction::Snat`]), and taken out
+//! first, where the reply enters ([`Direction::RevSnat`]). In between the node's stack sees the client, as its policies
 //! and its connection tracking expect, and nothing that would come from one of its own addresses.
 
 use crate::{
@@ -89,7 +89,7 @@ fn draft_replies<A: Address>(draft: &mut Draft<A>) {
 /// Drafts the key of the client's packets after their translation.
 #[inline(never)]
 fn draft_outward<A: Address>(draft: &mut Draft<A>, protocol: u8) {
-    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Outward);
+    draft.forth = FlowKey::translated(&draft.flow.edit, protocol, Direction::Snat);
 }
 
 /// Drafts the key of replies to the source of the second translation.
@@ -162,7 +162,7 @@ fn change_port<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>)
     if claim_replies(tables, draft).is_err() || tables.put_flow(&draft.key, &draft.flow).is_err() {
         return false;
     }
-    tables.mark(Direction::Forward, filter_bit(draft.key.daddr, draft.key.dport, draft.key.protocol));
+    tables.mark(Direction::Dnat, filter_bit(draft.key.daddr, draft.key.dport, draft.key.protocol));
     true
 }
 
@@ -216,8 +216,8 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
         return Err(Reason::PortsExhausted);
     }
     rewrite::set_edit(&mut draft.second.edit, &draft.forth, &draft.back);
-    tables.mark(Direction::Return, filter_bit(draft.back.daddr, draft.back.dport, protocol));
-    tables.mark(Direction::Outward, filter_bit(draft.forth.daddr, draft.forth.dport, protocol));
+    tables.mark(Direction::RevSnat, filter_bit(draft.back.daddr, draft.back.dport, protocol));
+    tables.mark(Direction::Snat, filter_bit(draft.forth.daddr, draft.forth.dport, protocol));
     tables.put_flow(&draft.forth, &draft.second).map_err(|NotStored| Reason::FlowNotStored)
 }
 
@@ -226,7 +226,7 @@ pub fn masquerade<A: Address, T: FamilyTables<A>>(
 pub fn forget<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, draft: &mut Draft<A>) {
     draft_outward(draft, protocol);
     let bit = filter_bit(draft.forth.daddr, draft.forth.dport, protocol);
-    if tables.filter(Direction::Outward, bit) {
+    if tables.filter(Direction::Snat, bit) {
         tables.remove_flow(&draft.forth);
     }
 }
@@ -280,8 +280,8 @@ pub fn is_free<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>)
     if is_closed || key.protocol != UDP {
         return is_closed;
     }
-    if key.direction == Direction::Return as u8 {
-        key = FlowKey::translated(&holder.read(Flow::EDIT), UDP, Direction::Reverse);
+    if key.direction == Direction::RevSnat as u8 {
+        key = FlowKey::translated(&holder.read(Flow::EDIT), UDP, Direction::RevDnat);
         if tables.flow(&key).is_some_and(|flow| !is_silent(&flow, now_ns)) {
             return false;
         }
@@ -305,10 +305,10 @@ fn dissolve<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>) {
     let Some(holder) = tables.flow(&draft.back) else { return };
     draft.other = draft.back.opposite(&holder.read(Flow::EDIT));
     tables.remove_flow(&draft.other);
-    if draft.back.direction != Direction::Return as u8 {
+    if draft.back.direction != Direction::RevSnat as u8 {
         return;
     }
-    draft.other = FlowKey::translated(&holder.read(Flow::EDIT), draft.back.protocol, Direction::Reverse);
+    draft.other = FlowKey::translated(&holder.read(Flow::EDIT), draft.back.protocol, Direction::RevDnat);
     if let Some(flow) = tables.flow(&draft.other) {
         let forward = draft.other.opposite(&flow.read(Flow::EDIT));
         tables.remove_flow(&draft.other);

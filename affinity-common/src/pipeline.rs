@@ -71,13 +71,13 @@ pub enum Verdict {
 #[inline(always)]
 pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
-        Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Forward) {
+        Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Dnat) {
             Ok(headers) => enter(packet, tables, headers),
-            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Forward)),
+            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Dnat)),
         },
-        Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Forward) {
+        Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Dnat) {
             Ok(headers) => enter(packet, tables, headers),
-            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Forward)),
+            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Dnat)),
         },
         Err(reason) => pass(tables, reason),
     }
@@ -87,13 +87,13 @@ pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
 #[inline(always)]
 pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
-        Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Reverse) {
+        Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::RevDnat) {
             Ok(headers) => leave(packet, tables, headers),
-            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Reverse)),
+            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::RevDnat)),
         },
-        Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Reverse) {
+        Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::RevDnat) {
             Ok(headers) => leave(packet, tables, headers),
-            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Reverse)),
+            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::RevDnat)),
         },
         Err(reason) => pass(tables, reason),
     }
@@ -125,7 +125,7 @@ fn others<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + Family
 ) -> Verdict {
     let is_v4 = A::BITS == V4::BITS;
     let translated = if reason == Reason::Fragment {
-        let is_leaving = matches!(direction, Direction::Reverse);
+        let is_leaving = matches!(direction, Direction::RevDnat);
         fragment::follow::<A, P, T>(packet, tables, l3, is_leaving).map(|()| Reason::LaterFragment)
     } else if reason != Reason::OtherProtocol {
         Err(reason)
@@ -151,7 +151,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     ifindex: u32,
 ) -> Outcome<T::Entry<Flow<A>>> {
     let bit = filter_bit(headers.key.daddr, headers.key.dport, headers.key.protocol);
-    let may_be_frontend = tables.filter(Direction::Forward, bit);
+    let may_be_frontend = tables.filter(Direction::Dnat, bit);
     if may_be_frontend && let Some(flow) = tables.flow(&headers.key) {
         match flow::admit(tables, headers, &flow) {
             Admission::Established => {
@@ -166,13 +166,13 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
             Admission::Afresh => flow::supersede(tables, headers, &flow),
         }
     }
-    if tables.filter(Direction::Return, bit) {
-        if let Some(flow) = second_translation(tables, headers, Direction::Return) {
+    if tables.filter(Direction::RevSnat, bit) {
+        if let Some(flow) = second_translation(tables, headers, Direction::RevSnat) {
             return Outcome::new(Decision::Forward(flow), Reason::Returned);
         }
-        headers.key.direction = Direction::Forward as u8;
+        headers.key.direction = Direction::Dnat as u8;
     }
-    let may_be_to_member = || foreign::is_telling(headers) && tables.filter(Direction::Reverse, bit);
+    let may_be_to_member = || foreign::is_telling(headers) && tables.filter(Direction::RevDnat, bit);
     if !may_be_frontend && !may_be_to_member() {
         return Outcome::new(Decision::Pass, Reason::NotFrontend);
     }
@@ -276,7 +276,7 @@ fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, fro
 #[inline(always)]
 fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let FlowKey { daddr, dport, protocol, .. } = headers.key;
-    let is_to_member = tables.filter(Direction::Reverse, filter_bit(daddr, dport, protocol));
+    let is_to_member = tables.filter(Direction::RevDnat, filter_bit(daddr, dport, protocol));
     if is_to_member && !headers.is_seen_below() && masquerade::enter(tables, headers) {
         Opened::As(Reason::PortChanged)
     } else {
@@ -366,18 +366,18 @@ pub fn from_backend<A: Address, T: FamilyTables<A>>(
     headers: &mut Headers<A>,
 ) -> Outcome<T::Entry<Flow<A>>> {
     let FlowKey { saddr, daddr, sport, dport, protocol, .. } = headers.key;
-    if tables.filter(Direction::Reverse, filter_bit(saddr, sport, protocol))
+    if tables.filter(Direction::RevDnat, filter_bit(saddr, sport, protocol))
         && let Some(flow) = tables.flow(&headers.key)
     {
         flow::note_packet(tables, headers, &flow);
         return Outcome::new(Decision::Forward(flow), Reason::Reply);
     }
-    if tables.filter(Direction::Outward, filter_bit(daddr, dport, protocol))
-        && let Some(flow) = second_translation(tables, headers, Direction::Outward)
+    if tables.filter(Direction::Snat, filter_bit(daddr, dport, protocol))
+        && let Some(flow) = second_translation(tables, headers, Direction::Snat)
     {
         return Outcome::new(Decision::Forward(flow), Reason::Masqueraded);
     }
-    headers.key.direction = Direction::Reverse as u8;
+    headers.key.direction = Direction::RevDnat as u8;
     if foreign::is_telling(headers) {
         tables.note_leaving(headers);
     }

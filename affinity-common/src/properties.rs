@@ -22,13 +22,13 @@ trait Parsed: Address {
 
 impl Parsed for V4 {
     fn parse<P: Packet>(frame: &P, l3: usize) -> Result<Headers<Self>, Reason> {
-        parse::ipv4(frame, l3, Direction::Forward)
+        parse::ipv4(frame, l3, Direction::Dnat)
     }
 }
 
 impl Parsed for V6 {
     fn parse<P: Packet>(frame: &P, l3: usize) -> Result<Headers<Self>, Reason> {
-        parse::ipv6(frame, l3, Direction::Forward)
+        parse::ipv6(frame, l3, Direction::Dnat)
     }
 }
 
@@ -126,8 +126,8 @@ fn one_service() -> Model {
         let port = Port::new(80);
         model.frontends_v4.insert(FrontendKey::new(V4([9; 4]), port, protocol), frontend);
         model.frontends_v6.insert(FrontendKey::new(V6([9; 16]), port, protocol), frontend);
-        model.filter.borrow_mut().insert((Direction::Forward, filter_bit(V4([9; 4]), port, protocol)));
-        model.filter.borrow_mut().insert((Direction::Forward, filter_bit(V6([9; 16]), port, protocol)));
+        model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(V4([9; 4]), port, protocol)));
+        model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(V6([9; 16]), port, protocol)));
     }
     model
 }

@@ -80,8 +80,8 @@ pub trait FibLookup: Packet {
 #[inline(always)]
 pub fn is_reply<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &P, tables: &T) -> bool {
     match parse::network(packet) {
-        Ok(Network::V4(l3)) => parse::ipv4(packet, l3, Direction::Reverse).is_ok_and(|of| has_flow(tables, &of)),
-        Ok(Network::V6(l3)) => parse::ipv6(packet, l3, Direction::Reverse).is_ok_and(|of| has_flow(tables, &of)),
+        Ok(Network::V4(l3)) => parse::ipv4(packet, l3, Direction::RevDnat).is_ok_and(|of| has_flow(tables, &of)),
+        Ok(Network::V6(l3)) => parse::ipv6(packet, l3, Direction::RevDnat).is_ok_and(|of| has_flow(tables, &of)),
         Err(_) => false,
     }
 }
@@ -89,7 +89,7 @@ pub fn is_reply<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &P, t
 #[inline(always)]
 fn has_flow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
     let bit = filter_bit(headers.key.saddr, headers.key.sport, headers.key.protocol);
-    tables.filter(Direction::Reverse, bit) && tables.flow(&headers.key).is_some()
+    tables.filter(Direction::RevDnat, bit) && tables.flow(&headers.key).is_some()
 }
 
 /// Redirects a packet that [`pipeline::forward`] has translated, or a reply. `take` returns the hook's action for the next hop,

@@ -179,7 +179,7 @@ mod tests {
             sport: Port::new(1),
             dport: Port::new(2),
             protocol,
-            direction: Direction::Forward as u8,
+            direction: Direction::Dnat as u8,
             pad: [0; 2],
         };
         let mut headers = Headers::new(key, 0);

@@ -119,7 +119,7 @@ pub enum Answer {
 pub fn connect<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
     // Whatever it was connected to, it is so no longer.
     release(tables, caller);
-    if !to.may_be(tables, Direction::Forward, caller.protocol) {
+    if !to.may_be(tables, Direction::Dnat, caller.protocol) {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
     }
     begin(tables, caller, to, SocketRole::Connected)
@@ -128,7 +128,7 @@ pub fn connect<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answe
 /// A socket sends a datagram to a peer that it names.
 #[inline(always)]
 pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
-    if !to.may_be(tables, Direction::Forward, caller.protocol) {
+    if !to.may_be(tables, Direction::Dnat, caller.protocol) {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
     }
     if let Some(entry) = tables.socket(&caller.key(SocketRole::Sending, to))
@@ -144,7 +144,7 @@ pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
 /// A socket has received a datagram, and asks from whom: the frontend, where it is from that one's backend.
 #[inline(always)]
 pub fn received<T: SocketTables>(tables: &T, caller: &Caller, from: &Peer) -> Option<Peer> {
-    let frontend = if !from.may_be(tables, Direction::Reverse, caller.protocol) {
+    let frontend = if !from.may_be(tables, Direction::RevDnat, caller.protocol) {
         None
     } else if let Some(entry) = tables.socket(&caller.key(SocketRole::Receiving, from)) {
         let now_ns = tables.now_ns();
@@ -162,7 +162,7 @@ pub fn received<T: SocketTables>(tables: &T, caller: &Caller, from: &Peer) -> Op
 /// A process asks whom its socket is connected to: the frontend, where that is one's backend.
 #[inline(always)]
 pub fn connected_to<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -> Option<Peer> {
-    if !peer.may_be(tables, Direction::Reverse, caller.protocol) {
+    if !peer.may_be(tables, Direction::RevDnat, caller.protocol) {
         return None;
     }
     frontend_of_connection(tables, caller, peer)

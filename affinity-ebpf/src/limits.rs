@@ -178,8 +178,8 @@ fn drive<P: Packet>(packet: &mut P) {
 #[inline(always)]
 fn swap<P: Packet>(packet: &mut P) {
     let parsed = match parse::network(packet) {
-        Ok(Network::V4(l3)) => parse::ipv4(packet, l3, Direction::Forward).is_ok(),
-        Ok(Network::V6(l3)) => parse::ipv6(packet, l3, Direction::Forward).is_ok(),
+        Ok(Network::V4(l3)) => parse::ipv4(packet, l3, Direction::Dnat).is_ok(),
+        Ok(Network::V6(l3)) => parse::ipv6(packet, l3, Direction::Dnat).is_ok(),
         Err(_) => false,
     };
     if parsed && let Some([a, b, c, d, e, f, g, h, i, j, k, l]) = packet.read(0) {
@@ -230,12 +230,12 @@ impl Least for V6 {
 fn least<P: Packet>(packet: &mut P, remember: bool) {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => {
-            if let Ok(headers) = parse::ipv4(packet, l3, Direction::Forward) {
+            if let Ok(headers) = parse::ipv4(packet, l3, Direction::Dnat) {
                 least_of(packet, &headers, remember);
             }
         }
         Ok(Network::V6(l3)) => {
-            if let Ok(headers) = parse::ipv6(packet, l3, Direction::Forward) {
+            if let Ok(headers) = parse::ipv6(packet, l3, Direction::Dnat) {
                 least_of(packet, &headers, remember);
             }
         }

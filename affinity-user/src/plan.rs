@@ -162,7 +162,7 @@ fn filter_bits(observed: &Observed, target: &Observed) -> [(Direction, BTreeSet<
             reverse.insert(member_bit(backend.address, member, *protocol));
         }
     }
-    [(Direction::Forward, forward), (Direction::Reverse, reverse)]
+    [(Direction::Dnat, forward), (Direction::RevDnat, reverse)]
 }
 
 fn frontend_bits<A: Address>(

@@ -544,11 +544,11 @@ impl Sweeper {
     }
 
     fn note_flow<A: Family>(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
-        if key.direction == Direction::Reverse as u8 {
+        if key.direction == Direction::RevDnat as u8 {
             self.filter.need_source(key.saddr, key.sport, key.protocol);
             return;
         }
-        if key.direction != Direction::Forward as u8 {
+        if key.direction != Direction::Dnat as u8 {
             return;
         }
         self.filter.need_frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));

@@ -198,8 +198,8 @@ fn publish() -> Vec<Op> {
         Op::PutBackend(3, Backend { address, generation: 1, flags: 0 }),
         Op::PutMember(MemberKey { pool: 2, backend: 3 }, member),
         Op::WriteSlots { first: 16, backends: vec![3] },
-        Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, TCP)]),
-        Op::SetFilter(Direction::Reverse, vec![filter_bit(POD, SERVED, TCP)]),
+        Op::SetFilter(Direction::Dnat, vec![filter_bit(SERVICE, HTTP, TCP)]),
+        Op::SetFilter(Direction::RevDnat, vec![filter_bit(POD, SERVED, TCP)]),
         Op::PutFrontendV4(key, frontend()),
         Op::Grace,
     ]
@@ -317,7 +317,7 @@ fn a_filter_bit_is_where_the_programs_look() -> Result<()> {
     pins.load(SIZES)?;
     let mut store = pins.store()?;
     let last = FILTER_BITS - 1;
-    store.apply(&Op::SetFilter(Direction::Reverse, vec![0, last]))?;
+    store.apply(&Op::SetFilter(Direction::RevDnat, vec![0, last]))?;
     let words: Vec<_> = (0..store.filter.len()).filter(|&word| store.filter.load_u64(word) != 0).collect();
     assert_eq!(words, [FILTER_BITS / 64, 2 * FILTER_BITS / 64 - 1]);
     assert_eq!(store.filter.load_u64(words[1]), 1 << 63);
@@ -560,7 +560,7 @@ fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
     let mut store = pins.store()?;
     publish().iter().try_for_each(|op| store.apply(op))?;
     store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, UDP), frontend()))?;
-    store.apply(&Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
+    store.apply(&Op::SetFilter(Direction::Dnat, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
     wire.carry_clients()?;
     wire.inside(async || {
         let device = device("wire").await?;
@@ -738,7 +738,7 @@ fn flow_of(client: u8, state: u8, used_ago_s: [u64; 2]) -> [(FlowKey<V4>, Flow<V
         sport: Port::new(40_000),
         dport: HTTP,
         protocol: TCP,
-        direction: Direction::Forward as u8,
+        direction: Direction::Dnat as u8,
         pad: [0; 2],
     };
     let edit = Edit { saddr: client, daddr: POD, sport: forward.sport, dport: SERVED, addr_delta: 0, port_delta: 0 };
@@ -803,7 +803,7 @@ fn filter_bits_go_when_neither_frontend_nor_member_nor_flow_needs_them() -> Resu
         store.v4.flows.put(&key, &flow)?;
     }
     let stray = FILTER_BITS - 1;
-    store.apply(&Op::SetFilter(Direction::Forward, vec![stray]))?;
+    store.apply(&Op::SetFilter(Direction::Dnat, vec![stray]))?;
     assert_eq!(sweep(&mut sweeper).filter_bits, 0, "one pass is not enough");
     assert_eq!(sweep(&mut sweeper).filter_bits, 1);
 
@@ -981,7 +981,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
         store.apply(&Op::PutMember(MemberKey { pool: 2, backend }, member))?;
     }
     store.apply(&Op::WriteSlots { first: 16, backends: pods.map(u32::from).to_vec() })?;
-    store.apply(&Op::SetFilter(Direction::Forward, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
+    store.apply(&Op::SetFilter(Direction::Dnat, vec![filter_bit(SERVICE, HTTP, UDP)]))?;
     store.apply(&Op::PutFrontendV4(FrontendKey::new(SERVICE, HTTP, UDP), Frontend { slot_count: 3, ..frontend() }))?;
     wire.carry_clients()?;
     wire.inside(async || {

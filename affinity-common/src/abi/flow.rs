@@ -4,18 +4,19 @@ use bytemuck::Zeroable;
 
 use super::{Address, Port};
 
-/// Which way a packet of a flow travels.
+/// The translation that a record of a flow describes. A connection has the first two, and the last two if its source is
+/// masqueraded as well.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u8)]
 pub enum Direction {
-    /// Client to frontend.
-    Forward = 0,
-    /// Backend to client.
-    Reverse = 1,
-    /// Client to backend, already translated forward: the source becomes the node's.
-    Outward = 2,
-    /// Backend to node: the destination becomes the client's again.
-    Return = 3,
+    /// Client to frontend: the destination becomes the backend.
+    Dnat = 0,
+    /// Backend to client: the source becomes the frontend.
+    RevDnat = 1,
+    /// Client to backend, after [`Direction::Dnat`]: the source becomes the node.
+    Snat = 2,
+    /// Backend to node: the destination becomes the client.
+    RevSnat = 3,
 }
 
 /// Key of `flows_v4` and `flows_v6`: the packet's addresses and ports before translation.
@@ -58,7 +59,7 @@ impl<A: Address> FlowKey<A> {
     #[inline(always)]
     #[must_use]
     pub const fn is_entering(&self) -> bool {
-        self.direction == Direction::Forward as u8 || self.direction == Direction::Return as u8
+        self.direction == Direction::Dnat as u8 || self.direction == Direction::RevSnat as u8
     }
 
     /// The key of a reply to the packet as it is.

@@ -62,9 +62,9 @@ impl Site {
                 flags,
             };
             model.frontends_v4.insert(FrontendKey::new(at.0, Port::new(at.1), protocol), frontend);
-            model.filter.borrow_mut().insert((Direction::Forward, bit(at, protocol)));
+            model.filter.borrow_mut().insert((Direction::Dnat, bit(at, protocol)));
         }
-        model.filter.borrow_mut().insert((Direction::Reverse, bit(POD, protocol)));
+        model.filter.borrow_mut().insert((Direction::RevDnat, bit(POD, protocol)));
         Self { model, protocol }
     }
 

@@ -188,7 +188,7 @@ fn failing(sessions: Sessions, flows: u32) -> Failing {
     };
     let port = Port::new(SERVICE.1);
     model.frontends_v4.insert(FrontendKey::new(SERVICE.0, port, TCP), frontend);
-    model.filter.borrow_mut().insert((Direction::Forward, filter_bit(SERVICE.0, port, TCP)));
+    model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(SERVICE.0, port, TCP)));
     model.usage.get_mut().insert(UsageKey { of: UsageOf::Service as u32, id: 1 }, Default::default());
     Failing { model, sessions, flows: Cell::new(flows) }
 }
@@ -298,7 +298,7 @@ fn a_frontend_on_loopback_is_for_no_packet() {
     let port = Port::new(SERVICE.1);
     let frontend = tables.model.frontends_v4[&FrontendKey::new(SERVICE.0, port, TCP)];
     tables.model.frontends_v4.insert(FrontendKey::new(LOOPBACK, port, TCP), frontend);
-    tables.model.filter.borrow_mut().insert((Direction::Forward, filter_bit(LOOPBACK, port, TCP)));
+    tables.model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(LOOPBACK, port, TCP)));
     let mut frame = Shape::tcp(SYN).frame(&Ends { from: CLIENT, to: (LOOPBACK, SERVICE.1) });
     assert_eq!(forward(&mut frame, &tables), Verdict::Pass);
     assert_eq!(counters(&tables), [(Reason::NotFrontend, 1)]);

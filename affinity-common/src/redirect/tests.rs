@@ -111,8 +111,8 @@ fn world<A: Sited>(remote: bool) -> Model {
     let (slot_count, prefix, flags) = (1, A::BITS, MASQUERADE);
     let frontend = Frontend { service: 1, pool: 1, slot_count, prefix, flags, ..Frontend::zeroed() };
     let port = Port::new(80);
-    model.filter.borrow_mut().insert((Direction::Forward, filter_bit(A::SERVICE, port, TCP)));
-    model.filter.borrow_mut().insert((Direction::Reverse, filter_bit(A::POD, member.port, TCP)));
+    model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(A::SERVICE, port, TCP)));
+    model.filter.borrow_mut().insert((Direction::RevDnat, filter_bit(A::POD, member.port, TCP)));
     A::publish(&mut model, FrontendKey::new(A::SERVICE, port, TCP), frontend);
     model
 }

@@ -77,7 +77,7 @@ impl Cluster {
         };
         change(&mut frontend);
         self.0.frontends_v4.insert(FrontendKey::new(at.0, Port::new(at.1), protocol), frontend);
-        self.0.filter.borrow_mut().insert((Direction::Forward, filter_bit(at.0, Port::new(at.1), protocol)));
+        self.0.filter.borrow_mut().insert((Direction::Dnat, filter_bit(at.0, Port::new(at.1), protocol)));
         self.0.usage.get_mut().entry(UsageKey { of: UsageOf::Service as u32, id: service }).or_default();
     }
 
@@ -89,7 +89,7 @@ impl Cluster {
         self.0
             .filter
             .borrow_mut()
-            .insert((Direction::Reverse, filter_bit(V4([10, 244, 0, pod as u8]), Port::new(POD_PORT), TCP)));
+            .insert((Direction::RevDnat, filter_bit(V4([10, 244, 0, pod as u8]), Port::new(POD_PORT), TCP)));
     }
 
     fn join(&mut self, pool: u32, pod: u32) {

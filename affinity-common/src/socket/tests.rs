@@ -67,7 +67,7 @@ impl Node {
             } else {
                 filter_bit(address, POD_PORT, protocol)
             };
-            self.0.filter.borrow_mut().insert((Direction::Reverse, bit));
+            self.0.filter.borrow_mut().insert((Direction::RevDnat, bit));
         }
     }
 
@@ -80,7 +80,7 @@ impl Node {
             self.0.frontends_v6.insert(FrontendKey::new(at.address, at.port, protocol), frontend);
             filter_bit(at.address, at.port, protocol)
         };
-        self.0.filter.borrow_mut().insert((Direction::Forward, bit));
+        self.0.filter.borrow_mut().insert((Direction::Dnat, bit));
     }
 
     fn later(&self, seconds: u64) {

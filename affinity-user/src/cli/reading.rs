@@ -216,7 +216,7 @@ impl Reading {
             let (key, flow) = entry?;
             let is_its_own = lingering.get(&flow.backend) == Some(&flow.generation);
             let is_open = matches!(FlowState::new(key.protocol, flow.state), FlowState::Open | FlowState::Closing);
-            if is_its_own && is_open && key.direction == Direction::Forward as u8 && key.protocol != UDP {
+            if is_its_own && is_open && key.direction == Direction::Dnat as u8 && key.protocol != UDP {
                 *open.entry(flow.backend).or_default() += 1;
             }
         }

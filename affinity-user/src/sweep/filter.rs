@@ -87,12 +87,12 @@ impl FilterUse {
 
     /// A frontend, or the destination of a client's packets.
     pub(super) fn need_frontend<A: Address>(&mut self, key: &FrontendKey<A>) {
-        self.need(Direction::Forward, filter_bit(key.address, key.port, key.protocol));
+        self.need(Direction::Dnat, filter_bit(key.address, key.port, key.protocol));
     }
 
     /// The source of replies.
     pub(super) fn need_source<A: Address>(&mut self, address: A, port: Port, protocol: u8) {
-        self.need(Direction::Reverse, filter_bit(address, port, protocol));
+        self.need(Direction::RevDnat, filter_bit(address, port, protocol));
     }
 
     /// A member, whose address is hashed in its own family.

@@ -55,7 +55,7 @@ impl ClientKey {
             sport: self.sport,
             dport: self.dport,
             protocol: self.protocol,
-            direction: Direction::Forward as u8,
+            direction: Direction::Dnat as u8,
             pad: [0; 2],
         }
     }
@@ -124,7 +124,7 @@ impl Watch {
         key: &FlowKey<A>,
         flow: &Flow<A>,
     ) -> Result<(), StoreError> {
-        let counts = key.direction == Direction::Forward as u8 && flow.state & FLOW_SHADOW == 0;
+        let counts = key.direction == Direction::Dnat as u8 && flow.state & FLOW_SHADOW == 0;
         let of = self.found.get_mut(&flow.backend).filter(|of| counts && of.generation == flow.generation);
         let Some(of) = of else { return Ok(()) };
         if key.protocol != UDP || !store.has_frontend(V6(key.daddr.to_mapped()), key.dport, UDP)? {

@@ -447,7 +447,7 @@ impl<'a> Dump<'a> {
 
 /// The packets of a flow in one direction.
 fn flow_text<A: Address>(key: &FlowKey<A>) -> String {
-    let direction = ["forward", "reverse", "outward", "return"][usize::from(key.direction & 3)];
+    let direction = ["dnat", "rev-dnat", "snat", "rev-snat"][usize::from(key.direction & 3)];
     let (from, to) = (Endpoint::new(key.saddr, key.sport), Endpoint::new(key.daddr, key.dport));
     format!("{direction} {} {from} > {to}", protocol_name(key.protocol))
 }
@@ -559,8 +559,8 @@ mod tests {
         sessions_v4 default/web 198.51.100.8 -> (gone) service=default/web reason=created uses=3
         sessions_v4 kube-system/infra(group) 203.0.113.0/24 -> 10.244.0.3 service=kube-system/dns reason=created uses=3 connections=2
         sessions_v6 kube-system/infra(group) 2001:db8::/64 -> 10.244.0.3 service=kube-system/dns reason=operator uses=3 connections=0
-        flows_v4 forward TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
-        flows_v4 reverse TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
+        flows_v4 dnat TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
+        flows_v4 rev-dnat TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
         fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> forward TCP 192.0.2.1:40000 > 10.96.0.10:80
         tried 10.244.0.3 -> 65 ports
         tried default/web-0 -> 7 ports
@@ -594,8 +594,8 @@ mod tests {
         sessions_v4 default/web 198.51.100.8 -> (gone) service=default/web reason=created uses=3 age=16m40s idle=16m39s expires=2h43m
         sessions_v4 kube-system/infra(group) 203.0.113.0/24 -> 10.244.0.3 service=kube-system/dns reason=created uses=3 connections=2 age=16m40s idle=10s expires=never
         sessions_v6 kube-system/infra(group) 2001:db8::/64 -> 10.244.0.3 service=kube-system/dns reason=operator uses=3 connections=0 age=16m40s idle=10m expires=never
-        flows_v4 forward TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing age=16m40s idle=1s
-        flows_v4 reverse TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing age=16m40s idle=1s
+        flows_v4 dnat TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing age=16m40s idle=1s
+        flows_v4 rev-dnat TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing age=16m40s idle=1s
         events created default/web 192.0.2.1 -> default/web-0 age=16m40s
         events moved default/web 192.0.2.1 -> default/web-9 > default/web-1 reason=backend-gone age=15m
         events expired default/web 192.0.2.1 -> default/web-1 > default/web-0 age=13m20s

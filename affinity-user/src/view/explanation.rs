@@ -201,7 +201,7 @@ where
         model.now_ns.set(catalog.clock.now_ns);
         let key = question.key::<A>();
         if situation.in_filter {
-            model.filter.borrow_mut().insert((Direction::Forward, filter_bit(key.daddr, key.dport, key.protocol)));
+            model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(key.daddr, key.dport, key.protocol)));
         }
         if let Some(mut frontend) = self.frontend {
             // What would be decided without shadow mode; but a connection of that time is another proxy's.

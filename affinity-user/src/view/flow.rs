@@ -96,7 +96,7 @@ impl<'a> FlowView<'a> {
     /// to no frontend.
     #[must_use]
     pub fn new<A: Address>(catalog: &'a Catalog, key: &FlowKey<A>, flow: &Flow<A>) -> Option<Self> {
-        (key.direction == Direction::Forward as u8 && flow.flags & FLOW_FOREIGN == 0).then(|| Self {
+        (key.direction == Direction::Dnat as u8 && flow.flags & FLOW_FOREIGN == 0).then(|| Self {
             service: catalog.service_name(flow.service),
             protocol: protocol_name(key.protocol),
             client: Endpoint::new(key.saddr, key.sport),

@@ -36,7 +36,7 @@ impl Question {
             sport: Port::new(self.from_port.unwrap_or(0)),
             dport: Port::new(self.to.port),
             protocol: self.protocol,
-            direction: Direction::Forward as u8,
+            direction: Direction::Dnat as u8,
             pad: [0; 2],
         }
     }

@@ -61,7 +61,7 @@ impl<A: Family + FrontendTables> Situation<A> {
                 sessions.insert(key, session);
             }
         }
-        let (word, bit) = filter_word(Direction::Forward, question.filter_bit());
+        let (word, bit) = filter_word(Direction::Dnat, question.filter_bit());
         let backends = pool_backends::<A>(catalog, question).into_iter().filter(|&index| index < store.loads.len());
         let flow = if question.from_port.is_some() { tables.flows.get(&question.key())? } else { None };
         let pin_key = flow.filter(|flow| flow.scope != 0);
@@ -70,7 +70,7 @@ impl<A: Family + FrontendTables> Situation<A> {
             Some(key) => tables.sessions.get(&key)?.map(|pin| (key, pin)),
             None => None,
         };
-        let outward = flow.map(|flow| FlowKey::translated(&flow.edit, question.protocol, Direction::Outward));
+        let outward = flow.map(|flow| FlowKey::translated(&flow.edit, question.protocol, Direction::Snat));
         Ok(Self {
             in_filter: store.filter.load_u64(word) & bit != 0,
             sessions,

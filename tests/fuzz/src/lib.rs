@@ -42,10 +42,10 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     let mut model = state.tables(read(&frame).as_ref());
     let mut met: BTreeSet<_> = answer_to_another(&model, &frame).into_iter().collect();
 
-    let first = Passage::new(&model, Direction::Forward, &frame);
+    let first = Passage::new(&model, Direction::Dnat, &frame);
     if first.verdict == Verdict::Forward {
         repeat(&model, &first);
-        later_fragment(&model, Direction::Forward, &first);
+        later_fragment(&model, Direction::Dnat, &first);
         redirect(&model, &first.after);
         reply(&model, &first);
         errors(&model, &first);
@@ -53,8 +53,8 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
         met.insert(straight_to_the_pod(&model, &first));
     }
     state.change(&mut model);
-    Passage::new(&model, Direction::Forward, &frame);
-    Passage::new(&model, Direction::Reverse, &frame);
+    Passage::new(&model, Direction::Dnat, &frame);
+    Passage::new(&model, Direction::RevDnat, &frame);
     let counters = model.counters.borrow();
     met.extend(counters.keys().copied());
     met
@@ -68,7 +68,7 @@ fn repeat(model: &Model, first: &Passage) {
         // It opens and ends a connection, so the next one is another.
         return;
     }
-    let again = Passage::new(model, Direction::Forward, &first.before);
+    let again = Passage::new(model, Direction::Dnat, &first.before);
     assert_eq!(again.reason, Reason::Established);
     assert_eq!(again.after, first.after);
 }
@@ -81,8 +81,8 @@ fn reply(model: &Model, first: &Passage) {
     });
 
     redirect(model, &frame);
-    let reply = Passage::new(model, Direction::Reverse, &frame);
-    later_fragment(model, Direction::Reverse, &reply);
+    let reply = Passage::new(model, Direction::RevDnat, &frame);
+    later_fragment(model, Direction::RevDnat, &reply);
     assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));
     let reading = read(&reply.after).expect("a translated frame is as whole as before");
     let [client, frontend] = asked.addresses;
@@ -107,7 +107,7 @@ fn errors(model: &Model, first: &Passage) {
     let [client, frontend] = &sent.addresses;
     let [_, pod] = &translated.addresses;
     let by_the_pod = error(&translated, &first.after, &first.after[translated.l3..]);
-    let passage = Passage::new(model, Direction::Reverse, &by_the_pod);
+    let passage = Passage::new(model, Direction::RevDnat, &by_the_pod);
     assert_eq!((passage.verdict, passage.reason), (Verdict::Forward, Reason::RelatedError));
     assert_eq!(read(&passage.after).expect("it is whole").addresses, [frontend.clone(), client.clone()]);
     let quoted = quoted(&passage.after);
@@ -116,7 +116,7 @@ fn errors(model: &Model, first: &Passage) {
     let seen_by_the_client = turned(&first.before, &sent);
     let reading = read(&seen_by_the_client).expect("it is whole");
     let by_the_client = error(&reading, &seen_by_the_client, &seen_by_the_client[reading.l3..]);
-    let passage = Passage::new(model, Direction::Forward, &by_the_client);
+    let passage = Passage::new(model, Direction::Dnat, &by_the_client);
     assert_eq!((passage.verdict, passage.reason), (Verdict::Forward, Reason::RelatedError));
     assert_eq!(read(&passage.after).expect("it is whole").addresses, [client.clone(), pod.clone()]);
     let quoted = self::quoted(&passage.after);
@@ -132,7 +132,7 @@ fn further_connections(model: &Model, first: &Passage) {
         send_to(&mut frame, &reading, port);
         let [.., ports] = reading.places();
         frame[ports.start + 1] ^= 1;
-        Passage::new(model, Direction::Forward, &frame);
+        Passage::new(model, Direction::Dnat, &frame);
     }
 }
 
@@ -140,9 +140,9 @@ fn further_connections(model: &Model, first: &Passage) {
 fn answer_to_another(model: &Model, frame: &[u8]) -> Option<Reason> {
     let reading = read(frame).filter(|reading| reading.protocol == UDP && frontend_of(model, reading).is_some())?;
     let model = model.clone();
-    let asked = Passage::new(&model, Direction::Reverse, &turned(frame, &reading));
+    let asked = Passage::new(&model, Direction::RevDnat, &turned(frame, &reading));
     assert_eq!(asked.verdict, Verdict::Pass);
-    let answer = Passage::new(&model, Direction::Forward, frame);
+    let answer = Passage::new(&model, Direction::Dnat, frame);
     assert_eq!((answer.verdict, answer.reason), (Verdict::Pass, Reason::NotOurs));
     Some(answer.reason)
 }
@@ -152,7 +152,7 @@ fn answer_to_another(model: &Model, frame: &[u8]) -> Option<Reason> {
 fn straight_to_the_pod(model: &Model, first: &Passage) -> Reason {
     // Apart: it would be in the way of later connections.
     let model = &model.clone();
-    let straight = Passage::new(model, Direction::Forward, &first.after);
+    let straight = Passage::new(model, Direction::Dnat, &first.after);
     if straight.reason != Reason::PortChanged {
         assert_eq!(straight.verdict, Verdict::Pass);
         return straight.reason;
@@ -160,7 +160,7 @@ fn straight_to_the_pod(model: &Model, first: &Passage) -> Reason {
     let [was, is] = [&straight.before, &straight.after].map(|frame| read(frame).expect("it is whole"));
     assert_eq!((&is.addresses, is.ports[1]), (&was.addresses, was.ports[1]));
     assert_ne!(is.ports[0], was.ports[0]);
-    let reply = Passage::new(model, Direction::Reverse, &turned(&straight.after, &is));
+    let reply = Passage::new(model, Direction::RevDnat, &turned(&straight.after, &is));
     assert_eq!((reply.verdict, reply.reason), (Verdict::Forward, Reason::Reply));
     let came = read(&reply.after).expect("it is whole");
     assert_eq!(came.ports, [was.ports[1], was.ports[0]]);

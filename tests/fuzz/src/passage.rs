@@ -27,8 +27,8 @@ impl Passage {
         let pins_before = pins_of(model, frame);
         let mut after = frame.to_vec();
         let verdict = match direction {
-            Direction::Forward | Direction::Return => pipeline::forward(&mut after, model),
-            Direction::Reverse | Direction::Outward => pipeline::reverse(&mut after, model),
+            Direction::Dnat | Direction::RevSnat => pipeline::forward(&mut after, model),
+            Direction::RevDnat | Direction::Snat => pipeline::reverse(&mut after, model),
         };
         // No pod is on this node, and what a hook makes of that is not asked here.
         let verdict = if verdict == Verdict::Redirect { Verdict::Forward } else { verdict };
@@ -47,7 +47,7 @@ impl Passage {
             Verdict::Forward | Verdict::Redirect => passage.judge_translation(),
             Verdict::Answer => passage.judge_answer(),
         }
-        if direction == Direction::Forward {
+        if direction == Direction::Dnat {
             passage.judge_destination(model, pins_before);
         }
         passage

@@ -21,13 +21,13 @@ pub(crate) fn by_the_node(model: &Model, first: &Passage) -> Option<Vec<u8>> {
         // Its way there cannot be told from its way back.
         return None;
     }
-    let leaving = Passage::new(model, Direction::Outward, &first.after);
+    let leaving = Passage::new(model, Direction::Snat, &first.after);
     let is_masqueraded = becomes_the_nodes(model, &first.reading(), &sent);
     assert_eq!(leaving.reason, if is_masqueraded { Reason::Masqueraded } else { Reason::NotReply });
     if !is_masqueraded {
         return None;
     }
-    later_fragment(model, Direction::Outward, &leaving);
+    later_fragment(model, Direction::Snat, &leaving);
     let left = read(&leaving.after).expect("a translated frame is as whole as before");
     let node = if left.is_v6 { NODE_V6.0.to_vec() } else { NODE_V4.0.to_vec() };
     assert_eq!(left.addresses, [node, sent.addresses[1].clone()]);
@@ -35,9 +35,9 @@ pub(crate) fn by_the_node(model: &Model, first: &Passage) -> Option<Vec<u8>> {
     let ports = NODE_PORT..NODE_PORT + model.node.port_count;
     assert!(ports.contains(&left.ports[0]), "{} is no port of the node", left.ports[0]);
 
-    let returned = Passage::new(model, Direction::Return, &turned(&leaving.after, &left));
+    let returned = Passage::new(model, Direction::RevSnat, &turned(&leaving.after, &left));
     assert_eq!((returned.verdict, returned.reason), (Verdict::Forward, Reason::Returned));
-    later_fragment(model, Direction::Return, &returned);
+    later_fragment(model, Direction::RevSnat, &returned);
     let reading = read(&returned.after).expect("a translated frame is as whole as before");
     assert_eq!(reading.addresses, [sent.addresses[1].clone(), sent.addresses[0].clone()]);
     assert_eq!(reading.ports, [sent.ports[1], sent.ports[0]]);
@@ -48,7 +48,7 @@ pub(crate) fn by_the_node(model: &Model, first: &Passage) -> Option<Vec<u8>> {
 /// What the pod, or a router before it, says of the packet is about the client's, and for the client.
 fn error_by_the_pod(model: &Model, leaving: &Passage, sent: &Reading, left: &Reading) {
     let error = error(left, &leaving.after, &leaving.after[left.l3..]);
-    let passage = Passage::new(model, Direction::Return, &error);
+    let passage = Passage::new(model, Direction::RevSnat, &error);
     assert_eq!((passage.verdict, passage.reason), (Verdict::Forward, Reason::RelatedError));
     let reading = read(&passage.after).expect("it is whole");
     assert_eq!(reading.addresses, [sent.addresses[1].clone(), sent.addresses[0].clone()]);

@@ -202,7 +202,7 @@ impl State {
                 } else {
                     filter_bit(pod_v6(index), Port::new(target), protocol)
                 };
-                model.filter.borrow_mut().insert((Direction::Reverse, bit));
+                model.filter.borrow_mut().insert((Direction::RevDnat, bit));
             }
         }
         let frontend = self.frontend(pool, slot_first, slot_count);
@@ -284,7 +284,7 @@ fn add_frontend(model: &mut Model, is_v4: bool, port: Port, protocol: u8, fronte
         model.frontends_v6.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.outside(), outsiders))));
         filter_bit(ADDRESS_V6, port, protocol)
     };
-    model.filter.borrow_mut().insert((Direction::Forward, bit));
+    model.filter.borrow_mut().insert((Direction::Dnat, bit));
 }
 
 /// Makes `port` of the service the destination of a frame.

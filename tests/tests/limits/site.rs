@@ -89,11 +89,11 @@ fn publish<A: ModelFamily>(model: &mut Model, family: Family, change: impl Fn(&m
         }
         let (address, port) = (address::<A>(at.ip()), Port::new(at.port()));
         A::frontends_mut(model).insert(FrontendKey::new(address, port, TCP), frontend);
-        model.filter.borrow_mut().insert((Direction::Forward, filter_bit(address, port, TCP)));
+        model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(address, port, TCP)));
     }
     for (index, _) in (0..2 * PODS).zip(Family::BOTH.repeat(PODS as usize)).filter(|(_, of)| *of == family) {
         let pod = address::<A>(family.pod(index as usize));
-        model.filter.borrow_mut().insert((Direction::Reverse, filter_bit(pod, Port::new(8080), TCP)));
+        model.filter.borrow_mut().insert((Direction::RevDnat, filter_bit(pod, Port::new(8080), TCP)));
     }
 }
 

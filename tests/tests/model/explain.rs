@@ -180,7 +180,7 @@ impl Met {
             let key = FlowKey { sport: Port::new(port), ..question.key::<A>() };
             let edit = flows.get(&key)?.context("a flow")?.edit;
             met.to = SocketAddr::new(IpAddr::from(edit.daddr.to_mapped()).to_canonical(), edit.dport.get());
-            let outward = FlowKey::translated(&edit, question.protocol, Direction::Outward);
+            let outward = FlowKey::translated(&edit, question.protocol, Direction::Snat);
             met.is_masqueraded = flows.get(&outward)?.is_some();
         }
         Ok(met)

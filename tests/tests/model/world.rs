@@ -245,7 +245,7 @@ impl World {
                 for protocol in [TCP, UDP] {
                     if dice.percent(95) {
                         let bit = filter_bit::<A>(address(pod), Port::new(port), protocol);
-                        self.model.filter.borrow_mut().insert((Direction::Reverse, bit));
+                        self.model.filter.borrow_mut().insert((Direction::RevDnat, bit));
                     }
                 }
             }
@@ -312,7 +312,7 @@ impl World {
             frontends.insert(key.outside(), Frontend { flags, slot_count: dice.pick(&[0, 3]), ..frontend });
         }
         if dice.percent(97) {
-            self.model.filter.borrow_mut().insert((Direction::Forward, filter_bit::<A>(address(at), port, protocol)));
+            self.model.filter.borrow_mut().insert((Direction::Dnat, filter_bit::<A>(address(at), port, protocol)));
         }
         self.frontends.push((at, protocol));
         for _ in 0..6 {
@@ -338,7 +338,7 @@ impl World {
             sport: Port::new(client.port()),
             dport: Port::new(service.port()),
             protocol,
-            direction: Direction::Forward as u8,
+            direction: Direction::Dnat as u8,
             pad: [0; 2],
         };
         let edit = rewrite::edit(&key, key.saddr, address(pod), key.sport, Port::new(pod.port()));

@@ -329,7 +329,7 @@ fn headers<A: TestAddress>(frontend: &FrontendKey<A>, client: u8, sport: u16, fl
         sport: Port::new(sport),
         dport: frontend.port,
         protocol: frontend.protocol,
-        direction: Direction::Forward as u8,
+        direction: Direction::Dnat as u8,
         pad: [0; 2],
     };
     let flags = if frontend.protocol == affinity_common::parse::TCP { flags } else { 0 };

@@ -73,7 +73,7 @@ impl KernelStore {
         let all: Vec<_> = flows.iter().collect::<Result<_, _>>()?;
         for (key, flow) in all {
             let pin = SessionKey::new(flow.scope, key.saddr, flow.prefix);
-            let is_of_client = key.protocol == UDP && key.direction == Direction::Forward as u8;
+            let is_of_client = key.protocol == UDP && key.direction == Direction::Dnat as u8;
             if is_of_client && unpinned.contains(&pin.into()) {
                 flows.remove(&key)?;
                 flows.remove(&key.opposite(&flow.edit))?;

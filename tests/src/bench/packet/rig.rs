@@ -315,9 +315,9 @@ fn publish_service<A: Published>(ebpf: &mut Ebpf, number: u32, service: Service)
         let key: [u64; 1] = must_cast(MemberKey { pool: scope, backend: index });
         let member: [u64; 1] = must_cast(Member { generation: 1, port: target, state: MEMBER_READY, pad: 0 });
         table::<[u64; 1], [u64; 1]>(ebpf, names::MEMBERS)?.insert(key, member, 0)?;
-        set_filter(ebpf, Direction::Reverse, filter_bit(address, target, TCP))?;
+        set_filter(ebpf, Direction::RevDnat, filter_bit(address, target, TCP))?;
     }
-    set_filter(ebpf, Direction::Forward, filter_bit(A::FRONTEND, Port::new(service.port), TCP))?;
+    set_filter(ebpf, Direction::Dnat, filter_bit(A::FRONTEND, Port::new(service.port), TCP))?;
     let frontend = Frontend {
         timeout_ns: 10_800_000_000_000,
         service: scope,
