@@ -32,8 +32,8 @@ pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};
 pub use fields::Field;
 pub use flow::{
-    Direction, Draft, Edit, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_FOREIGN, FLOW_OPEN,
-    FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, FragmentKey, NO_BACKEND,
+    Direction, Edit, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE,
+    FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, NO_BACKEND,
 };
 pub use frontend::{
     AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, NODE, Node, OUTSIDE,
@@ -41,8 +41,8 @@ pub use frontend::{
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use redirect::{
-    DeviceMac, MAC_SLOTS, NOTE_SHIFT, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT, WIRE_ABOVE, WIRE_POD,
-    WIRE_TC, WIRE_XDP, XDP_META_PASSED, XDP_META_TRANSLATED,
+    DEVICE_NOTE_SHIFT, DEVICE_POD, DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DEVICE_UPPER, DeviceMac, MAC_SLOTS,
+    TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT, XDP_META_PASSED, XDP_META_TRANSLATED,
 };
 pub use session::{Correction, MOVES, Session, SessionKey};
 pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
@@ -206,7 +206,7 @@ impl Port {
     }
 }
 
-/// In `remarks`: all clients that are pinned to a service have the addresses of nodes.
+/// In `service_conditions`: all clients that are pinned to a service have the addresses of nodes.
 pub const CLIENTS_ARE_NODES: u32 = 1;
 
 /// Kind of a [`NameKey`].
@@ -285,7 +285,7 @@ unsafe impl<A: Address> Pod for Edit<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> Pod for Flow<A> {}
 // SAFETY: as above.
-unsafe impl<A: Address> Pod for Draft<A> {}
+unsafe impl<A: Address> Pod for FlowScratch<A> {}
 
 /// Sum of the sizes of the fields: equal to the size of the type if and only if it has no padding.
 macro_rules! assert_no_padding {
@@ -317,8 +317,8 @@ assert_no_padding!(
     Flow<V6>: 4 * 8 + 40 + 5 * 4 + 4,
     Foreign: 8 + 4 + 4,
     Correction: 16 + 6 * 4,
-    Draft<V4>: 2 * 72 + 4 * 16,
-    Draft<V6>: 2 * 96 + 4 * 40,
+    FlowScratch<V4>: 2 * 72 + 4 * 16,
+    FlowScratch<V6>: 2 * 96 + 4 * 40,
     SocketKey: 8 + 16 + 2 + 1 + 1 + 4,
     Socket: 3 * 8 + 3 * 16 + 2 + 2 + 5 * 4 + 1 + 7,
     UsageKey: 4 + 4,

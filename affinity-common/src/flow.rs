@@ -2,14 +2,14 @@
 
 use crate::{
     abi::{
-        Address, BACKEND_LOCAL, Draft, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow,
-        FlowKey, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW, SessionKey, Timer,
+        Address, BACKEND_LOCAL, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow,
+        FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW,
+        SessionKey, Timer,
     },
-    masquerade,
     parse::{FIN, Headers, RST, TCP, UDP},
     rewrite,
     session::{self, Follower, Resolved},
-    state,
+    snat, state,
     tables::{Entry, FamilyTables, NotStored},
 };
 
@@ -143,14 +143,14 @@ fn is_due<A: Address>(entry: &impl Entry<Flow<A>>, now_ns: u64) -> bool {
 /// Notes what a packet tells of its connection's state, the time of last use, and the pin's timer where packets restart it.
 #[inline(always)]
 pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
-    // A draft, because a map's key may not be memory that a global function was given.
-    let _ = tables.draft(|draft| {
-        draft.key = headers.key;
-        let Some(entry) = tables.flow(&draft.key) else { return };
+    // Scratch memory: before Linux 6.2 a map key must not be an argument of a global function.
+    let _ = tables.flow_scratch(|scratch| {
+        scratch.key = headers.key;
+        let Some(entry) = tables.flow(&scratch.key) else { return };
         let now_ns = tables.now_ns();
         if tells(headers, &entry) {
-            draft.other = headers.key.opposite(&entry.read(Flow::EDIT));
-            advance(tables, headers, &entry, &draft.other);
+            scratch.conflict_key = headers.key.opposite(&entry.read(Flow::EDIT));
+            advance(tables, headers, &entry, &scratch.conflict_key);
         }
         if renews(headers, &entry) || is_due(&entry, now_ns) {
             note_use(tables, headers, &entry, now_ns);
@@ -299,21 +299,21 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
 ) -> Result<(), Reason> {
     let key = &headers.key;
     let is_shadow = frontend.flags & SHADOW != 0;
-    let stored = tables.draft(|draft| {
-        draft.flow.created_ns = now_ns;
-        draft_backend(tables, draft, resolved.chosen.backend)?;
-        draft_flow(draft, headers, frontend, resolved);
+    let stored = tables.flow_scratch(|scratch| {
+        scratch.flow.created_ns = now_ns;
+        fill_backend(tables, scratch, resolved.chosen.backend)?;
+        fill_flow(scratch, headers, frontend, resolved);
         if !is_shadow {
-            masquerade::claim_replies(tables, draft)?;
-            let is_hairpin = key.saddr == draft.flow.edit.daddr;
+            snat::reserve_reply(tables, scratch)?;
+            let is_hairpin = key.saddr == scratch.flow.edit.daddr;
             if is_hairpin || frontend.flags & MASQUERADE != 0 {
-                masquerade::masquerade(tables, key.protocol, draft)?;
+                snat::assign_node_source(tables, key.protocol, scratch)?;
             } else {
-                masquerade::forget(tables, key.protocol, draft);
+                snat::remove_stale(tables, key.protocol, scratch);
             }
         }
-        tables.put_flow(&draft.key, &draft.flow).map_err(|NotStored| Reason::FlowNotStored)?;
-        count_open(tables, draft);
+        tables.put_flow(&scratch.key, &scratch.flow).map_err(|NotStored| Reason::FlowNotStored)?;
+        count_open(tables, scratch);
         Ok(())
     });
     stored.unwrap_or(Err(Reason::Inconsistent))
@@ -321,40 +321,44 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
 
 /// Counts a connection that is open as it becomes known: its beginning was not seen.
 #[inline(never)]
-fn count_open<A: Address, T: FamilyTables<A>>(tables: &T, draft: &Draft<A>) {
-    let Draft { key, flow, .. } = draft;
+fn count_open<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &FlowScratch<A>) {
+    let FlowScratch { key, flow, .. } = scratch;
     if is_counted(key.protocol, flow.timer, flow.scope) && state::is_live(flow.state) {
         let pin = SessionKey::new(flow.scope, key.saddr, flow.prefix);
         session::add_connection(tables, &pin, (flow.backend, flow.generation));
     }
 }
 
-/// Drafts the pod's address, and whether it is on this node.
+/// Sets the pod's address, and whether it is on this node.
 #[inline(never)]
-fn draft_backend<A: Address, T: FamilyTables<A>>(tables: &T, draft: &mut Draft<A>, backend: u32) -> Result<(), Reason> {
+fn fill_backend<A: Address, T: FamilyTables<A>>(
+    tables: &T,
+    scratch: &mut FlowScratch<A>,
+    backend: u32,
+) -> Result<(), Reason> {
     let backend = tables.backend(backend).ok_or(Reason::Inconsistent)?;
-    draft.flow.edit.daddr = A::from_mapped(backend.address);
-    draft.flow.flags = if backend.flags & BACKEND_LOCAL == 0 { FLOW_REMOTE } else { 0 };
+    scratch.flow.edit.daddr = A::from_mapped(backend.address);
+    scratch.flow.flags = if backend.flags & BACKEND_LOCAL == 0 { FLOW_REMOTE } else { 0 };
     Ok(())
 }
 
-/// Drafts the key and the record of a flow, given when it begins, and the pod's address and whether it is on this node.
-/// Apart, because what it needs of the stack is free again when the flow is stored.
+/// Sets the key and the record of a flow. Its creation time, the pod's address, and whether that is on this node, are set
+/// already. Out of line: its stack frame is released before the flow is stored.
 #[inline(never)]
-fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: &Frontend, resolved: &Resolved) {
+fn fill_flow<A: Address>(scratch: &mut FlowScratch<A>, headers: &Headers<A>, frontend: &Frontend, resolved: &Resolved) {
     let Headers { key, flags, .. } = headers;
-    let now_ns = draft.flow.created_ns;
+    let now_ns = scratch.flow.created_ns;
     let chosen = &resolved.chosen;
-    draft.key = *key;
+    scratch.key = *key;
     let shadow = if frontend.flags & SHADOW != 0 { FLOW_SHADOW } else { 0 };
     let is_exact =
         frontend.timeout_ns < EXACT_BELOW_NS && packets_restart(Timer::from_byte(frontend.timer), key.protocol);
-    draft.flow = Flow {
+    scratch.flow = Flow {
         created_ns: now_ns,
         last_used_ns: now_ns,
         timeout_ns: frontend.timeout_ns,
         segment: headers.segment,
-        edit: rewrite::edit(key, key.saddr, draft.flow.edit.daddr, key.sport, chosen.member.port),
+        edit: rewrite::edit(key, key.saddr, scratch.flow.edit.daddr, key.sport, chosen.member.port),
         backend: chosen.backend,
         generation: chosen.member.generation,
         pool: frontend.pool,
@@ -363,6 +367,6 @@ fn draft_flow<A: Address>(draft: &mut Draft<A>, headers: &Headers<A>, frontend: 
         state: state::first(key.protocol, *flags) | shadow,
         timer: frontend.timer,
         prefix: frontend.prefix,
-        flags: draft.flow.flags | if is_exact { FLOW_EXACT } else { 0 },
+        flags: scratch.flow.flags | if is_exact { FLOW_EXACT } else { 0 },
     };
 }

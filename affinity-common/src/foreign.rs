@@ -2,14 +2,14 @@
 //!
 //! They must never be changed, answered or dropped because of ours, and a packet alone does not tell which it belongs to:
 //!
-//! * *Straight to a pod* ([`crate::masquerade::enter`]). A client may use one port for a connection to a service and, at
+//! * *Straight to a pod* ([`crate::snat::handle_direct`]). A client may use one port for a connection to a service and, at
 //!   the same time, for one to the pod behind it (a headless service, a scraper). The pod's replies look the same.
 //! * *From the address and port of a frontend* ([`note_leaving`]). A process of the node, or a pod by the node's NAT, may send
 //!   datagrams from a source port that is also a node port. The answers look like a client's datagrams.
 //! * *From the node to a pod* ([`note_leaving`]), by a source port that SNAT could give to a masqueraded connection.
 //!
 //! Each is noted where it begins, under the key that its replies have. Of two connections whose replies would have one
-//! key, the second one gets another source port: see [`crate::masquerade`].
+//! key, the second one gets another source port: see [`crate::snat`].
 //!
 //! What decides is what was seen of the connection, not a look at sockets or at the stack's connection tracking: see
 //! docs/adr/0015. What began before the programs were attached was not seen. Of TCP it is known by having no SYN
@@ -74,12 +74,12 @@ fn note_first<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, 
         note_end(tables, headers, replies as u8, false);
         return;
     }
-    // A draft, because a map's key may not be memory that a global function was given.
-    let _ = tables.draft(|draft| {
-        draft.back = headers.key.reply();
-        draft.back.direction = replies as u8;
-        if tables.flow(&draft.back).is_none() {
-            tables.put_foreign(&draft.back, &Foreign { last_sent_ns: tables.now_ns(), state: 0, pad: 0 });
+    // Scratch memory: before Linux 6.2 a map key must not be an argument of a global function.
+    let _ = tables.flow_scratch(|scratch| {
+        scratch.reply_key = headers.key.reply();
+        scratch.reply_key.direction = replies as u8;
+        if tables.flow(&scratch.reply_key).is_none() {
+            tables.put_foreign(&scratch.reply_key, &Foreign { last_sent_ns: tables.now_ns(), state: 0, pad: 0 });
         }
     });
 }
@@ -94,10 +94,10 @@ fn is_from_node<A: Address, T: FamilyTables<A>>(tables: &T, saddr: A, sport: Por
 /// Notes the end of a connection by one of its packets, which is a reply or has replies of this direction.
 #[inline(never)]
 pub fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, direction: u8, is_reply: bool) {
-    let _ = tables.draft(|draft| {
-        draft.back = if is_reply { headers.key } else { headers.key.reply() };
-        draft.back.direction = direction;
-        let Some(known) = tables.foreign(&draft.back) else { return };
+    let _ = tables.flow_scratch(|scratch| {
+        scratch.reply_key = if is_reply { headers.key } else { headers.key.reply() };
+        scratch.reply_key.direction = direction;
+        let Some(known) = tables.foreign(&scratch.reply_key) else { return };
         let added = if headers.flags & RST != 0 {
             FLOW_RESET
         } else {

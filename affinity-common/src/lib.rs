@@ -11,7 +11,6 @@ pub mod flow;
 pub mod foreign;
 pub mod fragment;
 pub mod icmp;
-pub mod masquerade;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod names;
@@ -25,6 +24,7 @@ pub mod refuse;
 pub mod rewrite;
 pub mod select;
 pub mod session;
+pub mod snat;
 pub mod socket;
 pub mod state;
 pub mod tables;

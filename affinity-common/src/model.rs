@@ -14,14 +14,16 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Draft, Event, Field, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey,
-        Member, MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf, V4, V6,
+        Address, Backend, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend,
+        FrontendKey, Member, MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey,
+        UsageOf, V4, V6,
     },
-    flow, foreign, masquerade,
+    flow, foreign,
     packet::Packet,
     parse::Headers,
     pipeline::{self, Opened},
     refuse::Bucket,
+    snat,
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables, Unstable},
 };
 
@@ -191,16 +193,16 @@ pub struct Model {
     pub foreign_v4: RefCell<Lru<FlowKey<V4>, Foreign>>,
     /// Connections to no frontend, IPv6.
     pub foreign_v6: RefCell<Lru<FlowKey<V6>, Foreign>>,
-    drafts_v4: RefCell<Draft<V4>>,
-    drafts_v6: RefCell<Draft<V6>>,
+    flow_scratch_v4: RefCell<FlowScratch<V4>>,
+    flow_scratch_v6: RefCell<FlowScratch<V6>>,
     /// Devices above others.
     pub above: BTreeSet<u32>,
     /// Packets in pieces, IPv4.
     pub fragments_v4: RefCell<Lru<FragmentKey<V4>, FlowKey<V4>>>,
     /// Packets in pieces, IPv6.
     pub fragments_v6: RefCell<Lru<FragmentKey<V6>, FlowKey<V6>>>,
-    /// Source ports tried, by backend.
-    pub tried: RefCell<BTreeMap<u32, u64>>,
+    /// Source ports given out, by backend.
+    pub snat_port_cursor: RefCell<BTreeMap<u32, u64>>,
     /// How often a packet may be rejected, in nanoseconds; zero: there is no limit.
     pub rejection_interval_ns: u64,
     /// The one processor's bucket.
@@ -240,12 +242,12 @@ impl Model {
             flows_v6: RefCell::new(Lru::new(capacity)),
             foreign_v4: RefCell::new(Lru::new(capacity)),
             foreign_v6: RefCell::new(Lru::new(capacity)),
-            drafts_v4: RefCell::new(Draft::zeroed()),
-            drafts_v6: RefCell::new(Draft::zeroed()),
+            flow_scratch_v4: RefCell::new(FlowScratch::zeroed()),
+            flow_scratch_v6: RefCell::new(FlowScratch::zeroed()),
             above: BTreeSet::new(),
             fragments_v4: RefCell::new(Lru::new(capacity)),
             fragments_v6: RefCell::new(Lru::new(capacity)),
-            tried: RefCell::default(),
+            snat_port_cursor: RefCell::default(),
             rejection_interval_ns: 0,
             rejections: Cell::default(),
             sockets: RefCell::new(Lru::new(capacity)),
@@ -288,9 +290,9 @@ impl Tables for Model {
         self.above.contains(&ifindex)
     }
 
-    fn tried(&self, backend: u32) -> u64 {
-        let mut tried = self.tried.borrow_mut();
-        let count = tried.entry(backend).or_default();
+    fn next_snat_port(&self, backend: u32) -> u64 {
+        let mut cursors = self.snat_port_cursor.borrow_mut();
+        let count = cursors.entry(backend).or_default();
         *count += 1;
         *count - 1
     }
@@ -345,7 +347,7 @@ impl Tables for Model {
 }
 
 macro_rules! family {
-    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $drafts:ident) => {
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $flow_scratch:ident) => {
         impl FamilyTables<$address> for Model {
             fn open(&self, headers: &Headers<$address>) -> Opened {
                 pipeline::open(self, headers)
@@ -360,7 +362,7 @@ macro_rules! family {
             }
 
             fn is_free(&self, replies: &FlowKey<$address>) -> bool {
-                masquerade::is_free(self, replies)
+                snat::is_free(self, replies)
             }
 
             fn frontend(&self, key: &FrontendKey<$address>) -> Result<Option<Frontend>, Unstable> {
@@ -410,8 +412,8 @@ macro_rules! family {
                 self.$foreign.borrow_mut().insert(*replies, *foreign);
             }
 
-            fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
-                Some(work(&mut self.$drafts.borrow_mut()))
+            fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<$address>) -> R) -> Option<R> {
+                Some(work(&mut self.$flow_scratch.borrow_mut()))
             }
 
             fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
@@ -425,8 +427,8 @@ macro_rules! family {
     };
 }
 
-family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, foreign_v4, fragments_v4, drafts_v4);
-family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, foreign_v6, fragments_v6, drafts_v6);
+family!(V4, frontends_v4, ranges_v4, sessions_v4, flows_v4, foreign_v4, fragments_v4, flow_scratch_v4);
+family!(V6, frontends_v6, ranges_v6, sessions_v6, flows_v6, foreign_v6, fragments_v6, flow_scratch_v6);
 
 impl SocketTables for Model {
     fn node_netns(&self) -> u64 {

@@ -36,16 +36,16 @@ pub const FOREIGN_V6: &str = "foreign_v6";
 pub const FRAGMENTS_V4: &str = "fragments_v4";
 /// `lru_hash`: [`crate::abi::FragmentKey`] -> [`crate::abi::FlowKey`], IPv6.
 pub const FRAGMENTS_V6: &str = "fragments_v6";
-/// `percpu_array` of one [`crate::abi::Draft`], IPv4.
-pub const DRAFTS_V4: &str = "drafts_v4";
-/// `percpu_array` of one [`crate::abi::Draft`], IPv6.
-pub const DRAFTS_V6: &str = "drafts_v6";
+/// `percpu_array` of one [`crate::abi::FlowScratch`], IPv4.
+pub const FLOW_SCRATCH_V4: &str = "flow_scratch_v4";
+/// `percpu_array` of one [`crate::abi::FlowScratch`], IPv6.
+pub const FLOW_SCRATCH_V6: &str = "flow_scratch_v6";
 /// `percpu_array` of one [`crate::abi::Frontend`]: the record of the connection that is being opened.
 pub const FRONTEND_SCRATCH: &str = "frontend_scratch";
 /// `percpu_array` of one [`crate::refuse::Bucket`]: limits how many packets a processor rejects.
 pub const REJECTIONS: &str = "rejections";
-/// `array`: backend index -> how many source ports were tried for connections to it, `u64`.
-pub const TRIED: &str = "tried";
+/// `array`: backend index -> position in the range of SNAT ports, counting up, `u64`.
+pub const SNAT_PORT_CURSOR: &str = "snat_port_cursor";
 /// `lru_hash`: [`crate::abi::SocketKey`] -> [`crate::abi::Socket`].
 pub const SOCKETS: &str = "sockets";
 /// `percpu_array`: [`crate::abi::Reason`] -> packets, `u64`.
@@ -59,18 +59,19 @@ pub const NAMES: &str = "names";
 /// `array` of one [`crate::abi::Status`]: written by the agent, read by no program.
 pub const STATUS: &str = "status";
 
-/// `hash`: service id -> what the agent has noticed about it, `u32`: [`crate::abi::CLIENTS_ARE_NODES`]. Read by no program.
-pub const REMARKS: &str = "remarks";
+/// `hash`: service id -> conditions that the agent has noticed, `u32`: [`crate::abi::CLIENTS_ARE_NODES`]. Read by no program.
+pub const SERVICE_CONDITIONS: &str = "service_conditions";
 
-/// `hash`: ifindex -> what may be sent out of the device, `u32`: [`crate::abi::WIRE_XDP`], [`crate::abi::WIRE_TC`],
-/// [`crate::abi::WIRE_POD`]; [`crate::abi::WIRE_ABOVE`]; from [`crate::abi::NOTE_SHIFT`] on, how it came to its hooks.
-pub const WIRES: &str = "wires";
+/// `hash`: ifindex -> flags of an attached device, `u32`: [`crate::abi::DEVICE_REDIRECT_XDP`],
+/// [`crate::abi::DEVICE_REDIRECT_TC`], [`crate::abi::DEVICE_POD`], [`crate::abi::DEVICE_UPPER`]; from
+/// [`crate::abi::DEVICE_NOTE_SHIFT`] on, a note.
+pub const DEVICES: &str = "devices";
 /// `array`: [`crate::abi::DeviceMac::slot`] -> [`crate::abi::DeviceMac`], of devices with XDP.
 pub const DEVICE_MACS: &str = "device_macs";
-/// `prog_array`: what [`XDP_FORWARD`] goes on with: [`XDP_REDIRECT`].
-pub const XDP_STAGES: &str = "xdp_stages";
-/// `prog_array`: what [`TC_FORWARD`] goes on with, where TC redirects: [`TC_REDIRECT`], [`TC_REPLY`].
-pub const TC_STAGES: &str = "tc_stages";
+/// `prog_array`: the program that [`XDP_FORWARD`] tail-calls: [`XDP_REDIRECT`].
+pub const XDP_TAIL_CALLS: &str = "xdp_tail_calls";
+/// `prog_array`: the programs that [`TC_FORWARD`] tail-calls: [`TC_REDIRECT`], [`TC_REPLY`].
+pub const TC_TAIL_CALLS: &str = "tc_tail_calls";
 
 /// Every map, in the order of a dump.
 pub const MAPS: [&str; 34] = [
@@ -92,35 +93,35 @@ pub const MAPS: [&str; 34] = [
     FOREIGN_V6,
     FRAGMENTS_V4,
     FRAGMENTS_V6,
-    DRAFTS_V4,
-    DRAFTS_V6,
+    FLOW_SCRATCH_V4,
+    FLOW_SCRATCH_V6,
     FRONTEND_SCRATCH,
     REJECTIONS,
-    TRIED,
+    SNAT_PORT_CURSOR,
     SOCKETS,
     COUNTERS,
     USAGE,
     EVENTS,
     NAMES,
     STATUS,
-    REMARKS,
-    WIRES,
+    SERVICE_CONDITIONS,
+    DEVICES,
     DEVICE_MACS,
-    XDP_STAGES,
-    TC_STAGES,
+    XDP_TAIL_CALLS,
+    TC_TAIL_CALLS,
 ];
 
 /// XDP program: forward translation.
 pub const XDP_FORWARD: &str = "xdp_forward";
-/// XDP program that [`XDP_FORWARD`] goes on with: sends packets to other nodes, and back to clients.
+/// XDP program, tail-called by [`XDP_FORWARD`]: redirects packets to other nodes, and their replies to clients.
 pub const XDP_REDIRECT: &str = "xdp_redirect";
 /// TC program on ingress: forward translation.
 pub const TC_FORWARD: &str = "tc_forward";
 /// TC program on egress: reverse translation.
 pub const TC_REVERSE: &str = "tc_reverse";
-/// TC program that [`TC_FORWARD`] goes on with: redirects what it has translated.
+/// TC program, tail-called by [`TC_FORWARD`]: redirects translated packets.
 pub const TC_REDIRECT: &str = "tc_redirect";
-/// TC program that [`TC_FORWARD`] goes on with: redirects replies, among what it has passed.
+/// TC program, tail-called by [`TC_FORWARD`]: finds the replies among the packets that it passed.
 pub const TC_REPLY: &str = "tc_reply";
 /// Programs on a cgroup: what processes ask their sockets for.
 pub const SOCKET_PROGRAMS: [&str; 9] = [

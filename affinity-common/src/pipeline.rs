@@ -13,11 +13,12 @@ use crate::{
         RANGES, Reason, SHADOW, SILENT, SPLIT, V4, V6, filter_bit,
     },
     flow::{self, Admission},
-    foreign, fragment, icmp, masquerade,
+    foreign, fragment, icmp,
     packet::Packet,
     parse::{self, Headers, Network, UDP},
     refuse,
     session::{self, Opening, Resolved},
+    snat,
     tables::{Entry, FamilyTables, Tables, Unstable},
 };
 
@@ -28,8 +29,8 @@ pub enum Decision<F> {
     Pass,
     /// It goes on with the addresses and ports of its flow's edit.
     Forward(F),
-    /// The same, as the first packet of its flow, which is still the draft: looked up now, it would count as used, and connections
-    /// of a single packet would evict those that are open.
+    /// The same for the first packet of a flow, whose record is still in the scratch memory. A lookup would count as a use in
+    /// the LRU map, so that connections of a single packet would evict open ones.
     Begin,
     /// Its sender is told that nobody is there.
     Reject,
@@ -167,7 +168,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
         }
     }
     if tables.filter(Direction::RevSnat, bit) {
-        if let Some(flow) = second_translation(tables, headers, Direction::RevSnat) {
+        if let Some(flow) = snat_flow(tables, headers, Direction::RevSnat) {
             return Outcome::new(Decision::Forward(flow), Reason::Returned);
         }
         headers.key.direction = Direction::Dnat as u8;
@@ -187,9 +188,9 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     }
 }
 
-/// The flow of a packet that has, or is to get, an address of the node: see [`crate::masquerade`].
+/// The SNAT record of a packet: see [`crate::snat`].
 #[inline(always)]
-fn second_translation<A: Address, T: FamilyTables<A>>(
+fn snat_flow<A: Address, T: FamilyTables<A>>(
     tables: &T,
     headers: &mut Headers<A>,
     direction: Direction,
@@ -277,7 +278,7 @@ fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, fro
 fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let FlowKey { daddr, dport, protocol, .. } = headers.key;
     let is_to_member = tables.filter(Direction::RevDnat, filter_bit(daddr, dport, protocol));
-    if is_to_member && !headers.is_seen_below() && masquerade::enter(tables, headers) {
+    if is_to_member && !headers.is_seen_below() && snat::handle_direct(tables, headers) {
         Opened::As(Reason::PortChanged)
     } else {
         Opened::NotOurs(Reason::NotFrontend)
@@ -291,10 +292,10 @@ fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<
 #[inline(never)]
 fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
     if headers.key.protocol == UDP {
-        // A copy of the key, because a map's key may not be memory that a global function was given.
-        tables.draft(|draft| {
-            draft.key = headers.key;
-            foreign::holds(tables, &draft.key, tables.now_ns())
+        // A copy of the key: before Linux 6.2 a map key must not be an argument of a global function.
+        tables.flow_scratch(|scratch| {
+            scratch.key = headers.key;
+            foreign::holds(tables, &scratch.key, tables.now_ns())
         }) == Some(true)
     } else {
         !headers.is_opening() && tables.is_within(NODE, headers.key.daddr)
@@ -373,7 +374,7 @@ pub fn from_backend<A: Address, T: FamilyTables<A>>(
         return Outcome::new(Decision::Forward(flow), Reason::Reply);
     }
     if tables.filter(Direction::Snat, filter_bit(daddr, dport, protocol))
-        && let Some(flow) = second_translation(tables, headers, Direction::Snat)
+        && let Some(flow) = snat_flow(tables, headers, Direction::Snat)
     {
         return Outcome::new(Decision::Forward(flow), Reason::Masqueraded);
     }
@@ -403,7 +404,7 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
 ) -> Verdict {
     let translation = match &outcome.decision {
         Decision::Forward(flow) => Some((flow.read(Flow::EDIT), flow.read(Flow::FLAGS))),
-        Decision::Begin => tables.draft(|draft| (draft.flow.edit, draft.flow.flags)),
+        Decision::Begin => tables.flow_scratch(|scratch| (scratch.flow.edit, scratch.flow.flags)),
         Decision::Pass | Decision::Reject | Decision::Drop => None,
     };
     if headers.is_first_fragment() && translation.is_some() {

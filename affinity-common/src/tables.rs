@@ -5,8 +5,8 @@ use bytemuck::Pod;
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Draft, Event, Field, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey,
-        Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
+        Address, Backend, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend,
+        FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
     },
     parse::Headers,
     pipeline::Opened,
@@ -63,8 +63,8 @@ pub trait Tables {
     /// Whether what comes in by a device has come in by one below it before, a port of a bridge for example, whose programs
     /// have seen it.
     fn is_above_another(&self, ifindex: u32) -> bool;
-    /// How many source ports were tried for connections to a backend before; this is one more.
-    fn tried(&self, backend: u32) -> u64;
+    /// The position in the range of SNAT ports for connections to a backend; the next call gets the next one.
+    fn next_snat_port(&self, backend: u32) -> u64;
     /// The backend index in a slot.
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend's record.
@@ -106,7 +106,7 @@ pub trait FamilyTables<A: Address>: Tables {
     fn note_change(&self, headers: &Headers<A>);
     /// Notes a packet of another connection: [`crate::foreign::note_leaving`], as such a function.
     fn note_leaving(&self, headers: &Headers<A>);
-    /// Whether a key for replies is to be had: [`crate::masquerade::is_free`], as such a function.
+    /// Whether a key for replies is to be had: [`crate::snat::is_free`], as such a function.
     fn is_free(&self, replies: &FlowKey<A>) -> bool;
     /// A copy of a frontend's record, whole.
     ///
@@ -141,7 +141,7 @@ pub trait FamilyTables<A: Address>: Tables {
     /// Stores a connection to no frontend, in place of any under its key; where there is no room it stays unknown.
     fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign);
     /// Works something out in the processor's own memory; `None` where there is none, which the kernel rules out.
-    fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R>;
+    fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R>;
     /// The flow of a packet that came in pieces.
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>>;
     /// Remembers a packet that comes in pieces; where there is no room, its later pieces pass as they are.

@@ -11,8 +11,8 @@ mod tables;
 
 use affinity_common::{
     abi::{
-        DeviceMac, Reason, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT, V4, V6, WIRE_POD, WIRE_TC, WIRE_XDP,
-        XDP_META_PASSED, XDP_META_TRANSLATED,
+        DEVICE_POD, DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DeviceMac, Reason, TAIL_TC_REDIRECT, TAIL_TC_REPLY,
+        TAIL_XDP_REDIRECT, V4, V6, XDP_META_PASSED, XDP_META_TRANSLATED,
     },
     packet::Packet,
     pipeline::{self, Verdict},
@@ -27,7 +27,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps::{DEVICE_MACS, TC_STAGES, WIRES, XDP_STAGES},
+    maps::{DEVICE_MACS, DEVICES, TC_TAIL_CALLS, XDP_TAIL_CALLS},
     tables::Maps,
 };
 use affinity_ebpf::{
@@ -51,7 +51,7 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
         Verdict::Pass => pass(&frame, XDP_META_PASSED),
         Verdict::Forward => pass(&frame, XDP_META_TRANSLATED),
         Verdict::Redirect => {
-            kernel::tail_call(&XDP_STAGES, &ctx, TAIL_XDP_REDIRECT);
+            kernel::tail_call(&XDP_TAIL_CALLS, &ctx, TAIL_XDP_REDIRECT);
             xdp_action::XDP_PASS
         }
         Verdict::Answer => xdp_action::XDP_TX,
@@ -65,7 +65,8 @@ pub fn xdp_redirect(ctx: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&ctx);
     let came_by = frame.ifindex();
     let take = |hop: &FibResult| {
-        let ifindex = hop.device().filter(|ifindex| hop.link().is_some() && wire(*ifindex) & WIRE_XDP != 0)?;
+        let ifindex =
+            hop.device().filter(|ifindex| hop.link().is_some() && device_flags(*ifindex) & DEVICE_REDIRECT_XDP != 0)?;
         Some(if ifindex == came_by { xdp_action::XDP_TX } else { kernel::redirect(ifindex) })
     };
     match redirect::redirect(&mut frame, &Maps, take) {
@@ -105,8 +106,10 @@ pub fn tc_forward(ctx: TcContext) -> i32 {
     };
     if kernel::redirects() {
         match verdict {
-            Verdict::Pass => skb.tail_call(&TC_STAGES, TAIL_TC_REPLY),
-            Verdict::Forward | Verdict::Redirect if may_redirect(&skb) => skb.tail_call(&TC_STAGES, TAIL_TC_REDIRECT),
+            Verdict::Pass => skb.tail_call(&TC_TAIL_CALLS, TAIL_TC_REPLY),
+            Verdict::Forward | Verdict::Redirect if may_redirect(&skb) => {
+                skb.tail_call(&TC_TAIL_CALLS, TAIL_TC_REDIRECT)
+            }
             Verdict::Forward | Verdict::Redirect | Verdict::Answer | Verdict::Drop => {}
         }
     }
@@ -118,9 +121,9 @@ pub fn tc_forward(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn tc_redirect(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let take = |hop: &FibResult| match hop.device().map(wire)? {
-        flags if flags & WIRE_TC == 0 => None,
-        flags if flags & WIRE_POD != 0 => Some(hop.redirect_peer() as u32),
+    let take = |hop: &FibResult| match hop.device().map(device_flags)? {
+        flags if flags & DEVICE_REDIRECT_TC == 0 => None,
+        flags if flags & DEVICE_POD != 0 => Some(hop.redirect_peer() as u32),
         _ => Some(hop.redirect_neigh() as u32),
     };
     match redirect::redirect(&mut skb, &Maps, take) {
@@ -134,7 +137,7 @@ pub fn tc_redirect(ctx: TcContext) -> i32 {
 pub fn tc_reply(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if redirect::is_reply(&skb, &Maps) && may_redirect(&skb) {
-        skb.tail_call(&TC_STAGES, TAIL_TC_REDIRECT);
+        skb.tail_call(&TC_TAIL_CALLS, TAIL_TC_REDIRECT);
     }
     TC_ACT_UNSPEC
 }
@@ -142,13 +145,13 @@ pub fn tc_reply(ctx: TcContext) -> i32 {
 /// Whether TC redirects frames that arrive on this device.
 #[inline(always)]
 fn may_redirect(skb: &Skb<'_>) -> bool {
-    wire(skb.ifindex()) & WIRE_TC != 0
+    device_flags(skb.ifindex()) & DEVICE_REDIRECT_TC != 0
 }
 
 /// The flags of a device.
 #[inline(always)]
-fn wire(ifindex: u32) -> u32 {
-    kernel::stable_copy(|| WIRES.get_ptr(ifindex)).ok().flatten().unwrap_or(0)
+fn device_flags(ifindex: u32) -> u32 {
+    kernel::stable_copy(|| DEVICES.get_ptr(ifindex)).ok().flatten().unwrap_or(0)
 }
 
 /// Reverse translation where a reply leaves the node, or goes to a pod.

@@ -1,7 +1,7 @@
 //! Every map. The loader sets the sizes; those here are the smallest that make sense.
 
 use affinity_common::abi::{
-    Backend, DeviceMac, Draft, Event, FILTER_WORDS, Flow, FlowKey, Foreign, FragmentKey, Frontend, FrontendKey,
+    Backend, DeviceMac, Event, FILTER_WORDS, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend, FrontendKey,
     MAC_SLOTS, Member, MemberKey, Name, NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey,
     V4, V6,
 };
@@ -58,27 +58,27 @@ pub static FOREIGN_V6: LruHashMap<FlowKey<V6>, Foreign> = LruHashMap::with_max_e
 pub static FRAGMENTS_V4: LruHashMap<FragmentKey<V4>, FlowKey<V4>> = LruHashMap::with_max_entries(4096, 0);
 #[map(name = "fragments_v6")]
 pub static FRAGMENTS_V6: LruHashMap<FragmentKey<V6>, FlowKey<V6>> = LruHashMap::with_max_entries(4096, 0);
-#[map(name = "drafts_v4")]
-pub static DRAFTS_V4: PerCpuArray<Draft<V4>> = PerCpuArray::with_max_entries(1, 0);
-#[map(name = "drafts_v6")]
-pub static DRAFTS_V6: PerCpuArray<Draft<V6>> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "flow_scratch_v4")]
+pub static FLOW_SCRATCH_V4: PerCpuArray<FlowScratch<V4>> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "flow_scratch_v6")]
+pub static FLOW_SCRATCH_V6: PerCpuArray<FlowScratch<V6>> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "frontend_scratch")]
 pub static FRONTEND_SCRATCH: PerCpuArray<Frontend> = PerCpuArray::with_max_entries(1, 0);
 #[map(name = "rejections")]
 pub static REJECTIONS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
-#[map(name = "tried")]
-pub static TRIED: Array<u64> = Array::with_max_entries(1024, 0);
+#[map(name = "snat_port_cursor")]
+pub static SNAT_PORT_CURSOR: Array<u64> = Array::with_max_entries(1024, 0);
 
-#[map(name = "wires")]
-pub static WIRES: HashMap<u32, u32> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
+#[map(name = "devices")]
+pub static DEVICES: HashMap<u32, u32> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
 // An array, not a hash: it is read for every frame.
 #[map(name = "device_macs")]
 pub static DEVICE_MACS: Array<DeviceMac> = Array::with_max_entries(MAC_SLOTS, 0);
 // Apart, because all programs of an array are of one kind.
-#[map(name = "xdp_stages")]
-pub static XDP_STAGES: ProgramArray = ProgramArray::with_max_entries(1, 0);
-#[map(name = "tc_stages")]
-pub static TC_STAGES: ProgramArray = ProgramArray::with_max_entries(2, 0);
+#[map(name = "xdp_tail_calls")]
+pub static XDP_TAIL_CALLS: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map(name = "tc_tail_calls")]
+pub static TC_TAIL_CALLS: ProgramArray = ProgramArray::with_max_entries(2, 0);
 
 #[map(name = "sockets")]
 pub static SOCKETS: LruHashMap<SocketKey, Socket> = LruHashMap::with_max_entries(1024, 0);
@@ -89,8 +89,8 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(64, 0);
 pub static USAGE: PerCpuHashMap<UsageKey, Usage> = PerCpuHashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "status")]
 pub static STATUS: Array<Status> = Array::with_max_entries(1, 0);
-#[map(name = "remarks")]
-pub static REMARKS: HashMap<u32, u32> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+#[map(name = "service_conditions")]
+pub static SERVICE_CONDITIONS: HashMap<u32, u32> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 

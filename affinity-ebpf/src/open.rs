@@ -2,9 +2,10 @@
 
 use affinity_common::{
     abi::{FlowKey, Reason, V4, V6},
-    flow, foreign, masquerade,
+    flow, foreign,
     parse::Headers,
     pipeline::{self, Opened},
+    snat,
 };
 use affinity_ebpf::global_func;
 
@@ -41,13 +42,13 @@ global_func! {
 }
 
 global_func! {
-    /// [`masquerade::is_free`] for IPv4: one or zero.
-    fn is_free_v4(replies: FlowKey<V4>) -> u64 { replies.is_some_and(|replies| masquerade::is_free(&Maps, replies)).into() }
+    /// [`snat::is_free`] for IPv4: one or zero.
+    fn is_free_v4(replies: FlowKey<V4>) -> u64 { replies.is_some_and(|replies| snat::is_free(&Maps, replies)).into() }
 }
 
 global_func! {
-    /// [`masquerade::is_free`] for IPv6: one or zero.
-    fn is_free_v6(replies: FlowKey<V6>) -> u64 { replies.is_some_and(|replies| masquerade::is_free(&Maps, replies)).into() }
+    /// [`snat::is_free`] for IPv6: one or zero.
+    fn is_free_v6(replies: FlowKey<V6>) -> u64 { replies.is_some_and(|replies| snat::is_free(&Maps, replies)).into() }
 }
 
 #[inline(always)]

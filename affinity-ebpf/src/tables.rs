@@ -4,9 +4,9 @@ use core::mem::offset_of;
 
 use affinity_common::{
     abi::{
-        Address, Backend, Config, Direction, Draft, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey, Frontend,
-        FrontendKey, Member, MemberKey, Node, Port, Reason, Session, SessionKey, Socket, SocketKey, UsageKey, UsageOf,
-        V4, V6, WIRE_ABOVE, usage_index,
+        Address, Backend, Config, DEVICE_UPPER, Direction, Event, FILTER_BITS, Flow, FlowKey, FlowScratch, Foreign,
+        FragmentKey, Frontend, FrontendKey, Member, MemberKey, Node, Port, Reason, Session, SessionKey, Socket,
+        SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
     },
     parse::Headers,
     pipeline::Opened,
@@ -18,9 +18,9 @@ use bytemuck::Pod;
 
 use crate::{
     maps::{
-        BACKENDS, COUNTERS, DRAFTS_V4, DRAFTS_V6, EVENTS, FILTER, FLOWS_V4, FLOWS_V6, FOREIGN_V4, FOREIGN_V6,
-        FRAGMENTS_V4, FRAGMENTS_V6, FRONTEND_SCRATCH, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE, RANGES_V4,
-        RANGES_V6, REJECTIONS, Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SOCKETS, TRIED, USAGE, WIRES,
+        BACKENDS, COUNTERS, DEVICES, EVENTS, FILTER, FLOW_SCRATCH_V4, FLOW_SCRATCH_V6, FLOWS_V4, FLOWS_V6, FOREIGN_V4,
+        FOREIGN_V6, FRAGMENTS_V4, FRAGMENTS_V6, FRONTEND_SCRATCH, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE,
+        RANGES_V4, RANGES_V6, REJECTIONS, Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SNAT_PORT_CURSOR, SOCKETS, USAGE,
     },
     open,
 };
@@ -83,12 +83,12 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_above_another(&self, ifindex: u32) -> bool {
-        matches!(kernel::stable_copy(|| WIRES.get_ptr(ifindex)), Ok(Some(wire)) if wire & WIRE_ABOVE != 0)
+        matches!(kernel::stable_copy(|| DEVICES.get_ptr(ifindex)), Ok(Some(flags)) if flags & DEVICE_UPPER != 0)
     }
 
     #[inline(always)]
-    fn tried(&self, backend: u32) -> u64 {
-        TRIED.get_ptr_mut(backend).map_or(0, |tried| MapValue::new(tried).count_up())
+    fn next_snat_port(&self, backend: u32) -> u64 {
+        SNAT_PORT_CURSOR.get_ptr_mut(backend).map_or(0, |cursor| MapValue::new(cursor).count_up())
     }
 
     #[inline(always)]
@@ -204,7 +204,7 @@ fn filter_word(direction: Direction, bit: u32) -> u32 {
 }
 
 macro_rules! family {
-    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $drafts:ident,
+    ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $flow_scratch:ident,
      $open:ident, $note_change:ident, $note_leaving:ident, $is_free:ident) => {
         impl FamilyTables<$address> for Maps {
             #[inline(always)]
@@ -281,8 +281,8 @@ macro_rules! family {
             }
 
             #[inline(always)]
-            fn draft<R>(&self, work: impl FnOnce(&mut Draft<$address>) -> R) -> Option<R> {
-                kernel::with_percpu($drafts.get_ptr_mut(0), work)
+            fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<$address>) -> R) -> Option<R> {
+                kernel::with_percpu($flow_scratch.get_ptr_mut(0), work)
             }
 
             #[inline(always)]
@@ -308,7 +308,7 @@ family!(
     FLOWS_V4,
     FOREIGN_V4,
     FRAGMENTS_V4,
-    DRAFTS_V4,
+    FLOW_SCRATCH_V4,
     open_v4,
     note_change_v4,
     note_leaving_v4,
@@ -322,7 +322,7 @@ family!(
     FLOWS_V6,
     FOREIGN_V6,
     FRAGMENTS_V6,
-    DRAFTS_V6,
+    FLOW_SCRATCH_V6,
     open_v6,
     note_change_v6,
     note_leaving_v6,

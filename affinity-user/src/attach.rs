@@ -7,12 +7,12 @@
 
 pub mod card;
 pub mod cgroup;
+pub mod device_flags;
 pub mod devices;
 pub mod discover;
 mod hook;
 mod netdev;
 pub mod others;
-pub mod wires;
 
 use std::{
     collections::BTreeSet,
@@ -582,7 +582,7 @@ pub fn is_attached(pins: &PinDir) -> Result<bool, AttachError> {
 
 fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError> {
     if attachment.hook.is_ingress() {
-        wires::withdraw(pins, attachment.ifindex)?;
+        device_flags::withdraw(pins, attachment.ifindex)?;
     }
     if attachment.hook.link().is_some() {
         // The kernel would detach a link that nobody holds, but only some time after the pin has gone.

@@ -69,9 +69,9 @@ const PINNED: [&str; 8] = [
 
 /// What programs go on with, and where they find it.
 const STAGES: [(&str, u32, &str); 3] = [
-    (names::XDP_STAGES, TAIL_XDP_REDIRECT, names::XDP_REDIRECT),
-    (names::TC_STAGES, TAIL_TC_REDIRECT, names::TC_REDIRECT),
-    (names::TC_STAGES, TAIL_TC_REPLY, names::TC_REPLY),
+    (names::XDP_TAIL_CALLS, TAIL_XDP_REDIRECT, names::XDP_REDIRECT),
+    (names::TC_TAIL_CALLS, TAIL_TC_REDIRECT, names::TC_REDIRECT),
+    (names::TC_TAIL_CALLS, TAIL_TC_REPLY, names::TC_REPLY),
 ];
 
 /// The dataplane cannot be loaded.

@@ -378,14 +378,14 @@ impl Sweeper {
 
     /// Writes down which services' clients all look like nodes; as many as there is room for.
     fn remark(&mut self) -> Result<(), StoreError> {
-        let room = self.store.remarks.info().max_entries as usize;
+        let room = self.store.service_conditions.info().max_entries as usize;
         self.remarked = self.pass.clients.look_like_nodes(&self.nodes).into_iter().take(room).collect();
-        let written = self.store.remarks.iter().collect::<Result<BTreeMap<u32, u32>, _>>()?;
+        let written = self.store.service_conditions.iter().collect::<Result<BTreeMap<u32, u32>, _>>()?;
         for service in written.keys().filter(|service| !self.remarked.contains(service)) {
-            self.store.remarks.remove(service)?;
+            self.store.service_conditions.remove(service)?;
         }
         for service in self.remarked.iter().filter(|service| !written.contains_key(service)) {
-            self.store.remarks.put(service, &CLIENTS_ARE_NODES)?;
+            self.store.service_conditions.put(service, &CLIENTS_ARE_NODES)?;
         }
         Ok(())
     }

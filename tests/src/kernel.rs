@@ -249,7 +249,7 @@ impl Kernel {
         put_hash(&store.members, model.members.iter().map(|(key, member)| (*key, *member)))?;
         for index in 0..store.backends.info().max_entries {
             store.backends.put(&index, model.backends.get(&index).context("the model lacks a backend")?)?;
-            store.tried.put(&index, &model.tried.borrow().get(&index).copied().unwrap_or(0))?;
+            store.snat_port_cursor.put(&index, &model.snat_port_cursor.borrow().get(&index).copied().unwrap_or(0))?;
             store.loads.store_u64(index, model.loads.borrow().get(&index).copied().unwrap_or(0));
         }
         for slot in 0..store.slots.len() {

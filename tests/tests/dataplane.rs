@@ -378,7 +378,7 @@ fn another_size_carries_the_entries_over() -> Result<()> {
         names::SESSIONS_V6,
         names::SLOTS,
         names::SOCKETS,
-        names::TRIED,
+        names::SNAT_PORT_CURSOR,
         names::USAGE,
     ];
     assert_eq!(loaded.resized, resized);

@@ -152,7 +152,7 @@ fn clients_that_all_look_like_nodes_are_told_of() -> Result<()> {
         eventually("all clients look like nodes", PATIENCE, told)?;
         let table = lab.affinity(&["get", "services"])?;
         assert!(table.contains(&format!("{}: all clients look like nodes", web.full_name())), "{table}");
-        assert!(lab.affinity(&["dump", "remarks"])?.contains(&web.full_name()));
+        assert!(lab.affinity(&["dump", "service_conditions"])?.contains(&web.full_name()));
         routes[0].dial(lab, 3, 1)?;
         eventually("one client is none", PATIENCE, || Ok(!told()?))?;
         assert!(!lab.affinity(&["get", "services"])?.contains("look like nodes"));

@@ -183,8 +183,11 @@ fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
         }
     }
     ensure!(lab.count("redirected")? == 0, "half of a connection would be seen by the stack");
-    let wires = lab.affinity(&["dump", "wires"])?;
-    ensure!(wires == "wires br0 -> above\nwires pod0 -> -\nwires pod1 -> -\nwires wire0 -> tc\n", "{wires}");
+    let devices = lab.affinity(&["dump", "devices"])?;
+    ensure!(
+        devices == "devices br0 -> upper\ndevices pod0 -> -\ndevices pod1 -> -\ndevices wire0 -> tc\n",
+        "{devices}"
+    );
     Ok(())
 }
 

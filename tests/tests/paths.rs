@@ -175,9 +175,11 @@ fn datagrams_in_fragments_arrive(lab: &Lab, calls: &[Call]) -> Result<()> {
     // Four long datagrams each, of two later fragments.
     let (followed, sent) = (lab.count("later-fragment")? - before, 4 * 2 * calls.len() as u64);
     ensure!(followed >= sent, "{followed} of {sent} fragments were followed");
-    for (map, shown) in
-        [("fragments_v4", " > 10.96.0.2 id="), ("fragments_v6", " > fd00:96::2 id="), ("tried", "pod-10000 ->")]
-    {
+    for (map, shown) in [
+        ("fragments_v4", " > 10.96.0.2 id="),
+        ("fragments_v6", " > fd00:96::2 id="),
+        ("snat_port_cursor", "pod-10000 ->"),
+    ] {
         let dump = lab.affinity(&["dump", map])?;
         ensure!(dump.contains(shown), "no {shown:?} in the dump of {map}: {dump}");
     }

@@ -162,25 +162,24 @@ pub struct FragmentKey<A> {
     pub pad: [u8; 2],
 }
 
-/// The one value, for each processor, of `drafts_v4` and `drafts_v6`: what is being worked out about a new connection. A
-/// program's stack has no room for it; and none that uses it is interrupted by another.
+/// The value of `flow_scratch_v4` and `flow_scratch_v6`, one per CPU: scratch memory to open a connection in, because the
+/// 512-byte stack has no room for it. Programs that use it do not interrupt each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
 #[repr(C)]
-pub struct Draft<A> {
-    /// The key of the packet. A copy: before Linux 6.2 the verifier takes no map key from the memory that a global function
-    /// got as its argument
+pub struct FlowScratch<A> {
+    /// The key of the packet. A copy: before Linux 6.2 the verifier rejects a map key that is an argument of a global function
     /// (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/verifier.c>, `map_key_value_types`).
     pub key: FlowKey<A>,
     /// The record of the flow.
     pub flow: Flow<A>,
-    /// That of its second translation: see [`crate::masquerade`].
-    pub second: Flow<A>,
-    /// The key of a packet that the client sends, as the second translation meets it.
-    pub forth: FlowKey<A>,
+    /// The record of its SNAT: see [`crate::snat`].
+    pub snat: Flow<A>,
+    /// The key of [`FlowScratch::snat`]: a packet of the client after DNAT.
+    pub snat_key: FlowKey<A>,
     /// The key of a reply.
-    pub back: FlowKey<A>,
-    /// A key of the flow that makes way, where one has to.
-    pub other: FlowKey<A>,
+    pub reply_key: FlowKey<A>,
+    /// A key of a finished flow that is removed.
+    pub conflict_key: FlowKey<A>,
 }
 
 /// [`Flow::state`]: the client has sent FIN.

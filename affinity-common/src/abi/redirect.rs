@@ -3,19 +3,19 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// `wires`: XDP may send frames out of the device. It runs XDP in its driver, which takes frames of others.
-pub const WIRE_XDP: u32 = 1;
-/// `wires`: TC may, what came in by another such device. What comes back meets TC as well, so that both directions of a
-/// connection go the same way.
-pub const WIRE_TC: u32 = 2;
-/// `wires`: the device is one end of a pair, with a pod at the other.
-pub const WIRE_POD: u32 = 4;
-/// `wires`: what comes in by the device has come in by one below it before, whose programs have seen it: by a port of the
-/// bridge or bond that it is, or by the device of the VLAN that it is.
-pub const WIRE_ABOVE: u32 = 8;
+/// `devices`: XDP may redirect frames to the device. It runs native XDP, and its driver accepts redirected frames.
+pub const DEVICE_REDIRECT_XDP: u32 = 1;
+/// `devices`: TC may redirect frames between the device and others with this flag. Both directions of a connection pass TC, so
+/// that both are redirected, or none.
+pub const DEVICE_REDIRECT_TC: u32 = 2;
+/// `devices`: the device is one end of a veth pair, with a pod at the other end.
+pub const DEVICE_POD: u32 = 4;
+/// `devices`: the device is an upper device: a bridge or bond with an attached port, or a VLAN of an attached device. The
+/// programs on the lower device have seen its frames before.
+pub const DEVICE_UPPER: u32 = 8;
 
-/// `wires`: the bits from here on say how the device came to its hooks, for people; no program reads them.
-pub const NOTE_SHIFT: u32 = 8;
+/// `devices`: the bits from here on hold a note for users: why the device has no XDP. No program reads them.
+pub const DEVICE_NOTE_SHIFT: u32 = 8;
 
 /// Value of `device_macs`: whose frames a device with XDP takes. XDP sees all frames, also those to other hosts that a device
 /// in promiscuous mode or a port of a bridge receives.
@@ -54,11 +54,11 @@ pub const XDP_META_PASSED: u32 = 0x6166_6670;
 /// XDP metadata: XDP translated the packet.
 pub const XDP_META_TRANSLATED: u32 = 0x6166_6674;
 
-/// Index in `xdp_stages` of the program that redirects packets to pods on other nodes.
+/// Index in `xdp_tail_calls` of the program that redirects packets to pods on other nodes.
 pub const TAIL_XDP_REDIRECT: u32 = 0;
-/// Index in `tc_stages` of the program that redirects translated packets.
+/// Index in `tc_tail_calls` of the program that redirects translated packets.
 pub const TAIL_TC_REDIRECT: u32 = 0;
-/// Index in `tc_stages` of the program that redirects replies.
+/// Index in `tc_tail_calls` of the program that redirects replies.
 pub const TAIL_TC_REPLY: u32 = 1;
 
 #[cfg(test)]

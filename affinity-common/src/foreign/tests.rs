@@ -8,10 +8,10 @@ use crate::{
         AFFINITY, BACKEND_LOCAL, Backend, Direction, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member,
         MemberKey, NODE, Node, Port, RangeKey, Reason, V4, filter_bit,
     },
-    masquerade::EXCHANGE_SILENT_NS,
     model::Model,
     parse::{ACK, FIN, RST, SYN, TCP, UDP},
     pipeline::{self, Verdict},
+    snat::EXCHANGE_SILENT_NS,
     tables::Tables,
     testing::{Ends, Shape},
 };

@@ -8,8 +8,8 @@ use bytemuck::Pod;
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, Draft, Event, Foreign, FragmentKey, MEMBER_READY, Member, MemberKey, Node,
-        Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
+        AFFINITY, BACKEND_LOCAL, Backend, Event, FlowScratch, Foreign, FragmentKey, MEMBER_READY, Member, MemberKey,
+        Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, TCP},
@@ -59,8 +59,8 @@ impl Tables for Failing {
     fn is_above_another(&self, ifindex: u32) -> bool {
         self.model.is_above_another(ifindex)
     }
-    fn tried(&self, backend: u32) -> u64 {
-        self.model.tried(backend)
+    fn next_snat_port(&self, backend: u32) -> u64 {
+        self.model.next_snat_port(backend)
     }
     fn slot(&self, index: u32) -> Option<u32> {
         self.model.slot(index)
@@ -108,7 +108,7 @@ where
         foreign::note_leaving(self, headers);
     }
     fn is_free(&self, replies: &FlowKey<A>) -> bool {
-        masquerade::is_free(self, replies)
+        snat::is_free(self, replies)
     }
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
         self.model.foreign(replies)
@@ -126,8 +126,8 @@ where
     fn remove_flow(&self, key: &FlowKey<A>) {
         self.model.remove_flow(key);
     }
-    fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R> {
-        self.model.draft(work)
+    fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R> {
+        self.model.flow_scratch(work)
     }
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
         self.model.fragment(key)

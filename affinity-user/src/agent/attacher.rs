@@ -22,7 +22,7 @@ use super::Options;
 use crate::{
     attach::{
         self, AttachError, Attached, Device, Devices, Finding, Framing, Hook, Note, OtherEnd, Why, XdpPolicy,
-        device_name, roles, wires::Wire,
+        device_flags::AttachedDevice, device_name, roles,
     },
     desired::Services,
     load::PinDir,
@@ -198,7 +198,7 @@ impl Attacher {
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        for loser in attach::wires::publish(&self.pins, &self.wires(look))? {
+        for loser in attach::device_flags::publish(&self.pins, &self.attached_devices(look))? {
             if let Some(held) = self.attached.get(&loser) {
                 warn!("{}: {}", held.name, Note::AnswersLost);
             }
@@ -214,8 +214,8 @@ impl Attacher {
         held.ruled_out == ruled_out
     }
 
-    fn wires(&self, look: &Look) -> Vec<Wire<'_>> {
-        let wire = |device: &Device| {
+    fn attached_devices(&self, look: &Look) -> Vec<AttachedDevice<'_>> {
+        let attached = |device: &Device| {
             let Held { hooks, note, .. } = self.attached.get(&device.index)?;
             let leads_to_pod = look.roles.get(&device.index).is_some_and(|finding| finding.why == Why::PodSide);
             let controller = device.controller;
@@ -226,9 +226,18 @@ impl Attacher {
                 OtherEnd::Here(index) if device.kind.as_deref() == Some("vlan") => Some(index),
                 OtherEnd::None | OtherEnd::Here(_) | OtherEnd::Elsewhere => None,
             };
-            Some(Wire { ifindex: device.index, hooks, leads_to_pod, controller, below, macs, is_pair, note: *note })
+            Some(AttachedDevice {
+                ifindex: device.index,
+                hooks,
+                leads_to_pod,
+                controller,
+                below,
+                macs,
+                is_pair,
+                note: *note,
+            })
         };
-        look.devices.iter().filter_map(wire).collect()
+        look.devices.iter().filter_map(attached).collect()
     }
 
     /// As [`Attacher::reconcile`], until all devices have been seen to. Returns the first failure of a device that the user

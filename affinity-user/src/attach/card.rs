@@ -5,7 +5,7 @@
 
 use std::{ffi::OsStr, fmt, fs, io, path::Path};
 
-use affinity_common::abi::NOTE_SHIFT;
+use affinity_common::abi::DEVICE_NOTE_SHIFT;
 
 use super::{Device, XdpFeatures, xdp_features};
 use crate::sys;
@@ -23,7 +23,7 @@ const MTU_OF_ETHERNET: u32 = 1500;
 const GUEST_OFFLOADS: [usize; 7] = [1, 7, 8, 9, 10, 54, 55];
 const CTRL_GUEST_OFFLOADS: usize = 2;
 
-/// What the hooks of a device do not tell by themselves. Its number is in the map `wires`, see [`NOTE_SHIFT`].
+/// What the hooks of a device do not tell by themselves. Its number is in the map `devices`, see [`DEVICE_NOTE_SHIFT`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Note {
     /// The driver runs no XDP programs.
@@ -63,7 +63,7 @@ impl Note {
     /// The number of [`Note::Refused`]; the error number follows it.
     const REFUSED: u32 = 255;
 
-    /// As bits of a value of `wires`.
+    /// As bits of a value of `devices`.
     #[must_use]
     pub fn to_bits(self) -> u32 {
         let number = if let Self::Refused(errno) = self {
@@ -71,13 +71,13 @@ impl Note {
         } else {
             (1..).zip(Self::PLAIN).find(|(_, note)| *note == self).map_or(0, |(number, _)| number)
         };
-        number << NOTE_SHIFT
+        number << DEVICE_NOTE_SHIFT
     }
 
     /// The inverse of [`Note::to_bits`]; none where there is none, or one of a later version.
     #[must_use]
     pub fn from_bits(bits: u32) -> Option<Self> {
-        let bits = bits >> NOTE_SHIFT;
+        let bits = bits >> DEVICE_NOTE_SHIFT;
         match bits & 0xff {
             Self::REFUSED => Some(Self::Refused((bits >> 8) as u16)),
             number => Self::PLAIN.get((number as usize).checked_sub(1)?).copied(),
@@ -196,10 +196,10 @@ mod tests {
     fn notes_lead_back() {
         for note in Note::PLAIN.into_iter().chain([Note::Refused(1), Note::Refused(4095)]) {
             assert_eq!(Note::from_bits(note.to_bits() | 7), Some(note));
-            assert_eq!(note.to_bits() & ((1 << NOTE_SHIFT) - 1), 0, "the programs' bits are untouched");
+            assert_eq!(note.to_bits() & ((1 << DEVICE_NOTE_SHIFT) - 1), 0, "the programs' bits are untouched");
         }
         assert_eq!(Note::from_bits(7), None);
-        assert_eq!(Note::from_bits(200 << NOTE_SHIFT), None);
+        assert_eq!(Note::from_bits(200 << DEVICE_NOTE_SHIFT), None);
     }
 
     #[test]

@@ -206,7 +206,8 @@ fn devices(pin_dir: &Path) -> Result<Vec<DeviceView>, Error> {
     let pins = PinDir::new(pin_dir);
     let (devices, network) = attach::survey()?;
     let roles = attach::roles(&devices, &network);
-    let mut views = DeviceView::all(&attach::attachments(&pins)?, device_name, &roles, &attach::wires::notes(&pins)?);
+    let mut views =
+        DeviceView::all(&attach::attachments(&pins)?, device_name, &roles, &attach::device_flags::notes(&pins)?);
     views.extend(DeviceView::cgroups(&attach::cgroup::attachments(&pins)?, attach::cgroup::directory));
     Ok(views)
 }

@@ -131,7 +131,7 @@ impl Sizes {
             names::SOCKETS => self.sessions.div_ceil(SESSIONS_PER_SOCKET),
             names::FRONTENDS_V4 | names::FRONTENDS_V6 => self.frontends,
             names::MEMBERS => self.members,
-            names::BACKENDS | names::LOADS | names::TRIED => self.backends,
+            names::BACKENDS | names::LOADS | names::SNAT_PORT_CURSOR => self.backends,
             names::SLOTS => self.slots,
             names::NAMES => self.names,
             names::USAGE => self.usage,

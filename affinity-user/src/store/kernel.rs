@@ -139,10 +139,10 @@ pub struct KernelStore {
     pub v6: FamilyTables<V6>,
     /// What masquerading uses, under the key zero.
     pub node: Table<u32, Node>,
-    /// Backend index -> how many source ports were tried for connections to it.
-    pub tried: Table<u32, u64>,
+    /// Backend index -> position in the range of SNAT ports.
+    pub snat_port_cursor: Table<u32, u64>,
     /// Ifindex -> what may be sent out of the device.
-    pub wires: Table<u32, u32>,
+    pub devices: Table<u32, u32>,
     /// Members of pools.
     pub members: Table<MemberKey, Member>,
     /// Backends by index; one that was never used is zero.
@@ -166,7 +166,7 @@ pub struct KernelStore {
     /// What the agent tells about itself, under the key zero.
     pub status: Table<u32, Status>,
     /// Service id -> what the agent has noticed about it.
-    pub remarks: Table<u32, u32>,
+    pub service_conditions: Table<u32, u32>,
     /// The event ring.
     pub events: sys::Map,
     report: OwnedFd,
@@ -223,8 +223,8 @@ impl KernelStore {
                 ],
             )?,
             node: Table::open(maps, names::NODE)?,
-            tried: Table::open(maps, names::TRIED)?,
-            wires: Table::open(maps, names::WIRES)?,
+            snat_port_cursor: Table::open(maps, names::SNAT_PORT_CURSOR)?,
+            devices: Table::open(maps, names::DEVICES)?,
             members: Table::open(maps, names::MEMBERS)?,
             backends: Table::open(maps, names::BACKENDS)?,
             generations: words(names::BACKENDS)?,
@@ -236,7 +236,7 @@ impl KernelStore {
             filter: words(names::FILTER)?,
             loads: words(names::LOADS)?,
             status: Table::open(maps, names::STATUS)?,
-            remarks: Table::open(maps, names::REMARKS)?,
+            service_conditions: Table::open(maps, names::SERVICE_CONDITIONS)?,
             events: table::open(maps, names::EVENTS)?,
             report: sys::obj_get(&pins.prog(names::REPORT)).map_err(|error| failed(names::EVENTS, "report", error))?,
             correct: sys::obj_get(&pins.prog(names::CORRECT))

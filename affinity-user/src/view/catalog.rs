@@ -79,7 +79,7 @@ pub struct Catalog {
     policies: BTreeMap<u32, Policy>,
     status: Option<StatusView>,
     /// Service -> what the agent has noticed about it.
-    remarks: BTreeMap<u32, u32>,
+    service_conditions: BTreeMap<u32, u32>,
     namespaces: OnceLock<BTreeMap<u64, KnownNamespace>>,
 }
 
@@ -116,7 +116,7 @@ impl Catalog {
             frontends,
             policies,
             status: None,
-            remarks: BTreeMap::new(),
+            service_conditions: BTreeMap::new(),
             namespaces: OnceLock::new(),
         }
     }
@@ -129,14 +129,16 @@ impl Catalog {
 
     /// With what the agent has noticed about services.
     #[must_use]
-    pub fn with_remarks(self, remarks: BTreeMap<u32, u32>) -> Self {
-        Self { remarks, ..self }
+    pub fn with_remarks(self, service_conditions: BTreeMap<u32, u32>) -> Self {
+        Self { service_conditions, ..self }
     }
 
     /// Whether all clients that are pinned to a service look like nodes of the cluster.
     #[must_use]
     pub fn clients_are_nodes(&self, service: u32) -> bool {
-        self.remarks.get(&service).is_some_and(|remarks| remarks & CLIENTS_ARE_NODES != 0)
+        self.service_conditions
+            .get(&service)
+            .is_some_and(|service_conditions| service_conditions & CLIENTS_ARE_NODES != 0)
     }
 
     /// With these network namespaces, by their cookies, in place of those that the machine has.

@@ -10,10 +10,10 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, BESIDE, Event, FILTER_BITS, Flow,
-        FlowKey, Foreign, FragmentKey, Frontend, MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port,
-        RANGES, REASONS, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Session, SessionKey, Socket, SocketKey, USAGES,
-        UsageOf, V4, V6, WIRE_ABOVE, WIRE_POD, WIRE_TC, WIRE_XDP,
+        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, BESIDE, DEVICE_POD,
+        DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DEVICE_UPPER, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey,
+        Frontend, MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey,
+        SHADOW, SHARED, SILENT, SPLIT, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
     },
     names,
 };
@@ -339,37 +339,41 @@ impl<'a> Dump<'a> {
         lines.into_values().collect()
     }
 
-    /// Backends for whose connections the node's source ports were tried; `tried` is the map, by backend index.
+    /// Backends whose connections use source ports of the node; `cursors` is the map, by backend index.
     #[must_use]
-    pub fn tried(&self, tried: impl IntoIterator<Item = (u32, u64)>) -> Vec<String> {
-        let counted = tried.into_iter().filter(|&(_, ports)| ports != 0);
+    pub fn snat_port_cursor(&self, cursors: impl IntoIterator<Item = (u32, u64)>) -> Vec<String> {
+        let counted = cursors.into_iter().filter(|&(_, ports)| ports != 0);
         let lines: BTreeSet<_> = counted
             .map(|(index, ports)| {
-                format!("{} {} -> {ports} ports", names::TRIED, self.catalog.backend_now(index).full_name())
+                format!("{} {} -> {ports} ports", names::SNAT_PORT_CURSOR, self.catalog.backend_now(index).full_name())
             })
             .collect();
         lines.into_iter().collect()
     }
 
-    /// How devices take frames that came in by others, by device; `wires` is the map, by ifindex, and `name` gives a
-    /// device's name. One whose bits are zero takes none.
+    /// The flags of attached devices; `devices` is the map, by ifindex, and `name` gives a device's name. `-`: nothing is
+    /// redirected to it.
     #[must_use]
-    pub fn wires(
+    pub fn devices(
         &self,
-        wires: impl IntoIterator<Item = (u32, u32)>,
+        devices: impl IntoIterator<Item = (u32, u32)>,
         name: impl Fn(u32) -> Option<String>,
     ) -> Vec<String> {
-        const WAYS: [(u32, &str); 4] =
-            [(WIRE_XDP, " xdp"), (WIRE_TC, " tc"), (WIRE_POD, " pod"), (WIRE_ABOVE, " above")];
+        const FLAGS: [(u32, &str); 4] = [
+            (DEVICE_REDIRECT_XDP, " xdp"),
+            (DEVICE_REDIRECT_TC, " tc"),
+            (DEVICE_POD, " pod"),
+            (DEVICE_UPPER, " upper"),
+        ];
 
         let line = |(ifindex, bits): (u32, u32)| {
             let device = name(ifindex).unwrap_or_else(|| ifindex.to_string());
-            let ways: String = WAYS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, way)| *way).collect();
-            let ways = if ways.is_empty() { " -" } else { &ways };
+            let flags: String = FLAGS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| *flag).collect();
+            let flags = if flags.is_empty() { " -" } else { &flags };
             let note = Note::from_bits(bits).map_or(String::new(), |note| format!(" ({note})"));
-            format!("{} {device} ->{ways}{note}", names::WIRES)
+            format!("{} {device} ->{flags}{note}", names::DEVICES)
         };
-        wires.into_iter().map(line).collect::<BTreeSet<_>>().into_iter().collect()
+        devices.into_iter().map(line).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Sockets, by what each is found for, protocol and cookie.
@@ -413,9 +417,9 @@ impl<'a> Dump<'a> {
 
     /// What the agent has noticed about services.
     #[must_use]
-    pub fn remarks(&self) -> Vec<String> {
+    pub fn service_conditions(&self) -> Vec<String> {
         let services = self.catalog.services().into_iter().filter(|(_, id)| self.catalog.clients_are_nodes(*id));
-        services.map(|(name, _)| format!("{} {name} -> clients-are-nodes", names::REMARKS)).collect()
+        services.map(|(name, _)| format!("{} {name} -> clients-are-nodes", names::SERVICE_CONDITIONS)).collect()
     }
 
     /// How old the source's view is; only with times.
@@ -503,10 +507,15 @@ mod tests {
             pad: [0; 2],
         };
         lines.extend(dump.fragments([(fragment, key)]));
-        lines.extend(dump.tried([(1, 7), (2, 0), (3, 65)]));
+        lines.extend(dump.snat_port_cursor([(1, 7), (2, 0), (3, 65)]));
         let name = |ifindex| (ifindex != 9).then(|| format!("eth{ifindex}"));
-        lines.extend(dump.wires(
-            [(4, WIRE_TC | WIRE_POD), (2, WIRE_XDP | WIRE_TC), (9, WIRE_TC | Note::Mtu.to_bits()), (3, 0)],
+        lines.extend(dump.devices(
+            [
+                (4, DEVICE_REDIRECT_TC | DEVICE_POD),
+                (2, DEVICE_REDIRECT_XDP | DEVICE_REDIRECT_TC),
+                (9, DEVICE_REDIRECT_TC | Note::Mtu.to_bits()),
+                (3, 0),
+            ],
             name,
         ));
         lines.extend(dump.counters(&[0, 2, 0, 0, 0, 70]));
@@ -562,12 +571,12 @@ mod tests {
         flows_v4 dnat TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
         flows_v4 rev-dnat TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
         fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> forward TCP 192.0.2.1:40000 > 10.96.0.10:80
-        tried 10.244.0.3 -> 65 ports
-        tried default/web-0 -> 7 ports
-        wires 9 -> tc (no XDP: the MTU is too large for the driver)
-        wires eth2 -> xdp tc
-        wires eth3 -> -
-        wires eth4 -> tc pod
+        snat_port_cursor 10.244.0.3 -> 65 ports
+        snat_port_cursor default/web-0 -> 7 ports
+        devices 9 -> tc (no XDP: the MTU is too large for the driver)
+        devices eth2 -> xdp tc
+        devices eth3 -> -
+        devices eth4 -> tc pod
         counters truncated -> 2
         counters not-frontend -> 70
         events created default/web 192.0.2.1 -> default/web-0

@@ -29,8 +29,8 @@ impl Catalog {
             observed = store.observe()?;
         }
         let status = store.status.get(&0)?.unwrap_or_default();
-        let remarks = store.remarks.iter().collect::<Result<_, _>>()?;
-        Ok(Self::new(observed, store.usage_sums()?, Clock::now()).with_status(&status).with_remarks(remarks))
+        let service_conditions = store.service_conditions.iter().collect::<Result<_, _>>()?;
+        Ok(Self::new(observed, store.usage_sums()?, Clock::now()).with_status(&status).with_remarks(service_conditions))
     }
 }
 

@@ -7,11 +7,12 @@ use bytemuck::Pod;
 
 use super::*;
 use crate::{
-    abi::{Draft, Field, Flow, FlowKey, Foreign, FragmentKey, Node},
-    flow, foreign, masquerade,
+    abi::{Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Node},
+    flow, foreign,
     model::Shared,
     parse::Headers,
     pipeline::{self, Opened},
+    snat,
     tables::{Entry, FamilyTables, NotStored, Pin, Unstable},
 };
 
@@ -132,8 +133,8 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
     fn is_above_another(&self, ifindex: u32) -> bool {
         self.cluster.0.is_above_another(ifindex)
     }
-    fn tried(&self, backend: u32) -> u64 {
-        self.cluster.0.tried(backend)
+    fn next_snat_port(&self, backend: u32) -> u64 {
+        self.cluster.0.next_snat_port(backend)
     }
     fn slot(&self, index: u32) -> Option<u32> {
         self.cluster.0.slot(index)
@@ -184,7 +185,7 @@ where
         foreign::note_leaving(self, headers);
     }
     fn is_free(&self, replies: &FlowKey<A>) -> bool {
-        masquerade::is_free(self, replies)
+        snat::is_free(self, replies)
     }
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
         self.cluster.0.foreign(replies).map(|known| Stepwise(known, self))
@@ -201,8 +202,8 @@ where
     fn remove_flow(&self, key: &FlowKey<A>) {
         self.cluster.0.remove_flow(key);
     }
-    fn draft<R>(&self, work: impl FnOnce(&mut Draft<A>) -> R) -> Option<R> {
-        self.own.draft(work)
+    fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R> {
+        self.own.flow_scratch(work)
     }
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
         self.cluster.0.fragment(key)
