@@ -49,7 +49,9 @@ pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
 pub use status::{SourceKind, Status};
 
 /// Version of this layout.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
+/// The oldest layout whose records are those of this one: an upgrade takes over its maps, as far as they have the same names.
+pub const OLDEST_READABLE: u32 = 3;
 
 /// An IPv4 or IPv6 address in network byte order; the one parameter of all that exists per family.
 pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {

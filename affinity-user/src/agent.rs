@@ -256,12 +256,13 @@ fn attach_once(
 
 /// Of another version of affinity, perhaps: it would go on beside this one.
 fn replace_other_layouts(pins: &PinDir) -> Result<(), AgentError> {
-    for attach::Replaced { layout, adopted, detached } in attach::replace_other_layouts(pins)? {
+    for attach::Replaced { layout, adopted, detached, keeps_maps } in attach::replace_other_layouts(pins)? {
         warn!(
             "a dataplane of another version (map layout {layout}) is replaced: {} run the programs of this version, {} \
-             taken off; its pins and connections are forgotten",
+             taken off; its pins and connections are {}",
             count(adopted, "attachment"),
             count(detached, "attachment"),
+            if keeps_maps { "kept" } else { "forgotten" },
         );
     }
     Ok(())

@@ -501,10 +501,12 @@ pub struct Replaced {
     pub adopted: usize,
     /// Those that were taken off instead.
     pub detached: usize,
+    /// Whether this version has taken over its maps, and with them its pins and connections.
+    pub keeps_maps: bool,
 }
 
-/// Puts the programs of this version into what dataplanes of other layouts have attached, and removes the rest of them:
-/// each packet meets the old programs or the new ones. Their pins and connections are forgotten.
+/// Replaces the programs that dataplanes of other layouts have attached by those of this version, so that each packet meets
+/// one of them, and removes the rest of these dataplanes.
 ///
 /// # Errors
 /// [`AttachError`] where a pin cannot be moved or removed.
@@ -520,7 +522,7 @@ pub fn replace_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError
             }
         }
         other.remove_layout()?;
-        replaced.push(Replaced { layout: other.layout(), adopted, detached });
+        replaced.push(Replaced { layout: other.layout(), adopted, detached, keeps_maps: other.is_readable() });
     }
     Ok(replaced)
 }
@@ -537,7 +539,7 @@ pub fn detach_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError>
             detached += usize::from(detach_unknown(&path)?);
         }
         other.remove_layout()?;
-        removed.push(Replaced { layout: other.layout(), adopted: 0, detached });
+        removed.push(Replaced { layout: other.layout(), adopted: 0, detached, keeps_maps: false });
     }
     Ok(removed)
 }

@@ -1,8 +1,9 @@
 //! Loads the programs and the maps, and puts them where they outlive this process.
 //!
-//! A load over a dataplane that runs is an upgrade: pinned maps of the same layout are used again, maps of another size
-//! are carried over, and the new programs take the place of the old ones inside the links that are attached, so
-//! that each packet meets the one or the other. A load that fails leaves what ran as it was.
+//! A load over a dataplane that runs is an upgrade: pinned maps of the same layout are used again, the entries of maps of another
+//! size are copied, and the new programs replace the old ones in the attached links, so that each packet meets one of them. Maps
+//! of an older layout with the same records ([`abi::OLDEST_READABLE`]) are used by both versions until the old programs are
+//! replaced. A load that fails leaves what ran as it was.
 
 mod carry;
 mod clock;
@@ -22,7 +23,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{CONFIG_MAGIC, Config, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT},
+    abi::{self, CONFIG_MAGIC, Config, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT},
     flow::REFRESH_NS,
     names,
     refuse::rejection_interval_ns,
@@ -207,7 +208,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
         return Err(LoadError::NoJit);
     }
     let before = pins.pinned()?;
-    let prepared = prepare(pins, options).inspect_err(|_| roll_back(pins, &before))?;
+    let prepared = prepare(pins, &before, options).inspect_err(|_| roll_back(pins, &before))?;
     let Prepared { plans, ticks, since_ns, loaded } = prepared;
     let Beside { ebpf, programs, without_sockets, dropped } = loaded;
     // Where a dataplane runs, a part of it may use the new maps and programs from here on.
@@ -232,13 +233,31 @@ struct Prepared {
     loaded: Beside,
 }
 
-fn prepare(pins: &PinDir, options: &Options) -> Result<Prepared, LoadError> {
+fn prepare(pins: &PinDir, before: &Pinned, options: &Options) -> Result<Prepared, LoadError> {
     pins.create()?;
+    if !before.has_maps() {
+        share_older_maps(pins, options)?;
+    }
     let plans = plan(pins, options)?;
     let ticks = measure_clock(options)?;
     let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
     let loaded = load_beside(pins, options, &plans, ticks)?;
     Ok(Prepared { plans, ticks, since_ns, loaded })
+}
+
+/// Pins the maps of an older dataplane here as well, if this version can use them. So nothing is lost that the old programs
+/// write until they are replaced. Maps that the older layout does not have are made new.
+fn share_older_maps(pins: &PinDir, options: &Options) -> Result<(), LoadError> {
+    let Some(older) = pins.other_layouts()?.into_iter().rfind(PinDir::is_readable) else { return Ok(()) };
+    for (name, needed) in needed_by(options.object(), &options.sizes)? {
+        match Map::open(&older.map(name)) {
+            Ok(map) if layout(map.info()) == layout(&needed) => sys::obj_pin(map.as_fd(), &pins.map(name))?,
+            Ok(_) => {}
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Removes what a load that failed has pinned.

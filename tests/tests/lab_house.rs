@@ -9,11 +9,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use affinity_common::abi::{Session, SessionKey, V4};
+use affinity_common::abi::{OLDEST_READABLE, Session, SessionKey, V4};
 use affinity_common::names;
 use affinity_tests::apiserver::ApiServer;
 use affinity_tests::kubeproxy::Mode;
-use affinity_tests::lab::{Lab, NODE_NAME, WIRE, eventually};
+use affinity_tests::lab::{Family, Lab, NODE_NAME, Protocol, WIRE, eventually};
 use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
@@ -80,8 +80,12 @@ fn an_agent_keeps_others_away_whatever_the_spelling_of_the_pin_directory() -> Re
 
 /// Makes the dataplane one of another version, as far as its place tells.
 fn age(lab: &Lab) -> Result<std::path::PathBuf> {
+    age_to(lab, 0)
+}
+
+fn age_to(lab: &Lab, version: u32) -> Result<std::path::PathBuf> {
     let pins = PinDir::new(lab.pin_dir());
-    let (current, old) = (lab.pin_dir().join(pins.layout()), lab.pin_dir().join("v0"));
+    let (current, old) = (lab.pin_dir().join(pins.layout()), lab.pin_dir().join(format!("v{version}")));
     fs::rename(&current, &old)?;
     Ok(old)
 }
@@ -107,6 +111,33 @@ fn a_dataplane_of_another_version_is_named_replaced_and_gone() -> Result<()> {
         agent.terminate()?;
         lab.affinity(&["detach"])?;
         ensure!(!is_served(&lab), "{hook:?}: something is still attached");
+    }
+    Ok(())
+}
+
+/// As an upgrade from the layout before this one, whose records are the same.
+#[test]
+fn an_upgrade_keeps_pins_and_open_connections() -> Result<()> {
+    for hook in Hook::ALL {
+        let lab = Lab::with_pods(3)?;
+        let web = web().client_ip();
+        lab.publish(&web)?;
+        lab.agent(&hook.args())?.terminate()?;
+        let pods = || -> Result<Vec<Vec<String>>> {
+            Route::all_to(&web).iter().map(|route| route.dial_all(&lab, 0..30)).collect()
+        };
+        let before = pods()?;
+        let from = Family::V4.client(0);
+        let mut open = lab.client().connect(Protocol::Tcp, from, web.frontend(Family::V4, "http"))?;
+        let pod = open.ask("/")?;
+        let old = age_to(&lab, OLDEST_READABLE)?;
+
+        let agent = lab.agent(&hook.args())?;
+        let is_said = agent.log().iter().any(|line| line.contains("pins and connections are kept"));
+        ensure!(is_said && !old.exists(), "{hook:?}: {:?}", agent.log());
+        ensure!(open.ask("/")? == pod, "{hook:?}: the open connection");
+        ensure!(pods()? == before, "{hook:?}: clients have moved");
+        agent.terminate()?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The pin directory: where the dataplane lives while no agent runs.
 //!
-//! `DIR/v2/maps/NAME`, `DIR/v2/progs/NAME`, `DIR/v2/links/IFINDEX-HOOK`. The version is the map layout's
-//! ([`abi::VERSION`]): programs of another layout never see these maps.
+//! `DIR/v4/maps/NAME`, `DIR/v4/progs/NAME`, `DIR/v4/links/IFINDEX-HOOK`. The number is the version of the map layout
+//! ([`abi::VERSION`]): programs see only maps whose layout they know.
 
 use std::{
     collections::BTreeSet,
@@ -71,10 +71,7 @@ impl PinDir {
     /// # Errors
     /// [`PinError`] where the root cannot be read.
     pub fn other_layouts(&self) -> Result<Vec<Self>, PinError> {
-        let is_layout = |path: &PathBuf| {
-            let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
-            number.is_some() && *path != self.version
-        };
+        let is_layout = |path: &PathBuf| layout_number(path).is_some() && *path != self.version;
         let layouts = list(&self.root)?.into_iter().filter(is_layout);
         Ok(layouts.map(|version| Self { root: self.root.clone(), version }).collect())
     }
@@ -83,6 +80,13 @@ impl PinDir {
     #[must_use]
     pub fn layout(&self) -> String {
         self.version.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// Whether this version can use the records of the layout.
+    #[must_use]
+    pub fn is_readable(&self) -> bool {
+        let number = layout_number(&self.version);
+        number.is_some_and(|number| (abi::OLDEST_READABLE..=abi::VERSION).contains(&number))
     }
 
     /// The directory that the user named.
@@ -297,6 +301,11 @@ impl Pinned {
     pub const fn has_maps(&self) -> bool {
         self.has_maps
     }
+}
+
+/// The number of the layout that a directory is for; none where it is for none.
+fn layout_number(path: &Path) -> Option<u32> {
+    path.file_name()?.to_str()?.strip_prefix('v')?.parse().ok()
 }
 
 /// BPF filesystems allow no dot in a name.
