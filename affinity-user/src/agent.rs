@@ -45,13 +45,13 @@ pub use self::{
     sockets::SocketOptions,
 };
 use self::{
-    attacher::{Attacher, Look, Summary, Worker},
+    attacher::{Attacher, DeviceSnapshot, Summary, Worker},
     health::HealthChecks,
-    notices::{LOOK_EVERY, Noticer},
+    notices::{EventRecorder, LOOK_EVERY},
     port_guard::PortGuard,
     publish::{Publisher, count},
     sockets::Sockets,
-    status::{TELL_EVERY, Teller},
+    status::{StatusWriter, TELL_EVERY},
     sweeping::{Findings, Sweeping},
     undo::all_or_nothing,
     upkeep::Upkeep,
@@ -63,7 +63,7 @@ use crate::{
     linger::Limits,
     load::{self, LoadError, Loaded, Memory, PinDir, PinError, mib, monotonic_ns},
     metrics::Vitals,
-    sockets::Closer,
+    sockets::SocketDestroyer,
     source::{Feed, ObjectName, Snapshot, Source, SourceError, View},
     store::{
         StoreError,
@@ -206,11 +206,11 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         let pins = PinDir::new(&options.pin_dir);
         let mut attacher = Attacher::new(pins.clone(), options)?;
         let mut devices = Devices::new().map_err(no_netlink)?;
-        let look = Look::at(&mut devices, attacher.needs_roles()).await.map_err(no_netlink)?;
-        if let Some(missing) = attacher.without_device(&look).pop() {
+        let device_snapshot = DeviceSnapshot::at(&mut devices, attacher.needs_roles()).await.map_err(no_netlink)?;
+        if let Some(missing) = attacher.without_device(&device_snapshot).pop() {
             return Err(AgentError::NoDevice(missing));
         }
-        if attacher.finds_none(&look) {
+        if attacher.finds_none(&device_snapshot) {
             return Err(AgentError::NothingFound);
         }
         let snapshot = options.source.read().await?;
@@ -220,7 +220,8 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
         }
         let node = seen(&devices, &options.node).await?;
         warn_of_unserved(&mut devices).await?;
-        all_or_nothing(&pins, async { attach_once(options, &pins, &mut attacher, &look, node, &snapshot) }).await
+        all_or_nothing(&pins, async { attach_once(options, &pins, &mut attacher, &device_snapshot, node, &snapshot) })
+            .await
     })
 }
 
@@ -229,7 +230,7 @@ fn attach_once(
     options: &Options,
     pins: &PinDir,
     attacher: &mut Attacher,
-    look: &Look,
+    device_snapshot: &DeviceSnapshot,
     node: NodeFacts,
     snapshot: &Snapshot,
 ) -> Result<(), AgentError> {
@@ -244,8 +245,8 @@ fn attach_once(
     publisher.publish()?;
     PortGuard::new(options.reserve_ports).look(publisher.desired());
     replace_other_layouts(pins)?;
-    Teller::new(pins, &options.source, view)?.tell()?;
-    let failure = attacher.reconcile_all(look)?;
+    StatusWriter::new(pins, &options.source, view)?.tell()?;
+    let failure = attacher.reconcile_all(device_snapshot)?;
     attacher.tell_of_others(options.services);
     sockets::reconcile(pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
     if let Some(failure) = failure {
@@ -372,11 +373,11 @@ struct Agent {
     /// Whether devices are left to a dataplane of another version, because nothing is published yet.
     is_held_back: bool,
     sweeping: Sweeping,
-    closer: Closer,
+    socket_destroyer: SocketDestroyer,
     consumer: Consumer,
-    teller: Teller,
+    status_writer: StatusWriter,
     /// None where nobody would read them.
-    noticer: Option<Noticer>,
+    event_recorder: Option<EventRecorder>,
     node: NodeFacts,
     vitals: Arc<Vitals>,
     /// What the programs log goes to this process's log; none where they log nothing.
@@ -454,14 +455,15 @@ impl Agent {
         warn_of_unserved(&mut devices).await?;
         let cgroup = sockets::reconcile(&pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
         let mut agent = Self {
-            teller: Teller::new(&pins, &options.source, feed.view.clone())?,
-            noticer: feed.notices.clone().map(Noticer::new),
+            status_writer: StatusWriter::new(&pins, &options.source, feed.view.clone())?,
+            event_recorder: feed.notices.clone().map(EventRecorder::new),
             node: options.node.clone(),
             consumer,
             flush_log: log_reader(&mut loaded),
             upkeep: Upkeep::new(&pins)?,
             sockets: Sockets::new(pins.clone(), cgroup),
-            closer: Closer::start(&options.pin_dir).map_err(|error| AgentError::System("thread", error))?,
+            socket_destroyer: SocketDestroyer::start(&options.pin_dir)
+                .map_err(|error| AgentError::System("thread", error))?,
             sweeping: Sweeping::start(
                 Sweeper::new(KernelStore::open(&options.pin_dir)?, filter, feed.nodes.clone())?
                     .with_gap(options.limits.gap),
@@ -554,7 +556,7 @@ impl Agent {
                 self.health.follow(self.publisher.desired());
                 self.ports.look(self.publisher.desired());
                 if published.left {
-                    self.closer.backends_left();
+                    self.socket_destroyer.backends_left();
                 }
                 if !self.is_ready {
                     self.take_over()?;
@@ -565,7 +567,7 @@ impl Agent {
                 let after = retry.failed();
                 error!("{error}; trying again in {after:?}");
                 // It may have come as far as backends.
-                self.closer.backends_left();
+                self.socket_destroyer.backends_left();
             }
         }
         Ok(())
@@ -578,7 +580,7 @@ impl Agent {
             Ok(true) => {}
             Err(error) => error!("{error}"),
         }
-        self.closer.backends_left();
+        self.socket_destroyer.backends_left();
         if self.publisher.is_due() { self.publish(retry) } else { Ok(()) }
     }
 
@@ -596,15 +598,15 @@ impl Agent {
         if let Some(Err(error)) = met.map(|met| self.publisher.forget_names(&met)) {
             error!("{error}");
         }
-        let Some(noticer) = &mut self.noticer else { return };
+        let Some(event_recorder) = &mut self.event_recorder else { return };
         let now = std::time::Instant::now();
         if let Some(services) = clients_are_nodes {
-            noticer.clients_are_nodes = services.iter().filter_map(|service| named(service)).collect();
+            event_recorder.clients_are_nodes = services.iter().filter_map(|service| named(service)).collect();
         }
-        noticer.look(self.publisher.problems(), self.publisher.desired(), now);
+        event_recorder.look(self.publisher.problems(), self.publisher.desired(), now);
         for service in evicted {
             if let Some(service) = named(&service) {
-                noticer.evicted(&service, self.node.name.as_deref().unwrap_or_default(), now);
+                event_recorder.evicted(&service, self.node.name.as_deref().unwrap_or_default(), now);
             }
         }
     }
@@ -616,7 +618,7 @@ impl Agent {
         }
         self.vitals.attached(self.attaching.summary().number);
         if self.is_ready
-            && let Err(error) = self.teller.tell()
+            && let Err(error) = self.status_writer.tell()
         {
             error!("{error}");
         }
@@ -692,14 +694,14 @@ async fn seen(devices: &Devices, node: &NodeFacts) -> Result<NodeFacts, AgentErr
 
 /// Attaches what is there, and warns of what is not.
 async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<(), AgentError> {
-    let look = Look::at(devices, attacher.needs_roles()).await.map_err(no_netlink)?;
-    for pattern in attacher.without_device(&look) {
+    let device_snapshot = DeviceSnapshot::at(devices, attacher.needs_roles()).await.map_err(no_netlink)?;
+    for pattern in attacher.without_device(&device_snapshot) {
         warn!("--device {pattern}: no such device yet; it will be attached when it appears");
     }
-    if attacher.finds_none(&look) {
+    if attacher.finds_none(&device_snapshot) {
         warn!("no device yet that packets for frontends could enter by; it will be attached when it appears");
     }
-    attacher.reconcile_all(&look)?.map_or(Ok(()), |failure| Err(failure.into()))
+    attacher.reconcile_all(&device_snapshot)?.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 /// Says which devices lead out of the node, and cannot be attached.

@@ -1,6 +1,6 @@
 //! What the dataplane should hold for a [`Snapshot`]: a pure function of the snapshot and this node's options.
 //!
-//! A [`Memo`] keeps what was decided, so that the next snapshot costs what has changed in it.
+//! A [`DesiredState`] keeps what was decided, so that the next snapshot costs what has changed in it.
 //!
 //! Everything here goes by name. Numbers - ids, backend indices, slots - are given by the `plan` module, which knows
 //! what is there already.
@@ -18,11 +18,11 @@ mod exposure;
 mod frontends;
 mod groups;
 mod hash;
-mod memo;
 mod network;
 mod node;
 mod ownership;
 mod service;
+mod state;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,11 +39,11 @@ use ownership::is_ours;
 
 pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
-pub use memo::{Change, Memo};
 pub use network::{Network, NetworkError};
 pub(crate) use node::is_global;
 pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};
 pub use ownership::{DEFAULT_PROXY_NAME, Services, UnknownServices};
+pub use state::{Change, DesiredState};
 
 /// What depends on the node.
 #[derive(Clone, Debug)]
@@ -357,10 +357,10 @@ pub struct Known {
 /// Decides what the dataplane should hold.
 #[must_use]
 pub fn desired(snapshot: &Snapshot, options: &Options) -> (Desired, Vec<Problem>) {
-    let mut memo = Memo::new(options.clone());
-    memo.update(snapshot);
-    let problems = memo.problems().cloned().collect();
-    (memo.into_desired(), problems)
+    let mut state = DesiredState::new(options.clone());
+    state.update(snapshot);
+    let problems = state.problems().cloned().collect();
+    (state.into_desired(), problems)
 }
 
 /// Collects the problems of one object.
@@ -395,7 +395,7 @@ impl<'a> Report<'a> {
 }
 
 #[cfg(test)]
-pub(crate) use memo::tests::{options, snapshots};
+pub(crate) use state::tests::{options, snapshots};
 
 #[cfg(test)]
 mod tests;

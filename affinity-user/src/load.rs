@@ -2,7 +2,7 @@
 //!
 //! A load over a dataplane that runs is an upgrade: pinned maps of the same layout are used again, the entries of maps of another
 //! size are copied, and the new programs replace the old ones in the attached links, so that each packet meets one of them. Maps
-//! of an older layout with the same records ([`abi::OLDEST_READABLE`]) are used by both versions until the old programs are
+//! of an older layout with the same records (`abi::OLDEST_READABLE`) are used by both versions until the old programs are
 //! replaced. A load that fails leaves what ran as it was.
 
 mod carry;
@@ -23,7 +23,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{self, CONFIG_MAGIC, Config, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT},
+    abi::{CONFIG_MAGIC, Config, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT},
     flow::REFRESH_NS,
     names,
     refuse::rejection_interval_ns,

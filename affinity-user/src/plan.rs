@@ -1,6 +1,6 @@
 //! The difference between what a store holds and what it should hold, as steps in a safe order. Pure.
 //!
-//! A [`Ledger`] holds what the store does. It plans for all that is desired, or for a [`Change`] alone: the steps are the
+//! A [`StateIndex`] holds what the store does. It plans for all that is desired, or for a [`Change`] alone: the steps are the
 //! same, but then they cost what has changed.
 //!
 //! First [`target`] gives numbers to what [`Desired`] knows by name, keeping every id, backend index and extent of slots
@@ -28,8 +28,8 @@ mod backends;
 mod extents;
 mod ids;
 mod keep;
-mod ledger;
 mod maglev;
+mod state_index;
 mod target;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,20 +40,20 @@ use affinity_common::abi::{
 };
 
 pub(crate) use self::backends::retired;
-pub use self::ledger::Ledger;
+pub use self::state_index::StateIndex;
 use crate::{
     desired::{Change, Desired},
     source::Problem,
     store::{Capacity, Observed, Op},
 };
 
-/// The steps from `observed` to `desired`: see [`Ledger::plan`].
+/// The steps from `observed` to `desired`: see [`StateIndex::plan`].
 #[must_use]
 pub fn plan(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Vec<Op>, Vec<Problem>) {
-    Ledger::new(observed.clone(), capacity).plan(desired)
+    StateIndex::new(observed.clone(), capacity).plan(desired)
 }
 
-impl Ledger {
+impl StateIndex {
     /// The steps from here to `desired`; none where nothing is to be done. What does not fit is reported, and what could
     /// not be published for lack of room stays as it is; so does what `desired` does not know about, where its source was
     /// read in part only.

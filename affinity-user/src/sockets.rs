@@ -55,9 +55,9 @@ pub enum CloseError {
 
 /// The thread that closes sockets. It ends when this is dropped.
 #[derive(Debug)]
-pub struct Closer(Sender<()>);
+pub struct SocketDestroyer(Sender<()>);
 
-impl Closer {
+impl SocketDestroyer {
     /// Starts the thread; it looks at once, because backends may have gone before.
     ///
     /// # Errors
@@ -66,9 +66,9 @@ impl Closer {
         let (sender, receiver) = channel();
         let pin_dir = pin_dir.to_owned();
         thread::Builder::new().name("sockets".to_owned()).spawn(move || follow(&pin_dir, &receiver))?;
-        let closer = Self(sender);
-        closer.backends_left();
-        Ok(closer)
+        let socket_destroyer = Self(sender);
+        socket_destroyer.backends_left();
+        Ok(socket_destroyer)
     }
 
     /// Backends have gone, are no longer ready, or serve another port.

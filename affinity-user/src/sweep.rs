@@ -15,7 +15,7 @@
 
 mod clients;
 mod evictions;
-mod fate;
+mod expiry;
 mod filter;
 mod lingering;
 mod scopes;
@@ -39,7 +39,7 @@ use affinity_common::{
 use bytemuck::Zeroable;
 use tracing::{debug, error, warn};
 
-pub use self::fate::{
+pub use self::expiry::{
     CLOSED_FLOW, CLOSING_FLOW, DEAD_FLOW, HALF_OPEN_FLOW, IDLE_TCP_FLOW, IDLE_UDP_FLOW, Keeping, ORPHANED_SESSION,
     Policy, UNANSWERED_UDP_FLOW, flow_is_over, is_expired,
 };

@@ -38,13 +38,13 @@ pub struct PatternError {
 }
 
 /// The devices of this namespace, as they were at one moment.
-pub(super) struct Look {
+pub(super) struct DeviceSnapshot {
     devices: Vec<Device>,
     /// By index; empty where nobody asks for them.
     roles: BTreeMap<u32, Finding>,
 }
 
-impl Look {
+impl DeviceSnapshot {
     /// At all devices, and their roles where an attacher `needs_roles`.
     ///
     /// # Errors
@@ -84,7 +84,7 @@ pub(super) struct Attacher {
     for_xdp: Vec<Pattern>,
     options: attach::Options,
     /// By index; what this process attached or found attached.
-    attached: BTreeMap<u32, Held>,
+    attached: BTreeMap<u32, AttachedState>,
     /// What could not be attached, and the reason that was logged.
     failed: BTreeMap<u32, String>,
     /// What somebody has taken off, until it is attached again.
@@ -93,7 +93,7 @@ pub(super) struct Attacher {
 
 /// A device that is attached.
 #[derive(Debug)]
-struct Held {
+struct AttachedState {
     name: String,
     hooks: Vec<Hook>,
     /// Why there is no XDP on it.
@@ -143,13 +143,13 @@ impl Attacher {
     }
 
     /// Whether devices should have been found, and none was.
-    pub(super) fn finds_none(&self, look: &Look) -> bool {
-        self.finds() && look.roles.values().all(|finding| finding.role.is_none())
+    pub(super) fn finds_none(&self, snapshot: &DeviceSnapshot) -> bool {
+        self.finds() && snapshot.roles.values().all(|finding| finding.role.is_none())
     }
 
     /// The patterns that no device matches.
-    pub(super) fn without_device(&self, look: &Look) -> Vec<String> {
-        let unmatched = |pattern: &&Pattern| !look.devices.iter().any(|device| pattern.matches(&device.name));
+    pub(super) fn without_device(&self, snapshot: &DeviceSnapshot) -> Vec<String> {
+        let unmatched = |pattern: &&Pattern| !snapshot.devices.iter().any(|device| pattern.matches(&device.name));
         self.patterns.iter().filter(unmatched).map(|pattern| pattern.as_str().to_owned()).collect()
     }
 
@@ -158,9 +158,9 @@ impl Attacher {
         self.patterns.iter().any(|pattern| pattern.as_str() == device.name)
     }
 
-    fn is_meant(&self, device: &Device, look: &Look) -> bool {
+    fn is_meant(&self, device: &Device, snapshot: &DeviceSnapshot) -> bool {
         if self.finds() {
-            let has_role = look.roles.get(&device.index).is_some_and(|finding| finding.role.is_some());
+            let has_role = snapshot.roles.get(&device.index).is_some_and(|finding| finding.role.is_some());
             return has_role || self.attached.contains_key(&device.index) || self.lost.contains(&device.index);
         }
         // A pattern means what can be attached; only a name insists.
@@ -173,16 +173,16 @@ impl Attacher {
     ///
     /// # Errors
     /// [`AttachError`] where the attachments cannot be listed or cleaned up.
-    pub(super) fn reconcile(&mut self, look: &Look) -> Result<Progress, AttachError> {
-        self.forget(&look.devices.iter().map(|device| device.index).collect())?;
+    pub(super) fn reconcile(&mut self, snapshot: &DeviceSnapshot) -> Result<Progress, AttachError> {
+        self.forget(&snapshot.devices.iter().map(|device| device.index).collect())?;
         self.notice_losses()?;
         let mut progress = Progress::default();
         let mut attempts = 0;
-        let order = |device: &&Device| look.roles.get(&device.index).and_then(|finding| finding.role);
-        let mut devices: Vec<_> = look.devices.iter().collect();
+        let order = |device: &&Device| snapshot.roles.get(&device.index).and_then(|finding| finding.role);
+        let mut devices: Vec<_> = snapshot.devices.iter().collect();
         devices.sort_by_key(|device| (order(device).is_none(), order(device)));
         for device in devices {
-            if self.is_meant(device, look) {
+            if self.is_meant(device, snapshot) {
                 if self.is_held(device) {
                     continue;
                 }
@@ -191,14 +191,14 @@ impl Attacher {
                     break;
                 }
                 attempts += usize::from(!self.failed.contains_key(&device.index));
-                let failure = self.attach(device, look.roles.get(&device.index));
+                let failure = self.attach(device, snapshot.roles.get(&device.index));
                 progress.failure = progress.failure.or(failure.filter(|_| self.is_named(device)));
             } else if self.attached.remove(&device.index).is_some() {
                 info!("{}: renamed, and no longer meant: detaching", device.name);
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
-        for loser in attach::device_flags::publish(&self.pins, &self.attached_devices(look))? {
+        for loser in attach::device_flags::publish(&self.pins, &self.attached_devices(snapshot))? {
             if let Some(held) = self.attached.get(&loser) {
                 warn!("{}: {}", held.name, Note::AnswersLost);
             }
@@ -214,12 +214,12 @@ impl Attacher {
         held.ruled_out == ruled_out
     }
 
-    fn attached_devices(&self, look: &Look) -> Vec<AttachedDevice<'_>> {
+    fn attached_devices(&self, snapshot: &DeviceSnapshot) -> Vec<AttachedDevice<'_>> {
         let attached = |device: &Device| {
-            let Held { hooks, note, .. } = self.attached.get(&device.index)?;
-            let leads_to_pod = look.roles.get(&device.index).is_some_and(|finding| finding.why == Why::PodSide);
+            let AttachedState { hooks, note, .. } = self.attached.get(&device.index)?;
+            let leads_to_pod = snapshot.roles.get(&device.index).is_some_and(|finding| finding.why == Why::PodSide);
             let controller = device.controller;
-            let mac_of = |index| look.devices.iter().find(|device| device.index == index)?.mac;
+            let mac_of = |index| snapshot.devices.iter().find(|device| device.index == index)?.mac;
             let macs = device.mac.map(|own| [own, controller.and_then(mac_of).unwrap_or(own)]);
             let is_pair = device.kind.as_deref() == Some("veth");
             let below = match device.other_end {
@@ -237,7 +237,7 @@ impl Attacher {
                 note: *note,
             })
         };
-        look.devices.iter().filter_map(attached).collect()
+        snapshot.devices.iter().filter_map(attached).collect()
     }
 
     /// As [`Attacher::reconcile`], until all devices have been seen to. Returns the first failure of a device that the user
@@ -245,9 +245,9 @@ impl Attacher {
     ///
     /// # Errors
     /// As [`Attacher::reconcile`].
-    pub(super) fn reconcile_all(&mut self, look: &Look) -> Result<Option<AttachError>, AttachError> {
+    pub(super) fn reconcile_all(&mut self, snapshot: &DeviceSnapshot) -> Result<Option<AttachError>, AttachError> {
         loop {
-            let Progress { is_complete, failure } = self.reconcile(look)?;
+            let Progress { is_complete, failure } = self.reconcile(snapshot)?;
             if is_complete || failure.is_some() {
                 return Ok(failure);
             }
@@ -256,7 +256,7 @@ impl Attacher {
 
     /// Forgets that devices are attached where somebody has removed a pin or a link, so that they are attached again.
     fn notice_losses(&mut self) -> Result<(), AttachError> {
-        for (index, Held { name, hooks, .. }) in &self.attached {
+        for (index, AttachedState { name, hooks, .. }) in &self.attached {
             let there = attach::hooks_of(&self.pins, *index)?;
             if let Some(missing) = hooks.iter().find(|hook| !there.contains(hook)) {
                 warn!("{name}: {missing} had been taken off; it is attached again");
@@ -272,7 +272,7 @@ impl Attacher {
         self.failed.retain(|index, _| present.contains(index));
         self.lost.retain(|index| present.contains(index));
         let gone = self.attached.extract_if(.., |index, _| !present.contains(index));
-        for (_, Held { name, .. }) in gone {
+        for (_, AttachedState { name, .. }) in gone {
             info!("{name}: has gone");
         }
         attach::prune(&self.pins, present)?;
@@ -294,10 +294,10 @@ impl Attacher {
                 self.failed.remove(&device.index);
                 self.lost.remove(&device.index);
                 let ruled_out = attach::rules_out_xdp(device, self.options(device));
-                self.attached.insert(device.index, Held { name: device.name.clone(), hooks, note, ruled_out });
+                self.attached.insert(device.index, AttachedState { name: device.name.clone(), hooks, note, ruled_out });
                 None
             }
-            // It went while it was attached; the next look will not see it.
+            // It went while it was attached; the next snapshot will not have it.
             Err(_) if device_name(device.index).is_none() => None,
             Err(error) => {
                 let text = error.to_string();
@@ -360,8 +360,8 @@ const NAMED: usize = 8;
 
 /// An attacher at work on a thread of its own, so that nothing else waits for the kernel. It ends when this is dropped.
 pub(super) struct Worker {
-    /// None of a look: the last one counts, and what is attached is to be checked.
-    looks: Option<Sender<Option<Look>>>,
+    /// `None` in the channel: check the attachments again, with the last snapshot.
+    snapshots: Option<Sender<Option<DeviceSnapshot>>>,
     thread: Option<JoinHandle<()>>,
     needs_roles: bool,
     summary: Arc<Mutex<Summary>>,
@@ -373,14 +373,14 @@ impl Worker {
     /// # Errors
     /// The system's answer where there is no thread to be had.
     pub(super) fn start(mut attacher: Attacher) -> io::Result<Self> {
-        let (looks, given) = mpsc::channel();
+        let (snapshots, given) = mpsc::channel();
         let needs_roles = attacher.needs_roles();
         let summary = Arc::new(Mutex::new(attacher.summary()));
         let shared = Arc::clone(&summary);
         // A thread is in the network namespace of the one that made it.
         let thread =
             thread::Builder::new().name("attacher".to_owned()).spawn(move || attacher.follow(&given, &shared))?;
-        Ok(Self { looks: Some(looks), thread: Some(thread), needs_roles, summary })
+        Ok(Self { snapshots: Some(snapshots), thread: Some(thread), needs_roles, summary })
     }
 
     /// The devices that are attached, as of the last change.
@@ -393,8 +393,8 @@ impl Worker {
     /// # Errors
     /// The system's answer where they cannot be listed.
     pub(super) async fn keep_up(&self, devices: &mut Devices) -> io::Result<()> {
-        let look = Look::at(devices, self.needs_roles).await?;
-        self.send(Some(look))
+        let snapshot = DeviceSnapshot::at(devices, self.needs_roles).await?;
+        self.send(Some(snapshot))
     }
 
     /// Attaches again, soon, what somebody has taken off. The devices are those of the last look: to list them with their
@@ -406,9 +406,9 @@ impl Worker {
         self.send(None)
     }
 
-    fn send(&self, look: Option<Look>) -> io::Result<()> {
-        match &self.looks {
-            Some(looks) => looks.send(look).map_err(|_| io::Error::other("the attacher has ended")),
+    fn send(&self, snapshot: Option<DeviceSnapshot>) -> io::Result<()> {
+        match &self.snapshots {
+            Some(snapshots) => snapshots.send(snapshot).map_err(|_| io::Error::other("the attacher has ended")),
             None => Ok(()),
         }
     }
@@ -417,7 +417,7 @@ impl Worker {
 impl Worker {
     /// Ends it, after the device that it is at.
     pub(super) fn stop(&mut self) {
-        self.looks = None;
+        self.snapshots = None;
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
             error!("the attacher has panicked");
         }
@@ -431,14 +431,14 @@ impl Drop for Worker {
 }
 
 impl Attacher {
-    /// Reconciles with each look, or rather with the newest one, until no more can come.
-    fn follow(&mut self, looks: &Receiver<Option<Look>>, summary: &Mutex<Summary>) {
+    /// Reconciles with the newest snapshot until the channel closes.
+    fn follow(&mut self, snapshots: &Receiver<Option<DeviceSnapshot>>, summary: &Mutex<Summary>) {
         let mut last = None;
-        while let Ok(next) = looks.recv() {
+        while let Ok(next) = snapshots.recv() {
             last = next.or(last);
-            while newest(looks, &mut last) {
-                let Some(look) = &last else { break };
-                let progress = self.reconcile(look);
+            while newest(snapshots, &mut last) {
+                let Some(snapshot) = &last else { break };
+                let progress = self.reconcile(snapshot);
                 *summary.lock().unwrap_or_else(PoisonError::into_inner) = self.summary();
                 match progress {
                     Ok(Progress { is_complete: false, .. }) => {}
@@ -453,10 +453,10 @@ impl Attacher {
     }
 }
 
-/// Makes the last look the newest of those that wait. False where the agent ends.
-fn newest(looks: &Receiver<Option<Look>>, last: &mut Option<Look>) -> bool {
+/// Takes the newest snapshot that waits. False where the agent ends.
+fn newest(snapshots: &Receiver<Option<DeviceSnapshot>>, last: &mut Option<DeviceSnapshot>) -> bool {
     loop {
-        match looks.try_recv() {
+        match snapshots.try_recv() {
             Ok(newer) => *last = newer.or(last.take()),
             Err(TryRecvError::Empty) => return true,
             Err(TryRecvError::Disconnected) => return false,

@@ -25,7 +25,7 @@ const EMPTY_FOR: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_hours(1);
 
 /// Sends what begins to hold.
-pub(super) struct Noticer {
+pub(super) struct EventRecorder {
     notices: Notices,
     /// What holds, and when it was sent.
     sent: BTreeMap<Notice, Instant>,
@@ -37,7 +37,7 @@ pub(super) struct Noticer {
     pub(super) clients_are_nodes: BTreeSet<ObjectName>,
 }
 
-impl Noticer {
+impl EventRecorder {
     pub(super) fn new(notices: Notices) -> Self {
         Self {
             notices,
@@ -163,11 +163,11 @@ endpoints: [{addresses: [10.244.0.1]}]
     #[test]
     fn a_service_without_endpoints_is_noticed_once_it_stays_so() {
         let (sender, mut queue) = mpsc::channel(8);
-        let mut noticer = Noticer::new(Notices::new(sender));
+        let mut event_recorder = EventRecorder::new(Notices::new(sender));
         let (empty, full) = (desired_of(SERVICE), desired_of(&format!("{SERVICE}{SLICE}")));
         let start = Instant::now();
         let mut look = |desired: &Desired, after_s: u64| {
-            noticer.look(std::iter::empty(), desired, start + Duration::from_secs(after_s));
+            event_recorder.look(std::iter::empty(), desired, start + Duration::from_secs(after_s));
             reasons(&mut queue)
         };
         assert_eq!(look(&empty, 0), [""; 0]);
@@ -182,7 +182,7 @@ endpoints: [{addresses: [10.244.0.1]}]
     #[test]
     fn what_is_wrong_with_a_service_is_noticed_and_nothing_else() {
         let (sender, mut queue) = mpsc::channel(8);
-        let mut noticer = Noticer::new(Notices::new(sender));
+        let mut event_recorder = EventRecorder::new(Notices::new(sender));
         let web = ObjectName::new("shop", "web");
         let problem = |severity, kind: &str| Problem::new(severity, None, "not known").of(kind, &web).field("timer");
         let problems = [
@@ -191,22 +191,22 @@ endpoints: [{addresses: [10.244.0.1]}]
             problem(Severity::Error, "EndpointSlice"),
             Problem::new(Severity::Error, None, "of nobody"),
         ];
-        noticer.look(problems.iter(), &Desired::default(), Instant::now());
+        event_recorder.look(problems.iter(), &Desired::default(), Instant::now());
         let notice = queue.try_recv().expect("a notice");
         assert_eq!((&notice.service, notice.message.as_str()), (&web, "timer: not known"));
         assert_eq!(reasons(&mut queue), [""; 0]);
-        noticer.look(problems.iter(), &Desired::default(), Instant::now());
+        event_recorder.look(problems.iter(), &Desired::default(), Instant::now());
         assert_eq!(reasons(&mut queue), [""; 0], "it is known");
     }
 
     #[test]
     fn a_full_queue_blocks_nobody_and_loses_nothing_that_still_holds() {
         let (sender, mut queue) = mpsc::channel(1);
-        let mut noticer = Noticer::new(Notices::new(sender));
+        let mut event_recorder = EventRecorder::new(Notices::new(sender));
         let problem = |name| Problem::new(Severity::Error, None, "bad").of("Service", &ObjectName::new("shop", name));
         let problems = [problem("a"), problem("b")];
         for _ in 0..2 {
-            noticer.look(problems.iter(), &Desired::default(), Instant::now());
+            event_recorder.look(problems.iter(), &Desired::default(), Instant::now());
             assert_eq!(reasons(&mut queue), ["Misconfigured"]);
         }
     }
@@ -214,11 +214,11 @@ endpoints: [{addresses: [10.244.0.1]}]
     #[test]
     fn clients_that_look_like_nodes_are_noticed_while_they_do() {
         let (sender, mut queue) = mpsc::channel(8);
-        let mut noticer = Noticer::new(Notices::new(sender));
+        let mut event_recorder = EventRecorder::new(Notices::new(sender));
         let start = Instant::now();
         let mut look = |services: &[&str], after_s: u64| {
-            noticer.clients_are_nodes = services.iter().map(|name| ObjectName::new("shop", name)).collect();
-            noticer.look(std::iter::empty(), &Desired::default(), start + Duration::from_secs(after_s));
+            event_recorder.clients_are_nodes = services.iter().map(|name| ObjectName::new("shop", name)).collect();
+            event_recorder.look(std::iter::empty(), &Desired::default(), start + Duration::from_secs(after_s));
             reasons(&mut queue)
         };
         assert_eq!(look(&["web"], 0), ["ClientsAreNodes"]);
@@ -230,10 +230,10 @@ endpoints: [{addresses: [10.244.0.1]}]
     #[test]
     fn evictions_are_noticed_once_in_a_while() {
         let (sender, mut queue) = mpsc::channel(8);
-        let mut noticer = Noticer::new(Notices::new(sender));
+        let mut event_recorder = EventRecorder::new(Notices::new(sender));
         let (web, start) = (ObjectName::new("shop", "web"), Instant::now());
         for after_s in [0, 5, 3599, 3600, 3605] {
-            noticer.evicted(&web, "node-a", start + Duration::from_secs(after_s));
+            event_recorder.evicted(&web, "node-a", start + Duration::from_secs(after_s));
         }
         assert_eq!(reasons(&mut queue), ["PinsEvicted"; 2]);
     }

@@ -10,11 +10,11 @@ use super::{
     withdrawal::{self, Given},
 };
 use crate::{
-    desired::{self, BackendName, Change, Desired, Memo, NodeFacts, Scope},
+    desired::{self, BackendName, Change, Desired, DesiredState, NodeFacts, Scope},
     linger::{Limits, Lingerer, Traffic},
     load::monotonic_ns,
     metrics::Vitals,
-    plan::{Ledger, retired},
+    plan::{StateIndex, retired},
     source::{Problem, Snapshot, api::Node},
     store::{Observed, Op, Store, StoreError, kernel::KernelStore},
     sweep::{FilterPlans, Met},
@@ -23,14 +23,14 @@ use crate::{
 /// Brings the maps in step with the last snapshot.
 pub(super) struct Publisher {
     store: KernelStore,
-    memo: Memo,
+    state: DesiredState,
     /// What the source gave last.
     objects: Given,
     /// Problems of the source itself.
     given: Vec<Problem>,
     problems: Problems,
     /// What the store holds; none where nobody knows: at the start, and where a step has failed.
-    ledger: Option<Ledger>,
+    state_index: Option<StateIndex>,
     due: Due,
     /// Whether what a former agent left was compared with what is desired.
     has_compared: bool,
@@ -113,11 +113,11 @@ impl Publisher {
     ) -> Self {
         Self {
             store,
-            memo: Memo::new(options),
+            state: DesiredState::new(options),
             objects: Given::default(),
             given: Vec::new(),
             problems: Problems::default(),
-            ledger: None,
+            state_index: None,
             due: Due::All,
             has_compared: false,
             taken: None,
@@ -135,7 +135,7 @@ impl Publisher {
         self.vitals.pending(monotonic_ns());
         self.vitals.node_is_leaving(snapshot.node.as_ref().is_some_and(|node| is_leaving(&node.object)));
         self.objects.update(snapshot);
-        let change = self.memo.update(snapshot);
+        let change = self.state.update(snapshot);
         self.given.clone_from(&snapshot.problems);
         self.due = match (mem::take(&mut self.due), change) {
             (Due::Nothing, Some(change)) => Due::Change(Box::new(change)),
@@ -145,7 +145,7 @@ impl Publisher {
 
     /// Takes note of what is known of the node; says whether something else is desired by it.
     pub(super) fn learn(&mut self, node: NodeFacts) -> bool {
-        let is_news = self.memo.learn(node);
+        let is_news = self.state.learn(node);
         if is_news {
             self.due = Due::All;
         }
@@ -172,20 +172,20 @@ impl Publisher {
 
     fn carry_out(&mut self) -> Result<Published, StoreError> {
         let due = mem::take(&mut self.due);
-        let (mut ledger, mut due) = match self.ledger.take() {
-            Some(ledger) => (ledger, due),
+        let (mut state_index, mut due) = match self.state_index.take() {
+            Some(state_index) => (state_index, due),
             None => (self.read()?, Due::All),
         };
         if !mem::replace(&mut self.has_compared, true) {
-            let desired = self.memo.desired();
-            withdrawal::compare_with_former(ledger.observed(), desired.frontends.len(), desired.known.is_some());
+            let desired = self.state.desired();
+            withdrawal::compare_with_former(state_index.observed(), desired.frontends.len(), desired.known.is_some());
         }
         let mut published = Published::default();
         for round in 1..=Self::PLANS {
-            let (steps, problems) = self.plan(&ledger, &due);
+            let (steps, problems) = self.plan(&state_index, &due);
             let is_last = steps.is_empty() || problems.is_empty() || round == Self::PLANS;
             if is_last {
-                self.problems.update(self.given.iter().chain(self.memo.problems()).chain(&problems));
+                self.problems.update(self.given.iter().chain(self.state.problems()).chain(&problems));
             }
             due = if problems.is_empty() { Due::Nothing } else { Due::All };
             let sets_bits = steps.iter().any(|step| matches!(step, Op::SetFilter(..)));
@@ -193,15 +193,15 @@ impl Publisher {
             for step in &steps {
                 debug!(?step, "apply");
                 self.store.apply(step)?;
-                published.left |= takes_away(step, ledger.observed());
-                ledger.apply(step);
+                published.left |= takes_away(step, state_index.observed());
+                state_index.apply(step);
             }
             published.steps += steps.len();
             if is_last {
                 break;
             }
         }
-        (self.ledger, self.due) = (Some(ledger), due);
+        (self.state_index, self.due) = (Some(state_index), due);
         if published.steps > 0 {
             info!(steps = published.steps, "published: {}", self.summary());
         }
@@ -209,19 +209,19 @@ impl Publisher {
     }
 
     /// What the store holds, after a grace period: a plan may have ended before its own, this agent's or a former one's.
-    fn read(&mut self) -> Result<Ledger, StoreError> {
+    fn read(&mut self) -> Result<StateIndex, StoreError> {
         self.store.apply(&Op::Grace)?;
-        Ok(Ledger::new(self.store.observe()?, self.store.capacity()))
+        Ok(StateIndex::new(self.store.observe()?, self.store.capacity()))
     }
 
-    fn plan(&self, ledger: &Ledger, due: &Due) -> (Vec<Op>, Vec<Problem>) {
+    fn plan(&self, state_index: &StateIndex, due: &Due) -> (Vec<Op>, Vec<Problem>) {
         if let Due::Change(change) = due {
-            let (steps, problems) = ledger.plan_change(change);
+            let (steps, problems) = state_index.plan_change(change);
             if problems.is_empty() {
                 return (steps, problems);
             }
         }
-        ledger.plan(self.memo.desired())
+        state_index.plan(self.state.desired())
     }
 
     /// Takes away the names of services, pools and groups that have gone, once the gap is over in which they may come back and
@@ -230,13 +230,13 @@ impl Publisher {
     /// # Errors
     /// The step that failed; the next plan reads the store anew.
     pub(super) fn forget_names(&mut self, met: &Met) -> Result<(), StoreError> {
-        let Some(mut ledger) = self.ledger.take() else { return Ok(()) };
+        let Some(mut state_index) = self.state_index.take() else { return Ok(()) };
         let now_ns = monotonic_ns();
         let mut unused: BTreeMap<(u32, String), NameKey> =
-            ledger.withdrawn().map(|(key, name)| ((key.kind, name.to_owned()), key)).collect();
+            state_index.withdrawn().map(|(key, name)| ((key.kind, name.to_owned()), key)).collect();
         if !unused.is_empty() {
             // There may have been no room to publish them.
-            wanted_names(self.memo.desired()).for_each(|name| _ = unused.remove(&name));
+            wanted_names(self.state.desired()).for_each(|name| _ = unused.remove(&name));
         }
         let since = |key| (key, self.withdrawn.get(&key).copied().unwrap_or(now_ns));
         self.withdrawn = unused.into_values().map(since).collect();
@@ -248,9 +248,9 @@ impl Publisher {
         for (key, _) in self.withdrawn.extract_if(.., is_over) {
             let step = Op::RemoveName(key);
             self.store.apply(&step)?;
-            ledger.apply(&step);
+            state_index.apply(&step);
         }
-        self.ledger = Some(ledger);
+        self.state_index = Some(state_index);
         Ok(())
     }
 
@@ -264,8 +264,8 @@ impl Publisher {
             // Nothing is known of what is desired.
             return Ok(false);
         }
-        let mut ledger = match self.ledger.take() {
-            Some(ledger) => ledger,
+        let mut state_index = match self.state_index.take() {
+            Some(state_index) => state_index,
             None => {
                 self.due = Due::All;
                 self.read()?
@@ -274,10 +274,10 @@ impl Publisher {
         let now_ns = monotonic_ns();
         let former = mem::take(&mut self.lingering);
         let mut over = Vec::new();
-        for (index, name, record) in ledger.lingering() {
+        for (index, name, record) in state_index.lingering() {
             let key = (index, record.generation);
             let mut lingerer = former.get(&key).copied().unwrap_or_else(|| Lingerer::new(now_ns));
-            let is_listed = self.memo.desired().others.contains(&name);
+            let is_listed = self.state.desired().others.contains(&name);
             let seen = traffic.get(&index).filter(|seen| seen.generation == record.generation);
             match lingerer.look(seen, is_listed, self.limits, now_ns) {
                 Some(end) => over.push((index, name, retired(record), end)),
@@ -290,10 +290,10 @@ impl Publisher {
             let usage = UsageKey { of: UsageOf::Backend as u32, id: *index };
             for step in [Op::PutBackend(*index, *record), Op::RemoveUsage(usage)] {
                 self.store.apply(&step)?;
-                ledger.apply(&step);
+                state_index.apply(&step);
             }
         }
-        self.ledger = Some(ledger);
+        self.state_index = Some(state_index);
         Ok(!over.is_empty())
     }
 
@@ -304,17 +304,17 @@ impl Publisher {
 
     /// What is wrong with the source and with what was decided from it.
     pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.given.iter().chain(self.memo.problems())
+        self.given.iter().chain(self.state.problems())
     }
 
     /// What the maps should hold.
     pub(super) fn desired(&self) -> &Desired {
-        self.memo.desired()
+        self.state.desired()
     }
 
     /// Numbers of services and backends, for people.
     pub(super) fn summary(&self) -> String {
-        let desired = self.memo.desired();
+        let desired = self.state.desired();
         // Pools are in the order of their services.
         let mut services: Vec<_> = desired.pools.keys().map(|pool| &pool.service).collect();
         services.dedup();

@@ -17,13 +17,13 @@ use crate::{
 pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// Writes the record.
-pub(super) struct Teller {
+pub(super) struct StatusWriter {
     table: Table<u32, Status>,
     view: View,
     told: Status,
 }
 
-impl Teller {
+impl StatusWriter {
     /// Takes over the record. What a former agent knew of the source holds until this one knows better.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use crate::{
 
 /// A map or program that this agent uses.
 #[derive(Debug)]
-struct Held {
+struct PinnedObject {
     path: PathBuf,
     id: u32,
     fd: OwnedFd,
@@ -30,7 +30,7 @@ struct Held {
 #[derive(Debug)]
 pub(super) struct Upkeep {
     pins: PinDir,
-    held: Vec<Held>,
+    held: Vec<PinnedObject>,
 }
 
 impl Upkeep {
@@ -44,7 +44,7 @@ impl Upkeep {
         let open = |(path, is_map): (PathBuf, bool)| {
             let fd = sys::obj_get(&path)?;
             let id = id(&fd, is_map)?;
-            Ok::<_, SysError>(Held { path, id, fd, is_map })
+            Ok::<_, SysError>(PinnedObject { path, id, fd, is_map })
         };
         Ok(Self { pins: pins.clone(), held: maps.chain(programs).map(open).collect::<Result<_, _>>()? })
     }
@@ -55,7 +55,7 @@ impl Upkeep {
     /// What cannot be repaired, in one line.
     pub(super) fn repair(&self) -> Result<Vec<String>, String> {
         let mut repaired = Vec::new();
-        for Held { path, id: ours, fd, is_map } in &self.held {
+        for PinnedObject { path, id: ours, fd, is_map } in &self.held {
             match sys::obj_get(path) {
                 Ok(pinned) => match id(&pinned, *is_map) {
                     Ok(id) if id == *ours => {}

@@ -67,7 +67,7 @@ pub fn publish(pins: &PinDir, attached: &[AttachedDevice<'_>]) -> Result<Vec<u32
 fn publish_macs(pins: &PinDir, attached: &[AttachedDevice<'_>]) -> Result<(), StoreError> {
     let table: Table<u32, DeviceMac> = Table::open(&pins.maps(), names::DEVICE_MACS)?;
     let mut macs: BTreeMap<u32, DeviceMac> = BTreeMap::new();
-    for wire in attached.iter().filter(|device| device.hooks.contains(&Hook::XdpNative)) {
+    for device in attached.iter().filter(|device| device.hooks.contains(&Hook::XdpNative)) {
         let Some([own, controller]) = device.macs else { continue };
         macs.entry(DeviceMac::slot(device.ifindex)).or_insert(DeviceMac { own, controller, ifindex: device.ifindex });
     }

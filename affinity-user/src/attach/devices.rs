@@ -112,19 +112,19 @@ pub struct Devices {
     messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     connection: JoinHandle<()>,
     /// The changes that were seen, and not yet told.
-    unrest: Option<Unrest>,
+    debounce: Option<Debounce>,
     /// How many there were at the last look.
     number: usize,
 }
 
 /// Changes come in crowds, which are told as one: when they began, and when the last one was.
 #[derive(Clone, Copy, Debug)]
-struct Unrest {
+struct Debounce {
     began: Instant,
     last: Instant,
 }
 
-impl Unrest {
+impl Debounce {
     /// How long to wait for more changes after each: a look at many devices costs more, and is taken less often.
     fn rest(devices: usize) -> Duration {
         Duration::from_millis(20) + Duration::from_micros(100) * u32::try_from(devices).unwrap_or(u32::MAX)
@@ -157,7 +157,7 @@ impl Devices {
             MulticastGroup::Ipv6Route,
         ];
         let (connection, handle, messages) = new_multicast_connection(&groups)?;
-        Ok(Self { handle, messages, connection: tokio::spawn(connection), unrest: None, number: 0 })
+        Ok(Self { handle, messages, connection: tokio::spawn(connection), debounce: None, number: 0 })
     }
 
     /// All devices, by index.
@@ -209,13 +209,13 @@ impl Devices {
     /// Where the socket has closed.
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
-            let message = match self.unrest {
+            let message = match self.debounce {
                 None => self.messages.next().await,
-                Some(unrest) => {
-                    match tokio::time::timeout_at(unrest.is_over_at(self.number), self.messages.next()).await {
+                Some(debounce) => {
+                    match tokio::time::timeout_at(debounce.is_over_at(self.number), self.messages.next()).await {
                         Ok(message) => message,
                         Err(_) => {
-                            self.unrest = None;
+                            self.debounce = None;
                             return Ok(());
                         }
                     }
@@ -224,8 +224,8 @@ impl Devices {
             let Some((message, _)) = message else { return Err(io::Error::other("the netlink socket has closed")) };
             if matters(&message) {
                 let now = Instant::now();
-                let began = self.unrest.map_or(now, |unrest| unrest.began);
-                self.unrest = Some(Unrest { began, last: now });
+                let began = self.debounce.map_or(now, |debounce| debounce.began);
+                self.debounce = Some(Debounce { began, last: now });
             }
         }
     }

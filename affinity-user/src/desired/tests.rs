@@ -847,10 +847,10 @@ fn a_port_that_no_slice_has_says_so() {
 
 #[test]
 fn a_service_changes_its_type_while_it_lives() {
-    let mut memo = Memo::new(Options { node: here(), ..Options::default() });
+    let mut state = DesiredState::new(Options { node: here(), ..Options::default() });
     let mut text_of = |yaml: &str| {
-        memo.update(&directory::parse(Path::new("case.yaml"), yaml));
-        text(memo.desired()).into_iter().filter(|line| line.contains("->")).count()
+        state.update(&directory::parse(Path::new("case.yaml"), yaml));
+        text(state.desired()).into_iter().filter(|line| line.contains("->")).count()
     };
     let endpoints = placed("web", &["10.1.0.1@here"]);
     let of = |kind: &str| exposed("").replace("type: LoadBalancer", &format!("type: {kind}")) + &endpoints;

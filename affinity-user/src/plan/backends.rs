@@ -17,7 +17,7 @@ use crate::{desired::BackendName, store::Observed};
 
 /// Who has which index, and which are free.
 #[derive(Clone, PartialEq, Debug)]
-pub(super) struct Roster {
+pub(super) struct BackendAllocator {
     capacity: u32,
     by_name: BTreeSet<(BackendName, u32)>,
     /// Used once, and free.
@@ -30,7 +30,7 @@ pub(super) struct Roster {
     unused_from: u32,
 }
 
-impl Roster {
+impl BackendAllocator {
     /// Of `capacity` indices that were never used.
     pub(super) const fn new(capacity: u32) -> Self {
         Self {
@@ -43,8 +43,8 @@ impl Roster {
         }
     }
 
-    /// Enters all backends of a store, where none was entered.
-    pub(super) fn enter_all(&mut self, observed: &Observed) {
+    /// Inserts all backends of a store into an empty allocator.
+    pub(super) fn insert_all(&mut self, observed: &Observed) {
         let in_use = observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
         self.by_name = in_use.map(|(index, record)| (identity(observed, *index, record), *index)).collect();
         let lingering = observed.backends.iter().filter(|(_, record)| lingers(record));
@@ -56,7 +56,7 @@ impl Roster {
     }
 
     /// Enters an index as a store has it.
-    pub(super) fn enter(&mut self, observed: &Observed, index: u32) {
+    pub(super) fn insert(&mut self, observed: &Observed, index: u32) {
         let Some(record) = used(&observed.backends, index) else { return };
         if record.generation % 2 == 1 {
             self.by_name.insert((identity(observed, index, record), index));
@@ -69,7 +69,7 @@ impl Roster {
     }
 
     /// Strikes an index out, before the store changes it.
-    pub(super) fn strike(&mut self, observed: &Observed, index: u32) {
+    pub(super) fn remove(&mut self, observed: &Observed, index: u32) {
         let Some(record) = used(&observed.backends, index) else { return };
         if record.generation % 2 == 1 {
             self.by_name.remove(&(identity(observed, index, record), index));
@@ -123,7 +123,7 @@ fn used(records: &BTreeMap<u32, Backend>, index: u32) -> Option<&Backend> {
 /// Gives indices to backends, those that they have or free ones: such as were never used while less than half have been,
 /// so that what a stale session or a captured dump says of an index stays true for long; then vacant ones; then the rest.
 pub(super) struct Claims<'a> {
-    roster: &'a Roster,
+    allocator: &'a BackendAllocator,
     records: &'a BTreeMap<u32, Backend>,
     vacant: btree_set::Iter<'a, u32>,
     unused_from: u32,
@@ -136,13 +136,13 @@ pub(super) struct Claims<'a> {
 
 impl<'a> Claims<'a> {
     /// Nothing is claimed yet of a store that holds `records`.
-    pub(super) fn new(roster: &'a Roster, records: &'a BTreeMap<u32, Backend>) -> Self {
+    pub(super) fn new(allocator: &'a BackendAllocator, records: &'a BTreeMap<u32, Backend>) -> Self {
         Self {
-            roster,
+            allocator,
             records,
-            vacant: roster.vacant.iter(),
-            unused_from: roster.unused_from,
-            used: roster.used,
+            vacant: allocator.vacant.iter(),
+            unused_from: allocator.unused_from,
+            used: allocator.used,
             short: 0,
             claimed: BTreeMap::new(),
         }
@@ -152,7 +152,7 @@ impl<'a> Claims<'a> {
     pub(super) fn claim(&mut self, name: &BackendName, local: bool, terminating: bool) -> Option<u32> {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
         let flags = flag(local, BACKEND_LOCAL) | flag(terminating, BACKEND_TERMINATING);
-        let own = self.roster.find(name).and_then(|index| Some((index, *self.records.get(&index)?)));
+        let own = self.allocator.find(name).and_then(|index| Some((index, *self.records.get(&index)?)));
         let (index, record) = match own {
             Some((index, record)) => (index, Backend { flags, ..record }),
             None => {
@@ -214,13 +214,13 @@ impl<'a> Claims<'a> {
     }
 
     fn take(&mut self) -> Option<u32> {
-        let seldom_used = self.used < (self.roster.capacity / 2) as usize;
+        let seldom_used = self.used < (self.allocator.capacity / 2) as usize;
         let index = if seldom_used { self.take_unused() } else { self.vacant.next().copied() };
         index.or_else(|| self.take_unused())
     }
 
     fn take_unused(&mut self) -> Option<u32> {
-        let mut unused = self.unused_from..self.roster.capacity;
+        let mut unused = self.unused_from..self.allocator.capacity;
         let index = unused.find(|index| used(self.records, *index).is_none())?;
         self.unused_from = index + 1;
         self.used += 1;
@@ -270,9 +270,9 @@ mod tests {
 
     /// What a store holds after `names` are all that is desired, where every pod that leaves is dead or alive.
     fn publish(observed: &mut Observed, capacity: u32, names: &[u8], leaving: Leaving) -> Vec<Option<u32>> {
-        let mut roster = Roster::new(capacity);
-        roster.enter_all(observed);
-        let mut claims = Claims::new(&roster, &observed.backends);
+        let mut allocator = BackendAllocator::new(capacity);
+        allocator.insert_all(observed);
+        let mut claims = Claims::new(&allocator, &observed.backends);
         let indices: Vec<Option<u32>> = names.iter().map(|last| claims.claim(&name(*last), false, false)).collect();
         let (records, _) = claims.finish(&observed.backends, |_, _| leaving);
         for (id, last) in indices.iter().zip(names).filter_map(|(index, last)| Some(((*index)?, last))) {
@@ -335,8 +335,8 @@ mod tests {
 
     #[test]
     fn another_pod_with_the_address_is_another_backend() {
-        let (roster, none) = (Roster::new(8), BTreeMap::new());
-        let mut claims = Claims::new(&roster, &none);
+        let (allocator, none) = (BackendAllocator::new(8), BTreeMap::new());
+        let mut claims = Claims::new(&allocator, &none);
         let first = claims.claim(&name(1), false, false);
         let other = BackendName { pod: "default/q".into(), ..name(1) };
         assert_ne!(claims.claim(&other, true, false), first);

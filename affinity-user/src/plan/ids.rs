@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::abi::{NODE, NameKey, NameKind, PODS};
 
-use super::ledger::discount;
+use super::state_index::discount;
 use crate::desired::hash32;
 
 /// The ids that are in use, and what for. Whatever a record refers to is in use, named or not.
@@ -26,13 +26,13 @@ impl Ids {
     }
 
     /// Enters a name.
-    pub(super) fn enter(&mut self, key: &NameKey, name: &str) {
+    pub(super) fn insert(&mut self, key: &NameKey, name: &str) {
         self.by_name.insert((key.kind, name.to_owned(), key.id));
         self.count(key.id);
     }
 
     /// Strikes a name out.
-    pub(super) fn strike(&mut self, key: &NameKey, name: &str) {
+    pub(super) fn remove(&mut self, key: &NameKey, name: &str) {
         self.by_name.remove(&(key.kind, name.to_owned(), key.id));
         self.discount(key.id);
     }
@@ -114,7 +114,7 @@ mod tests {
         // The number that the hash would give is taken: by a name, and by a record without one.
         let taken = NameKey { kind: NameKind::Pool as u32, id: web.id };
         let mut ids = Ids::new();
-        ids.enter(&taken, "other");
+        ids.insert(&taken, "other");
         ids.count(web.id.wrapping_add(1));
         let mut ids = Naming::new(&ids);
         assert_eq!(ids.get(NameKind::Service, "default/web").id, web.id.wrapping_add(2));

@@ -19,8 +19,8 @@ use super::{
     backends::{Claims, Leaving, identity},
     extents::Extents,
     ids::Naming,
-    ledger::Ledger,
     maglev,
+    state_index::StateIndex,
 };
 use crate::{
     desired::{self, BackendName, Desired, FrontendAddress, Masquerade, Network, Pool, PoolName, Route, Scope},
@@ -29,12 +29,12 @@ use crate::{
 };
 
 /// The state that `part` of a store is to become: all of it, or what a change may touch.
-pub(super) fn target(ledger: &Ledger, part: &Observed, desired: &Desired) -> (Observed, Vec<Problem>) {
+pub(super) fn target(state_index: &StateIndex, part: &Observed, desired: &Desired) -> (Observed, Vec<Problem>) {
     let mut numbering = Numbering {
-        ledger,
+        state_index,
         desired,
-        ids: Naming::new(&ledger.ids),
-        backends: Claims::new(&ledger.backends, &ledger.observed.backends),
+        ids: Naming::new(&state_index.ids),
+        backends: Claims::new(&state_index.backends, &state_index.observed.backends),
         extents: None,
         new_ranges: (0, 0),
         target: Observed::default(),
@@ -55,7 +55,7 @@ pub(super) fn target(ledger: &Ledger, part: &Observed, desired: &Desired) -> (Ob
 }
 
 struct Numbering<'a> {
-    ledger: &'a Ledger,
+    state_index: &'a StateIndex,
     desired: &'a Desired,
     ids: Naming<'a>,
     backends: Claims<'a>,
@@ -149,7 +149,7 @@ impl<'a> Numbering<'a> {
             }
         }
         if left_out > 0 {
-            let all = self.ledger.capacity.backends;
+            let all = self.state_index.capacity.backends;
             self.report(
                 &name.service,
                 format!("{left_out} endpoints of {name} left out: all {all} backends are in use; raise --max-backends"),
@@ -168,8 +168,8 @@ impl<'a> Numbering<'a> {
         if wanted.is_empty() {
             return Some(Slots::default());
         }
-        let observed = &self.ledger.observed;
-        let own: Vec<Slots<'a>> = (self.ledger.extents(pool).into_iter())
+        let observed = &self.state_index.observed;
+        let own: Vec<Slots<'a>> = (self.state_index.extents(pool).into_iter())
             .filter_map(|(first, count)| {
                 let held = observed.slots.get(&first)?.get(..count as usize)?;
                 Some(Slots { first, count, held })
@@ -185,7 +185,7 @@ impl<'a> Numbering<'a> {
             return Some(Slots { first, count, held: &[] });
         }
         let outcome = if own.is_empty() { "it is not published" } else { "its former members stay in use" };
-        let all = self.ledger.capacity.slots;
+        let all = self.state_index.capacity.slots;
         self.report(
             &name.service,
             format!("no room for {count} slots of {name} among {all}; {outcome}; raise --max-slots"),
@@ -196,7 +196,7 @@ impl<'a> Numbering<'a> {
     }
 
     fn free_extents(&mut self) -> &mut Extents {
-        let Ledger { observed, capacity, .. } = self.ledger;
+        let StateIndex { observed, capacity, .. } = self.state_index;
         let used = observed.slots.iter().map(|(first, slots)| (*first, slots.len() as u32));
         self.extents.get_or_insert_with(|| Extents::new(used, capacity.slots))
     }
@@ -205,7 +205,7 @@ impl<'a> Numbering<'a> {
     fn hold(&mut self, pool: u32, slots: &[u32]) {
         for backend in slots.iter().copied().collect::<BTreeSet<u32>>() {
             let key = MemberKey { pool, backend };
-            if let Some(member) = self.ledger.observed.members.get(&key) {
+            if let Some(member) = self.state_index.observed.members.get(&key) {
                 let port = self.target.members.get(&key).map_or(member.port, |wanted| wanted.port);
                 self.target.members.insert(key, Member { port, ..*member });
                 self.backends.keep(backend);
@@ -264,7 +264,7 @@ impl<'a> Numbering<'a> {
             let scope = self.id(NameKind::Service, &service.to_string());
             let left_out = ranges.iter().filter(|range| !self.range(scope, range)).count();
             if left_out > 0 {
-                let all = self.ledger.capacity.ranges;
+                let all = self.state_index.capacity.ranges;
                 let message =
                     format!("no room among {all} for {left_out} of its source ranges: clients there are kept out");
                 self.report(service, message);
@@ -274,7 +274,7 @@ impl<'a> Numbering<'a> {
 
     /// Adds a range; false where there is no room for it beside all that are there, wanted or not.
     fn range(&mut self, scope: u32, network: &Network) -> bool {
-        let Ledger { observed, capacity, .. } = self.ledger;
+        let StateIndex { observed, capacity, .. } = self.state_index;
         let Observed { ranges_v4, ranges_v6, .. } = &mut self.target;
         match network.address() {
             IpAddr::V4(ip) => {
@@ -294,16 +294,16 @@ impl<'a> Numbering<'a> {
 
     fn finish(mut self, part: &Observed, indices: &Indices<'_>) -> (Observed, Vec<Problem>) {
         let key = |id| NameKey { kind: NameKind::Backend as u32, id };
-        let Numbering { ledger, desired, .. } = self;
+        let Numbering { state_index, desired, .. } = self;
         let (records, in_use) =
-            self.backends.finish(&part.backends, |index, record| leaving(ledger, part, desired, (index, record)));
+            self.backends.finish(&part.backends, |index, record| leaving(state_index, part, desired, (index, record)));
         // A pod that has gone keeps its name until another one has its index: sessions and events still tell of it.
         for id in records.keys() {
             self.target.names.extend(part.names.get(&key(*id)).map(|name| (key(*id), name.clone())));
         }
         self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.to_string())));
         // A service, a pool and a group keep their names, and so their ids, as long as pins and flows tell of them, which
-        // others know: see `Ledger::withdrawn`.
+        // others know: see `StateIndex::withdrawn`.
         let ids = part.names.iter().filter(|(key, _)| key.kind != NameKind::Backend as u32);
         for (key, name) in ids {
             self.target.names.entry(*key).or_insert_with(|| name.clone());
@@ -315,11 +315,11 @@ impl<'a> Numbering<'a> {
 }
 
 /// What is known of a backend that nothing desires. What a source cannot tell of may live.
-fn leaving(ledger: &Ledger, part: &Observed, desired: &Desired, (index, record): (u32, &Backend)) -> Leaving {
-    let name = identity(&ledger.observed, index, record);
+fn leaving(state_index: &StateIndex, part: &Observed, desired: &Desired, (index, record): (u32, &Backend)) -> Leaving {
+    let name = identity(&state_index.observed, index, record);
     let is_known = desired.known.is_none() && !desired.others.contains(&name);
     let was_terminating = record.flags & BACKEND_TERMINATING != 0;
-    if is_known && (was_terminating || is_replaced(ledger, part, desired, &name)) {
+    if is_known && (was_terminating || is_replaced(state_index, part, desired, &name)) {
         return Leaving::Dead;
     }
     Leaving::Alive { terminating: desired.terminating.contains(&name) }
@@ -327,19 +327,19 @@ fn leaving(ledger: &Ledger, part: &Observed, desired: &Desired, (index, record):
 
 /// Whether another pod has the address of one that no slice lists. Pods that use the host's network share its address, so
 /// that only an address in a network of pods tells.
-fn is_replaced(ledger: &Ledger, part: &Observed, desired: &Desired, name: &BackendName) -> bool {
+fn is_replaced(state_index: &StateIndex, part: &Observed, desired: &Desired, name: &BackendName) -> bool {
     // The name of a pod has a slash.
     let is_another = |other: &BackendName| other.pod.contains('/') && other.pod != name.pod;
     let first = BackendName { address: name.address, pod: Arc::default() };
     let desired_there = desired.backends.range(first..).map(|(other, _)| other);
     let mut desired_there = desired_there.take_while(|other| other.address == name.address);
     // Those that a change does not touch are still desired.
-    let is_untouched = |index| !ledger.backends.is_lingering(index) && !part.backends.contains_key(&index);
-    let mut untouched = ledger.backends.at(name.address).filter(|(_, index)| is_untouched(*index));
+    let is_untouched = |index| !state_index.backends.is_lingering(index) && !part.backends.contains_key(&index);
+    let mut untouched = state_index.backends.at(name.address).filter(|(_, index)| is_untouched(*index));
     name.pod.contains('/')
         && (desired_there.any(is_another) || untouched.any(|(other, _)| is_another(other)))
         && (desired.pod_networks.iter().any(|network| network.contains(name.address))
-            || ledger.is_in_pod_network(name.address))
+            || state_index.is_in_pod_network(name.address))
 }
 
 /// The records of a frontend; none where one of its pools is not published.

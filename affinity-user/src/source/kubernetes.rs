@@ -19,7 +19,7 @@ mod backoff;
 mod cluster;
 mod decode;
 mod events;
-mod held;
+mod object_cache;
 mod objects;
 mod reflector;
 

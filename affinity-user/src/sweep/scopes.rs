@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use affinity_common::abi::{AFFINITY, Frontend, Timer};
 
-use super::fate::Policy;
+use super::expiry::Policy;
 
 /// Services, the scopes of their pins, and how these expire.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use affinity_common::{
     parse::UDP,
 };
 
-use super::{Sweeper, fate::flow_is_over, filter::FilterUse};
+use super::{Sweeper, expiry::flow_is_over, filter::FilterUse};
 use crate::store::{StoreError, kernel::Walk};
 
 impl Sweeper {

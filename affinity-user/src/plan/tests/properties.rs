@@ -18,8 +18,8 @@ use proptest::prelude::*;
 
 use super::world::{TestAddress, World, inner_world, send, world};
 use crate::{
-    desired::{Desired, Memo, options, snapshots},
-    plan::{Ledger, backends::identity, plan, retired},
+    desired::{Desired, DesiredState, options, snapshots},
+    plan::{StateIndex, backends::identity, plan, retired},
     source::Snapshot,
     store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
 };
@@ -184,8 +184,8 @@ fn check_lingering(worlds: &[(World, u64)]) {
         assert_lingering(&before, &observed, &desired);
         assert_generations(&observed, &mut history);
         assert_eq!(plan(&observed, &desired, ROOMY).0, [], "planned twice");
-        let ledger = Ledger::new(observed.clone(), ROOMY);
-        let over = ledger.lingering().filter(|(index, ..)| retire & 1 << (index % 64) != 0);
+        let state_index = StateIndex::new(observed.clone(), ROOMY);
+        let over = state_index.lingering().filter(|(index, ..)| retire & 1 << (index % 64) != 0);
         let over: Vec<Op> = over.map(|(index, _, record)| Op::PutBackend(index, retired(record))).collect();
         over.iter().for_each(|step| observed.apply(step));
     }
@@ -225,27 +225,27 @@ fn check_structure(worlds: &[World], capacity: Capacity) {
     }
 }
 
-/// A plan for a change has the steps of the plan in full, and a ledger that entered them is that of the store.
+/// A plan for a change has the steps of the plan in full, and an index that applied them is that of the store.
 fn check_changes(snapshots: &[Snapshot], capacity: Capacity) {
     let mut store = store(capacity);
-    let mut memo = Memo::new(options());
-    let mut ledger = Ledger::new(observe(&store), capacity);
+    let mut state = DesiredState::new(options());
+    let mut state_index = StateIndex::new(observe(&store), capacity);
     let mut is_settled = false;
     for snapshot in snapshots {
-        let change = memo.update(snapshot);
-        let (full, problems) = plan(&observe(&store), memo.desired(), capacity);
+        let change = state.update(snapshot);
+        let (full, problems) = plan(&observe(&store), state.desired(), capacity);
         if let Some(change) = change.filter(|_| is_settled) {
-            let (steps, reported) = ledger.plan_change(&change);
+            let (steps, reported) = state_index.plan_change(&change);
             assert_eq!(reported.is_empty(), problems.is_empty());
             assert!(steps == full || !problems.is_empty(), "{steps:?}\ninstead of\n{full:?}");
         }
         for step in &full {
             store.apply(step).expect("memory takes every step");
-            ledger.apply(step);
+            state_index.apply(step);
         }
         let observed = observe(&store);
-        assert_eq!(*ledger.observed(), observed, "what was applied is what is read");
-        assert_eq!(ledger, Ledger::new(observed, capacity));
+        assert_eq!(*state_index.observed(), observed, "what was applied is what is read");
+        assert_eq!(state_index, StateIndex::new(observed, capacity));
         is_settled = problems.is_empty();
     }
 }

@@ -12,7 +12,7 @@ use tracing::warn;
 use super::{
     Error,
     decode::Item,
-    held::Held,
+    object_cache::ObjectCache,
     objects::Watched,
     reflector::{self, Reflector},
 };
@@ -32,9 +32,9 @@ const NODES_EVERY: Duration = Duration::from_hours(1);
 /// What is known of the cluster.
 pub(super) struct Cluster {
     node_name: String,
-    services: RefCell<Held<Service>>,
-    slices: RefCell<Held<EndpointSlice>>,
-    nodes: RefCell<Held<Node>>,
+    services: RefCell<ObjectCache<Service>>,
+    slices: RefCell<ObjectCache<EndpointSlice>>,
+    nodes: RefCell<ObjectCache<Node>>,
     /// Why the API will not show us this node: everything but topology goes without.
     node_refused: RefCell<Option<String>>,
     /// Whether anything has changed since the last snapshot.
@@ -177,8 +177,12 @@ impl Cluster {
 }
 
 /// Of all objects of a kind that nothing goes without.
-fn reflector<'a, K: Watched>(client: &Client, held: &'a RefCell<Held<K>>, told: &'a dyn Fn(bool)) -> Reflector<'a, K> {
-    Reflector { client: client.clone(), fields: String::new(), held, told, do_without: None }
+fn reflector<'a, K: Watched>(
+    client: &Client,
+    cache: &'a RefCell<ObjectCache<K>>,
+    told: &'a dyn Fn(bool),
+) -> Reflector<'a, K> {
+    Reflector { client: client.clone(), fields: String::new(), cache, told, do_without: None }
 }
 
 /// All objects of a kind; or why not, and whether the API will not show them to us.

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::{
     backoff::Backoff,
     decode::{self, Item},
-    held::Held,
+    object_cache::ObjectCache,
     objects::Watched,
 };
 use crate::load::monotonic_ns;
@@ -42,7 +42,7 @@ pub(super) struct Reflector<'a, K> {
     pub(super) client: Client,
     /// Which objects, by fields; empty: all.
     pub(super) fields: String,
-    pub(super) held: &'a RefCell<Held<K>>,
+    pub(super) cache: &'a RefCell<ObjectCache<K>>,
     /// Called after each event with whether anything differs.
     pub(super) told: &'a dyn Fn(bool),
     /// Called with the reason where the API will not show this kind to us. None: nothing goes without it.
@@ -123,7 +123,7 @@ impl<K: Watched> Reflector<'_, K> {
     async fn list(&self) -> Result<String, End> {
         let begun_ns = monotonic_ns();
         let (items, version) = list(&self.client, &self.fields).await?;
-        let differs = self.held.borrow_mut().replace(items, Some(&version), begun_ns);
+        let differs = self.cache.borrow_mut().replace(items, Some(&version), begun_ns);
         (self.told)(differs);
         Ok(version)
     }
@@ -168,24 +168,24 @@ impl<K: Watched> Reflector<'_, K> {
             Err(_) => return Err(End::Silent),
         };
         let now_ns = monotonic_ns();
-        let mut held = self.held.borrow_mut();
+        let mut cache = self.cache.borrow_mut();
         let (version, differs) = match event {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                 let (version, item) = decode::object(object);
-                (version, held.put(item, now_ns))
+                (version, cache.put(item, now_ns))
             }
             WatchEvent::Deleted(object) => {
                 let (version, item) = decode::object(object);
-                (version, held.remove(item, now_ns))
+                (version, cache.remove(item, now_ns))
             }
             WatchEvent::Bookmark(bookmark) => {
                 let version = bookmark.metadata.resource_version;
-                held.bookmark(&version, now_ns);
+                cache.bookmark(&version, now_ns);
                 (version, false)
             }
             WatchEvent::Error(status) => return Err(failed(Error::Api(status))),
         };
-        drop(held);
+        drop(cache);
         (self.told)(differs);
         Ok(version)
     }

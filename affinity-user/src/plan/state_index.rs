@@ -1,6 +1,6 @@
 //! What a store holds, and what has to be found in it for the next plan.
 //!
-//! A [`Ledger`] is a function of [`Observed`] and nothing else: each step that was carried out is entered here, and then
+//! A [`StateIndex`] is a function of [`Observed`] and nothing else: each step that was carried out is applied here, and then
 //! it is as if the store had been read anew. So a plan for a few services costs what these services are, whatever else the
 //! store holds.
 
@@ -15,7 +15,7 @@ use affinity_common::abi::{
 };
 
 use super::{
-    backends::{Roster, identity},
+    backends::{BackendAllocator, identity},
     ids::Ids,
 };
 use crate::{
@@ -25,11 +25,11 @@ use crate::{
 
 /// What a store holds, with the indices that plans need.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Ledger {
+pub struct StateIndex {
     pub(super) observed: Observed,
     pub(super) capacity: Capacity,
     pub(super) ids: Ids,
-    pub(super) backends: Roster,
+    pub(super) backends: BackendAllocator,
     frontends_v4: BTreeSet<(u32, FrontendKey<V4>)>,
     frontends_v6: BTreeSet<(u32, FrontendKey<V6>)>,
     /// By scope.
@@ -41,13 +41,13 @@ pub struct Ledger {
     left: BTreeSet<u32>,
 }
 
-impl Ledger {
+impl StateIndex {
     /// Of a store that was read.
     #[must_use]
     pub fn new(observed: Observed, capacity: Capacity) -> Self {
-        let mut ledger = Self {
+        let mut state_index = Self {
             ids: Ids::new(),
-            backends: Roster::new(capacity.backends),
+            backends: BackendAllocator::new(capacity.backends),
             capacity,
             frontends_v4: BTreeSet::new(),
             frontends_v6: BTreeSet::new(),
@@ -57,17 +57,23 @@ impl Ledger {
             named: BTreeMap::new(),
             left: BTreeSet::new(),
         };
-        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, .. } = &mut ledger;
+        let Self { observed, ids, backends, frontends_v4, frontends_v6, named, .. } = &mut state_index;
         for (key, name) in observed.names.iter().filter(|(key, _)| key.kind != NameKind::Backend as u32) {
-            ids.enter(key, name);
+            ids.insert(key, name);
         }
         observed.members.keys().for_each(|key| ids.count(key.pool));
         observed.ranges_v4.iter().for_each(|key| ids.count(key.scope));
         observed.ranges_v6.iter().for_each(|key| ids.count(key.scope));
-        observed.frontends_v4.iter().for_each(|(key, frontend)| enter(frontends_v4, ids, named, key, frontend));
-        observed.frontends_v6.iter().for_each(|(key, frontend)| enter(frontends_v6, ids, named, key, frontend));
-        backends.enter_all(observed);
-        ledger
+        observed
+            .frontends_v4
+            .iter()
+            .for_each(|(key, frontend)| insert_frontend(frontends_v4, ids, named, key, frontend));
+        observed
+            .frontends_v6
+            .iter()
+            .for_each(|(key, frontend)| insert_frontend(frontends_v6, ids, named, key, frontend));
+        backends.insert_all(observed);
+        state_index
     }
 
     /// What the store holds.
@@ -111,26 +117,26 @@ impl Ledger {
         if matches!(op, Op::Grace) {
             return self.forget_unnamed_slots();
         }
-        self.strike_subject(op);
+        self.remove_subject(op);
         self.observed.apply(op);
         self.enter_subject(op);
     }
 
     /// Takes what a step is about to change out of the indices.
-    fn strike_subject(&mut self, op: &Op) {
+    fn remove_subject(&mut self, op: &Op) {
         let Self { observed, ids, backends, frontends_v4, frontends_v6, ranges_v4, ranges_v6, named, left, .. } = self;
         match op {
             Op::PutName(NameKey { kind, id }, _) | Op::RemoveName(NameKey { kind, id })
                 if *kind == NameKind::Backend as u32 =>
             {
-                backends.strike(observed, *id);
+                backends.remove(observed, *id);
             }
             Op::PutName(key, _) | Op::RemoveName(key) => {
                 if let Some(name) = observed.names.get(key) {
-                    ids.strike(key, name);
+                    ids.remove(key, name);
                 }
             }
-            Op::PutBackend(index, _) => backends.strike(observed, *index),
+            Op::PutBackend(index, _) => backends.remove(observed, *index),
             Op::PutMember(key, _) | Op::RemoveMember(key) => {
                 if observed.members.contains_key(key) {
                     ids.discount(key.pool);
@@ -138,16 +144,16 @@ impl Ledger {
             }
             Op::PutFrontendV4(key, _) | Op::RemoveFrontendV4(key) => {
                 if let Some(frontend) = observed.frontends_v4.get(key) {
-                    strike(frontends_v4, ids, (named, left), key, frontend);
+                    remove_frontend(frontends_v4, ids, (named, left), key, frontend);
                 }
             }
             Op::PutFrontendV6(key, _) | Op::RemoveFrontendV6(key) => {
                 if let Some(frontend) = observed.frontends_v6.get(key) {
-                    strike(frontends_v6, ids, (named, left), key, frontend);
+                    remove_frontend(frontends_v6, ids, (named, left), key, frontend);
                 }
             }
-            Op::PutRangeV4(key) | Op::RemoveRangeV4(key) => strike_range(ranges_v4, ids, key),
-            Op::PutRangeV6(key) | Op::RemoveRangeV6(key) => strike_range(ranges_v6, ids, key),
+            Op::PutRangeV4(key) | Op::RemoveRangeV4(key) => remove_range(ranges_v4, ids, key),
+            Op::PutRangeV6(key) | Op::RemoveRangeV6(key) => remove_range(ranges_v6, ids, key),
             Op::WriteSlots { .. }
             | Op::SetFilter(..)
             | Op::PutUsage(_)
@@ -164,15 +170,15 @@ impl Ledger {
             Op::PutName(NameKey { kind, id }, _) | Op::RemoveName(NameKey { kind, id })
                 if *kind == NameKind::Backend as u32 =>
             {
-                backends.enter(observed, *id);
+                backends.insert(observed, *id);
             }
-            Op::PutName(key, name) => ids.enter(key, name),
-            Op::PutBackend(index, _) => backends.enter(observed, *index),
+            Op::PutName(key, name) => ids.insert(key, name),
+            Op::PutBackend(index, _) => backends.insert(observed, *index),
             Op::PutMember(key, _) => ids.count(key.pool),
             Op::PutRangeV4(key) => enter_range(ranges_v4, ids, key),
             Op::PutRangeV6(key) => enter_range(ranges_v6, ids, key),
-            Op::PutFrontendV4(key, frontend) => enter(frontends_v4, ids, named, key, frontend),
-            Op::PutFrontendV6(key, frontend) => enter(frontends_v6, ids, named, key, frontend),
+            Op::PutFrontendV4(key, frontend) => insert_frontend(frontends_v4, ids, named, key, frontend),
+            Op::PutFrontendV6(key, frontend) => insert_frontend(frontends_v6, ids, named, key, frontend),
             Op::RemoveName(_)
             | Op::RemoveMember(_)
             | Op::RemoveFrontendV4(_)
@@ -286,13 +292,13 @@ fn enter_range<A: Address>(ranges: &mut BTreeSet<(u32, RangeKey<A>)>, ids: &mut 
     }
 }
 
-fn strike_range<A: Address>(ranges: &mut BTreeSet<(u32, RangeKey<A>)>, ids: &mut Ids, key: &RangeKey<A>) {
+fn remove_range<A: Address>(ranges: &mut BTreeSet<(u32, RangeKey<A>)>, ids: &mut Ids, key: &RangeKey<A>) {
     if ranges.remove(&(key.scope, *key)) {
         ids.discount(key.scope);
     }
 }
 
-fn enter<A: Address>(
+fn insert_frontend<A: Address>(
     frontends: &mut BTreeSet<(u32, FrontendKey<A>)>,
     ids: &mut Ids,
     named: &mut BTreeMap<u32, u32>,
@@ -306,7 +312,7 @@ fn enter<A: Address>(
     }
 }
 
-fn strike<A: Address>(
+fn remove_frontend<A: Address>(
     frontends: &mut BTreeSet<(u32, FrontendKey<A>)>,
     ids: &mut Ids,
     (named, left): (&mut BTreeMap<u32, u32>, &mut BTreeSet<u32>),

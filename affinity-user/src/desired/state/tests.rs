@@ -1,4 +1,4 @@
-//! It makes no difference to a memo what came before.
+//! It makes no difference to the state what came before.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -250,23 +250,23 @@ proptest! {
 
     #[test]
     fn history_makes_no_difference(snapshots in snapshots(12)) {
-        let mut memo = Memo::new(options());
+        let mut state = DesiredState::new(options());
         for (number, snapshot) in snapshots.iter().enumerate() {
-            let before = memo.desired().clone();
-            let change = memo.update(snapshot);
+            let before = state.desired().clone();
+            let change = state.update(snapshot);
             // What is learned and forgotten again leaves no trace.
             if number % 4 == 3 {
                 let elsewhere = NodeFacts { name: Some("there".to_owned()), ..NodeFacts::default() };
-                let is_news = [memo.learn(elsewhere), memo.learn(options().node)];
+                let is_news = [state.learn(elsewhere), state.learn(options().node)];
                 prop_assert_eq!(is_news, [true; 2]);
             }
             let (full, problems) = desired(snapshot, &options());
-            prop_assert_eq!(memo.desired(), &full);
-            prop_assert_eq!(memo.problems().cloned().collect::<Vec<_>>(), problems);
+            prop_assert_eq!(state.desired(), &full);
+            prop_assert_eq!(state.problems().cloned().collect::<Vec<_>>(), problems);
             if let Some(change) = change {
                 prop_assert_eq!(patch(&before, &change), full);
             }
-            let again = memo.update(snapshot);
+            let again = state.update(snapshot);
             if let Some(again) = again {
                 let Change { services, groups, gone, desired } = again;
                 prop_assert!(services.is_empty() && groups.is_empty() && gone.is_empty());

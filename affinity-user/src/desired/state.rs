@@ -1,6 +1,6 @@
 //! What was decided for a snapshot, kept so that the next one costs what has changed in it.
 //!
-//! A memo is a function of the last snapshot and nothing else: it makes no difference what came before.
+//! The state is a function of the last snapshot and nothing else: it makes no difference what came before.
 //!
 //! What a service gets depends on its own object and slices; on which of its addresses an older service claims, so that
 //! all who claim an address are decided together; and on its group, so that the services of a group are as well.
@@ -73,7 +73,7 @@ struct Touched {
 }
 
 /// What was decided for the last snapshot.
-pub struct Memo {
+pub struct DesiredState {
     options: Options,
     node: Node,
     /// What the last snapshot told of the node.
@@ -95,7 +95,7 @@ pub struct Memo {
     problems: BTreeMap<Subject, Vec<Problem>>,
 }
 
-impl Memo {
+impl DesiredState {
     /// Of an empty snapshot.
     #[must_use]
     pub fn new(options: Options) -> Self {

@@ -10,7 +10,7 @@ use crate::source::{ObjectName, Problem, Sourced};
 
 /// What is known of one kind.
 #[derive(Debug)]
-pub(super) struct Held<K> {
+pub(super) struct ObjectCache<K> {
     entries: BTreeMap<ObjectName, Entry>,
     /// Changed in place while no snapshot holds it.
     objects: Arc<BTreeMap<ObjectName, Sourced<K>>>,
@@ -29,7 +29,7 @@ struct Entry {
     is_there: bool,
 }
 
-impl<K> Default for Held<K> {
+impl<K> Default for ObjectCache<K> {
     fn default() -> Self {
         Self {
             entries: BTreeMap::new(),
@@ -41,7 +41,7 @@ impl<K> Default for Held<K> {
     }
 }
 
-impl<K: Watched> Held<K> {
+impl<K: Watched> ObjectCache<K> {
     /// Takes a complete list in place of everything; of what cannot be read the former state stays. Says whether anything
     /// differs.
     pub(super) fn replace(&mut self, items: Vec<Item<K>>, list_version: Option<&str>, now_ns: u64) -> bool {
@@ -194,73 +194,73 @@ mod tests {
     }
 
     /// `name=address`, in order.
-    fn shown(held: &Held<Service>) -> String {
+    fn shown(cache: &ObjectCache<Service>) -> String {
         let ip = |sourced: &Sourced<Service>| sourced.object.spec.as_ref().and_then(|spec| spec.cluster_ip.clone());
         let shown = |(name, sourced)| format!("{}={}", name, ip(sourced).unwrap_or_default());
-        held.objects().iter().map(|(name, sourced)| shown((&name.name, sourced))).collect::<Vec<_>>().join(" ")
+        cache.objects().iter().map(|(name, sourced)| shown((&name.name, sourced))).collect::<Vec<_>>().join(" ")
     }
 
     fn good(objects: Vec<Service>) -> Vec<Item<Service>> {
         objects.into_iter().map(Ok).collect()
     }
 
-    fn held(objects: Vec<Service>, version: &str) -> Held<Service> {
-        let mut held = Held::default();
-        assert_eq!(held.current_ns(), None);
-        assert!(held.replace(good(objects), Some(version), 1));
-        held
+    fn cache(objects: Vec<Service>, version: &str) -> ObjectCache<Service> {
+        let mut cache = ObjectCache::default();
+        assert_eq!(cache.current_ns(), None);
+        assert!(cache.replace(good(objects), Some(version), 1));
+        cache
     }
 
     #[test]
     fn events_that_were_overtaken_or_come_twice_change_nothing() {
-        let mut held = held(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
-        assert!(!held.put(Ok(service("x", 9, "9")), 2), "older than the list");
-        assert!(held.put(Ok(service("x", 12, "2")), 2));
-        assert!(!held.put(Ok(service("x", 11, "9")), 2), "overtaken");
-        assert!(!held.put(Ok(service("x", 12, "2")), 2), "the same once more");
-        assert!(held.put(Ok(service("y", 11, "3")), 2), "another object's events are its own");
-        assert!(held.remove(Ok(service("y", 14, "3")), 2));
-        assert!(!held.put(Ok(service("y", 13, "9")), 2), "deleted since");
-        assert!(!held.remove(Ok(service("y", 14, "3")), 2), "deleted twice");
-        assert_eq!(shown(&held), "x=2");
-        assert!(held.put(Ok(service("y", 15, "4")), 2), "made anew");
-        assert_eq!(shown(&held), "x=2 y=4");
+        let mut cache = cache(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
+        assert!(!cache.put(Ok(service("x", 9, "9")), 2), "older than the list");
+        assert!(cache.put(Ok(service("x", 12, "2")), 2));
+        assert!(!cache.put(Ok(service("x", 11, "9")), 2), "overtaken");
+        assert!(!cache.put(Ok(service("x", 12, "2")), 2), "the same once more");
+        assert!(cache.put(Ok(service("y", 11, "3")), 2), "another object's events are its own");
+        assert!(cache.remove(Ok(service("y", 14, "3")), 2));
+        assert!(!cache.put(Ok(service("y", 13, "9")), 2), "deleted since");
+        assert!(!cache.remove(Ok(service("y", 14, "3")), 2), "deleted twice");
+        assert_eq!(shown(&cache), "x=2");
+        assert!(cache.put(Ok(service("y", 15, "4")), 2), "made anew");
+        assert_eq!(shown(&cache), "x=2 y=4");
     }
 
     #[test]
     fn deletions_are_forgotten_at_a_bookmark() {
-        let mut held = held(vec![service("x", 3, "1")], "10");
-        assert!(held.remove(Ok(service("x", 11, "1")), 2));
-        held.bookmark("12", 3);
-        assert!(held.entries.is_empty());
-        assert!(!held.put(Ok(service("x", 10, "9")), 3), "older than the bookmark");
-        assert!(held.put(Ok(service("x", 13, "2")), 3));
-        assert_eq!(held.current_ns(), Some(3));
+        let mut cache = cache(vec![service("x", 3, "1")], "10");
+        assert!(cache.remove(Ok(service("x", 11, "1")), 2));
+        cache.bookmark("12", 3);
+        assert!(cache.entries.is_empty());
+        assert!(!cache.put(Ok(service("x", 10, "9")), 3), "older than the bookmark");
+        assert!(cache.put(Ok(service("x", 13, "2")), 3));
+        assert_eq!(cache.current_ns(), Some(3));
     }
 
     #[test]
     fn a_list_takes_the_place_of_everything_and_keeps_what_is_equal() {
-        let mut held = held(vec![service("x", 3, "1"), service("y", 4, "1"), service("z", 5, "1")], "10");
-        let before = held.objects();
-        assert!(held.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("20"), 2));
-        let after = held.objects();
-        assert_eq!(shown(&held), "x=1 y=2");
+        let mut cache = cache(vec![service("x", 3, "1"), service("y", 4, "1"), service("z", 5, "1")], "10");
+        let before = cache.objects();
+        assert!(cache.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("20"), 2));
+        let after = cache.objects();
+        assert_eq!(shown(&cache), "x=1 y=2");
         let x = ObjectName::new("a", "x");
         assert!(Arc::ptr_eq(&before[&x].object, &after[&x].object));
         // The same list once more, at a later version, and even an earlier one: the API may have been restored.
-        assert!(!held.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("30"), 3));
-        assert!(!held.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("5"), 3));
-        assert!(held.put(Ok(service("x", 6, "6")), 4));
+        assert!(!cache.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("30"), 3));
+        assert!(!cache.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("5"), 3));
+        assert!(cache.put(Ok(service("x", 6, "6")), 4));
     }
 
     #[test]
     fn a_new_version_of_an_equal_object_is_no_change() {
-        let mut held = held(vec![service("x", 3, "1")], "10");
+        let mut cache = cache(vec![service("x", 3, "1")], "10");
         let x = ObjectName::new("a", "x");
-        let before = held.objects()[&x].object.clone();
-        assert!(!held.put(Ok(service("x", 11, "1")), 2));
-        assert!(Arc::ptr_eq(&before, &held.objects()[&x].object));
-        assert!(!held.put(Ok(service("x", 11, "9")), 2), "its version counts all the same");
+        let before = cache.objects()[&x].object.clone();
+        assert!(!cache.put(Ok(service("x", 11, "1")), 2));
+        assert!(Arc::ptr_eq(&before, &cache.objects()[&x].object));
+        assert!(!cache.put(Ok(service("x", 11, "9")), 2), "its version counts all the same");
     }
 
     #[test]
@@ -271,20 +271,20 @@ mod tests {
             );
             decode::object::<Service>(serde_json::from_str(&json).expect("an object")).1
         };
-        let told = |held: &Held<Service>| -> Vec<_> {
-            held.problems().filter_map(|problem| Some(problem.object?.name.name.to_string())).collect()
+        let told = |cache: &ObjectCache<Service>| -> Vec<_> {
+            cache.problems().filter_map(|problem| Some(problem.object?.name.name.to_string())).collect()
         };
-        let mut held = held(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
-        assert!(!held.put(bad("x", 9), 2), "older than the list");
-        assert!(held.put(bad("x", 11), 2) && held.put(bad("z", 12), 2));
-        assert_eq!((shown(&held), told(&held)), ("x=1 y=1".to_owned(), ["x", "z"].map(str::to_owned).to_vec()));
+        let mut cache = cache(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
+        assert!(!cache.put(bad("x", 9), 2), "older than the list");
+        assert!(cache.put(bad("x", 11), 2) && cache.put(bad("z", 12), 2));
+        assert_eq!((shown(&cache), told(&cache)), ("x=1 y=1".to_owned(), ["x", "z"].map(str::to_owned).to_vec()));
         let list = vec![bad("x", 11), Ok(service("y", 5, "1")), bad("z", 12)];
-        assert!(!held.replace(list, Some("20"), 3), "as it was");
-        assert!(held.put(Ok(service("x", 21, "1")), 4), "it can be read again");
-        assert!(held.remove(bad("z", 22), 4), "its last state counts for nothing");
-        assert!(!held.put(bad("z", 21), 4), "deleted since");
-        assert_eq!((shown(&held), told(&held)), ("x=1 y=1".to_owned(), vec![]));
-        assert!(held.remove(bad("y", 23), 4));
-        assert_eq!(shown(&held), "x=1");
+        assert!(!cache.replace(list, Some("20"), 3), "as it was");
+        assert!(cache.put(Ok(service("x", 21, "1")), 4), "it can be read again");
+        assert!(cache.remove(bad("z", 22), 4), "its last state counts for nothing");
+        assert!(!cache.put(bad("z", 21), 4), "deleted since");
+        assert_eq!((shown(&cache), told(&cache)), ("x=1 y=1".to_owned(), vec![]));
+        assert!(cache.remove(bad("y", 23), 4));
+        assert_eq!(shown(&cache), "x=1");
     }
 }
