@@ -36,8 +36,9 @@ pub use flow::{
     FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, NO_BACKEND,
 };
 pub use frontend::{
-    AFFINITY, BESIDE, EVERYBODY, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, NODE, Node, OUTSIDE,
-    PODS, RANGES, RangeKey, SHADOW, SHARED, SILENT, SPLIT, Selection, TIMEOUT_UNLIMITED, Timer, filter_bit,
+    AFFINITY, COEXIST, DROP_IF_NO_LOCAL, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, NODE, Node,
+    PODS, RANGES, RangeKey, SCOPE_ANY, SCOPE_EXTERNAL, SHADOW, SHARED, SPLIT_SCOPE, Selection, TIMEOUT_UNLIMITED,
+    Timer, filter_bit,
 };
 pub use reason::{REASONS, Reason, USAGES, Usage, UsageKey, UsageOf, usage_index};
 pub use redirect::{

@@ -25,7 +25,7 @@ pub enum Admission {
     /// The packet belongs to it.
     Established,
     /// The packet begins a new connection with the same ports.
-    Afresh,
+    Reopen,
     /// The connection's pod is gone: the client must be told.
     Gone,
     /// The packet belongs to it, and passes: the connection is another proxy's.
@@ -48,9 +48,9 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
         return admit_shadow(tables, headers, lives, state);
     }
     if lives {
-        if headers.is_opening() && state::is_ending(state) { Admission::Afresh } else { Admission::Established }
+        if headers.is_opening() && state::is_ending(state) { Admission::Reopen } else { Admission::Established }
     } else if is_datagram || headers.is_opening() {
-        Admission::Afresh
+        Admission::Reopen
     } else {
         Admission::Gone
     }
@@ -108,7 +108,7 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
         let frontend = tables.frontend(&FrontendKey::new(key.daddr, key.dport, key.protocol));
         frontend.is_ok_and(|frontend| frontend.is_some_and(|frontend| frontend.flags & SHADOW == 0))
     };
-    if begins || is_datagram && (!lives || is_ours()) { Admission::Afresh } else { Admission::Shadow }
+    if begins || is_datagram && (!lives || is_ours()) { Admission::Reopen } else { Admission::Shadow }
 }
 
 /// Notes that a packet passed: how far its sender has come, and, where something changes, what [`note_change`] notes.

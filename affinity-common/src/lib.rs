@@ -20,7 +20,7 @@ pub mod pipeline;
 #[cfg(test)]
 mod properties;
 pub mod redirect;
-pub mod refuse;
+pub mod reject;
 pub mod rewrite;
 pub mod select;
 pub mod session;

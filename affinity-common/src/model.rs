@@ -22,7 +22,7 @@ use crate::{
     packet::Packet,
     parse::Headers,
     pipeline::{self, Opened},
-    refuse::Bucket,
+    reject::Bucket,
     snat,
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables, Unstable},
 };
@@ -120,12 +120,12 @@ impl<V: Pod> Entry<V> for Shared<V> {
 }
 
 impl Pin for Shared<Session> {
-    fn observe(&self) -> Session {
+    fn snapshot(&self) -> Session {
         Session { service: 0, uses: 0, reason: 0, ..self.get() }
     }
 
-    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
-        let is_there = self.pointed_to() == from;
+    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+        let is_there = self.backend() == from;
         if is_there {
             self.write(Session::BACKEND, to.0);
             self.write(Session::GENERATION, to.1);
@@ -133,7 +133,7 @@ impl Pin for Shared<Session> {
         is_there
     }
 
-    fn pointed_to(&self) -> (u32, u32) {
+    fn backend(&self) -> (u32, u32) {
         (self.read(Session::BACKEND), self.read(Session::GENERATION))
     }
 

@@ -42,7 +42,7 @@ pub const FLOW_SCRATCH_V4: &str = "flow_scratch_v4";
 pub const FLOW_SCRATCH_V6: &str = "flow_scratch_v6";
 /// `percpu_array` of one [`crate::abi::Frontend`]: the record of the connection that is being opened.
 pub const FRONTEND_SCRATCH: &str = "frontend_scratch";
-/// `percpu_array` of one [`crate::refuse::Bucket`]: limits how many packets a processor rejects.
+/// `percpu_array` of one [`crate::reject::Bucket`]: limits how many packets a processor rejects.
 pub const REJECTIONS: &str = "rejections";
 /// `array`: backend index -> position in the range of SNAT ports, counting up, `u64`.
 pub const SNAT_PORT_CURSOR: &str = "snat_port_cursor";

@@ -9,14 +9,14 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, BESIDE, Direction, Edit, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey, NODE, PODS,
-        RANGES, Reason, SHADOW, SILENT, SPLIT, V4, V6, filter_bit,
+        Address, COEXIST, DROP_IF_NO_LOCAL, Direction, Edit, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend,
+        FrontendKey, NODE, PODS, RANGES, Reason, SHADOW, SPLIT_SCOPE, V4, V6, filter_bit,
     },
     flow::{self, Admission},
     foreign, fragment, icmp,
     packet::Packet,
     parse::{self, Headers, Network, UDP},
-    refuse,
+    reject,
     session::{self, Opening, Resolved},
     snat,
     tables::{Entry, FamilyTables, Tables, Unstable},
@@ -74,11 +74,11 @@ pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Dnat) {
             Ok(headers) => enter(packet, tables, headers),
-            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::Dnat)),
+            Err(reason) => icmp_or_fragment::<V4, P, T>(packet, tables, l3, (reason, Direction::Dnat)),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::Dnat) {
             Ok(headers) => enter(packet, tables, headers),
-            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::Dnat)),
+            Err(reason) => icmp_or_fragment::<V6, P, T>(packet, tables, l3, (reason, Direction::Dnat)),
         },
         Err(reason) => pass(tables, reason),
     }
@@ -90,11 +90,11 @@ pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::RevDnat) {
             Ok(headers) => leave(packet, tables, headers),
-            Err(reason) => others::<V4, P, T>(packet, tables, l3, (reason, Direction::RevDnat)),
+            Err(reason) => icmp_or_fragment::<V4, P, T>(packet, tables, l3, (reason, Direction::RevDnat)),
         },
         Ok(Network::V6(l3)) => match parse::ipv6(packet, l3, Direction::RevDnat) {
             Ok(headers) => leave(packet, tables, headers),
-            Err(reason) => others::<V6, P, T>(packet, tables, l3, (reason, Direction::RevDnat)),
+            Err(reason) => icmp_or_fragment::<V6, P, T>(packet, tables, l3, (reason, Direction::RevDnat)),
         },
         Err(reason) => pass(tables, reason),
     }
@@ -118,7 +118,7 @@ fn leave<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, 
 
 /// A packet without ports: errors about flows and later fragments are translated with theirs, all others pass.
 #[inline(always)]
-fn others<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + FamilyTables<A>>(
+fn icmp_or_fragment<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + FamilyTables<A>>(
     packet: &mut P,
     tables: &T,
     l3: usize,
@@ -164,7 +164,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
                 flow::note_packet(tables, headers, &flow);
                 return Outcome::new(Decision::Pass, Reason::Shadow);
             }
-            Admission::Afresh => flow::supersede(tables, headers, &flow),
+            Admission::Reopen => flow::supersede(tables, headers, &flow),
         }
     }
     if tables.filter(Direction::RevSnat, bit) {
@@ -183,7 +183,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     match tables.open(headers) {
         Opened::As(reason) => Outcome::new(Decision::Begin, reason),
         Opened::NotOurs(reason) => Outcome::new(Decision::Pass, reason),
-        Opened::Refused(reason) => rejected(headers, reason),
+        Opened::Rejected(reason) => rejected(headers, reason),
         Opened::Failed(reason) => Outcome::new(Decision::Drop, reason),
     }
 }
@@ -209,7 +209,7 @@ pub enum Opened {
     /// The packet is somebody else's business.
     NotOurs(Reason),
     /// Its sender is to be told.
-    Refused(Reason),
+    Rejected(Reason),
     /// The packet cannot go on.
     Failed(Reason),
 }
@@ -222,7 +222,7 @@ impl Opened {
         let (kind, reason) = match self {
             Self::As(reason) => (0, reason),
             Self::NotOurs(reason) => (1, reason),
-            Self::Refused(reason) => (2, reason),
+            Self::Rejected(reason) => (2, reason),
             Self::Failed(reason) => (3, reason),
         };
         kind << 8 | reason as u64
@@ -236,7 +236,7 @@ impl Opened {
         match bits >> 8 {
             0 => Self::As(reason),
             1 => Self::NotOurs(reason),
-            2 => Self::Refused(reason),
+            2 => Self::Rejected(reason),
             _ => Self::Failed(reason),
         }
     }
@@ -267,7 +267,7 @@ fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, fro
     match found.and_then(|()| flow::begin(tables, headers, frontend, now_ns, &resolved)) {
         _ if frontend.flags & SHADOW != 0 => Opened::NotOurs(Reason::Shadow),
         Ok(()) => Opened::As(resolved.reason),
-        Err(reason @ (Reason::NoEndpoints | Reason::PortsExhausted)) => Opened::Refused(reason),
+        Err(reason @ (Reason::NoEndpoints | Reason::PortsExhausted)) => Opened::Rejected(reason),
         Err(reason) => Opened::Failed(reason),
     }
 }
@@ -302,7 +302,7 @@ fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>)
     }
 }
 
-/// Copies the frontend that a client dials: where clients outside of the pod networks have a record of their own, theirs.
+/// Copies the frontend that a client dials: where external clients have a record of their own, theirs.
 /// Out of line, for the sake of its caller's stack frame.
 ///
 /// # Errors
@@ -315,10 +315,10 @@ fn frontend_for<A: Address, T: FamilyTables<A>>(
 ) -> Result<(), Reason> {
     let frontend_key = FrontendKey::new(key.daddr, key.dport, key.protocol);
     copy_frontend(tables, &frontend_key, frontend)?;
-    if frontend.flags & SPLIT == 0 || tables.is_within(PODS, key.saddr) {
+    if frontend.flags & SPLIT_SCOPE == 0 || tables.is_within(PODS, key.saddr) {
         return Ok(());
     }
-    copy_frontend(tables, &frontend_key.outside(), frontend)
+    copy_frontend(tables, &frontend_key.external(), frontend)
 }
 
 /// Copies the record of a frontend.
@@ -348,7 +348,7 @@ fn member_for<A: Address, T: FamilyTables<A>>(
     if frontend.flags & RANGES != 0 && !tables.is_within(frontend.service, headers.key.saddr) {
         return Err(Reason::NotInRanges);
     }
-    let is_silent = frontend.flags & SILENT != 0;
+    let is_silent = frontend.flags & DROP_IF_NO_LOCAL != 0;
     let opened = session::open(tables, &Opening::by_packet(headers, frontend, now_ns), resolved);
     if is_silent && opened == Err(Reason::NoEndpoints) { Err(Reason::NoLocalEndpoints) } else { opened }
 }
@@ -356,7 +356,7 @@ fn member_for<A: Address, T: FamilyTables<A>>(
 /// Whether a packet that belongs to no known flow is in the middle of a connection that another proxy has made.
 #[inline(always)]
 fn is_of_another_proxy<A: Address>(headers: &Headers<A>, frontend: &Frontend) -> bool {
-    frontend.flags & (BESIDE | SHADOW) != 0 && headers.key.protocol != UDP && !headers.is_opening()
+    frontend.flags & (COEXIST | SHADOW) != 0 && headers.key.protocol != UDP && !headers.is_opening()
 }
 
 /// Decides about a packet that leaves: filter, then flow. It is translated for as long as its flow is known, even if
@@ -387,7 +387,7 @@ pub fn from_backend<A: Address, T: FamilyTables<A>>(
 
 #[inline(always)]
 fn rejected<A: Address, F>(headers: &Headers<A>, reason: Reason) -> Outcome<F> {
-    if refuse::may_answer(headers) {
+    if reject::may_answer(headers) {
         Outcome::new(Decision::Reject, reason)
     } else {
         Outcome::new(Decision::Drop, Reason::NotAnswered)
@@ -418,7 +418,7 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
             None => (Verdict::Drop, Reason::Inconsistent),
         },
         Decision::Reject if !tables.may_reject() => (Verdict::Drop, Reason::RejectionLimited),
-        Decision::Reject if refuse::refuse(packet, headers) => (Verdict::Answer, outcome.reason),
+        Decision::Reject if reject::reject(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
     };
     tables.conclude(reason);

@@ -11,7 +11,7 @@ use crate::{
     packet::Packet,
     parse::{self, ACK, FIN, Headers, Network, RST, SYN, TCP, UDP},
     pipeline::{self, Verdict},
-    refuse, rewrite,
+    reject, rewrite,
     testing::{Ends, Shape, ends_v4, ends_v6, octets, pseudo_header, shapes, sum},
 };
 
@@ -85,7 +85,7 @@ fn translation_is_undone<A: Parsed>(shape: &Shape, old: &Ends<A>, new: &Ends<A>)
 fn refused_rightly<A: Parsed>(shape: &Shape, ends: &Ends<A>) -> Result<(), TestCaseError> {
     let mut frame = shape.frame(ends);
     let headers = A::parse(&frame, shape.l3()).map_err(|reason| TestCaseError::fail(reason.name()))?;
-    prop_assert!(refuse::refuse(&mut frame, &headers));
+    prop_assert!(reject::reject(&mut frame, &headers));
     let packet = &frame[shape.l3()..];
     let (header_len, len, protocol) = if A::BITS == V4::BITS {
         prop_assert_eq!(sum(&[&packet[..20]]), 0xffff);

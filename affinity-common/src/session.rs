@@ -1,13 +1,13 @@
 //! Pins: finding one, judging it, renewing it, moving it.
 //!
-//! Two processors may meet one client at once, and must send it to one backend. A new pin is stored only where there is
-//! none; who comes second follows it. A stale pin moves in three steps: it is pointed nowhere (to its backend under a
-//! generation that no backend in use has), then its times are written and its connections forgotten, then it is pointed to
-//! the new backend. The first and the last step are made only from where the mover believes the pin to point, so one mover
-//! succeeds, and the others follow it; only a move to the very backend that it had may be made, and counted, twice. Whoever
-//! observes a pin that points somewhere sees the times that belong to that.
+//! Two CPUs may handle packets of one client at once, and must choose one backend. A new pin is inserted only if there is none
+//! (`BPF_NOEXIST`); the second CPU follows it. A stale pin moves in three steps: it is marked as moving (its backend with a
+//! generation that no backend in use has), then its times are written and its connections reset, then it gets the new backend.
+//! The first and the last step are compare-and-swap operations, so one mover succeeds and the others follow it. Only a move to
+//! the backend that the pin had before may happen, and be counted, twice. A snapshot of a pin that is not moving has the times
+//! of its backend.
 //!
-//! Connections are counted apart from that, as they open and end ([`add_connection`], [`end_connection`]), and never for
+//! Connections are counted separately, as they open and end ([`add_connection`], [`end_connection`]), and never for
 //! another backend than theirs.
 
 #[cfg(test)]
@@ -114,7 +114,7 @@ pub fn leads<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, fo
     let now_ns = tables.now_ns();
     let &Follower { to, timer, timeout_ns, created_ns, last_used_ns } = follower;
     if let Some(pin) = tables.session(key) {
-        return pin.pointed_to() == to && is_fresh(&pin.observe(), timer, timeout_ns, now_ns);
+        return pin.backend() == to && is_fresh(&pin.snapshot(), timer, timeout_ns, now_ns);
     }
     let since_ns = match timer {
         Timer::Connection | Timer::Absolute => created_ns,
@@ -133,8 +133,8 @@ pub fn renew<A: Address, T: FamilyTables<A>>(
     now_ns: u64,
 ) {
     if let Some(pin) = tables.session(key)
-        && pin.pointed_to().0 == backend
-        && is_fresh(&pin.observe(), timer, timeout_ns, now_ns)
+        && pin.backend().0 == backend
+        && is_fresh(&pin.snapshot(), timer, timeout_ns, now_ns)
     {
         pin.write(Session::LAST_USED_NS, now_ns);
     }
@@ -152,7 +152,7 @@ pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionK
 #[inline(always)]
 pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32), now_ns: u64) {
     if let Some(pin) = tables.session(key)
-        && pin.pointed_to() == to
+        && pin.backend() == to
     {
         pin.write(Session::LAST_USED_NS, now_ns);
         change_connections(&pin, to, |live| live.saturating_sub(1));
@@ -167,7 +167,7 @@ pub fn correct_connections<A: Address, T: FamilyTables<A>>(tables: &T, correctio
     let key = SessionKey::new(scope, A::from_mapped(correction.client), A::BITS);
     if let Some(pin) = tables.session(&key)
         && pin.connections() == connections
-        && pin.pointed_to() == (backend, generation)
+        && pin.backend() == (backend, generation)
     {
         pin.swap_connections(connections, connections - connections % MOVES + live % MOVES);
     }
@@ -183,11 +183,11 @@ const TRIES: u32 = 8;
 fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
-        let pointed_to = pin.pointed_to();
-        if pointed_to == nowhere(to) {
+        let backend = pin.backend();
+        if backend == nowhere(to) {
             continue;
         }
-        if pointed_to != to {
+        if backend != to {
             return;
         }
         let live = before % MOVES;
@@ -203,7 +203,7 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
 fn reset_connections(pin: &impl Pin, nowhere: (u32, u32), seen: u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
-        if before / MOVES != seen / MOVES || pin.pointed_to() != nowhere {
+        if before / MOVES != seen / MOVES || pin.backend() != nowhere {
             return;
         }
         if pin.swap_connections(before, (before - before % MOVES).wrapping_add(MOVES)) {
@@ -273,7 +273,7 @@ fn follow_or_pin<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'
 #[inline(always)]
 fn find<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>, key: &SessionKey<A>) -> Found<T::Pin> {
     let Some(pin) = tables.session(key) else { return Found::Absent };
-    let (frontend, seen) = (opening.frontend, pin.observe());
+    let (frontend, seen) = (opening.frontend, pin.snapshot());
     if !is_fresh(&seen, Timer::from_byte(frontend.timer), frontend.timeout_ns, opening.now_ns) {
         return Found::Stale(pin, seen, Reason::Expired);
     }
@@ -328,14 +328,14 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     let mut chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
     let from = (seen.backend, seen.generation);
     let nowhere = nowhere(from);
-    if pin.repin(from, nowhere) {
-        if pin.observe().created_ns != seen.created_ns
+    if pin.cas_backend(from, nowhere) {
+        if pin.snapshot().created_ns != seen.created_ns
             && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
         {
             // Another processor has just moved it, to where it was: there it stays.
             chosen = Chosen { backend: seen.backend, member };
         }
-    } else if pin.pointed_to() != nowhere {
+    } else if pin.backend() != nowhere {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
     pin.write(Session::CREATED_NS, opening.now_ns);
@@ -345,7 +345,7 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     pin.write(Session::REASON, reason as u8);
     pin.write(Session::DRAW, next_draw(seen.draw));
     reset_connections(pin, nowhere, seen.connections);
-    if !pin.repin(nowhere, (chosen.backend, chosen.member.generation)) {
+    if !pin.cas_backend(nowhere, (chosen.backend, chosen.member.generation)) {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
     tables.add_load(seen.backend, -1);
@@ -364,7 +364,7 @@ fn follow_another<A: Address, T: FamilyTables<A>>(
     pin: &T::Pin,
     chosen: Chosen,
 ) -> Resolved {
-    let (backend, generation) = pin.pointed_to();
+    let (backend, generation) = pin.backend();
     match usable(tables, opening.frontend.pool, backend, generation) {
         Ok(member) => follow(opening, pin, key.scope, Chosen { backend, member }),
         Err(_) => unpinned(tables, chosen),

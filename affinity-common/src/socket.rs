@@ -111,7 +111,7 @@ pub enum Answer {
     /// It goes on with this peer in place of the one that was asked for.
     Redirect(Peer),
     /// It fails at once: nobody is there.
-    Refuse,
+    Reject,
 }
 
 /// A socket connects.
@@ -285,7 +285,7 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
     match to.frontend(tables, caller.protocol, &mut frontend) {
         Ok(()) => {}
         Err(Reason::NotFrontend) => return concluded(tables, Answer::Leave, Reason::NotFrontend),
-        Err(reason) => return concluded(tables, Answer::Refuse, reason),
+        Err(reason) => return concluded(tables, Answer::Reject, reason),
     }
     let frontend = &frontend;
     if frontend.flags & RANGES != 0 {
@@ -301,7 +301,7 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
         .and_then(|()| remember(tables, caller, frontend, (to, role), &opened));
     match done {
         Ok(()) => concluded(tables, Answer::Redirect(opened.peer), opened.resolved.reason),
-        Err(reason) => concluded(tables, Answer::Refuse, reason),
+        Err(reason) => concluded(tables, Answer::Reject, reason),
     }
 }
 

@@ -31,13 +31,13 @@ pub trait Entry<V: Pod> {
 pub trait Pin: Entry<Session> {
     /// What decides about the pin: its backend with that one's generation, its times, its connections and the number it
     /// draws next, as they were together at one moment. The other fields are zero.
-    fn observe(&self) -> Session;
+    fn snapshot(&self) -> Session;
     /// Points the pin from one backend and its generation to another, in one step; false, and no change, where it does
     /// not point there.
-    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool;
+    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool;
     /// The backend and its generation that the pin points to.
-    fn pointed_to(&self) -> (u32, u32);
-    /// [`Session::connections`]; where [`Pin::pointed_to`] comes after it, that is not older.
+    fn backend(&self) -> (u32, u32);
+    /// [`Session::connections`]; where [`Pin::backend`] comes after it, that is not older.
     fn connections(&self) -> u32;
     /// Replaces [`Session::connections`], in one step; false, and no change, where it is not `from`.
     fn swap_connections(&self, from: u32, to: u32) -> bool;
@@ -82,7 +82,7 @@ pub trait Tables {
     fn load(&self, backend: u32) -> u64;
     /// Adds to the live sessions of a backend.
     fn add_load(&self, backend: u32, sessions: i64);
-    /// Whether one more packet may be rejected now, which is then counted in the processor's [`crate::refuse::Bucket`].
+    /// Whether one more packet may be rejected now, which is then counted in the processor's [`crate::reject::Bucket`].
     fn may_reject(&self) -> bool;
     /// Counts a reason.
     fn count(&self, reason: Reason);

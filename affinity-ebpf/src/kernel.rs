@@ -68,7 +68,7 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
     magic: CONFIG_MAGIC,
     tick_ns: 0,
     tick_base: 0,
-    refuse_errno: 0,
+    reject_errno: 0,
     node_netns: 0,
     redirect: 0,
     takes_ipv6_flag: 0,
@@ -160,10 +160,10 @@ fn unpaired(pair: u64) -> (u32, u32) {
 }
 
 impl Pin for MapValue<Session> {
-    /// The backend is read first and last: a mover writes the times while the pin points nowhere, so where both readings
-    /// are equal the times are of that backend. After a move that this has seen, they are read again.
+    /// The backend is read first and last. A mover writes the times while the pin is marked as moving, so if both readings are
+    /// equal, the times belong to that backend. If they differ, the times are read again.
     #[inline(always)]
-    fn observe(&self) -> Session {
+    fn snapshot(&self) -> Session {
         let read = || {
             (
                 self.read(Session::DRAW),
@@ -193,7 +193,7 @@ impl Pin for MapValue<Session> {
     }
 
     #[inline(always)]
-    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
         // SAFETY: see `copy_words`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
             let word = self.place(Self::PINNED);
@@ -203,7 +203,7 @@ impl Pin for MapValue<Session> {
     }
 
     #[inline(always)]
-    fn pointed_to(&self) -> (u32, u32) {
+    fn backend(&self) -> (u32, u32) {
         unpaired(self.read(Self::PINNED))
     }
 

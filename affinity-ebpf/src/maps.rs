@@ -5,7 +5,7 @@ use affinity_common::abi::{
     MAC_SLOTS, Member, MemberKey, Name, NameKey, Node, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey,
     V4, V6,
 };
-use affinity_common::refuse::Bucket;
+use affinity_common::reject::Bucket;
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,

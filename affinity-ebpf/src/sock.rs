@@ -119,8 +119,8 @@ fn answered(answer: &Answer, redirect: impl FnOnce(&Peer)) -> i32 {
             redirect(peer);
             GO_ON
         }
-        Answer::Refuse => {
-            let errno = CONFIG.word(offset_of!(Config, refuse_errno));
+        Answer::Reject => {
+            let errno = CONFIG.word(offset_of!(Config, reject_errno));
             if errno != 0 {
                 kernel::fail_with(errno as i32);
             }

@@ -6,7 +6,7 @@
 //! what is there already.
 //!
 //! Frontends are a service's cluster IPs, its node ports on this node's addresses, the addresses of its load balancer and
-//! its external IPs. What a frontend does may differ for clients outside of the cluster's networks of pods: [`Frontend`].
+//! its external IPs. What a frontend does may differ for external clients: [`Frontend`].
 //!
 //! Each service port has a pool for each IP family, and another one of this node's own endpoints where a policy asks for
 //! it; a pool's members are the endpoints that its service's slices list for that port. Ready ones take connections; if
@@ -285,17 +285,17 @@ pub struct Route {
     pub pool: Arc<PoolName>,
     /// Whether they come to a backend from the node's address.
     pub masquerade: bool,
-    /// Where the pool has no usable member: whether there are some elsewhere, so that nobody answers.
-    pub silent: bool,
+    /// Whether packets are dropped, not rejected: the pool has no usable member, but other nodes have some.
+    pub drop_if_no_local: bool,
 }
 
 /// What a frontend does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Frontend {
     /// With all clients, or with those in the networks of pods.
-    pub inside: Route,
-    /// With those outside, where that is not the same.
-    pub outside: Option<Route>,
+    pub internal: Route,
+    /// For external clients, if they are treated differently.
+    pub external: Option<Route>,
     /// Whether only clients in the service's ranges may use it.
     pub ranges: bool,
 }

@@ -26,7 +26,7 @@ use affinity_common::{
     abi::{CONFIG_MAGIC, Config, TAIL_TC_REDIRECT, TAIL_TC_REPLY, TAIL_XDP_REDIRECT},
     flow::REFRESH_NS,
     names,
-    refuse::rejection_interval_ns,
+    reject::rejection_interval_ns,
 };
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -386,7 +386,7 @@ impl Globals {
             magic: CONFIG_MAGIC,
             tick_ns,
             tick_base,
-            refuse_errno: refuse_errno(),
+            reject_errno: reject_errno(),
             node_netns,
             redirect: u64::from(options.redirect),
             takes_ipv6_flag: u64::from(takes_ipv6_flag),
@@ -477,7 +477,7 @@ fn load_each(ebpf: &mut Ebpf, names: &[&'static str]) -> Vec<Result<(&'static st
 }
 
 /// The error number that refused sockets get; zero, for the kernel's `EPERM`, where programs cannot choose one.
-fn refuse_errno() -> u64 {
+fn reject_errno() -> u64 {
     let supported = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
     if supported.unwrap_or(false) { libc::ECONNREFUSED as u64 } else { 0 }
 }

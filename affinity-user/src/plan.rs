@@ -10,10 +10,10 @@
 //!    better members;
 //! 2. `SHARED`, on frontends whose group's pools come to differ: before any of them does;
 //! 3. slots, into free extents;
-//! 4. frontends: published or switched, each in one atomic update, a record for clients outside before the one for
+//! 4. frontends: published or switched, each in one atomic update, a record for external clients before the one for
 //!    everybody that tells of it; then withdrawn;
 //! 5. [`Op::Grace`]: from here no packet uses what step 4 replaced;
-//! 6. records for clients outside that nothing tells of any more are withdrawn, and another [`Op::Grace`];
+//! 6. records for external clients that nothing tells of any more are withdrawn, and another [`Op::Grace`];
 //! 7. what nothing refers to any more: members drain or leave, backends linger or are retired, ranges, usage entries go.
 //!
 //! So after every prefix of a plan, a slot that a frontend names holds a ready member of its pool, and a client whose
@@ -35,7 +35,7 @@ mod target;
 use std::collections::{BTreeMap, BTreeSet};
 
 use affinity_common::abi::{
-    Address, BACKEND_LINGERING, Backend, Direction, EVERYBODY, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey,
+    Address, BACKEND_LINGERING, Backend, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, SCOPE_ANY,
     SHARED, V4, V6, filter_bit,
 };
 
@@ -80,12 +80,12 @@ impl StateIndex {
 #[derive(Default)]
 struct Switch {
     share: Vec<Op>,
-    /// Records for clients outside; they come before `put`.
-    put_outside: Vec<Op>,
+    /// Records for external clients; they come before `put`.
+    put_external: Vec<Op>,
     put: Vec<Op>,
     remove: Vec<Op>,
-    /// Records for clients outside; they go when no packet is sent to them any more.
-    remove_outside: Vec<Op>,
+    /// Records for external clients; they go when no packet is sent to them any more.
+    remove_external: Vec<Op>,
     /// Whether a record was replaced, so that packets may still use the old one.
     replaced: bool,
 }
@@ -95,19 +95,19 @@ fn steps(observed: &Observed, target: &Observed) -> Vec<Op> {
     let v6 = switch(&observed.frontends_v6, &target.frontends_v6, Op::PutFrontendV6, Op::RemoveFrontendV6);
     let mut late = retire_members(observed, target);
     late.extend(retire_rest(observed, target));
-    let outside: Vec<Op> = v4.remove_outside.into_iter().chain(v6.remove_outside).collect();
+    let external: Vec<Op> = v4.remove_external.into_iter().chain(v6.remove_external).collect();
     let is_used = v4.replaced || v6.replaced || !v4.remove.is_empty() || !v6.remove.is_empty();
-    let grace = is_used || !outside.is_empty() || !late.is_empty();
+    let grace = is_used || !external.is_empty() || !late.is_empty();
 
     let mut steps = prepare(observed, target);
     steps.extend(v4.share.into_iter().chain(v6.share));
     steps.extend(new_slots(observed, target));
-    steps.extend(v4.put_outside.into_iter().chain(v6.put_outside));
+    steps.extend(v4.put_external.into_iter().chain(v6.put_external));
     steps.extend(v4.put.into_iter().chain(v6.put));
     steps.extend(v4.remove.into_iter().chain(v6.remove));
     steps.extend(grace.then_some(Op::Grace));
-    let another = !outside.is_empty();
-    steps.extend(outside);
+    let another = !external.is_empty();
+    steps.extend(external);
     steps.extend(another.then_some(Op::Grace));
     steps.extend(late);
     steps
@@ -169,7 +169,7 @@ fn frontend_bits<A: Address>(
     observed: &BTreeMap<FrontendKey<A>, Frontend>,
     target: &BTreeMap<FrontendKey<A>, Frontend>,
 ) -> impl Iterator<Item = u32> {
-    let new = target.keys().filter(|key| key.side == EVERYBODY && !observed.contains_key(key));
+    let new = target.keys().filter(|key| key.scope == SCOPE_ANY && !observed.contains_key(key));
     new.map(|key| filter_bit(key.address, key.port, key.protocol))
 }
 
@@ -192,7 +192,7 @@ fn switch<A: Address>(
 ) -> Switch {
     let mut switch = Switch::default();
     for (key, new) in changed(observed, target) {
-        let puts = if key.side == EVERYBODY { &mut switch.put } else { &mut switch.put_outside };
+        let puts = if key.scope == SCOPE_ANY { &mut switch.put } else { &mut switch.put_external };
         let Some(old) = observed.get(key) else {
             puts.push(put(*key, *new));
             continue;
@@ -207,7 +207,7 @@ fn switch<A: Address>(
         }
     }
     for key in observed.keys().filter(|key| !target.contains_key(key)) {
-        let removes = if key.side == EVERYBODY { &mut switch.remove } else { &mut switch.remove_outside };
+        let removes = if key.scope == SCOPE_ANY { &mut switch.remove } else { &mut switch.remove_external };
         removes.push(remove(*key));
     }
     switch

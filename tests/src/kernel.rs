@@ -21,7 +21,7 @@ use affinity_common::{
     model::Model,
     names,
     pipeline::{self, Verdict},
-    refuse::{Bucket, rejection_interval_ns},
+    reject::{Bucket, rejection_interval_ns},
 };
 use affinity_user::{
     load::{self, Options, PinDir, Sizes},

@@ -16,7 +16,7 @@ pub struct Config {
     /// The value of jiffies when the monotonic clock was zero (may lie before it, so: wrapping).
     pub tick_base: u64,
     /// The error number that a socket is refused with where nobody is there; zero: the kernel's own, `EPERM`.
-    pub refuse_errno: u64,
+    pub reject_errno: u64,
     /// The cookie of the node's network namespace, whose loopback has node ports. Zero: none has.
     pub node_netns: u64,
     /// One: TC redirects what was translated past the stack. Zero: it goes through.
@@ -24,7 +24,7 @@ pub struct Config {
     /// One: the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`. Zero: it refuses it.
     pub takes_ipv6_flag: u64,
     /// How often a processor may reject a packet in the long run: once in so many nanoseconds, see
-    /// [`crate::refuse::Bucket`]. Zero: there is no limit.
+    /// [`crate::reject::Bucket`]. Zero: there is no limit.
     pub rejection_interval_ns: u64,
     /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,

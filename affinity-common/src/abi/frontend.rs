@@ -15,30 +15,30 @@ pub struct FrontendKey<A: Address> {
     pub port: Port,
     /// IANA protocol number.
     pub protocol: u8,
-    /// [`EVERYBODY`] or [`OUTSIDE`].
-    pub side: u8,
+    /// [`SCOPE_ANY`] or [`SCOPE_EXTERNAL`].
+    pub scope: u8,
     /// Zero.
     pub fill: A::Fill,
 }
 
-/// [`FrontendKey::side`]: the record that is looked up first.
-pub const EVERYBODY: u8 = 0;
-/// [`FrontendKey::side`]: the record for clients outside of the cluster's pod networks, where the first one is [`SPLIT`].
-pub const OUTSIDE: u8 = 1;
+/// [`FrontendKey::scope`]: the record that is looked up first.
+pub const SCOPE_ANY: u8 = 0;
+/// [`FrontendKey::scope`]: the record for external clients, where the first one is [`SPLIT_SCOPE`].
+pub const SCOPE_EXTERNAL: u8 = 1;
 
 impl<A: Address> FrontendKey<A> {
     /// For everybody.
     #[inline(always)]
     #[must_use]
     pub fn new(address: A, port: Port, protocol: u8) -> Self {
-        Self { address, port, protocol, side: EVERYBODY, fill: A::Fill::zeroed() }
+        Self { address, port, protocol, scope: SCOPE_ANY, fill: A::Fill::zeroed() }
     }
 
-    /// The same for clients outside of the pod networks.
+    /// The same for external clients.
     #[inline(always)]
     #[must_use]
-    pub fn outside(self) -> Self {
-        Self { side: OUTSIDE, ..self }
+    pub fn external(self) -> Self {
+        Self { scope: SCOPE_EXTERNAL, ..self }
     }
 }
 
@@ -68,7 +68,7 @@ pub struct Frontend {
     pub timer: u8,
     /// Prefix length that makes the client key.
     pub prefix: u8,
-    /// [`AFFINITY`], [`SHARED`], [`BESIDE`], [`SHADOW`], [`SPLIT`], [`MASQUERADE`], [`RANGES`] and [`SILENT`].
+    /// [`AFFINITY`], [`SHARED`], [`COEXIST`], [`SHADOW`], [`SPLIT_SCOPE`], [`MASQUERADE`], [`RANGES`] and [`DROP_IF_NO_LOCAL`].
     pub flags: u8,
 }
 
@@ -81,17 +81,17 @@ pub const AFFINITY: u8 = 1;
 pub const SHARED: u8 = 2;
 /// [`Frontend::flags`]: another service proxy is at work. TCP packets in the middle of a connection that is not known here
 /// are its business, and pass.
-pub const BESIDE: u8 = 4;
+pub const COEXIST: u8 = 4;
 /// [`Frontend::flags`]: everything is decided, remembered and counted, and every packet passes.
 pub const SHADOW: u8 = 8;
-/// [`Frontend::flags`]: clients outside of the pod networks have a record of their own, [`OUTSIDE`].
-pub const SPLIT: u8 = 16;
+/// [`Frontend::flags`]: external clients have a record of their own, [`SCOPE_EXTERNAL`].
+pub const SPLIT_SCOPE: u8 = 16;
 /// [`Frontend::flags`]: the source becomes an address of the node, so that replies come back by it.
 pub const MASQUERADE: u8 = 32;
 /// [`Frontend::flags`]: only clients within the service's [`RangeKey`]s are let in.
 pub const RANGES: u8 = 64;
 /// [`Frontend::flags`]: where the pool has no usable member, packets are dropped, and not refused.
-pub const SILENT: u8 = 128;
+pub const DROP_IF_NO_LOCAL: u8 = 128;
 
 /// Key of the tries `ranges_v4` and `ranges_v6`: a prefix of addresses in a scope. The value is one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

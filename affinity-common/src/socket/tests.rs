@@ -128,7 +128,7 @@ fn pod_address(pool: u32, pod: u32) -> V6 {
 fn redirected(answer: Answer) -> Peer {
     match answer {
         Answer::Redirect(peer) => peer,
-        Answer::Leave | Answer::Refuse => panic!("{answer:?}"),
+        Answer::Leave | Answer::Reject => panic!("{answer:?}"),
     }
 }
 
@@ -201,8 +201,8 @@ fn shadow_mode_leaves_the_decision_to_the_packets() {
 #[test]
 fn nobody_there_is_refused_and_counted() {
     let node = Node::new(|frontend| frontend.slot_count = 0);
-    assert_eq!(connect(&node.0, &tcp(1), &WEB_V6), Answer::Refuse);
-    assert_eq!(send(&node.0, &udp(1), &WEB_V4), Answer::Refuse);
+    assert_eq!(connect(&node.0, &tcp(1), &WEB_V6), Answer::Reject);
+    assert_eq!(send(&node.0, &udp(1), &WEB_V4), Answer::Reject);
     assert_eq!(node.count(Reason::NoEndpoints), 2);
     let usage = node.0.usage.borrow();
     assert_eq!(usage[&UsageKey { of: UsageOf::Service as u32, id: SERVICE }][&Reason::NoEndpoints], 2);

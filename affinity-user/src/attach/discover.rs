@@ -342,9 +342,9 @@ mod tests {
         ];
         assert_eq!(found(inside)[0], "internal: a bridge of pods or guests");
         for kind in ["", "bond", "vlan"] {
-            let outside = [bridge(), case(4, kind).port_of(3)];
+            let external = [bridge(), case(4, kind).port_of(3)];
             assert_eq!(
-                found(outside),
+                found(external),
                 ["external: carries the address 192.0.2.1", "-: no default route, no address"],
                 "{kind}"
             );

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::source::api::{ServiceSpec as ApiSpec, ServiceStatus};
 
-/// What a service says of clients outside of the cluster.
+/// What a service says of external clients.
 pub(super) fn read(
     spec: &ApiSpec,
     status: Option<&ServiceStatus>,

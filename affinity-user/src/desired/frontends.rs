@@ -1,6 +1,6 @@
 //! The frontends of a service, and what each does for clients inside and outside of the networks of pods. As kube-proxy:
 //!
-//! | frontend | policy | inside | outside |
+//! | frontend | policy | internal clients | external clients |
 //! |---|---|---|---|
 //! | cluster IP | internal: `Cluster` | cluster pool | the same, masqueraded |
 //! | cluster IP | internal: `Local` | local pool | the same, masqueraded |
@@ -160,19 +160,19 @@ impl Decision<'_> {
 
     fn cluster_ip(&mut self, port: &Port, family: Family, listed: &Listed<'_>) -> Frontend {
         let reach = if self.spec.internal_local { Reach::Local } else { Reach::Cluster };
-        let inside = self.route(port, family, reach, listed);
-        let outside = self.node.knows_pods(family).then(|| Route { masquerade: true, ..inside.clone() });
-        Frontend { inside, outside, ranges: false }
+        let internal = self.route(port, family, reach, listed);
+        let external = self.node.knows_pods(family).then(|| Route { masquerade: true, ..internal.clone() });
+        Frontend { internal, external, ranges: false }
     }
 
     fn external(&mut self, claim: &Claim<'_>, family: Family, listed: &Listed<'_>) -> Frontend {
         let cluster = self.route(claim.port, family, Reach::Cluster, listed);
         let ranges = claim.kind == Kind::LoadBalancer && self.spec.external.restricted.contains(&family);
         if self.spec.external.local {
-            let outside = Some(self.route(claim.port, family, Reach::Local, listed));
-            Frontend { inside: cluster, outside, ranges }
+            let external = Some(self.route(claim.port, family, Reach::Local, listed));
+            Frontend { internal: cluster, external, ranges }
         } else {
-            Frontend { inside: Route { masquerade: true, ..cluster }, outside: None, ranges }
+            Frontend { internal: Route { masquerade: true, ..cluster }, external: None, ranges }
         }
     }
 
@@ -192,6 +192,6 @@ impl Decision<'_> {
             spec.pool(family, members)
         });
         let is_empty = pool.members.values().all(|member| !member.ready);
-        Route { pool: Arc::new(name), masquerade: false, silent: is_empty && listed.has_any() }
+        Route { pool: Arc::new(name), masquerade: false, drop_if_no_local: is_empty && listed.has_any() }
     }
 }

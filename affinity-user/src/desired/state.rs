@@ -331,7 +331,7 @@ impl DesiredState {
         let Some(KnownService { seniority, spec: Some(spec), .. }) = self.services.get(name) else { return };
         self.problems.remove(&Subject::Frontends(seniority.clone()));
         for Claim { address, .. } in claims(spec, &self.node) {
-            if self.desired.frontends.get(&address).is_some_and(|frontend| frontend.inside.pool.service == *name) {
+            if self.desired.frontends.get(&address).is_some_and(|frontend| frontend.internal.pool.service == *name) {
                 self.desired.frontends.remove(&address);
             }
         }
@@ -435,7 +435,7 @@ impl DesiredState {
             let spec = self.services.get(name).and_then(|known| known.spec.as_ref());
             for Claim { address, .. } in spec.into_iter().flat_map(|spec| claims(spec, &self.node)) {
                 let frontend = self.desired.frontends.get(&address);
-                let own = frontend.filter(|frontend| frontend.inside.pool.service == *name);
+                let own = frontend.filter(|frontend| frontend.internal.pool.service == *name);
                 desired.frontends.extend(own.map(|frontend| (address, frontend.clone())));
             }
             let ranges = self.desired.ranges.get(name);

@@ -28,10 +28,10 @@ fn case_at(node: NodeFacts, zone: Option<&str>, yaml: &str) -> String {
 
 fn text(desired: &Desired) -> Vec<String> {
     let mut lines = Vec::new();
-    for (address, Frontend { inside, outside, ranges }) in &desired.frontends {
-        let mut line = format!("{address} -> {}", route_text(inside));
-        if let Some(outside) = outside {
-            line += &format!(", outside {}", route_text(outside));
+    for (address, Frontend { internal, external, ranges }) in &desired.frontends {
+        let mut line = format!("{address} -> {}", route_text(internal));
+        if let Some(external) = external {
+            line += &format!(", external {}", route_text(external));
         }
         lines.push(line + if *ranges { ", in ranges" } else { "" });
     }
@@ -61,7 +61,12 @@ fn text(desired: &Desired) -> Vec<String> {
 
 fn route_text(route: &Route) -> String {
     let flag = |is_set, flag| if is_set { flag } else { "" };
-    format!("{}{}{}", route.pool, flag(route.masquerade, " masqueraded"), flag(route.silent, " silent"))
+    format!(
+        "{}{}{}",
+        route.pool,
+        flag(route.masquerade, " masqueraded"),
+        flag(route.drop_if_no_local, " drop-if-no-local")
+    )
 }
 
 fn pool_text(pool: &Pool) -> String {
@@ -390,7 +395,7 @@ fn services_are_ours_or_anothers() {
         let options = Options { services, proxy_name: proxy_name.to_owned(), ..Options::default() };
         let (desired, problems) = desired(&snapshot, &options);
         let ours: BTreeSet<_> =
-            desired.frontends.values().map(|frontend| &*frontend.inside.pool.service.name).collect();
+            desired.frontends.values().map(|frontend| &*frontend.internal.pool.service.name).collect();
         let others: Vec<_> = desired.others.iter().map(|backend| backend.address.to_string()).collect();
         (ours.into_iter().collect::<Vec<_>>().join(" "), others.join(" "), desired.beside, problems.len())
     };
@@ -525,7 +530,7 @@ fn placed(service: &str, endpoints: &[&str]) -> String {
     yaml
 }
 
-/// What outsiders and insiders get: the lines of a case that say so.
+/// What external and insiders get: the lines of a case that say so.
 fn lines(text: &str, which: &str) -> String {
     text.lines().filter(|line| line.contains(which)).collect::<Vec<_>>().join("\n")
 }
@@ -544,7 +549,7 @@ fn exposed(policies: &str) -> String {
 fn every_kind_of_frontend() {
     let yaml = exposed("") + &placed("web", &["10.1.0.1@here", "10.1.0.2@there"]);
     insta::assert_snapshot!(case_at(here(), None, &yaml), @r"
-    10.0.0.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4 masqueraded
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4 masqueraded
     127.0.0.1:30080/TCP -> default/web:80/TCP/v4 masqueraded
     192.0.2.1:30080/TCP -> default/web:80/TCP/v4 masqueraded
     203.0.113.1:80/TCP -> default/web:80/TCP/v4 masqueraded
@@ -552,7 +557,7 @@ fn every_kind_of_frontend() {
     [::1]:30080/TCP -> default/web:80/TCP/v6 masqueraded
     [2001:db8::1]:30080/TCP -> default/web:80/TCP/v6 masqueraded
     [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded
-    [fd00::1]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6 masqueraded
+    [fd00::1]:80/TCP -> default/web:80/TCP/v6, external default/web:80/TCP/v6 masqueraded
     ranges of default/web: 198.51.100.0/24
     default/web:80/TCP/v4 Random
       10.1.0.1  port 80 ready local
@@ -562,15 +567,15 @@ fn every_kind_of_frontend() {
     let local = exposed("externalTrafficPolicy: Local; internalTrafficPolicy: Local")
         + &placed("web", &["10.1.0.1@here", "10.1.0.2@there"]);
     insta::assert_snapshot!(case_at(here(), None, &local), @r"
-    10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded
-    127.0.0.1:30080/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
-    192.0.2.1:30080/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
-    203.0.113.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
-    203.0.113.2:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local, in ranges
-    [::1]:30080/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
-    [2001:db8::1]:30080/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
-    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
-    [fd00::1]:80/TCP -> default/web:80/TCP/v6/local, outside default/web:80/TCP/v6/local masqueraded
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, external default/web:80/TCP/v4/local masqueraded
+    127.0.0.1:30080/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4/local
+    192.0.2.1:30080/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4/local
+    203.0.113.1:80/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4/local
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4/local, in ranges
+    [::1]:30080/TCP -> default/web:80/TCP/v6, external default/web:80/TCP/v6/local
+    [2001:db8::1]:30080/TCP -> default/web:80/TCP/v6, external default/web:80/TCP/v6/local
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, external default/web:80/TCP/v6/local
+    [fd00::1]:80/TCP -> default/web:80/TCP/v6/local, external default/web:80/TCP/v6/local masqueraded
     ranges of default/web: 198.51.100.0/24
     health of default/web at 32000: {V4: 1, V6: 0}
     default/web:80/TCP/v4 Random
@@ -589,10 +594,10 @@ fn without_endpoints_here_outsiders_are_not_answered_and_without_any_they_are_re
     let local = "externalTrafficPolicy: Local; internalTrafficPolicy: Local";
     let of =
         |endpoints: &[&str]| lines(&case_at(here(), None, &(exposed(local) + &placed("web", endpoints))), "0.0.1:80");
-    insta::assert_snapshot!(of(&["10.1.0.2@there"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local silent, outside default/web:80/TCP/v4/local masqueraded silent");
-    insta::assert_snapshot!(of(&["10.1.0.2@there=leaving", "10.1.0.1@here=unready"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local silent, outside default/web:80/TCP/v4/local masqueraded silent");
-    insta::assert_snapshot!(of(&["10.1.0.2@there=unready", "10.1.0.1@here=unready"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded");
-    insta::assert_snapshot!(of(&["10.1.0.2@there", "10.1.0.1@here=leaving"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded");
+    insta::assert_snapshot!(of(&["10.1.0.2@there"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local drop-if-no-local, external default/web:80/TCP/v4/local masqueraded drop-if-no-local");
+    insta::assert_snapshot!(of(&["10.1.0.2@there=leaving", "10.1.0.1@here=unready"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local drop-if-no-local, external default/web:80/TCP/v4/local masqueraded drop-if-no-local");
+    insta::assert_snapshot!(of(&["10.1.0.2@there=unready", "10.1.0.1@here=unready"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, external default/web:80/TCP/v4/local masqueraded");
+    insta::assert_snapshot!(of(&["10.1.0.2@there", "10.1.0.1@here=leaving"]), @"10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, external default/web:80/TCP/v4/local masqueraded");
 }
 
 #[test]
@@ -659,7 +664,7 @@ fn hints_count_if_all_ready_endpoints_have_them_and_one_is_for_us() {
     let local = service("web", "10.0.0.1", "internalTrafficPolicy: Local; ports: [{port: 80}]");
     let local = local + &placed("web", &["10.1.0.1@here~y/there", "10.1.0.2@there~z/here"]);
     insta::assert_snapshot!(case_at(here(), Some("z"), &local), @r"
-    10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, outside default/web:80/TCP/v4/local masqueraded
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4/local, external default/web:80/TCP/v4/local masqueraded
     default/web:80/TCP/v4/local Random
       10.1.0.1  port 80 ready local
       10.1.0.2  port 80 draining
@@ -694,14 +699,14 @@ fn where_no_pods_are_known_nobody_is_outside_of_a_cluster_ip() {
     let yaml = exposed("externalTrafficPolicy: Local") + &placed("web", &["10.1.0.1@here"]);
     insta::assert_snapshot!(lines(&case_at(unknown, None, &yaml), ":80/TCP ->"), @r"
     10.0.0.1:80/TCP -> default/web:80/TCP/v4
-    203.0.113.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local
-    203.0.113.2:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4/local, in ranges
-    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, outside default/web:80/TCP/v6/local
+    203.0.113.1:80/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4/local
+    203.0.113.2:80/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4/local, in ranges
+    [2001:db8::5]:80/TCP -> default/web:80/TCP/v6, external default/web:80/TCP/v6/local
     [fd00::1]:80/TCP -> default/web:80/TCP/v6
     ");
     let only_v4 = NodeFacts { pod_networks: here().pod_networks[..1].to_vec(), ..here() };
     insta::assert_snapshot!(lines(&case_at(only_v4, None, &exposed("")), ":80/TCP ->"), @r"
-    10.0.0.1:80/TCP -> default/web:80/TCP/v4, outside default/web:80/TCP/v4 masqueraded
+    10.0.0.1:80/TCP -> default/web:80/TCP/v4, external default/web:80/TCP/v4 masqueraded
     203.0.113.1:80/TCP -> default/web:80/TCP/v4 masqueraded
     203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
     [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded
@@ -715,7 +720,7 @@ fn sctp_where_no_port_changes() {
     let yaml = service("web", "10.0.0.1", port)
         + &placed("web", &["10.1.0.1@here"]).replace("port: 80", "protocol: SCTP, port: 80");
     insta::assert_snapshot!(case_at(here(), None, &yaml), @r"
-    10.0.0.1:80/SCTP -> default/web:80/SCTP/v4, outside default/web:80/SCTP/v4 masqueraded
+    10.0.0.1:80/SCTP -> default/web:80/SCTP/v4, external default/web:80/SCTP/v4 masqueraded
     default/web:80/SCTP/v4 Random
       10.1.0.1  port 80 ready local
     warning: case.yaml, document 1: Service default/web: spec.ports[0]: endpoints do not serve port 30080 itself, and SCTP's ports cannot be translated; frontends with that port are left out
@@ -734,9 +739,9 @@ fn a_node_port_goes_to_the_older_service() {
         + &dated("b", "10.0.0.2", 2025, "{port: 80, nodePort: 30080}")
         + &dated("c", "10.0.0.3", 2025, "{port: 80, nodePort: 30080, protocol: UDP}");
     insta::assert_snapshot!(case_at(here(), None, &yaml), @r"
-    10.0.0.1:80/TCP -> default/a:80/TCP/v4, outside default/a:80/TCP/v4 masqueraded
-    10.0.0.2:80/TCP -> default/b:80/TCP/v4, outside default/b:80/TCP/v4 masqueraded
-    10.0.0.3:80/UDP -> default/c:80/UDP/v4, outside default/c:80/UDP/v4 masqueraded
+    10.0.0.1:80/TCP -> default/a:80/TCP/v4, external default/a:80/TCP/v4 masqueraded
+    10.0.0.2:80/TCP -> default/b:80/TCP/v4, external default/b:80/TCP/v4 masqueraded
+    10.0.0.3:80/UDP -> default/c:80/UDP/v4, external default/c:80/UDP/v4 masqueraded
     127.0.0.1:30080/TCP -> default/b:80/TCP/v4 masqueraded
     127.0.0.1:30080/UDP -> default/c:80/UDP/v4 masqueraded
     192.0.2.1:30080/TCP -> default/b:80/TCP/v4 masqueraded

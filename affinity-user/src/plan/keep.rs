@@ -10,8 +10,8 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, BACKEND_LOCAL, BACKEND_TERMINATING, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, MemberKey,
-    NameKey, NameKind, OUTSIDE, RANGES, SILENT, Selection, Timer,
+    AFFINITY, Address, BACKEND_LOCAL, BACKEND_TERMINATING, DROP_IF_NO_LOCAL, Frontend, FrontendKey, MASQUERADE,
+    MEMBER_READY, MemberKey, NameKey, NameKind, RANGES, SCOPE_EXTERNAL, Selection, Timer,
 };
 
 use super::backends::identity;
@@ -49,15 +49,19 @@ impl Keeper<'_> {
         if !self.known.services.contains(&name.service) {
             let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
             let has = |flag| frontend.flags & flag != 0;
-            let route = Route { pool: Arc::new(name.clone()), masquerade: has(MASQUERADE), silent: has(SILENT) };
-            if key.side == OUTSIDE {
+            let route = Route {
+                pool: Arc::new(name.clone()),
+                masquerade: has(MASQUERADE),
+                drop_if_no_local: has(DROP_IF_NO_LOCAL),
+            };
+            if key.scope == SCOPE_EXTERNAL {
                 // The record for everybody came before this one.
                 match self.desired.frontends.get_mut(&address) {
-                    Some(kept) if kept.inside.pool.service == name.service => kept.outside = Some(route),
+                    Some(kept) if kept.internal.pool.service == name.service => kept.external = Some(route),
                     _ => return,
                 }
             } else {
-                let kept = desired::Frontend { inside: route, outside: None, ranges: has(RANGES) };
+                let kept = desired::Frontend { internal: route, external: None, ranges: has(RANGES) };
                 if *self.desired.frontends.entry(address).or_insert_with(|| kept.clone()) != kept {
                     // Another service has claimed the address.
                     return;
@@ -76,9 +80,9 @@ impl Keeper<'_> {
     fn silence<A: Address>(&mut self, ip: IpAddr, key: &FrontendKey<A>, name: &PoolName, record: &Frontend) {
         let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
         let Some(frontend) = self.desired.frontends.get_mut(&address) else { return };
-        let route = if key.side == OUTSIDE { frontend.outside.as_mut() } else { Some(&mut frontend.inside) };
+        let route = if key.scope == SCOPE_EXTERNAL { frontend.external.as_mut() } else { Some(&mut frontend.internal) };
         if let Some(route) = route.filter(|route| *route.pool == *name) {
-            route.silent = record.flags & SILENT != 0;
+            route.drop_if_no_local = record.flags & DROP_IF_NO_LOCAL != 0;
         }
     }
 

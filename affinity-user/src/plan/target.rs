@@ -10,9 +10,9 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, BACKEND_TERMINATING, BESIDE, Backend, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
-    MEMBER_READY, Member, MemberKey, NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey, SHADOW, SHARED,
-    SILENT, SPLIT, Selection, UsageKey, UsageOf, V4, V6,
+    AFFINITY, Address, BACKEND_TERMINATING, Backend, COEXIST, DROP_IF_NO_LOCAL, Frontend, FrontendKey, MASQUERADE,
+    MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey,
+    SHADOW, SHARED, SPLIT_SCOPE, Selection, UsageKey, UsageOf, V4, V6,
 };
 
 use super::{
@@ -94,7 +94,7 @@ impl<'a> Numbering<'a> {
     /// The flags that all frontends of this node have.
     fn node_flags(&self) -> u8 {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
-        flag(self.desired.beside, BESIDE) | flag(self.desired.shadow, SHADOW)
+        flag(self.desired.beside, COEXIST) | flag(self.desired.shadow, SHADOW)
     }
 
     fn id(&mut self, kind: NameKind, name: &str) -> u32 {
@@ -346,20 +346,21 @@ fn is_replaced(state_index: &StateIndex, part: &Observed, desired: &Desired, nam
 fn publish<A: Address>(
     frontends: &mut BTreeMap<FrontendKey<A>, Frontend>,
     key: FrontendKey<A>,
-    desired::Frontend { inside, outside, ranges }: &desired::Frontend,
+    desired::Frontend { internal, external, ranges }: &desired::Frontend,
     records: &BTreeMap<&PoolName, Frontend>,
 ) {
     let flag = |is_set, flag| if is_set { flag } else { 0 };
     let record = |route: &Route| {
         let record = records.get(&*route.pool)?;
-        let own = flag(route.masquerade, MASQUERADE) | flag(route.silent, SILENT) | flag(*ranges, RANGES);
+        let own =
+            flag(route.masquerade, MASQUERADE) | flag(route.drop_if_no_local, DROP_IF_NO_LOCAL) | flag(*ranges, RANGES);
         Some(Frontend { flags: record.flags | own, ..*record })
     };
-    match (record(inside), outside.as_ref().map(record)) {
-        (Some(inside), None) => _ = frontends.insert(key, inside),
-        (Some(inside), Some(Some(outside))) => {
-            frontends.insert(key, Frontend { flags: inside.flags | SPLIT, ..inside });
-            frontends.insert(key.outside(), outside);
+    match (record(internal), external.as_ref().map(record)) {
+        (Some(internal), None) => _ = frontends.insert(key, internal),
+        (Some(internal), Some(Some(external))) => {
+            frontends.insert(key, Frontend { flags: internal.flags | SPLIT_SCOPE, ..internal });
+            frontends.insert(key.external(), external);
         }
         (None, _) | (_, Some(None)) => {}
     }

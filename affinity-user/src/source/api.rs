@@ -110,7 +110,7 @@ object! {
         session_affinity_config: Option<SessionAffinityConfig>,
         /// `Cluster` or `Local`, for clients in the cluster.
         internal_traffic_policy: Option<String>,
-        /// `Cluster` or `Local`, for clients outside.
+        /// `Cluster` or `Local`, for external clients.
         external_traffic_policy: Option<String>,
         /// Who may use the load balancer.
         #[serde(deserialize_with = "list")]

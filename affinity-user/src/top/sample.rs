@@ -117,7 +117,7 @@ fn source(status: &StatusView) -> Option<String> {
 
 fn services(catalog: &Catalog) -> BTreeMap<u32, ServiceSample> {
     let mut services: BTreeMap<u32, ServiceSample> = BTreeMap::new();
-    for frontend in catalog.frontends.iter().filter(|frontend| !frontend.outside) {
+    for frontend in catalog.frontends.iter().filter(|frontend| !frontend.external) {
         let id = frontend.record.service;
         let service = services.entry(id).or_insert_with(|| {
             let affinity = frontend.record.flags & AFFINITY != 0;

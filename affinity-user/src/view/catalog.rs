@@ -8,8 +8,8 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, CLIENTS_ARE_NODES, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind, OUTSIDE,
-    SHADOW, Selection, Status, Timer, Usage, UsageKey,
+    AFFINITY, Address, CLIENTS_ARE_NODES, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind,
+    SCOPE_EXTERNAL, SHADOW, Selection, Status, Timer, Usage, UsageKey,
 };
 
 use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
@@ -20,15 +20,15 @@ use crate::{desired::is_global, netns, store::Observed};
 pub(crate) struct CatalogFrontend {
     pub(crate) endpoint: Endpoint,
     pub(crate) protocol: u8,
-    /// Whether it is the one for clients outside of the networks of pods, beside the one for everybody.
-    pub(crate) outside: bool,
+    /// Whether it is the one for external clients, beside the one for everybody.
+    pub(crate) external: bool,
     pub(crate) record: Frontend,
 }
 
 impl CatalogFrontend {
     fn new<A: Address>(key: &FrontendKey<A>, record: &Frontend) -> Self {
         let endpoint = Endpoint::new(key.address, key.port);
-        Self { endpoint, protocol: key.protocol, outside: key.side == OUTSIDE, record: *record }
+        Self { endpoint, protocol: key.protocol, external: key.scope == SCOPE_EXTERNAL, record: *record }
     }
 
     /// `10.96.0.10:80/TCP`.

@@ -10,10 +10,11 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, BESIDE, DEVICE_POD,
-        DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DEVICE_UPPER, Event, FILTER_BITS, Flow, FlowKey, Foreign, FragmentKey,
-        Frontend, MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port, RANGES, REASONS, RangeKey,
-        SHADOW, SHARED, SILENT, SPLIT, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4, V6,
+        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, COEXIST, DEVICE_POD,
+        DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DEVICE_UPPER, DROP_IF_NO_LOCAL, Event, FILTER_BITS, Flow, FlowKey,
+        Foreign, FragmentKey, Frontend, MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port, RANGES,
+        REASONS, RangeKey, SHADOW, SHARED, SPLIT_SCOPE, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4,
+        V6,
     },
     names,
 };
@@ -68,9 +69,9 @@ impl<'a> Dump<'a> {
 
     fn frontends(&self, map: &str, ipv4: bool) -> Vec<String> {
         let ours = self.catalog.frontends.iter().filter(|frontend| frontend.endpoint.address.is_ipv4() == ipv4);
-        let side = |outside| if outside { " outside" } else { "" };
+        let side = |external| if external { " external" } else { "" };
         let line = |frontend: &CatalogFrontend| {
-            let (frontend, side, record) = (frontend.text(), side(frontend.outside), self.frontend(&frontend.record));
+            let (frontend, side, record) = (frontend.text(), side(frontend.external), self.frontend(&frontend.record));
             format!("{map} {frontend}{side} -> {record}")
         };
         ours.map(line).collect()
@@ -109,12 +110,12 @@ impl<'a> Dump<'a> {
             record.slot_count
         );
         let flags = [
-            (BESIDE, " beside"),
+            (COEXIST, " coexist"),
             (SHADOW, " shadow"),
-            (SPLIT, " split"),
+            (SPLIT_SCOPE, " split-scope"),
             (MASQUERADE, " masquerade"),
             (RANGES, " ranges"),
-            (SILENT, " silent"),
+            (DROP_IF_NO_LOCAL, " drop-if-no-local"),
         ];
         for (flag, name) in flags {
             text += if record.flags & flag == 0 { "" } else { name };
@@ -529,8 +530,8 @@ mod tests {
         frontends_v4 10.96.0.10:80/TCP -> service=default/web pool=default/web:http/TCP/v4 slots=2 affinity=default/web timer=connection timeout=10800s select=random prefix=32
         frontends_v4 10.96.0.10:443/TCP -> service=default/web pool=default/web:https/TCP/v4 slots=2 affinity=default/web timer=connection timeout=10800s select=random prefix=32
         frontends_v4 10.96.0.53:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v4 slots=0 affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=24
-        frontends_v6 [2001:db8::53]:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 split affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
-        frontends_v6 [2001:db8::53]:53/UDP outside -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 masquerade ranges silent affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
+        frontends_v6 [2001:db8::53]:53/UDP -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 split-scope affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
+        frontends_v6 [2001:db8::53]:53/UDP external -> service=kube-system/dns pool=kube-system/dns:dns/UDP/v6 slots=0 masquerade ranges drop-if-no-local affinity=kube-system/infra(group) timer=alive timeout=unlimited select=consistent prefix=64
         ranges_v4 pods 10.244.0.0/16 -> 1
         ranges_v6 kube-system/dns 2001:db8::/32 -> 1
         node masquerade -> v4=192.0.2.1 v6=none ports=1024-29999

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, Backend, Event, EventKind, FLOW_FIN_CLIENT, Flow, FlowKey, Frontend, FrontendKey,
-        MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Node, PODS, Port, RANGES,
-        RangeKey, Reason, SILENT, SPLIT, Session, SessionKey, TIMEOUT_UNLIMITED, Usage, UsageKey, UsageOf, V4, V6,
+        AFFINITY, Address, Backend, DROP_IF_NO_LOCAL, Event, EventKind, FLOW_FIN_CLIENT, Flow, FlowKey, Frontend,
+        FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Node, PODS, Port,
+        RANGES, RangeKey, Reason, SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, Usage, UsageKey, UsageOf, V4,
+        V6,
     },
     rewrite,
 };
@@ -76,8 +77,10 @@ fn observed() -> Observed {
         .insert(FrontendKey::new(V4([10, 96, 0, 53]), Port::new(53), 17), Frontend { prefix: 24, ..dns });
     let (key, dns) =
         (FrontendKey::new(v6(0x53), Port::new(53), 17), Frontend { pool: 4, slot_first: 32, prefix: 64, ..dns });
-    observed.frontends_v6.insert(key, Frontend { flags: dns.flags | SPLIT, ..dns });
-    observed.frontends_v6.insert(key.outside(), Frontend { flags: dns.flags | MASQUERADE | RANGES | SILENT, ..dns });
+    observed.frontends_v6.insert(key, Frontend { flags: dns.flags | SPLIT_SCOPE, ..dns });
+    observed
+        .frontends_v6
+        .insert(key.external(), Frontend { flags: dns.flags | MASQUERADE | RANGES | DROP_IF_NO_LOCAL, ..dns });
     observed.ranges_v4.insert(RangeKey::new(PODS, V4([10, 244, 0, 0]), 16));
     observed.ranges_v6.insert(RangeKey::new(2, v6(0), 32));
     observed.node =

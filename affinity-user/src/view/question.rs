@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use affinity_common::{
     abi::{
         AFFINITY, Address, Direction, FlowKey, Frontend, FrontendKey, PODS, Port, RANGES, RangeKey, SHADOW, SHARED,
-        SPLIT, SessionKey, V4, V6, filter_bit,
+        SPLIT_SCOPE, SessionKey, V4, V6, filter_bit,
     },
     model::Model,
 };
@@ -65,9 +65,9 @@ impl Question {
             let frontend = A::frontend(catalog, &key)?;
             let is_inside =
                 || (0..=A::BITS).any(|bits| A::ranges(catalog).contains(&RangeKey::new(PODS, client, bits)));
-            let is_meant = frontend.flags & SPLIT == 0 || is_inside();
-            let frontend = if is_meant { frontend } else { A::frontend(catalog, &key.outside())? };
-            return Some(Frontend { flags: frontend.flags & !SPLIT, ..frontend });
+            let is_meant = frontend.flags & SPLIT_SCOPE == 0 || is_inside();
+            let frontend = if is_meant { frontend } else { A::frontend(catalog, &key.external())? };
+            return Some(Frontend { flags: frontend.flags & !SPLIT_SCOPE, ..frontend });
         }
         let address = self.to.address.to_canonical();
         if address.is_loopback() && catalog.client(self.from, 0).name != Some(NODE) {

@@ -74,9 +74,9 @@ pub struct FrontendView {
     pub protocol: &'static str,
     /// The pods that it leads to.
     pub endpoints: Endpoints,
-    /// The pods that it leads clients outside of the networks of pods to, where these are told apart.
+    /// The pods that it leads external clients to, where these are told apart.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub outside: Option<Endpoints>,
+    pub external: Option<Endpoints>,
 }
 
 /// A service.
@@ -161,8 +161,8 @@ impl<'a> ServiceView<'a> {
             let (endpoints, protocol) = (Endpoints::count(&members), protocol_name(frontend.protocol));
             match frontends.last_mut() {
                 // It follows the one for everybody.
-                Some(last) if frontend.outside => last.outside = Some(endpoints),
-                _ => frontends.push(FrontendView { endpoint: frontend.endpoint, protocol, endpoints, outside: None }),
+                Some(last) if frontend.external => last.external = Some(endpoints),
+                _ => frontends.push(FrontendView { endpoint: frontend.endpoint, protocol, endpoints, external: None }),
             }
         }
         let usage = catalog.usage.get(&UsageKey { of: UsageOf::Service as u32, id });

@@ -1,7 +1,7 @@
 //! One frame through the pipeline, and what must hold of any.
 
 use affinity_common::{
-    abi::{BESIDE, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, V4, V6},
+    abi::{COEXIST, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, V4, V6},
     model::Model,
     pipeline::{self, Verdict},
 };
@@ -171,7 +171,7 @@ impl Passage {
         if self.reason == Reason::OtherProxy {
             let flags = self.before[self.reading().l4 + 13];
             assert_eq!(self.verdict, Verdict::Pass);
-            assert!(frontend.is_some_and(|frontend| frontend.flags & (BESIDE | SHADOW) != 0));
+            assert!(frontend.is_some_and(|frontend| frontend.flags & (COEXIST | SHADOW) != 0));
             assert_ne!(flags & (SYN | ACK), SYN, "who opens a connection is served");
         } else {
             let is_related = matches!(self.reason, Reason::RelatedError | Reason::LaterFragment | Reason::PortChanged);

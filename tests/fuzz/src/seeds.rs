@@ -3,7 +3,7 @@
 use crate::{
     frame::{self, TCP, UDP},
     state::{
-        ADDRESS_V4, ADDRESS_V6, HEAD, IN_RANGES, LOCAL, NO_ANSWER, ONE_PORT, OUTSIDERS, PORTS, REJECTED_ENOUGH,
+        ADDRESS_V4, ADDRESS_V6, EXTERNAL_CLIENTS, HEAD, IN_RANGES, LOCAL, NO_ANSWER, ONE_PORT, PORTS, REJECTED_ENOUGH,
         TO_NODE, WITHIN,
     },
 };
@@ -30,8 +30,8 @@ const STATES: [(&str, [u8; HEAD]); 25] = [
     ("masqueraded", [0, 0, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x05, TO_NODE]),
     ("masqueraded, pods here", [0, 0, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0x01, TO_NODE | LOCAL]),
     ("out of ports", [0, 0, 128, 2, 0xaa, 0xaa, 1, 1, 1, 9, 1, 0, TO_NODE | ONE_PORT]),
-    ("client outside", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, OUTSIDERS]),
-    ("client inside", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, OUTSIDERS | IN_RANGES | WITHIN]),
+    ("external client", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, EXTERNAL_CLIENTS]),
+    ("internal client", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, EXTERNAL_CLIENTS | IN_RANGES | WITHIN]),
     ("not in ranges", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, IN_RANGES]),
     ("rejected enough", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, REJECTED_ENOUGH]),
     ("none here", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, NO_ANSWER]),

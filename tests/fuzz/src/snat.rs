@@ -1,7 +1,7 @@
 //! Connections whose source becomes the node's: out to the pod, and back by the node.
 
 use affinity_common::{
-    abi::{Address as _, Direction, MASQUERADE, PODS, RangeKey, Reason, SPLIT, V4, V6},
+    abi::{Address as _, Direction, MASQUERADE, PODS, RangeKey, Reason, SPLIT_SCOPE, V4, V6},
     model::Model,
     pipeline::Verdict,
 };
@@ -60,7 +60,7 @@ fn error_by_the_pod(model: &Model, leaving: &Passage, sent: &Reading, left: &Rea
 /// so.
 fn becomes_the_nodes(model: &Model, asked: &Reading, sent: &Reading) -> bool {
     let frontend = frontend_of(model, asked).expect("only packets to frontends are translated");
-    let is_outside = frontend.flags & SPLIT != 0 && !is_of_a_pod(model, &asked.addresses[0]);
+    let is_outside = frontend.flags & SPLIT_SCOPE != 0 && !is_of_a_pod(model, &asked.addresses[0]);
     sent.addresses[0] == sent.addresses[1] || is_outside || frontend.flags & MASQUERADE != 0
 }
 

@@ -6,9 +6,9 @@
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, BESIDE, Backend, Direction, Frontend, FrontendKey, MASQUERADE,
-        MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS as POD_NETWORKS, Port, RANGES, RangeKey, Reason,
-        SHADOW, SHARED, SILENT, SPLIT, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
+        AFFINITY, Address, BACKEND_LOCAL, Backend, COEXIST, DROP_IF_NO_LOCAL, Direction, Frontend, FrontendKey,
+        MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS as POD_NETWORKS, Port, RANGES,
+        RangeKey, Reason, SHADOW, SHARED, SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
     },
     flow::REFRESH_NS,
     model::Model,
@@ -47,8 +47,8 @@ pub const IN_RANGES: u8 = 0x02;
 pub const WITHIN: u8 = 0x04;
 /// Where there is no usable member, nothing is answered.
 pub const NO_ANSWER: u8 = 0x08;
-/// Clients outside of the networks of pods have records of their own, and get the node's address.
-pub const OUTSIDERS: u8 = 0x10;
+/// External clients have records of their own, and get the node's address.
+pub const EXTERNAL_CLIENTS: u8 = 0x10;
 /// The node has one port.
 pub const ONE_PORT: u8 = 0x20;
 /// Pods are on this node.
@@ -76,7 +76,7 @@ pub struct State {
     clock: u8,
     random: u8,
     change: u8,
-    /// [`TO_NODE`], [`IN_RANGES`], [`WITHIN`], [`NO_ANSWER`], [`OUTSIDERS`], [`ONE_PORT`], [`LOCAL`] and
+    /// [`TO_NODE`], [`IN_RANGES`], [`WITHIN`], [`NO_ANSWER`], [`EXTERNAL_CLIENTS`], [`ONE_PORT`], [`LOCAL`] and
     /// [`REJECTED_ENOUGH`].
     exposure: u8,
 }
@@ -216,9 +216,14 @@ impl State {
         let surplus = u32::from(self.policy & 0x40 != 0);
         let shared = if self.members[0] == self.members[1] { 0 } else { SHARED };
         let pinned = if self.policy & 0x80 == 0 { AFFINITY } else { 0 };
-        let beside = if self.policy & 0x10 == 0 { 0 } else { BESIDE };
+        let beside = if self.policy & 0x10 == 0 { 0 } else { COEXIST };
         let shadow = if self.policy & 0x20 == 0 { 0 } else { SHADOW };
-        let exposed = [(TO_NODE, MASQUERADE), (IN_RANGES, RANGES), (NO_ANSWER, SILENT), (OUTSIDERS, SPLIT)];
+        let exposed = [
+            (TO_NODE, MASQUERADE),
+            (IN_RANGES, RANGES),
+            (NO_ANSWER, DROP_IF_NO_LOCAL),
+            (EXTERNAL_CLIENTS, SPLIT_SCOPE),
+        ];
         let exposed: u8 = exposed.into_iter().filter(|(chosen, _)| self.exposes(*chosen)).map(|(_, flag)| flag).sum();
         Frontend {
             timeout_ns: self.timeout_ns(),
@@ -273,15 +278,15 @@ impl State {
 }
 
 fn add_frontend(model: &mut Model, is_v4: bool, port: Port, protocol: u8, frontend: Frontend) {
-    let outsiders = Frontend { flags: frontend.flags & !SPLIT | MASQUERADE, ..frontend };
-    let is_split = frontend.flags & SPLIT != 0;
+    let external = Frontend { flags: frontend.flags & !SPLIT_SCOPE | MASQUERADE, ..frontend };
+    let is_split = frontend.flags & SPLIT_SCOPE != 0;
     let bit = if is_v4 {
         let key = FrontendKey::new(ADDRESS_V4, port, protocol);
-        model.frontends_v4.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.outside(), outsiders))));
+        model.frontends_v4.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.external(), external))));
         filter_bit(ADDRESS_V4, port, protocol)
     } else {
         let key = FrontendKey::new(ADDRESS_V6, port, protocol);
-        model.frontends_v6.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.outside(), outsiders))));
+        model.frontends_v6.extend([(key, frontend)].into_iter().chain(is_split.then_some((key.external(), external))));
         filter_bit(ADDRESS_V6, port, protocol)
     };
     model.filter.borrow_mut().insert((Direction::Dnat, bit));

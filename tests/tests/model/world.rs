@@ -5,10 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use affinity_common::{
     abi::{
-        Backend, Direction, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN, FLOW_RESET,
-        FLOW_SHADOW, Flow, FlowKey, Foreign, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, MOVES,
-        Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SILENT, SPLIT, Session, SessionKey,
-        TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
+        Backend, DROP_IF_NO_LOCAL, Direction, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN,
+        FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
+        MEMBER_READY, MOVES, Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SPLIT_SCOPE, Session,
+        SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     model::Model,
     parse::{TCP, UDP},
@@ -24,7 +24,7 @@ use affinity_tests::dice::Dice;
 const SECOND_NS: u64 = 1_000_000_000;
 const TIMEOUTS_NS: [u64; 5] = [SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS, TIMEOUT_UNLIMITED, 0];
 /// Flags of frontends that no plain one has.
-const OF_A_PROXY: [u8; 8] = [0, 0, 0, MASQUERADE, MASQUERADE, SPLIT, RANGES, SILENT];
+const OF_A_PROXY: [u8; 8] = [0, 0, 0, MASQUERADE, MASQUERADE, SPLIT_SCOPE, RANGES, DROP_IF_NO_LOCAL];
 const PREFIXES: [u8; 8] = [32, 128, 128, 128, 24, 64, 0, 255];
 /// States that flows may have.
 const STATES: [u8; 11] = [
@@ -309,7 +309,7 @@ impl World {
         frontends.insert(key, frontend);
         if dice.percent(80) {
             let flags = frontend.flags ^ dice.pick(&OF_A_PROXY);
-            frontends.insert(key.outside(), Frontend { flags, slot_count: dice.pick(&[0, 3]), ..frontend });
+            frontends.insert(key.external(), Frontend { flags, slot_count: dice.pick(&[0, 3]), ..frontend });
         }
         if dice.percent(97) {
             self.model.filter.borrow_mut().insert((Direction::Dnat, filter_bit::<A>(address(at), port, protocol)));

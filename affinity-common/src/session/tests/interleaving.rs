@@ -89,17 +89,17 @@ impl<V: Pod> Entry<V> for Stepwise<'_, '_, V> {
 }
 
 impl Pin for Stepwise<'_, '_, Session> {
-    fn observe(&self) -> Session {
+    fn snapshot(&self) -> Session {
         self.1.step();
-        self.0.observe()
+        self.0.snapshot()
     }
-    fn repin(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
         self.1.step();
-        self.0.repin(from, to)
+        self.0.cas_backend(from, to)
     }
-    fn pointed_to(&self) -> (u32, u32) {
+    fn backend(&self) -> (u32, u32) {
         self.1.step();
-        self.0.pointed_to()
+        self.0.backend()
     }
     fn connections(&self) -> u32 {
         self.1.step();

@@ -221,7 +221,7 @@ fn patch(before: &Desired, change: &Change) -> Desired {
     let Desired { frontends, ranges, health_checks, pools, unions, backends, others, terminating, .. } =
         change.desired.clone();
     let mut after = before.clone();
-    after.frontends.retain(|_, frontend| !change.services.contains(&frontend.inside.pool.service));
+    after.frontends.retain(|_, frontend| !change.services.contains(&frontend.internal.pool.service));
     after.ranges.retain(|service, _| !change.services.contains(service));
     after.health_checks.retain(|service, _| !change.services.contains(service));
     after.pools.retain(|pool, _| !change.services.contains(&pool.service));

@@ -1,8 +1,8 @@
 //! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
 
 use affinity_common::abi::{
-    AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, BESIDE, Frontend, MASQUERADE, MEMBER_DRAINING, MEMBER_READY,
-    NODE, OUTSIDE, PODS, RANGES, SHADOW, SHARED, SILENT, SPLIT,
+    AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, COEXIST, DROP_IF_NO_LOCAL, Frontend, MASQUERADE, MEMBER_DRAINING,
+    MEMBER_READY, NODE, PODS, RANGES, SCOPE_EXTERNAL, SHADOW, SHARED, SPLIT_SCOPE,
 };
 
 use super::{
@@ -36,7 +36,7 @@ fn tell(step: &Op) -> String {
         MEMBER_DRAINING => "draining",
         _ => "?",
     };
-    let side = |side| if side == OUTSIDE { " outside" } else { "" };
+    let side = |side| if side == SCOPE_EXTERNAL { " external" } else { "" };
     let range = |scope, prefix_len: u32| {
         let of = match scope {
             PODS => "pods",
@@ -66,10 +66,10 @@ fn tell(step: &Op) -> String {
         Op::PutRangeV6(key) => format!("put {}", range(key.scope, key.prefix_len)),
         Op::RemoveRangeV4(key) => format!("remove {}", range(key.scope, key.prefix_len)),
         Op::RemoveRangeV6(key) => format!("remove {}", range(key.scope, key.prefix_len)),
-        Op::PutFrontendV4(key, record) => frontend(key.port.get(), side(key.side), record),
-        Op::PutFrontendV6(key, record) => frontend(key.port.get(), side(key.side), record),
-        Op::RemoveFrontendV4(key) => format!("remove frontend :{}{}", key.port.get(), side(key.side)),
-        Op::RemoveFrontendV6(key) => format!("remove frontend :{}{}", key.port.get(), side(key.side)),
+        Op::PutFrontendV4(key, record) => frontend(key.port.get(), side(key.scope), record),
+        Op::PutFrontendV6(key, record) => frontend(key.port.get(), side(key.scope), record),
+        Op::RemoveFrontendV4(key) => format!("remove frontend :{}{}", key.port.get(), side(key.scope)),
+        Op::RemoveFrontendV6(key) => format!("remove frontend :{}{}", key.port.get(), side(key.scope)),
         Op::Grace => "grace".to_owned(),
     }
 }
@@ -77,10 +77,10 @@ fn tell(step: &Op) -> String {
 fn frontend(port: u16, side: &str, record: &Frontend) -> String {
     let flags = [
         (SHARED, " shared"),
-        (SPLIT, " split"),
+        (SPLIT_SCOPE, " split-scope"),
         (MASQUERADE, " masqueraded"),
         (RANGES, " in ranges"),
-        (SILENT, " silent"),
+        (DROP_IF_NO_LOCAL, " drop-if-no-local"),
     ];
     let flags: String = flags.iter().filter(|(flag, _)| record.flags & flag != 0).map(|(_, name)| *name).collect();
     format!("put frontend :{port}{side} slots {}+{}{flags}", record.slot_first, record.slot_count)
@@ -331,8 +331,8 @@ fn policies_and_ranges_are_set_while_a_service_lives() {
     put range of pods of 30
     put range of pods of 126
     set 3 bits Forward
-    put frontend :80 outside slots 0+2 masqueraded
-    put frontend :81 outside slots 2+2 masqueraded
+    put frontend :80 external slots 0+2 masqueraded
+    put frontend :81 external slots 2+2 masqueraded
     put frontend :80 slots 0+2 split
     put frontend :81 slots 2+2 split
     put frontend :30080 slots 0+2 masqueraded
@@ -344,24 +344,24 @@ fn policies_and_ranges_are_set_while_a_service_lives() {
     put range of a service of 24
     set 4 bits Reverse
     put frontend :80 slots 0+2 shared split
-    put frontend :80 outside slots 0+2 shared masqueraded
+    put frontend :80 external slots 0+2 shared masqueraded
     put frontend :81 slots 2+2 shared split
-    put frontend :81 outside slots 2+2 shared masqueraded
+    put frontend :81 external slots 2+2 shared masqueraded
     put frontend :30080 slots 0+2 shared masqueraded
     put frontend :80 slots 0+2 shared masqueraded in ranges
     put frontend :81 slots 2+2 shared masqueraded in ranges
     write slots 4: [1]
     write slots 5: [1]
-    put frontend :80 outside slots 4+1 shared masqueraded
-    put frontend :81 outside slots 5+1 shared masqueraded
-    put frontend :30080 outside slots 4+1 shared
-    put frontend :80 outside slots 4+1 shared in ranges
-    put frontend :81 outside slots 5+1 shared in ranges
+    put frontend :80 external slots 4+1 shared masqueraded
+    put frontend :81 external slots 5+1 shared masqueraded
+    put frontend :30080 external slots 4+1 shared
+    put frontend :80 external slots 4+1 shared in ranges
+    put frontend :81 external slots 5+1 shared in ranges
     put frontend :80 slots 4+1 shared split
     put frontend :81 slots 5+1 shared split
     put frontend :30080 slots 0+2 shared split
-    put frontend :80 slots 0+2 shared split in ranges
-    put frontend :81 slots 2+2 shared split in ranges
+    put frontend :80 slots 0+2 shared split-scope in ranges
+    put frontend :81 slots 2+2 shared split-scope in ranges
     grace
     ");
 }
@@ -371,8 +371,8 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
     let mut expose = exposing();
     expose(true, &["192.0.2.0/24", "198.51.100.0/24"]);
     insta::assert_snapshot!(expose(true, &[]), @r"
-    put frontend :80 outside slots 4+1 shared
-    put frontend :81 outside slots 5+1 shared
+    put frontend :80 external slots 4+1 shared
+    put frontend :81 external slots 5+1 shared
     put frontend :80 slots 0+2 shared split
     put frontend :81 slots 2+2 shared split
     grace
@@ -380,17 +380,17 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
     remove range of a service of 24
     ");
     insta::assert_snapshot!(expose(false, &[]), @r"
-    put frontend :80 outside slots 0+2 masqueraded
-    put frontend :81 outside slots 2+2 masqueraded
+    put frontend :80 external slots 0+2 masqueraded
+    put frontend :81 external slots 2+2 masqueraded
     put frontend :80 slots 0+2 split
     put frontend :81 slots 2+2 split
     put frontend :30080 slots 0+2 masqueraded
     put frontend :80 slots 0+2 masqueraded
     put frontend :81 slots 2+2 masqueraded
     grace
-    remove frontend :30080 outside
-    remove frontend :80 outside
-    remove frontend :81 outside
+    remove frontend :30080 external
+    remove frontend :80 external
+    remove frontend :81 external
     grace
     remove member 0
     remove member 1
@@ -461,7 +461,7 @@ fn the_mode_of_the_node_is_on_every_frontend() {
     let (steps, _) = plan(&observed, &desired(&world.snapshot(), &options).0, CAPACITY);
     steps.iter().for_each(|step| observed.apply(step));
     let flags: Vec<u8> = observed.frontends_v4.values().map(|frontend| frontend.flags).collect();
-    assert_eq!(flags, [AFFINITY | BESIDE | SHADOW; 2]);
+    assert_eq!(flags, [AFFINITY | COEXIST | SHADOW; 2]);
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, Backend, EVERYBODY, Frontend, FrontendKey, MEMBER_READY,
-        Member, MemberKey, NameKey, NameKind, PODS, RANGES, RangeKey, Reason, SPLIT, SessionKey, V4, V6,
+        AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, Backend, Frontend, FrontendKey, MEMBER_READY, Member,
+        MemberKey, NameKey, NameKind, PODS, RANGES, RangeKey, Reason, SCOPE_ANY, SPLIT_SCOPE, SessionKey, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, UDP},
@@ -91,8 +91,8 @@ fn access<A: TestAddress>(observed: &Observed, key: &FrontendKey<A>, client: u8)
     let is_within = |scope| (0..=128u8).any(|prefix| ranges.contains(&RangeKey::new(scope, address, prefix)));
     let frontends = A::frontends(observed);
     let Some(mut record) = frontends.get(key) else { return Access::None };
-    if record.flags & SPLIT != 0 && !is_within(PODS) {
-        record = frontends.get(&key.outside()).expect("a split frontend has a record for clients outside");
+    if record.flags & SPLIT_SCOPE != 0 && !is_within(PODS) {
+        record = frontends.get(&key.external()).expect("a split frontend has a record for external clients");
     }
     if record.flags & RANGES != 0 && !is_within(record.service) {
         return Access::Denied;
@@ -103,7 +103,7 @@ fn access<A: TestAddress>(observed: &Observed, key: &FrontendKey<A>, client: u8)
 /// Who is let in before and after is let in now, and who is not is not; and everybody is sent as before or as after.
 fn assert_access<A: TestAddress>(old: &Observed, now: &Observed, new: &Observed) {
     let same_pods = pods(old) == pods(new);
-    for key in A::frontends(old).keys().filter(|key| key.side == EVERYBODY) {
+    for key in A::frontends(old).keys().filter(|key| key.scope == SCOPE_ANY) {
         for client in 0..=CLIENTS {
             let [before, now, after] = [old, now, new].map(|observed| access(observed, key, client));
             match (before, after) {
@@ -361,7 +361,7 @@ where
 
 /// Whether a record is what the packets of all clients meet, wherever they are.
 fn is_for_everybody<A: TestAddress>(key: &FrontendKey<A>, frontend: &Frontend) -> bool {
-    key.side == EVERYBODY && frontend.flags & (SPLIT | RANGES) == 0 && !key.address.is_loopback()
+    key.scope == SCOPE_ANY && frontend.flags & (SPLIT_SCOPE | RANGES) == 0 && !key.address.is_loopback()
 }
 
 fn is_usable(observed: &Observed, frontend: &Frontend, (ip, port): (IpAddr, u16)) -> bool {

@@ -3,7 +3,7 @@
 use affinity_common::{
     abi::{
         FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, FrontendKey, MASQUERADE, MEMBER_DRAINING, PODS, Port, RANGES, RangeKey,
-        SPLIT, Selection, Session, SessionKey, V4, V6, netns_client,
+        SPLIT_SCOPE, Selection, Session, SessionKey, V4, V6, netns_client,
     },
     parse::TCP,
 };
@@ -45,9 +45,9 @@ fn an_outsider_has_a_record_and_a_source_of_its_own() {
     let mut catalog = fixture::catalog();
     let key = FrontendKey::new(V4([10, 96, 0, 10]), Port::new(80), TCP);
     let record = catalog.observed.frontends_v4[&key];
-    let (inside, outside) = (record.flags | SPLIT, record.flags | MASQUERADE | RANGES);
-    catalog.observed.frontends_v4.insert(key, Frontend { flags: inside, ..record });
-    catalog.observed.frontends_v4.insert(key.outside(), Frontend { flags: outside, ..record });
+    let (internal, external) = (record.flags | SPLIT_SCOPE, record.flags | MASQUERADE | RANGES);
+    catalog.observed.frontends_v4.insert(key, Frontend { flags: internal, ..record });
+    catalog.observed.frontends_v4.insert(key.external(), Frontend { flags: external, ..record });
     catalog.observed.ranges_v4.insert(RangeKey::new(PODS, V4([10, 244, 0, 0]), 16));
     catalog.observed.ranges_v4.insert(RangeKey::new(record.service, V4([192, 0, 2, 0]), 24));
     let node = (V4([192, 0, 2, 1]), Port::new(1024));

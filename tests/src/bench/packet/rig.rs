@@ -229,7 +229,7 @@ fn load_ours(family: Family) -> Result<Ebpf> {
         magic: CONFIG_MAGIC,
         tick_ns: 4_000_000,
         tick_base: 0,
-        refuse_errno: 0,
+        reject_errno: 0,
         node_netns: 0,
         redirect: 0,
         takes_ipv6_flag: 0,

@@ -70,7 +70,7 @@ pub fn may_answer<A: Address>(headers: &Headers<A>) -> bool {
 /// Turns the frame into its refusal: RST for TCP, port unreachable for UDP. False where the frame could not be changed;
 /// it must be dropped then.
 #[inline(never)]
-pub fn refuse<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
+pub fn reject<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
     let Some(link) = Link::read(packet, headers.l3()) else { return false };
     let done = if headers.key.protocol == TCP { reset(packet, headers) } else { port_unreachable(packet, headers) };
     done && link.write_back(packet, headers.l3())
