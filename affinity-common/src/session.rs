@@ -184,7 +184,7 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
     for _ in 0..TRIES {
         let before = pin.connections();
         let backend = pin.backend();
-        if backend == nowhere(to) {
+        if backend == moving(to) {
             continue;
         }
         if backend != to {
@@ -197,13 +197,13 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
     }
 }
 
-/// A pin that points nowhere has no connections, and has moved once more since it had `seen`. Of several processors that move it
+/// A pin that is marked as moving has no connections, and has moved once more since it had `seen`. Of several processors that move it
 /// one notes that; of what is counted after the move nothing is lost.
 #[inline(always)]
-fn reset_connections(pin: &impl Pin, nowhere: (u32, u32), seen: u32) {
+fn reset_connections(pin: &impl Pin, moving: (u32, u32), seen: u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
-        if before / MOVES != seen / MOVES || pin.backend() != nowhere {
+        if before / MOVES != seen / MOVES || pin.backend() != moving {
             return;
         }
         if pin.swap_connections(before, (before - before % MOVES).wrapping_add(MOVES)) {
@@ -214,7 +214,7 @@ fn reset_connections(pin: &impl Pin, nowhere: (u32, u32), seen: u32) {
 
 /// Where a pin to this backend and generation points while it is being moved.
 #[inline(always)]
-const fn nowhere((backend, generation): (u32, u32)) -> (u32, u32) {
+const fn moving((backend, generation): (u32, u32)) -> (u32, u32) {
     (backend, generation & !1)
 }
 
@@ -327,15 +327,15 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
 ) -> Result<Resolved, Reason> {
     let mut chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
     let from = (seen.backend, seen.generation);
-    let nowhere = nowhere(from);
-    if pin.cas_backend(from, nowhere) {
+    let moving = moving(from);
+    if pin.cas_backend(from, moving) {
         if pin.snapshot().created_ns != seen.created_ns
             && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
         {
             // Another processor has just moved it, to where it was: there it stays.
             chosen = Chosen { backend: seen.backend, member };
         }
-    } else if pin.backend() != nowhere {
+    } else if pin.backend() != moving {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
     pin.write(Session::CREATED_NS, opening.now_ns);
@@ -344,8 +344,8 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     pin.write(Session::USES, 1);
     pin.write(Session::REASON, reason as u8);
     pin.write(Session::DRAW, next_draw(seen.draw));
-    reset_connections(pin, nowhere, seen.connections);
-    if !pin.cas_backend(nowhere, (chosen.backend, chosen.member.generation)) {
+    reset_connections(pin, moving, seen.connections);
+    if !pin.cas_backend(moving, (chosen.backend, chosen.member.generation)) {
         return Ok(follow_another(tables, opening, key, pin, chosen));
     }
     tables.add_load(seen.backend, -1);

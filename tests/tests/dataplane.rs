@@ -407,7 +407,7 @@ fn a_size_that_holds_too_little_is_refused_and_changes_nothing() -> Result<()> {
     let (observed, ids) = (store.observe()?, pins.ids()?);
     let error = pins.load(Sizes { backends: 64, ..SIZES }).unwrap_err().to_string();
     assert_eq!(error, "backends: its entries do not fit into 64: choose a larger size");
-    assert_eq!((pins.store()?.snapshot()?, pins.ids()?), (observed, ids));
+    assert_eq!((pins.store()?.observe()?, pins.ids()?), (observed, ids));
     assert_eq!(fs::read_dir(pins.0.maps())?.count(), names::MAPS.len(), "nothing is left behind");
     Ok(())
 }

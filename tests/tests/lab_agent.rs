@@ -166,6 +166,7 @@ fn file_being_written_breaks_nothing() -> Result<()> {
         fs::write(&file, "")?;
         let warning = "WARN the source withdraws all that it gave: 1 Service and 2 EndpointSlices";
         eventually("the log counts what is withdrawn", SYNC_PATIENCE, || Ok(says(warning)))?;
+        lab.settle_deleted(&web)?;
         assert_not_served(lab, &web);
         Ok(())
     })
