@@ -143,7 +143,7 @@ fn publish(store: &mut MemoryStore, snapshot: &Snapshot) -> Result<()> {
         ..desired::Options::default()
     };
     let (desired, _) = desired(snapshot, &options);
-    let (steps, _) = plan(&store.snapshot()?, &desired, store.capacity());
+    let (steps, _) = plan(&store.observe()?, &desired, store.capacity());
     steps.iter().try_for_each(|step| store.apply(step))?;
     Ok(())
 }
@@ -151,7 +151,7 @@ fn publish(store: &mut MemoryStore, snapshot: &Snapshot) -> Result<()> {
 /// What the tables mean: ids are given in the order of events, and do not count; nor do pods that have left and linger, of
 /// which objects tell nothing.
 fn dump(store: &MemoryStore) -> Result<Vec<String>> {
-    let catalog = Catalog::new(store.snapshot()?, Default::default(), Clock::now());
+    let catalog = Catalog::new(store.observe()?, Default::default(), Clock::now());
     let dump = Dump::new(&catalog, DumpOptions::default());
     let maps = [names::FRONTENDS_V4, names::FRONTENDS_V6, names::SLOTS, names::MEMBERS, names::BACKENDS];
     let lines = maps.into_iter().flat_map(|map| dump.small(map).unwrap_or_default());
