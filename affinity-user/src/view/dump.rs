@@ -571,7 +571,7 @@ mod tests {
         sessions_v6 kube-system/infra(group) 2001:db8::/64 -> 10.244.0.3 service=kube-system/dns reason=operator uses=3 connections=0
         flows_v4 dnat TCP 192.0.2.1:40000 > 10.96.0.10:80 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
         flows_v4 rev-dnat TCP 10.244.0.1:8080 > 192.0.2.1:40000 -> 192.0.2.1:40000 > 10.244.0.1:8080 backend=default/web-0 service=default/web state=closing
-        fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> forward TCP 192.0.2.1:40000 > 10.96.0.10:80
+        fragments_v4 entering 192.0.2.1 > 10.96.0.10 id=1a2b -> dnat TCP 192.0.2.1:40000 > 10.96.0.10:80
         snat_port_cursor 10.244.0.3 -> 65 ports
         snat_port_cursor default/web-0 -> 7 ports
         devices 9 -> tc (no XDP: the MTU is too large for the driver)

@@ -102,8 +102,8 @@ fn the_life_of_a_service() {
     put range of the node of 32
     put range of the node of 128
     masquerade from 28976 ports
-    set 2 bits Forward
-    set 4 bits Reverse
+    set 2 bits Dnat
+    set 4 bits RevDnat
     put backend 0 generation 1
     put backend 1 generation 1
     put member 0 port 5353 ready
@@ -119,7 +119,7 @@ fn the_life_of_a_service() {
     insta::assert_snapshot!(bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]), @r"
     name default/p3
     put usage
-    set 2 bits Reverse
+    set 2 bits RevDnat
     put backend 2 generation 1
     put member 2 port 5353 ready
     put member 2 port 8080 ready
@@ -140,7 +140,7 @@ fn the_life_of_a_service() {
     ");
     // It is back, as the same backend.
     insta::assert_snapshot!(bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]), @r"
-    set 2 bits Reverse
+    set 2 bits RevDnat
     put backend 0 generation 1
     put member 0 port 5353 draining
     put member 0 port 8080 draining
@@ -256,7 +256,7 @@ fn pools_come_to_differ_and_to_agree() {
     put usage
     put usage
     put usage
-    set 3 bits Reverse
+    set 3 bits RevDnat
     put backend 2 generation 1
     put backend 3 generation 1
     put backend 4 generation 1
@@ -330,11 +330,11 @@ fn policies_and_ranges_are_set_while_a_service_lives() {
     put range of a service of 24
     put range of pods of 30
     put range of pods of 126
-    set 3 bits Forward
+    set 3 bits Dnat
     put frontend :80 external slots 0+2 masqueraded
     put frontend :81 external slots 2+2 masqueraded
-    put frontend :80 slots 0+2 split
-    put frontend :81 slots 2+2 split
+    put frontend :80 slots 0+2 split-scope
+    put frontend :81 slots 2+2 split-scope
     put frontend :30080 slots 0+2 masqueraded
     put frontend :80 slots 0+2 masqueraded in ranges
     put frontend :81 slots 2+2 masqueraded in ranges
@@ -342,10 +342,10 @@ fn policies_and_ranges_are_set_while_a_service_lives() {
     ");
     insta::assert_snapshot!(expose(true, &["192.0.2.0/24", "198.51.100.0/24"]), @r"
     put range of a service of 24
-    set 4 bits Reverse
-    put frontend :80 slots 0+2 shared split
+    set 4 bits RevDnat
+    put frontend :80 slots 0+2 shared split-scope
     put frontend :80 external slots 0+2 shared masqueraded
-    put frontend :81 slots 2+2 shared split
+    put frontend :81 slots 2+2 shared split-scope
     put frontend :81 external slots 2+2 shared masqueraded
     put frontend :30080 slots 0+2 shared masqueraded
     put frontend :80 slots 0+2 shared masqueraded in ranges
@@ -357,9 +357,9 @@ fn policies_and_ranges_are_set_while_a_service_lives() {
     put frontend :30080 external slots 4+1 shared
     put frontend :80 external slots 4+1 shared in ranges
     put frontend :81 external slots 5+1 shared in ranges
-    put frontend :80 slots 4+1 shared split
-    put frontend :81 slots 5+1 shared split
-    put frontend :30080 slots 0+2 shared split
+    put frontend :80 slots 4+1 shared split-scope
+    put frontend :81 slots 5+1 shared split-scope
+    put frontend :30080 slots 0+2 shared split-scope
     put frontend :80 slots 0+2 shared split-scope in ranges
     put frontend :81 slots 2+2 shared split-scope in ranges
     grace
@@ -373,8 +373,8 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
     insta::assert_snapshot!(expose(true, &[]), @r"
     put frontend :80 external slots 4+1 shared
     put frontend :81 external slots 5+1 shared
-    put frontend :80 slots 0+2 shared split
-    put frontend :81 slots 2+2 shared split
+    put frontend :80 slots 0+2 shared split-scope
+    put frontend :81 slots 2+2 shared split-scope
     grace
     remove range of a service of 24
     remove range of a service of 24
@@ -382,8 +382,8 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
     insta::assert_snapshot!(expose(false, &[]), @r"
     put frontend :80 external slots 0+2 masqueraded
     put frontend :81 external slots 2+2 masqueraded
-    put frontend :80 slots 0+2 split
-    put frontend :81 slots 2+2 split
+    put frontend :80 slots 0+2 split-scope
+    put frontend :81 slots 2+2 split-scope
     put frontend :30080 slots 0+2 masqueraded
     put frontend :80 slots 0+2 masqueraded
     put frontend :81 slots 2+2 masqueraded
@@ -486,7 +486,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     insta::assert_snapshot!(steps.iter().map(tell).collect::<Vec<_>>().join("\n"), @r"
     name default/p4
     put usage
-    set 1 bits Reverse
+    set 1 bits RevDnat
     put backend 3 generation 1
     put member 3 port 8080 ready
     ");
