@@ -1,4 +1,4 @@
-//! Flows: admitting a packet of a known one, following its states, beginning a new one.
+//! Flows: judging a packet by its flow, following the states of a connection, storing a new flow.
 
 use crate::{
     abi::{
@@ -13,22 +13,22 @@ use crate::{
     tables::{Entry, FamilyTables, NotStored},
 };
 
-/// A flow's time of last use is written at most this often, in nanoseconds; and a pin's, where packets restart its timeout
-/// and that is not shorter than [`EXACT_BELOW_NS`].
+/// The time of last use of a flow is written at most this often, nanoseconds. The same holds for a pin whose timeout packets
+/// restart, unless the timeout is shorter than [`EXACT_BELOW_NS`].
 pub const REFRESH_NS: u64 = 1_000_000_000;
 /// A timeout shorter than this is restarted by each packet: a second would be more than a hundredth of it.
 pub const EXACT_BELOW_NS: u64 = 100 * REFRESH_NS;
 
-/// What a known flow means for a packet from the client.
+/// What a flow means for a packet of the client.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Admission {
     /// The packet belongs to it.
     Established,
-    /// The packet begins a new connection with the same ports.
+    /// The packet opens a new connection with the same ports.
     Reopen,
-    /// The connection's pod is gone: the client must be told.
+    /// The pod of the connection has gone: the packet is rejected.
     Gone,
-    /// The packet belongs to it, and passes: the connection is another proxy's.
+    /// The packet belongs to it, and passes: another proxy translates the connection.
     Shadow,
 }
 
@@ -56,8 +56,8 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     }
 }
 
-/// Whether a datagram may go where the one before it went. It has no connection to lose: it goes where new ones would be
-/// allowed to go, to the port that is served there now, and where its client's pin leads.
+/// Whether a datagram may go to the same backend as the one before it: only if a new flow could go there, to the port that it
+/// serves now, and if the client's pin says so. A datagram has no connection to lose.
 #[inline(always)]
 fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
     let key = MemberKey { pool: flow.read(Flow::POOL), backend: flow.read(Flow::BACKEND) };
@@ -72,8 +72,7 @@ fn has_backend<A: Address, T: FamilyTables<A>>(tables: &T, flow: &T::Entry<Flow<
     tables.backend(backend).is_some_and(|backend| backend.generation == generation)
 }
 
-/// Whether the frontend of a datagram has gone, and its backend has not: there is nothing to follow, so that it goes on as a
-/// TCP connection does.
+/// Whether the frontend of a datagram has gone and its backend has not. Then it goes on, as TCP connections do.
 #[inline(never)]
 fn outlives_frontend<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -97,8 +96,8 @@ fn follows_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>,
     session::leads(tables, &pin_key(headers, flow), &follower)
 }
 
-/// A flow that was decided in shadow mode stays another proxy's to its end; which a datagram flow has not, so it comes
-/// over once its frontend is ours.
+/// A flow that began in shadow mode belongs to another proxy to its end. A datagram flow has no end, so it is taken over once its
+/// frontend leaves shadow mode.
 #[inline(never)]
 fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, lives: bool, state: u8) -> Admission {
     let key = &headers.key;
@@ -111,7 +110,7 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
     if begins || is_datagram && (!lives || is_ours()) { Admission::Reopen } else { Admission::Shadow }
 }
 
-/// Notes that a packet passed: how far its sender has come, and, where something changes, what [`note_change`] notes.
+/// Notes a packet: the sequence numbers of its sender, and a change of state or time, if there is one.
 #[inline(always)]
 pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
     if tells(headers, entry) || renews(headers, entry) || is_due(entry, tables.now_ns()) {
@@ -122,7 +121,7 @@ pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
     }
 }
 
-/// Whether a packet may tell something of its connection's state.
+/// Whether a packet may change the state of its connection.
 #[inline(always)]
 fn tells<A: Address>(headers: &Headers<A>, entry: &impl Entry<Flow<A>>) -> bool {
     let is_request = headers.key.protocol == UDP && headers.key.is_from_client();
@@ -140,7 +139,7 @@ fn is_due<A: Address>(entry: &impl Entry<Flow<A>>, now_ns: u64) -> bool {
     now_ns.saturating_sub(entry.read(Flow::LAST_USED_NS)) >= REFRESH_NS
 }
 
-/// Notes what a packet tells of its connection's state, the time of last use, and the pin's timer where packets restart it.
+/// Updates the state of the connection, the time of last use, and the pin's timer if packets restart it.
 #[inline(always)]
 pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
     // Scratch memory: before Linux 6.2 a map key must not be an argument of a global function.
@@ -158,7 +157,7 @@ pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
     });
 }
 
-/// Writes the time of last use, and restarts the pin's timeout where packets of the client do.
+/// Writes the time of last use, and restarts the pin's timeout if packets of the client do that.
 #[inline(never)]
 fn note_use<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>, now_ns: u64) {
     entry.write(Flow::LAST_USED_NS, now_ns);
@@ -167,7 +166,7 @@ fn note_use<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, en
     }
 }
 
-/// Restarts the pin's timeout where its timer says that packets do; a pin that has expired stays so.
+/// Restarts the pin's timeout if its timer says that packets do that. An expired pin stays expired.
 #[inline(always)]
 fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>, now_ns: u64) {
     let timer = Timer::from_byte(flow.read(Flow::TIMER));
@@ -178,17 +177,17 @@ fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     session::renew(tables, &pin_key(headers, flow), flow.read(Flow::BACKEND), (timer, timeout_ns), now_ns);
 }
 
-/// Whether packets restart a pin's timeout. A datagram's end cannot be seen, so under `alive` its packets stand for its life.
+/// Whether packets restart a pin's timeout. The end of a datagram flow cannot be seen, so under `alive` its packets do.
 #[inline(always)]
 const fn packets_restart(timer: Timer, protocol: u8) -> bool {
     matches!(timer, Timer::Packet) || matches!(timer, Timer::Alive) && protocol == UDP
 }
 
-/// Advances the state in both directions' records, and tells the pin of a connection that has opened or ended.
+/// Updates the state in the records of both directions, and the pin's count when a connection opens or ends.
 ///
-/// The client's record decides: whoever adds a bit to it learns in the same step what was there before, so of two
-/// processors that see an end only one counts it. A connection is counted before others can see that it is open, and
-/// taken back where another processor was first, so that the count never misses one that is there.
+/// The client's record decides: adding bits to it (an atomic `fetch_or`) returns the bits before, so of two CPUs that see the
+/// end of a connection only one counts it. An open connection is counted before other CPUs can see that it is open, and
+/// uncounted if another CPU was first, so that the count never misses one.
 #[inline(always)]
 fn advance<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -230,8 +229,7 @@ fn advance<A: Address, T: FamilyTables<A>>(
     }
 }
 
-/// Whether the receiver would take this RST for real: see [`state::accepts_reset`]. Where too little was seen of the
-/// connection to tell, it counts.
+/// Whether the receiver would accept this RST: see [`state::accepts_reset`]. If too little was seen of the connection, it counts.
 #[inline(always)]
 fn accepts_reset<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, entry: &E, other: Option<&E>) -> bool {
     let Some(other) = other.filter(|_| headers.key.protocol == TCP) else { return true };
@@ -241,7 +239,7 @@ fn accepts_reset<A: Address, E: Entry<Flow<A>>>(headers: &Headers<A>, entry: &E,
     is_unknown || state::accepts_reset(headers.segment, sender, receiver)
 }
 
-/// A new connection takes the place of one whose end was not seen, or not seen whole.
+/// Ends a flow whose end was not seen, or not completely, because a new connection replaces it.
 #[inline(never)]
 pub fn supersede<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
     let is_counted = is_counted(headers.key.protocol, entry.read(Flow::TIMER), entry.read(Flow::SCOPE));
@@ -250,13 +248,13 @@ pub fn supersede<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A
     }
 }
 
-/// Whether the pin counts the flow's connection: under `alive`, and where its end will be seen.
+/// Whether the pin counts the connection: under `alive`, if its end can be seen.
 #[inline(always)]
 const fn is_counted(protocol: u8, timer: u8, scope: u32) -> bool {
     timer == Timer::Alive as u8 && scope != 0 && protocol == TCP
 }
 
-/// Adds bits to the flow's state, in one step, and returns what it was.
+/// Adds bits to the flow's state atomically, and returns the state before.
 #[inline(always)]
 fn add_state<A: Address>(entry: &impl Entry<Flow<A>>, bits: u8) -> u8 {
     let before = entry.add_bits(Flow::STATE_WORD, u32::from_ne_bytes([bits, 0, 0, 0]));
@@ -270,7 +268,7 @@ fn backend_of<A: Address>(flow: &impl Entry<Flow<A>>) -> (u32, u32) {
     (flow.read(Flow::BACKEND), flow.read(Flow::GENERATION))
 }
 
-/// The key of the flow's pin, by a packet of either direction.
+/// The key of the flow's pin, from a packet of either direction.
 #[inline(always)]
 fn pin_key<A: Address>(headers: &Headers<A>, flow: &impl Entry<Flow<A>>) -> SessionKey<A> {
     let client = if headers.key.is_from_client() { headers.key.saddr } else { flow.read(Flow::NEW_DADDR) };
@@ -283,12 +281,12 @@ fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<
     session::end_connection(tables, &pin_key(headers, entry), backend_of(entry), tables.now_ns());
 }
 
-/// Stores the records of a new connection; that of the packets to come last, so that no reply finds its own missing. In
-/// shadow mode replies are not ours, and have none.
+/// Stores the records of a new connection; that of the client's direction last, so that no reply finds its record missing. In
+/// shadow mode there is no record for replies.
 ///
 /// # Errors
-/// [`Reason::FlowNotStored`] where the kernel has no room; [`Reason::PortsExhausted`] where its source has to change and
-/// cannot; [`Reason::Inconsistent`] where the backend has no record.
+/// [`Reason::FlowNotStored`] if the kernel has no room; [`Reason::PortsExhausted`] if its source has to change and no port is
+/// free; [`Reason::Inconsistent`] if the backend has no record.
 #[inline(never)]
 pub fn begin<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -319,7 +317,7 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     stored.unwrap_or(Err(Reason::Inconsistent))
 }
 
-/// Counts a connection that is open as it becomes known: its beginning was not seen.
+/// Counts a connection that is open when its flow is stored, because its handshake was not seen.
 #[inline(never)]
 fn count_open<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &FlowScratch<A>) {
     let FlowScratch { key, flow, .. } = scratch;

@@ -1,8 +1,8 @@
-//! The story of a packet.
+//! What happens to a packet.
 //!
-//! [`forward`] runs where a client's packet enters a device, [`reverse`] where a reply leaves one. Both name what
-//! happens to the packet ([`Outcome`]) before anything is changed; [`carry_out`] then does it, and each program turns
-//! the resulting [`Verdict`] into its hook's return code in one `match`.
+//! [`forward`] runs where a client's packet arrives on a device, [`reverse`] where a reply leaves one. Both decide
+//! ([`Outcome`]) before they change anything. [`carry_out`] then rewrites or rejects the packet, and each program maps the
+//! resulting [`Verdict`] to the return code of its hook in one `match`.
 
 #[cfg(test)]
 mod tests;
@@ -25,25 +25,25 @@ use crate::{
 /// What happens to a packet. `F` is its flow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Decision<F> {
-    /// It goes on as it is.
+    /// Passed unchanged.
     Pass,
-    /// It goes on with the addresses and ports of its flow's edit.
+    /// Forwarded with the addresses and ports of its flow.
     Forward(F),
     /// The same for the first packet of a flow, whose record is still in the scratch memory. A lookup would count as a use in
     /// the LRU map, so that connections of a single packet would evict open ones.
     Begin,
-    /// Its sender is told that nobody is there.
+    /// Rejected with RST or ICMP unreachable.
     Reject,
-    /// It vanishes.
+    /// Dropped.
     Drop,
 }
 
-/// A decision and its cause.
+/// A decision and its reason.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Outcome<F> {
-    /// What happens.
+    /// The decision.
     pub decision: Decision<F>,
-    /// Why.
+    /// The reason.
     pub reason: Reason,
 }
 
@@ -53,22 +53,22 @@ impl<F> Outcome<F> {
     }
 }
 
-/// What has become of the frame: what a hook returns.
+/// What a hook returns for the frame.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Verdict {
-    /// Untouched, to the next program or the stack.
+    /// Unchanged, to the next program or the stack.
     Pass,
     /// Translated, to the next program or the stack.
     Forward,
-    /// The same, for a pod on another node or from there: where the hook can send it out itself, see [`crate::redirect`].
+    /// Translated, to or from a pod on another node: redirected, if the hook can do that ([`crate::redirect`]).
     Redirect,
-    /// Now its own refusal, to be sent out where it came in.
+    /// Replaced by an RST or ICMP error, to be sent out of the device that it arrived on.
     Answer,
-    /// To be dropped.
+    /// Dropped.
     Drop,
 }
 
-/// A packet that enters a device: perhaps a client's, to a frontend; or a reply to the node's address.
+/// Handles a packet that arrives on a device: it may be a client's, to a frontend, or a reply to the node's address.
 #[inline(always)]
 pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
@@ -84,7 +84,7 @@ pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     }
 }
 
-/// A packet that leaves a device: perhaps a backend's reply; or a client's, that is to have the node's address.
+/// Handles a packet that leaves a device: it may be a reply of a backend, or a client's that gets the node's address.
 #[inline(always)]
 pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
@@ -100,7 +100,7 @@ pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
     }
 }
 
-/// A frontend on loopback is for the node's own sockets: what comes there by a wire is left to the stack, which drops it.
+/// Frontends on loopback addresses are for the node's own sockets. The stack drops packets to them that arrive on a device.
 #[inline(always)]
 fn enter<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
     if headers.key.daddr.is_loopback() {
@@ -116,7 +116,7 @@ fn leave<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, 
     carry_out(packet, tables, &headers, &outcome)
 }
 
-/// A packet without ports: errors about flows and later fragments are translated with theirs, all others pass.
+/// Handles a packet without ports: ICMP errors about a flow, and later fragments, are translated with it; all others pass.
 #[inline(always)]
 fn icmp_or_fragment<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + FamilyTables<A>>(
     packet: &mut P,
@@ -144,7 +144,7 @@ fn icmp_or_fragment<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6
     verdict
 }
 
-/// Decides about a packet that enters by a device: filter, flow, else a new connection, which then is a flow.
+/// Decides about a packet that arrives on a device: the filter, then the flow, otherwise it may open a new flow.
 #[inline(always)]
 pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -201,21 +201,21 @@ fn snat_flow<A: Address, T: FamilyTables<A>>(
     Some(flow)
 }
 
-/// What came of a new connection.
+/// The result of opening a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Opened {
-    /// It is a flow now, for this reason.
+    /// It has a flow now.
     As(Reason),
-    /// The packet is somebody else's business.
+    /// The packet does not belong to a frontend.
     NotOurs(Reason),
-    /// Its sender is to be told.
+    /// The sender gets an RST or ICMP error.
     Rejected(Reason),
-    /// The packet cannot go on.
+    /// The packet is dropped.
     Failed(Reason),
 }
 
 impl Opened {
-    /// As a number, for a function whose result is one.
+    /// As a number: a global function returns one.
     #[inline(always)]
     #[must_use]
     pub const fn to_bits(self) -> u64 {
@@ -242,7 +242,7 @@ impl Opened {
     }
 }
 
-/// Opens a new connection: frontend, session or selection, and remembers it as a flow.
+/// Opens a new connection: finds the frontend, then the pinned or a selected backend, and stores the flow.
 #[inline(always)]
 pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let opened = tables.frontend_scratch(|frontend| match frontend_for(tables, &headers.key, frontend) {
@@ -272,8 +272,8 @@ fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, fro
     }
 }
 
-/// A connection to no frontend: what is of one straight to a member has to be told from what we translate. What a device
-/// above another one hands on may be translated already.
+/// Handles a packet to no frontend. If it goes directly to a member, its replies must be told apart from those of flows. A packet
+/// that arrives on an upper device may be translated already.
 #[inline(always)]
 fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let FlowKey { daddr, dport, protocol, .. } = headers.key;
@@ -285,10 +285,10 @@ fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<
     }
 }
 
-/// Whether a packet to a frontend that is of no known flow belongs to a connection that does not go to the frontend. An address
-/// that the node has is shared with its own connections, and with those that it gives its address: of TCP, ours begin with
-/// SYN, and datagrams that leave from a frontend's address and port are noted. Connections to an address that only a
-/// service has may have begun before the programs were there.
+/// Whether a packet to a frontend, without a flow, belongs to another connection. Addresses of the node are shared with the
+/// node's own connections, and with those that it masquerades. There a TCP connection of ours begins with SYN, and datagrams that
+/// leave from the address and port of a frontend are noted. Connections to an address that only a service has may have begun
+/// before the programs were attached.
 #[inline(never)]
 fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
     if headers.key.protocol == UDP {
@@ -336,7 +336,8 @@ pub fn copy_frontend<A: Address, T: FamilyTables<A>>(
     Ok(())
 }
 
-/// The member for a packet's new connection: apart, because what it needs of the stack is free again when the flow begins.
+/// Finds the member for a new connection. Out of line: its stack frame is released before [`flow::begin`] runs (512-byte BPF
+/// stack).
 #[inline(never)]
 fn member_for<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -353,14 +354,14 @@ fn member_for<A: Address, T: FamilyTables<A>>(
     if is_silent && opened == Err(Reason::NoEndpoints) { Err(Reason::NoLocalEndpoints) } else { opened }
 }
 
-/// Whether a packet that belongs to no known flow is in the middle of a connection that another proxy has made.
+/// Whether a packet without a flow belongs to a connection that another proxy translates.
 #[inline(always)]
 fn is_of_another_proxy<A: Address>(headers: &Headers<A>, frontend: &Frontend) -> bool {
     frontend.flags & (COEXIST | SHADOW) != 0 && headers.key.protocol != UDP && !headers.is_opening()
 }
 
-/// Decides about a packet that leaves: filter, then flow. It is translated for as long as its flow is known, even if
-/// its pod has just gone: what the client is sent must be from whom it asked.
+/// Decides about a packet that leaves a device: the filter, then the flow. It is translated as long as its flow exists, even if
+/// its pod has gone, because the client expects it from the frontend.
 #[inline(always)]
 pub fn from_backend<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -394,7 +395,7 @@ fn rejected<A: Address, F>(headers: &Headers<A>, reason: Reason) -> Outcome<F> {
     }
 }
 
-/// Does to the frame what was decided, and counts why.
+/// Carries out the decision, and counts the reason.
 #[inline(always)]
 fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     packet: &mut P,
@@ -425,7 +426,7 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     verdict
 }
 
-/// Gives a frame the addresses and ports of its flow's edit.
+/// Rewrites the addresses and ports of a frame.
 #[inline(always)]
 fn translate<A: Address, P: Packet>(
     packet: &mut P,
@@ -435,7 +436,7 @@ fn translate<A: Address, P: Packet>(
 ) -> (Verdict, Reason) {
     let is_rewritten = packet.rewrite(headers, edit);
     if flags & FLOW_FOREIGN != 0 && !headers.key.is_entering() {
-        // It now looks like a reply of the connection that has its port.
+        // It now looks like a reply of the flow that has its port: a second egress program must not translate it.
         packet.mark_final();
     }
     match (is_rewritten, flags & FLOW_REMOTE) {
