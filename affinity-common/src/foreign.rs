@@ -1,20 +1,20 @@
-//! Connections to no frontend that could be taken for one to a frontend.
+//! Foreign connections: those that do not go to a frontend, but whose packets look as if they did.
 //!
-//! They must never be changed, answered or dropped because of ours, and a packet alone does not tell which it belongs to:
+//! They must never be changed, rejected or dropped. A packet alone does not show which connection it belongs to:
 //!
-//! * *Straight to a pod* ([`crate::snat::handle_direct`]). A client may use one port for a connection to a service and, at
-//!   the same time, for one to the pod behind it (a headless service, a scraper). The pod's replies look the same.
-//! * *From the address and port of a frontend* ([`note_leaving`]). A process of the node, or a pod by the node's NAT, may send
-//!   datagrams from a source port that is also a node port. The answers look like a client's datagrams.
-//! * *From the node to a pod* ([`note_leaving`]), by a source port that SNAT could give to a masqueraded connection.
+//! * *Directly to a pod* ([`crate::snat::handle_direct`]). A client may use one source port for a connection to a service and, at
+//!   the same time, for one to the pod behind it (a headless service, a scraper). The replies of the pod look the same.
+//! * *From the address and port of a frontend* ([`note_leaving`]). A process of the node, or a pod that the node masquerades, may
+//!   send datagrams from a source port that is also a node port. The answers look like datagrams of a client.
+//! * *From the node to a pod* ([`note_leaving`]), from a source port in the range for SNAT.
 //!
-//! Each is noted where it begins, under the key that its replies have. Of two connections whose replies would have one
-//! key, the second one gets another source port: see [`crate::snat`].
+//! Each is noted when it begins, under the key of its replies. If the replies of two connections have the same key, the second
+//! connection gets another source port: see [`crate::snat`].
 //!
-//! What decides is what was seen of the connection, not a look at sockets or at the stack's connection tracking: see
-//! docs/adr/0015. What began before the programs were attached was not seen. Of TCP it is known by having no SYN
-//! ([`crate::pipeline::open`]); datagrams are noted when the next one leaves. The table is an LRU map of its own, so these
-//! connections never push ours out of theirs.
+//! The decision depends on what was seen of the connection, not on a lookup of sockets or in conntrack: see docs/adr/0015. A
+//! connection that began before the programs were attached was not seen: TCP is recognised because its first packet is no SYN
+//! ([`crate::pipeline::open`]), and datagrams are noted when the next one leaves. The notes are in an LRU map of their own, so
+//! they never evict flows.
 
 #[cfg(test)]
 mod tests;
@@ -26,21 +26,21 @@ use crate::{
     tables::{Entry, FamilyTables},
 };
 
-/// How long a TCP connection keeps its key without a word of its end (`nf_conntrack_tcp_timeout_established` is longer).
+/// How long a TCP connection keeps its key while its end is not seen (`nf_conntrack_tcp_timeout_established` is longer).
 pub const TCP_NS: u64 = 86_400_000_000_000;
 /// The same once one side has ended it.
 pub const CLOSING_NS: u64 = 600_000_000_000;
-/// The same of datagrams, since the last one was sent (`nf_conntrack_udp_timeout_stream`).
+/// The same for datagrams, since the last one was sent (`nf_conntrack_udp_timeout_stream`).
 pub const UDP_NS: u64 = 120_000_000_000;
 
-/// Whether a packet says something about where a connection begins or ends.
+/// Whether a packet shows that a connection begins or ends.
 #[inline(always)]
 #[must_use]
 pub const fn is_telling<A>(headers: &Headers<A>) -> bool {
     headers.key.protocol == UDP || headers.flags & (SYN | FIN | RST) != 0
 }
 
-/// Whether a connection to no frontend has this key for its replies. Out of line, for the sake of its callers' stack frames.
+/// Whether a foreign connection has this key for its replies. Out of line, to keep the callers' stack frames small.
 #[inline(never)]
 pub fn holds<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>, now_ns: u64) -> bool {
     let Some(known) = tables.foreign(replies) else { return false };
@@ -53,7 +53,7 @@ pub fn holds<A: Address, T: FamilyTables<A>>(tables: &T, replies: &FlowKey<A>, n
     now_ns.saturating_sub(known.read(Foreign::LAST_SENT_NS)) < limit_ns
 }
 
-/// Notes a packet that leaves and is of none of our flows, under the key that its replies have where they enter.
+/// Notes a packet that leaves and has no flow, under the key that its replies will have when they arrive.
 #[inline(always)]
 pub fn note_leaving<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) {
     let FlowKey { saddr, daddr, sport, dport, protocol, .. } = headers.key;
@@ -67,7 +67,7 @@ pub fn note_leaving<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Header
     }
 }
 
-/// Notes a packet of the side that began a connection, whose replies enter as those of `replies` do.
+/// Notes a packet of the side that began the connection; its replies arrive in direction `replies`.
 #[inline(always)]
 fn note_first<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, replies: Direction) {
     if headers.key.protocol != UDP && !headers.is_opening() {
@@ -84,14 +84,14 @@ fn note_first<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, 
     });
 }
 
-/// Whether a source is one that SNAT could give to a connection.
+/// Whether SNAT could give a connection this source.
 #[inline(always)]
 fn is_from_node<A: Address, T: FamilyTables<A>>(tables: &T, saddr: A, sport: Port) -> bool {
     let Some(node) = tables.node() else { return false };
     node.address() == Some(saddr) && sport.get().wrapping_sub(node.port_first.get()) < node.port_count
 }
 
-/// Notes the end of a connection by one of its packets, which is a reply or has replies of this direction.
+/// Notes the end of a connection, seen in a packet: a reply, or a packet whose replies have this direction.
 #[inline(never)]
 pub fn note_end<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, direction: u8, is_reply: bool) {
     let _ = tables.flow_scratch(|scratch| {

@@ -1,5 +1,5 @@
-//! Packets in pieces (RFC 791; RFC 8200, section 4.5). The first fragment has the ports, and goes the way of any packet;
-//! the others follow it by the identification that they share. One that overtakes the first passes as it is.
+//! IP fragments (RFC 791; RFC 8200, section 4.5). The first fragment has the ports, and is handled like any packet. Later
+//! fragments follow it by their common identification. A fragment that arrives before the first one passes unchanged.
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
@@ -11,7 +11,7 @@ use crate::{
     tables::{Entry, FamilyTables},
 };
 
-/// Remembers the flow of a first fragment, as it is before translation.
+/// Stores the flow of a first fragment, under its addresses before translation.
 #[inline(never)]
 pub fn remember<A: Address, P: Packet, T: FamilyTables<A>>(packet: &P, tables: &T, headers: &Headers<A>) {
     if let Some(key) = key_of(packet, headers.l3(), !headers.key.is_entering()) {
@@ -22,7 +22,7 @@ pub fn remember<A: Address, P: Packet, T: FamilyTables<A>>(packet: &P, tables: &
 /// Translates a later fragment at `l3` like its first one.
 ///
 /// # Errors
-/// Why it is not, and passes.
+/// The reason why it is not translated, and passes.
 #[inline(never)]
 pub fn follow<A: Address, P: Packet, T: FamilyTables<A>>(
     packet: &mut P,
@@ -54,6 +54,6 @@ fn key_of<A: Address, P: Packet>(packet: &P, l3: usize, is_leaving: bool) -> Opt
     let [_, _, _, _, _, _, first, _]: [u8; 8] = packet.read(l3)?;
     let (saddr, daddr) = (A::from_mapped(packet.read(l3 + 8)?), A::from_mapped(packet.read(l3 + 24)?));
     let id = fragment_id(packet, l3 + Ipv6Hdr::LEN, first)?;
-    // The identification alone tells packets between two hosts apart.
+    // In IPv6 the identification is unique between two hosts, whatever the protocol.
     Some(FragmentKey { saddr, daddr, id, protocol: 0, is_leaving, pad: [0; 2] })
 }

@@ -1,9 +1,9 @@
-//! ICMP and ICMPv6 errors about packets of known flows: each quotes a packet as it looked on its side of the
-//! translation, and reaches the other side translated, as a whole: its own addresses, and what it quotes.
+//! ICMP and ICMPv6 errors about packets of flows. An error quotes a packet as it is on its side of the translation, so both its
+//! own addresses and the quoted packet are translated (RFC 5508).
 //!
-//! A client's error is about a reply, which came from the frontend; it goes to the pod, about what the pod sent. A pod's
-//! error, or a router's on the way to it, is about a translated packet; it reaches the client from the frontend, about what the
-//! client sent (as RFC 5508 asks of translators), with the checksum that it had, where the error quotes that much.
+//! A client's error is about a reply from the frontend; it goes to the pod, and quotes what the pod sent. An error of a pod, or
+//! of a router on the way to it, is about a translated packet; it goes to the client from the frontend, and quotes what the client
+//! sent, with its original checksum if the quote is long enough.
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
@@ -26,7 +26,7 @@ const CHECKSUM: usize = 2;
 
 /// An error, and the packet that it quotes.
 struct Quote<A> {
-    /// The flow that the quoted packet is of, as its other direction sees it.
+    /// The flow of the quoted packet, as a packet of the opposite direction has it.
     key: FlowKey<A>,
     /// The error's own addresses.
     saddr: A,
@@ -49,7 +49,7 @@ struct Quote<A> {
 /// Translates an IPv4 packet at `l3` if it is an error about a known flow.
 ///
 /// # Errors
-/// Why it is not, and passes.
+/// The reason why it is not translated, and passes.
 #[inline(never)]
 pub fn ipv4<P: Packet, T: FamilyTables<V4>>(
     packet: &mut P,
@@ -63,7 +63,7 @@ pub fn ipv4<P: Packet, T: FamilyTables<V4>>(
 /// Translates an IPv6 packet at `l3` if it is an error about a known flow.
 ///
 /// # Errors
-/// Why it is not, and passes.
+/// The reason why it is not translated, and passes.
 #[inline(never)]
 pub fn ipv6<P: Packet, T: FamilyTables<V6>>(
     packet: &mut P,
@@ -174,7 +174,7 @@ impl Ipv6 {
     }
 }
 
-/// What is read of a quoted transport header: of its first eight bytes, which every error quotes.
+/// The fields of a quoted transport header, from its first eight bytes, which every error quotes.
 struct Ports {
     protocol: u8,
     sport: Port,
@@ -193,7 +193,7 @@ impl Ports {
         Some(Self { protocol, sport: Port([a, b]), dport: Port([c, d]), udp_checksum })
     }
 
-    /// The key under which the error's own direction knows the flow: the quoted packet went the other way.
+    /// The key of the flow in the error's own direction: the quoted packet went in the opposite one.
     #[inline(always)]
     fn key<A: Address>(&self, quoted_saddr: A, quoted_daddr: A, direction: Direction) -> FlowKey<A> {
         FlowKey {
@@ -219,7 +219,7 @@ fn translate<A: Address, P: Packet, T: FamilyTables<A>>(
     if is_done { Ok(()) } else { Err(Reason::NotRewritten) }
 }
 
-/// The flow, by the filter first, as for any packet that enters or leaves; `key` gets its direction.
+/// Finds the flow, with the filter first, as for any packet; sets the direction of `key`.
 #[inline(always)]
 fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &mut FlowKey<A>) -> Option<T::Entry<Flow<A>>> {
     let (from, to) = (filter_bit(key.saddr, key.sport, key.protocol), filter_bit(key.daddr, key.dport, key.protocol));
@@ -240,11 +240,11 @@ fn flow_of<A: Address, T: FamilyTables<A>>(tables: &T, key: &mut FlowKey<A>) -> 
     None
 }
 
-/// Gives the error the addresses that packets of its direction get, and the quoted packet those of the other direction
-/// before translation; and all checksums to match. False where the frame ends before.
+/// Translates the error as a packet of its direction, and the quoted packet back to what the opposite direction sent; updates
+/// all checksums. False if the frame is too short.
 #[inline(always)]
 fn rewrite<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<A>) -> bool {
-    // Where a router on the way to the pod speaks up, it is the frontend that the client knows; and the pod the node.
+    // The error may come from a router: the client expects it from the frontend, and the pod from the node.
     let saddr = if quote.key.is_entering() { quote.saddr } else { edit.saddr };
     let old = checksum::fold(quote.saddr.sum() + quote.daddr.sum());
     let outer_delta = checksum::delta(old, checksum::fold(saddr.sum() + edit.daddr.sum()));
@@ -255,7 +255,7 @@ fn rewrite<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<
         && write_checksums(packet, quote, edit, message_delta(quote, edit, outer_delta))
 }
 
-/// Writes the error's own checksum, and that of a quoted TCP header, which few errors quote as a whole.
+/// Writes the error's own checksum, and the one in the quoted TCP header if it is quoted.
 #[inline(always)]
 fn write_checksums<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit: &Edit<A>, delta: u16) -> bool {
     let sum = checksum::update(quote.l4_checksum, delta);
@@ -267,11 +267,11 @@ fn write_checksums<A: Address, P: Packet>(packet: &mut P, quote: &Quote<A>, edit
         && packet.write(quote.l4 + CHECKSUM, checksum::update(sum, delta))
 }
 
-/// What changes the sum that the error's own checksum is over.
+/// The change of the sum that the error's own checksum covers.
 #[inline(always)]
 fn message_delta<A: Address>(quote: &Quote<A>, edit: &Edit<A>, outer_delta: u16) -> u16 {
-    // A quoted checksum that is brought in step takes back what is brought in step with: the quoted IPv4 header sums to
-    // the same as before, and so does a UDP header with its pseudo-header.
+    // An updated checksum balances the change that it covers: the sum of the quoted IPv4 header stays the same, and so does
+    // that of a UDP header with its pseudo-header.
     let is_v4 = A::BITS == V4::BITS;
     let has_udp_checksum = quote.inner_udp_checksum != [0; 2];
     match (is_v4, has_udp_checksum) {

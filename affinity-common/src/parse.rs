@@ -1,5 +1,5 @@
-//! From a frame to its headers: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with extension headers, TCP, UDP
-//! and SCTP. Anything else, and anything that contradicts itself, is named by a [`Reason`] and passes.
+//! Parses a frame: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with extension headers, TCP, UDP and SCTP. All other
+//! and malformed packets pass, with a [`Reason`].
 
 use network_types::{
     eth::{EthHdr, EtherType},
@@ -21,13 +21,13 @@ pub const UDP: u8 = IpProto::Udp as u8;
 /// IANA number of SCTP.
 pub const SCTP: u8 = IpProto::Sctp as u8;
 
-/// TCP flag: no more data from the sender. The flags stand for what SCTP says in other words, too.
+/// TCP flag: no more data from the sender. The flags also stand for the corresponding chunks of SCTP.
 pub const FIN: u8 = 0x01;
-/// TCP flag: a connection begins.
+/// TCP flag: opens a connection.
 pub const SYN: u8 = 0x02;
-/// TCP flag: the connection is void.
+/// TCP flag: resets the connection.
 pub const RST: u8 = 0x04;
-/// TCP flag: the acknowledgement number counts.
+/// TCP flag: the acknowledgment number is valid.
 pub const ACK: u8 = 0x10;
 
 /// Length of the common header of SCTP (RFC 9260).
@@ -43,13 +43,13 @@ const ETH_IPV6: [u8; 2] = (EtherType::Ipv6 as u16).to_ne_bytes();
 const ETH_VLAN: [u8; 2] = [0x81, 0x00];
 const ETH_QINQ: [u8; 2] = [0x88, 0xa8];
 
-/// What the pipeline knows of a frame. Without padding: the verifier wants every byte written before it is passed on.
+/// The headers of a frame. Without padding, because the verifier requires that every byte of an argument is initialised.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Headers<A> {
     /// Addresses, ports and protocol, and the direction they were parsed for.
     pub key: FlowKey<A>,
-    /// Sequence and acknowledgment number of TCP; else zero.
+    /// Sequence and acknowledgment number of TCP; otherwise zero.
     pub segment: Segment,
     /// Offset of the TCP or UDP header, with [`FIRST_FRAGMENT`] and [`SEEN_BELOW`].
     l4: u16,
@@ -63,13 +63,13 @@ pub struct Headers<A> {
     pub l4_checksum: [u8; 2],
 }
 
-/// In [`Headers`]: it is the first fragment of a packet in pieces.
+/// In [`Headers`]: the packet is a first fragment.
 const FIRST_FRAGMENT: u16 = 1 << 15;
-/// In [`Headers`]: the frame came by a device below this one first, whose programs have seen it.
+/// In [`Headers`]: the frame arrived on a lower device first, whose programs have seen it.
 const SEEN_BELOW: u16 = 1 << 14;
 
 impl<A> Headers<A> {
-    /// Of a packet of which nothing but this is known.
+    /// Headers with nothing but a key.
     pub const fn new(key: FlowKey<A>, flags: u8) -> Self {
         Self { key, segment: 0, l4: 0, l3: 0, flags, l3_checksum: [0; 2], l4_checksum: [0; 2] }
     }
@@ -86,25 +86,25 @@ impl<A> Headers<A> {
         (self.l4 & !(FIRST_FRAGMENT | SEEN_BELOW)) as usize
     }
 
-    /// Whether it is the first fragment of a packet in pieces.
+    /// Whether it is a first fragment.
     #[inline(always)]
     pub const fn is_first_fragment(&self) -> bool {
         self.l4 & FIRST_FRAGMENT != 0
     }
 
-    /// Notes that programs of a device below have seen the frame.
+    /// Notes that programs on a lower device have seen the frame.
     #[inline(always)]
     pub const fn set_seen_below(&mut self) {
         self.l4 |= SEEN_BELOW;
     }
 
-    /// Whether programs of a device below have seen the frame.
+    /// Whether programs on a lower device have seen the frame.
     #[inline(always)]
     pub const fn is_seen_below(&self) -> bool {
         self.l4 & SEEN_BELOW != 0
     }
 
-    /// A packet that opens a connection.
+    /// Whether the packet opens a connection.
     #[inline(always)]
     pub const fn is_opening(&self) -> bool {
         self.flags & (SYN | ACK) == SYN
@@ -155,7 +155,7 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     if version_ihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
         return Err(Reason::Malformed);
     }
-    // An offset: it has no ports.
+    // A later fragment: it has no ports.
     if fragment_hi & 0x1f != 0 || fragment_lo != 0 {
         return Err(Reason::Fragment);
     }
@@ -211,7 +211,7 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
 
-/// What lies behind the extension headers of an IPv6 packet.
+/// The transport header of an IPv6 packet.
 pub(crate) struct Upper {
     pub(crate) protocol: u8,
     /// Length of the extension headers.
@@ -268,15 +268,15 @@ const fn is_transport(protocol: u8) -> bool {
     protocol == TCP || protocol == UDP || protocol == SCTP
 }
 
-/// Where a transport header should be.
+/// The place of a transport header.
 struct Transport {
     l4: usize,
     protocol: u8,
-    /// Bytes that the IP header leaves for it; `None`: fewer than none.
+    /// Its length in bytes by the IP header; `None`: negative.
     ip_payload_len: Option<usize>,
 }
 
-/// What is read of a transport header.
+/// The fields of a transport header.
 struct Ports {
     sport: Port,
     dport: Port,
@@ -318,7 +318,7 @@ impl Transport {
     }
 }
 
-/// What a packet's first chunk says (RFC 9260, section 3.2), in flags of TCP.
+/// The first chunk of an SCTP packet (RFC 9260, section 3.2), as TCP flags.
 #[inline(always)]
 const fn sctp_flags(chunk: u8) -> u8 {
     const INIT: u8 = 1;

@@ -1,8 +1,8 @@
-//! Saying no at once: a TCP reset, or an ICMP or ICMPv6 "port unreachable", built from the packet that it answers.
+//! Rejecting a packet: with a TCP reset, or with an ICMP or ICMPv6 "port unreachable", built from the packet.
 //!
-//! The answer takes the frame's place and leaves where the frame came in: link addresses swapped, VLAN tags kept. What
-//! ICMP quotes of the refused packet is its IP header without options or extensions, and the first eight bytes of its
-//! transport header: what a host needs to find the socket.
+//! The answer replaces the frame and leaves on the device that the frame arrived on: link addresses swapped, VLAN tags kept. An
+//! ICMP error quotes the IP header without options or extensions, and the first eight bytes of the transport header: a host
+//! needs these to find the socket.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -21,15 +21,15 @@ const PORT_UNREACHABLE: [u8; 2] = [3, 3];
 /// ICMPv6 type 1, code 4 (RFC 4443).
 const PORT_UNREACHABLE_V6: [u8; 2] = [1, 4];
 
-/// What a full bucket is worth: this many nanoseconds of the configured rate.
+/// The capacity of a bucket: this many nanoseconds of the configured rate.
 const BURST_NS: u64 = 10_000_000_000;
 
-/// A processor's token bucket: it limits how many packets the processor rejects. RFC 4443, section 2.4 (f), demands a limit
-/// for ICMPv6 errors; ICMPv4 errors and RST have the same one. Otherwise a flood of packets with a forged source would
-/// become a flood of answers to somebody who has asked for nothing.
+/// The token bucket of a CPU, which limits how many packets it rejects. RFC 4443, section 2.4 (f), demands a limit for ICMPv6
+/// errors; ICMPv4 errors and RST share it. Otherwise a flood of packets with a forged source would become a flood of answers to
+/// that host.
 ///
-/// A bucket that was never used is zero, and full. It is not a count and a time but one time, so that no packet has to
-/// divide: when the bucket will be full again. Each rejection moves that by the interval between two.
+/// A bucket that was never used is zero, and full. It holds one time, not a count and a time, so that no packet has to divide:
+/// the time when the bucket will be full again. Each rejection adds the interval between two.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Bucket {
@@ -38,7 +38,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// The bucket after one more rejection; `None` where it is empty.
+    /// The bucket after one more rejection; `None` if it is empty.
     #[inline(always)]
     #[must_use]
     pub fn take(self, now_ns: u64, interval_ns: u64) -> Option<Self> {
@@ -47,7 +47,7 @@ impl Bucket {
     }
 }
 
-/// The [`crate::abi::Config::rejection_interval_ns`] of so many rejections a second; zero stands for no limit in both.
+/// The [`crate::abi::Config::rejection_interval_ns`] for a number of rejections per second; zero means no limit in both.
 #[must_use]
 pub fn rejection_interval_ns(per_second: u32) -> u64 {
     const SECOND_NS: u64 = 1_000_000_000;

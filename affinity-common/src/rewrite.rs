@@ -1,4 +1,4 @@
-//! Translating a packet: the edit of a flow, and its application to a frame with complete checksums.
+//! Rewriting a packet: the edit of a flow, and how it is applied to a frame with complete checksums.
 
 use crate::{
     abi::{Address, Edit, FlowKey, Port, V4},
@@ -33,8 +33,8 @@ pub fn edit<A: Address>(key: &FlowKey<A>, saddr: A, daddr: A, sport: Port, dport
     }
 }
 
-/// Makes `set` the edit that turns packets of `key` into those whose replies are of `opposite`. Apart, for the sake of its
-/// callers' stack.
+/// Sets `set` to the edit that turns packets of `key` into those whose replies have the key `opposite`. Out of line, to keep the
+/// callers' stack frames small.
 #[inline(never)]
 pub fn set_edit<A: Address>(set: &mut Edit<A>, key: &FlowKey<A>, opposite: &FlowKey<A>) {
     *set = edit(key, opposite.daddr, opposite.saddr, opposite.dport, opposite.sport);
@@ -54,8 +54,8 @@ pub fn l4_checksum<A: Address>(headers: &Headers<A>, edit: &Edit<A>) -> [u8; 2] 
     l4_checksum_after(headers, checksum::join(edit.addr_delta, edit.port_delta))
 }
 
-/// A complete transport checksum after what it covers has changed by `delta`. A UDP checksum of zero means "none" and
-/// stays; one that becomes zero is sent as its other form (RFC 768).
+/// A complete transport checksum after the data that it covers has changed by `delta`. A UDP checksum of zero means "none" and
+/// stays; one that becomes zero is sent as 0xffff (RFC 768).
 #[inline(always)]
 fn l4_checksum_after<A: Address>(headers: &Headers<A>, delta: u16) -> [u8; 2] {
     if headers.key.protocol == TCP {
@@ -70,19 +70,19 @@ fn l4_checksum_after<A: Address>(headers: &Headers<A>, delta: u16) -> [u8; 2] {
     }
 }
 
-/// What is left to do for the ports after the kernel has brought a transport checksum in step with new addresses.
+/// How to update the checksum for the ports, after the kernel has updated it for the addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ForPorts {
-    /// The sum is complete: the field is to be this.
+    /// The sum is complete: the new value of the field.
     Field([u8; 2]),
     /// The sum is partial: it covers the addresses, and the device adds the ports as they are then.
     Nothing,
-    /// It does not show which of the two the sum is.
+    /// It cannot be told which of the two it is.
     Unknown,
 }
 
-/// Tells by `field`, what the kernel made of the checksum field for the new addresses, whether the sum is complete or
-/// partial. A complete one is the complement of the sum of all, so the delta is subtracted from the field; a partial one is
+/// Tells whether the sum is complete or partial by `field`, the checksum field after the kernel has updated it for the new
+/// addresses. A complete one is the complement of the sum of all, so the delta is subtracted from the field; a partial one is
 /// the sum of the pseudo-header as it is, so the delta is added. The results differ for every delta but zero, because
 /// twice a number is zero in one's complement only where the number is.
 ///
@@ -106,8 +106,8 @@ pub fn for_ports<A: Address>(headers: &Headers<A>, edit: &Edit<A>, field: [u8; 2
     }
 }
 
-/// Applies `edit` to a frame whose checksums are complete; false where the frame is shorter than its headers said. The
-/// checksum of SCTP covers no address, and its ports are never changed.
+/// Applies `edit` to a frame with complete checksums; false if the frame is shorter than its headers say. The checksum of SCTP
+/// does not cover the addresses, and its ports never change.
 #[inline(always)]
 pub fn in_place<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Headers<A>, edit: &Edit<A>) -> bool {
     let Edit { saddr, daddr, addr_delta, .. } = *edit;

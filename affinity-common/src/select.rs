@@ -14,7 +14,7 @@ pub struct Chosen {
     pub member: Member,
 }
 
-/// Chooses a ready member of the frontend's pool; `None` where a slot names none, which publishing rules out.
+/// Chooses a ready member of the frontend's pool; `None` if a slot has none, which the agent's order of publishing prevents.
 ///
 /// `draw` is random; `client` is the client's address masked by the service's prefix.
 #[inline(always)]
@@ -41,14 +41,14 @@ pub const fn next_draw(draw: u32) -> u32 {
     mix(draw.wrapping_add(0x9e37_79b9))
 }
 
-/// Where the client stands in a Maglev table: the same on every node.
+/// The client's position in a Maglev table: the same on every node.
 #[inline(always)]
 pub fn client_hash<A: Address>(client: A, seed: u32) -> u32 {
     mix(client.fold() ^ mix(seed))
 }
 
-/// A number for a connection without affinity, as good as a random one, and the same for each of its packets: where the table of
-/// flows has lost the connection, the next packet finds the same pod.
+/// A hash for a connection without affinity, the same for each of its packets: if its flow is evicted, the next packet finds the
+/// same pod.
 #[inline(always)]
 pub fn connection_hash<A: Address>(client: A, sport: Port, seed: u32) -> u32 {
     mix(client.fold() ^ mix(seed ^ u32::from(sport.get()) << 8))
@@ -64,13 +64,13 @@ const fn mix(mut bits: u32) -> u32 {
     bits ^ (bits >> 16)
 }
 
-/// Scales 32 random bits to 0..count. Not a remainder: the verifier can follow a product and a shift.
+/// Scales 32 random bits to 0..count by a product and a shift, because the verifier cannot follow a remainder.
 #[inline(always)]
 const fn scale(random: u32, count: u32) -> u32 {
     ((random as u64 * count as u64) >> 32) as u32
 }
 
-/// Maps `pick` of 0..count-1 to an index of 0..count other than `one`, where there is another.
+/// Maps `pick` of 0..count-1 to an index of 0..count other than `one`, if there is another.
 #[inline(always)]
 const fn other_than(one: u32, pick: u32, count: u32) -> u32 {
     if count < 2 {

@@ -1,4 +1,4 @@
-//! The state of a flow: a set of bits, to which packets only ever add.
+//! The state of a flow: a set of bits, which packets only add to.
 //!
 //! | packet | sender | adds | in RFC 9293, figure 5 |
 //! |---|---|---|---|
@@ -10,8 +10,8 @@
 //! | RST that its receiver would accept | either | [`FLOW_RESET`]: closed | CLOSED |
 //! | datagram | server | [`FLOW_ANSWERED`] and [`FLOW_OPEN`] | |
 //!
-//! Because bits are only added, two processors that see two packets at once lose neither, whatever their order: each adds
-//! its bits in one atomic step and learns what was there before.
+//! Because bits are only added, by an atomic operation that returns the bits before, two CPUs that handle two packets at once
+//! lose neither, in whatever order.
 //!
 //! In shadow mode no packet of the server is seen ([`FLOW_SHADOW`]): the client's alone decide.
 
@@ -20,7 +20,7 @@ use crate::{
     parse::{ACK, FIN, RST, SYN, UDP},
 };
 
-/// Where a flow is in its life. How long it may be idle there is up to the agent's sweep.
+/// The phase of a flow. The agent's sweep decides how long a flow may be idle in each.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Phase {
     /// The client has sent SYN; the handshake is not complete.
@@ -78,7 +78,7 @@ pub const fn is_half_open(state: u8) -> bool {
     state & (FLOW_OPEN | FLOW_RESET) == 0 && !is_closed(state)
 }
 
-/// Whether the connection is one that counts for the timer `alive`: opened, and not over.
+/// Whether the connection counts for the timer `alive`: it has opened and has not closed.
 #[inline(always)]
 #[must_use]
 pub const fn is_live(state: u8) -> bool {
@@ -110,8 +110,8 @@ pub const fn added(state: u8, is_from_client: bool, protocol: u8, flags: u8) -> 
     answer | end
 }
 
-/// The state of a flow that begins with this packet of the client. One that does not open a connection is in the middle
-/// of one, whose beginning was not seen.
+/// The state of a flow that begins with this packet of the client. If the packet does not open a connection, it belongs to an
+/// open one whose handshake was not seen.
 #[inline(always)]
 #[must_use]
 pub const fn first(protocol: u8, flags: u8) -> u8 {
@@ -141,13 +141,13 @@ const fn acknowledged(segment: Segment) -> u32 {
     u32::from_be_bytes([a, b, c, d])
 }
 
-/// Bytes that a sender may have sent behind its last segment that was seen: one segment, of a length that is not kept.
+/// Bytes that a sender may have sent after its last segment that was seen: one segment, whose length is not known.
 const UNSEEN: u32 = 1 << 16;
-/// Bytes in flight at most, so that a forged segment does not make room for a forged RST.
+/// The limit for bytes in flight, so that a forged segment does not prepare a forged RST.
 const IN_FLIGHT: i32 = 1 << 22;
 
-/// Whether the receiver of an RST would take it for real: its sequence number lies between what the receiver has
-/// acknowledged and what the sender has sent (RFC 9293, section 3.10.7.4; RFC 5961, section 3.2, asks for the first of
+/// Whether the receiver of an RST would accept it: its sequence number lies between what the receiver has acknowledged and
+/// what the sender has sent (RFC 9293, section 3.10.7.4; RFC 5961, section 3.2, asks for the first of
 /// these numbers exactly, which is known here only when the last acknowledgment has passed). `sender` is the last other
 /// segment of the side that resets, `receiver` the last one of the other side.
 #[inline(always)]

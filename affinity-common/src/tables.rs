@@ -1,5 +1,5 @@
-//! What the pipeline needs of the maps. Two real implementations: BPF maps in the kernel programs, and
-//! [`crate::model`]. Lookups of what the agent publishes are by copy; nothing here blocks.
+//! The maps, as the pipeline needs them. There are two implementations: BPF maps in the kernel programs, and [`crate::model`].
+//! Records that the agent publishes are copied by a lookup; nothing blocks.
 
 use bytemuck::Pod;
 
@@ -12,38 +12,36 @@ use crate::{
     pipeline::Opened,
 };
 
-/// A record inside a table, found by a lookup. Other processors read and write it at the same time, so it is accessed field by
-/// field, as the kernel does with `READ_ONCE` and `WRITE_ONCE`: each access is one load or one store of what the field holds
-/// at that moment, and none is left out, repeated or merged with another. A field that is longer than eight bytes is accessed
-/// word by word.
+/// A record inside a table, found by a lookup. Other CPUs read and write it concurrently, so it is accessed field by field, as
+/// with the kernel's `READ_ONCE` and `WRITE_ONCE`: each access is one load or one store, and the compiler neither omits, repeats
+/// nor merges any. A field of more than eight bytes is accessed word by word.
 pub trait Entry<V: Pod> {
     /// A copy of the record, word by word.
     fn get(&self) -> V;
-    /// What a field holds now.
+    /// The value of a field.
     fn read<F: Pod>(&self, field: Field<V, F>) -> F;
-    /// Changes a field.
+    /// Writes a field.
     fn write<F: Pod>(&self, field: Field<V, F>, value: F);
-    /// Adds bits to a field, in one step, and returns what was there before.
+    /// Adds bits to a field atomically, and returns the value before.
     fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32;
 }
 
-/// A pin inside a table, where another processor may be moving it at the same time: see [`crate::session`].
+/// A pin inside a table, which another CPU may be moving concurrently: see [`crate::session`].
 pub trait Pin: Entry<Session> {
-    /// What decides about the pin: its backend with that one's generation, its times, its connections and the number it
-    /// draws next, as they were together at one moment. The other fields are zero.
+    /// A consistent copy of the fields that decide about the pin: the backend and its generation, the times, the connections and
+    /// the next random number. The other fields are zero.
     fn snapshot(&self) -> Session;
-    /// Points the pin from one backend and its generation to another, in one step; false, and no change, where it does
-    /// not point there.
+    /// Replaces the backend and its generation atomically; false, and no change, if they are not `from`.
     fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool;
-    /// The backend and its generation that the pin points to.
+    /// The backend and its generation.
     fn backend(&self) -> (u32, u32);
-    /// [`Session::connections`]; where [`Pin::backend`] comes after it, that is not older.
+    /// [`Session::connections`]. A later [`Pin::backend`] returns no older value.
     fn connections(&self) -> u32;
-    /// Replaces [`Session::connections`], in one step; false, and no change, where it is not `from`.
+    /// Replaces [`Session::connections`] atomically; false, and no change, if it is not `from`.
     fn swap_connections(&self, from: u32, to: u32) -> bool;
 }
 
-/// The tables that both families share, the clock, and randomness.
+/// The tables of both families, the clock, and random numbers.
 pub trait Tables {
     /// A value found in a table.
     type Entry<V: Pod>: Entry<V>;
@@ -54,14 +52,13 @@ pub trait Tables {
     fn now_ns(&self) -> u64;
     /// A random number.
     fn random(&self) -> u32;
-    /// Whether a bit is set in the part of the filter that packets of `direction` consult.
+    /// Whether a bit is set in the filter of a direction.
     fn filter(&self, direction: Direction, bit: u32) -> bool;
-    /// Sets a bit in that part.
+    /// Sets a bit in the filter of a direction.
     fn mark(&self, direction: Direction, bit: u32);
-    /// What masquerading uses.
+    /// The address and ports for masquerading.
     fn node(&self) -> Option<Node>;
-    /// Whether what comes in by a device has come in by one below it before, a port of a bridge for example, whose programs
-    /// have seen it.
+    /// Whether a device is an upper device, a bridge for example: the programs on its lower device have seen its frames.
     fn is_above_another(&self, ifindex: u32) -> bool;
     /// The position in the range of SNAT ports for connections to a backend; the next call gets the next one.
     fn next_snat_port(&self, backend: u32) -> u64;
@@ -71,30 +68,30 @@ pub trait Tables {
     fn backend(&self, index: u32) -> Option<Backend>;
     /// A member's record.
     fn member(&self, key: &MemberKey) -> Option<Member>;
-    /// Whether a member's record is this one: cheaper than [`Tables::member`] where it is.
+    /// Whether a member has this record: cheaper than [`Tables::member`] if it has.
     fn is_member(&self, key: &MemberKey, record: &Member) -> bool {
         self.member(key) == Some(*record)
     }
-    /// Works with a frontend's record in the processor's own memory, because a program's stack has no room for it; `None` where
-    /// there is none, which the kernel rules out. For packets alone: they do not interrupt each other.
+    /// Calls `work` with per-CPU scratch memory for a frontend's record, because the stack has no room for it. `None` if there is
+    /// none, which cannot happen in the kernel. Only for packet programs: they do not interrupt each other.
     fn frontend_scratch<R>(&self, work: impl FnOnce(&mut Frontend) -> R) -> Option<R>;
-    /// Live sessions of a backend, as far as known: zero where more were counted off than on.
+    /// The number of live sessions of a backend; zero if the count is below.
     fn load(&self, backend: u32) -> u64;
     /// Adds to the live sessions of a backend.
     fn add_load(&self, backend: u32, sessions: i64);
-    /// Whether one more packet may be rejected now, which is then counted in the processor's [`crate::reject::Bucket`].
+    /// Whether one more packet may be rejected now. Takes a token from the CPU's [`crate::reject::Bucket`].
     fn may_reject(&self) -> bool;
     /// Counts a reason.
     fn count(&self, reason: Reason);
-    /// Counts the reason of a packet's verdict, once a packet.
+    /// Counts the reason of a packet's verdict; called once per packet.
     #[inline(always)]
     fn conclude(&self, reason: Reason) {
         self.count(reason);
     }
     /// Counts a new connection of a service or backend.
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason);
-    /// Reports a state change, which is put together in the ring, because a program's stack has no room for it; counts
-    /// [`Reason::EventLost`] where there is none.
+    /// Reports an event. It is built in the ring buffer, because the stack has no room for it. Counts [`Reason::EventLost`] if the
+    /// ring is full.
     fn report(&self, event: impl FnOnce() -> Event);
 }
 
@@ -102,13 +99,13 @@ pub trait Tables {
 pub trait FamilyTables<A: Address>: Tables {
     /// Opens a new connection: [`crate::pipeline::open`], as a global function of the kernel programs.
     fn open(&self, headers: &Headers<A>) -> Opened;
-    /// Notes what changes of a flow: [`crate::flow::note_change`], as a global function of the kernel programs.
+    /// Updates a flow: [`crate::flow::note_change`], as a global function of the kernel programs.
     fn note_change(&self, headers: &Headers<A>);
-    /// Notes a packet of another connection: [`crate::foreign::note_leaving`], as such a function.
+    /// Notes a packet of a foreign connection: [`crate::foreign::note_leaving`], as a global function.
     fn note_leaving(&self, headers: &Headers<A>);
-    /// Whether a key for replies is to be had: [`crate::snat::is_free`], as such a function.
+    /// Whether a reply key is free: [`crate::snat::is_free`], as a global function.
     fn is_free(&self, replies: &FlowKey<A>) -> bool;
-    /// A copy of a frontend's record, whole.
+    /// A consistent copy of a frontend's record.
     ///
     /// # Errors
     /// [`Unstable`].
@@ -120,44 +117,44 @@ pub trait FamilyTables<A: Address>: Tables {
     /// Stores a session if there is none under its key.
     ///
     /// # Errors
-    /// [`NotStored`] where another was first, or where the kernel has no room.
+    /// [`NotStored`] if there is one, or if the kernel has no room.
     fn add_session(&self, key: &SessionKey<A>, session: &Session) -> Result<(), NotStored>;
     /// A flow.
     fn flow(&self, key: &FlowKey<A>) -> Option<Self::Entry<Flow<A>>>;
-    /// Stores a flow, in place of any under its key.
+    /// Stores a flow; replaces one with the same key.
     ///
     /// # Errors
-    /// [`NotStored`] where the kernel has no room.
+    /// [`NotStored`] if the kernel has no room.
     fn put_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
     /// Stores a flow if there is none under its key.
     ///
     /// # Errors
-    /// [`NotStored`] where there is one, or where the kernel has no room.
+    /// [`NotStored`] if there is one, or if the kernel has no room.
     fn add_flow(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), NotStored>;
     /// Removes a flow, if it is there.
     fn remove_flow(&self, key: &FlowKey<A>);
-    /// A connection to no frontend, by the key of its replies.
+    /// A foreign connection, by the key of its replies.
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>>;
-    /// Stores a connection to no frontend, in place of any under its key; where there is no room it stays unknown.
+    /// Stores a foreign connection; replaces one with the same key. If there is no room, it is not noted.
     fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign);
-    /// Works something out in the processor's own memory; `None` where there is none, which the kernel rules out.
+    /// Calls `work` with per-CPU scratch memory; `None` if there is none, which cannot happen in the kernel.
     fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R>;
-    /// The flow of a packet that came in pieces.
+    /// The flow of a fragmented packet.
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>>;
-    /// Remembers a packet that comes in pieces; where there is no room, its later pieces pass as they are.
+    /// Stores the flow of a fragmented packet. If there is no room, its later fragments pass unchanged.
     fn put_fragment(&self, key: &FragmentKey<A>, flow: &FlowKey<A>);
 }
 
-/// The table of sockets, and all that a socket's call consults.
+/// The table of sockets, for the programs on cgroups.
 pub trait SocketTables: FamilyTables<V4> + FamilyTables<V6> {
     /// The cookie of the node's network namespace.
     fn node_netns(&self) -> u64;
     /// A socket's entry.
     fn socket(&self, key: &SocketKey) -> Option<Self::Entry<Socket>>;
-    /// Stores an entry, in place of any under its key.
+    /// Stores an entry; replaces one with the same key.
     ///
     /// # Errors
-    /// [`NotStored`] where the kernel has no room.
+    /// [`NotStored`] if the kernel has no room.
     fn put_socket(&self, key: &SocketKey, socket: &Socket) -> Result<(), NotStored>;
     /// Removes an entry.
     fn remove_socket(&self, key: &SocketKey);
@@ -167,6 +164,6 @@ pub trait SocketTables: FamilyTables<V4> + FamilyTables<V6> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NotStored;
 
-/// A record was replaced each time that it was read, so what it holds is not known.
+/// A record was replaced during each attempt to read it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unstable;
