@@ -54,11 +54,11 @@ pub const VERSION: u32 = 4;
 /// The oldest layout whose records are those of this one: an upgrade takes over its maps, as far as they have the same names.
 pub const OLDEST_READABLE: u32 = 3;
 
-/// An IPv4 or IPv6 address in network byte order; the one parameter of all that exists per family.
+/// An IPv4 or IPv6 address in network byte order: the type parameter of everything that exists once per family.
 pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
     /// Length in bits: 32 or 128.
     const BITS: u8;
-    /// What fills a key of one address and four bytes to a multiple of eight bytes.
+    /// Padding of a key of one address and four bytes to a multiple of eight bytes.
     type Fill: Copy + Eq + Ord + Debug + Pod;
     /// The address as IPv6: itself, or IPv4-mapped (RFC 4291, section 2.5.5.2).
     fn to_mapped(self) -> [u8; 16];
@@ -70,7 +70,7 @@ pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {
     fn fold(self) -> u32;
     /// The sum of its 16-bit words, as [`crate::checksum`] takes it.
     fn sum(self) -> u32;
-    /// Whether it is a host's own, and on no wire (RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3).
+    /// Whether it is a loopback address (RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3).
     fn is_loopback(self) -> bool;
 }
 
@@ -131,7 +131,7 @@ impl Address for V4 {
 }
 
 impl V6 {
-    /// Both halves as they lie in memory.
+    /// Both halves, native byte order.
     #[inline(always)]
     fn halves(self) -> [u64; 2] {
         bytemuck::must_cast(self)

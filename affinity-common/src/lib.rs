@@ -1,4 +1,4 @@
-//! What kernel and user space share: the layout of every map ([`abi`]) and every decision about a packet.
+//! The code that kernel and user space share: the layout of every map ([`abi`]) and every decision about a packet.
 //!
 //! The crate is `no_std`. The kernel programs implement [`packet::Packet`] and [`tables::Tables`] on packet pointers
 //! and BPF maps; the `model` feature implements them on byte vectors and BTreeMaps. So the same [`pipeline`] runs in

@@ -38,18 +38,18 @@ pub fn is_fresh(session: &Session, timer: Timer, timeout_ns: u64, now_ns: u64) -
 /// A client's new connection to a frontend.
 #[derive(Clone, Copy)]
 pub struct Opening<'a, A> {
-    /// The client key, as it stands in a [`SessionKey`]. Its family need not be the frontend's.
+    /// The client key of the [`SessionKey`]. Its family may differ from the frontend's.
     pub client: A,
     /// The frontend.
     pub frontend: &'a Frontend,
     /// Monotonic time.
     pub now_ns: u64,
-    /// What a member is chosen by where there is no affinity.
+    /// The number that selects a member if there is no affinity.
     pub draw: u32,
 }
 
 impl<'a, A: Address> Opening<'a, A> {
-    /// By a packet: the client key is its source under the frontend's prefix.
+    /// From a packet: the client key is its source address, masked by the frontend's prefix.
     #[inline(always)]
     pub fn by_packet(headers: &Headers<A>, frontend: &'a Frontend, now_ns: u64) -> Self {
         let FlowKey { saddr, sport, .. } = headers.key;
@@ -62,14 +62,14 @@ impl<'a, A: Address> Opening<'a, A> {
     }
 }
 
-/// A member for a new connection, and how it came about.
+/// The member for a new connection, and the reason.
 #[derive(Clone, Copy)]
 pub struct Resolved {
     /// The member.
     pub chosen: Chosen,
-    /// Why this one.
+    /// The reason.
     pub reason: Reason,
-    /// Scope of the pin that was followed or made; zero: none.
+    /// Scope of the pin; zero: none.
     pub scope: u32,
 }
 
@@ -82,33 +82,33 @@ impl Resolved {
     };
 }
 
-/// What the sessions say of a client in one scope.
+/// The pin of a client in one scope.
 enum Found<P> {
     Absent,
     Usable(P, Chosen),
-    /// To be moved: what was seen of it, and why.
+    /// It must move: a snapshot, and the reason.
     Stale(P, Session, Reason),
-    /// The group's pin is good, but its pod is no member of this pool.
+    /// The group's pin is usable, but its pod is not a member of this pool.
     Elsewhere,
 }
 
-/// Who goes on without asking for a pin each time: datagrams, by a flow or a socket.
+/// A flow or socket of datagrams, which keeps its backend without a lookup of the frontend, but follows its pin.
 #[derive(Clone, Copy)]
 pub struct Follower {
     /// The backend and its generation.
     pub to: (u32, u32),
-    /// The pin's timer, as it was then.
+    /// The pin's timer when it began.
     pub timer: Timer,
-    /// The pin's timeout, as it was then.
+    /// The pin's timeout when it began.
     pub timeout_ns: u64,
-    /// When this began.
+    /// When it began.
     pub created_ns: u64,
     /// When it was last used.
     pub last_used_ns: u64,
 }
 
-/// Whether a pin still leads where its follower goes. Where it is not there the table was full, and the follower goes on for
-/// as long as its own times say; who unpins a client removes its followers.
+/// Whether a pin still has the follower's backend. If the pin is gone, it was evicted, and the follower goes on by its own times:
+/// unpinning a client removes its followers as well.
 #[inline(always)]
 pub fn leads<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, follower: &Follower) -> bool {
     let now_ns = tables.now_ns();
@@ -123,7 +123,7 @@ pub fn leads<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, fo
     timeout_ns == TIMEOUT_UNLIMITED || now_ns.saturating_sub(since_ns) < timeout_ns
 }
 
-/// Restarts the timeout of a pin to `backend`, where a packet does; one that has expired stays so.
+/// Restarts the timeout of a pin to `backend`. An expired pin stays expired.
 #[inline(always)]
 pub fn renew<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -140,7 +140,7 @@ pub fn renew<A: Address, T: FamilyTables<A>>(
     }
 }
 
-/// Counts a connection for the pin to its backend: under `alive` that then stays fresh until [`end_connection`].
+/// Counts an open connection for the pin to its backend. Under `alive` the pin stays fresh until [`end_connection`].
 #[inline(always)]
 pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32)) {
     if let Some(pin) = tables.session(key) {
@@ -148,7 +148,7 @@ pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionK
     }
 }
 
-/// Under `alive`, the end of a connection restarts the timeout of the pin to its backend.
+/// Uncounts a connection. Under `alive` its end restarts the timeout of the pin to its backend.
 #[inline(always)]
 pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32), now_ns: u64) {
     if let Some(pin) = tables.session(key)
@@ -159,8 +159,8 @@ pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionK
     }
 }
 
-/// Sets the number of live connections right, for the agent, which has counted them; where it has changed since, or the pin has
-/// moved, nothing happens.
+/// Corrects the number of live connections, for the agent, which has counted them. No effect if the number has changed or the pin
+/// has moved since.
 #[inline(always)]
 pub fn correct_connections<A: Address, T: FamilyTables<A>>(tables: &T, correction: &Correction) {
     let Correction { scope, backend, generation, connections, live, .. } = *correction;
@@ -173,12 +173,12 @@ pub fn correct_connections<A: Address, T: FamilyTables<A>>(tables: &T, correctio
     }
 }
 
-/// How often a change of a number that others change too is tried. Where it fails the sweep sets the number right.
+/// Number of attempts to change a number that other CPUs change too. If all fail, the sweep corrects the number.
 const TRIES: u32 = 8;
 
-/// Changes the number of live connections of a pin, as long as it points to their backend. The number is read first, and where
-/// the pin points after that: a move in between has changed the word ([`reset_connections`]), and so the exchange fails. A pin
-/// that is being moved may come back to where it was.
+/// Changes the number of live connections of a pin, if it has their backend. The number is read before the backend: a move in
+/// between changes the number ([`reset_connections`]), so that the compare-and-swap fails. A pin that is marked as moving may get
+/// its backend back.
 #[inline(always)]
 fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u32) {
     for _ in 0..TRIES {
@@ -197,8 +197,8 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
     }
 }
 
-/// A pin that is marked as moving has no connections, and has moved once more since it had `seen`. Of several processors that move it
-/// one notes that; of what is counted after the move nothing is lost.
+/// Resets the connections of a pin that is marked as moving, and counts the move. Of several CPUs that move it, one succeeds, so
+/// that no connection is lost that is counted after the move.
 #[inline(always)]
 fn reset_connections(pin: &impl Pin, moving: (u32, u32), seen: u32) {
     for _ in 0..TRIES {
@@ -212,20 +212,18 @@ fn reset_connections(pin: &impl Pin, moving: (u32, u32), seen: u32) {
     }
 }
 
-/// Where a pin to this backend and generation points while it is being moved.
+/// The mark of a pin that moves away from this backend: a generation that no backend in use has.
 #[inline(always)]
 const fn moving((backend, generation): (u32, u32)) -> (u32, u32) {
     (backend, generation & !1)
 }
 
-/// Finds the member for a new connection, and counts it for the service and the backend; `resolved` becomes what came of
-/// it. For callers that are not inlined and return what fits a register: the kernel's verifier refuses a function whose
-/// return register holds a pointer to the stack when it ends, and one that returns by pointer is free to leave that
-/// there.
+/// Finds the member for a new connection, writes it to `resolved`, and counts it for the service and the backend. The result fits
+/// a register, because callers are not inlined: the verifier rejects a function that ends with a pointer to its stack in the
+/// return register, which happens to one that returns a value by pointer.
 ///
 /// # Errors
-/// [`Reason::NoEndpoints`] where the pool has no usable member; [`Reason::Inconsistent`] where its slots name no ready
-/// one.
+/// [`Reason::NoEndpoints`] if the pool has no usable member; [`Reason::Inconsistent`] if its slots have no ready one.
 #[inline(always)]
 pub fn open<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -247,14 +245,14 @@ pub fn open<A: Address, T: FamilyTables<A>>(
 /// Chooses a member for a connection to a service without affinity.
 ///
 /// # Errors
-/// [`Reason::Inconsistent`] where the pool's slots name no ready member.
+/// [`Reason::Inconsistent`] if the pool's slots have no ready member.
 #[inline(always)]
 fn choose<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
     let chosen = select(tables, opening.frontend, opening.client, opening.draw).ok_or(Reason::Inconsistent)?;
     Ok(Resolved { chosen, reason: Reason::Selected, scope: 0 })
 }
 
-/// Follows the client's pin, or makes one.
+/// Follows the client's pin, or creates one.
 #[inline(always)]
 fn follow_or_pin<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>) -> Result<Resolved, Reason> {
     let mut key = SessionKey::new(opening.frontend.group, opening.client, A::BITS);
@@ -291,7 +289,7 @@ fn find<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>, ke
     }
 }
 
-/// The pinned backend's member record in `pool`, or why it cannot take a connection there.
+/// The member record of the pinned backend in `pool`, or the reason why it cannot take a connection.
 #[inline(always)]
 fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Result<Member, Reason> {
     match tables.member(&MemberKey { pool, backend }) {
@@ -312,7 +310,7 @@ fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Re
 #[inline(always)]
 fn follow<A: Address>(opening: &Opening<'_, A>, pin: &impl Pin, scope: u32, chosen: Chosen) -> Resolved {
     pin.write(Session::LAST_USED_NS, opening.now_ns);
-    // Of two at once one may be lost: a listing shows the number, and nothing is decided by it.
+    // Not atomic: two CPUs may count once. The number is only shown in listings.
     pin.write(Session::USES, pin.read(Session::USES).wrapping_add(1));
     Resolved { chosen, reason: Reason::Pinned, scope }
 }
@@ -332,7 +330,7 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
         if pin.snapshot().created_ns != seen.created_ns
             && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
         {
-            // Another processor has just moved it, to where it was: there it stays.
+            // Another CPU has just moved it to the backend that it had before: it stays there.
             chosen = Chosen { backend: seen.backend, member };
         }
     } else if pin.backend() != moving {
@@ -355,7 +353,7 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     Ok(Resolved { chosen, reason, scope: key.scope })
 }
 
-/// Another processor was first to move this pin: goes where it now points; to `chosen` where that is no use.
+/// Another CPU moved this pin first: takes its backend, or `chosen` if that one cannot be used.
 #[inline(always)]
 fn follow_another<A: Address, T: FamilyTables<A>>(
     tables: &T,
@@ -371,7 +369,7 @@ fn follow_another<A: Address, T: FamilyTables<A>>(
     }
 }
 
-/// The connection goes on without a pin.
+/// Resolves a connection without a pin.
 #[inline(always)]
 fn unpinned<T: Tables>(tables: &T, chosen: Chosen) -> Resolved {
     tables.count(Reason::SessionNotStored);
@@ -388,7 +386,7 @@ fn add_pin<A: Address, T: FamilyTables<A>>(
     let chosen = select(tables, opening.frontend, key.client, draw).ok_or(Reason::Inconsistent)?;
     let new = new_session(opening, &chosen, next_draw(draw));
     if let Err(NotStored) = tables.add_session(key, &new) {
-        // Another processor was first with this client: do as it did.
+        // Another CPU pinned this client first: follow its pin.
         return Ok(match find(tables, opening, key) {
             Found::Usable(pin, chosen) => follow(opening, &pin, key.scope, chosen),
             Found::Absent | Found::Stale(..) | Found::Elsewhere => unpinned(tables, chosen),
@@ -415,7 +413,7 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32)
     }
 }
 
-/// Reports what became of a pin; `from` is the backend and generation that it had.
+/// Reports an event of a pin; `from` is its backend and generation before.
 #[inline(always)]
 fn report<A: Address, T: Tables>(
     tables: &T,

@@ -1,18 +1,18 @@
-//! The story of a socket: translation at `connect()`, so that no packet needs any.
+//! What happens to a socket: it is translated at `connect()`, so that none of its packets needs translation.
 //!
-//! A process that connects to a frontend is connected to a backend instead, and is told that it speaks to the frontend.
-//! The client key is the network namespace that the socket belongs to ([`netns_client`]): a pod, or the node itself. Pins,
-//! selection and counts are those of [`crate::session`], as for packets.
+//! A process that connects to a frontend is connected to a backend; `getpeername()` returns the frontend. The client key is the
+//! network namespace of the socket ([`netns_client`]): a pod, or the node. Pins, selection and counts are those of
+//! [`crate::session`], as for packets.
 //!
-//! * [`connect`]: a TCP socket, or a UDP socket that will speak to one peer. Its packets go to the backend's address, which
-//!   is no frontend, so the packet programs leave them alone.
-//! * [`send`]: a datagram to a named peer. One socket keeps to one backend for each frontend, as a flow does, until that
-//!   one is no longer ready; where the frontend has gone, until the backend has.
-//! * [`received`], [`connected_to`]: whom a datagram is from, and whom the socket is connected to, as it asked for them.
-//! * [`release`]: the socket is closed. For the timer `alive` its connection ends here; nothing is seen of its packets, so
-//!   the timer `packet` is restarted by connecting and by [`send`] alone.
+//! * [`connect`]: a TCP socket, or a connected UDP socket. Its packets go to the backend's address, which is no frontend, so the
+//!   packet programs pass them.
+//! * [`send`]: a datagram of an unconnected socket. The socket keeps one backend for each frontend, as a flow does, while the
+//!   backend is ready; if the frontend has gone, until the backend has gone.
+//! * [`received`], [`connected_to`]: the frontend as the sender of a datagram, and as the peer of the socket.
+//! * [`release`]: the socket is closed. For the timer `alive` its connection ends here. Its packets are not seen, so only
+//!   connecting and [`send`] restart the timer `packet`.
 //!
-//! IPv4 and IPv4-mapped addresses are one here: an IPv6 socket that asks for `::ffff:a.b.c.d` asks for an IPv4 frontend.
+//! IPv4 and IPv4-mapped addresses are the same here: an IPv6 socket that connects to `::ffff:a.b.c.d` gets an IPv4 frontend.
 
 #[cfg(test)]
 mod tests;
@@ -30,7 +30,7 @@ use crate::{
     tables::{Entry, NotStored, SocketTables, Tables},
 };
 
-/// The socket that a process has made a call on.
+/// The socket of a system call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Caller {
     /// The socket's cookie.
@@ -48,7 +48,7 @@ impl Caller {
         SocketKey { cookie: self.cookie, address, port, protocol: self.protocol, role: role as u8, pad: [0; 4] }
     }
 
-    /// Of the socket's one connection.
+    /// The key of the socket's connection.
     #[inline(always)]
     fn connection(&self) -> SocketKey {
         self.key(SocketRole::Connected, &Peer { address: V6([0; 16]), port: Port([0; 2]) })
@@ -71,13 +71,13 @@ impl Peer {
         u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 && [i, j, k, l] == [0, 0, 0xff, 0xff]
     }
 
-    /// Whether it is the namespace itself, which is the node for the node's processes alone.
+    /// Whether it is a loopback address: only in the node's namespace that is the node.
     #[inline(always)]
     fn is_loopback(&self) -> bool {
         if self.is_ipv4() { V4::from_mapped(self.address.0).is_loopback() } else { self.address.is_loopback() }
     }
 
-    /// Whether the filter knows it: as a frontend, or as a member.
+    /// Whether it may be a frontend, or a member, by the filter.
     #[inline(always)]
     fn may_be<T: Tables>(&self, tables: &T, direction: Direction, protocol: u8) -> bool {
         let bit = if self.is_ipv4() {
@@ -88,7 +88,7 @@ impl Peer {
         tables.filter(direction, bit)
     }
 
-    /// Copies the record of the frontend that this is. Apart, for the sake of the stack.
+    /// Copies the record of the frontend with this address. Out of line, to keep stack frames small.
     ///
     /// # Errors
     /// As [`copy_frontend`].
@@ -103,21 +103,21 @@ impl Peer {
     }
 }
 
-/// What a call is answered.
+/// The answer to a system call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Answer {
-    /// It goes on as it is.
+    /// It proceeds unchanged.
     Leave,
-    /// It goes on with this peer in place of the one that was asked for.
+    /// It proceeds with this peer instead.
     Redirect(Peer),
-    /// It fails at once: nobody is there.
+    /// It fails at once: there is no endpoint.
     Reject,
 }
 
-/// A socket connects.
+/// Handles `connect()`.
 #[inline(always)]
 pub fn connect<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
-    // Whatever it was connected to, it is so no longer.
+    // A former connection of the socket ends.
     release(tables, caller);
     if !to.may_be(tables, Direction::Dnat, caller.protocol) {
         return concluded(tables, Answer::Leave, Reason::NotFrontend);
@@ -125,7 +125,7 @@ pub fn connect<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answe
     begin(tables, caller, to, SocketRole::Connected)
 }
 
-/// A socket sends a datagram to a peer that it names.
+/// Handles `sendmsg()` with an address.
 #[inline(always)]
 pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
     if !to.may_be(tables, Direction::Dnat, caller.protocol) {
@@ -141,7 +141,7 @@ pub fn send<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer) -> Answer {
     begin(tables, caller, to, SocketRole::Sending)
 }
 
-/// A socket has received a datagram, and asks from whom: the frontend, where it is from that one's backend.
+/// Handles `recvmsg()`: the frontend, if the sender is its backend.
 #[inline(always)]
 pub fn received<T: SocketTables>(tables: &T, caller: &Caller, from: &Peer) -> Option<Peer> {
     let frontend = if !from.may_be(tables, Direction::RevDnat, caller.protocol) {
@@ -159,7 +159,7 @@ pub fn received<T: SocketTables>(tables: &T, caller: &Caller, from: &Peer) -> Op
     frontend
 }
 
-/// A process asks whom its socket is connected to: the frontend, where that is one's backend.
+/// Handles `getpeername()`: the frontend, if the peer is its backend.
 #[inline(always)]
 pub fn connected_to<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -> Option<Peer> {
     if !peer.may_be(tables, Direction::RevDnat, caller.protocol) {
@@ -168,7 +168,7 @@ pub fn connected_to<T: SocketTables>(tables: &T, caller: &Caller, peer: &Peer) -
     frontend_of_connection(tables, caller, peer)
 }
 
-/// A socket is closed, or connects anew.
+/// Handles the end of a socket's connection: the socket is closed, or connects again.
 #[inline(never)]
 pub fn release<T: SocketTables>(tables: &T, caller: &Caller) {
     let key = caller.connection();
@@ -179,7 +179,7 @@ pub fn release<T: SocketTables>(tables: &T, caller: &Caller) {
     tables.remove_socket(&key);
 }
 
-/// The key of the pin of a socket that has one.
+/// The key of the socket's pin.
 #[inline(always)]
 fn pin_key(entry: &impl Entry<Socket>) -> SessionKey<V6> {
     SessionKey::new(entry.read(Socket::SCOPE), entry.read(Socket::CLIENT), V6::BITS)
@@ -213,8 +213,7 @@ fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &P
     (peer_of(&entry) == *peer).then(|| frontend_of(&entry))
 }
 
-/// A datagram has no connection to lose: it goes where new ones would be allowed to go, to the port that is served there now,
-/// and where its client's pin leads.
+/// Whether a datagram may go to the same backend as the one before it: see [`crate::flow`].
 #[inline(always)]
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let (backend, generation) = backend_of(entry);
@@ -223,8 +222,8 @@ fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     tables.is_member(&key, &ready) && (entry.read(Socket::SCOPE) == 0 || follows_pin(tables, entry))
 }
 
-/// Whether the frontend of a datagram has gone, and its backend has not: as with a flow, it goes on. Apart, for the sake of
-/// the stack.
+/// Whether the frontend of a datagram has gone and its backend has not. Then it goes on, as a flow does. Out of line, to keep stack
+/// frames small.
 #[inline(never)]
 fn outlives_frontend<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, entry: &T::Entry<Socket>) -> bool {
     let (backend, generation) = backend_of(entry);
@@ -232,7 +231,7 @@ fn outlives_frontend<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, en
         && to.frontend(tables, caller.protocol, &mut Frontend::zeroed()) == Err(Reason::NotFrontend)
 }
 
-/// Whether the socket's pin still leads to its backend. Apart, for the sake of the stack.
+/// Whether the socket's pin still has its backend. Out of line, to keep stack frames small.
 #[inline(never)]
 fn follows_pin<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let follower = Follower {
@@ -250,8 +249,8 @@ fn is_stale(entry: &impl Entry<Socket>, now_ns: u64) -> bool {
     now_ns.saturating_sub(entry.read(Socket::LAST_USED_NS)) >= REFRESH_NS
 }
 
-/// Once a second, notes that the socket still sends; a datagram's end cannot be seen, so under `alive` too its datagrams
-/// stand for its life.
+/// Notes once a second that the socket still sends. The end of datagrams cannot be seen, so under `alive` they restart the timer
+/// too.
 #[inline(always)]
 fn note_datagram<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>) {
     let now_ns = tables.now_ns();
@@ -265,7 +264,7 @@ fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>,
     entry.write(Socket::LAST_USED_NS, now_ns);
     let key = caller.key(SocketRole::Receiving, &peer_of(entry));
     if tables.socket(&key).is_none() {
-        // Evicted: without it replies would come from a stranger. Where there is no room the next second tries again.
+        // It was evicted: without it, replies would come from the backend's address. If there is no room, try again in a second.
         let _ = tables.put_socket(&key, &entry.get());
     }
     let timer = Timer::from_byte(entry.read(Socket::TIMER));
@@ -275,7 +274,7 @@ fn renew<T: SocketTables>(tables: &T, caller: &Caller, entry: &T::Entry<Socket>,
     }
 }
 
-/// A new connection, or the first datagram to a frontend: finds the member and remembers it.
+/// Opens a connection, or handles the first datagram to a frontend: finds the member and stores it.
 #[inline(always)]
 fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRole) -> Answer {
     if to.is_loopback() && caller.netns != tables.node_netns() {
@@ -289,11 +288,11 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
     }
     let frontend = &frontend;
     if frontend.flags & RANGES != 0 {
-        // What the packets' source will be is not known yet: they are decided about where they enter a device.
+        // The source address of the packets is not known yet: the packet programs decide.
         return concluded(tables, Answer::Leave, Reason::NotInRanges);
     }
     if frontend.flags & SHADOW != 0 {
-        // Its packets are decided about where they enter a device, and counted there.
+        // The packet programs decide and count in shadow mode.
         return concluded(tables, Answer::Leave, Reason::Shadow);
     }
     let mut opened = Opened { resolved: Resolved::NOTHING, peer: *to };
@@ -305,10 +304,10 @@ fn begin<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, role: SocketRo
     }
 }
 
-/// What came of a new connection.
+/// The result of opening a connection.
 struct Opened {
     resolved: Resolved,
-    /// The frontend that was asked for; then the backend.
+    /// The frontend, then the backend.
     peer: Peer,
 }
 
@@ -317,7 +316,7 @@ fn client_of(caller: &Caller, frontend: &Peer) -> V6 {
     netns_client(caller.netns, if frontend.is_ipv4() { 4 } else { 6 })
 }
 
-/// Finds the backend. Apart, because what it needs of the stack is free again when the socket is remembered.
+/// Finds the backend. Out of line: its stack frame is released before [`remember`] runs.
 #[inline(never)]
 fn open<T: SocketTables>(tables: &T, caller: &Caller, frontend: &Frontend, opened: &mut Opened) -> Result<(), Reason> {
     let (client, now_ns) = (client_of(caller, &opened.peer), tables.now_ns());
@@ -329,7 +328,7 @@ fn open<T: SocketTables>(tables: &T, caller: &Caller, frontend: &Frontend, opene
     Ok(())
 }
 
-/// Stores what the socket asked for and whom it got; of datagrams what replies need first.
+/// Stores the frontend and the backend of the socket; for datagrams the entry for replies first.
 #[inline(never)]
 fn remember<T: SocketTables>(
     tables: &T,
@@ -359,7 +358,7 @@ fn remember<T: SocketTables>(
     };
     let stored = if role == SocketRole::Connected {
         if socket.timer == Timer::Alive as u8 && socket.scope != 0 {
-            // Before the entry is there, and so before it can end.
+            // Before the entry is stored, and so before the connection can end.
             session::add_connection(
                 tables,
                 &SessionKey::new(socket.scope, socket.client, V6::BITS),

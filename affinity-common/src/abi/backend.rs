@@ -1,4 +1,4 @@
-//! Backends, which are identities, and members, which are backends in a pool.
+//! Backends: the identity of a pod. Members: a backend in a pool.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -6,14 +6,14 @@ use super::Port;
 
 /// Value of `backends`, an array: a pod's address under a generation.
 ///
-/// A record is in use while its generation is odd. Retiring a backend and using its index again each add one, so a
-/// session or flow that names an index and an odd generation can never reach another pod.
+/// A record is in use while its generation is odd. Retiring a backend and reusing its index each add one, so a session or flow
+/// with an index and an odd generation can never reach another pod.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct Backend {
     /// Odd: in use; even: vacant; zero: it never was in use. The first field, which the agent reads of all records at once.
     pub generation: u32,
-    /// [`BACKEND_LOCAL`]; the others are the agent's own, and no program reads them.
+    /// [`BACKEND_LOCAL`], and flags for the agent, which no program reads.
     pub flags: u32,
     /// IPv6, or IPv4-mapped, network byte order.
     pub address: [u8; 16],
@@ -21,8 +21,8 @@ pub struct Backend {
 
 /// [`Backend::flags`]: the pod runs on this node.
 pub const BACKEND_LOCAL: u32 = 1;
-/// [`Backend::flags`]: the backend has left every pool. It has no member and no slot, so it gets nobody new and no pin
-/// leads to it, but its established connections go on.
+/// [`Backend::flags`]: the backend has left every pool. It has no member and no slot, so it gets no new connections, and pins to it
+/// are not followed, but its open connections go on.
 pub const BACKEND_LINGERING: u32 = 2;
 /// [`Backend::flags`]: an EndpointSlice has said that the pod is terminating. Once no slice lists it, it is dead.
 pub const BACKEND_TERMINATING: u32 = 4;
@@ -37,7 +37,7 @@ pub struct MemberKey {
     pub backend: u32,
 }
 
-/// Value of `members`: "may this backend serve here, and on which port?"
+/// Value of `members`: whether the backend may serve the pool, and on which port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct Member {
@@ -53,5 +53,5 @@ pub struct Member {
 
 /// [`Member::state`]: takes new connections.
 pub const MEMBER_READY: u8 = 1;
-/// [`Member::state`]: keeps its established flows; takes no new connection, and no pin holds it.
+/// [`Member::state`]: keeps its open connections; takes no new ones, and pins to it are not followed.
 pub const MEMBER_DRAINING: u8 = 2;

@@ -15,20 +15,19 @@ pub struct Config {
     pub tick_ns: u64,
     /// The value of jiffies when the monotonic clock was zero (may lie before it, so: wrapping).
     pub tick_base: u64,
-    /// The error number that a socket is refused with where nobody is there; zero: the kernel's own, `EPERM`.
+    /// The error number of `connect()` to a frontend without endpoints; zero: `EPERM`, from the kernel.
     pub reject_errno: u64,
-    /// The cookie of the node's network namespace, whose loopback has node ports. Zero: none has.
+    /// The cookie of the node's network namespace, where loopback addresses have node ports. Zero: no namespace.
     pub node_netns: u64,
-    /// One: TC redirects what was translated past the stack. Zero: it goes through.
+    /// One: TC redirects translated packets. Zero: they go through the network stack.
     pub redirect: u64,
-    /// One: the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`. Zero: it refuses it.
+    /// One: `bpf_l4_csum_replace` accepts `BPF_F_IPV6`. Zero: it does not.
     pub takes_ipv6_flag: u64,
-    /// How often a processor may reject a packet in the long run: once in so many nanoseconds, see
-    /// [`crate::reject::Bucket`]. Zero: there is no limit.
+    /// The interval between two rejections of a CPU in the long run, nanoseconds: see [`crate::reject::Bucket`]. Zero: no limit.
     pub rejection_interval_ns: u64,
-    /// For tests: the time that the programs see, in nanoseconds. Zero: the kernel's clock.
+    /// For tests: the time of the programs, nanoseconds. Zero: the kernel's clock.
     pub fixed_now_ns: u64,
-    /// For tests: the random number that the programs draw, where `fixed_now_ns` is not zero.
+    /// For tests: the random number of the programs, if `fixed_now_ns` is not zero.
     pub fixed_random: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The fields of records that several processors read and write.
+//! The fields of records that several CPUs read and write concurrently.
 
 use core::marker::PhantomData;
 
@@ -6,7 +6,7 @@ use bytemuck::Pod;
 
 use super::{Address, Edit, Flow, Foreign, Port, Session, Socket, V6};
 
-/// A field of the record `V`: where it lies. What it holds is of the type `F`.
+/// The offset of a field of type `F` in a record `V`.
 #[derive(Debug)]
 pub struct Field<V, F> {
     offset: usize,
@@ -22,10 +22,10 @@ impl<V, F> Clone for Field<V, F> {
 impl<V, F> Copy for Field<V, F> {}
 
 impl<V: Pod, F: Pod> Field<V, F> {
-    /// The field at `offset`. Whatever lies there is a valid `F`, since both are plain data.
+    /// The field at `offset`. Any bytes there are a valid `F`, because both are plain data.
     ///
     /// # Panics
-    /// If the record has no aligned place of this size there; of a constant, when it is compiled.
+    /// If the offset is not aligned or not within the record; for a constant, at compile time.
     #[must_use]
     pub const fn new(offset: usize) -> Self {
         assert!(offset + size_of::<F>() <= size_of::<V>() && offset.is_multiple_of(align_of::<F>()));
@@ -33,20 +33,20 @@ impl<V: Pod, F: Pod> Field<V, F> {
         Self { offset, types: PhantomData }
     }
 
-    /// Bytes of the record before it.
+    /// The offset in bytes.
     #[inline(always)]
     #[must_use]
     pub const fn offset(self) -> usize {
         self.offset
     }
 
-    /// What a copy of the record holds there.
+    /// The field of a copy of the record.
     #[must_use]
     pub fn of(self, record: &V) -> F {
         bytemuck::pod_read_unaligned(&bytemuck::bytes_of(record)[self.offset..][..size_of::<F>()])
     }
 
-    /// Changes a copy of the record.
+    /// Sets the field of a copy of the record.
     pub fn set(self, record: &mut V, value: &F) {
         bytemuck::bytes_of_mut(record)[self.offset..][..size_of::<F>()].copy_from_slice(bytemuck::bytes_of(value));
     }

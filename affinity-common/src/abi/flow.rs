@@ -1,4 +1,4 @@
-//! Flows: the translation of one connection, one record for each direction.
+//! Flows: the translation of a connection, with one record for each direction.
 
 use bytemuck::Zeroable;
 
@@ -55,14 +55,14 @@ impl<A: Address> FlowKey<A> {
         self.direction & 1 == 0
     }
 
-    /// Whether the packet enters a device; else it leaves one.
+    /// Whether the packet arrives on a device; otherwise it leaves one.
     #[inline(always)]
     #[must_use]
     pub const fn is_entering(&self) -> bool {
         self.direction == Direction::Dnat as u8 || self.direction == Direction::RevSnat as u8
     }
 
-    /// The key of a reply to the packet as it is.
+    /// The key of a reply to the untranslated packet.
     #[inline(always)]
     #[must_use]
     pub const fn reply(&self) -> Self
@@ -80,7 +80,7 @@ impl<A: Address> FlowKey<A> {
         }
     }
 
-    /// The key of the other direction, given what this direction is translated to.
+    /// The key of the opposite direction, given the translation of this one.
     #[inline(always)]
     #[must_use]
     pub fn opposite(&self, edit: &Edit<A>) -> Self {
@@ -89,7 +89,7 @@ impl<A: Address> FlowKey<A> {
     }
 }
 
-/// What a packet becomes: its new addresses and ports, and what that adds to its checksums.
+/// The translation of a packet: new addresses and ports, and the change of its checksums.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
 #[repr(C, align(8))]
 pub struct Edit<A> {
@@ -101,9 +101,9 @@ pub struct Edit<A> {
     pub sport: Port,
     /// New destination port.
     pub dport: Port,
-    /// One's complement sum of what the addresses change: for the IPv4 header, and the pseudo-header.
+    /// One's complement difference of the addresses: for the IPv4 header and the pseudo-header.
     pub addr_delta: u16,
-    /// One's complement sum of what the ports change.
+    /// One's complement difference of the ports.
     pub port_delta: u16,
 }
 
@@ -132,8 +132,8 @@ pub struct Flow<A> {
     pub scope: u32,
     /// The service.
     pub service: u32,
-    /// What was seen of the connection, the same in both directions: see [`crate::state`]. Bits are only added, with the
-    /// three fields behind as one word.
+    /// The state of the connection, the same in both directions: see [`crate::state`]. Bits are only added, atomically, to the
+    /// word that consists of this and the next three fields.
     pub state: u8,
     /// The pin's [`super::Timer`].
     pub timer: u8,
@@ -143,8 +143,8 @@ pub struct Flow<A> {
     pub flags: u8,
 }
 
-/// Key of `fragments_v4` and `fragments_v6`: an IP packet that came in pieces (RFC 791; RFC 8200, section 4.5), before
-/// translation. The value is the [`FlowKey`] of its first one.
+/// Key of `fragments_v4` and `fragments_v6`: a fragmented IP packet (RFC 791; RFC 8200, section 4.5), before translation. The value
+/// is the [`FlowKey`] of its first fragment.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Zeroable)]
 #[repr(C, align(8))]
 pub struct FragmentKey<A> {
@@ -152,11 +152,11 @@ pub struct FragmentKey<A> {
     pub saddr: A,
     /// Destination address.
     pub daddr: A,
-    /// Identification, as it lies in the packet; of IPv4 two bytes and zeroes.
+    /// Identification, network byte order; IPv4: two bytes and zeroes.
     pub id: [u8; 4],
     /// IANA protocol number.
     pub protocol: u8,
-    /// 0: it entered a device; 1: it left one.
+    /// 0: it arrived on a device; 1: it leaves one.
     pub is_leaving: u8,
     /// Zero.
     pub pad: [u8; 2],
@@ -186,34 +186,32 @@ pub struct FlowScratch<A> {
 pub const FLOW_FIN_CLIENT: u8 = 1;
 /// [`Flow::state`]: the server has sent FIN.
 pub const FLOW_FIN_SERVER: u8 = 2;
-/// [`Flow::state`]: one has sent RST.
+/// [`Flow::state`]: one side has sent RST.
 pub const FLOW_RESET: u8 = 4;
-/// [`Flow::state`]: decided in shadow mode: its packets pass, and it has no record for the other direction.
+/// [`Flow::state`]: began in shadow mode: its packets pass, and it has no record for the opposite direction.
 pub const FLOW_SHADOW: u8 = 8;
-/// [`Flow::state`]: the server has sent something.
+/// [`Flow::state`]: the server has sent a packet.
 pub const FLOW_ANSWERED: u8 = 16;
-/// [`Flow::state`]: the handshake is complete; of datagrams: there is an answer.
+/// [`Flow::state`]: the handshake is complete; UDP: the server has answered.
 pub const FLOW_OPEN: u8 = 32;
 
 /// [`Flow::flags`]: the backend is on another node.
 pub const FLOW_REMOTE: u8 = 1;
-/// [`Flow::flags`]: a connection to no frontend, which has another source port because a flow has its own: see
-/// [`crate::foreign`].
+/// [`Flow::flags`]: a foreign connection that got another source port, because a flow has its own: see [`crate::foreign`].
 pub const FLOW_FOREIGN: u8 = 2;
-/// [`Flow::flags`]: each packet of the client restarts the pin's timeout, because that is short.
+/// [`Flow::flags`]: each packet of the client restarts the pin's timeout, because the timeout is short.
 pub const FLOW_EXACT: u8 = 4;
 
 /// [`Flow::backend`] of a [`FLOW_FOREIGN`] flow.
 pub const NO_BACKEND: u32 = u32::MAX;
 
-/// Value of `foreign_v4` and `foreign_v6`: a connection to no frontend, by the [`FlowKey`] that its replies have. See
-/// [`crate::foreign`].
+/// Value of `foreign_v4` and `foreign_v6`: a foreign connection, by the [`FlowKey`] of its replies. See [`crate::foreign`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, bytemuck::Pod, Zeroable)]
 #[repr(C)]
 pub struct Foreign {
-    /// When the side that began it last sent a packet that tells of its beginning or its end, monotonic nanoseconds.
+    /// When a packet was last seen that begins or ends it, monotonic nanoseconds.
     pub last_sent_ns: u64,
-    /// What was seen of its end, as [`Flow::state`] says it.
+    /// How far it has ended, with the bits of [`Flow::state`].
     pub state: u32,
     /// Zero.
     pub pad: u32,
