@@ -79,7 +79,7 @@ pub enum AgentError {
     /// Another agent has the pin directory.
     #[error(transparent)]
     Lock(#[from] LockError),
-    /// A device pattern makes no sense.
+    /// A device pattern is invalid.
     #[error(transparent)]
     Pattern(#[from] PatternError),
     /// The dataplane cannot be loaded.

@@ -4,7 +4,7 @@
 //! a backend goes, the agent asks the kernel to end the sockets that speak to it (`SOCK_DESTROY`): of TCP, and of UDP
 //! where they are connected. UDP follows its pool too: a backend that is merely not ready any more, or serves another port,
 //! loses its connected sockets, while TCP goes on with one that drains or lingers, and so does UDP where the service has
-//! gone. Sockets that are not connected need none of this: their next datagram selects anew.
+//! gone. Sockets that are not connected need none of this: their next datagram selects again.
 //!
 //! Only sockets that the programs have noted are ended, each told by its cookie and by whom it speaks to. They are looked
 //! for in every network namespace that can be seen, on a thread of its own: the agent does not wait for it.

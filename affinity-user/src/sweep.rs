@@ -254,7 +254,7 @@ impl Sweeper {
         &self.met
     }
 
-    /// Takes one slice, and says how long to wait before the next. A failure is logged, and the pass begins anew.
+    /// Takes one slice, and says how long to wait before the next. A failure is logged, and the pass begins again.
     pub fn step(&mut self) -> Duration {
         self.slice(monotonic_ns()).unwrap_or_else(|error| {
             error!("sweep: {error}");

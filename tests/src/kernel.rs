@@ -236,7 +236,7 @@ impl Kernel {
         Ok(Ran { verdict, frame: run.data_out })
     }
 
-    /// Makes the maps hold what the model holds, and nothing else; counting starts anew.
+    /// Makes the maps hold what the model holds, and nothing else; counting starts again.
     ///
     /// # Errors
     /// Where a map cannot be written, or is too small.
@@ -269,7 +269,7 @@ impl Kernel {
         self.put_counters_aside()
     }
 
-    /// Counting starts anew.
+    /// Counting starts again.
     ///
     /// # Errors
     /// Where the counters cannot be read.

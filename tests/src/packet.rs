@@ -3,7 +3,7 @@
 //!
 //! A [`Frame`] is what a sender would put on the wire; a test that needs a wrong one builds a right one and then
 //! damages its bytes. [`verify_checksums`] knows nothing of how a frame came about, and shares no code with the
-//! dataplane: it adds everything up anew.
+//! dataplane: it adds everything up again.
 //!
 //! ```
 //! use affinity_tests::packet::{Frame, Verified, tcp_flags, verify_checksums};

@@ -32,7 +32,7 @@ pub enum Proxy {
     XdpRedirect,
 }
 
-/// Puts a packet filter on node A that drops what connection tracking makes no sense of, as kube-proxy's rules and many
+/// Puts a packet filter on node A that drops what conntrack marks as INVALID, as kube-proxy's rules and many
 /// others do.
 ///
 /// # Errors

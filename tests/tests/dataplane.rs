@@ -1013,7 +1013,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
             traffic.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
         ensure!(rounds >= 6, "traffic all the time: {rounds} rounds");
-        assert_eq!(events.next(), None, "nobody was pinned anew or moved");
+        assert_eq!(events.next(), None, "nobody was pinned again or moved");
         assert_eq!(pins.store()?.v4.sessions.iter().count(), 250);
         Ok(())
     })

@@ -133,7 +133,7 @@ fn on_either_node() -> [Service; 2] {
 
 in_every_way!(no_neighbour_needs_to_be_known);
 
-/// A packet filter that drops what connection tracking makes no sense of drops no reply to a client whose link address the
+/// A packet filter that drops what conntrack marks as INVALID drops no reply to a client whose link address the
 /// node does not know, while it knows the pod's.
 fn no_neighbour_needs_to_be_known(proxy: Proxy) -> Result<()> {
     let services = on_either_node();

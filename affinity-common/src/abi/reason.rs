@@ -56,7 +56,7 @@ reasons! {
     Selected = 9, "selected", "Forwarded: a new connection to a service without affinity.";
     Created = 10, "created", "Forwarded: a new client was pinned.";
     Pinned = 11, "pinned", "Forwarded: a new connection followed its pin.";
-    Expired = 12, "expired", "Forwarded: the pin's timeout had passed; selected anew.";
+    Expired = 12, "expired", "Forwarded: the pin's timeout had passed; selected again.";
     BackendGone = 13, "backend-gone", "Forwarded: the pinned pod is gone; the pin moved.";
     NotReady = 14, "not-ready", "Forwarded: the pinned pod takes no new connection; the pin moved.";
     NotMember = 15, "not-member", "Forwarded: the pinned pod left the service; the pin moved.";

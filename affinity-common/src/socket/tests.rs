@@ -245,7 +245,7 @@ fn a_connected_socket_that_asks_who_sent_is_told_the_frontend() {
     let node = Node::new(|_| {});
     let peer = node.connect(&udp(1), &WEB_V6);
     assert_eq!(received(&node.0, &udp(1), &peer), Some(WEB_V6));
-    assert_eq!(connect(&node.0, &udp(1), &peer), Answer::Leave, "connected anew, to the pod itself");
+    assert_eq!(connect(&node.0, &udp(1), &peer), Answer::Leave, "connected again, to the pod itself");
     assert_eq!(received(&node.0, &udp(1), &peer), None);
     assert_eq!(connected_to(&node.0, &udp(1), &peer), None);
 }

@@ -28,7 +28,7 @@ use crate::{
     load::PinDir,
 };
 
-/// A pattern of `--device` or `--xdp-device` makes no sense.
+/// A pattern of `--device` or `--xdp-device` is invalid.
 #[derive(Debug, thiserror::Error)]
 #[error("{option} {pattern}: {source}")]
 pub struct PatternError {
@@ -70,7 +70,7 @@ impl Default for Progress {
     }
 }
 
-/// How many devices are attached before the list is looked at anew. The kernel waits for a grace period at each hook,
+/// How many devices are attached before the list is looked at again. The kernel waits for a grace period at each hook,
 /// so that these take half a second, more or less.
 const AT_ONCE: usize = 32;
 

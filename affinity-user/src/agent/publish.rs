@@ -155,7 +155,7 @@ impl Publisher {
     /// Carries out what is to be done, and logs what is wrong.
     ///
     /// # Errors
-    /// The step that failed; those before it hold. The next call reads the store anew and goes on from there.
+    /// The step that failed; those before it hold. The next call reads the store again and goes on from there.
     pub(super) fn publish(&mut self) -> Result<Published, StoreError> {
         let published = self.carry_out();
         match &published {
@@ -228,7 +228,7 @@ impl Publisher {
     /// a pass of the sweep that began later has met none of their pins and flows.
     ///
     /// # Errors
-    /// The step that failed; the next plan reads the store anew.
+    /// The step that failed; the next plan reads the store again.
     pub(super) fn forget_names(&mut self, met: &Met) -> Result<(), StoreError> {
         let Some(mut state_index) = self.state_index.take() else { return Ok(()) };
         let now_ns = monotonic_ns();
@@ -258,7 +258,7 @@ impl Publisher {
     /// were any.
     ///
     /// # Errors
-    /// The step that failed; the next call reads the store anew.
+    /// The step that failed; the next call reads the store again.
     pub(super) fn end_lingering(&mut self, traffic: &BTreeMap<u32, Traffic>) -> Result<bool, StoreError> {
         if !self.has_compared {
             // Nothing is known of what is desired.

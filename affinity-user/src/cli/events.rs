@@ -150,7 +150,7 @@ impl Source {
         }
     }
 
-    /// Ends where the dataplane has been taken away, and begins anew where it got another ring.
+    /// Ends where the dataplane has been taken away, and begins again where it got another ring.
     fn check(&mut self, pin_dir: &Path) -> Result<(), Error> {
         if self.checked.elapsed() < CHECK_INTERVAL {
             return Ok(());

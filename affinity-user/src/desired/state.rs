@@ -4,7 +4,7 @@
 //!
 //! What a service gets depends on its own object and slices; on which of its addresses an older service claims, so that
 //! all who claim an address are decided together; and on its group, so that the services of a group are as well.
-//! Everything else stays as it was decided. Much depends on the node, which seldom changes: if it has, all is decided anew.
+//! Everything else stays as it was decided. Much depends on the node, which rarely changes: if it has, all is decided again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -64,7 +64,7 @@ struct KnownService {
     spec: Option<ServiceSpec>,
 }
 
-/// What has to be decided anew.
+/// What has to be decided again.
 #[derive(Default)]
 struct Touched {
     services: BTreeSet<ObjectName>,
@@ -149,7 +149,7 @@ impl DesiredState {
     }
 
     /// Takes note of what is known of the node, beside what snapshots tell. Says whether that made a difference: then all
-    /// was decided anew.
+    /// was decided again.
     pub fn learn(&mut self, node: NodeFacts) -> bool {
         self.options.node = node;
         let is_news = Node::new(&self.options.node, self.told.as_deref()) != self.node;
@@ -301,7 +301,7 @@ impl DesiredState {
         self.services.insert(name.clone(), KnownService { source: source.clone(), seniority, spec });
     }
 
-    /// Decides anew what was touched, and all that hangs together with it.
+    /// Decides again what was touched, and all that hangs together with it.
     fn decide(&mut self, touched: &mut Touched) {
         for known in touched.services.iter().filter_map(|name| self.services.get(name)) {
             touched.scopes.extend(known.spec.as_ref().map(|spec| spec.scope.clone()));

@@ -214,8 +214,8 @@ impl<'a> Claims<'a> {
     }
 
     fn take(&mut self) -> Option<u32> {
-        let seldom_used = self.used < (self.allocator.capacity / 2) as usize;
-        let index = if seldom_used { self.take_unused() } else { self.vacant.next().copied() };
+        let rarely_used = self.used < (self.allocator.capacity / 2) as usize;
+        let index = if rarely_used { self.take_unused() } else { self.vacant.next().copied() };
         index.or_else(|| self.take_unused())
     }
 

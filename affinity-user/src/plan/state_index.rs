@@ -1,7 +1,7 @@
 //! What a store holds, and what has to be found in it for the next plan.
 //!
 //! A [`StateIndex`] is a function of [`Observed`] and nothing else: each step that was carried out is applied here, and then
-//! it is as if the store had been read anew. So a plan for a few services costs what these services are, whatever else the
+//! it is as if the store had been read again. So a plan for a few services costs what these services are, whatever else the
 //! store holds.
 
 use std::{

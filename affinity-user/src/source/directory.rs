@@ -4,7 +4,7 @@
 //! subdirectories. So a mounted ConfigMap reads as it looks: its files are links through the hidden `..data`.
 //!
 //! A bad file never takes down what runs: a [`Reader`] keeps the objects that a file held when it was last good, as far
-//! as the damaged file does not give them anew, until the file is good again or gone. Where a file was bad from the start,
+//! as the damaged file does not give them again, until the file is good again or gone. Where a file was bad from the start,
 //! as after a restart, the snapshot is marked as partial.
 //!
 //! A file that somebody has open for writing is not read: what it gave before stays as it is until its writer has closed

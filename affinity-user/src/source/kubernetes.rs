@@ -3,11 +3,11 @@
 //! What this source promises:
 //!
 //! * No snapshot is sent before every list is complete, and none that is between two states of a list: a list that is
-//!   read anew takes the place of the former one in a single step. So nothing is ever deleted because it was not read.
+//!   read again takes the place of the former one in a single step. So nothing is ever deleted because it was not read.
 //! * A watch that ends, for whatever reason, goes on where it ended. Where the API no longer knows that point (410), the
-//!   list is read anew. Between the two everything stays as it was.
+//!   list is read again. Between the two everything stays as it was.
 //! * An event that was overtaken by a later state of its object, or comes twice, changes nothing.
-//! * An object that did not change is not allocated anew: [`std::sync::Arc::ptr_eq`] between two snapshots tells what did.
+//! * An object that did not change is not allocated again: [`std::sync::Arc::ptr_eq`] between two snapshots tells what did.
 //! * An object that cannot be read is reported by name, and takes nothing with it: what was known of it before stays.
 //! * Changes that come together are sent together, and no later than [`SETTLE`] after the first, unless the receiver is
 //!   still busy: then it gets the latest state as soon as it asks.

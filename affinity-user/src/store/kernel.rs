@@ -333,7 +333,7 @@ impl KernelStore {
         self.remove_session_if(key, kind, reason, now_ns, |_| true)
     }
 
-    /// As [`KernelStore::remove_session`], unless `condition` finds that the pin, looked up anew, has changed.
+    /// As [`KernelStore::remove_session`], unless `condition` finds that the pin, looked up again, has changed.
     ///
     /// # Errors
     /// [`StoreError`].

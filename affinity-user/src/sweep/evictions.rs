@@ -46,7 +46,7 @@ impl Evictions {
         let Found { before, after, live } = *found;
         let known = self.groups.get_mut(&group).filter(|known| known.created <= before.created);
         let Some(known) = known else {
-            // The first pass, or counters that began anew: from here on.
+            // The first pass, or counters that began again: from here on.
             let unseen = i128::from(live) + i128::from(before.removed) - i128::from(after.created);
             self.groups.insert(group, Group { unseen, created: after.created, evicted: 0 });
             return 0;
@@ -90,7 +90,7 @@ mod tests {
         assert_eq!(evictions.update(1, &quiet(1000, 50, 256)), 294);
         assert_eq!(evictions.update(1, &quiet(1000, 50, 256)), 0, "each is told once");
         assert_eq!(evictions.update(1, &quiet(1010, 60, 256)), 0);
-        assert_eq!(evictions.update(1, &quiet(5, 0, 5)), 0, "the counters began anew");
+        assert_eq!(evictions.update(1, &quiet(5, 0, 5)), 0, "the counters began again");
         assert_eq!(evictions.update(1, &quiet(15, 0, 5)), 10);
     }
 

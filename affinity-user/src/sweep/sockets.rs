@@ -39,7 +39,7 @@ impl Sweeper {
         // Whether there was an answer is not known: who asks by a socket mostly waits for one.
         let over =
             |socket: &Socket| flow_is_over(UDP, FLOW_ANSWERED, now_ns.saturating_sub(socket.last_used_ns), lives);
-        // Looked up anew: a datagram may have passed since the batch was read.
+        // Looked up again: a datagram may have passed since the batch was read.
         let again = self.store.sockets.get(key)?.unwrap_or(*socket);
         if !over(&again) {
             return Ok(false);

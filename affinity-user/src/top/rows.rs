@@ -37,7 +37,7 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// Between two counts, `elapsed_ns` apart. A count that went down has begun anew.
+    /// Between two counts, `elapsed_ns` apart. A count that went down has begun again.
     fn new(new: &Counts, old: &Counts, elapsed_ns: u64) -> Self {
         let elapsed_s = elapsed_ns.max(1) as f64 / 1e9;
         let mut rates = Self::default();

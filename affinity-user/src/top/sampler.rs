@@ -101,7 +101,7 @@ impl Sampler {
         })
     }
 
-    /// Takes a sample, of the dataplane that is there now: an agent that was started anew may have put other maps in place.
+    /// Takes a sample, of the dataplane that is there now: an agent that was started again may have put other maps in place.
     ///
     /// # Errors
     /// [`TopError`]: where it has been taken away, among others.
@@ -123,7 +123,7 @@ impl Sampler {
         self.sample_due
     }
 
-    /// Goes on gathering clients, and begins anew where others are wanted, or the last ones are old and `again` is
+    /// Goes on gathering clients, and begins again where others are wanted, or the last ones are old and `again` is
     /// asked for. None where nothing is new.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ pub struct EventView<'a> {
     pub to: Option<BackendRef<'a>>,
     /// Why: the name of a [`Reason`].
     pub reason: Option<&'static str>,
-    /// Pins dropped for want of room; null for other kinds.
+    /// Pins dropped because the table was full; null for other kinds.
     pub evicted: Option<u32>,
 }
 

@@ -24,7 +24,7 @@ pub struct SessionView<'a> {
     pub created: Moment,
     /// When the timeout was last restarted.
     pub last_used: Moment,
-    /// Seconds left, rounded up; 0: expired, and the next connection selects anew; null: never.
+    /// Seconds left, rounded up; 0: expired, and the next connection selects again; null: never.
     pub expires_in_seconds: Option<u64>,
     /// Why the pin was made: the name of a [`Reason`].
     pub reason: &'static str,

@@ -88,7 +88,7 @@ fn the_kernels_maps_follow_the_cluster() -> Result<()> {
     scene.api.apply(&other.to_yaml())?;
     scene.api.put_and_break(scene.api.objects(Kind::Slices)[0].clone())?;
     scene.settle()?;
-    // Everything is forgotten, and listed anew.
+    // Everything is forgotten, and listed again.
     scene.api.misbehave(Kind::Slices, Verb::List, [Answer::Status(500), Answer::Late(Duration::from_millis(300))]);
     Kind::ALL.iter().for_each(|kind| scene.api.end_watches(*kind));
     scene.api.apply(&other.on([2]).to_yaml())?;

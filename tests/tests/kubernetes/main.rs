@@ -125,7 +125,7 @@ async fn an_object_that_cannot_be_read_is_named_and_holds_nothing_up() -> Result
     follower.settle(&api).await?;
     watched(&api).await?;
     for kind in Kind::ALL {
-        ensure!(requests(&api, kind, Verb::List).len() == 1, "{kind:?} were listed anew");
+        ensure!(requests(&api, kind, Verb::List).len() == 1, "{kind:?} were listed again");
         ensure!(requests(&api, kind, Verb::Watch).len() == 1, "{kind:?} were watched again");
     }
     Ok(())
@@ -147,11 +147,11 @@ async fn what_did_not_change_is_the_same_allocation() -> Result<()> {
     touched["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": "later"});
     api.put(touched.clone())?;
     follower.quiet(A_WHILE).await?;
-    // A list that is read anew is as good as what it repeats.
+    // A list that is read again is as good as what it repeats.
     api.end_watches(Kind::Slices);
     api.put(touched)?;
     api.compact(Gone::Http);
-    eventually("slices are listed anew", || requests(&api, Kind::Slices, Verb::List).len() == 2).await?;
+    eventually("slices are listed again", || requests(&api, Kind::Slices, Verb::List).len() == 2).await?;
     follower.quiet(A_WHILE).await
 }
 
@@ -172,7 +172,7 @@ async fn a_watch_that_ends_goes_on_from_its_last_bookmark() -> Result<()> {
         watched(&api).await?;
     }
     for kind in Kind::ALL {
-        ensure!(requests(&api, kind, Verb::List).len() == 1, "{kind:?} were listed anew");
+        ensure!(requests(&api, kind, Verb::List).len() == 1, "{kind:?} were listed again");
         ensure!(requests(&api, kind, Verb::Watch)[1].query["resourceVersion"] == version, "{kind:?}: not from there");
     }
     Ok(())

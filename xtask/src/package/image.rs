@@ -31,7 +31,7 @@ pub(super) fn build(stage: &Path) -> Result<()> {
             Err(error) => refusals.push(reason(engine, &error)),
         }
     }
-    println!("NOT BUILT: the image {tag}, for want of a container engine: {}", refusals.join("; "));
+    println!("NOT BUILT: the image {tag}, because there is no container engine: {}", refusals.join("; "));
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Plans whose steps are looked at one by one, and changes that random worlds seldom make.
+//! Plans whose steps are looked at one by one, and changes that random worlds rarely make.
 
 use affinity_common::abi::{
     AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, COEXIST, DROP_IF_NO_LOCAL, Frontend, MASQUERADE, MEMBER_DRAINING,

@@ -80,7 +80,7 @@ fn world_with(services: usize, exposed: impl Strategy<Value = Option<Exposed>>) 
     let state = prop_oneof![4 => Just(State::Ready), 1 => Just(State::Leaving), 1 => Just(State::Unready)];
     let parts = prop::collection::btree_map(1u8..7, (state, prop::bool::weighted(0.8)), 0..6);
     let flags = (prop::bool::weighted(0.9), any::<bool>(), prop::bool::weighted(0.5));
-    // Selection seldom changes: a Maglev table is large, and every state is looked at many times.
+    // Selection rarely changes: a Maglev table is large, and every state is looked at many times.
     let select = prop_oneof![4 => Just(0usize), 1 => Just(1), 2 => Just(2)];
     let port = prop_oneof![5 => Just(8080u16), 1 => Just(9090)];
     let spec = (flags, select, port, exposed, parts).prop_map(|(flags, select, target_port, exposed, parts)| {

@@ -223,7 +223,7 @@ mod tests {
         assert!(!cache.put(Ok(service("y", 13, "9")), 2), "deleted since");
         assert!(!cache.remove(Ok(service("y", 14, "3")), 2), "deleted twice");
         assert_eq!(shown(&cache), "x=2");
-        assert!(cache.put(Ok(service("y", 15, "4")), 2), "made anew");
+        assert!(cache.put(Ok(service("y", 15, "4")), 2), "made again");
         assert_eq!(shown(&cache), "x=2 y=4");
     }
 

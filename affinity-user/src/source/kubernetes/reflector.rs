@@ -24,7 +24,7 @@ use crate::load::monotonic_ns;
 const PAGE: u32 = 500;
 /// How long the API may take for a page: it gives up on its own after a minute.
 const PAGE_PATIENCE: Duration = Duration::from_secs(90);
-/// How long a watch lasts before the API ends it and it is opened anew.
+/// How long a watch lasts before the API ends it and it is opened again.
 const WATCH_S: u32 = 290;
 /// How long a watch may say nothing: the API sends a bookmark about every minute, so the connection is dead.
 const SILENCE: Duration = Duration::from_secs(150);
@@ -106,7 +106,7 @@ impl<K: Watched> Reflector<'_, K> {
         match end {
             End::Over if is_first => return Duration::ZERO,
             End::Over => debug!("{kind}s: the watch has ended; going on in {pause:?}"),
-            End::Gone => debug!("{kind}s: the API no longer knows where the watch stood; listing anew in {pause:?}"),
+            End::Gone => debug!("{kind}s: the API no longer knows where the watch stood; listing again in {pause:?}"),
             End::Silent => warn!("{kind}s: no answer from the cluster's API; trying again in {pause:?}"),
             End::Failed(error) => match self.do_without {
                 Some(do_without) if is_refused(error) => {

@@ -54,7 +54,7 @@ fn question(target: &Target, width: usize) -> Vec<String> {
             (format!("Unpin all clients of {service}, and of all services in the group {group}?"), "Their")
         }
     };
-    let mut lines = wrap(&format!("{what} {whose} next connection selects anew; open connections stay."), width, 0);
+    let mut lines = wrap(&format!("{what} {whose} next connection selects again; open connections stay."), width, 0);
     lines.extend([String::new(), "y  yes    any other key  no".to_owned()]);
     lines
 }

@@ -566,7 +566,7 @@ fn questions() {
     ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────
       ┌ unpin ───────────────────────────────────────────────────────────────────┐
       │ Unpin 2001:db8:c:200:feed:beef:0:2 from its pod of shop/front? Its next  │an
-      │ connection selects anew; open connections stay.                          │
+      │ connection selects again; open connections stay.                         │
       │                                                                          │
     ──│ y  yes    any other key  no                                              │──
       └──────────────────────────────────────────────────────────────────────────┘
@@ -583,7 +583,7 @@ fn questions() {
     ▸┌ unpin ─────────────────────────────────────────────────┐
      │ Unpin all clients of kube-system/dns, and of all       │
      │ services in the group kube-system/infra? Their next    │
-     │ connection selects anew; open connections stay.        │
+     │ connection selects again; open connections stay.       │
      │                                                        │
      │ y  yes    any other key  no                            │
      └────────────────────────────────────────────────────────┘

@@ -186,9 +186,9 @@ fn a_pin_that_cannot_be_followed_is_no_pin() {
     packet: TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:80
     filter: this may be a frontend
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=60s select=random
-    session: 192.0.2.1 is pinned to web-0 in default/web for 2h46m, expired; selects anew
+    session: 192.0.2.1 is pinned to web-0 in default/web for 2h46m, expired; selects again
     selection: random: the pin's next draw is web-0 (10.244.0.1:8080)
-    verdict: forward (expired): the pin's timeout had passed; selected anew. The destination becomes 10.244.0.1:8080.
+    verdict: forward (expired): the pin's timeout had passed; selected again. The destination becomes 10.244.0.1:8080.
     ");
 }
 

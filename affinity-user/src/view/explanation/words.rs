@@ -148,7 +148,7 @@ where
                 return format!("none of {}: it will be pinned", self.client());
             }
             Reason::Created => "but that pod does not serve here: pinned here by itself",
-            Reason::Expired => "selects anew",
+            Reason::Expired => "selects again",
             Reason::BackendGone => "but that pod is gone",
             Reason::NotReady => "but that pod takes no new connections",
             Reason::NotMember => "but that pod has left the service",

@@ -97,7 +97,7 @@ impl Rate {
 /// The process: plays both ends until its standard input ends.
 ///
 /// # Errors
-/// When what it is told makes no sense, or the pod's sockets cannot be made.
+/// When its arguments are invalid, or the pod's sockets cannot be made.
 pub fn both_ends() -> Result<()> {
     let mut lines = io::stdin().lock().lines();
     let course: Course = serde_json::from_str(&lines.next().context("no course")??)?;

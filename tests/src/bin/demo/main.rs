@@ -28,7 +28,7 @@ Options:
       --keep  Leave the lab up afterwards, to play with, until Ctrl-C
   -h, --help  Print this help
 
-Exit codes: 0 all held, 1 something did not, 2 the command line makes no sense.";
+Exit codes: 0 all held, 1 something did not, 2 usage error.";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         _ => {
-            eprintln!("error: {} makes no sense\n\n{HELP}", arguments.join(" "));
+            eprintln!("error: {}: usage error\n\n{HELP}", arguments.join(" "));
             return ExitCode::from(2);
         }
     };
