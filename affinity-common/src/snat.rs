@@ -29,7 +29,7 @@ const TRIES_COLLIDING: u32 = 8;
 /// longest ago.
 const TRIES: u32 = 64;
 
-/// How long an exchange of datagrams may be silent before another one may have its port: longer than anybody waits for an
+/// How long an exchange of datagrams may be silent before another one may have its port: longer than a client waits for an
 /// answer.
 pub const EXCHANGE_SILENT_NS: u64 = 10_000_000_000;
 /// The same for one that has lasted for [`STREAM_NS`]: as long as the kernel's connection tracking holds a stream

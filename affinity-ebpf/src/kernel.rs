@@ -236,7 +236,7 @@ pub fn read_copy<V: Copy>(pointer: Option<*const V>) -> Option<V> {
 macro_rules! global_func {
     ($(#[$about:meta])* fn $name:ident($argument:ident: $of:ty) -> u64 $body:block) => {
         $(#[$about])*
-        #[expect(unsafe_code, reason = "the name is nobody else's")]
+        #[expect(unsafe_code, reason = "the name is unique")]
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name($argument: *const $of) -> u64 {
@@ -250,7 +250,7 @@ macro_rules! global_func {
 /// and it may be null as far as the verifier knows.
 #[inline(always)]
 pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
-    // SAFETY: the verifier has every caller pass memory of this size, which nobody changes or frees meanwhile.
+    // SAFETY: the verifier has every caller pass memory of this size, which is not changed or freed meanwhile.
     pointer.and_then(|pointer| unsafe { pointer.as_ref() })
 }
 
@@ -722,7 +722,7 @@ fn put_address<A: Address>(place: &mut [u32; 4], address: A) {
     }
 }
 
-/// The mark of [`SkBuff::mark_final`]. A random number, so that it is nobody else's.
+/// The mark of [`SkBuff::mark_final`]. A random number, so that other programs do not use it.
 const FINAL: u32 = 0xa4f1;
 
 /// The context of a TC program.

@@ -336,7 +336,7 @@ fn log_loaded(loaded: &Loaded, options: &Options) {
     }
 }
 
-/// The line that tells whoever started this that it is done: with `json`, an object as those of the log, whose `state` is
+/// The line on standard output that says that it is done: with `json`, an object as those of the log, whose `state` is
 /// the word.
 fn say(word: &str, json: bool, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
     let Summary { number, names, .. } = devices;
@@ -376,7 +376,7 @@ struct Agent {
     socket_destroyer: SocketDestroyer,
     consumer: Consumer,
     status_writer: StatusWriter,
-    /// None where nobody would read them.
+    /// None if no reader is there.
     event_recorder: Option<EventRecorder>,
     node: NodeFacts,
     vitals: Arc<Vitals>,
@@ -611,7 +611,7 @@ impl Agent {
         }
     }
 
-    /// Says how it is: in the maps, and to whoever asks over HTTP.
+    /// Publishes the status: in the maps, and over HTTP.
     fn tell(&mut self) -> Result<(), AgentError> {
         if self.sweeping.has_ended() {
             return Err(AgentError::System("sweep", io::Error::other("its thread has ended")));
@@ -625,7 +625,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Makes again what somebody has removed, and lets the probes say what cannot be made.
+    /// Restores removed pins and attachments, and reports what cannot be restored to the probes.
     fn keep_whole(&mut self) {
         if self.is_ready {
             self.ports.look(self.publisher.desired());
@@ -670,7 +670,7 @@ impl Agent {
     }
 }
 
-/// The first snapshot; none where the source does not answer: then nobody is kept from being served as before, on new
+/// The first snapshot; none where the source does not answer: then the dataplane serves as before, on new
 /// devices too. So it is where nothing can be read, and a dataplane is at work.
 async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Result<Option<Snapshot>, AgentError> {
     let Ok(first) = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await else {

@@ -377,7 +377,7 @@ pub fn attachments(pins: &PinDir) -> Result<Vec<Attachment>, AttachError> {
     Ok(attachments)
 }
 
-/// The attachment of a pin; none where its device has gone, or where somebody has taken it off.
+/// The attachment of a pin; none if its device has gone or it was removed.
 fn alive((pin, fd): (Attachment, OwnedFd)) -> Result<Option<Attachment>, AttachError> {
     let (ifindex, prog_id) = if pin.hook.link().is_some() {
         let info = sys::link_info(fd.as_fd())?;
@@ -587,7 +587,7 @@ fn detach_one(pins: &PinDir, attachment: &Attachment) -> Result<(), AttachError>
         device_flags::withdraw(pins, attachment.ifindex)?;
     }
     if attachment.hook.link().is_some() {
-        // The kernel would detach a link that nobody holds, but only some time after the pin has gone.
+        // The kernel would detach a link without references, but only some time after the pin has gone.
         match sys::obj_get(&attachment.path) {
             Err(error) if error.is_not_found() => {}
             link => sys::link_detach(link?.as_fd())?,

@@ -2,7 +2,7 @@
 //!
 //! A ring buffer of the kernel has one consumer and forgets what was consumed. This one is used differently: every
 //! record is [`RECORD`] bytes long and the ring's size a multiple of that, so a reader that only maps the ring finds
-//! every record by counting back from the newest, consumes nothing, and disturbs nobody. Somebody must move the
+//! every record by counting back from the newest, consumes nothing, and disturbs no other reader. The agent must move the
 //! consumer's position on, or the programs would find the ring full: [`Consumer`] does, in the agent. What was
 //! consumed stays readable until it is written over.
 
@@ -76,7 +76,7 @@ impl EventReader {
         for (at, bytes) in (self.position + 8..).step_by(8).zip(words) {
             bytes.copy_from_slice(&self.ring.word(at).to_ne_bytes());
         }
-        // Whoever writes over this record has first said so by the producer's position.
+        // A writer moves the producer's position before it overwrites this record.
         if self.ring.produced() - self.position > self.ring.size() as u64 {
             Read::Overwritten
         } else if header & BUSY != 0 {

@@ -86,8 +86,8 @@ impl Lingerer {
         Self { since_ns: now_ns, unlisted_since_ns: now_ns, unanswered_since_ns: None }
     }
 
-    /// Takes in what was seen of its connections, none where nobody has looked yet, and says whether it lingers no longer.
-    /// A pod that some slice lists is not judged: whoever lists it knows that it lives.
+    /// Takes in the traffic of its connections, none before the first look, and returns the reason if it lingers no longer.
+    /// A pod that a slice lists is not judged: the slice says that it lives.
     pub fn look(&mut self, traffic: Option<&Traffic>, is_listed: bool, limits: Limits, now_ns: u64) -> Option<End> {
         if is_listed {
             (self.unlisted_since_ns, self.unanswered_since_ns) = (now_ns, None);
@@ -149,7 +149,7 @@ mod tests {
         let none = Traffic::default();
         assert_eq!(look(&mut lingerer, &none, 9), None);
         assert_eq!(look(&mut lingerer, &none, 10), Some(End::Unused));
-        assert_eq!(lingerer.look(None, false, LIMITS, (START_S + 60) * SECOND), None, "nobody has looked");
+        assert_eq!(lingerer.look(None, false, LIMITS, (START_S + 60) * SECOND), None, "before the first look");
     }
 
     #[test]

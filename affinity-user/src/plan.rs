@@ -11,7 +11,7 @@
 //! 2. `SHARED`, on frontends whose group's pools come to differ: before any of them does;
 //! 3. slots, into free extents;
 //! 4. frontends: published or switched, each in one atomic update, a record for external clients before the one for
-//!    everybody that tells of it; then withdrawn;
+//!    all that refers to it; then withdrawn;
 //! 5. [`Op::Grace`]: from here no packet uses what step 4 replaced;
 //! 6. records for external clients that nothing tells of any more are withdrawn, and another [`Op::Grace`];
 //! 7. what nothing refers to any more: members drain or leave, backends linger or are retired, ranges, usage entries go.

@@ -61,7 +61,7 @@ impl<T> Clone for Sourced<T> {
 }
 
 /// The objects of interest at one moment. The maps are shared: a source that gave them may go on from there, without a
-/// copy if nobody holds them any more ([`Arc::make_mut`]).
+/// copy if there is no other reference ([`Arc::make_mut`]).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Services.

@@ -8,7 +8,7 @@
 //!   next connection moves them, and reports that;
 //! * flows that are over are removed, both directions at once, and so is what sockets needed for datagrams;
 //! * at the end of a pass the live sessions of each backend are written to `loads`, evictions are counted and reported,
-//!   and bits of the filter that nobody needs are cleared.
+//!   and unused bits of the filter are cleared.
 //!
 //! Nothing here decides about packets. What is removed is looked up once more right before, so that a pin or flow that
 //! a packet has just used stays.
@@ -122,7 +122,7 @@ pub struct Sweeper {
     evictions: Evictions,
     /// By group, since the sweep began: what the agent and operators did to its pins.
     counts: BTreeMap<u32, Counts>,
-    /// Services whose pins were evicted since somebody asked.
+    /// Services whose pins were evicted since the last call.
     evicted: BTreeSet<u32>,
     totals: Totals,
     census: Census,
@@ -185,7 +185,7 @@ impl Pass {
 type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
 
 impl Sweeper {
-    /// Of a dataplane; whoever publishes tells by `plans` when bits of the filter are set.
+    /// Of a dataplane; the publisher tells by `plans` when bits of the filter are set.
     ///
     /// # Errors
     /// [`SysError`] where the event ring cannot be read.

@@ -44,7 +44,7 @@ fn rendered() -> Result<()> {
             let tests = ["test", "--package", "affinity-tests", "--test", "deploy", "--", "--ignored", tool];
             run_command(&mut cargo(tests))?;
         } else {
-            println!("NOT RUN: {tool} is not here, and so nobody has seen what it makes of deploy/");
+            println!("NOT RUN: {tool} is not here, and so deploy/ was not checked with it");
         }
     }
     Ok(())
@@ -102,7 +102,7 @@ fn suites() -> Result<BTreeSet<String>> {
 /// Whether Prometheus' own tool finds fault with the metrics of a real agent.
 fn promtool() -> Result<()> {
     let Some(tools) = setup::promtool()? else {
-        println!("NOT RUN: promtool is not here, and so nobody has held the metrics against Prometheus' rules");
+        println!("NOT RUN: promtool is not here, and so the metrics were not checked with it");
         return Ok(());
     };
     let path = env::var_os("PATH").unwrap_or_default();

@@ -27,7 +27,7 @@ pub const SCOPE_ANY: u8 = 0;
 pub const SCOPE_EXTERNAL: u8 = 1;
 
 impl<A: Address> FrontendKey<A> {
-    /// For everybody.
+    /// For any client.
     #[inline(always)]
     #[must_use]
     pub fn new(address: A, port: Port, protocol: u8) -> Self {

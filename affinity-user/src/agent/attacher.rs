@@ -40,7 +40,7 @@ pub struct PatternError {
 /// The devices of this namespace, as they were at one moment.
 pub(super) struct DeviceSnapshot {
     devices: Vec<Device>,
-    /// By index; empty where nobody asks for them.
+    /// By index; empty if they are not needed.
     roles: BTreeMap<u32, Finding>,
 }
 
@@ -87,7 +87,7 @@ pub(super) struct Attacher {
     attached: BTreeMap<u32, AttachedState>,
     /// What could not be attached, and the reason that was logged.
     failed: BTreeMap<u32, String>,
-    /// What somebody has taken off, until it is attached again.
+    /// Attachments that were removed, until they are restored.
     lost: BTreeSet<u32>,
 }
 
@@ -254,7 +254,7 @@ impl Attacher {
         }
     }
 
-    /// Forgets that devices are attached where somebody has removed a pin or a link, so that they are attached again.
+    /// Forgets attachments whose pin or link was removed, so that they are made again.
     fn notice_losses(&mut self) -> Result<(), AttachError> {
         for (index, AttachedState { name, hooks, .. }) in &self.attached {
             let there = attach::hooks_of(&self.pins, *index)?;
@@ -322,7 +322,7 @@ impl Attacher {
         let Some(way) = attach::others::kube_proxy() else { return };
         if services == Services::All {
             warn!(
-                "kube-proxy's rules ({way}) are here too, and all services are handled: remove them once nobody needs \
+                "kube-proxy's rules ({way}) are here too, and all services are handled: remove them once they are not needed by \
                  them (`kube-proxy --cleanup`)"
             );
         } else {
@@ -351,7 +351,7 @@ pub(super) struct Summary {
     pub(super) number: usize,
     /// The first of them: "eth0: xdp native, cni0: tc".
     pub(super) names: String,
-    /// What somebody has taken off, and could not be attached again, in one line.
+    /// Removed attachments that could not be restored, in one line.
     pub(super) lost: Option<String>,
 }
 
@@ -397,7 +397,7 @@ impl Worker {
         self.send(Some(snapshot))
     }
 
-    /// Attaches again, soon, what somebody has taken off. The devices are those of the last look: to list them with their
+    /// Restores removed attachments soon. The devices are those of the last look: to list them with their
     /// routes may take long.
     ///
     /// # Errors

@@ -84,7 +84,7 @@ fn answers(desired: &Desired) -> Answers {
     let mut answers = Answers::new();
     for (service, HealthCheck { port, local }) in &desired.health_checks {
         for address in &desired.health_addresses {
-            // As kube-proxy, nobody listens for a family that the service does not have.
+            // As with kube-proxy, there is no listener for a family that the service does not have.
             let Some(&local) = local.get(&Family::of(*address)) else { continue };
             let answer = Answer { service: service.clone(), local };
             answers.entry(SocketAddr::new(*address, *port)).or_insert(answer);
@@ -103,7 +103,7 @@ struct Servers {
 }
 
 impl Servers {
-    /// Until nobody tells any more.
+    /// Until the channel closes.
     async fn follow(mut self, mut told: watch::Receiver<Answers>) {
         while told.changed().await.is_ok() {
             let answers = told.borrow_and_update().clone();
@@ -209,7 +209,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A port that nobody listens at, for the moment.
+    /// A port without a listener, for the moment.
     pub(in crate::agent) fn free_port() -> u16 {
         let listener = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).expect("a port");
         listener.local_addr().expect("its number").port()

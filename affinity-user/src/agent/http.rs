@@ -64,7 +64,7 @@ struct Exporter {
     pin_dir: PathBuf,
     vitals: Arc<Vitals>,
     bounds: Mutex<Bounds>,
-    /// Whoever has the lock makes the text.
+    /// The holder of the lock builds the text.
     last: Arc<tokio::sync::Mutex<Option<Scrape>>>,
 }
 

@@ -60,7 +60,7 @@ impl Lock {
                 }
                 Err(TryLockError::Error(source)) => return Err(failed(source)),
             }
-            // Whoever had it before may have removed the file between the opening and the locking.
+            // The former holder may have removed the file between opening and locking.
             if is_still_at(&file, &path).map_err(failed)? {
                 file.set_len(0).and_then(|()| writeln!(file, "{}", process::id())).map_err(failed)?;
                 return Ok(Self { path, _file: file });
@@ -71,7 +71,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // While the lock is held, so that nobody else's file is meant. A file that stays does no harm.
+        // While the lock is held, so that it cannot be another process's file. A file that stays does no harm.
         let _ = fs::remove_file(&self.path);
     }
 }

@@ -1,4 +1,4 @@
-//! What kube-proxy answers at port 10256, for whoever asks whether the node should have traffic: load balancers of cloud
+//! The health check that kube-proxy serves at port 10256, for clients that ask whether the node should get traffic: load balancers of cloud
 //! providers above all.
 //!
 //! `/healthz` answers 503 while the node is about to be taken away, or is out of step: the agent hangs, or what its source

@@ -13,7 +13,7 @@ use crate::{
     source::{Notice, Notices, ObjectName, Problem, Severity},
 };
 
-/// What the owner of such a service, and whoever lists it, is told.
+/// The text for the owner of such a service and for listings.
 pub(crate) const CLIENTS_ARE_NODES: &str = "all clients look like nodes of the cluster, so something before them masquerades \
                                             and all who come through one node share a pin; externalTrafficPolicy: Local \
                                             keeps the addresses of clients of node ports and load balancers";
@@ -109,7 +109,7 @@ impl EventRecorder {
     }
 }
 
-/// Whether anybody is ready.
+/// Whether any endpoint is ready.
 fn serves(pool: &Pool) -> bool {
     pool.members.values().any(|member| member.ready)
 }

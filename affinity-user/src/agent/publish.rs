@@ -29,7 +29,7 @@ pub(super) struct Publisher {
     /// Problems of the source itself.
     given: Vec<Problem>,
     problems: Problems,
-    /// What the store holds; none where nobody knows: at the start, and where a step has failed.
+    /// The contents of the store; none if they are not known: at the start, and after a failed step.
     state_index: Option<StateIndex>,
     due: Due,
     /// Whether what a former agent left was compared with what is desired.

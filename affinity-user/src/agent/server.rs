@@ -3,7 +3,7 @@
 //! It holds a bounded number of connections. When one more arrives, the oldest connection that is not being answered is
 //! closed, so a new client is always heard: clients that connect and say nothing cannot keep probes from being answered.
 //! A request must arrive within [`Limits::read`], which also bounds how long a connection may stay idle, and a
-//! connection ends after [`Limits::age`], so nobody holds one by reading slowly.
+//! connection ends after [`Limits::age`], so a slow reader cannot hold one.
 
 use std::{
     collections::VecDeque,
@@ -57,7 +57,7 @@ const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// How long to wait before a port is tried again that was taken.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
-/// Connections that the kernel completes before they are accepted: a burst fits, so that nobody has to send a SYN twice.
+/// Connections that the kernel completes before they are accepted: a burst fits, so that no client has to repeat its SYN.
 pub(super) const BACKLOG: i32 = 4096;
 
 /// Listens at `at` and answers requests until the future is dropped. While the port is taken it is tried again, and
@@ -161,7 +161,7 @@ impl Connections {
     }
 }
 
-/// Answers the requests of one connection. Errors are the client's: there is nobody to tell.
+/// Answers the requests of one connection. Errors are the client's, and are ignored.
 async fn talk(stream: TcpStream, router: Router, limits: Limits, is_busy: Arc<AtomicBool>) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
         let (mut router, is_busy) = (router.clone(), Arc::clone(&is_busy));

@@ -64,7 +64,7 @@ fn attach(pins: &PinDir, options: &SocketOptions, loaded: &Loaded) -> Result<Pat
     Ok(cgroup)
 }
 
-/// What is remembered of sockets is forgotten as well: nobody would tell when they close.
+/// The entries of sockets are removed too, because the programs no longer see when sockets close.
 fn take_off(pins: &PinDir, store: &KernelStore) -> Result<Option<PathBuf>, AgentError> {
     if !cgroup::detach(pins)?.is_empty() {
         info!("sockets: no longer translated; connections that were stay where they are");
@@ -86,7 +86,7 @@ impl Sockets {
         Self { pins, cgroup }
     }
 
-    /// Attaches again what somebody has taken off.
+    /// Restores removed attachments.
     ///
     /// # Errors
     /// What cannot be attached, in one line.

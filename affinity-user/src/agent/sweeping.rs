@@ -26,7 +26,7 @@ pub(super) struct Sweeping {
     findings: Arc<Shared>,
 }
 
-/// What the sweep has found since somebody asked.
+/// The findings of the sweep since the last call.
 #[derive(Default)]
 pub(super) struct Findings {
     /// The names, `namespace/name`, of services whose pins were evicted.

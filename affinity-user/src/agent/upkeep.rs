@@ -1,4 +1,4 @@
-//! Notices within seconds when somebody removes or replaces what this agent has pinned, and pins it again.
+//! Notices within seconds when a pin of this agent is removed or replaced, and restores it.
 //!
 //! The agent holds every map and program open, so a pin that is gone can be made again without loss. A pin that leads to
 //! something else is another dataplane: that cannot be repaired here, and the probes say so.

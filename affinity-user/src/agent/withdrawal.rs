@@ -1,4 +1,4 @@
-//! A source that suddenly gives nothing at all: a slip of whoever writes it, more often than not.
+//! A source that suddenly gives nothing at all: mostly a mistake.
 
 use tracing::warn;
 

@@ -254,7 +254,7 @@ fn upgrade_one(pins: &PinDir, program: &str, link: &OwnedFd) -> Result<bool, Sys
 pub fn detach(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> {
     let attachments = attachments(pins)?;
     for CgroupAttachment { path, .. } in &attachments {
-        // The kernel would detach a link that nobody holds, but only some time after the pin has gone.
+        // The kernel would detach a link without references, but only some time after the pin has gone.
         sys::link_detach(sys::obj_get(path)?.as_fd())?;
         pins.unpin(path)?;
     }

@@ -1,6 +1,6 @@
 //! The network devices of this namespace: a list, and a wake-up when it changes.
 //!
-//! Whoever is woken reads the whole list again. So a lost message, a rename, or a device that vanished and came back
+//! A notification makes the agent read the whole list again. So a lost message, a rename, or a device that vanished and came back
 //! under its old name with a new index needs no case of its own.
 
 use std::{collections::BTreeSet, io, net::IpAddr, time::Duration};

@@ -1,4 +1,4 @@
-//! Which devices are attached where nobody names any, and why: a pure function of links, addresses and routes.
+//! Which devices are attached if none is named, and why: a pure function of links, addresses and routes.
 //!
 //! Packets for frontends enter a node by devices that lead out of it (external), or by those that lead to its pods and
 //! guests (internal). Kinds and places decide, not names, so that it does not matter which network plugin made them.

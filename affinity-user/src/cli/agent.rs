@@ -99,7 +99,7 @@ pub(crate) struct AttachArgs {
     sizes: SizeArgs,
 }
 
-/// At most a day: who was away for longer is somebody else.
+/// At most a day.
 fn duration(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
     let is_short = |duration: &Duration| *duration <= Duration::from_hours(24);

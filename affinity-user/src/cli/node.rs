@@ -35,7 +35,7 @@ fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
 }
 
 impl NodeArgs {
-    /// What is known of the node, before anybody has looked at it.
+    /// The facts about the node before it is looked at.
     pub(crate) fn facts(&self, global: &Global) -> Result<NodeFacts, Error> {
         for family in [Family::V4, Family::V6] {
             let given: Vec<_> = self.addresses.iter().filter(|ip| Family::of(**ip) == family).collect();
@@ -53,7 +53,7 @@ impl NodeArgs {
         })
     }
 
-    /// The same where nobody can look: the node has the addresses that are given.
+    /// The same if the node cannot be looked at: it has the given addresses.
     pub(crate) fn told(&self, global: &Global) -> Result<NodeFacts, Error> {
         Ok(NodeFacts { addresses: self.addresses.clone(), ..self.facts(global)? })
     }

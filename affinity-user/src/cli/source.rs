@@ -68,7 +68,7 @@ pub(crate) fn read(source: &Source, node: desired::NodeFacts) -> Result<MemorySt
     let (desired, of_desired) = desired(&snapshot, &desired::Options { node, ..desired::Options::default() });
     let sizes = Sizes::of_this_machine();
     let capacity = Capacity { backends: sizes.backends, slots: sizes.slots, ranges: MAX_RANGES };
-    // Nobody is pinned and nothing flows.
+    // There are no pins and no flows.
     let mut store = MemoryStore::new(capacity, 1);
     let (steps, of_plan) = plan(&store.observe()?, &desired, capacity);
     report(snapshot.problems.iter().chain(&of_desired).chain(&of_plan));

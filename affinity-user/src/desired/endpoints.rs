@@ -33,7 +33,7 @@ struct Endpoint {
     hints: Hints,
 }
 
-/// For whom an endpoint is meant; empty: nobody has said.
+/// The zones that an endpoint is for; empty: no hint.
 #[derive(Clone, Default)]
 struct Hints {
     nodes: Vec<String>,

@@ -99,7 +99,7 @@ fn of_its_families(
     addresses
 }
 
-/// Each family's ranges are for its own addresses. One that cannot be read restricts as well: nobody comes in by mistake.
+/// Each family's ranges are for its own addresses. One that cannot be read restricts as well, so that no client is let in by mistake.
 /// As for kube-proxy, one of length zero means every client of its family, whatever other ranges there are.
 fn read_ranges(spec: &ApiSpec, exposure: &mut Exposure, report: &mut Report<'_>) {
     let mut open = BTreeSet::new();
@@ -124,7 +124,7 @@ fn health_check(spec: &ApiSpec, report: &mut Report<'_>) -> Option<u16> {
     let port = spec.health_check_node_port.filter(|port| *port != 0)?;
     let number = u16::try_from(port).ok();
     if number.is_none() {
-        report.error("spec.healthCheckNodePort", format!("{port} is no port from 1 to 65535; nobody answers there"));
+        report.error("spec.healthCheckNodePort", format!("{port} is no port from 1 to 65535; it is not served"));
     }
     number
 }

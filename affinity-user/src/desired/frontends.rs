@@ -7,7 +7,7 @@
 //! | all others | external: `Cluster` | cluster pool, masqueraded | the same |
 //! | all others | external: `Local` | cluster pool | local pool |
 //!
-//! Where no network of pods is known, nobody is outside of a cluster IP, and everybody of an external frontend.
+//! If no network of pods is known, all clients of a cluster IP are internal, and all clients of an external frontend are external.
 //! Who finds an empty local pool is refused if no endpoint is anywhere, and not answered if there are some.
 
 use std::{

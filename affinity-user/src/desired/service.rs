@@ -58,7 +58,7 @@ pub(super) struct Exposure {
     pub(super) on_nodes: bool,
     /// Addresses of its load balancer that nodes are to serve.
     pub(super) load_balancer: Vec<IpAddr>,
-    /// Addresses that somebody else brings to the nodes.
+    /// Addresses that are routed to the nodes by other means.
     pub(super) external_ips: Vec<IpAddr>,
     /// `externalTrafficPolicy: Local`.
     pub(super) local: bool,

@@ -180,7 +180,7 @@ impl PinDir {
         list(&self.version.join("progs"))
     }
 
-    /// Removes all of a layout that may be another than this version's, so that nobody knows what it has pinned.
+    /// Removes everything of a layout, which may be another version's with unknown pins.
     ///
     /// # Errors
     /// [`PinError`].
@@ -202,7 +202,7 @@ impl PinDir {
         }
     }
 
-    /// Puts what is pinned at `from` to `to`, in place of what was there: nobody finds `to` missing.
+    /// Puts what is pinned at `from` to `to`, in place of what was there, atomically.
     pub(crate) fn rename(&self, from: &Path, to: &Path) -> Result<(), PinError> {
         fs::rename(from, to).map_err(PinError::at(to))
     }

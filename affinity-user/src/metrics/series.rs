@@ -14,7 +14,7 @@ pub struct Admitted {
 }
 
 impl Admitted {
-    /// Nobody yet, and at most `limit`.
+    /// None yet, and at most `limit`.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
         Self { limit, names: BTreeSet::new() }

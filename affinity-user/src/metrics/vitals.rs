@@ -1,4 +1,4 @@
-//! What only the running agent knows: written by its loop in passing, read by whoever asks over HTTP.
+//! Facts that only the running agent knows: written by its loop, read by the HTTP server.
 
 use std::{
     sync::{

@@ -181,7 +181,7 @@ impl<'a> Claims<'a> {
         self.claimed.get(&index).or_else(|| self.records.get(&index)).map_or(0, |record| record.generation)
     }
 
-    /// What becomes of `records`: those in use that nothing claimed linger, or are retired where nobody lives there any
+    /// What becomes of `records`: those in use that nothing claimed linger, or are retired if no pod lives there any
     /// more, or where their room is wanted: of these, who has lingered already goes first. And the indices in use.
     pub(super) fn finish(
         self,

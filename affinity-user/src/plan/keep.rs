@@ -55,7 +55,7 @@ impl Keeper<'_> {
                 drop_if_no_local: has(DROP_IF_NO_LOCAL),
             };
             if key.scope == SCOPE_EXTERNAL {
-                // The record for everybody came before this one.
+                // The record for any client came before this one.
                 match self.desired.frontends.get_mut(&address) {
                     Some(kept) if kept.internal.pool.service == name.service => kept.external = Some(route),
                     _ => return,
@@ -76,7 +76,7 @@ impl Keeper<'_> {
         }
     }
 
-    /// Whether nobody answers is known from endpoints.
+    /// Whether packets are dropped is known from endpoints.
     fn silence<A: Address>(&mut self, ip: IpAddr, key: &FrontendKey<A>, name: &PoolName, record: &Frontend) {
         let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
         let Some(frontend) = self.desired.frontends.get_mut(&address) else { return };

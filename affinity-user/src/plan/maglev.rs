@@ -79,7 +79,7 @@ mod tests {
             let mut shares = vec![0usize; members.len()];
             table.iter().for_each(|member| shares[*member] += 1);
             let (least, most) = (shares.iter().min().copied(), shares.iter().max().copied());
-            // Each round gives everybody one slot, and only the last may be cut short.
+            // Each round gives every member one slot, and only the last may be cut short.
             assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 1), "{count}: {shares:?}");
         }
     }

@@ -59,7 +59,7 @@ struct Numbering<'a> {
     desired: &'a Desired,
     ids: Naming<'a>,
     backends: Claims<'a>,
-    /// The free ones, once somebody has asked.
+    /// The free ones, once they are needed.
     extents: Option<Extents>,
     /// How many of the ranges are new, of either family.
     new_ranges: (usize, usize),
@@ -239,7 +239,7 @@ impl<'a> Numbering<'a> {
                 }
             }
         }
-        // A frontend is withheld where one of its pools has no room; then nobody may name the slots of the other.
+        // A frontend is withheld where one of its pools has no room; then the slots of the other must not be used.
         let Observed { frontends_v4, frontends_v6, slots, .. } = &mut self.target;
         let published = frontends_v4.values().chain(frontends_v6.values());
         let named: BTreeSet<u32> =

@@ -98,7 +98,7 @@ object! {
         /// All cluster IPs.
         #[serde(rename = "clusterIPs", deserialize_with = "list")]
         cluster_ips: Option<Vec<String>>,
-        /// Addresses that somebody else brings to the nodes.
+        /// Addresses that are routed to the nodes by other means.
         #[serde(rename = "externalIPs", deserialize_with = "list")]
         external_ips: Option<Vec<String>>,
         /// The ports.

@@ -7,7 +7,7 @@
 //! as the damaged file does not give them again, until the file is good again or gone. Where a file was bad from the start,
 //! as after a restart, the snapshot is marked as partial.
 //!
-//! A file that somebody has open for writing is not read: what it gave before stays as it is until its writer has closed
+//! A file that is open for writing is not read: what it gave before stays as it is until its writer has closed
 //! it. See [`mod@take`].
 
 mod take;
@@ -65,7 +65,7 @@ struct Content {
     fresh: Vec<Entry>,
     /// Objects that it held when it was last good, and that its damaged parts may still mean.
     kept: Vec<Entry>,
-    /// Whether it is damaged and was never good, so that nobody knows what it may mean.
+    /// Whether it is damaged and was never good, so that its meaning is unknown.
     unknown: bool,
     /// Whether it is being written, so that all else is as it was before.
     is_being_written: bool,
@@ -197,7 +197,7 @@ impl Content {
         content
     }
 
-    /// What it was before; of a file that was never read, nobody knows what it may mean.
+    /// The state before; the meaning of a file that was never read is unknown.
     fn being_written(former: Option<Self>) -> Self {
         let unknown = former.is_none();
         let former = former.unwrap_or_default();

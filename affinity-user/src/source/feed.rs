@@ -47,7 +47,7 @@ pub struct Feed {
     pub view: View,
     /// What is known of the addresses of nodes.
     pub nodes: NodeAddresses,
-    /// Takes what owners of services should know; none where it would reach nobody.
+    /// Takes notices for owners of services; none if there is no API to send them to.
     pub notices: Option<Notices>,
 }
 
@@ -93,7 +93,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// When a source's view was last known to be current: written by the source, read by whoever holds a clone.
+/// When a source's view was last known to be current: written by the source, read through clones.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     current_ns: Arc<AtomicU64>,

@@ -107,7 +107,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     Ok(Feed { snapshots, view, nodes, notices })
 }
 
-/// Until nobody takes snapshots any more.
+/// Until the receiver of snapshots has gone.
 async fn run(
     client: &Client,
     cluster: &Cluster,

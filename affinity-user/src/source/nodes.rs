@@ -1,6 +1,6 @@
-//! The addresses of the cluster's nodes, for whoever asks.
+//! The addresses of the cluster's nodes, on request.
 //!
-//! Nobody needs them often, and a large cluster has many: so a source reads them when they are wanted, and not before.
+//! They are rarely needed, and a large cluster has many, so a source reads them only on request.
 
 use std::{
     collections::BTreeSet,
@@ -34,7 +34,7 @@ impl NodeAddresses {
         self.0.wanted.notify_one();
     }
 
-    /// Waits until somebody wants them.
+    /// Waits until they are wanted.
     pub async fn wanted(&self) {
         self.0.wanted.notified().await;
     }

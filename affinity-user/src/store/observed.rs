@@ -1,4 +1,4 @@
-//! What a step does to what a store holds, so that whoever applies steps need not read the store again.
+//! What a step does to what a store holds, so that it need not be read again after a step.
 
 use super::{Observed, Op};
 

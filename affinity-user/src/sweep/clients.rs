@@ -21,7 +21,7 @@ const LEAST: u64 = 2;
 /// What a pass has met of clients.
 #[derive(Debug, Default)]
 pub(super) struct Clients {
-    /// None where nobody knows them.
+    /// None if they are not known.
     nodes: Option<Arc<BTreeSet<IpAddr>>>,
     own: BTreeSet<IpAddr>,
     by_service: BTreeMap<u32, Count>,
@@ -56,7 +56,7 @@ impl Clients {
         count.of_nodes += u64::from(self.nodes.as_ref().is_some_and(|nodes| nodes.contains(&client)));
     }
 
-    /// The services whose clients all look like nodes. Whoever knows the nodes is asked where that may matter.
+    /// The services whose clients all look like nodes. The nodes' addresses are requested if they may matter.
     pub(super) fn look_like_nodes(&self, nodes: &NodeAddresses) -> BTreeSet<u32> {
         let enough = || self.by_service.iter().filter(|(_, count)| count.all >= LEAST);
         if enough().next().is_some() {
@@ -90,7 +90,7 @@ mod tests {
     fn all_and_more_than_one_must_be_nodes() {
         let nodes = NodeAddresses::default();
         let pins = [(1, "192.0.2.2"), (1, "2001:db8::2"), (2, "192.0.2.2"), (2, "192.0.2.99"), (3, "192.0.2.2")];
-        assert_eq!(looks(&nodes, &pins), [0; 0], "nobody knows the nodes");
+        assert_eq!(looks(&nodes, &pins), [0; 0], "the nodes are not known");
         nodes.tell(["192.0.2.1", "192.0.2.2", "2001:db8::2"].map(|address| address.parse().unwrap()).into());
         assert_eq!(looks(&nodes, &pins), [1]);
         assert_eq!(

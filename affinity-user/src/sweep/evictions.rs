@@ -1,6 +1,6 @@
 //! How many pins the kernel has dropped from a full table, without a word.
 //!
-//! Of the pins that were created before a pass began, those that nobody removed by its end must have been met in it: what
+//! Of the pins that were created before a pass began, those that were not removed by its end must have been met in it: what
 //! is missing was evicted. Pins that come or go during the pass make the estimate smaller, never larger; the next pass
 //! makes up for it.
 

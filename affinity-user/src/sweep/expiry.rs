@@ -15,7 +15,7 @@ pub const HALF_OPEN_FLOW: Duration = Duration::from_secs(60);
 pub const CLOSED_FLOW: Duration = Duration::from_secs(120);
 /// A TCP connection that one end has closed; the other may go on.
 pub const CLOSING_FLOW: Duration = Duration::from_mins(10);
-/// An open TCP connection: nobody has said a word for a day.
+/// An open TCP connection: idle for a day.
 pub const IDLE_TCP_FLOW: Duration = Duration::from_hours(24);
 /// Datagrams without an answer (`nf_conntrack_udp_timeout`).
 pub const UNANSWERED_UDP_FLOW: Duration = Duration::from_secs(30);
@@ -45,7 +45,7 @@ pub enum Keeping {
     OrphanedUntil(u64),
 }
 
-/// Whether nobody will follow a pin any more.
+/// Whether a pin will not be followed any more.
 #[must_use]
 pub fn is_expired(session: &Session, keeping: Keeping, now_ns: u64) -> bool {
     match keeping {

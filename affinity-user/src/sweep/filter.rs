@@ -1,4 +1,4 @@
-//! Which bits of the filter nobody needs any more.
+//! Which bits of the filter are not needed any more.
 //!
 //! Plans only set bits, in the parts for frontends and members. (The programs' own parts are bounded by the node's ports
 //! and its pods', and stay.) A bit is needed by a frontend, by a member of a pool, or by a flow that began when one of these

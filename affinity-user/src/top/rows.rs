@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(hot_factor(2, 1.0), None);
         assert_eq!(hot_factor(20, 10.0), None);
         assert_eq!(hot_factor(30, 10.0), Some(3.0));
-        // Nobody is pinned, or the only pod has everybody.
+        // There are no pins, or the only pod has all.
         assert_eq!(hot_factor(0, 0.0), None);
         assert_eq!(hot_factor(900, 900.0), None);
     }

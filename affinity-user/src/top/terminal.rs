@@ -52,7 +52,7 @@ impl Drop for Screen {
     }
 }
 
-/// A terminal that has gone cannot be given back: there is nobody to tell.
+/// A terminal that has gone cannot be restored; the error is ignored.
 fn give_back() {
     let _ = ratatui::try_restore();
 }
@@ -88,13 +88,13 @@ pub(super) fn inputs() -> io::Result<Receiver<Input>> {
                 _ = hangup.recv() => {}
             }
         });
-        // Nobody may be left to hear it.
+        // The receiver may have gone.
         let _ = sender.send(Input::End);
     });
     Ok(receiver)
 }
 
-/// Until the terminal has gone, or nobody listens any more.
+/// Until the terminal or the receiver has gone.
 fn read_keys(inputs: &Sender<Input>) {
     loop {
         let input = match event::read() {

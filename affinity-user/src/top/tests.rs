@@ -130,7 +130,7 @@ fn a_pod_of_both_families_is_one_row() {
     press(&mut state, "<enter>");
     let rows: Vec<_> = state.pods.shown().map(|pod| (&*pod.name, &*pod.address, pod.pins, pod.accepted)).collect();
     assert_eq!(rows, [("front-0", "10.244.1.10 +1", 60, Some(6.0)), ("front-1", "10.244.1.11 +1", 60, Some(0.0))]);
-    // Nobody uses the second family: that makes no hot spot of those who use the first.
+    // No client uses the second family: that does not make a hot spot of the first.
     assert!(state.pods.shown().all(|pod| pod.hot.is_none()));
     assert_eq!((state.mean(), state.service_row().map(|row| row.ready)), (Some(60.0), Some(2)));
 }

@@ -27,7 +27,7 @@ pub enum Target {
         /// The service's name.
         service: String,
     },
-    /// Everybody.
+    /// All clients.
     Service {
         /// The service's id.
         id: u32,

@@ -20,7 +20,7 @@ use crate::{desired::is_global, netns, store::Observed};
 pub(crate) struct CatalogFrontend {
     pub(crate) endpoint: Endpoint,
     pub(crate) protocol: u8,
-    /// Whether it is the one for external clients, beside the one for everybody.
+    /// Whether it is the record for external clients, besides the one for any client.
     pub(crate) external: bool,
     pub(crate) record: Frontend,
 }

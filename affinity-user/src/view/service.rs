@@ -160,7 +160,7 @@ impl<'a> ServiceView<'a> {
             }
             let (endpoints, protocol) = (Endpoints::count(&members), protocol_name(frontend.protocol));
             match frontends.last_mut() {
-                // It follows the one for everybody.
+                // It follows the record for any client.
                 Some(last) if frontend.external => last.external = Some(endpoints),
                 _ => frontends.push(FrontendView { endpoint: frontend.endpoint, protocol, endpoints, external: None }),
             }

@@ -19,7 +19,7 @@ for alias in $($B cat /sys/bus/pci/devices/*/modalias /sys/bus/virtio/devices/*/
 done
 # Nor to make the node of a device whose driver is loaded when the node is opened.
 /run/modprobe -q tun
-# Whoever runs out of memory says so on the console, and that is the end.
+# Out of memory is a panic, which the console shows.
 $B echo 1 > /proc/sys/vm/panic_on_oom
 $B hostname affinity-guest
 $B ip link set lo up

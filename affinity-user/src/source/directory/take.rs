@@ -1,7 +1,7 @@
-//! A file's text, unless somebody is writing it.
+//! A file's text, unless it is being written.
 //!
 //! Programs empty a file before they write it, and take their time: `kubectl get ... > all.yaml`. So a file is taken when
-//! nobody has it open for writing. The file system tells ([`is_open_for_writing`]); where it cannot, notifications do
+//! it is not open for writing. The file system tells ([`is_open_for_writing`]); where it cannot, notifications do
 //! ([`Writing`]).
 
 use std::{
@@ -23,7 +23,7 @@ use crate::sys::is_open_for_writing;
 pub(super) enum Taken {
     /// Its text, as its last writer left it.
     Text(String),
-    /// Nothing: somebody is writing it.
+    /// Nothing: it is being written.
     BeingWritten,
 }
 

@@ -1,4 +1,4 @@
-//! A directory or file, read again when it has changed and nobody is writing it.
+//! A directory or file, read again when it has changed and is not being written.
 //!
 //! Notifications tell when to look, and a slow poll by a fingerprint of the files finds what they miss. So a file that is
 //! written and closed, a rename over a file, the swap of a ConfigMap's `..data` link, and a directory that is deleted and
@@ -108,7 +108,7 @@ fn wait(changes: &std_mpsc::Receiver<Event>, watches: &mut Watches, reader: &Rea
             Err(RecvTimeoutError::Timeout) if settled_at.is_some() => return true,
             Err(error) => {
                 if error == RecvTimeoutError::Disconnected {
-                    // Nobody notifies.
+                    // There are no notifications.
                     thread::sleep(pause);
                 }
                 if reader.awaited().any(|file| take::is_closed(file, &watches.writing)) {

@@ -26,7 +26,7 @@ use crate::{
     },
 };
 
-/// How often the addresses of all nodes are read, on average and where somebody wants them.
+/// How often the addresses of all nodes are read, on average, if they are wanted.
 const NODES_EVERY: Duration = Duration::from_hours(1);
 
 /// What is known of the cluster.
@@ -140,7 +140,7 @@ impl Cluster {
         Problem::new(Severity::Warning, None, format!("node {}: {reason}", self.node_name))
     }
 
-    /// Reads the addresses of all nodes when somebody wants them, but not often; for ever.
+    /// Reads the addresses of all nodes when they are wanted, but not often; never returns.
     pub(super) async fn find_nodes(&self, client: &Client, nodes: &NodeAddresses) {
         // Not all nodes of a large cluster at once.
         let spread = NODES_EVERY.mul_f64(f64::from(hash32(&self.node_name)) / f64::from(u32::MAX));

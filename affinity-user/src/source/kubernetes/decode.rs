@@ -22,7 +22,7 @@ pub(super) struct Undecodable {
 }
 
 impl Undecodable {
-    /// For whoever owns it.
+    /// For its owner.
     pub(super) fn problem(&self, kind: &str) -> Problem {
         let message = format!("{}; the object cannot be read, and what was known of it before stays", self.message);
         Problem::new(Severity::Error, None, message).of(kind, &self.name).field(self.field.clone())

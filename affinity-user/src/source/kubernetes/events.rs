@@ -47,7 +47,7 @@ pub(super) struct Poster<'a> {
 }
 
 impl Poster<'_> {
-    /// Until nobody sends notices any more; then for ever idle.
+    /// Until the sender of notices has gone; then idle forever.
     pub(super) async fn run(&self, mut notices: Receiver<Notice>) {
         // Each takes its time from what was saved up.
         let (mut saved, mut since) = (EVERY * BURST, Instant::now());
@@ -80,7 +80,7 @@ impl Poster<'_> {
             match error.as_ref().and_then(code) {
                 // Another node was first, or this one has said so before.
                 Some(409) => return true,
-                // Nobody may create anything in a namespace that is being deleted. That says nothing of other namespaces.
+                // Nothing can be created in a namespace that is being deleted. That says nothing of other namespaces.
                 Some(403) if error.as_ref().is_some_and(is_terminating) => break,
                 Some(403) => return false,
                 // The namespace has gone, or the API does not take this text.

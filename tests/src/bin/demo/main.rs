@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         _ => {
-            eprintln!("error: {}: usage error\n\n{HELP}", arguments.join(" "));
+            eprintln!("error: unknown arguments: {}\n\n{HELP}", arguments.join(" "));
             return ExitCode::from(2);
         }
     };
