@@ -108,22 +108,22 @@ impl<V> MapValue<V> {
 impl<V: Pod> Entry<V> for MapValue<V> {
     #[inline(always)]
     fn get(&self) -> V {
-        copy_words(self.0)
+        copy_words(self.0, 0)
     }
 
     #[inline(always)]
     fn read<F: Pod>(&self, field: Field<V, F>) -> F {
-        copy_words(self.place(field))
+        copy_words(self.place(field), field.offset())
     }
 
     #[inline(always)]
     fn write<F: Pod>(&self, field: Field<V, F>, value: F) {
-        store_words(self.place(field), &value);
+        store_words(self.place(field), field.offset(), value);
     }
 
     #[inline(always)]
     fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32 {
-        // SAFETY: see `copy_words`.
+        // SAFETY: see `copy_aligned`.
         unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(self.place(field), bits) }
     }
 }
@@ -194,7 +194,7 @@ impl Pin for MapValue<Session> {
 
     #[inline(always)]
     fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
-        // SAFETY: see `copy_words`; every change of this word is such an exchange.
+        // SAFETY: see `copy_aligned`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
             let word = self.place(Self::PINNED);
             atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, pair(from), pair(to))
@@ -214,7 +214,7 @@ impl Pin for MapValue<Session> {
 
     #[inline(always)]
     fn swap_connections(&self, from: u32, to: u32) -> bool {
-        // SAFETY: see `copy_words`; every change of this word is such an exchange.
+        // SAFETY: see `copy_aligned`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
             let word = self.place(Session::CONNECTIONS);
             atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
@@ -227,7 +227,7 @@ impl Pin for MapValue<Session> {
 /// either the old one or the new one.
 #[inline(always)]
 pub fn read_copy<V: Copy>(pointer: Option<*const V>) -> Option<V> {
-    pointer.map(copy_words)
+    pointer.map(|pointer| copy_words(pointer, 0))
 }
 
 /// A global function: the verifier checks it once, apart from its callers, because it is exported by name
@@ -259,7 +259,7 @@ pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
 /// loader refuses (docs/adr/0008), nor for programs on cgroups: a packet may interrupt them, so they must not call this.
 #[inline(always)]
 pub fn with_percpu<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R) -> Option<R> {
-    // SAFETY: a lookup gave this pointer, see `copy_words`; nothing else uses it, see above.
+    // SAFETY: a lookup gave this pointer, see `copy_aligned`; nothing else uses it, see above.
     pointer.map(|pointer| work(unsafe { &mut *pointer }))
 }
 
@@ -294,24 +294,35 @@ const READINGS: u32 = 4;
 pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, Unstable> {
     for _ in 0..READINGS {
         let Some(first) = lookup().or_else(&lookup) else { return Ok(None) };
-        let copy = copy_words(first);
+        let copy = copy_aligned(first, 0);
         if lookup() == Some(first) && has_words(first, &copy) {
-            return Ok(Some(copy));
+            return Ok(Some(copy.value()));
         }
     }
     Err(Unstable)
 }
 
-/// Does something with each word of a value, and its number: words of as many bytes as the value is aligned to, since by no
-/// less do others access it.
+/// Bytes of the longest words that `len` bytes at `offset` of a map's value consist of. The kernel aligns values to eight bytes:
+/// <https://elixir.bootlin.com/linux/v6.1/source/include/linux/bpf.h> (`struct bpf_array`),
+/// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c> (`htab_map_lookup_elem`).
+#[inline(always)]
+const fn word_len(offset: usize, len: usize) -> usize {
+    match (offset | len) & 7 {
+        0 => 8,
+        4 => 4,
+        2 | 6 => 2,
+        _ => 1,
+    }
+}
+
+/// Does something with each word of a value at an offset in a map's value, and its number. The offset is known when this is compiled.
 macro_rules! for_each_word {
-    ($value:ty, |$at:ident, $word:ident| $work:expr) => {
-        const { assert!(size_of::<$value>().is_multiple_of(align_of::<$value>()) && align_of::<$value>() <= 8) };
-        match const { align_of::<$value>() } {
-            1 => for_each_word!(u8, $value, |$at, $word| $work),
-            2 => for_each_word!(u16, $value, |$at, $word| $work),
+    ($value:ty, $offset:expr, |$at:ident, $word:ident| $work:expr) => {
+        match word_len($offset, size_of::<$value>()) {
+            8 => for_each_word!(u64, $value, |$at, $word| $work),
             4 => for_each_word!(u32, $value, |$at, $word| $work),
-            _ => for_each_word!(u64, $value, |$at, $word| $work),
+            2 => for_each_word!(u16, $value, |$at, $word| $work),
+            _ => for_each_word!(u8, $value, |$at, $word| $work),
         }
     };
     ($unit:ty, $value:ty, |$at:ident, $word:ident| $work:expr) => {{
@@ -324,29 +335,46 @@ macro_rules! for_each_word {
     }};
 }
 
+/// A copy of a value, aligned as values in maps are.
+#[repr(C, align(8))]
+struct Aligned<V>(MaybeUninit<V>);
+
+impl<V: Copy> Aligned<V> {
+    #[inline(always)]
+    fn value(&self) -> V {
+        // SAFETY: all words of it are written where one is made, and every bit pattern is a valid value.
+        unsafe { self.0.assume_init() }
+    }
+}
+
 /// A copy of a value in a map, word by word.
 #[inline(always)]
-fn copy_words<V: Copy>(place: *const V) -> V {
-    let mut copy = MaybeUninit::<V>::uninit();
+fn copy_words<V: Copy>(place: *const V, offset: usize) -> V {
+    copy_aligned(place, offset).value()
+}
+
+#[inline(always)]
+fn copy_aligned<V: Copy>(place: *const V, offset: usize) -> Aligned<V> {
+    let mut copy = Aligned(MaybeUninit::<V>::uninit());
     // SAFETY: a lookup gave the pointer and the program has not ended since, so the memory is the map's and is not freed (RCU),
-    // and it is aligned. The words are all of the value, and every bit pattern is a valid one. Volatile, because others write
-    // it.
+    // and it is aligned, see `word_len`. The words are all of the value. Volatile, because other CPUs write it.
     unsafe {
-        for_each_word!(V, |at, Word| {
+        for_each_word!(V, offset, |at, Word| {
             let word = ptr::read_volatile(place.cast::<Word>().add(at));
-            copy.as_mut_ptr().cast::<Word>().add(at).write(word);
+            copy.0.as_mut_ptr().cast::<Word>().add(at).write(word);
         });
-        copy.assume_init()
     }
+    copy
 }
 
 /// Writes a value into a map, word by word.
 #[inline(always)]
-fn store_words<V: Copy>(place: *mut V, value: &V) {
-    // SAFETY: as for `copy_words`.
+fn store_words<V: Copy>(place: *mut V, offset: usize, value: V) {
+    let value = Aligned(MaybeUninit::new(value));
+    // SAFETY: as for `copy_aligned`.
     unsafe {
-        for_each_word!(V, |at, Word| {
-            ptr::write_volatile(place.cast::<Word>().add(at), ptr::from_ref(value).cast::<Word>().add(at).read());
+        for_each_word!(V, offset, |at, Word| {
+            ptr::write_volatile(place.cast::<Word>().add(at), value.0.as_ptr().cast::<Word>().add(at).read());
         });
     }
 }
@@ -354,13 +382,13 @@ fn store_words<V: Copy>(place: *mut V, value: &V) {
 /// Whether a value in a map is equal to a copy now, word by word.
 #[inline(always)]
 #[expect(clippy::useless_conversion, reason = "the longest words have the length of the sum already")]
-fn has_words<V: Copy>(place: *const V, copy: &V) -> bool {
+fn has_words<V: Copy>(place: *const V, copy: &Aligned<V>) -> bool {
     let mut differing = 0;
-    // SAFETY: as for `copy_words`; values have no padding.
+    // SAFETY: as for `copy_aligned`; values have no padding.
     unsafe {
-        for_each_word!(V, |at, Word| {
+        for_each_word!(V, 0, |at, Word| {
             let now = ptr::read_volatile(place.cast::<Word>().add(at));
-            differing |= u64::from(now ^ ptr::from_ref(copy).cast::<Word>().add(at).read());
+            differing |= u64::from(now ^ copy.0.as_ptr().cast::<Word>().add(at).read());
         });
     }
     differing == 0
@@ -371,14 +399,14 @@ impl MapValue<u64> {
     /// what that counts in between.
     #[inline(always)]
     pub fn count_own(self) {
-        let count: u64 = copy_words(self.0);
-        store_words(self.0, &count.wrapping_add(1));
+        let count: u64 = copy_words(self.0, 0);
+        store_words(self.0, 0, count.wrapping_add(1));
     }
 
     /// Adds to a word that other processors add to.
     #[inline(always)]
     pub fn add(self, amount: i64) {
-        // SAFETY: see `copy_words`; a map's value is aligned to eight bytes.
+        // SAFETY: see `copy_aligned`; a map's value is aligned to eight bytes.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, amount as u64) };
     }
 
