@@ -204,7 +204,7 @@ pub fn assign_node_source<A: Address, T: FamilyTables<A>>(
 ) -> Result<(), Reason> {
     let Some(address) = tables.node().and_then(|node| node.address()) else { return Ok(()) };
     scratch.snat = scratch.flow;
-    (scratch.snat.scope, scratch.snat.segment, scratch.snat.state) = (0, 0, 0);
+    (scratch.snat.scope, scratch.snat.segment) = (0, 0);
     fill_snat_key(scratch, protocol);
     if reuse_port(tables, scratch) {
         return Ok(());
@@ -263,7 +263,7 @@ fn reuse_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScra
         record.write(Flow::BACKEND, scratch.flow.backend);
         record.write(Flow::GENERATION, scratch.flow.generation);
         record.write(Flow::SEGMENT, 0);
-        record.write(Flow::STATE, 0);
+        record.write(Flow::STATE, scratch.snat.state);
     }
     true
 }

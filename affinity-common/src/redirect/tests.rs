@@ -7,8 +7,8 @@ use bytemuck::Zeroable;
 use super::*;
 use crate::{
     abi::{
-        Backend, Direction, Edit, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Node, Port,
-        filter_bit,
+        Backend, Direction, Edit, FLOW_ANSWERED, FLOW_OPEN, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member,
+        MemberKey, Node, Port, filter_bit,
     },
     model::Model,
     packet::Packet,
@@ -156,6 +156,16 @@ fn goes_to_the_pod_and_back<A: Sited>() {
 fn a_connection_goes_to_a_pod_on_another_node_and_back() {
     goes_to_the_pod_and_back::<V4>();
     goes_to_the_pod_and_back::<V6>();
+}
+
+/// Else the records of its SNAT would be removed a minute after its last packet.
+#[test]
+fn all_records_of_a_connection_whose_handshake_was_not_seen_are_open() {
+    let model = world::<V4>(true);
+    let mut frame = Frame { bytes: Shape::tcp(ACK).frame(&from_client::<V4>()), hop: Some(WIRE) };
+    assert_eq!(pipeline::forward(&mut frame, &model), Verdict::Redirect);
+    let states: Vec<u8> = model.flows_v4.borrow().iter().map(|(_, flow)| flow.state).collect();
+    assert_eq!(states, [FLOW_ANSWERED | FLOW_OPEN; 4]);
 }
 
 fn knows_replies<A: Sited>() {
