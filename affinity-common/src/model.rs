@@ -416,6 +416,10 @@ macro_rules! family {
                 Some(work(&mut self.$flow_scratch.borrow_mut()))
             }
 
+            fn opened_flow(&self) -> Option<Shared<Flow<$address>>> {
+                Some(Shared(Rc::new(Cell::new(self.$flow_scratch.borrow().flow))))
+            }
+
             fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
                 self.$fragments.borrow_mut().touch(key).map(|found| found.get())
             }

@@ -9,8 +9,8 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, COEXIST, DROP_IF_NO_LOCAL, Direction, Edit, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend,
-        FrontendKey, NODE, PODS, RANGES, Reason, SHADOW, SPLIT_SCOPE, V4, V6, filter_bit,
+        Address, COEXIST, DROP_IF_NO_LOCAL, Direction, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey,
+        NODE, PODS, RANGES, Reason, SHADOW, SPLIT_SCOPE, V4, V6, filter_bit,
     },
     flow::{self, Admission},
     foreign, fragment, icmp,
@@ -29,9 +29,6 @@ pub enum Decision<F> {
     Pass,
     /// Forwarded with the addresses and ports of its flow.
     Forward(F),
-    /// The same for the first packet of a flow, whose record is still in the scratch memory. A lookup would count as a use in
-    /// the LRU map, so that connections of a single packet would evict open ones.
-    Begin,
     /// Rejected with RST or ICMP unreachable.
     Reject,
     /// Dropped.
@@ -181,7 +178,10 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
         headers.set_seen_below();
     }
     match tables.open(headers) {
-        Opened::As(reason) => Outcome::new(Decision::Begin, reason),
+        Opened::As(reason) => match tables.opened_flow() {
+            Some(flow) => Outcome::new(Decision::Forward(flow), reason),
+            None => Outcome::new(Decision::Drop, Reason::Inconsistent),
+        },
         Opened::NotOurs(reason) => Outcome::new(Decision::Pass, reason),
         Opened::Rejected(reason) => rejected(headers, reason),
         Opened::Failed(reason) => Outcome::new(Decision::Drop, reason),
@@ -403,21 +403,15 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
     headers: &Headers<A>,
     outcome: &Outcome<T::Entry<Flow<A>>>,
 ) -> Verdict {
-    let translation = match &outcome.decision {
-        Decision::Forward(flow) => Some((flow.read(Flow::EDIT), flow.read(Flow::FLAGS))),
-        Decision::Begin => tables.flow_scratch(|scratch| (scratch.flow.edit, scratch.flow.flags)),
-        Decision::Pass | Decision::Reject | Decision::Drop => None,
-    };
-    if headers.is_first_fragment() && translation.is_some() {
-        fragment::remember(packet, tables, headers);
-    }
     let (verdict, reason) = match &outcome.decision {
         Decision::Pass => (Verdict::Pass, outcome.reason),
         Decision::Drop => (Verdict::Drop, outcome.reason),
-        Decision::Forward(_) | Decision::Begin => match translation {
-            Some((edit, flags)) => translate(packet, headers, (&edit, flags), outcome.reason),
-            None => (Verdict::Drop, Reason::Inconsistent),
-        },
+        Decision::Forward(flow) => {
+            if headers.is_first_fragment() {
+                fragment::remember(packet, tables, headers);
+            }
+            translate(packet, headers, flow, outcome.reason)
+        }
         Decision::Reject if !tables.may_reject() => (Verdict::Drop, Reason::RejectionLimited),
         Decision::Reject if reject::reject(packet, headers) => (Verdict::Answer, outcome.reason),
         Decision::Reject => (Verdict::Drop, Reason::NoReplyBuilt),
@@ -431,10 +425,11 @@ fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
 fn translate<A: Address, P: Packet>(
     packet: &mut P,
     headers: &Headers<A>,
-    (edit, flags): (&Edit<A>, u8),
+    flow: &impl Entry<Flow<A>>,
     reason: Reason,
 ) -> (Verdict, Reason) {
-    let is_rewritten = packet.rewrite(headers, edit);
+    let flags = flow.read(Flow::FLAGS);
+    let is_rewritten = packet.rewrite(headers, &flow.read(Flow::EDIT));
     if flags & FLOW_FOREIGN != 0 && !headers.key.is_entering() {
         // It now looks like a reply of the flow that has its port: a second egress program must not translate it.
         packet.mark_final();

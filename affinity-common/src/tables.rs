@@ -139,6 +139,9 @@ pub trait FamilyTables<A: Address>: Tables {
     fn put_foreign(&self, replies: &FlowKey<A>, foreign: &Foreign);
     /// Calls `work` with per-CPU scratch memory; `None` if there is none, which cannot happen in the kernel.
     fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R>;
+    /// The flow that was opened just before, in the scratch memory. A lookup would count as a use in the LRU map, so that connections
+    /// of a single packet would evict open ones.
+    fn opened_flow(&self) -> Option<Self::Entry<Flow<A>>>;
     /// The flow of a fragmented packet.
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>>;
     /// Stores the flow of a fragmented packet. If there is no room, its later fragments pass unchanged.

@@ -9,7 +9,7 @@ use core::{
 };
 
 use affinity_common::{
-    abi::{Address, CONFIG_MAGIC, Config, Correction, Event, Field, Port, Session, Usage, V4, V6},
+    abi::{Address, CONFIG_MAGIC, Config, Correction, Event, Field, Flow, FlowScratch, Port, Session, Usage, V4, V6},
     packet::Packet,
     parse::{TCP, UDP},
     redirect::{FibKey, Link, NextHop},
@@ -143,6 +143,16 @@ impl MapValue<Session> {
         assert!(offset_of!(Session, generation) == offset_of!(Session, backend) + 4);
         Field::new(offset_of!(Session, backend))
     };
+}
+
+impl<A: Address> MapValue<FlowScratch<A>> {
+    /// The flow in scratch memory.
+    #[inline(always)]
+    pub fn flow(self) -> MapValue<Flow<A>> {
+        const { assert!(offset_of!(FlowScratch<A>, flow).is_multiple_of(8)) };
+        // SAFETY: a field lies within its record.
+        MapValue(unsafe { self.0.byte_add(offset_of!(FlowScratch<A>, flow)).cast() })
+    }
 }
 
 /// Two fields side by side, as the machine loads them at once.

@@ -286,6 +286,11 @@ macro_rules! family {
             }
 
             #[inline(always)]
+            fn opened_flow(&self) -> Option<MapValue<Flow<$address>>> {
+                $flow_scratch.get_ptr_mut(0).map(|scratch| MapValue::new(scratch).flow())
+            }
+
+            #[inline(always)]
             fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
                 // Where it changes at each reading, the fragment passes as it is.
                 kernel::stable_copy(|| $fragments.get_ptr(key)).unwrap_or(None)

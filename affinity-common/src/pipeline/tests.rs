@@ -129,6 +129,9 @@ where
     fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R> {
         self.model.flow_scratch(work)
     }
+    fn opened_flow(&self) -> Option<Self::Entry<Flow<A>>> {
+        self.model.opened_flow()
+    }
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
         self.model.fragment(key)
     }

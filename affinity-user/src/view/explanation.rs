@@ -162,7 +162,6 @@ where
         let (would, flow) = match outcome.decision {
             Decision::Pass => ("pass", None),
             Decision::Forward(flow) => ("forward", Some(flow.get())),
-            Decision::Begin => ("forward", model.flow(&headers.key).map(|flow| flow.get())),
             Decision::Reject => ("reject", None),
             Decision::Drop => ("drop", None),
         };

@@ -205,6 +205,9 @@ where
     fn flow_scratch<R>(&self, work: impl FnOnce(&mut FlowScratch<A>) -> R) -> Option<R> {
         self.own.flow_scratch(work)
     }
+    fn opened_flow(&self) -> Option<Self::Entry<Flow<A>>> {
+        self.own.opened_flow().map(|flow| Stepwise(flow, self))
+    }
     fn fragment(&self, key: &FragmentKey<A>) -> Option<FlowKey<A>> {
         self.cluster.0.fragment(key)
     }

@@ -309,7 +309,7 @@ where
     let mut headers = headers(frontend, client, sport, flags);
     let outcome = to_frontend(model, &mut headers, 0);
     let to = match outcome.decision {
-        Decision::Forward(_) | Decision::Begin => {
+        Decision::Forward(_) => {
             let edit = model.flow(&headers.key).expect("the flow that the packet belongs to").read(Flow::EDIT);
             let mut reply = headers;
             reply.key = headers.key.opposite(&edit);
