@@ -6,6 +6,7 @@ use crate::{
         FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW,
         SessionKey, Timer,
     },
+    frontend,
     parse::{FIN, Headers, RST, TCP, UDP},
     rewrite,
     session::{self, Follower, Resolved},
@@ -79,8 +80,8 @@ fn outlives_frontend<A: Address, T: FamilyTables<A>>(
     headers: &Headers<A>,
     flow: &T::Entry<Flow<A>>,
 ) -> bool {
-    let FlowKey { daddr, dport, protocol, .. } = headers.key;
-    has_backend(tables, flow) && tables.frontend(&FrontendKey::new(daddr, dport, protocol)).is_ok_and(|it| it.is_none())
+    let find = |record: &mut Frontend| frontend::copy_for_client(tables, &headers.key, record);
+    has_backend(tables, flow) && tables.frontend_scratch(find) == Some(Err(Reason::NotFrontend))
 }
 
 /// Whether the flow's pin still leads to its backend.

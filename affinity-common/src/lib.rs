@@ -10,6 +10,7 @@ pub mod checksum;
 pub mod flow;
 pub mod foreign;
 pub mod fragment;
+pub mod frontend;
 pub mod icmp;
 #[cfg(any(test, feature = "model"))]
 pub mod model;

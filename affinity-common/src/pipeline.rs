@@ -9,17 +9,17 @@ mod tests;
 
 use crate::{
     abi::{
-        Address, COEXIST, DROP_IF_NO_LOCAL, Direction, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, FrontendKey,
-        NODE, PODS, RANGES, Reason, SHADOW, SPLIT_SCOPE, V4, V6, filter_bit,
+        Address, COEXIST, DROP_IF_NO_LOCAL, Direction, FLOW_FOREIGN, FLOW_REMOTE, Flow, FlowKey, Frontend, NODE,
+        RANGES, Reason, SHADOW, V4, V6, filter_bit,
     },
     flow::{self, Admission},
-    foreign, fragment, icmp,
+    foreign, fragment, frontend, icmp,
     packet::Packet,
     parse::{self, Headers, Network, UDP},
     reject,
     session::{self, Opening, Resolved},
     snat,
-    tables::{Entry, FamilyTables, Tables, Unstable},
+    tables::{Entry, FamilyTables, Tables},
 };
 
 /// What happens to a packet. `F` is its flow.
@@ -245,8 +245,8 @@ impl Opened {
 /// Opens a new connection: finds the frontend, then the pinned or a selected backend, and stores the flow.
 #[inline(always)]
 pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
-    let opened = tables.frontend_scratch(|frontend| match frontend_for(tables, &headers.key, frontend) {
-        Ok(()) => open_at(tables, headers, frontend),
+    let opened = tables.frontend_scratch(|record| match frontend::copy_for_client(tables, &headers.key, record) {
+        Ok(()) => open_at(tables, headers, record),
         Err(Reason::NotFrontend) => to_no_frontend(tables, headers),
         Err(reason) => Opened::Failed(reason),
     });
@@ -300,40 +300,6 @@ fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>)
     } else {
         !headers.is_opening() && tables.is_within(NODE, headers.key.daddr)
     }
-}
-
-/// Copies the frontend that a client dials: where external clients have a record of their own, theirs.
-/// Out of line, for the sake of its caller's stack frame.
-///
-/// # Errors
-/// [`Reason::NotFrontend`]; [`Reason::Inconsistent`] where the record could not be read.
-#[inline(never)]
-fn frontend_for<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    key: &FlowKey<A>,
-    frontend: &mut Frontend,
-) -> Result<(), Reason> {
-    let frontend_key = FrontendKey::new(key.daddr, key.dport, key.protocol);
-    copy_frontend(tables, &frontend_key, frontend)?;
-    if frontend.flags & SPLIT_SCOPE == 0 || tables.is_within(PODS, key.saddr) {
-        return Ok(());
-    }
-    copy_frontend(tables, &frontend_key.external(), frontend)
-}
-
-/// Copies the record of a frontend.
-///
-/// # Errors
-/// [`Reason::NotFrontend`]; [`Reason::Inconsistent`] where the record could not be read.
-#[inline(always)]
-pub fn copy_frontend<A: Address, T: FamilyTables<A>>(
-    tables: &T,
-    key: &FrontendKey<A>,
-    frontend: &mut Frontend,
-) -> Result<(), Reason> {
-    let found = tables.frontend(key).map_err(|Unstable| Reason::Inconsistent)?;
-    *frontend = found.ok_or(Reason::NotFrontend)?;
-    Ok(())
 }
 
 /// Finds the member for a new connection. Out of line: its stack frame is released before [`flow::begin`] runs (512-byte BPF

@@ -25,7 +25,7 @@ use crate::{
         SessionKey, Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
     },
     flow::REFRESH_NS,
-    pipeline::copy_frontend,
+    frontend,
     session::{self, Follower, Opening, Resolved},
     tables::{Entry, NotStored, SocketTables, Tables},
 };
@@ -91,14 +91,14 @@ impl Peer {
     /// Copies the record of the frontend with this address. Out of line, to keep stack frames small.
     ///
     /// # Errors
-    /// As [`copy_frontend`].
+    /// As [`frontend::copy`].
     #[inline(never)]
     fn frontend<T: SocketTables>(&self, tables: &T, protocol: u8, frontend: &mut Frontend) -> Result<(), Reason> {
         if self.is_ipv4() {
             let key = FrontendKey::<V4>::new(V4::from_mapped(self.address.0), self.port, protocol);
-            copy_frontend(tables, &key, frontend)
+            frontend::copy(tables, &key, frontend)
         } else {
-            copy_frontend(tables, &FrontendKey::<V6>::new(self.address, self.port, protocol), frontend)
+            frontend::copy(tables, &FrontendKey::<V6>::new(self.address, self.port, protocol), frontend)
         }
     }
 }

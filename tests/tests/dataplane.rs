@@ -377,8 +377,8 @@ fn another_size_carries_the_entries_over() -> Result<()> {
         names::SESSIONS_V4,
         names::SESSIONS_V6,
         names::SLOTS,
-        names::SOCKETS,
         names::SNAT_PORT_CURSOR,
+        names::SOCKETS,
         names::USAGE,
     ];
     assert_eq!(loaded.resized, resized);

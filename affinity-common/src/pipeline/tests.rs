@@ -8,13 +8,13 @@ use bytemuck::Pod;
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, Event, FlowScratch, Foreign, FragmentKey, MEMBER_READY, Member, MemberKey,
-        Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
+        AFFINITY, BACKEND_LOCAL, Backend, Event, FlowScratch, Foreign, FragmentKey, FrontendKey, MEMBER_READY, Member,
+        MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, TCP},
     rewrite,
-    tables::NotStored,
+    tables::{NotStored, Unstable},
     testing::{Ends, Shape},
 };
 

@@ -107,17 +107,14 @@ fn an_agent_without_its_api_keeps_what_is_there_and_says_how_old_it_is() -> Resu
     let mut agent = scene.agent(&[])?;
     agent.until_ready()?;
     scene.settle()?;
-    let mut as_of = String::new();
-    eventually("the view has an age", PATIENCE, || {
-        as_of = scene.as_of()?;
-        Ok(!as_of.is_empty())
-    })?;
+    eventually("the view has an age", PATIENCE, || Ok(!scene.as_of()?.is_empty()))?;
     ensure!(scene.lab.affinity(&["get", "services"])?.contains("source: kubernetes, as of "));
 
     let load = scene.load(&web);
     load.wait_for(50)?;
     scene.api.vanish();
     agent.kill()?;
+    let as_of = scene.as_of()?;
     let written = agent.log().len();
     agent.restart_unready()?;
     eventually("the log says that nobody answers", PATIENCE, || {
