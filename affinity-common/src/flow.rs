@@ -149,8 +149,8 @@ pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
         let Some(entry) = tables.flow(&scratch.key) else { return };
         let now_ns = tables.now_ns();
         if tells(headers, &entry) {
-            scratch.conflict_key = headers.key.opposite(&entry.read(Flow::EDIT));
-            advance(tables, headers, &entry, &scratch.conflict_key);
+            scratch.other_key = headers.key.opposite(&entry.read(Flow::EDIT));
+            advance(tables, headers, &entry, &scratch.other_key);
         }
         if renews(headers, &entry) || is_due(&entry, now_ns) {
             note_use(tables, headers, &entry, now_ns);

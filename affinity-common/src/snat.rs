@@ -305,16 +305,15 @@ fn is_silent<A: Address>(flow: &impl Entry<Flow<A>>, now_ns: u64) -> bool {
 #[inline(never)]
 fn delete_conflict<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScratch<A>) {
     let Some(holder) = tables.flow(&scratch.reply_key) else { return };
-    scratch.conflict_key = scratch.reply_key.opposite(&holder.read(Flow::EDIT));
-    tables.remove_flow(&scratch.conflict_key);
+    scratch.other_key = scratch.reply_key.opposite(&holder.read(Flow::EDIT));
+    tables.remove_flow(&scratch.other_key);
     if scratch.reply_key.direction != Direction::RevSnat as u8 {
         return;
     }
-    scratch.conflict_key =
-        FlowKey::translated(&holder.read(Flow::EDIT), scratch.reply_key.protocol, Direction::RevDnat);
-    if let Some(flow) = tables.flow(&scratch.conflict_key) {
-        let forward = scratch.conflict_key.opposite(&flow.read(Flow::EDIT));
-        tables.remove_flow(&scratch.conflict_key);
+    scratch.other_key = FlowKey::translated(&holder.read(Flow::EDIT), scratch.reply_key.protocol, Direction::RevDnat);
+    if let Some(flow) = tables.flow(&scratch.other_key) {
+        let forward = scratch.other_key.opposite(&flow.read(Flow::EDIT));
+        tables.remove_flow(&scratch.other_key);
         tables.remove_flow(&forward);
     }
 }

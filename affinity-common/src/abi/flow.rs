@@ -178,8 +178,8 @@ pub struct FlowScratch<A> {
     pub snat_key: FlowKey<A>,
     /// The key of a reply.
     pub reply_key: FlowKey<A>,
-    /// A key of a finished flow that is removed.
-    pub conflict_key: FlowKey<A>,
+    /// The key of another record: of the opposite direction, or of a finished flow that is removed.
+    pub other_key: FlowKey<A>,
 }
 
 /// [`Flow::state`]: the client has sent FIN.
