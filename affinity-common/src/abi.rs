@@ -50,8 +50,9 @@ pub use socket::{Socket, SocketKey, SocketRole, netns_client, netns_of};
 pub use status::{SourceKind, Status};
 
 /// Version of this layout.
-pub const VERSION: u32 = 4;
-/// The oldest layout whose records are those of this one: an upgrade takes over its maps, as far as they have the same names.
+pub const VERSION: u32 = 5;
+/// The oldest layout whose records are those of this one, or can be converted: an upgrade takes over its maps, as far as they have
+/// the same names.
 pub const OLDEST_READABLE: u32 = 3;
 
 /// An IPv4 or IPv6 address in network byte order: the type parameter of everything that exists once per family.
@@ -316,12 +317,12 @@ assert_no_padding!(
     FragmentKey<V6>: 16 + 16 + 4 + 1 + 1 + 2,
     Edit<V4>: 4 + 4 + 2 + 2 + 2 + 2,
     Edit<V6>: 16 + 16 + 2 + 2 + 2 + 2,
-    Flow<V4>: 4 * 8 + 16 + 5 * 4 + 4,
-    Flow<V6>: 4 * 8 + 40 + 5 * 4 + 4,
+    Flow<V4>: 3 * 8 + 16 + 5 * 4 + 4,
+    Flow<V6>: 3 * 8 + 40 + 5 * 4 + 4,
     Foreign: 8 + 4 + 4,
     Correction: 16 + 6 * 4,
-    FlowScratch<V4>: 2 * 72 + 4 * 16,
-    FlowScratch<V6>: 2 * 96 + 4 * 40,
+    FlowScratch<V4>: 2 * 64 + 4 * 16,
+    FlowScratch<V6>: 2 * 88 + 4 * 40,
     SocketKey: 8 + 16 + 2 + 1 + 1 + 4,
     Socket: 3 * 8 + 3 * 16 + 2 + 2 + 5 * 4 + 1 + 7,
     UsageKey: 4 + 4,

@@ -90,7 +90,7 @@ fn follows_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>,
     let follower = Follower {
         to: backend_of(flow),
         timer: Timer::from_byte(flow.read(Flow::TIMER)),
-        timeout_ns: flow.read(Flow::TIMEOUT_NS),
+        timeout_ns: Flow::<A>::timeout_ns(flow.read(Flow::TIMEOUT_S)),
         created_ns: flow.read(Flow::CREATED_NS),
         last_used_ns: flow.read(Flow::LAST_USED_NS),
     };
@@ -174,7 +174,7 @@ fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     if flow.read(Flow::SCOPE) == 0 || !packets_restart(timer, headers.key.protocol) {
         return;
     }
-    let timeout_ns = flow.read(Flow::TIMEOUT_NS);
+    let timeout_ns = Flow::<A>::timeout_ns(flow.read(Flow::TIMEOUT_S));
     session::renew(tables, &pin_key(headers, flow), flow.read(Flow::BACKEND), (timer, timeout_ns), now_ns);
 }
 
@@ -355,14 +355,13 @@ fn fill_flow<A: Address>(scratch: &mut FlowScratch<A>, headers: &Headers<A>, fro
     scratch.flow = Flow {
         created_ns: now_ns,
         last_used_ns: now_ns,
-        timeout_ns: frontend.timeout_ns,
         segment: headers.segment,
         edit: rewrite::edit(key, key.saddr, scratch.flow.edit.daddr, key.sport, chosen.member.port),
         backend: chosen.backend,
         generation: chosen.member.generation,
         pool: frontend.pool,
         scope: resolved.scope,
-        service: frontend.service,
+        timeout_s: Flow::<A>::seconds(frontend.timeout_ns),
         state: state::first(key.protocol, *flags) | shadow,
         timer: frontend.timer,
         prefix: frontend.prefix,

@@ -35,7 +35,7 @@ pub use self::{
     netdev::{XdpFeatures, xdp_features},
 };
 use crate::{
-    load::{PinDir, PinError, Pinned},
+    load::{PinDir, PinError, Pinned, copy_older_flows},
     store::StoreError,
     sys::{self, SysError},
 };
@@ -520,6 +520,9 @@ pub fn replace_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError
             } else {
                 detached += usize::from(detach_unknown(&path)?);
             }
+        }
+        if other.is_readable() {
+            copy_older_flows(&other, pins)?;
         }
         other.remove_layout()?;
         replaced.push(Replaced { layout: other.layout(), adopted, detached, keeps_maps: other.is_readable() });

@@ -3,10 +3,11 @@
 //! A load over a dataplane that runs is an upgrade: pinned maps of the same layout are used again, the entries of maps of another
 //! size are copied, and the new programs replace the old ones in the attached links, so that each packet meets one of them. Maps
 //! of an older layout with the same records (`abi::OLDEST_READABLE`) are used by both versions until the old programs are
-//! replaced. A load that fails leaves what ran as it was.
+//! replaced; flows, whose records have changed, are converted. A load that fails leaves what ran as it was.
 
 mod carry;
 mod clock;
+mod convert;
 mod creation;
 mod limit;
 mod machine;
@@ -48,7 +49,7 @@ pub use self::{
     refusal::Refusal,
     sizes::{MAX_RANGES, Sizes, cost, mib},
 };
-pub(crate) use self::{pins::hidden, refusal::JIT_ADVICE};
+pub(crate) use self::{convert::copy_older_flows, pins::hidden, refusal::JIT_ADVICE};
 use crate::{
     attach::{self, AttachError},
     netns,
@@ -217,6 +218,11 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
             roll_back(pins, &before);
         }
     })?;
+    if !before.has_maps()
+        && let Some(older) = pins.readable_layout()?
+    {
+        copy_older_flows(&older, pins)?;
+    }
     let maps = names::MAPS.iter().map(|&name| Ok((name, *Map::open(&pins.map(name))?.info())));
     let maps = maps.collect::<Result<_, SysError>>()?;
     let resized = dropped.keys().copied().collect();
@@ -248,7 +254,7 @@ fn prepare(pins: &PinDir, before: &Pinned, options: &Options) -> Result<Prepared
 /// Pins the maps of an older dataplane here as well, if this version can use them. So nothing is lost that the old programs
 /// write until they are replaced. Maps that the older layout does not have are made new.
 fn share_older_maps(pins: &PinDir, options: &Options) -> Result<(), LoadError> {
-    let Some(older) = pins.other_layouts()?.into_iter().rfind(PinDir::is_readable) else { return Ok(()) };
+    let Some(older) = pins.readable_layout()? else { return Ok(()) };
     for (name, needed) in needed_by(options.object(), &options.sizes)? {
         match Map::open(&older.map(name)) {
             Ok(map) if layout(map.info()) == layout(&needed) => sys::obj_pin(map.as_fd(), &pins.map(name))?,

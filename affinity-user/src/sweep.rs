@@ -509,7 +509,7 @@ impl Sweeper {
                 self.remove_flow(&key, &flow, now_ns)?;
             } else {
                 *self.pass.entries.entry(A::FLOWS).or_default() += 1;
-                self.pass.met.extend([flow.service, flow.pool, flow.scope]);
+                self.pass.met.extend([flow.pool, flow.scope]);
                 self.watch.note_flow(&self.store, &key, &flow)?;
                 self.note_flow(&key, &flow);
             }

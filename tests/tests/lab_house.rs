@@ -18,8 +18,8 @@ use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
 use affinity_user::load::{self, Memory, PinDir, Sizes};
-use affinity_user::store::kernel::KernelStore;
-use affinity_user::sys::{self, Map};
+use affinity_user::store::kernel::{KernelStore, Walk};
+use affinity_user::sys::{self, Map, MapInfo, Write as WriteEntry};
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 use serde_json::json;
@@ -137,6 +137,59 @@ fn an_upgrade_keeps_pins_and_open_connections() -> Result<()> {
         ensure!(is_said && !old.exists(), "{hook:?}: {:?}", agent.log());
         ensure!(open.ask("/")? == pod, "{hook:?}: the open connection");
         ensure!(pods()? == before, "{hook:?}: clients have moved");
+        agent.terminate()?;
+    }
+    Ok(())
+}
+
+/// The flows as layouts 3 and 4 had them, in a map like theirs: with the timeout in nanoseconds, and the service.
+fn age_flows(old: &Path, name: &str) -> Result<()> {
+    const TIMES: usize = 16;
+    const FLAGS: usize = 4;
+
+    let path = old.join("maps").join(name);
+    let flows = Map::open(&path)?;
+    let of_layout_4 = MapInfo { value_size: flows.info().value_size + 8, ..*flows.info() };
+    let aged = Map::create(name, &of_layout_4)?;
+    let mut walk = Walk::new(&flows);
+    while let Some(entry) = walk.next(&flows) {
+        let (key, flow) = entry?;
+        let (times, rest) = flow.split_at(TIMES);
+        let (rest, flags) = rest.split_at(rest.len() - FLAGS);
+        let (rest, timeout_s) = rest.split_at(rest.len() - 4);
+        let timeout_ns = u64::from(u32::from_ne_bytes(timeout_s.try_into()?)) * 1_000_000_000;
+        let service = 1u32.to_ne_bytes();
+        aged.update(key, &[times, &timeout_ns.to_ne_bytes(), rest, &service, flags].concat(), WriteEntry::Any)?;
+    }
+    fs::remove_file(&path)?;
+    Ok(sys::obj_pin(aged.as_fd(), &path)?)
+}
+
+/// The connections have no pin that would lead them to their pod again.
+#[test]
+fn an_upgrade_converts_the_flows_of_layout_4() -> Result<()> {
+    for hook in Hook::ALL {
+        let lab = Lab::with_pods(3)?;
+        lab.publish(&web())?;
+        lab.agent(&hook.args())?.terminate()?;
+        let connect = |number| {
+            let from = Family::V4.client(number);
+            let mut open = lab.client().connect(Protocol::Tcp, from, web().frontend(Family::V4, "http"))?;
+            let pod = open.ask("/")?;
+            Ok((open, pod))
+        };
+        let mut open = (0..10).map(connect).collect::<Result<Vec<_>>>()?;
+        let listed = || -> Result<usize> { Ok(lab.affinity(&["get", "connections"])?.matches("default/web").count()) };
+        let before = listed()?;
+        let old = age_to(&lab, 4)?;
+        age_flows(&old, names::FLOWS_V4)?;
+        age_flows(&old, names::FLOWS_V6)?;
+
+        let agent = lab.agent(&hook.args())?;
+        for (number, (open, pod)) in open.iter_mut().enumerate() {
+            ensure!(open.ask("/")? == *pod, "{hook:?}: connection {number}");
+        }
+        ensure!(listed()? == before, "{hook:?}: {} of {before} are listed", listed()?);
         agent.terminate()?;
     }
     Ok(())

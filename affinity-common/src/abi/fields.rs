@@ -84,7 +84,6 @@ fields!(Session {
 fields!(Flow<A> where A: Address {
     CREATED_NS = created_ns: u64,
     LAST_USED_NS = last_used_ns: u64,
-    TIMEOUT_NS = timeout_ns: u64,
     SEGMENT = segment: u64,
     EDIT = edit: Edit<A>,
     NEW_DADDR = edit.daddr: A,
@@ -93,6 +92,7 @@ fields!(Flow<A> where A: Address {
     GENERATION = generation: u32,
     POOL = pool: u32,
     SCOPE = scope: u32,
+    TIMEOUT_S = timeout_s: u32,
     STATE = state: u8,
     TIMER = timer: u8,
     PREFIX = prefix: u8,

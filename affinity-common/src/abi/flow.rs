@@ -107,7 +107,8 @@ pub struct Edit<A> {
     pub port_delta: u16,
 }
 
-/// Value of `flows_v4` and `flows_v6`.
+/// Value of `flows_v4` and `flows_v6`. For IPv4 it has 64 bytes: with its key and what the kernel stores before that, an entry of
+/// the map has 128, so a lookup reads two cache lines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Zeroable)]
 #[repr(C)]
 pub struct Flow<A> {
@@ -115,8 +116,6 @@ pub struct Flow<A> {
     pub created_ns: u64,
     /// When a packet last passed, monotonic nanoseconds, to within [`crate::flow::REFRESH_NS`].
     pub last_used_ns: u64,
-    /// The pin's timeout when the flow began, nanoseconds.
-    pub timeout_ns: u64,
     /// Sequence and acknowledgment number of the last TCP segment of this direction: a [`crate::state::Segment`]; zero: none
     /// was seen.
     pub segment: u64,
@@ -130,8 +129,8 @@ pub struct Flow<A> {
     pub pool: u32,
     /// Scope of the pin that this flow belongs to; zero: none.
     pub scope: u32,
-    /// The service.
-    pub service: u32,
+    /// The pin's timeout when the flow began, seconds: see [`Flow::timeout_ns`].
+    pub timeout_s: u32,
     /// The state of the connection, the same in both directions: see [`crate::state`]. Bits are only added, atomically, to the
     /// word that consists of this and the next three fields.
     pub state: u8,
@@ -142,6 +141,25 @@ pub struct Flow<A> {
     /// [`FLOW_REMOTE`], [`FLOW_FOREIGN`], [`FLOW_EXACT`].
     pub flags: u8,
 }
+
+impl<A> Flow<A> {
+    /// A pin's timeout as [`Flow::timeout_s`] has it: rounded up, and at most 136 years, also where it never ends.
+    #[inline(always)]
+    #[must_use]
+    pub const fn seconds(timeout_ns: u64) -> u32 {
+        let seconds = timeout_ns.div_ceil(SECOND_NS);
+        if seconds < u32::MAX as u64 { seconds as u32 } else { u32::MAX }
+    }
+
+    /// The inverse of [`Flow::seconds`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn timeout_ns(timeout_s: u32) -> u64 {
+        timeout_s as u64 * SECOND_NS
+    }
+}
+
+const SECOND_NS: u64 = 1_000_000_000;
 
 /// Key of `fragments_v4` and `fragments_v6`: a fragmented IP packet (RFC 791; RFC 8200, section 4.5), before translation. The value
 /// is the [`FlowKey`] of its first fragment.

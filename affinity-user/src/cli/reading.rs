@@ -36,6 +36,8 @@ pub(crate) struct FilterArgs {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Filter {
     service: Option<ServicePins>,
+    /// The pools of the service.
+    pools: Option<BTreeSet<u32>>,
     client: Option<ClientArg>,
     backends: Option<BTreeSet<u32>>,
 }
@@ -51,7 +53,12 @@ impl Filter {
             let called = catalog.backends_called(name);
             if called.is_empty() { Err(Error::no_backend(name)) } else { Ok(called) }
         });
-        Ok(Self { service: service.transpose()?, client: args.client.clone(), backends: backends.transpose()? })
+        Ok(Self {
+            service: service.transpose()?,
+            pools: args.service.as_ref().map(|name| catalog.pools_of(name)),
+            client: args.client.clone(),
+            backends: backends.transpose()?,
+        })
     }
 
     fn takes_session(&self, scope: u32, session: &Session) -> bool {
@@ -60,7 +67,7 @@ impl Filter {
 
     fn takes_flow<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
         let client = || ClientRef { key: Client::new(crate::view::ip(key.saddr), A::BITS), name: None, addresses: &[] };
-        self.service.as_ref().is_none_or(|pins| flow.service == pins.service)
+        self.pools.as_ref().is_none_or(|pools| pools.contains(&flow.pool))
             && self.takes_backend(flow.backend)
             && self.client.as_ref().is_none_or(|wanted| wanted.takes(&client()))
     }

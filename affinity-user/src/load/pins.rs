@@ -82,7 +82,15 @@ impl PinDir {
         self.version.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Whether this version can use the records of the layout.
+    /// The newest of [`PinDir::other_layouts`] whose records this version can use.
+    ///
+    /// # Errors
+    /// [`PinError`] as there.
+    pub fn readable_layout(&self) -> Result<Option<Self>, PinError> {
+        Ok(self.other_layouts()?.into_iter().rfind(Self::is_readable))
+    }
+
+    /// Whether this version can use the records of the layout, or convert them.
     #[must_use]
     pub fn is_readable(&self) -> bool {
         let number = layout_number(&self.version);

@@ -67,6 +67,11 @@ pub struct Policy {
     pub group: u32,
 }
 
+/// The service in the name of one of its pools.
+fn service_of(pool: &str) -> &str {
+    pool.split_once(':').map_or(pool, |(service, _)| service)
+}
+
 /// The small tables, with what listings need by service.
 #[derive(Clone, Debug)]
 pub struct Catalog {
@@ -201,6 +206,19 @@ impl Catalog {
     #[must_use]
     pub fn pool_name(&self, id: u32) -> Cow<'_, str> {
         self.name(NameKind::Pool, id)
+    }
+
+    /// The service of a pool: `namespace/name`, or `#id` for a pool that the `names` map does not know.
+    #[must_use]
+    pub fn service_of_pool(&self, pool: u32) -> Cow<'_, str> {
+        self.known(NameKind::Pool, pool).map_or_else(|| format!("#{pool}").into(), |name| service_of(name).into())
+    }
+
+    /// The pools of the service `namespace/name`, also of one that has gone and has connections.
+    #[must_use]
+    pub fn pools_of(&self, service: &str) -> BTreeSet<u32> {
+        let pools = self.observed.names.iter().filter(|(key, _)| key.kind == NameKind::Pool as u32);
+        pools.filter(|(_, name)| service_of(name) == service).map(|(key, _)| key.id).collect()
     }
 
     /// Scopes in which pins of a service may lie.

@@ -286,7 +286,7 @@ impl<'a> Dump<'a> {
                     Endpoint::new(edit.saddr, edit.sport),
                     Endpoint::new(edit.daddr, edit.dport),
                     self.catalog.backend(flow.backend, flow.generation).full_name(),
-                    self.catalog.service_name(flow.service),
+                    self.catalog.service_of_pool(flow.pool),
                     FlowState::new(key.protocol, flow.state).name()
                 );
                 if self.options.times {

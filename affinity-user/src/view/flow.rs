@@ -97,7 +97,7 @@ impl<'a> FlowView<'a> {
     #[must_use]
     pub fn new<A: Address>(catalog: &'a Catalog, key: &FlowKey<A>, flow: &Flow<A>) -> Option<Self> {
         (key.direction == Direction::Dnat as u8 && flow.flags & FLOW_FOREIGN == 0).then(|| Self {
-            service: catalog.service_name(flow.service),
+            service: catalog.service_of_pool(flow.pool),
             protocol: protocol_name(key.protocol),
             client: Endpoint::new(key.saddr, key.sport),
             frontend: Endpoint::new(key.daddr, key.dport),

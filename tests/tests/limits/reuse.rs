@@ -137,8 +137,8 @@ fn connect_all(kernel: &Kernel, hook: Hook, service: &Service) -> Result<u64> {
     let dropped = state.count(Reason::Inconsistent);
     ensure!(dropped <= DROPPED_MOST, "{dropped} of {CONNECTIONS} were dropped");
     let other = |flow: &Flow<V4>| {
-        let Frontend { timeout_ns, service, pool, .. } = service.frontend;
-        (flow.timeout_ns, flow.service, flow.pool) != (timeout_ns, service, pool)
+        let Frontend { timeout_ns, pool, .. } = service.frontend;
+        (flow.timeout_s, flow.pool) != (Flow::<V4>::seconds(timeout_ns), pool)
     };
     strayed += state.flows_v4.values().filter(|flow| other(flow)).count() as u64;
     strayed += state.sessions_v4.keys().filter(|key| key.scope != service.frontend.group).count() as u64;
