@@ -21,6 +21,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use affinity_common::names;
 use aya::programs::{
     ProgramError, SchedClassifier, TcAttachType,
     links::Link,
@@ -259,6 +260,16 @@ fn pin_name(ifindex: u32, hook: Hook) -> String {
 fn parse_pin_name(path: &Path) -> Option<(u32, Hook)> {
     let (ifindex, hook) = path.file_name()?.to_str()?.split_once('-')?;
     Some((ifindex.parse().ok()?, hook.parse().ok()?))
+}
+
+/// Whether XDP programs are attached, and whether programs for sockets are.
+///
+/// # Errors
+/// [`AttachError`] where the pins cannot be listed.
+pub fn hooks_in_use(pins: &PinDir) -> Result<(bool, bool), AttachError> {
+    let links = pins.list_links()?;
+    let is_xdp = |path: &PathBuf| parse_pin_name(path).is_some_and(|(_, hook)| hook.program() == names::XDP_FORWARD);
+    Ok((links.iter().any(is_xdp), links.iter().any(|path| parse_pin_name(path).is_none())))
 }
 
 /// Whether the policy has XDP on a device: not on those that lead to pods, unless it insists.

@@ -57,8 +57,8 @@ use crate::{
     sys::{self, Map, MapInfo, SysError, Write},
 };
 
-/// The programs that stay loaded, beside those for sockets; [`names::CLOCK`] is needed only to load them.
-const PINNED: [&str; 8] = [
+/// The programs for packets, and those that the agent runs. [`names::CLOCK`] is needed only to load them.
+const PACKET_PROGRAMS: [&str; 8] = [
     names::XDP_FORWARD,
     names::XDP_REDIRECT,
     names::TC_FORWARD,
@@ -144,12 +144,46 @@ pub struct Options {
     pub log_level: Option<Level>,
     /// Whether TC redirects what was translated past the stack.
     pub redirect: bool,
+    /// What is not to be attached.
+    pub unused: Unused,
     /// How many packets a second each processor may reject in the long run; zero: there is no limit.
     pub rejections_per_second: u32,
     /// For tests: the programs' time in nanoseconds and random number, in place of the kernel's.
     pub fixed: Option<(u64, u64)>,
     /// For tests: an object file in place of the one that is built in.
     pub object: Option<&'static [u8]>,
+}
+
+/// Hooks that nothing is to be attached to. Their programs are loaded only if they are attached already, because verification is
+/// nearly all of a start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Unused {
+    /// XDP.
+    pub xdp: bool,
+    /// Cgroups.
+    pub sockets: bool,
+}
+
+impl Unused {
+    /// Without the hooks that a dataplane of this or another layout is attached to.
+    fn but_attached(self, pins: &PinDir) -> Result<Self, LoadError> {
+        let mut unused = self;
+        for layout in pins.other_layouts()?.iter().chain([pins]) {
+            let (xdp, sockets) = attach::hooks_in_use(layout)?;
+            unused.xdp &= !xdp;
+            unused.sockets &= !sockets;
+        }
+        Ok(unused)
+    }
+
+    /// Whether a program for packets is needed.
+    fn needs(self, program: &str, redirect: bool) -> bool {
+        match program {
+            names::XDP_FORWARD | names::XDP_REDIRECT => !self.xdp,
+            names::TC_REDIRECT | names::TC_REPLY => redirect,
+            _ => true,
+        }
+    }
 }
 
 impl Options {
@@ -172,7 +206,7 @@ pub struct Loaded {
     pub dropped: Vec<(&'static str, u64)>,
     /// Links of devices that met a new program.
     pub upgraded: usize,
-    /// Why the programs for sockets could not be loaded; none where they were.
+    /// Why the programs for sockets could not be loaded; none where they were, or were not needed.
     pub without_sockets: Option<String>,
     /// The object: its log ring is read by `aya_log::EbpfLogger`.
     pub ebpf: Ebpf,
@@ -294,7 +328,7 @@ pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
         }
     }
     let mut ebpf = loader.load(options.object())?;
-    let names: Vec<_> = PINNED.into_iter().chain(names::SOCKET_PROGRAMS).chain([names::CLOCK]).collect();
+    let names: Vec<_> = PACKET_PROGRAMS.into_iter().chain(names::SOCKET_PROGRAMS).chain([names::CLOCK]).collect();
     let mut refusals = Vec::new();
     for loaded in load_each(&mut ebpf, &names) {
         match loaded {
@@ -442,9 +476,12 @@ fn load_beside(
         );
     }
     let mut ebpf = loader.load(options.object()).map_err(|error| creation::failed(error, &options.sizes))?;
-    let mut programs = load_programs(&mut ebpf, &PINNED)?;
+    let unused = options.unused.but_attached(pins)?;
+    let for_packets: Vec<_> = PACKET_PROGRAMS.into_iter().filter(|name| unused.needs(name, options.redirect)).collect();
+    let for_sockets = if unused.sockets { &[][..] } else { &names::SOCKET_PROGRAMS };
+    let mut programs = load_programs(&mut ebpf, &for_packets)?;
     // A kernel built without cgroup programs has the others nevertheless.
-    let without_sockets = match load_programs(&mut ebpf, &names::SOCKET_PROGRAMS) {
+    let without_sockets = match load_programs(&mut ebpf, for_sockets) {
         Ok(for_sockets) => {
             programs.extend(for_sockets);
             None
@@ -520,6 +557,11 @@ fn switch(
         sys::obj_pin(program.as_fd(), &next)?;
         pins.rename(&next, &pins.prog(name))?;
     }
+    for program in pins.list_programs()? {
+        if !programs.keys().any(|name| pins.prog(name) == program) {
+            pins.unpin(&program)?;
+        }
+    }
     set_stages(pins, programs)?;
     // Even where one attachment could not follow: the others use the new maps already.
     let upgraded = attach::upgrade(pins);
@@ -537,8 +579,11 @@ fn switch(
 /// Tells programs what they go on with.
 fn set_stages(pins: &PinDir, programs: &Programs) -> Result<(), LoadError> {
     for (stages, place, name) in STAGES {
-        let program = programs.get(name).ok_or(LoadError::Missing(name))?;
-        Map::open(&pins.map(stages))?.update(&place.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any)?;
+        let stages = Map::open(&pins.map(stages))?;
+        match programs.get(name) {
+            Some(program) => stages.update(&place.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any)?,
+            None => stages.delete(&place.to_ne_bytes())?,
+        };
     }
     Ok(())
 }

@@ -34,7 +34,7 @@ use affinity_user::{
     desired::{DEFAULT_PROXY_NAME, NodeFacts, Services},
     events::{Consumer, EventReader},
     linger::Limits,
-    load::{self, Loaded, Options, PinDir, Sizes, monotonic_ns},
+    load::{self, Loaded, Options, PinDir, Sizes, Unused, monotonic_ns},
     source::{NodeAddresses, Source},
     store::{
         Op, Store,
@@ -231,7 +231,8 @@ fn programs_stay_within_a_budget_of_verified_instructions() -> Result<()> {
     for redirect in [false, true] {
         let pins = Pins::new();
         load::load(&pins.0, &Options { sizes: SIZES, redirect, ..Options::default() })?;
-        for name in OTHERS.into_iter().chain(names::SOCKET_PROGRAMS) {
+        let is_loaded = |name: &&str| redirect || ![names::TC_REDIRECT, names::TC_REPLY].contains(name);
+        for name in OTHERS.into_iter().filter(is_loaded).chain(names::SOCKET_PROGRAMS) {
             let info = ProgramInfo::from_pin(pins.0.prog(name))?;
             let verified = info.verified_instruction_count().context("a kernel that counts: 5.16")?;
             println!("{name}, redirect {redirect}: {verified} instructions verified");
@@ -528,6 +529,30 @@ fn an_upgrade_reaches_every_hook_and_detach_every_program() -> Result<()> {
         assert!(!wire.runs_a_program()?, "tcx: {tcx}");
     }
     Ok(())
+}
+
+#[test]
+fn programs_are_loaded_where_they_are_used() -> Result<()> {
+    const ALWAYS: [&str; 4] = [names::CORRECT, names::REPORT, names::TC_FORWARD, names::TC_REVERSE];
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    let loaded_by = |unused| -> Result<Vec<String>> {
+        load::load(&pins.0, &Options { sizes: SIZES, unused, ..Options::default() })?;
+        let names = pins.0.list_programs()?.into_iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        Ok(names)
+    };
+    let all = Unused { xdp: true, sockets: true };
+    assert_eq!(loaded_by(all)?, ALWAYS);
+    assert_eq!(loaded_by(Unused::default())?.len(), ALWAYS.len() + 2 + names::SOCKET_PROGRAMS.len());
+    wire.inside(async || {
+        let native = attach::Options { xdp: XdpPolicy::Native, ..attach::Options::default() };
+        attach::attach(&pins.0, &device("wire").await?, native)?;
+        assert_eq!(loaded_by(all)?, [&ALWAYS[..], &[names::XDP_FORWARD, names::XDP_REDIRECT]].concat());
+        attach::detach(&pins.0, None)?;
+        assert_eq!(loaded_by(all)?, ALWAYS);
+        Ok(())
+    })
 }
 
 fn program_id(pins: &Pins, hook: Hook) -> Result<u32> {

@@ -24,6 +24,18 @@ pub struct SocketOptions {
     pub cgroup: Option<PathBuf>,
 }
 
+impl SocketOptions {
+    /// Whether these options may lead to an attachment on this machine.
+    #[must_use]
+    pub fn may_attach(&self) -> bool {
+        match self.policy {
+            SocketPolicy::Off => false,
+            SocketPolicy::On => true,
+            SocketPolicy::Auto => self.cgroup.is_some() || cgroup::in_node_namespace().unwrap_or(false),
+        }
+    }
+}
+
 /// Attaches the programs, or takes them off, as the options say; under `auto` the log tells why not. Returns the cgroup
 /// that they are attached to.
 ///
@@ -39,7 +51,7 @@ pub(super) fn reconcile(
         SocketPolicy::Off => take_off(pins, store),
         SocketPolicy::On => attach(pins, options, loaded).map(Some),
         SocketPolicy::Auto => {
-            if options.cgroup.is_none() && !cgroup::in_node_namespace().unwrap_or(false) {
+            if !options.may_attach() {
                 info!("sockets: not translated, because this is not the node's own network namespace");
                 return take_off(pins, store);
             }

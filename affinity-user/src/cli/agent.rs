@@ -28,7 +28,7 @@ use crate::{
     attach::{self, XdpPolicy, cgroup::SocketPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
     linger::Limits,
-    load::{self, PinDir},
+    load::{self, PinDir, Unused},
     source::Source,
 };
 
@@ -158,16 +158,19 @@ impl AttachArgs {
 
     fn options(&self, global: &Global, detach_on_exit: bool) -> Result<agent::Options, Error> {
         let redirect = self.forwarding == Forwarding::Redirect;
+        let sockets = agent::SocketOptions { policy: self.socket, cgroup: self.cgroup.clone() };
+        let unused = Unused { xdp: self.xdp == XdpPolicy::Off, sockets: !sockets.may_attach() };
         Ok(agent::Options {
             source: self.cluster.source(&self.source, global)?,
             devices: self.devices.clone(),
             xdp_devices: self.xdp_devices.clone(),
             attach: attach::Options { xdp: self.xdp, tcx: !self.no_tcx, any_kind: false, redirect },
-            sockets: agent::SocketOptions { policy: self.socket, cgroup: self.cgroup.clone() },
+            sockets,
             load: load::Options {
                 sizes: self.sizes.sizes(),
                 log_level: self.programs_log.map(Level::from),
                 redirect,
+                unused,
                 rejections_per_second: self.rejections_per_second,
                 fixed: None,
                 object: None,
