@@ -37,13 +37,13 @@ pub enum Admission {
 #[inline(always)]
 pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> Admission {
     let is_datagram = headers.key.protocol == UDP;
-    let (state, flags) = (flow.read(Flow::STATE), flow.read(Flow::FLAGS));
+    let [state, flags] = state_and_flags(flow);
     let lives = if flags & FLOW_FOREIGN != 0 {
         true
     } else if is_datagram {
         may_go_on(tables, headers, flow) || outlives_frontend(tables, headers, flow)
     } else {
-        has_backend(tables, flow)
+        tables.has_backend(backend_of(flow))
     };
     if state & FLOW_SHADOW != 0 {
         return admit_shadow(tables, headers, lives, state);
@@ -67,12 +67,6 @@ fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     is_served && (flow.read(Flow::SCOPE) == 0 || follows_pin(tables, headers, flow))
 }
 
-#[inline(always)]
-fn has_backend<A: Address, T: FamilyTables<A>>(tables: &T, flow: &T::Entry<Flow<A>>) -> bool {
-    let (backend, generation) = backend_of(flow);
-    tables.backend(backend).is_some_and(|backend| backend.generation == generation)
-}
-
 /// Whether the frontend of a datagram has gone and its backend has not. Then it goes on, as TCP connections do.
 #[inline(never)]
 fn outlives_frontend<A: Address, T: FamilyTables<A>>(
@@ -81,7 +75,7 @@ fn outlives_frontend<A: Address, T: FamilyTables<A>>(
     flow: &T::Entry<Flow<A>>,
 ) -> bool {
     let find = |record: &mut Frontend| frontend::copy_for_client(tables, &headers.key, record);
-    has_backend(tables, flow) && tables.frontend_scratch(find) == Some(Err(Reason::NotFrontend))
+    tables.has_backend(backend_of(flow)) && tables.frontend_scratch(find) == Some(Err(Reason::NotFrontend))
 }
 
 /// Whether the flow's pin still leads to its backend.
@@ -114,7 +108,8 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
 /// Notes a packet: the sequence numbers of its sender, and a change of state or time, if there is one.
 #[inline(always)]
 pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
-    if tells(headers, entry) || renews(headers, entry) || is_due(entry, tables.now_ns()) {
+    let [state, flags] = state_and_flags(entry);
+    if tells(headers, state) || renews(headers, flags) || is_due(entry, tables.now_ns()) {
         tables.note_change(headers);
     }
     if headers.key.protocol != UDP && headers.flags & RST == 0 {
@@ -124,15 +119,15 @@ pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
 
 /// Whether a packet may change the state of its connection.
 #[inline(always)]
-fn tells<A: Address>(headers: &Headers<A>, entry: &impl Entry<Flow<A>>) -> bool {
+fn tells<A: Address>(headers: &Headers<A>, state: u8) -> bool {
     let is_request = headers.key.protocol == UDP && headers.key.is_from_client();
-    headers.flags & (FIN | RST) != 0 || entry.read(Flow::STATE) & FLOW_OPEN == 0 && !is_request
+    headers.flags & (FIN | RST) != 0 || state & FLOW_OPEN == 0 && !is_request
 }
 
 /// Whether a packet restarts a timeout that is too short for [`REFRESH_NS`].
 #[inline(always)]
-fn renews<A: Address>(headers: &Headers<A>, entry: &impl Entry<Flow<A>>) -> bool {
-    entry.read(Flow::FLAGS) & FLOW_EXACT != 0 && headers.key.is_from_client()
+fn renews<A: Address>(headers: &Headers<A>, flags: u8) -> bool {
+    flags & FLOW_EXACT != 0 && headers.key.is_from_client()
 }
 
 #[inline(always)]
@@ -148,11 +143,12 @@ pub fn note_change<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers
         scratch.key = headers.key;
         let Some(entry) = tables.flow(&scratch.key) else { return };
         let now_ns = tables.now_ns();
-        if tells(headers, &entry) {
+        let [state, flags] = state_and_flags(&entry);
+        if tells(headers, state) {
             scratch.other_key = headers.key.opposite(&entry.read(Flow::EDIT));
             advance(tables, headers, &entry, &scratch.other_key);
         }
-        if renews(headers, &entry) || is_due(&entry, now_ns) {
+        if renews(headers, flags) || is_due(&entry, now_ns) {
             note_use(tables, headers, &entry, now_ns);
         }
     });
@@ -261,6 +257,13 @@ fn add_state<A: Address>(entry: &impl Entry<Flow<A>>, bits: u8) -> u8 {
     let before = entry.add_bits(Flow::STATE_WORD, u32::from_ne_bytes([bits, 0, 0, 0]));
     let [state, ..] = before.to_ne_bytes();
     state
+}
+
+/// The flow's state and flags, by one load.
+#[inline(always)]
+fn state_and_flags<A: Address>(flow: &impl Entry<Flow<A>>) -> [u8; 2] {
+    let [state, _, _, flags] = flow.read(Flow::STATE_WORD).to_ne_bytes();
+    [state, flags]
 }
 
 /// The flow's backend and its generation.

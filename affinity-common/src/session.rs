@@ -300,10 +300,8 @@ fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Re
                 Err(Reason::NotReady)
             }
         }
-        _ => match tables.backend(backend) {
-            Some(record) if record.generation == generation => Err(Reason::NotMember),
-            _ => Err(Reason::BackendGone),
-        },
+        _ if tables.has_backend((backend, generation)) => Err(Reason::NotMember),
+        _ => Err(Reason::BackendGone),
     }
 }
 

@@ -226,8 +226,7 @@ fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
 /// frames small.
 #[inline(never)]
 fn outlives_frontend<T: SocketTables>(tables: &T, caller: &Caller, to: &Peer, entry: &T::Entry<Socket>) -> bool {
-    let (backend, generation) = backend_of(entry);
-    tables.backend(backend).is_some_and(|backend| backend.generation == generation)
+    tables.has_backend(backend_of(entry))
         && to.frontend(tables, caller.protocol, &mut Frontend::zeroed()) == Err(Reason::NotFrontend)
 }
 

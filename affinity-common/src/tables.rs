@@ -66,6 +66,10 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend's record.
     fn backend(&self, index: u32) -> Option<Backend>;
+    /// Whether a backend still has this generation.
+    fn has_backend(&self, (index, generation): (u32, u32)) -> bool {
+        self.backend(index).is_some_and(|backend| backend.generation == generation)
+    }
     /// A member's record.
     fn member(&self, key: &MemberKey) -> Option<Member>;
     /// Whether a member has this record: cheaper than [`Tables::member`] if it has.

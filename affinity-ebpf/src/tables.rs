@@ -10,7 +10,7 @@ use affinity_common::{
     },
     parse::Headers,
     pipeline::Opened,
-    tables::{FamilyTables, NotStored, SocketTables, Tables, Unstable},
+    tables::{Entry, FamilyTables, NotStored, SocketTables, Tables, Unstable},
 };
 use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key};
 use aya_log_ebpf::{debug, trace};
@@ -99,6 +99,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<Backend> {
         kernel::read_copy(BACKENDS.get_ptr(index))
+    }
+
+    #[inline(always)]
+    fn has_backend(&self, (index, generation): (u32, u32)) -> bool {
+        BACKENDS.get_ptr_mut(index).is_some_and(|record| MapValue::new(record).read(Backend::GENERATION) == generation)
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@ use core::marker::PhantomData;
 
 use bytemuck::Pod;
 
-use super::{Address, Edit, Flow, Foreign, Port, Session, Socket, V6};
+use super::{Address, Backend, Edit, Flow, Foreign, Port, Session, Socket, V6};
 
 /// The offset of a field of type `F` in a record `V`.
 #[derive(Debug)]
@@ -103,6 +103,10 @@ impl<A: Address> Flow<A> {
     /// The word that begins with [`Flow::state`]: bits are added to a word at least.
     pub const STATE_WORD: Field<Self, u32> = Field::new(core::mem::offset_of!(Self, state));
 }
+
+fields!(Backend {
+    GENERATION = generation: u32,
+});
 
 fields!(Foreign {
     LAST_SENT_NS = last_sent_ns: u64,
