@@ -165,7 +165,7 @@ fn age_flows(old: &Path, name: &str) -> Result<()> {
     Ok(sys::obj_pin(aged.as_fd(), &path)?)
 }
 
-/// The connections have no pin that would lead them to their pod again.
+/// The flows are listed before a packet could make them anew.
 #[test]
 fn an_upgrade_converts_the_flows_of_layout_4() -> Result<()> {
     for hook in Hook::ALL {
@@ -179,17 +179,17 @@ fn an_upgrade_converts_the_flows_of_layout_4() -> Result<()> {
             Ok((open, pod))
         };
         let mut open = (0..10).map(connect).collect::<Result<Vec<_>>>()?;
-        let listed = || -> Result<usize> { Ok(lab.affinity(&["get", "connections"])?.matches("default/web").count()) };
+        let listed = || -> Result<usize> { Ok(lab.affinity(&["get", "flows"])?.matches("default/web").count()) };
         let before = listed()?;
         let old = age_to(&lab, 4)?;
         age_flows(&old, names::FLOWS_V4)?;
         age_flows(&old, names::FLOWS_V6)?;
 
         let agent = lab.agent(&hook.args())?;
+        ensure!(listed()? == before, "{hook:?}: {} of {before} are listed", listed()?);
         for (number, (open, pod)) in open.iter_mut().enumerate() {
             ensure!(open.ask("/")? == *pod, "{hook:?}: connection {number}");
         }
-        ensure!(listed()? == before, "{hook:?}: {} of {before} are listed", listed()?);
         agent.terminate()?;
     }
     Ok(())
