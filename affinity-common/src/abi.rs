@@ -285,6 +285,8 @@ unsafe impl<A: Address> Pod for SessionKey<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> Pod for FlowKey<A> {}
 // SAFETY: as above.
+unsafe impl<A: Address> Pod for flow::KeyWords<A> {}
+// SAFETY: as above.
 unsafe impl<A: Address> Pod for Edit<A> {}
 // SAFETY: as above.
 unsafe impl<A: Address> Pod for Flow<A> {}
@@ -313,6 +315,8 @@ assert_no_padding!(
     Session: 8 + 8 + 6 * 4 + 8,
     FlowKey<V4>: 4 + 4 + 2 + 2 + 1 + 1 + 2,
     FlowKey<V6>: 16 + 16 + 2 + 2 + 1 + 1 + 2,
+    flow::KeyWords<V4>: 4 + 4 + 4 + 4,
+    flow::KeyWords<V6>: 16 + 16 + 4 + 4,
     FragmentKey<V4>: 4 + 4 + 4 + 1 + 1 + 2,
     FragmentKey<V6>: 16 + 16 + 4 + 1 + 1 + 2,
     Edit<V4>: 4 + 4 + 2 + 2 + 2 + 2,

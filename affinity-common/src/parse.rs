@@ -9,7 +9,7 @@ use network_types::{
 };
 
 use crate::{
-    abi::{Direction, FlowKey, Port, Reason, V4, V6},
+    abi::{Direction, FlowKey, Reason, V4, V6},
     packet::Packet,
     state::Segment,
 };
@@ -57,8 +57,8 @@ pub struct Headers<A> {
     l3: u8,
     /// TCP flags; zero for UDP.
     pub flags: u8,
-    /// The IPv4 header's checksum; zero for IPv6.
-    pub l3_checksum: [u8; 2],
+    /// The IPv4 header's checksum, network byte order; zero for IPv6.
+    pub l3_checksum: u16,
     /// The TCP or UDP checksum.
     pub l4_checksum: [u8; 2],
 }
@@ -71,7 +71,7 @@ const SEEN_BELOW: u16 = 1 << 14;
 impl<A> Headers<A> {
     /// Headers with nothing but a key.
     pub const fn new(key: FlowKey<A>, flags: u8) -> Self {
-        Self { key, segment: 0, l4: 0, l3: 0, flags, l3_checksum: [0; 2], l4_checksum: [0; 2] }
+        Self { key, segment: 0, l4: 0, l3: 0, flags, l3_checksum: 0, l4_checksum: [0; 2] }
     }
 
     /// Offset of the IP header.
@@ -165,13 +165,13 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     // A total length of zero is a large segment made by this host (BIG TCP).
     let transport = ports.read(packet, total_len == 0)?;
     Ok(Headers {
-        key: transport.key(V4([a, b, c, d]), V4([e, f, g, h]), protocol, direction),
+        key: FlowKey::of_packet(V4([a, b, c, d]), V4([e, f, g, h]), transport.ports, protocol, direction),
         segment: transport.segment,
         // More fragments.
         l4: (l3 + header_len) as u16 | if fragment_hi & 0x20 != 0 { FIRST_FRAGMENT } else { 0 },
         l3: l3 as u8,
         flags: transport.flags,
-        l3_checksum: [sum_hi, sum_lo],
+        l3_checksum: u16::from_ne_bytes([sum_hi, sum_lo]),
         l4_checksum: transport.checksum,
     })
 }
@@ -196,12 +196,12 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     // A payload length of zero is a large segment made by this host (BIG TCP), or a jumbogram.
     let transport = ports.read(packet, payload_len == 0)?;
     Ok(Headers {
-        key: transport.key(saddr, daddr, protocol, direction),
+        key: FlowKey::of_packet(saddr, daddr, transport.ports, protocol, direction),
         segment: transport.segment,
         l4: l4 as u16 | if is_first_fragment { FIRST_FRAGMENT } else { 0 },
         l3: l3 as u8,
         flags: transport.flags,
-        l3_checksum: [0; 2],
+        l3_checksum: 0,
         l4_checksum: transport.checksum,
     })
 }
@@ -278,8 +278,8 @@ struct Transport {
 
 /// The fields of a transport header.
 struct Ports {
-    sport: Port,
-    dport: Port,
+    /// Source and destination.
+    ports: [u8; 4],
     checksum: [u8; 2],
     flags: u8,
     segment: Segment,
@@ -299,13 +299,12 @@ impl Transport {
         }
         if self.protocol == UDP {
             let [a, b, c, d, _, _, e, f]: [u8; UdpHdr::LEN] = packet.read(self.l4).ok_or(Reason::Truncated)?;
-            return Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags: 0, segment: 0 });
+            return Ok(Ports { ports: [a, b, c, d], checksum: [e, f], flags: 0, segment: 0 });
         }
         if self.protocol == SCTP {
-            let [a, b, c, d]: [u8; 4] = packet.read(self.l4).ok_or(Reason::Truncated)?;
+            let ports = packet.read(self.l4).ok_or(Reason::Truncated)?;
             let [chunk]: [u8; 1] = packet.read(self.l4 + SCTP_LEN).ok_or(Reason::Truncated)?;
-            let (sport, dport) = (Port([a, b]), Port([c, d]));
-            return Ok(Ports { sport, dport, checksum: [0; 2], flags: sctp_flags(chunk), segment: 0 });
+            return Ok(Ports { ports, checksum: [0; 2], flags: sctp_flags(chunk), segment: 0 });
         }
         let header: [u8; TcpHdr::LEN] = packet.read(self.l4).ok_or(Reason::Truncated)?;
         let [a, b, c, d, g, h, i, j, k, l, m, n, ..] = header;
@@ -314,7 +313,7 @@ impl Transport {
         if offset >> 4 < 5 {
             return Err(Reason::Malformed);
         }
-        Ok(Ports { sport: Port([a, b]), dport: Port([c, d]), checksum: [e, f], flags, segment })
+        Ok(Ports { ports: [a, b, c, d], checksum: [e, f], flags, segment })
     }
 }
 
@@ -328,23 +327,5 @@ const fn sctp_flags(chunk: u8) -> u8 {
         INIT => SYN,
         ABORT | SHUTDOWN_COMPLETE => RST,
         _ => ACK,
-    }
-}
-
-impl Ports {
-    #[inline(always)]
-    const fn key<A>(&self, saddr: A, daddr: A, protocol: u8, direction: Direction) -> FlowKey<A>
-    where
-        A: Copy,
-    {
-        FlowKey {
-            saddr,
-            daddr,
-            sport: self.sport,
-            dport: self.dport,
-            protocol,
-            direction: direction as u8,
-            pad: [0; 2],
-        }
     }
 }

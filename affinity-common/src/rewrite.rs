@@ -111,7 +111,7 @@ pub fn for_ports<A: Address>(headers: &Headers<A>, edit: &Edit<A>, field: [u8; 2
 #[inline(always)]
 pub fn in_place<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Headers<A>, edit: &Edit<A>) -> bool {
     let Edit { saddr, daddr, addr_delta, .. } = *edit;
-    write_addresses(packet, headers.l3(), headers.l3_checksum, addr_delta, saddr, daddr)
+    write_addresses(packet, headers.l3(), headers.l3_checksum.to_ne_bytes(), addr_delta, saddr, daddr)
         && (headers.key.protocol == SCTP
             || write_ports(packet, headers, edit)
                 && packet.write(l4_checksum_offset(headers), l4_checksum(headers, edit)))

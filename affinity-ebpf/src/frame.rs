@@ -249,7 +249,7 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let Edit { saddr, daddr, addr_delta, .. } = *edit;
-        rewrite::write_addresses(self, headers.l3(), headers.l3_checksum, addr_delta, saddr, daddr)
+        rewrite::write_addresses(self, headers.l3(), headers.l3_checksum.to_ne_bytes(), addr_delta, saddr, daddr)
             && (headers.key.protocol == SCTP
                 || rewrite::write_ports(self, headers, edit) && self.replace_checksum(headers, edit))
     }

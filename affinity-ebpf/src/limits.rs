@@ -205,7 +205,7 @@ impl Least for V4 {
 
     #[inline(always)]
     fn write<P: Packet>(packet: &mut P, headers: &Headers<V4>, address: V4, delta: u16) {
-        packet.write(headers.l3() + rewrite::IPV4_CHECKSUM, checksum::update(headers.l3_checksum, delta));
+        packet.write(headers.l3() + rewrite::IPV4_CHECKSUM, checksum::update(headers.l3_checksum.to_ne_bytes(), delta));
         packet.write(headers.l3() + 16, address.0);
     }
 }

@@ -39,7 +39,26 @@ pub struct FlowKey<A> {
     pub pad: [u8; 2],
 }
 
+/// A [`FlowKey`] as it is stored.
+#[derive(Clone, Copy, Zeroable)]
+#[repr(C, align(8))]
+pub(super) struct KeyWords<A> {
+    saddr: A,
+    daddr: A,
+    ports: u32,
+    kind: u32,
+}
+
 impl<A: Address> FlowKey<A> {
+    /// The key of a packet whose transport header begins with these ports. The kernel loads words to hash a key, and a load of a
+    /// word that was just stored in parts has to wait for the stores; so the ports are stored as one word, and the rest as another.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_packet(saddr: A, daddr: A, ports: [u8; 4], protocol: u8, direction: Direction) -> Self {
+        let kind = u32::from_ne_bytes([protocol, direction as u8, 0, 0]);
+        bytemuck::must_cast(KeyWords { saddr, daddr, ports: u32::from_ne_bytes(ports), kind })
+    }
+
     /// The key of a packet after its translation.
     #[inline(always)]
     #[must_use]
