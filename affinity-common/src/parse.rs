@@ -182,10 +182,8 @@ pub fn ipv4<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
 /// [`Reason::Truncated`], [`Reason::Malformed`], [`Reason::Fragment`], [`Reason::OtherProtocol`].
 #[inline(always)]
 pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<Headers<V6>, Reason> {
-    let header: [u8; 8] = packet.read(l3).ok_or(Reason::Truncated)?;
-    let saddr = V6(packet.read(l3 + 8).ok_or(Reason::Truncated)?);
-    let daddr = V6(packet.read(l3 + 24).ok_or(Reason::Truncated)?);
-    let [version, _, _, _, length_hi, length_lo, first, _] = header;
+    let header: [u8; Ipv6Hdr::LEN] = packet.read(l3).ok_or(Reason::Truncated)?;
+    let [version, _, _, _, length_hi, length_lo, first, _, ..] = header;
     if version >> 4 != 6 {
         return Err(Reason::Malformed);
     }
@@ -195,6 +193,10 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize, direction: Direction) -> Result<He
     let ports = Transport { l4, protocol, ip_payload_len: payload_len.checked_sub(extensions_len) };
     // A payload length of zero is a large segment made by this host (BIG TCP), or a jumbogram.
     let transport = ports.read(packet, payload_len == 0)?;
+    // Read late, and as words: the search for the transport header needs all registers.
+    let addresses: [u8; 32] = packet.read(l3 + 8).ok_or(Reason::Truncated)?;
+    let [a, b, c, d]: [u64; 4] = bytemuck::must_cast(addresses);
+    let (saddr, daddr) = (V6(bytemuck::must_cast([a, b])), V6(bytemuck::must_cast([c, d])));
     Ok(Headers {
         key: FlowKey::of_packet(saddr, daddr, transport.ports, protocol, direction),
         segment: transport.segment,

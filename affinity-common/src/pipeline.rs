@@ -103,7 +103,7 @@ fn enter<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, 
     if headers.key.daddr.is_loopback() {
         return pass(tables, Reason::NotFrontend);
     }
-    let outcome = to_frontend(tables, &mut headers, packet.ifindex());
+    let outcome = to_frontend(tables, &mut headers, || packet.ifindex());
     carry_out(packet, tables, &headers, &outcome)
 }
 
@@ -146,7 +146,7 @@ fn icmp_or_fragment<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6
 pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     tables: &T,
     headers: &mut Headers<A>,
-    ifindex: u32,
+    ifindex: impl FnOnce() -> u32,
 ) -> Outcome<T::Entry<Flow<A>>> {
     let bit = filter_bit(headers.key.daddr, headers.key.dport, headers.key.protocol);
     let may_be_frontend = tables.filter(Direction::Dnat, bit);
@@ -174,7 +174,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     if !may_be_frontend && !may_be_to_member() {
         return Outcome::new(Decision::Pass, Reason::NotFrontend);
     }
-    if tables.is_above_another(ifindex) {
+    if tables.is_above_another(ifindex()) {
         headers.set_seen_below();
     }
     match tables.open(headers) {

@@ -158,7 +158,7 @@ where
             return ("pass", Reason::NotInRanges, None);
         }
         let (model, mut headers) = (self.model(), self.headers());
-        let outcome = pipeline::to_frontend(&model, &mut headers, NO_DEVICE);
+        let outcome = pipeline::to_frontend(&model, &mut headers, || NO_DEVICE);
         let (would, flow) = match outcome.decision {
             Decision::Pass => ("pass", None),
             Decision::Forward(flow) => ("forward", Some(flow.get())),

@@ -307,7 +307,7 @@ where
     Model: FamilyTables<A>,
 {
     let mut headers = headers(frontend, client, sport, flags);
-    let outcome = to_frontend(model, &mut headers, 0);
+    let outcome = to_frontend(model, &mut headers, || 0);
     let to = match outcome.decision {
         Decision::Forward(_) => {
             let edit = model.flow(&headers.key).expect("the flow that the packet belongs to").read(Flow::EDIT);
