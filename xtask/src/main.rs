@@ -99,6 +99,9 @@ struct TestArgs {
     /// `demo` is the demonstration
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "brief")]
     suite: Vec<String>,
+    /// Repeat these suites for so many minutes, to find rare failures
+    #[arg(long, value_name = "MINUTES", requires = "suite", conflicts_with_all = ["kernel", "kernels"])]
+    minutes: Option<u64>,
     /// Given to the programs of these suites, or to that of the cards, such as a part of tests' names
     #[arg(last = true, requires = "chosen")]
     arguments: Vec<String>,
@@ -113,7 +116,10 @@ impl TestArgs {
             Some(release) => std::slice::from_ref(release),
             None if self.kernels => &Release::ALL,
             None if self.suite.is_empty() => return Steps::report(test::run),
-            None => return Steps::report(|steps| test::kernel_tests(steps, &self.suite, &self.arguments)),
+            None => {
+                let time = Duration::from_secs(60 * self.minutes.unwrap_or(0));
+                return Steps::report(|steps| test::kernel_tests_for(time, steps, &self.suite, &self.arguments));
+            }
         };
         let selection = if self.brief {
             Selection::Brief

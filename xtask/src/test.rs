@@ -1,6 +1,10 @@
 //! `cargo xtask test`: the ladder from the least powerful method of testing to the most.
 
-use std::{collections::BTreeSet, env, fs, time::Duration};
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, ensure};
 
@@ -46,6 +50,16 @@ fn rendered() -> Result<()> {
         } else {
             println!("NOT RUN: {tool} is not here, and so deploy/ was not checked with it");
         }
+    }
+    Ok(())
+}
+
+/// [`kernel_tests`], again and again until the time is over, and at least once.
+pub(crate) fn kernel_tests_for(time: Duration, steps: &mut Steps, only: &[String], arguments: &[String]) -> Result<()> {
+    let end = Instant::now() + time;
+    kernel_tests(steps, only, arguments)?;
+    while Instant::now() < end {
+        kernel_tests(steps, only, arguments)?;
     }
     Ok(())
 }
