@@ -13,6 +13,7 @@ use affinity_tests::lab::{
 use affinity_tests::patience::patience;
 use affinity_tests::proxy::{Proxy, drop_invalid};
 use affinity_tests::story::tell_in;
+use affinity_user::attach::xdp_features;
 use anyhow::{Context, Result, ensure};
 
 /// As many as `ARGS` grants.
@@ -69,6 +70,11 @@ fn redirected_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -
     Ok((lab.count("redirected")? - sent_before, forwarded(lab)?[family as usize] - stack_before))
 }
 
+/// Whether XDP redirects at all: only if the kernel tells which devices can send frames that came in by others (Linux 6.3).
+fn xdp_redirects() -> bool {
+    xdp_features().is_ok()
+}
+
 /// Connections of a client outside to node ports of this pod, which sees the node under the policy Cluster, and the client
 /// under Local.
 fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()> {
@@ -97,8 +103,12 @@ fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()
             let (sent, by_stack) = redirected_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
             let least = if protocol == Protocol::Tcp { 8 } else { 2 };
             let way = format!("{family:?} {protocol} under {policy:?}");
-            ensure!(sent >= u64::from(REQUESTS) * least, "{way}: {sent} were redirected");
-            ensure!(by_stack == 0, "{way}: the stack has forwarded {by_stack}");
+            let is_as_expected = if proxy == Proxy::Xdp && !xdp_redirects() {
+                sent == 0 && by_stack > 0
+            } else {
+                sent >= u64::from(REQUESTS) * least && by_stack == 0
+            };
+            ensure!(is_as_expected, "{way}: {sent} were redirected, the stack has forwarded {by_stack}");
         }
     }
     Ok(())
@@ -255,6 +265,7 @@ fn xdp_sends_back_out_of_the_wire_that_a_frame_came_in_by() -> Result<()> {
     };
     request(0)?;
     let (sent, by_stack) = redirected_and_forwarded(&lab, Family::V4, || (0..10).try_for_each(request))?;
-    ensure!(sent >= 80 && by_stack == 0, "{sent} were redirected, the stack has forwarded {by_stack}");
+    let is_as_expected = if xdp_redirects() { sent >= 80 && by_stack == 0 } else { sent == 0 && by_stack > 0 };
+    ensure!(is_as_expected, "{sent} were redirected, the stack has forwarded {by_stack}");
     Ok(())
 }
