@@ -1,8 +1,8 @@
-//! The agent: keeps the dataplane in step with its source and its devices, and tidies up after it.
+//! The agent: keeps the dataplane in step with the source and the devices, and removes what is no longer used.
 //!
-//! The dataplane goes on without the agent; so it may be stopped, killed and started again at any time. It owns its pin
-//! directory by a lock, publishes before it attaches unless the source keeps it waiting, and on SIGTERM leaves everything in
-//! place.
+//! The dataplane works without the agent, so the agent may be stopped, killed and started again at any time. It holds a lock on
+//! its pin directory. It publishes before it attaches, unless the source does not answer in time. On SIGTERM it leaves
+//! everything in place.
 
 mod attacher;
 mod health;
@@ -73,10 +73,10 @@ use crate::{
     sys::SysError,
 };
 
-/// The agent cannot go on.
+/// The agent cannot start or continue, or `attach` or `detach` failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// Another agent has the pin directory.
+    /// Another agent uses the pin directory.
     #[error(transparent)]
     Lock(#[from] LockError),
     /// A device pattern is invalid.
@@ -91,7 +91,7 @@ pub enum AgentError {
     /// The maps cannot be written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A device cannot be attached or taken off.
+    /// A device cannot be attached or detached.
     #[error(transparent)]
     Attach(#[from] AttachError),
     /// A pin cannot be removed.
@@ -103,44 +103,44 @@ pub enum AgentError {
     /// The source cannot be used.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// Nothing of the source can be read, and packets are handled as before, if at all.
+    /// Nothing in the source can be read. What is attached stays as it is.
     #[error("--source: {why}: {outcome}")]
     Unreadable {
         /// What is wrong with it.
         why: String,
-        /// What is attached therefore.
+        /// What is attached as a result.
         outcome: &'static str,
     },
-    /// `--socket on`, and the kernel refused the programs.
+    /// `--socket on`, and the kernel rejected the programs.
     #[error("--socket on: {0}")]
     NoSocketPrograms(String),
-    /// The process lacks something that it needs: a thread, a socket, a signal.
+    /// A resource of the process cannot be used: a thread, a socket, a signal.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
-    /// Metrics cannot be served there.
+    /// Metrics cannot be served at this address.
     #[error("--metrics {0}: {1}")]
     Http(SocketAddr, io::Error),
-    /// `attach` was told of no device, and found none.
+    /// `attach` without device names found no device.
     #[error(
         "no device was found that packets for frontends could enter by: name it with --device; `ip link` lists all"
     )]
     NothingFound,
-    /// `attach` was told of a device that is not there.
+    /// `attach` was given a device that does not exist.
     #[error("--device {0}: there is no such device")]
     NoDevice(String),
-    /// `detach` was told of a device that nothing is attached to.
+    /// `detach` was given a device that nothing is attached to.
     #[error("{0}: nothing is attached to it")]
     NotAttached(String),
 }
 
-/// What `affinity run` and `affinity attach` are told.
+/// The options of `affinity run` and `affinity attach`.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Where services come from.
     pub source: Source,
-    /// Names and glob patterns of devices; none: they are found.
+    /// Names and glob patterns of devices; if empty, devices are discovered.
     pub devices: Vec<String>,
-    /// Names and glob patterns of those that XDP is for; none: their kinds decide.
+    /// Names and glob patterns of the devices that get XDP; if empty, a device's kind decides.
     pub xdp_devices: Vec<String>,
     /// How to attach them.
     pub attach: attach::Options,
@@ -150,25 +150,25 @@ pub struct Options {
     pub load: load::Options,
     /// Where to pin.
     pub pin_dir: PathBuf,
-    /// What is said of the node; its addresses are looked at.
+    /// Configured facts about the node. Its addresses are read from the system.
     pub node: NodeFacts,
-    /// Which services are ours.
+    /// Which services affinity handles.
     pub services: desired::Services,
-    /// Our name in the label that gives services to a proxy.
+    /// Our name in the label that assigns a service to a proxy.
     pub proxy_name: String,
-    /// Decide and count, and let every packet pass.
+    /// Decide and count, but let every packet pass.
     pub shadow: bool,
-    /// How long what has gone may come back.
+    /// How long backends, ids and pins are kept after their objects have gone.
     pub limits: Limits,
     /// Keep Linux from giving ports that affinity uses to the node's own connections.
     pub reserve_ports: bool,
-    /// `run`: take the dataplane away at the end.
+    /// `run`: remove the dataplane on exit.
     pub detach_on_exit: bool,
     /// `run`: serve metrics and probes.
     pub http: Option<http::Options>,
-    /// `run`: answer whether the node should have traffic.
+    /// `run`: where to answer whether the node should get traffic.
     pub node_health: NodeHealth,
-    /// Whether lines on standard output are JSON objects, as those of the log.
+    /// Whether lines on standard output are JSON objects, like those of the log.
     pub json: bool,
 }
 
@@ -182,10 +182,10 @@ impl Options {
 /// Runs until SIGTERM or SIGINT. Prints one line on standard output once the dataplane is in step: `ready: ...`.
 ///
 /// # Errors
-/// [`AgentError`] where the dataplane cannot be brought up. Once it is, failures are logged and tried again.
+/// [`AgentError`] if the dataplane cannot be brought up. Later failures are logged and retried.
 pub fn run(options: &Options) -> Result<(), AgentError> {
     runtime()?.block_on(async {
-        // From here on a signal no longer ends the process, but waits until the dataplane is up.
+        // From here on a signal does not end the process, but waits until the dataplane is up.
         let signals = Signals::new().map_err(|error| AgentError::System("signals", error))?;
         let mut agent = Agent::start(options).await?;
         let outcome = agent.run(signals).await;
@@ -196,10 +196,10 @@ pub fn run(options: &Options) -> Result<(), AgentError> {
     })
 }
 
-/// Brings the dataplane up, in step with the source as it is now, and leaves it to itself.
+/// Brings the dataplane up once, in step with the current source, and returns.
 ///
 /// # Errors
-/// [`AgentError`], also where no device matches a pattern.
+/// [`AgentError`], also if a pattern matches no device.
 pub fn attach(options: &Options) -> Result<(), AgentError> {
     runtime()?.block_on(async {
         let _lock = Lock::take(&options.pin_dir)?;
@@ -225,7 +225,7 @@ pub fn attach(options: &Options) -> Result<(), AgentError> {
     })
 }
 
-/// What [`attach()`] does once it knows what to attach, and where.
+/// Loads, publishes and attaches, for [`attach()`].
 fn attach_once(
     options: &Options,
     pins: &PinDir,
@@ -255,7 +255,7 @@ fn attach_once(
     say("attached", options.json, &publisher, &attacher.summary(), pins)
 }
 
-/// Of another version of affinity, perhaps: it would go on beside this one.
+/// Another version of affinity may be attached: its programs would run next to these.
 fn replace_other_layouts(pins: &PinDir) -> Result<(), AgentError> {
     for attach::Replaced { layout, adopted, detached, keeps_maps } in attach::replace_other_layouts(pins)? {
         warn!(
@@ -273,7 +273,7 @@ const fn outcome_of_unreadable(is_attached: bool) -> &'static str {
     if is_attached { "the dataplane stays as it is" } else { "nothing is attached" }
 }
 
-/// What was taken off by [`detach`].
+/// What [`detach`] has detached.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Detached {
     /// From devices.
@@ -284,10 +284,11 @@ pub struct Detached {
     pub others: Vec<attach::Replaced>,
 }
 
-/// Takes the programs off one device; or off all, and every pin away. Returns what was attached.
+/// Detaches the programs from one device. Without a device, detaches them from everything and removes all pins. Returns what
+/// was attached.
 ///
 /// # Errors
-/// [`AgentError`], also where an agent is at work: it would attach again.
+/// [`AgentError`], also if an agent is running: it would attach again.
 pub fn detach(pin_dir: &Path, device: Option<&str>) -> Result<Detached, AgentError> {
     let _lock = Lock::take(pin_dir)?;
     let pins = PinDir::new(pin_dir);
@@ -309,7 +310,7 @@ fn take_away(pins: &PinDir) -> Result<Detached, AgentError> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, AgentError> {
-    // One thread: devices belong to its network namespace, and one thing happens at a time.
+    // One thread: devices belong to its network namespace, and its tasks do not run in parallel.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -336,8 +337,8 @@ fn log_loaded(loaded: &Loaded, options: &Options) {
     }
 }
 
-/// The line on standard output that says that it is done: with `json`, an object as those of the log, whose `state` is
-/// the word.
+/// Prints the line on standard output that reports success. With `json`, it is an object like those of the log, with `word` as
+/// its `state`.
 fn say(word: &str, json: bool, publisher: &Publisher, devices: &Summary, pins: &PinDir) -> Result<(), AgentError> {
     let Summary { number, names, .. } = devices;
     let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
@@ -357,7 +358,7 @@ fn say(word: &str, json: bool, publisher: &Publisher, devices: &Summary, pins: &
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| AgentError::System("standard output", error))
 }
 
-/// What runs between readiness and the end.
+/// The agent after its start.
 struct Agent {
     pins: PinDir,
     devices: Devices,
@@ -370,17 +371,17 @@ struct Agent {
     feed: Feed,
     /// Whether the dataplane was ever in step with the source.
     is_ready: bool,
-    /// Whether devices are left to a dataplane of another version, because nothing is published yet.
+    /// Whether a dataplane of another version keeps the devices, because nothing is published yet.
     is_held_back: bool,
     sweeping: Sweeping,
     socket_destroyer: SocketDestroyer,
     consumer: Consumer,
     status_writer: StatusWriter,
-    /// None if no reader is there.
+    /// None if the source takes no notices.
     event_recorder: Option<EventRecorder>,
     node: NodeFacts,
     vitals: Arc<Vitals>,
-    /// What the programs log goes to this process's log; none where they log nothing.
+    /// Copies the programs' log records to this process's log; none if they log nothing.
     flush_log: Option<Box<dyn FnMut()>>,
     /// Whether lines on standard output are JSON objects.
     json: bool,
@@ -389,20 +390,20 @@ struct Agent {
     lock: Option<Lock>,
 }
 
-/// How often the event ring, and the log, are emptied: they hold many times what happens meanwhile.
+/// How often the event ring and the log are drained: they have room for many times the records of one interval.
 const CONSUME_EVERY: Duration = Duration::from_millis(50);
 /// How long to wait for a source before the devices are attached without it.
 const FIRST_SNAPSHOT: Duration = Duration::from_secs(1);
-/// How often devices are looked at without being told.
+/// How often devices are checked without a notification.
 const DEVICES_EVERY: Duration = Duration::from_secs(30);
-/// How often the agent looks whether its pins and attachments are still there.
+/// How often the agent checks its pins and attachments.
 const UPKEEP_EVERY: Duration = Duration::from_secs(3);
 /// How long to wait after a failed step: at first, and at most.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 const RETRY_AT_MOST: Duration = Duration::from_secs(5);
 
 impl Agent {
-    /// Loads, publishes, attaches; where that fails, nothing is left of it.
+    /// Loads, publishes and attaches. If that fails, it is undone.
     async fn start(options: &Options) -> Result<Self, AgentError> {
         let lock = Lock::take(&options.pin_dir)?;
         let pins = PinDir::new(&options.pin_dir);
@@ -445,7 +446,7 @@ impl Agent {
             publisher.publish()?;
             ports.look(publisher.desired());
         }
-        // Until the source answers, a dataplane of another version knows more than this one.
+        // Until the source answers, a dataplane of another version may know more services than this one.
         let is_held_back = first.is_none() && !pins.other_layouts()?.is_empty();
         if !is_held_back {
             replace_other_layouts(&pins)?;
@@ -496,7 +497,7 @@ impl Agent {
         say("ready", self.json, &self.publisher, &self.attaching.summary(), &self.pins)
     }
 
-    /// Until a signal comes.
+    /// Runs until a signal arrives.
     async fn run(&mut self, mut signals: Signals) -> Result<(), AgentError> {
         let mut consume = every(CONSUME_EVERY);
         let mut look = every(DEVICES_EVERY);
@@ -566,14 +567,14 @@ impl Agent {
             Err(error) => {
                 let after = retry.failed();
                 error!("{error}; trying again in {after:?}");
-                // It may have come as far as backends.
+                // Backends may have gone before the step that failed.
                 self.socket_destroyer.backends_left();
             }
         }
         Ok(())
     }
 
-    /// Retires backends that need not linger any longer, and publishes what had no room beside them.
+    /// Retires backends that no longer need to linger, and publishes what had no room until then.
     fn end_lingering(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
         match self.publisher.end_lingering(&self.sweeping.traffic()) {
             Ok(false) => return Ok(()),
@@ -592,7 +593,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Takes in what the sweep has found, and tells owners of services what they should know.
+    /// Processes the findings of the sweep, and sends notices to the owners of services.
     fn notice(&mut self) {
         let Findings { evicted, met, clients_are_nodes } = self.sweeping.take_findings();
         if let Some(Err(error)) = met.map(|met| self.publisher.forget_names(&met)) {
@@ -648,7 +649,7 @@ impl Agent {
         }
     }
 
-    /// Looks at the devices and their addresses, and follows them.
+    /// Follows changes of the devices and their addresses.
     async fn reconcile(&mut self, retry: &mut Retry) -> Result<(), AgentError> {
         if !self.is_held_back
             && let Err(error) = self.attaching.keep_up(&mut self.devices).await
@@ -658,7 +659,7 @@ impl Agent {
         if self.look_at_node().await { self.publish(retry) } else { Ok(()) }
     }
 
-    /// Looks at the node's addresses; says whether something else is desired by them.
+    /// Reads the node's addresses. Returns whether a change of them has to be published.
     async fn look_at_node(&mut self) -> bool {
         match seen(&self.devices, &self.node).await {
             Ok(node) => self.publisher.learn(node) && self.is_ready,
@@ -670,8 +671,8 @@ impl Agent {
     }
 }
 
-/// The first snapshot; none where the source does not answer: then the dataplane serves as before, on new
-/// devices too. So it is where nothing can be read, and a dataplane is at work.
+/// The first snapshot. None if the source does not answer: then the dataplane continues as before, on new devices too. Also
+/// none if nothing in the source can be read while a dataplane is attached.
 async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Result<Option<Snapshot>, AgentError> {
     let Ok(first) = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await else {
         warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
@@ -686,13 +687,13 @@ async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Re
     Ok(None)
 }
 
-/// The node with the addresses that it has now.
+/// The node with its current addresses.
 async fn seen(devices: &Devices, node: &NodeFacts) -> Result<NodeFacts, AgentError> {
     let network = devices.network().await.map_err(no_netlink)?;
     Ok(NodeFacts { addresses: network.own_addresses(), ..node.clone() })
 }
 
-/// Attaches what is there, and warns of what is not.
+/// Attaches the existing devices, and warns about missing ones.
 async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<(), AgentError> {
     let device_snapshot = DeviceSnapshot::at(devices, attacher.needs_roles()).await.map_err(no_netlink)?;
     for pattern in attacher.without_device(&device_snapshot) {
@@ -704,7 +705,7 @@ async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<
     attacher.reconcile_all(&device_snapshot)?.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
-/// Says which devices lead out of the node, and cannot be attached.
+/// Warns about devices that lead out of the node but cannot be attached.
 async fn warn_of_unserved(devices: &mut Devices) -> Result<(), AgentError> {
     let (list, network) = (devices.list().await.map_err(no_netlink)?, devices.network().await.map_err(no_netlink)?);
     for device in attach::unserved(&list, &network) {
@@ -713,7 +714,7 @@ async fn warn_of_unserved(devices: &mut Devices) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// From `namespace/name`.
+/// Parses `namespace/name`.
 fn named(service: &str) -> Option<ObjectName> {
     service.split_once('/').map(|(namespace, name)| ObjectName::new(namespace, name))
 }
@@ -747,7 +748,7 @@ impl Signals {
     }
 }
 
-/// When to try again: later after each failure.
+/// When to retry: the delay grows with each failure.
 #[derive(Debug, Default)]
 struct Retry {
     due: Option<(Instant, Duration)>,
@@ -773,7 +774,7 @@ impl Retry {
     }
 }
 
-/// What brings the programs' log records to this process's log; none where they write none.
+/// A function that copies the programs' log records to this process's log; none if they write none.
 fn log_reader(loaded: &mut Loaded) -> Option<Box<dyn FnMut()>> {
     let mut logger = EbpfLogger::init(&mut loaded.ebpf).ok()?;
     Some(Box::new(move || logger.flush()))

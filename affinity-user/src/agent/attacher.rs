@@ -1,9 +1,9 @@
-//! Keeps the devices attached that the user named by patterns; or, where he named none, those that packets for
-//! frontends can enter by.
+//! Keeps devices attached: those that the user named by patterns, or, without patterns, those through which packets for
+//! frontends can enter.
 //!
-//! Each round compares all devices with all attachments, so that it does not matter what happened in between: devices
-//! came, went, were renamed, or came back under their old name. A device that was found stays attached while it exists:
-//! a default route that is gone for a moment must not break connections.
+//! Each round compares all devices with all attachments, so it does not matter what happened in between: devices came, went,
+//! were renamed, or came back under their old name. A discovered device stays attached while it exists: a default route that is
+//! missing for a moment must not break connections.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,10 +45,10 @@ pub(super) struct DeviceSnapshot {
 }
 
 impl DeviceSnapshot {
-    /// At all devices, and their roles where an attacher `needs_roles`.
+    /// Lists all devices, and determines their roles if an attacher `needs_roles`.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub(super) async fn at(devices: &mut Devices, needs_roles: bool) -> io::Result<Self> {
         let list = devices.list().await?;
         let roles = if needs_roles { roles(&list, &devices.network().await?) } else { BTreeMap::new() };
@@ -56,9 +56,9 @@ impl DeviceSnapshot {
     }
 }
 
-/// How far a reconciliation has come.
+/// The progress of a reconciliation.
 pub(super) struct Progress {
-    /// Whether all devices have been seen to.
+    /// Whether all devices were handled.
     pub(super) is_complete: bool,
     /// The first failure of a device that the user named.
     pub(super) failure: Option<AttachError>,
@@ -70,22 +70,22 @@ impl Default for Progress {
     }
 }
 
-/// How many devices are attached before the list is looked at again. The kernel waits for a grace period at each hook,
-/// so that these take half a second, more or less.
+/// How many devices are attached before newer snapshots are taken into account. The kernel waits for a grace period at each
+/// hook, so this many take about half a second.
 const AT_ONCE: usize = 32;
 
 /// The devices that are attached, and those that should be.
 #[derive(Debug)]
 pub(super) struct Attacher {
     pins: PinDir,
-    /// None: devices are found.
+    /// Empty: devices are discovered.
     patterns: Vec<Pattern>,
-    /// The devices that XDP is for; none: [`attach::Options`] tell by themselves.
+    /// The devices that get XDP. Empty: [`attach::Options`] decide.
     for_xdp: Vec<Pattern>,
     options: attach::Options,
     /// By index; what this process attached or found attached.
     attached: BTreeMap<u32, AttachedState>,
-    /// What could not be attached, and the reason that was logged.
+    /// Devices that could not be attached, by index, and the reason that was logged.
     failed: BTreeMap<u32, String>,
     /// Attachments that were removed, until they are restored.
     lost: BTreeSet<u32>,
@@ -98,7 +98,7 @@ struct AttachedState {
     hooks: Vec<Hook>,
     /// Why there is no XDP on it.
     note: Option<Note>,
-    /// The same, where it is the device's surroundings that rule it out: they may change.
+    /// The same, if the device's surroundings rule it out: these may change.
     ruled_out: Option<Note>,
 }
 
@@ -121,7 +121,7 @@ impl Attacher {
         })
     }
 
-    /// How a device is to be attached.
+    /// The options for a device.
     fn options(&self, device: &Device) -> attach::Options {
         if self.for_xdp.is_empty() {
             self.options
@@ -132,17 +132,17 @@ impl Attacher {
         }
     }
 
-    /// Whether devices are found, and not named.
+    /// Whether devices are discovered rather than named.
     pub(super) const fn finds(&self) -> bool {
         self.patterns.is_empty()
     }
 
-    /// Whether it matters where devices lead.
+    /// Whether the roles of devices are needed.
     pub(super) const fn needs_roles(&self) -> bool {
         self.finds() || self.options.redirect
     }
 
-    /// Whether devices should have been found, and none was.
+    /// Whether devices should be discovered, and none was.
     pub(super) fn finds_none(&self, snapshot: &DeviceSnapshot) -> bool {
         self.finds() && snapshot.roles.values().all(|finding| finding.role.is_none())
     }
@@ -153,7 +153,7 @@ impl Attacher {
         self.patterns.iter().filter(unmatched).map(|pattern| pattern.as_str().to_owned()).collect()
     }
 
-    /// Whether a device is meant by its very name.
+    /// Whether a pattern is exactly the device's name.
     fn is_named(&self, device: &Device) -> bool {
         self.patterns.iter().any(|pattern| pattern.as_str() == device.name)
     }
@@ -163,16 +163,16 @@ impl Attacher {
             let has_role = snapshot.roles.get(&device.index).is_some_and(|finding| finding.role.is_some());
             return has_role || self.attached.contains_key(&device.index) || self.lost.contains(&device.index);
         }
-        // A pattern means what can be attached; only a name insists.
+        // A pattern covers only devices that can be attached. An exact name always counts.
         let possible = device.framing != Framing::Other || self.is_named(device);
         possible && self.patterns.iter().any(|pattern| pattern.matches(&device.name))
     }
 
-    /// Brings the attachments in step with the devices, and logs what changes; a bounded number of them, since the kernel
-    /// takes its time for each. Those that lead out of the node are first.
+    /// Brings the attachments in step with the devices, and logs changes. Devices that lead out of the node are first. The
+    /// number of new attachments is bounded, because each one takes the kernel a while.
     ///
     /// # Errors
-    /// [`AttachError`] where the attachments cannot be listed or cleaned up.
+    /// [`AttachError`] if the attachments cannot be listed or cleaned up.
     pub(super) fn reconcile(&mut self, snapshot: &DeviceSnapshot) -> Result<Progress, AttachError> {
         self.forget(&snapshot.devices.iter().map(|device| device.index).collect())?;
         self.notice_losses()?;
@@ -206,7 +206,7 @@ impl Attacher {
         Ok(progress)
     }
 
-    /// Whether a device is attached as it should be. It is not where a VLAN device has come or gone.
+    /// Whether a device is attached as it should be. It no longer is if a VLAN device on it has come or gone.
     fn is_held(&mut self, device: &Device) -> bool {
         let ruled_out = attach::rules_out_xdp(device, self.options(device));
         let Some(held) = self.attached.get_mut(&device.index) else { return false };
@@ -240,8 +240,7 @@ impl Attacher {
         snapshot.devices.iter().filter_map(attached).collect()
     }
 
-    /// As [`Attacher::reconcile`], until all devices have been seen to. Returns the first failure of a device that the user
-    /// named.
+    /// As [`Attacher::reconcile`], until all devices were handled. Returns the first failure of a device that the user named.
     ///
     /// # Errors
     /// As [`Attacher::reconcile`].
@@ -254,7 +253,7 @@ impl Attacher {
         }
     }
 
-    /// Forgets attachments whose pin or link was removed, so that they are made again.
+    /// Forgets attachments with a removed pin or link, so that they are restored.
     fn notice_losses(&mut self) -> Result<(), AttachError> {
         for (index, AttachedState { name, hooks, .. }) in &self.attached {
             let there = attach::hooks_of(&self.pins, *index)?;
@@ -297,7 +296,7 @@ impl Attacher {
                 self.attached.insert(device.index, AttachedState { name: device.name.clone(), hooks, note, ruled_out });
                 None
             }
-            // It went while it was attached; the next snapshot will not have it.
+            // The device was removed meanwhile; the next snapshot will not contain it.
             Err(_) if device_name(device.index).is_none() => None,
             Err(error) => {
                 let text = error.to_string();
@@ -309,7 +308,7 @@ impl Attacher {
         }
     }
 
-    /// Says who else handles packets on the attached devices, and that kube-proxy does in this network namespace.
+    /// Logs other programs that handle packets on the attached devices, and kube-proxy's rules in this network namespace.
     pub(super) fn tell_of_others(&self, services: Services) {
         let devices = self.attached.iter().map(|(index, held)| (*index, held.name.clone())).collect();
         let lines = attach::others::programs(&self.pins, &devices);
@@ -344,7 +343,7 @@ impl Attacher {
     }
 }
 
-/// The attached devices, for people.
+/// The attached devices, as text.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Summary {
     /// How many.
@@ -358,7 +357,7 @@ pub(super) struct Summary {
 /// How many devices a summary names.
 const NAMED: usize = 8;
 
-/// An attacher at work on a thread of its own, so that nothing else waits for the kernel. It ends when this is dropped.
+/// An attacher on its own thread, so that nothing else waits for the kernel. The thread ends when this is dropped.
 pub(super) struct Worker {
     /// `None` in the channel: check the attachments again, with the last snapshot.
     snapshots: Option<Sender<Option<DeviceSnapshot>>>,
@@ -368,16 +367,16 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Lets `attacher` go on from here.
+    /// Moves `attacher` to its own thread.
     ///
     /// # Errors
-    /// The system's answer where there is no thread to be had.
+    /// The system's error if no thread can be started.
     pub(super) fn start(mut attacher: Attacher) -> io::Result<Self> {
         let (snapshots, given) = mpsc::channel();
         let needs_roles = attacher.needs_roles();
         let summary = Arc::new(Mutex::new(attacher.summary()));
         let shared = Arc::clone(&summary);
-        // A thread is in the network namespace of the one that made it.
+        // A thread inherits the network namespace of the thread that started it.
         let thread =
             thread::Builder::new().name("attacher".to_owned()).spawn(move || attacher.follow(&given, &shared))?;
         Ok(Self { snapshots: Some(snapshots), thread: Some(thread), needs_roles, summary })
@@ -388,20 +387,20 @@ impl Worker {
         self.summary.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Brings the attachments in step with the devices as they are now, soon.
+    /// Makes the thread reconcile the attachments with the current devices.
     ///
     /// # Errors
-    /// The system's answer where they cannot be listed.
+    /// The system's error if they cannot be listed.
     pub(super) async fn keep_up(&self, devices: &mut Devices) -> io::Result<()> {
         let snapshot = DeviceSnapshot::at(devices, self.needs_roles).await?;
         self.send(Some(snapshot))
     }
 
-    /// Restores removed attachments soon. The devices are those of the last look: to list them with their
-    /// routes may take long.
+    /// Makes the thread restore removed attachments. It uses the last snapshot, because listing devices with their routes may
+    /// take long.
     ///
     /// # Errors
-    /// Where the thread has ended.
+    /// If the thread has ended.
     pub(super) fn repair(&self) -> io::Result<()> {
         self.send(None)
     }
@@ -415,7 +414,7 @@ impl Worker {
 }
 
 impl Worker {
-    /// Ends it, after the device that it is at.
+    /// Ends the thread, after its current round.
     pub(super) fn stop(&mut self) {
         self.snapshots = None;
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
@@ -453,7 +452,7 @@ impl Attacher {
     }
 }
 
-/// Takes the newest snapshot that waits. False where the agent ends.
+/// Takes the newest waiting snapshot. False if the agent ends.
 fn newest(snapshots: &Receiver<Option<DeviceSnapshot>>, last: &mut Option<DeviceSnapshot>) -> bool {
     loop {
         match snapshots.try_recv() {
@@ -464,7 +463,7 @@ fn newest(snapshots: &Receiver<Option<DeviceSnapshot>>, last: &mut Option<Device
     }
 }
 
-/// How packets of clients come in; how replies leave is always TC.
+/// How packets from clients enter. Replies always leave through TC.
 fn ways(hooks: &[Hook]) -> &'static str {
     match hooks.iter().find(|hook| hook.is_ingress()) {
         Some(Hook::XdpNative) => "xdp native",

@@ -1,9 +1,9 @@
-//! Load balancers ask every node at a service's `healthCheckNodePort` whether it has endpoints of the service: answered
-//! as kube-proxy does, 200 with the number of ready endpoints on this node, or 503 where there are none. And they ask at one
-//! port whether the node should have traffic at all: [`super::node_health`].
+//! Health checks of services. Load balancers ask every node at a service's `healthCheckNodePort` whether it has endpoints of
+//! the service. The answers are those of kube-proxy: 200 with the number of ready endpoints on this node, or 503 if there are
+//! none. Load balancers also ask at one port whether the node should get traffic at all: [`super::node_health`].
 //!
-//! The servers of both run on a thread of their own, so that an answer never waits for a plan to be carried out. A port that
-//! is taken is warned of once, and tried again.
+//! The servers of both run on their own thread, so an answer never waits until a plan is carried out. If a port is taken, this
+//! is logged once, and listening is retried.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,10 +33,10 @@ use crate::{
     source::ObjectName,
 };
 
-/// Open connections to one address and port: there are as many of those as services and addresses of the node.
+/// Open connections to one address and port. There is one such pair for each service and address of the node.
 const CONNECTIONS: usize = 32;
 
-/// What is asked at one address and port.
+/// The answer at one address and port.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Answer {
     service: ObjectName,
@@ -51,10 +51,10 @@ pub(super) struct HealthChecks {
 }
 
 impl HealthChecks {
-    /// Answers for the node, and for no service yet.
+    /// Starts the servers: for the node, and for no service yet.
     ///
     /// # Errors
-    /// The system's answer where there is no thread to be had.
+    /// The system's error if no thread can be started.
     pub(super) fn start(node: NodeHealth, vitals: Arc<Vitals>) -> io::Result<Self> {
         let (answers, told) = watch::channel(Answers::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -68,7 +68,7 @@ impl HealthChecks {
         Ok(Self { answers })
     }
 
-    /// Follows what is desired.
+    /// Updates the servers to the desired state.
     pub(super) fn follow(&self, desired: &Desired) {
         let answers = answers(desired);
         self.answers.send_if_modified(|current| {
@@ -79,7 +79,7 @@ impl HealthChecks {
     }
 }
 
-/// Of two services that ask for one port, the first by name has it.
+/// If two services request one port, the first by name gets it.
 fn answers(desired: &Desired) -> Answers {
     let mut answers = Answers::new();
     for (service, HealthCheck { port, local }) in &desired.health_checks {
@@ -98,12 +98,12 @@ struct Servers {
     current: Arc<Mutex<Answers>>,
     vitals: Arc<Vitals>,
     running: BTreeMap<SocketAddr, AbortHandle>,
-    /// Ports that were warned of.
+    /// Ports that a warning was logged for.
     taken: Arc<Mutex<BTreeSet<u16>>>,
 }
 
 impl Servers {
-    /// Until the channel closes.
+    /// Follows changes until the channel closes.
     async fn follow(mut self, mut told: watch::Receiver<Answers>) {
         while told.changed().await.is_ok() {
             let answers = told.borrow_and_update().clone();
@@ -117,7 +117,7 @@ impl Servers {
             *self.current.lock().unwrap_or_else(PoisonError::into_inner) = answers.clone();
             let is_asked = |port: &u16| answers.keys().any(|at| at.port() == *port);
             self.taken.lock().unwrap_or_else(PoisonError::into_inner).retain(is_asked);
-            // A port is free when its former server is gone.
+            // Let stopped servers end: only then are their ports free.
             tokio::task::yield_now().await;
             for (at, answer) in answers {
                 if !self.running.contains_key(&at) {
@@ -132,7 +132,7 @@ impl Servers {
         let router = Router::new().fallback(answer).with_state(asked);
         let (service, taken) = (service.clone(), Arc::clone(&self.taken));
         let on_taken = move |error| {
-            // A program that has the port at one address has it at all, as a rule.
+            // One warning a port: usually a program has it at all addresses.
             if taken.lock().unwrap_or_else(PoisonError::into_inner).insert(at.port()) {
                 warn!("Service {service}: spec.healthCheckNodePort: cannot listen at {at}: {error}");
             }
@@ -143,7 +143,7 @@ impl Servers {
     }
 }
 
-/// What a handler knows.
+/// The state of a handler.
 struct Asked {
     at: SocketAddr,
     current: Arc<Mutex<Answers>>,
@@ -158,7 +158,7 @@ async fn answer(State(asked): State<Arc<Asked>>) -> Response {
 
 fn respond(Answer { service, local }: &Answer, is_healthy: bool) -> Response {
     let status = if *local > 0 && is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    // Names are DNS labels: nothing in them needs a backslash.
+    // Names are DNS labels, which need no escapes in JSON.
     let body = format!(
         "{{\"service\":{{\"namespace\":\"{}\",\"name\":\"{}\"}},\"localEndpoints\":{local},\"serviceProxyHealthy\":{is_healthy}}}",
         service.namespace, service.name
@@ -196,7 +196,7 @@ pub(super) mod tests {
         Ok(text)
     }
 
-    /// Asks until the answer is right, or for too long.
+    /// Asks until the answer is right; fails after too long.
     fn comes_to(at: SocketAddr, is_right: impl Fn(&io::Result<String>) -> bool) -> String {
         let began = Instant::now();
         loop {
@@ -244,13 +244,13 @@ pub(super) mod tests {
             ),
             "{answer}"
         );
-        // Of the other family none is here.
+        // This node has no endpoint of the other family.
         comes_to(v6, has("503 Service Unavailable"));
         assert!(ask_beside_half_sent(v4, "/").contains("200 OK"), "half-sent requests are in the way");
         checks.follow(&desired(port, &[(Family::V4, 0), (Family::V6, 1)]));
         comes_to(v4, has("\"localEndpoints\":0"));
         comes_to(v6, has("200 OK"));
-        // It becomes one of a single family: the other one's port is closed.
+        // The service becomes single-stack: the port of the other family is closed.
         checks.follow(&desired(port, &[(Family::V6, 1)]));
         comes_to(v4, Result::is_err);
         comes_to(v6, has("200 OK"));
@@ -269,7 +269,7 @@ pub(super) mod tests {
         let checks = HealthChecks::start(NodeHealth::Off, vitals).expect("a thread");
         checks.follow(&desired(port, &[(Family::V4, 1), (Family::V6, 1)]));
         comes_to((Ipv6Addr::LOCALHOST, port).into(), Result::is_ok);
-        // It is tried again.
+        // Listening is retried.
         drop(taken);
         checks.follow(&desired(port, &[(Family::V4, 3), (Family::V6, 1)]));
         let answer = comes_to((Ipv4Addr::LOCALHOST, port).into(), Result::is_ok);

@@ -1,8 +1,8 @@
 //! The agent's HTTP server: `/metrics`, `/healthz`, `/readyz`.
 //!
-//! It runs on a thread of its own, reads the maps by itself, and shares with the agent's loop only [`Vitals`]; so no
-//! scrape can keep the loop waiting. However many clients ask, the maps are read by one scrape at a time, at most once in
-//! [`FRESH`], and all clients share the text: a scrape of a large cluster takes tens of megabytes while it is made.
+//! It runs on its own thread, reads the maps itself, and shares only [`Vitals`] with the agent's loop, so no scrape can delay
+//! the loop. However many clients ask, one scrape at a time reads the maps, at most once in [`FRESH`], and all clients share
+//! its text: a scrape of a large cluster takes tens of megabytes while it is made.
 
 use std::{
     collections::BTreeMap,
@@ -47,7 +47,7 @@ use crate::{
     view::{Clock, StatusView},
 };
 
-/// How long a scrape's text is given to others who ask.
+/// How long the text of a scrape is reused.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// Where to listen, and what to export.
@@ -81,7 +81,7 @@ impl Scrape {
         Self { at: Instant::now(), openmetrics: openmetrics.into(), classic }
     }
 
-    /// The text, which costs no copy.
+    /// The text, without copying it.
     fn text(&self, format: Format) -> Bytes {
         match format {
             Format::OpenMetrics => self.openmetrics.clone(),
@@ -90,10 +90,10 @@ impl Scrape {
     }
 }
 
-/// Listens, and answers for as long as the process lives.
+/// Listens, and answers until the process ends.
 ///
 /// # Errors
-/// The system's answer where it cannot listen there.
+/// The system's error if it cannot listen at this address.
 pub(super) fn serve(options: &Options, pin_dir: &Path, vitals: Arc<Vitals>) -> io::Result<()> {
     let listener = TcpListener::bind(options.address)?;
     listener.set_nonblocking(true)?;
@@ -148,10 +148,10 @@ impl Exporter {
         if let Some(scrape) = last.as_ref().filter(|scrape| scrape.at.elapsed() < FRESH) {
             return Ok(scrape.text(format));
         }
-        // On another thread: probes are answered meanwhile. The lock goes along, because this future ends when its client
-        // leaves, and the next scrape must not begin before that thread is done.
+        // On another thread, so that probes are answered meanwhile. The lock moves there too: this future ends when its client
+        // disconnects, and the next scrape must not begin before that thread is done.
         let made = tokio::task::spawn_blocking(move || {
-            // Not two texts at once.
+            // Never two texts in memory.
             *last = None;
             let scrape = last.insert(Scrape::new(self.read()?));
             Ok(scrape.text(format))
@@ -180,9 +180,10 @@ impl Exporter {
     }
 }
 
-/// Reads what metrics need, entry by entry: all of the small tables at once would take several times as much memory. Maps
-/// are opened each time, because one that has changed its size is another map; and only those that are read, because a
-/// [`KernelStore`](crate::store::kernel::KernelStore) shares the large arrays, and shared pages count as this process's.
+/// Reads what metrics need, entry by entry: reading all small tables at once would take several times as much memory. Maps are
+/// opened each time, because a resized map is another map. Only those that are read are opened: a
+/// [`KernelStore`](crate::store::kernel::KernelStore) maps the large arrays into memory, and shared pages count as this
+/// process's.
 fn read(
     maps: &Path,
     capacities: Vec<(&'static str, u64)>,
@@ -194,7 +195,7 @@ fn read(
     let packets = packets.iter().map(|entry| entry.map(|(_, counts)| counts.iter().sum()));
     let packets = packets.collect::<Result<_, _>>()?;
     let mut tables = Tables::new(packets, capacities, attachments, as_of.map(|as_of| as_of.age));
-    // Names are published before what they name and removed after it, so they are read on both sides of it.
+    // Names are published before what they name and removed after it, so they are read before and after it.
     let add_name = |tables: &mut Tables, key, name: Name| tables.add_name(key, name.as_str());
     walk(maps, names::NAMES, &mut tables, add_name)?;
     walk(maps, names::FRONTENDS_V4, &mut tables, |tables, _: FrontendKey<V4>, frontend| {
@@ -215,7 +216,7 @@ fn read(
     Ok(tables)
 }
 
-/// Gives every entry of a map to `add`, and notes how many there are.
+/// Passes every entry of a map to `add`, and stores their number.
 fn walk<K: Pod + Debug, V: Pod>(
     maps: &Path,
     name: &'static str,

@@ -1,4 +1,4 @@
-//! One agent on one pin directory, whatever the spelling of its path.
+//! One agent for each pin directory, whatever the spelling of its path.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -8,10 +8,10 @@ use std::{
     process,
 };
 
-/// Where locks are: gone after a reboot, as the pins are.
+/// The directory of the locks. A reboot empties it, like the pins.
 const DIRECTORY: &str = "/run/affinity";
 
-/// The lock cannot be had.
+/// The lock cannot be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another process has it.
@@ -32,7 +32,7 @@ pub enum LockError {
     },
 }
 
-/// Held while this lives; the kernel lets go of it when the process ends, however that happens.
+/// Held until this is dropped. The kernel releases it when the process ends, even if it is killed.
 #[derive(Debug)]
 pub struct Lock {
     path: PathBuf,
@@ -71,7 +71,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // While the lock is held, so that it cannot be another process's file. A file that stays does no harm.
+        // Removed while the lock is held, so it cannot be another process's file. A leftover file does no harm.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -84,7 +84,7 @@ fn is_still_at(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// The path without links, `.` and `..`; where the directory does not exist yet, as far as it does.
+/// The path without links, `.` and `..`. If the directory does not exist yet, links are resolved in the part that exists.
 fn canonical(pins: &Path) -> PathBuf {
     let absolute = path::absolute(pins).unwrap_or_else(|_| pins.to_owned());
     let exists = absolute.ancestors().find_map(|dir| Some((dir, fs::canonicalize(dir).ok()?)));
@@ -99,7 +99,7 @@ fn canonical(pins: &Path) -> PathBuf {
     canonical
 }
 
-/// A pin directory as one file name: other characters than letters and digits by their code.
+/// A pin directory as one file name: a slash becomes a dash, other characters than letters and digits become their codes.
 fn file_name(pins: &Path) -> String {
     let mut name = String::new();
     for byte in pins.as_os_str().as_encoded_bytes() {
@@ -129,7 +129,7 @@ mod tests {
             assert_eq!(canonical(Path::new(&format!("{shown}/{spelling}"))), expected, "{spelling}");
             assert_eq!(canonical(&link.join(spelling.trim_start_matches('/'))), expected, "link/{spelling}");
         }
-        // Nor does it matter that nothing is there yet.
+        // The directory need not exist.
         fs::remove_dir(dir.join("pins")).unwrap();
         assert_eq!(canonical(&link.join("pins/")), expected);
         fs::remove_dir_all(&dir).unwrap();

@@ -1,11 +1,11 @@
-//! The health check that kube-proxy serves at port 10256, for clients that ask whether the node should get traffic: load balancers of cloud
-//! providers above all.
+//! The health check that kube-proxy serves at port 10256. Its clients, mostly load balancers of cloud providers, ask whether
+//! the node should get traffic.
 //!
-//! `/healthz` answers 503 while the node is about to be taken away, or is out of step: the agent hangs, or what its source
-//! said a minute ago is not in effect. `/livez` is the same without the first. A source that does not answer is no reason, as
-//! it is none for kube-proxy: the dataplane goes on, and all nodes would lose their traffic together.
+//! `/healthz` answers 503 while the node is about to be removed, or is out of step: the agent hangs, or what its source said a
+//! minute ago is not in effect. `/livez` ignores that the node is about to be removed. A source that does not answer does not
+//! fail the check, as with kube-proxy: the dataplane continues, and otherwise all nodes would lose their traffic together.
 //!
-//! [`super::health`] has the thread. A port that is taken, by kube-proxy as a rule, is warned of once, and tried again.
+//! [`super::health`] has the thread. If a port is taken, usually by kube-proxy, this is logged once, and listening is retried.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -29,7 +29,7 @@ use crate::{load::monotonic_ns, metrics::Vitals};
 /// kube-proxy's port.
 const PORT: u16 = 10_256;
 
-/// Where the answers are given: an address and port, or kube-proxy's port at all addresses of both families.
+/// Where to answer: at an address and port, or at kube-proxy's port at all addresses of both families.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum NodeHealth {
     /// Nowhere.
@@ -37,7 +37,7 @@ pub enum NodeHealth {
     Off,
     /// At kube-proxy's port.
     Everywhere,
-    /// There.
+    /// At this address and port.
     At(SocketAddr),
 }
 
@@ -77,12 +77,12 @@ async fn livez(State(vitals): State<Arc<Vitals>>) -> Response {
     respond(&vitals, true, None)
 }
 
-/// As kube-proxy words it, times included.
+/// The answer in kube-proxy's format, including the times.
 fn respond(vitals: &Vitals, is_fit: bool, node_eligible: Option<bool>) -> Response {
     let (now, now_ns) = (Timestamp::now(), monotonic_ns());
     let is_healthy = is_fit && vitals.is_in_step(now_ns).is_ok();
     let status = if is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    // Of a healthy proxy, everything up to now is in effect.
+    // If the proxy is healthy, everything up to now is in effect.
     let age_ns = now_ns.saturating_sub(vitals.published_ns().unwrap_or(now_ns));
     let updated = if is_healthy { now } else { now.saturating_sub(Duration::from_nanos(age_ns)).unwrap_or(now) };
     let time = |time: Timestamp| time.strftime("%Y-%m-%d %H:%M:%S.%9f +0000 UTC").to_string();

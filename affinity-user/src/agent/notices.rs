@@ -1,7 +1,7 @@
-//! What owners of services are told: what is wrong with their Service, that it has no endpoint, that its pins are evicted.
+//! Notices for the owners of services: their Service is wrong, it has no endpoint, its pins are evicted.
 //!
-//! Each notice is sent when it begins to hold, and again every [`AGAIN`] while it does: so long does a cluster remember
-//! its Events. What holds only for a moment, as during a rolling update, is not worth one.
+//! Each notice is sent when its condition begins to hold, and again every [`AGAIN`] while it does, because a cluster keeps
+//! Events for that long. A condition that holds only for a moment, as during a rolling update, is not reported.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,27 +13,27 @@ use crate::{
     source::{Notice, Notices, ObjectName, Problem, Severity},
 };
 
-/// The text for the owner of such a service and for listings.
+/// The text for such a service, in Events and listings.
 pub(crate) const CLIENTS_ARE_NODES: &str = "all clients look like nodes of the cluster, so something before them masquerades \
                                             and all who come through one node share a pin; externalTrafficPolicy: Local \
                                             keeps the addresses of clients of node ports and load balancers";
-/// How often to look what holds.
+/// How often to check the conditions.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// How long a service must be without endpoints.
+/// How long a service must be without endpoints before it is reported.
 const EMPTY_FOR: Duration = Duration::from_secs(30);
-/// When a notice that still holds is sent once more.
+/// After how long a notice that still holds is repeated.
 const AGAIN: Duration = Duration::from_hours(1);
 
-/// Sends what begins to hold.
+/// Sends each notice when its condition begins to hold.
 pub(super) struct EventRecorder {
     notices: Notices,
-    /// What holds, and when it was sent.
+    /// The notices that hold, and when they were sent.
     sent: BTreeMap<Notice, Instant>,
     /// Since when services have no endpoint.
     empty_since: BTreeMap<ObjectName, Instant>,
-    /// Evictions, which are over when they are noticed, and when they were sent.
+    /// When evictions were reported. An eviction is over when it is noticed.
     evictions: BTreeMap<ObjectName, Instant>,
-    /// Services whose clients all look like nodes of the cluster.
+    /// Services with clients that all look like nodes of the cluster.
     pub(super) clients_are_nodes: BTreeSet<ObjectName>,
 }
 
@@ -48,7 +48,7 @@ impl EventRecorder {
         }
     }
 
-    /// Looks at what is wrong, and at what should be there.
+    /// Checks all conditions, from the problems and the desired state.
     pub(super) fn look<'a>(&mut self, problems: impl Iterator<Item = &'a Problem>, desired: &Desired, now: Instant) {
         let empty = self.empty(desired, now);
         let masqueraded = self.clients_are_nodes.iter().map(|service| Notice {
@@ -59,7 +59,7 @@ impl EventRecorder {
         let mut sent = BTreeMap::new();
         for notice in problems.filter_map(misconfigured).chain(empty).chain(masqueraded) {
             let before = self.sent.get(&notice).copied().filter(|before| now.duration_since(*before) < AGAIN);
-            // Where there is no room it is tried again at the next look.
+            // If the queue is full, the next look tries again.
             if before.is_some() || self.notices.send(notice.clone()) {
                 sent.insert(notice, before.unwrap_or(now));
             }
@@ -67,7 +67,7 @@ impl EventRecorder {
         self.sent = sent;
     }
 
-    /// Services without a ready endpoint for long enough.
+    /// Notices for services without a ready endpoint for [`EMPTY_FOR`].
     fn empty(&mut self, desired: &Desired, now: Instant) -> Vec<Notice> {
         // Pools are in the order of their services.
         let mut pools = desired.pools.iter().map(|(name, pool)| (&name.service, serves(pool))).peekable();
@@ -92,7 +92,7 @@ impl EventRecorder {
         long.map(|(name, _)| notice(name)).collect()
     }
 
-    /// Pins of this service were evicted from the table of this node.
+    /// Reports that pins of this service were evicted from the table of this node.
     pub(super) fn evicted(&mut self, service: &ObjectName, node: &str, now: Instant) {
         if self.evictions.get(service).is_some_and(|before| now.duration_since(*before) < AGAIN) {
             return;
@@ -114,7 +114,7 @@ fn serves(pool: &Pool) -> bool {
     pool.members.values().any(|member| member.ready)
 }
 
-/// What is wrong with a Service, if it is worth a notice.
+/// The notice for a problem of a Service, unless it is only informative.
 fn misconfigured(problem: &Problem) -> Option<Notice> {
     let object = problem.object.as_ref().filter(|object| object.kind == "Service")?;
     let field = if problem.field.is_empty() { String::new() } else { format!("{}: ", problem.field) };

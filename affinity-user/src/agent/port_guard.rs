@@ -1,4 +1,4 @@
-//! Sees to it that Linux gives no port that affinity uses to the node's own connections, or says that it may.
+//! Keeps Linux from giving ports that affinity uses to the node's own connections, or warns that it may.
 
 use tracing::info;
 
@@ -9,9 +9,9 @@ use crate::{
     source::{Problem, Severity},
 };
 
-/// What the node's range of ports is compared with, again and again: services change, and so do the kernel's settings.
+/// Compares the node's range of ports with the ports in use, repeatedly: services change, and so do the kernel's settings.
 pub(super) struct PortGuard {
-    /// Whether ports are reserved, or only named.
+    /// Whether ports are reserved, or only reported.
     reserves: bool,
     problems: Problems,
 }
@@ -21,7 +21,7 @@ impl PortGuard {
         Self { reserves, problems: Problems::default() }
     }
 
-    /// Reserves what is to be, and logs what is wrong: once when that appears, and once when it has gone.
+    /// Reserves ports if that is configured. Logs a problem once when it appears, and once when it has gone.
     pub(super) fn look(&mut self, desired: &Desired) {
         let problem = match LocalPorts::read() {
             Ok(local) => local.overlap(&used(desired)).and_then(|overlap| self.settle(&local, &overlap)),
@@ -31,7 +31,7 @@ impl PortGuard {
         self.problems.update(&problem);
     }
 
-    /// Says what is left to do.
+    /// Reserves the ports if possible. Returns what is left to do.
     fn settle(&self, local: &LocalPorts, overlap: &Overlap) -> Option<String> {
         let (found, command) = (local.describe(overlap), local.command(overlap));
         if !self.reserves {
@@ -53,7 +53,7 @@ impl PortGuard {
     }
 }
 
-/// With `--shadow`, none.
+/// The ports that affinity uses. With `--shadow`, none.
 fn used(desired: &Desired) -> UsedPorts {
     let answered = desired.frontends.keys().filter(|_| !desired.shadow).map(|address| (address.ip, address.port));
     let masquerade = desired.masquerade.as_ref().filter(|masquerade| !desired.shadow && masquerade.is_possible());

@@ -1,4 +1,4 @@
-//! Problems on the log: each once when it appears, and once when it has gone.
+//! Logs each problem once when it appears, and once when it has gone.
 
 use std::collections::BTreeSet;
 
@@ -6,14 +6,14 @@ use tracing::{error, info, warn};
 
 use crate::source::{Problem, Severity};
 
-/// What is wrong at the moment.
+/// The current problems.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     current: BTreeSet<Problem>,
 }
 
 impl Problems {
-    /// Takes note of all that is wrong now, and logs what has changed.
+    /// Replaces the current problems, and logs what has changed.
     pub(super) fn update<'a>(&mut self, problems: impl IntoIterator<Item = &'a Problem>) {
         let now: BTreeSet<_> = problems.into_iter().collect();
         let new: Vec<Problem> =

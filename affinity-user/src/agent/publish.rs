@@ -24,7 +24,7 @@ use crate::{
 pub(super) struct Publisher {
     store: KernelStore,
     state: DesiredState,
-    /// What the source gave last.
+    /// How many objects the source gave last.
     objects: Given,
     /// Problems of the source itself.
     given: Vec<Problem>,
@@ -32,11 +32,11 @@ pub(super) struct Publisher {
     /// The contents of the store; none if they are not known: at the start, and after a failed step.
     state_index: Option<StateIndex>,
     due: Due,
-    /// Whether what a former agent left was compared with what is desired.
+    /// Whether what a former agent left was compared with the desired state.
     has_compared: bool,
-    /// When the snapshot came that is not published yet.
+    /// When the oldest snapshot arrived that is not published yet.
     taken: Option<Instant>,
-    /// What has gone and keeps its name, and when that was first seen: `CLOCK_MONOTONIC` in nanoseconds.
+    /// Names that are kept though their objects have gone, and when that was first seen: `CLOCK_MONOTONIC` in nanoseconds.
     withdrawn: BTreeMap<NameKey, u64>,
     limits: Limits,
     /// Backends that linger, by index and generation.
@@ -45,7 +45,7 @@ pub(super) struct Publisher {
     vitals: Arc<Vitals>,
 }
 
-/// What has not been planned for yet.
+/// What is not planned yet.
 #[derive(Default)]
 enum Due {
     Nothing,
@@ -54,16 +54,16 @@ enum Due {
     All,
 }
 
-/// What was changed.
+/// The result of publishing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Published {
     /// Steps taken.
     pub(super) steps: usize,
-    /// Whether backends went, or are somewhere no longer ready or at another port.
+    /// Whether backends have gone, or are no longer ready or have another port in some pool.
     pub(super) left: bool,
 }
 
-/// Whether connections lose their backend by a step from this state on.
+/// Whether this step takes the backend away from connections, given the state before it.
 fn takes_away(step: &Op, observed: &Observed) -> bool {
     match step {
         Op::PutBackend(_, backend) => backend.generation.is_multiple_of(2),
@@ -91,8 +91,8 @@ fn takes_away(step: &Op, observed: &Observed) -> bool {
     }
 }
 
-/// Whether a node is about to be taken away, as kube-proxy sees it: its object is being deleted, or the cluster autoscaler
-/// has marked it for that.
+/// Whether a node is about to be removed, by kube-proxy's criteria: its object is being deleted, or the cluster autoscaler has
+/// marked it for that.
 fn is_leaving(node: &Node) -> bool {
     /// <https://github.com/kubernetes/autoscaler/blob/master/cluster-autoscaler/utils/taints/taints.go>
     const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
@@ -101,7 +101,7 @@ fn is_leaving(node: &Node) -> bool {
 }
 
 impl Publisher {
-    /// At most so many plans in a row: where room is short, each has the room that the one before it freed.
+    /// How many plans in a row at most: if room is short, each plan has the room that the previous one freed.
     const PLANS: usize = 16;
 
     pub(super) fn new(
@@ -129,7 +129,7 @@ impl Publisher {
         }
     }
 
-    /// Decides what the snapshot asks for; [`Publisher::publish`] carries it out.
+    /// Computes the desired state from the snapshot; [`Publisher::publish`] applies it.
     pub(super) fn take(&mut self, snapshot: &Snapshot) {
         self.taken.get_or_insert_with(Instant::now);
         self.vitals.pending(monotonic_ns());
@@ -143,7 +143,7 @@ impl Publisher {
         };
     }
 
-    /// Takes note of what is known of the node; says whether something else is desired by it.
+    /// Updates the facts about the node. Returns whether that changes the desired state.
     pub(super) fn learn(&mut self, node: NodeFacts) -> bool {
         let is_news = self.state.learn(node);
         if is_news {
@@ -152,10 +152,10 @@ impl Publisher {
         is_news
     }
 
-    /// Carries out what is to be done, and logs what is wrong.
+    /// Applies pending changes, and logs problems.
     ///
     /// # Errors
-    /// The step that failed; those before it hold. The next call reads the store again and goes on from there.
+    /// The step that failed. Earlier steps stay applied. The next call reads the store again and continues from there.
     pub(super) fn publish(&mut self) -> Result<Published, StoreError> {
         let published = self.carry_out();
         match &published {
@@ -208,7 +208,8 @@ impl Publisher {
         Ok(published)
     }
 
-    /// What the store holds, after a grace period: a plan may have ended before its own, this agent's or a former one's.
+    /// Reads the store, after a grace period: a plan, of this agent or a former one, may have ended before its own grace
+    /// period.
     fn read(&mut self) -> Result<StateIndex, StoreError> {
         self.store.apply(&Op::Grace)?;
         Ok(StateIndex::new(self.store.observe()?, self.store.capacity()))
@@ -224,8 +225,8 @@ impl Publisher {
         state_index.plan(self.state.desired())
     }
 
-    /// Takes away the names of services, pools and groups that have gone, once the gap is over in which they may come back and
-    /// a pass of the sweep that began later has met none of their pins and flows.
+    /// Removes the names of services, pools and groups that have gone. Two conditions must hold: the gap in which they may come
+    /// back is over, and a later pass of the sweep met none of their pins and flows.
     ///
     /// # Errors
     /// The step that failed; the next plan reads the store again.
@@ -235,7 +236,7 @@ impl Publisher {
         let mut unused: BTreeMap<(u32, String), NameKey> =
             state_index.withdrawn().map(|(key, name)| ((key.kind, name.to_owned()), key)).collect();
         if !unused.is_empty() {
-            // There may have been no room to publish them.
+            // Desired names may look unused because their objects had no room.
             wanted_names(self.state.desired()).for_each(|name| _ = unused.remove(&name));
         }
         let since = |key| (key, self.withdrawn.get(&key).copied().unwrap_or(now_ns));
@@ -254,14 +255,14 @@ impl Publisher {
         Ok(())
     }
 
-    /// Retires backends that need not linger any longer, by what the sweep has seen of their connections. Says whether there
-    /// were any.
+    /// Retires backends that no longer need to linger, judging by what the sweep has seen of their connections. Returns whether
+    /// there were any.
     ///
     /// # Errors
     /// The step that failed; the next call reads the store again.
     pub(super) fn end_lingering(&mut self, traffic: &BTreeMap<u32, Traffic>) -> Result<bool, StoreError> {
         if !self.has_compared {
-            // Nothing is known of what is desired.
+            // The desired state is not known yet.
             return Ok(false);
         }
         let mut state_index = match self.state_index.take() {
@@ -302,7 +303,7 @@ impl Publisher {
         !matches!(self.due, Due::Nothing)
     }
 
-    /// What is wrong with the source and with what was decided from it.
+    /// Problems of the source, and of the state computed from it.
     pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.given.iter().chain(self.state.problems())
     }
@@ -312,7 +313,7 @@ impl Publisher {
         self.state.desired()
     }
 
-    /// Numbers of services and backends, for people.
+    /// Numbers of services and backends, as text.
     pub(super) fn summary(&self) -> String {
         let desired = self.state.desired();
         // Pools are in the order of their services.

@@ -1,9 +1,9 @@
-//! An HTTP server whose clients cannot use it up, for the ports that the agent opens.
+//! An HTTP server that clients cannot exhaust, for the ports that the agent opens.
 //!
-//! It holds a bounded number of connections. When one more arrives, the oldest connection that is not being answered is
-//! closed, so a new client is always heard: clients that connect and say nothing cannot keep probes from being answered.
-//! A request must arrive within [`Limits::read`], which also bounds how long a connection may stay idle, and a
-//! connection ends after [`Limits::age`], so a slow reader cannot hold one.
+//! It holds a bounded number of connections. When one more arrives, the oldest connection that is not being answered is closed,
+//! so a new client is always served: clients that connect and send nothing cannot block probes. A request must arrive within
+//! [`Limits::read`], which also bounds how long a connection may stay idle. A connection ends after [`Limits::age`], so a slow
+//! reader cannot hold one.
 
 use std::{
     collections::VecDeque,
@@ -30,7 +30,7 @@ use tokio::{
 use tower::Service as _;
 use tracing::warn;
 
-/// What a server grants to its clients.
+/// A server's limits for its clients.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Open connections.
@@ -47,21 +47,21 @@ impl Default for Limits {
     }
 }
 
-/// How long an answer that was begun before a connection grew too old may take.
+/// How long an answer may take if it was begun before its connection grew too old.
 const LAST_ANSWER: Duration = Duration::from_secs(5);
-/// Bytes of a request, and of what is held back while a client reads.
+/// Bytes of a request, and of output that waits for a slow client.
 const BUFFER: usize = 16 * 1024;
 /// How long to wait after `accept` failed, for example because no file descriptor was left.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
 
-/// How long to wait before a port is tried again that was taken.
+/// How long to wait before a taken port is tried again.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
-/// Connections that the kernel completes before they are accepted: a burst fits, so that no client has to repeat its SYN.
+/// Connections that the kernel completes before they are accepted: a burst fits, so no client has to repeat its SYN.
 pub(super) const BACKLOG: i32 = 4096;
 
-/// Listens at `at` and answers requests until the future is dropped. While the port is taken it is tried again, and
-/// `on_taken` is told the first error. Returns only if this machine does not have the address's family.
+/// Listens at `at` and answers requests until the future is dropped. While the port is taken, listening is retried; `on_taken`
+/// gets the first error. Returns only if this machine does not have the address's family.
 pub(super) async fn serve_at(at: SocketAddr, router: Router, limits: Limits, on_taken: impl FnOnce(io::Error)) {
     let mut on_taken = Some(on_taken);
     loop {
@@ -78,7 +78,7 @@ pub(super) async fn serve_at(at: SocketAddr, router: Router, limits: Limits, on_
     }
 }
 
-/// A listener of IPv6 does not take IPv4, so that each family can have its own.
+/// A listener of IPv6 does not accept IPv4, so that each family can have its own.
 fn listener(at: SocketAddr) -> io::Result<TcpListener> {
     let family = match at.ip() {
         IpAddr::V4(_) => AddressFamily::INET,
@@ -105,7 +105,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: Limits)
                 is_failing = false;
                 connections.make_room(limits.connections);
                 connections.start(stream, router.clone(), limits);
-                // A request that came along with the connection is answered before the next client is let in.
+                // A request that came with the connection is answered before the next client is accepted.
                 yield_now().await;
             }
             Err(error) if is_the_clients(&error) => {}
@@ -139,7 +139,7 @@ struct Connection {
 }
 
 impl Connections {
-    /// Closes the connection that can best be spared, where there are as many as may be.
+    /// At the limit, closes the oldest idle connection, or the oldest if none is idle.
     fn make_room(&mut self, limit: usize) {
         while self.tasks.try_join_next().is_some() {}
         if self.open.len() >= limit {
@@ -223,7 +223,7 @@ pub(super) mod tests {
         stream
     }
 
-    /// What a client hears until the server closes; errors count as the end.
+    /// What a client receives until the server closes; errors count as the end.
     fn rest(mut stream: TcpStream) -> String {
         let mut answer = Vec::new();
         _ = stream.read_to_end(&mut answer);
@@ -234,8 +234,8 @@ pub(super) mod tests {
     const HALF: &str = "GET / HTTP/1.1\r\nHost: x\r\n";
     const LONG: &str = "GET /long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
-    /// The whole answer to a request, while twice as many others as a server lets in have sent half of theirs; the oldest of
-    /// those is closed.
+    /// The whole answer to a request, after twice as many other clients as a server accepts have sent half a request. The
+    /// oldest of those is closed.
     pub(in crate::agent) fn ask_beside_half_sent(at: SocketAddr, path: &str) -> String {
         let mut half: Vec<_> = (0..2 * Limits::default().connections).map(|_| send(at, HALF)).collect();
         let answer = rest(send(at, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")));

@@ -1,4 +1,4 @@
-//! Keeps the programs for sockets on the cgroup that the user chose, or takes them off.
+//! Keeps the socket programs attached to the cgroup that the user chose, or detaches them.
 
 use std::path::PathBuf;
 
@@ -18,9 +18,9 @@ use crate::{
 /// How sockets are to be translated.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct SocketOptions {
-    /// Whether.
+    /// Whether they are translated.
     pub policy: SocketPolicy,
-    /// For the processes below this cgroup; none: the root of version 2.
+    /// The cgroup of the processes; none: the root of cgroup v2.
     pub cgroup: Option<PathBuf>,
 }
 
@@ -36,11 +36,11 @@ impl SocketOptions {
     }
 }
 
-/// Attaches the programs, or takes them off, as the options say; under `auto` the log tells why not. Returns the cgroup
-/// that they are attached to.
+/// Attaches the programs or detaches them, as the options say. Under `auto` the log says why they are not attached. Returns the
+/// cgroup that they are attached to.
 ///
 /// # Errors
-/// [`AgentError`]; under `auto` only where what is attached cannot be listed or taken off.
+/// [`AgentError`]; under `auto` only if attachments cannot be listed or removed.
 pub(super) fn reconcile(
     pins: &PinDir,
     options: &SocketOptions,
@@ -76,7 +76,7 @@ fn attach(pins: &PinDir, options: &SocketOptions, loaded: &Loaded) -> Result<Pat
     Ok(cgroup)
 }
 
-/// The entries of sockets are removed too, because the programs no longer see when sockets close.
+/// Removes the entries of sockets too, because no program sees any longer when sockets close.
 fn take_off(pins: &PinDir, store: &KernelStore) -> Result<Option<PathBuf>, AgentError> {
     if !cgroup::detach(pins)?.is_empty() {
         info!("sockets: no longer translated; connections that were stay where they are");
@@ -85,11 +85,11 @@ fn take_off(pins: &PinDir, store: &KernelStore) -> Result<Option<PathBuf>, Agent
     Ok(None)
 }
 
-/// The programs for sockets, once they are attached.
+/// The socket programs, once they are attached.
 #[derive(Debug)]
 pub(super) struct Sockets {
     pins: PinDir,
-    /// Where; none where they are not attached.
+    /// None if they are not attached.
     cgroup: Option<PathBuf>,
 }
 

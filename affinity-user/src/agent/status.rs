@@ -1,4 +1,4 @@
-//! What the agent tells about itself: in the `status` map, where it outlives the agent.
+//! The agent's status record, in the `status` map: it outlives the agent.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ pub(super) struct StatusWriter {
 }
 
 impl StatusWriter {
-    /// Takes over the record. What a former agent knew of the source holds until this one knows better.
+    /// Takes over the record. What a former agent knew of the source stays until this one has newer data.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -40,7 +40,7 @@ impl StatusWriter {
         Ok(Self { table, view, told })
     }
 
-    /// Writes how current the view is. The view is that of the tables only once a snapshot was published.
+    /// Writes how current the view is. Call it only once a snapshot is published: before that, the tables do not have the view.
     ///
     /// # Errors
     /// [`StoreError`].

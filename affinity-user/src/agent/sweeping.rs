@@ -1,4 +1,4 @@
-//! The sweep, on a thread of its own: to read the tables of a large cluster takes longer than a change may wait.
+//! The sweep, on its own thread: reading the tables of a large cluster takes longer than a change may wait.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,7 +19,7 @@ use crate::{
     sweep::{LOOK_EVERY, Met, Sweeper},
 };
 
-/// A sweeper at work. It ends when this is dropped.
+/// A running sweeper. Its thread ends when this is dropped.
 pub(super) struct Sweeping {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -29,18 +29,18 @@ pub(super) struct Sweeping {
 /// The findings of the sweep since the last call.
 #[derive(Default)]
 pub(super) struct Findings {
-    /// The names, `namespace/name`, of services whose pins were evicted.
+    /// Services with evicted pins, as `namespace/name`.
     pub(super) evicted: BTreeSet<String>,
-    /// Which services, pools and groups the last pass has met; none where no pass has ended.
+    /// Which services, pools and groups the last pass met; none if no pass has ended.
     pub(super) met: Option<Met>,
-    /// The names of services whose clients all looked like nodes in the last pass; none where no pass has ended.
+    /// The names of services with clients that all looked like nodes in the last pass; none if no pass has ended.
     pub(super) clients_are_nodes: Option<BTreeSet<String>>,
 }
 
 #[derive(Default)]
 struct Shared {
     findings: Mutex<Findings>,
-    /// What was last seen of the connections of backends that linger.
+    /// The last observed traffic of lingering backends.
     traffic: Mutex<BTreeMap<u32, Traffic>>,
 }
 
@@ -55,10 +55,10 @@ impl Shared {
 }
 
 impl Sweeping {
-    /// Lets `sweeper` begin; `vitals` has what each pass found.
+    /// Starts `sweeper` on its own thread. `vitals` gets the results of each pass.
     ///
     /// # Errors
-    /// The system's answer where there is no thread to be had.
+    /// The system's error if no thread can be started.
     pub(super) fn start(sweeper: Sweeper, vitals: Arc<Vitals>) -> io::Result<Self> {
         let (stop, stopped) = mpsc::channel();
         let findings = Arc::new(Shared::default());
@@ -74,19 +74,19 @@ impl Sweeping {
         mem::take(&mut self.findings.lock())
     }
 
-    /// What was last seen of the connections of backends that linger.
+    /// The last observed traffic of lingering backends.
     pub(super) fn traffic(&self) -> BTreeMap<u32, Traffic> {
         self.findings.traffic().clone()
     }
 
-    /// Whether the thread is gone, which only a bug does.
+    /// Whether the thread has ended: only a bug causes that.
     pub(super) fn has_ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 }
 
 impl Drop for Sweeping {
-    /// Ends it, after the slice that it is at.
+    /// Ends the thread, after its current slice.
     fn drop(&mut self) {
         self.stop = None;
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
@@ -112,10 +112,10 @@ fn follow(mut sweeper: Sweeper, stopped: &Receiver<()>, vitals: &Vitals, finding
     }
 }
 
-/// Waits before the next slice, and meanwhile looks after backends that linger. False where the sweep is to end.
+/// Waits before the next slice, and checks lingering backends meanwhile. False if the sweep should end.
 fn rest(sweeper: &mut Sweeper, stopped: &Receiver<()>, pause: Duration, findings: &Shared) -> bool {
     let until = Instant::now() + pause;
-    // Where a pass is wanted, the rest is as long as the last one took: see `REST_FACTOR`.
+    // If a pass is wanted, the rest is as long as the last pass took: see `REST_FACTOR`.
     let soon = Instant::now() + pause / 4;
     loop {
         sweeper.look();

@@ -8,10 +8,10 @@ use crate::{
     load::{PinDir, Pinned},
 };
 
-/// Carries out a start. Where it fails, what it has attached and pinned is taken away again.
+/// Runs a start. If it fails, what it has attached and pinned is removed again.
 ///
 /// # Errors
-/// That of the start.
+/// The error of the start.
 pub(super) async fn all_or_nothing<T>(
     pins: &PinDir,
     start: impl Future<Output = Result<T, AgentError>>,
@@ -26,8 +26,7 @@ pub(super) async fn all_or_nothing<T>(
     outcome
 }
 
-/// A dataplane that was there before keeps its maps, and the programs that are now in its links: they are newer, or the
-/// same.
+/// A dataplane that existed before keeps its maps, and the programs that are now in its links: they are newer, or the same.
 fn undo(pins: &PinDir, before: &Pinned) -> Result<(), AgentError> {
     attach::detach_new(pins, before)?;
     if !before.has_maps() {

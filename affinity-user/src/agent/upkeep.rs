@@ -1,7 +1,7 @@
 //! Notices within seconds when a pin of this agent is removed or replaced, and restores it.
 //!
-//! The agent holds every map and program open, so a pin that is gone can be made again without loss. A pin that leads to
-//! something else is another dataplane: that cannot be repaired here, and the probes say so.
+//! The agent holds every map and program open, so a removed pin can be restored without loss. A pin that leads to something
+//! else belongs to another dataplane. The agent cannot repair that; the probes report it.
 
 use std::{
     fs,
@@ -37,7 +37,7 @@ impl Upkeep {
     /// Opens everything that is pinned, right after a load.
     ///
     /// # Errors
-    /// [`AgentError`] where a pin cannot be opened.
+    /// [`AgentError`] if a pin cannot be opened.
     pub(super) fn new(pins: &PinDir) -> Result<Self, AgentError> {
         let maps = names::MAPS.iter().map(|name| (pins.map(name), true));
         let programs = pins.list_programs()?.into_iter().map(|path| (path, false));
@@ -49,7 +49,7 @@ impl Upkeep {
         Ok(Self { pins: pins.clone(), held: maps.chain(programs).map(open).collect::<Result<_, _>>()? })
     }
 
-    /// Looks at every pin, and makes those again that are gone: returns which.
+    /// Checks every pin, and restores removed ones. Returns their names.
     ///
     /// # Errors
     /// What cannot be repaired, in one line.

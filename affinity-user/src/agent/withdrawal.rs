@@ -1,4 +1,4 @@
-//! A source that suddenly gives nothing at all: mostly a mistake.
+//! Warns about a source that suddenly gives nothing at all: usually a mistake.
 
 use tracing::warn;
 
@@ -13,7 +13,7 @@ pub(super) struct Given {
 }
 
 impl Given {
-    /// Warns where the snapshot withdraws all that the source gave of a kind before.
+    /// Warns if the snapshot withdraws all objects of a kind that the source gave before.
     pub(super) fn update(&mut self, snapshot: &Snapshot) {
         // A snapshot that may lack objects withdraws nothing.
         if snapshot.partial {
@@ -35,7 +35,7 @@ impl Given {
     }
 }
 
-/// Warns where nothing is desired of all that a former agent left in the maps.
+/// Warns if a former agent left frontends in the maps, and none is desired.
 pub(super) fn compare_with_former(observed: &Observed, frontends_desired: usize, is_partial: bool) {
     let frontends = observed.frontends_v4.len() + observed.frontends_v6.len();
     if frontends > 0 && frontends_desired == 0 && !is_partial {
