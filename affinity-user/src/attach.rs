@@ -1,9 +1,9 @@
-//! Puts the pinned programs onto devices, and takes them off.
+//! Attaches the pinned programs to devices, and detaches them.
 //!
-//! An attachment is a link pinned as `links/IFINDEX-HOOK`: it lives without the agent, and says itself which device and
-//! program it joins. Where the kernel has no tcx the pin holds the program instead, as a note of the clsact filter
-//! that runs it. On each device there is one hook for packets from clients, and one for replies to
-//! them; two for packets from clients where TC redirects what XDP has looked at.
+//! An attachment is a link, pinned as `links/IFINDEX-HOOK`. It lives without the agent, and stores which device and program it
+//! connects. If the kernel has no tcx, the pin holds the program instead: it records which program the clsact filter runs. Each
+//! device has one hook for packets from clients, and one for replies to them. If TC redirects what XDP has handled, it has two
+//! for packets from clients.
 
 pub mod card;
 pub mod cgroup;
@@ -41,36 +41,36 @@ use crate::{
     sys::{self, SysError},
 };
 
-/// Kinds of devices that lead to pods or guests of this machine: their frames may carry partial checksums, which
-/// programs at TC can handle and XDP cannot.
+/// Kinds of devices that lead to pods or guests of this machine. Their frames may have partial checksums, which TC programs can
+/// handle and XDP programs cannot.
 const INTERNAL_KINDS: [&str; 10] =
     ["veth", "bridge", "tun", "netkit", "dummy", "ifb", "macvlan", "macvtap", "ipvlan", "ipvtap"];
 
-/// Where our clsact filters are: first.
+/// The position of our clsact filters: first.
 const CLSACT_PRIORITY: u16 = 1;
 const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 0xaff);
 
-/// A device cannot be attached, or taken off.
+/// A device cannot be attached or detached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// Its frames are not what the programs read.
+    /// Its frames are not in the format that the programs read.
     #[error("{0}: its frames have no Ethernet header")]
     NotEthernet(String),
-    /// The driver refused to run XDP programs.
+    /// The driver rejected XDP programs.
     #[error("{device}: {hook}: {note} ({source}; {card})")]
     NoXdp {
         /// The device.
         device: String,
-        /// Where.
+        /// The hook.
         hook: Hook,
-        /// Why, as far as it can be told.
+        /// The cause, as far as it is known.
         note: Note,
-        /// What the card is like.
+        /// The properties of the card.
         card: Card,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// XDP was insisted on.
+    /// The policy allows only native XDP.
     #[error("{0}: use --xdp auto, which takes TC there")]
     NativeOnly(Box<Self>),
     /// The kernel refused.
@@ -78,9 +78,9 @@ pub enum AttachError {
     Refused {
         /// The device.
         device: String,
-        /// Where.
+        /// The hook.
         hook: Hook,
-        /// Its answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The clsact filter could not be changed.
@@ -88,9 +88,9 @@ pub enum AttachError {
     Clsact {
         /// The device.
         device: String,
-        /// Where.
+        /// The hook.
         hook: Hook,
-        /// Why.
+        /// The cause.
         source: Box<ProgramError>,
     },
     /// A cgroup's directory cannot be opened, or the kernel refused.
@@ -98,10 +98,10 @@ pub enum AttachError {
     Cgroup {
         /// Its directory.
         cgroup: PathBuf,
-        /// The answer.
+        /// The error.
         source: io::Error,
     },
-    /// A directory that is no cgroup of version 2, nor has one mounted in it.
+    /// The directory is not a cgroup of version 2, and none is mounted in it.
     #[error(
         "{} is no cgroup of version 2, and {}/unified is none either: name one with --cgroup; where the node has version 1 \
          alone, use --socket off",
@@ -124,12 +124,13 @@ pub enum AttachError {
 }
 
 impl AttachError {
-    /// Why there is no XDP, where that is what it says.
+    /// Why there is no XDP, if this error is about that.
     const fn note(&self) -> Option<Note> {
         if let Self::NoXdp { note, .. } = self { Some(*note) } else { None }
     }
 
-    /// Whether it says no more than that the kernel has no tcx, as `check` does, and each device that has clsact instead.
+    /// Whether the error only means that the kernel has no tcx. `check` reports that already, and so does each device that uses
+    /// clsact instead.
     fn says_no_tcx(&self) -> bool {
         let Self::Refused { hook: Hook::TcxIngress | Hook::TcxEgress, source, .. } = self else { return false };
         source.raw_os_error() == Some(libc::EINVAL)
@@ -139,13 +140,13 @@ impl AttachError {
 /// How to attach.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
-    /// How XDP is to be used.
+    /// How to use XDP.
     pub xdp: XdpPolicy,
-    /// Whether tcx may be used where the kernel has it; otherwise clsact.
+    /// Whether to use tcx if the kernel has it. Otherwise clsact is used.
     pub tcx: bool,
-    /// Whether [`XdpPolicy::Auto`] means a device of any kind.
+    /// Whether [`XdpPolicy::Auto`] applies to devices of any kind.
     pub any_kind: bool,
-    /// Whether devices with XDP have TC too, so that it redirects what XDP has looked at.
+    /// Whether devices with XDP also get TC for packets from clients, to redirect what XDP has handled.
     pub redirect: bool,
 }
 
@@ -160,7 +161,7 @@ impl Default for Options {
 pub struct Attachment {
     /// The device's index.
     pub ifindex: u32,
-    /// Where on it.
+    /// The hook.
     pub hook: Hook,
     /// The program's id.
     pub prog_id: u32,
@@ -169,7 +170,7 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// The device's name in this network namespace; none where it has gone.
+    /// The device's name in this network namespace; none if it has gone.
     #[must_use]
     pub fn device(&self) -> Option<String> {
         device_name(self.ifindex)
@@ -183,14 +184,14 @@ pub fn device_name(ifindex: u32) -> Option<String> {
     rustix::net::netdevice::index_to_name(socket, ifindex).ok()
 }
 
-/// What is attached to a device after [`attach`], and what was tried in vain before.
+/// The result of [`attach`]: what is attached to the device, and what failed before.
 #[derive(Debug)]
 pub struct Attached {
     /// Its hooks: ingress, the best first; then egress.
     pub hooks: Vec<Hook>,
-    /// Why better hooks could not be had.
+    /// Why better hooks could not be used.
     pub refused: Vec<AttachError>,
-    /// The cause of all that: why there is no XDP although the policy has it.
+    /// The cause: why there is no XDP although the policy wants it.
     pub note: Option<Note>,
 }
 
@@ -201,17 +202,17 @@ impl fmt::Display for Attached {
     }
 }
 
-/// Attaches the forward and the reverse program to a device, at the best hooks that it has. What is attached already
-/// stays; what another policy had attached is taken off once its successor is there.
+/// Attaches the forward and the reverse program to a device, at the best hooks that it has. Existing attachments stay. Those of
+/// another policy are detached once their replacements are attached.
 ///
 /// # Errors
-/// [`AttachError`], the last one where no hook can be had.
+/// [`AttachError`]: the last one if no hook can be used.
 pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attached, AttachError> {
     if device.framing == Framing::Other {
         return Err(AttachError::NotEthernet(device.name.clone()));
     }
     let mut refused = Vec::new();
-    // Replies first: a client whose packets are translated must not meet replies that are not.
+    // Replies first: once a client's packets are translated, its replies must be translated too.
     let egress = attach_first(pins, device, &egress_hooks(options), &mut refused)?;
     let ruled_out = rules_out_xdp(device, options);
     let ingress_hooks = ingress_hooks(device, options, ruled_out);
@@ -233,7 +234,7 @@ pub fn attach(pins: &PinDir, device: &Device, options: Options) -> Result<Attach
     Ok(attached)
 }
 
-/// What is attached to one device. Its pins have names that can be told, so it does not matter how many others there are.
+/// The attachments of one device. The names of its pins are known, so the number of other pins does not matter.
 fn attachments_of(pins: &PinDir, ifindex: u32) -> Result<Vec<Attachment>, AttachError> {
     let mut attachments = Vec::new();
     for hook in Hook::ALL {
@@ -244,10 +245,10 @@ fn attachments_of(pins: &PinDir, ifindex: u32) -> Result<Vec<Attachment>, Attach
     Ok(attachments)
 }
 
-/// Where a device has programs now.
+/// The hooks where a device has programs now.
 ///
 /// # Errors
-/// [`AttachError`] where a pin cannot be read.
+/// [`AttachError`] if a pin cannot be read.
 pub fn hooks_of(pins: &PinDir, ifindex: u32) -> Result<Vec<Hook>, AttachError> {
     Ok(attachments_of(pins, ifindex)?.into_iter().map(|attachment| attachment.hook).collect())
 }
@@ -256,23 +257,23 @@ fn pin_name(ifindex: u32, hook: Hook) -> String {
     format!("{ifindex}-{hook}")
 }
 
-/// The device and hook that a pin's name tells; none where this module did not make it.
+/// The device and hook in a pin's name; none if this module did not create the pin.
 fn parse_pin_name(path: &Path) -> Option<(u32, Hook)> {
     let (ifindex, hook) = path.file_name()?.to_str()?.split_once('-')?;
     Some((ifindex.parse().ok()?, hook.parse().ok()?))
 }
 
-/// Whether XDP programs are attached, and whether programs for sockets are.
+/// Whether XDP programs are attached, and whether socket programs are.
 ///
 /// # Errors
-/// [`AttachError`] where the pins cannot be listed.
+/// [`AttachError`] if the pins cannot be listed.
 pub fn hooks_in_use(pins: &PinDir) -> Result<(bool, bool), AttachError> {
     let links = pins.list_links()?;
     let is_xdp = |path: &PathBuf| parse_pin_name(path).is_some_and(|(_, hook)| hook.program() == names::XDP_FORWARD);
     Ok((links.iter().any(is_xdp), links.iter().any(|path| parse_pin_name(path).is_none())))
 }
 
-/// Whether the policy has XDP on a device: not on those that lead to pods, unless it insists.
+/// Whether the policy wants XDP on a device. [`XdpPolicy::Auto`] does not want it on devices that lead to pods.
 fn wants_xdp(device: &Device, options: Options) -> bool {
     let is_internal_kind = device.kind.as_deref().is_some_and(|kind| INTERNAL_KINDS.contains(&kind));
     let internal = device.framing == Framing::Loopback || is_internal_kind && !options.any_kind;
@@ -283,7 +284,7 @@ fn wants_xdp(device: &Device, options: Options) -> bool {
     }
 }
 
-/// Why TC does the work on a device on which the policy has XDP. It may change while the device is attached.
+/// Why a device uses TC although the policy wants XDP. It may change while the device is attached.
 #[must_use]
 pub fn rules_out_xdp(device: &Device, options: Options) -> Option<Note> {
     if !wants_xdp(device, options) {
@@ -291,8 +292,8 @@ pub fn rules_out_xdp(device: &Device, options: Options) -> Option<Note> {
     } else if options.xdp == XdpPolicy::Generic {
         Some(Note::NotGeneric)
     } else {
-        // XDP would send answers without the tag: into another network. On virtual devices a tag comes beside the data
-        // whatever they say, because it is the sender that put it there.
+        // XDP would send answers without the tag, into another network. A virtual device gets tags outside the frame data,
+        // whatever it reports, because the sender stored them there.
         let strips_tags = device.kind.is_some() || card::strips_tags(&device.name);
         (device.has_vlans && strips_tags).then_some(Note::StripsTags)
     }
@@ -344,8 +345,8 @@ fn attach_first(
     Err(last.unwrap_or_else(|| AttachError::NotEthernet(device.name.clone())))
 }
 
-/// A device runs XDP in one mode at a time: takes the other mode off. TC does its work meanwhile; once XDP is there
-/// again it is taken off as any hook that is not wanted.
+/// Detaches XDP in the other mode, because a device runs XDP in one mode at a time. TC handles packets meanwhile. Once XDP is
+/// attached again, TC is detached like any unwanted hook.
 fn make_way(pins: &PinDir, device: &Device, rival: &Attachment) -> Result<(), AttachError> {
     attach_first(pins, device, &[Hook::TcxIngress, Hook::ClsactIngress], &mut Vec::new())?;
     detach_one(pins, rival)
@@ -354,7 +355,7 @@ fn make_way(pins: &PinDir, device: &Device, rival: &Attachment) -> Result<(), At
 fn attach_at(pins: &PinDir, device: &Device, hook: Hook) -> Result<(), AttachError> {
     let program = pins.prog(hook.program());
     let pin = pins.links().join(pin_name(device.index, hook));
-    // A pin of the same name can only be that of a link whose device has gone.
+    // An existing pin of this name can only belong to a link without its device.
     pins.unpin(&pin)?;
     let Some((attach_type, flags)) = hook.link() else {
         set_filter(pins, &device.name, hook, true)?;
@@ -378,7 +379,7 @@ fn refusal(device: &Device, hook: Hook, source: io::Error) -> AttachError {
 /// Everything that is attached, by device and hook. Pins of devices that have gone are left out.
 ///
 /// # Errors
-/// [`AttachError`] where a pin cannot be read.
+/// [`AttachError`] if a pin cannot be read.
 pub fn attachments(pins: &PinDir) -> Result<Vec<Attachment>, AttachError> {
     let mut attachments = Vec::new();
     for open in open_pins(pins)? {
@@ -401,7 +402,7 @@ fn alive((pin, fd): (Attachment, OwnedFd)) -> Result<Option<Attachment>, AttachE
     Ok((ifindex == pin.ifindex).then_some(Attachment { prog_id, ..pin }))
 }
 
-/// The pins that follow the naming of this module, not yet asked what they are.
+/// The pins that follow the naming of this module. The program ids are not read yet.
 fn open_pins(pins: &PinDir) -> Result<Vec<(Attachment, OwnedFd)>, AttachError> {
     let mut open = Vec::new();
     for path in pins.list_links()? {
@@ -411,7 +412,7 @@ fn open_pins(pins: &PinDir) -> Result<Vec<(Attachment, OwnedFd)>, AttachError> {
     Ok(open)
 }
 
-/// None where it is not there, or no longer: another process may have taken it off meanwhile.
+/// None if the pin does not exist: another process may have removed it meanwhile.
 fn open_pin(path: PathBuf, ifindex: u32, hook: Hook) -> Result<Option<(Attachment, OwnedFd)>, AttachError> {
     match sys::obj_get(&path) {
         Err(error) if error.is_not_found() => Ok(None),
@@ -419,7 +420,7 @@ fn open_pin(path: PathBuf, ifindex: u32, hook: Hook) -> Result<Option<(Attachmen
     }
 }
 
-/// Puts the programs that are pinned now into every attachment; each packet meets the old one or the new one. Removes
+/// Replaces the program of every attachment by the pinned one; each packet is handled by the old or the new program. Removes
 /// the pins of devices that have gone. Returns the number of attachments.
 ///
 /// # Errors
@@ -437,21 +438,21 @@ pub fn upgrade(pins: &PinDir) -> Result<usize, AttachError> {
     upgraded
 }
 
-/// False where the device has gone.
+/// False if the device has gone.
 fn upgrade_one(pins: &PinDir, pin: &Attachment, fd: BorrowedFd<'_>) -> Result<bool, AttachError> {
     if pin.hook.link().is_none() {
         return upgrade_filter(pins, pin);
     }
     let program = sys::obj_get(&pins.prog(pin.hook.program()))?;
     match sys::link_update(fd, program.as_fd()) {
-        // A link whose device has gone cannot be updated.
+        // A link cannot be updated once its device has gone.
         Err(_) if sys::link_info(fd)?.ifindex == 0 => Ok(false),
         updated => Ok(updated.map(|()| true)?),
     }
 }
 
-/// Removes the pins of devices that have gone, and returns how many there were. The pins of devices that are `present`,
-/// by index, are not looked at.
+/// Removes the pins of devices that have gone, and returns how many there were. Pins of `present` devices, by index, are not
+/// checked.
 ///
 /// # Errors
 /// [`AttachError`].
@@ -464,7 +465,7 @@ pub fn prune(pins: &PinDir, present: &BTreeSet<u32>) -> Result<usize, AttachErro
         }
         let Some(open) = open_pin(path, ifindex, hook)? else { continue };
         let path = open.0.path.clone();
-        // A device that has moved to another namespace is not here, and lives.
+        // A device that has moved to another namespace is not present here, but still exists.
         let gone = if hook.link().is_some() { alive(open)?.is_none() } else { device_name(ifindex).is_none() };
         if gone {
             pins.unpin(&path)?;
@@ -474,7 +475,7 @@ pub fn prune(pins: &PinDir, present: &BTreeSet<u32>) -> Result<usize, AttachErro
     Ok(pruned)
 }
 
-/// Takes the programs off one device, or off all, and returns what was taken off.
+/// Detaches the programs from one device, or from all, and returns what was detached.
 ///
 /// # Errors
 /// [`AttachError`].
@@ -489,11 +490,11 @@ pub fn detach(pins: &PinDir, ifindex: Option<u32>) -> Result<Vec<Attachment>, At
     Ok(attachments)
 }
 
-/// Takes the programs off devices that had none `before`, when a start has failed. A device that had some keeps what it has
-/// now: the start may have put it in the place of what was there.
+/// After a failed start, detaches the programs from devices that had none `before`. A device that had some keeps what it has
+/// now, because the start may have replaced what was there.
 ///
 /// # Errors
-/// The first [`AttachError`]; everything else is taken off nevertheless.
+/// The first [`AttachError`]; everything else is detached nevertheless.
 pub fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachError> {
     let devices: BTreeSet<u32> = before.pins().filter_map(|pin| Some(parse_pin_name(pin)?.0)).collect();
     let mut outcome = cgroup::detach_new(pins, before);
@@ -503,24 +504,24 @@ pub fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachError> {
     outcome
 }
 
-/// What became of the dataplane of another layout.
+/// What happened to the dataplane of another layout.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Replaced {
     /// Its name: `v1`.
     pub layout: String,
-    /// Links and filters that met the programs of this version.
+    /// Links and filters that now run the programs of this version.
     pub adopted: usize,
-    /// Those that were taken off instead.
+    /// Those that were detached instead.
     pub detached: usize,
     /// Whether this version has taken over its maps, and with them its pins and connections.
     pub keeps_maps: bool,
 }
 
-/// Replaces the programs that dataplanes of other layouts have attached by those of this version, so that each packet meets
-/// one of them, and removes the rest of these dataplanes.
+/// Replaces the programs that dataplanes of other layouts have attached by those of this version, so that each packet is
+/// handled by one of them. Removes the rest of these dataplanes.
 ///
 /// # Errors
-/// [`AttachError`] where a pin cannot be moved or removed.
+/// [`AttachError`] if a pin cannot be moved or removed.
 pub fn replace_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError> {
     let mut replaced = Vec::new();
     for other in pins.other_layouts()? {
@@ -541,7 +542,7 @@ pub fn replace_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError
     Ok(replaced)
 }
 
-/// Takes off and removes the dataplanes of other layouts.
+/// Detaches and removes the dataplanes of other layouts.
 ///
 /// # Errors
 /// [`AttachError`].
@@ -558,8 +559,8 @@ pub fn detach_other_layouts(pins: &PinDir) -> Result<Vec<Replaced>, AttachError>
     Ok(removed)
 }
 
-/// Makes a pin of another layout one of this layout, with the program of this version. False where it is none that this
-/// version knows, where this layout has one already, or where the kernel refuses the program there.
+/// Turns a pin of another layout into one of this layout, with the program of this version. False if this version does not know
+/// the pin, if this layout has it already, or if the kernel rejects the program there.
 fn adopt(pins: &PinDir, path: &Path) -> Result<bool, AttachError> {
     let Some(name) = path.file_name() else { return Ok(false) };
     let ours = pins.links().join(name);
@@ -580,7 +581,7 @@ fn adopt(pins: &PinDir, path: &Path) -> Result<bool, AttachError> {
     cgroup::adopt(pins, path, &ours)
 }
 
-/// Takes off what a pin of another layout has attached; false where it is no link, and no filter of a device.
+/// Detaches what a pin of another layout has attached. False if it is neither a link nor a filter of a device.
 fn detach_unknown(path: &Path) -> Result<bool, AttachError> {
     if let Some((ifindex, hook)) = parse_pin_name(path).filter(|(_, hook)| hook.link().is_none()) {
         return device_name(ifindex).map_or(Ok(false), |device| remove_filter(&device, hook).map(|()| true));
@@ -591,7 +592,7 @@ fn detach_unknown(path: &Path) -> Result<bool, AttachError> {
 /// Whether anything is attached.
 ///
 /// # Errors
-/// [`AttachError`] where a pin cannot be read.
+/// [`AttachError`] if a pin cannot be read.
 pub fn is_attached(pins: &PinDir) -> Result<bool, AttachError> {
     Ok(!attachments(pins)?.is_empty() || !cgroup::attachments(pins)?.is_empty())
 }
@@ -622,7 +623,7 @@ fn clsact_failed(device: &str, hook: Hook) -> impl FnOnce(ProgramError) -> Attac
     move |source| AttachError::Clsact { device: device.to_owned(), hook, source: Box::new(source) }
 }
 
-/// Makes a device run the pinned program of `hook` by a filter: a new one, or in place of the one that is there.
+/// Makes a device run the pinned program of `hook` by a filter: a new filter, or the existing one with a new program.
 fn set_filter(pins: &PinDir, device: &str, hook: Hook, new: bool) -> Result<(), AttachError> {
     let failed = |source| clsact_failed(device, hook)(source);
     let mut program = SchedClassifier::from_pin(pins.prog(hook.program())).map_err(failed)?;
@@ -637,7 +638,7 @@ fn set_filter(pins: &PinDir, device: &str, hook: Hook, new: bool) -> Result<(), 
         program.attach_to_link(filter(device, hook)?)
     };
     let link = id.and_then(|id| program.take_link(id)).map_err(failed)?;
-    // Dropped, it would take the filter away again.
+    // Dropping the link would remove the filter.
     mem::forget(link);
     Ok(())
 }
@@ -649,7 +650,7 @@ fn filter(device: &str, hook: Hook) -> Result<SchedClassifierLink, AttachError> 
 
 fn remove_filter(device: &str, hook: Hook) -> Result<(), AttachError> {
     match filter(device, hook)?.detach() {
-        // Someone has removed it, or the whole qdisc.
+        // The filter, or the whole qdisc, was removed already.
         Err(ProgramError::NetlinkError(error)) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {
             Ok(())
         }
@@ -657,11 +658,11 @@ fn remove_filter(device: &str, hook: Hook) -> Result<(), AttachError> {
     }
 }
 
-/// As [`upgrade`], for one filter; false where its device has gone.
+/// As [`upgrade`], for one filter. False if its device has gone.
 fn upgrade_filter(pins: &PinDir, pin: &Attachment) -> Result<bool, AttachError> {
     let Some(device) = pin.device() else { return Ok(false) };
     set_filter(pins, &device, pin.hook, false)?;
-    // The pin is a note of the program that the filter runs.
+    // The pin records which program the filter runs.
     let program = sys::obj_get(&pins.prog(pin.hook.program()))?;
     pins.unpin(&pin.path)?;
     sys::obj_pin(program.as_fd(), &pin.path)?;
@@ -703,7 +704,7 @@ mod tests {
         assert_eq!(hooks(&card, XdpPolicy::Off), (tc(), None));
         for policy in [XdpPolicy::Auto, XdpPolicy::Native] {
             assert_eq!(hooks(&bond, policy), (tc(), Some(Note::StripsTags)), "a VLAN is on it");
-            // The loopback device strips no tags: so does a card with `rxvlan` off.
+            // The loopback device strips no tags, like a card with `rxvlan` off.
             assert_eq!(hooks(&device(None, true), policy).1, None);
         }
         assert_eq!(hooks(&pod, XdpPolicy::Auto), (tc(), None), "XDP is not for pods' devices: nothing to say");

@@ -1,7 +1,7 @@
-//! What a network card is like, and what that means for XDP: why the driver refuses programs, or what they cannot do there.
+//! The properties of a network card, and what they mean for XDP: why the driver rejects programs, or what XDP cannot do there.
 //!
-//! The kernel has texts for that, but gives them only to callers by netlink, and links have no netlink. So the cause is told
-//! from the error number and from what can be asked of the card.
+//! The kernel has texts for that, but returns them only to netlink callers, and links are not created by netlink. So the cause
+//! is derived from the error number and from the card's properties.
 
 use std::{ffi::OsStr, fmt, fs, io, path::Path};
 
@@ -10,25 +10,25 @@ use affinity_common::abi::DEVICE_NOTE_SHIFT;
 use super::{Device, XdpFeatures, xdp_features};
 use crate::sys;
 
-/// `ETH_FLAG_RXVLAN` of linux/ethtool.h: the card takes VLAN tags out of frames.
+/// `ETH_FLAG_RXVLAN` of linux/ethtool.h: the card removes VLAN tags from frames.
 const RX_VLAN: u32 = 1 << 8;
-/// `ETH_FLAG_LRO`: it merges packets.
+/// `ETH_FLAG_LRO`: the card merges packets.
 const LRO: u32 = 1 << 15;
 
 /// The longest packet for which no driver needs more than one buffer.
 const MTU_OF_ETHERNET: u32 = 1500;
 
-/// Offloads of a virtio guest with which frames come in merged or without sums, and the one that can switch them off: bits of
-/// linux/virtio_net.h.
+/// Offloads of a virtio guest that make frames arrive merged or without checksums, and the one that allows switching them off:
+/// bits of linux/virtio_net.h.
 const GUEST_OFFLOADS: [usize; 7] = [1, 7, 8, 9, 10, 54, 55];
 const CTRL_GUEST_OFFLOADS: usize = 2;
 
-/// What the hooks of a device do not tell by themselves. Its number is in the map `devices`, see [`DEVICE_NOTE_SHIFT`].
+/// Information about a device beyond its hooks. Its number is in the map `devices`, see [`DEVICE_NOTE_SHIFT`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Note {
     /// The driver runs no XDP programs.
     NoDriverSupport,
-    /// A virtio device whose host merges frames or leaves out checksums for good.
+    /// A virtio device: the host merges frames or omits checksums, and that cannot be switched off.
     GuestOffloads,
     /// Packets are too long for the driver.
     Mtu,
@@ -38,13 +38,13 @@ pub enum Note {
     LargeReceive,
     /// Another XDP program is there.
     OtherProgram,
-    /// The card takes VLAN tags out before XDP sees the frame.
+    /// The card removes VLAN tags before XDP sees the frame.
     StripsTags,
-    /// Generic XDP was asked for.
+    /// Generic XDP was requested.
     NotGeneric,
-    /// XDP runs, but what it sends back is lost.
+    /// XDP runs, but the packets that it sends back are lost.
     AnswersLost,
-    /// For another reason: the kernel's error number.
+    /// Another reason: the kernel's error number.
     Refused(u16),
 }
 
@@ -74,7 +74,7 @@ impl Note {
         number << DEVICE_NOTE_SHIFT
     }
 
-    /// The inverse of [`Note::to_bits`]; none where there is none, or one of a later version.
+    /// The inverse of [`Note::to_bits`]; none if there is no note, or one of a later version.
     #[must_use]
     pub fn from_bits(bits: u32) -> Option<Self> {
         let bits = bits >> DEVICE_NOTE_SHIFT;
@@ -106,19 +106,19 @@ impl fmt::Display for Note {
     }
 }
 
-/// Whether a device takes VLAN tags out of frames before XDP sees them; also where it does not say.
+/// Whether a device removes VLAN tags from frames before XDP sees them. True if it does not report that.
 #[must_use]
 pub fn strips_tags(device: &str) -> bool {
     sys::card_flags(device).map_or(true, |flags| flags & RX_VLAN != 0)
 }
 
-/// What can be asked of a card.
+/// The properties of a card.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Card {
     /// The name of the driver.
     driver: Option<String>,
     mtu: u32,
-    /// What the driver says of XDP; kernels before 6.3 do not tell.
+    /// The XDP features that the driver reports; none on kernels before 6.3.
     features: Option<XdpFeatures>,
     merges: bool,
     /// Pairs of queues: in use, and at most.
@@ -128,7 +128,7 @@ pub struct Card {
 }
 
 impl Card {
-    /// Asks. What cannot be told is left out.
+    /// Queries a card. What it does not report is left out.
     #[must_use]
     pub fn of(device: &Device) -> Self {
         let name = &device.name;
@@ -143,7 +143,7 @@ impl Card {
         }
     }
 
-    /// Why the driver refused a program with this error number.
+    /// Why the driver rejected a program with this error number.
     #[must_use]
     pub fn cause(&self, errno: i32) -> Note {
         let native = self.features.map(|features| features.native);
@@ -155,7 +155,7 @@ impl Card {
             libc::EOPNOTSUPP | libc::EINVAL | libc::ERANGE if self.mtu > MTU_OF_ETHERNET && !takes_long => Note::Mtu,
             libc::EOPNOTSUPP | libc::EINVAL if self.merges => Note::LargeReceive,
             libc::EINVAL | libc::ENOMEM if self.queues.is_some_and(|(used, most)| 2 * used > most) => Note::Queues,
-            // How veth says that its other end has more of them.
+            // veth returns this if its other end has more queues.
             libc::ENOSPC => Note::Queues,
             libc::EOPNOTSUPP if native.is_none() => Note::NoDriverSupport,
             _ => Note::Refused(errno as u16),
@@ -169,8 +169,8 @@ impl Card {
     }
 }
 
-/// The features of the virtio device at this place on its bus. `/sys/class/net` may not have it: that has the devices of
-/// the network namespace that it was mounted in.
+/// The features of the virtio device at this place on its bus. `/sys/class/net` may lack it: it has the devices of the network
+/// namespace that it was mounted in.
 fn virtio_features(bus: &str) -> Option<String> {
     let devices = fs::read_dir("/sys/bus/virtio/devices").ok()?;
     let mut devices = devices.filter_map(|device| fs::canonicalize(device.ok()?.path()).ok());

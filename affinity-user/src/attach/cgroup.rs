@@ -1,7 +1,7 @@
-//! Puts the programs for sockets onto a cgroup, and takes them off.
+//! Attaches the socket programs to a cgroup, and detaches them.
 //!
-//! Each program has one link, pinned as `links/cgroup-PROGRAM`. A cgroup's programs meet the sockets of all processes
-//! below it; on the root of version 2 those are the node's own and every pod's. Links share a cgroup with those of others.
+//! Each program has one link, pinned as `links/cgroup-PROGRAM`. A cgroup's programs handle the sockets of all processes below
+//! it; on the root of version 2 those are the node's own and every pod's. Other software may have links on the same cgroup.
 
 use std::{
     fmt, fs, io,
@@ -26,7 +26,7 @@ use crate::{
     sys::{self, SysError},
 };
 
-/// Where each of [`SOCKET_PROGRAMS`] belongs.
+/// The attach type of each of [`SOCKET_PROGRAMS`].
 const ATTACH_TYPES: [bpf_attach_type; SOCKET_PROGRAMS.len()] = [
     BPF_CGROUP_INET4_CONNECT,
     BPF_CGROUP_INET6_CONNECT,
@@ -39,16 +39,16 @@ const ATTACH_TYPES: [bpf_attach_type; SOCKET_PROGRAMS.len()] = [
     BPF_CGROUP_INET_SOCK_RELEASE,
 ];
 
-/// How the pins of these links begin.
+/// The prefix of these links' pins.
 const PREFIX: &str = "cgroup-";
 
 /// Whether connections are translated at the socket: `--socket`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum SocketPolicy {
-    /// Where it can be: by the node's own agent, not by one in another network namespace; on a kernel that has the hooks.
+    /// If possible: by the node's own agent, not by one in another network namespace, and on a kernel that has the hooks.
     #[default]
     Auto,
-    /// Always; it is an error where it cannot be.
+    /// Always; it is an error if that is not possible.
     On,
     /// Never.
     Off,
@@ -75,7 +75,7 @@ impl fmt::Display for SocketPolicy {
     }
 }
 
-/// The name of no policy.
+/// Not the name of a policy.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is none of auto, on, off")]
 pub struct UnknownSocketPolicy(String);
@@ -101,11 +101,11 @@ pub struct CgroupAttachment {
     pub path: PathBuf,
 }
 
-/// The id of the root, which is the inode of its directory: it is the first that the kernel makes.
+/// The id of the root, which is the inode of its directory: the kernel creates the root first.
 pub const ROOT: u64 = 1;
 
-/// The root of version 2, wherever it is mounted. A container that has its own view of the cgroups sees another directory
-/// as its root: that is not it.
+/// The root of version 2, wherever it is mounted. A container with its own view of the cgroups sees another directory as its
+/// root; that is not the root meant here.
 #[must_use]
 pub fn root() -> Option<PathBuf> {
     mounts().into_iter().find(|path| fs::metadata(path).is_ok_and(|directory| directory.ino() == ROOT))
@@ -122,18 +122,18 @@ fn mounts() -> Vec<PathBuf> {
     paths.collect()
 }
 
-/// The directory of a cgroup, under any mount of version 2 that this process sees. Where the node is itself a container,
-/// none of these is the machine's root.
+/// The directory of a cgroup, under any mount of version 2 that this process sees. If the node is itself a container, none of
+/// these is the machine's root.
 #[must_use]
 pub fn directory(cgroup: u64) -> Option<PathBuf> {
     mounts().into_iter().find_map(|mount| find(mount, cgroup))
 }
 
-/// Where the hierarchy of version 2 is, below a directory that was named: there, or where systemd mounts it beside those of
-/// version 1 (<https://systemd.io/CGROUP_DELEGATION>, "hybrid").
+/// Where the hierarchy of version 2 is, given a directory: there, or where systemd mounts it next to those of version 1
+/// (<https://systemd.io/CGROUP_DELEGATION>, "hybrid").
 ///
 /// # Errors
-/// [`AttachError::NotVersion2`] where it is neither here nor there.
+/// [`AttachError::NotVersion2`] if it is at neither place.
 fn version_2(named: &Path) -> Result<PathBuf, AttachError> {
     let unified = named.join("unified");
     match is_version_2(named) {
@@ -160,8 +160,8 @@ fn find(dir: PathBuf, cgroup: u64) -> Option<PathBuf> {
     children.into_iter().find_map(|child| find(child.path(), cgroup))
 }
 
-/// Attaches the pinned programs to a cgroup, and to no other: links to another one go once their successors are there.
-/// Returns the cgroup: that of version 2, where both versions are mounted below `named`.
+/// Attaches the pinned programs to a cgroup, and to no other: links to another one are removed once their replacements are
+/// attached. Returns the cgroup: that of version 2, if both versions are mounted below `named`.
 ///
 /// # Errors
 /// [`AttachError`]; what was attached before the failure stays.
@@ -211,7 +211,7 @@ fn open_pins(pins: &PinDir) -> Result<Vec<(&'static str, PathBuf, OwnedFd)>, Att
 /// Everything that is attached to a cgroup.
 ///
 /// # Errors
-/// [`AttachError`] where a pin cannot be read.
+/// [`AttachError`] if a pin cannot be read.
 pub fn attachments(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> {
     let attachment = |(program, path, fd): (&'static str, PathBuf, OwnedFd)| {
         let info = sys::cgroup_link_info(fd.as_fd())?;
@@ -220,8 +220,8 @@ pub fn attachments(pins: &PinDir) -> Result<Vec<CgroupAttachment>, AttachError> 
     open_pins(pins)?.into_iter().map(attachment).collect()
 }
 
-/// Puts the programs that are pinned now into every link; each call meets the old one or the new one. Returns the number
-/// of links.
+/// Replaces the program of every link by the pinned one; each call runs the old or the new program. Returns the number of
+/// links.
 ///
 /// # Errors
 /// The first [`AttachError`]; all links but those that failed have the new program.
@@ -238,7 +238,7 @@ pub(super) fn upgrade(pins: &PinDir) -> Result<usize, AttachError> {
     upgraded
 }
 
-/// False where the cgroup has gone.
+/// False if the cgroup has gone.
 fn upgrade_one(pins: &PinDir, program: &str, link: &OwnedFd) -> Result<bool, SysError> {
     let next = sys::obj_get(&pins.prog(program))?;
     match sys::link_update(link.as_fd(), next.as_fd()) {
@@ -247,7 +247,7 @@ fn upgrade_one(pins: &PinDir, program: &str, link: &OwnedFd) -> Result<bool, Sys
     }
 }
 
-/// Takes the programs off, and returns what was taken off.
+/// Detaches the programs, and returns what was detached.
 ///
 /// # Errors
 /// [`AttachError`].
@@ -266,7 +266,7 @@ pub(super) fn adopt(pins: &PinDir, path: &Path, ours: &Path) -> Result<bool, Att
     let Some(program) = SOCKET_PROGRAMS.into_iter().find(|program| pin(pins, program) == ours) else {
         return Ok(false);
     };
-    // Without the programs for sockets there is nothing to put there.
+    // If the socket programs are not loaded, there is nothing to attach.
     if !pins.prog(program).exists() {
         return Ok(false);
     }
@@ -278,10 +278,10 @@ pub(super) fn adopt(pins: &PinDir, path: &Path, ours: &Path) -> Result<bool, Att
     Ok(true)
 }
 
-/// Takes off what was not there `before`, when a start has failed.
+/// After a failed start, detaches what was not attached `before`.
 ///
 /// # Errors
-/// The first [`AttachError`]; everything else is taken off nevertheless.
+/// The first [`AttachError`]; everything else is detached nevertheless.
 pub(super) fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachError> {
     let mut outcome = Ok(());
     for (_, path, link) in open_pins(pins)?.into_iter().filter(|(_, path, _)| !before.contains(path)) {
@@ -294,7 +294,7 @@ pub(super) fn detach_new(pins: &PinDir, before: &Pinned) -> Result<(), AttachErr
 /// Whether this thread is in the network namespace of the node: that of its first process.
 ///
 /// # Errors
-/// The system's answer where that cannot be told.
+/// The system's error if that cannot be determined.
 pub fn in_node_namespace() -> io::Result<bool> {
     let of = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|file| (file.dev(), file.ino()));
     Ok(of("thread-self")? == of("1")?)

@@ -1,10 +1,10 @@
 //! The flags of attached devices (map `devices`): which of them accept redirected frames. And their MAC addresses, for XDP
 //! (map `device_macs`).
 //!
-//! XDP redirects to devices with native XDP whose driver accepts redirected frames (`NETDEV_XDP_ACT_NDO_XMIT`). Other drivers
-//! drop such frames silently, so XDP redirects nothing if the kernel does not report the feature. TC redirects to devices with
-//! TC programs in both directions: both directions of a connection are redirected, or none, because conntrack drops packets
-//! of a connection that it has seen only half of.
+//! XDP redirects to devices with native XDP and a driver that accepts redirected frames (`NETDEV_XDP_ACT_NDO_XMIT`). Other
+//! drivers drop such frames silently, so XDP redirects nothing if the kernel does not report the feature. TC redirects to
+//! devices with TC programs in both directions: both directions of a connection are redirected, or none, because conntrack
+//! drops packets of a connection that it has seen only half of.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -31,7 +31,7 @@ pub struct AttachedDevice<'h> {
     pub leads_to_pod: bool,
     /// The bridge or bond that it is a port of, by index.
     pub controller: Option<u32>,
-    /// The device of which it is a VLAN, by index.
+    /// The device that it is a VLAN on, by index.
     pub below: Option<u32>,
     /// Its link address, and that of its controller.
     pub macs: Option<[[u8; 6]; 2]>,
@@ -41,7 +41,7 @@ pub struct AttachedDevice<'h> {
     pub note: Option<Note>,
 }
 
-/// Writes the flags and MAC addresses of these devices. Returns the devices whose answers by XDP are lost from now on.
+/// Writes the flags and MAC addresses of these devices. Returns the devices on which answers by XDP are lost from now on.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -81,7 +81,7 @@ fn publish_macs(pins: &PinDir, attached: &[AttachedDevice<'_>]) -> Result<(), St
     Ok(())
 }
 
-/// The flags of each device. TC does not redirect to bridges with attached ports, nor to these ports: a packet that is
+/// The flags of each device. TC does not redirect to bridges with attached ports, or to these ports: a packet that is
 /// translated at a port is routed from the bridge, and its reply may never leave the bridge.
 fn flags_of(attached: &[AttachedDevice<'_>]) -> BTreeMap<u32, u32> {
     let bridges: BTreeSet<u32> = attached.iter().filter_map(|device| device.controller).collect();
@@ -108,8 +108,8 @@ fn bits(hooks: &[Hook]) -> u32 {
     hooks.iter().map(bit).fold(0, |bits, bit| bits | bit)
 }
 
-/// Clears the flag of devices whose driver does not accept redirected frames. Such an end of a veth pair loses its own answers
-/// (`XDP_TX`) as well, because both need NAPI on the other end.
+/// Clears the flag of devices with a driver that does not accept redirected frames. Such an end of a veth pair loses its own
+/// answers (`XDP_TX`) as well, because both need NAPI on the other end.
 ///
 /// <https://elixir.bootlin.com/linux/v6.18/source/drivers/net/veth.c> (`veth_set_xdp_features`)
 fn keep_senders(flags: &mut BTreeMap<u32, u32>, pairs: &BTreeSet<u32>) {

@@ -36,7 +36,7 @@ pub struct Device {
     pub other_end: OtherEnd,
     /// The bridge or bond that it is a port of, by index.
     pub controller: Option<u32>,
-    /// Its link address, where that is one of Ethernet.
+    /// Its MAC address, if it has one.
     pub mac: Option<[u8; 6]>,
     /// The longest packet that it sends, in bytes.
     pub mtu: u32,
@@ -111,13 +111,13 @@ pub struct Devices {
     handle: Handle,
     messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
     connection: JoinHandle<()>,
-    /// The changes that were seen, and not yet told.
+    /// The changes that are not reported yet.
     debounce: Option<Debounce>,
-    /// How many there were at the last look.
+    /// How many devices the last list had.
     number: usize,
 }
 
-/// Changes come in crowds, which are told as one: when they began, and when the last one was.
+/// Changes come in bursts, and each burst is reported once: when it began, and when its last change came.
 #[derive(Clone, Copy, Debug)]
 struct Debounce {
     began: Instant,
@@ -125,12 +125,12 @@ struct Debounce {
 }
 
 impl Debounce {
-    /// How long to wait for more changes after each: a look at many devices costs more, and is taken less often.
+    /// How long to wait for more changes after each: listing many devices costs more, so it is done less often.
     fn rest(devices: usize) -> Duration {
         Duration::from_millis(20) + Duration::from_micros(100) * u32::try_from(devices).unwrap_or(u32::MAX)
     }
 
-    /// When to tell of them; also where they never rest.
+    /// When to report the burst, even if it does not end.
     fn is_over_at(self, devices: usize) -> Instant {
         let rest = Self::rest(devices);
         (self.last + rest).min(self.began + rest * 10)
@@ -144,10 +144,10 @@ impl Drop for Devices {
 }
 
 impl Devices {
-    /// Of the network namespace that the calling thread is in.
+    /// Devices of the network namespace that the calling thread is in.
     ///
     /// # Errors
-    /// The system's answer where there is no netlink socket to be had.
+    /// The system's error if no netlink socket can be opened.
     pub fn new() -> io::Result<Self> {
         let groups = [
             MulticastGroup::Link,
@@ -163,7 +163,7 @@ impl Devices {
     /// All devices, by index.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub async fn list(&mut self) -> io::Result<Vec<Device>> {
         let request = self.handle.link().get();
         let request = request.set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
@@ -175,10 +175,10 @@ impl Devices {
         Ok(devices)
     }
 
-    /// What addresses and routes say of the devices.
+    /// The addresses and default routes of the devices.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub async fn network(&self) -> io::Result<Network> {
         let mut network = Network::default();
         let mut addresses = self.handle.address().get().execute();
@@ -201,12 +201,11 @@ impl Devices {
         Ok(network)
     }
 
-    /// Waits until a device has come, gone or changed, or what [`Devices::network`] tells of it; and for a moment of
-    /// rest after that, but not for long. Dropped before it is ready, it loses nothing: the next call goes on waiting
-    /// for the same rest.
+    /// Waits until a device, or the result of [`Devices::network`], may have changed, and then until changes pause, but not for
+    /// long. Dropping the future loses nothing: the next call continues the same wait.
     ///
     /// # Errors
-    /// Where the socket has closed.
+    /// If the socket has closed.
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
             let message = match self.debounce {
@@ -243,10 +242,10 @@ fn mark_below_vlans(devices: &mut [Device]) {
     }
 }
 
-/// All devices, and what addresses and routes say of them, for callers without a runtime.
+/// All devices, and their addresses and default routes, for callers without a runtime.
 ///
 /// # Errors
-/// The system's answer.
+/// The system's error.
 pub fn survey() -> io::Result<(Vec<Device>, Network)> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let mut devices = Devices::new()?;
@@ -254,8 +253,7 @@ pub fn survey() -> io::Result<(Vec<Device>, Network)> {
     })
 }
 
-/// Whether a message may tell of a change that is seen here. Every pod brings routes and link-local addresses, which
-/// are not.
+/// Whether a message may report a relevant change. Every pod adds routes and link-local addresses, which are not relevant.
 fn matters(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     #[expect(clippy::wildcard_enum_match_arm, reason = "what is not known to be of no interest may be of some")]
     match &message.payload {
@@ -269,7 +267,7 @@ fn matters(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     }
 }
 
-/// The address of a message, where others may reach the device by it.
+/// The address in a message, if others may reach the device by it.
 fn global_address(message: &AddressMessage) -> Option<IpAddr> {
     if message.header.scope != AddressScope::Universe {
         return None;
@@ -282,7 +280,7 @@ fn global_address(message: &AddressMessage) -> Option<IpAddr> {
             _ => None,
         })
     };
-    // On links between two, one is the own address and the other the peer's; IPv6 has but the other otherwise.
+    // On point-to-point links, `Local` is the own address and `Address` the peer's. Otherwise IPv6 has only `Address`.
     of(true).or_else(|| of(false))
 }
 
@@ -290,7 +288,7 @@ fn is_default(route: &RouteMessage) -> bool {
     route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
 }
 
-/// The devices that a route leaves by.
+/// The devices that a route leaves through.
 fn ways_out(route: &RouteMessage) -> Vec<u32> {
     #[expect(clippy::wildcard_enum_match_arm, reason = "of many attributes two name devices")]
     let devices = route.attributes.iter().flat_map(|attribute| match attribute {

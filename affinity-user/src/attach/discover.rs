@@ -1,7 +1,7 @@
 //! Which devices are attached if none is named, and why: a pure function of links, addresses and routes.
 //!
-//! Packets for frontends enter a node by devices that lead out of it (external), or by those that lead to its pods and
-//! guests (internal). Kinds and places decide, not names, so that it does not matter which network plugin made them.
+//! Packets for frontends enter a node through devices that lead out of it (external), or through those that lead to its pods
+//! and guests (internal). Kinds and places decide, not names, so it does not matter which network plugin created them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,10 +11,10 @@ use std::{
 
 use super::devices::{Device, Framing, OtherEnd};
 
-/// Kinds whose frames come from tunnels: what they carry was translated where it entered the first node, and its
-/// replies are where they leave it.
+/// Kinds with frames from tunnels: what they carry was translated where it entered the first node, and its replies are
+/// translated where they leave it.
 const TUNNELS: [&str; 8] = ["vxlan", "geneve", "gretap", "ip6gretap", "erspan", "ip6erspan", "batadv", "bareudp"];
-/// Kinds that carry addresses, and by which no frame comes in.
+/// Kinds that have addresses, but that no frame enters through.
 const INWARD: [&str; 3] = ["dummy", "ifb", "vrf"];
 
 /// What a device leads to.
@@ -40,7 +40,7 @@ impl Role {
 /// Why a device has its role, or none.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Why {
-    /// A default route leaves by it.
+    /// A default route leaves through it.
     DefaultRoute,
     /// It carries an address of the node.
     Address(IpAddr),
@@ -56,11 +56,11 @@ pub enum Why {
     NotEthernet,
     /// A tunnel with Ethernet frames inside.
     Tunnel,
-    /// No frame comes in by it.
+    /// No frame enters through it.
     Inward,
     /// Its other end is in this network namespace, too.
     BothEndsHere,
-    /// It has neither.
+    /// It has no default route and no address.
     Unused,
 }
 
@@ -84,7 +84,8 @@ impl fmt::Display for Why {
             Self::PodSide => "leads to another network namespace",
             Self::Bridge => "a bridge of pods or guests",
             Self::Tap => "leads to a guest",
-            // It was chosen when they were sent, and the stack keeps it: translated, they would still end here. See
+            // The route was chosen when the packets were sent, and the stack keeps it: even translated, they would end here.
+            // See
             // https://elixir.bootlin.com/linux/v6.18/source/drivers/net/loopback.c#L69
             Self::Loopback => "its packets have their route already",
             Self::NotEthernet => "its frames have no Ethernet header",
@@ -105,17 +106,17 @@ pub struct Finding {
     pub why: Why,
 }
 
-/// What routes and addresses say of devices.
+/// The default routes and addresses of devices.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Network {
-    /// Indices of the devices that default routes leave by.
+    /// Indices of the devices that default routes leave through.
     pub default_routes: BTreeSet<u32>,
     /// Addresses of global scope and the lengths of their prefixes, by device.
     pub addresses: BTreeMap<u32, BTreeSet<(IpAddr, u8)>>,
 }
 
 impl Network {
-    /// The node's addresses of global scope; first those of devices that default routes leave by.
+    /// The node's addresses of global scope; first those of devices with default routes.
     #[must_use]
     pub fn own_addresses(&self) -> Vec<IpAddr> {
         let leads_out = |(device, _): &(&u32, _)| !self.default_routes.contains(device);
@@ -145,8 +146,8 @@ pub fn roles(devices: &[Device], network: &Network) -> BTreeMap<u32, Finding> {
     findings
 }
 
-/// The devices that default routes leave by and that cannot be attached: their frames have no link header, as those of
-/// WireGuard and other tunnels of IP packets.
+/// The devices with default routes that cannot be attached: their frames have no link header, like those of WireGuard and other
+/// tunnels of IP packets.
 #[must_use]
 pub fn unserved<'d>(devices: &'d [Device], network: &Network) -> Vec<&'d Device> {
     let is_unserved =
@@ -154,7 +155,7 @@ pub fn unserved<'d>(devices: &'d [Device], network: &Network) -> Vec<&'d Device>
     devices.iter().filter(is_unserved).collect()
 }
 
-/// What that means, in one line.
+/// The warning about such a device, in one line.
 #[must_use]
 pub fn unserved_text(device: &str) -> String {
     format!(
@@ -163,7 +164,7 @@ pub fn unserved_text(device: &str) -> String {
     )
 }
 
-/// Of two ends in one namespace one is enough: what enters the first leaves by it as well.
+/// If both ends are in this namespace, one is enough: what enters through it leaves through it as well.
 fn leave_out_second_ends(devices: &[Device], findings: &mut BTreeMap<u32, Finding>) {
     for device in devices {
         let OtherEnd::Here(other) = device.other_end else { continue };
@@ -216,8 +217,8 @@ fn is_outward(device: &Device) -> bool {
     !is_pair(device) && kind != "tun" && !TUNNELS.contains(&kind) && !INWARD.contains(&kind)
 }
 
-/// The first address of a device that is one of the node's. On a pod's device it is the pod's gateway instead, alone
-/// in its network, as some network plugins have it.
+/// The first address of a device that is one of the node's. On a pod's device, an address that is alone in its network is the
+/// pod's gateway instead, as some network plugins configure it.
 fn node_address(device: &Device, network: &Network) -> Option<IpAddr> {
     let mut addresses = network.addresses.get(&device.index)?.iter();
     let is_alone = |&(address, prefix): &(IpAddr, u8)| prefix == if address.is_ipv4() { 32 } else { 128 };
@@ -232,7 +233,7 @@ mod tests {
     const GATEWAY: (&str, u8) = ("10.244.0.1", 32);
     const BRIDGE: (&str, u8) = ("10.244.0.1", 24);
 
-    /// A device, and what the network says of it.
+    /// A device, with its addresses and default route.
     struct Case {
         device: Device,
         addresses: Vec<(&'static str, u8)>,
@@ -349,7 +350,7 @@ mod tests {
                 "{kind}"
             );
         }
-        // Frames only cross it.
+        // Frames only pass through it.
         assert_eq!(found([case(3, "bridge"), case(4, "").port_of(3)])[0], "-: no default route, no address");
         assert_eq!(one(bridge().default_route()), "external: a default route leaves by it");
     }
@@ -388,7 +389,7 @@ mod tests {
             found([first().address(NODE), second().default_route()]),
             [both_here, "external: a default route leaves by it"]
         );
-        // The device below a VLAN is no other end.
+        // The device below a VLAN is not its other end.
         let vlan = case(6, "vlan").end(OtherEnd::Here(5)).address(NODE);
         assert_eq!(found([case(5, "").address(NODE), vlan]), [address, address]);
     }

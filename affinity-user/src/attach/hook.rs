@@ -1,4 +1,4 @@
-//! The places of a device where a program can be.
+//! The hooks of a device, where programs can be attached.
 
 use std::{fmt, str::FromStr};
 
@@ -8,16 +8,16 @@ use aya_obj::generated::{
     bpf_attach_type::{BPF_TCX_EGRESS, BPF_TCX_INGRESS, BPF_XDP},
 };
 
-/// A place in a device's path of packets, and the kind of attachment. Its name is the second half of a pin's.
+/// A place in a device's packet path, and the kind of attachment. Its name is the second half of a pin's name.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Hook {
     /// Ingress, in the driver.
     XdpNative,
-    /// Ingress, before traffic control. Earlier versions attached there; it is known so that it can be taken off.
+    /// Ingress, before traffic control. Earlier versions attached there; it is kept so that it can be detached.
     XdpGeneric,
     /// Ingress, by a tcx link.
     TcxIngress,
-    /// Ingress, by a filter of the clsact qdisc: where the kernel has no tcx.
+    /// Ingress, by a filter of the clsact qdisc, if the kernel has no tcx.
     ClsactIngress,
     /// Egress, by a tcx link.
     TcxEgress,
@@ -43,7 +43,7 @@ impl Hook {
         }
     }
 
-    /// The program that belongs there.
+    /// The program for this hook.
     #[must_use]
     pub const fn program(self) -> &'static str {
         match self {
@@ -53,7 +53,7 @@ impl Hook {
         }
     }
 
-    /// Whether packets from clients meet it: the forward translation.
+    /// Whether packets from clients pass it: the forward translation.
     #[must_use]
     pub const fn is_ingress(self) -> bool {
         !matches!(self, Self::TcxEgress | Self::ClsactEgress)
@@ -85,7 +85,7 @@ impl fmt::Display for Hook {
     }
 }
 
-/// The name of no hook.
+/// Not the name of a hook.
 #[derive(Debug, thiserror::Error)]
 #[error("no hook is called {0:?}")]
 pub struct UnknownHook(String);
@@ -98,15 +98,15 @@ impl FromStr for Hook {
     }
 }
 
-/// How XDP is to be used: `--xdp`.
+/// How to use XDP: `--xdp`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum XdpPolicy {
-    /// Native, else TC; and TC on devices that lead to pods, where frames carry partial checksums.
+    /// Native, otherwise TC. TC on devices that lead to pods, where frames have partial checksums.
     #[default]
     Auto,
-    /// Native or not at all; but TC where a VLAN is on a device that strips tags.
+    /// Only native; but TC if a VLAN is on a device that strips tags.
     Native,
-    /// TC, with a warning: a program cannot tell there whether a frame's checksum is partial, and TC runs at the same place.
+    /// TC, with a warning: generic XDP cannot tell whether a frame's checksum is partial, and TC runs at the same place.
     Generic,
     /// TC.
     Off,
@@ -134,7 +134,7 @@ impl fmt::Display for XdpPolicy {
     }
 }
 
-/// The name of no policy.
+/// Not the name of a policy.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is none of auto, native, generic, off")]
 pub struct UnknownPolicy(String);

@@ -1,5 +1,5 @@
-//! What the drivers of network devices say of XDP: the kernel's `netdev` family of generic netlink, on kernels that have it
-//! (6.3 and later). Asking changes nothing, unlike attaching a program to see whether that works.
+//! What drivers of network devices report about XDP: the kernel's `netdev` family of generic netlink (Linux 6.3 and later). A
+//! query changes nothing, unlike attaching a program to see whether that works.
 //!
 //! <https://docs.kernel.org/networking/netlink_spec/netdev.html>
 
@@ -21,9 +21,9 @@ use crate::netns;
 
 /// The driver runs programs (`NETDEV_XDP_ACT_BASIC`).
 const BASIC: u64 = 1;
-/// It sends out frames that came in by another device (`NETDEV_XDP_ACT_NDO_XMIT`).
+/// It sends frames that arrived on another device (`NETDEV_XDP_ACT_NDO_XMIT`).
 const NDO_XMIT: u64 = 1 << 2;
-/// It takes programs although frames may span buffers (`NETDEV_XDP_ACT_RX_SG`).
+/// It accepts programs even if frames may span buffers (`NETDEV_XDP_ACT_RX_SG`).
 const RX_SG: u64 = 1 << 5;
 
 const NETDEV_CMD_DEV_GET: u8 = 1;
@@ -37,14 +37,14 @@ pub struct XdpFeatures {
     pub native: bool,
     /// Also on frames that span several buffers: jumbo frames.
     pub multi_buffer: bool,
-    /// It sends out frames that came in by another device; some do only while they run a program.
+    /// It sends frames that arrived on another device. Some drivers do so only while they run a program.
     pub sends: bool,
 }
 
-/// Of every device in the calling thread's network namespace, by index.
+/// The features of every device in the calling thread's network namespace, by index.
 ///
 /// # Errors
-/// [`io::ErrorKind::Unsupported`] where the kernel has no such family; else the system's answer.
+/// [`io::ErrorKind::Unsupported`] if the kernel has no such family, otherwise the system's error.
 pub fn xdp_features() -> io::Result<BTreeMap<u32, XdpFeatures>> {
     let mut request = GenlMessage::from_payload(DeviceGet::default());
     request.set_resolved_family_id(family()?);
@@ -58,7 +58,7 @@ pub fn xdp_features() -> io::Result<BTreeMap<u32, XdpFeatures>> {
     Ok(devices)
 }
 
-/// The number that the kernel has given to the family.
+/// The number that the kernel has assigned to the family.
 fn family() -> io::Result<u16> {
     let request = GenlMessage::from_payload(GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: Vec::new() });
     let mut family = None;
@@ -83,7 +83,7 @@ where
     message
 }
 
-/// An answer; the request for all devices is the same without content.
+/// An answer. The request for all devices is the same message without content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct DeviceGet {
     ifindex: u32,

@@ -1,4 +1,4 @@
-//! Who else handles packets on these devices: XDP and TC programs of others, and kube-proxy's rules.
+//! Other programs that handle packets on these devices: XDP and TC programs of others, and kube-proxy's rules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,7 +23,7 @@ use rtnetlink::{
 use super::{CLSACT_HANDLE, Hook, attachments};
 use crate::{load::PinDir, netns, sys};
 
-/// The device that kube-proxy makes in its IPVS mode.
+/// The device that kube-proxy creates in its IPVS mode.
 const IPVS_DEVICE: &str = "kube-ipvs0";
 
 /// The parents of the filters of a clsact qdisc: `TC_H_MIN_INGRESS` and `TC_H_MIN_EGRESS` of
@@ -32,7 +32,7 @@ const CLSACT_SIDES: [(u16, &str); 2] = [(CLSACT_INGRESS, "ingress"), (CLSACT_EGR
 const CLSACT_INGRESS: u16 = 0xfff2;
 const CLSACT_EGRESS: u16 = 0xfff3;
 
-/// Programs of others on these devices, by index and name, one line each. What cannot be asked for is left out.
+/// Programs of others on these devices (names by index), one line each. What cannot be queried is left out.
 #[must_use]
 pub fn programs(pins: &PinDir, devices: &BTreeMap<u32, String>) -> Vec<String> {
     let ours: BTreeSet<u32> =
@@ -61,8 +61,8 @@ pub fn programs(pins: &PinDir, devices: &BTreeMap<u32, String>) -> Vec<String> {
     lines
 }
 
-/// The way in which kube-proxy's rules are in this network namespace; none where they are not, or where it writes them by
-/// the old iptables interface, which cannot be asked for them.
+/// How kube-proxy's rules are installed in this network namespace. None if there are none, or if they are installed by the old
+/// iptables interface, which cannot be queried for them.
 #[must_use]
 pub fn kube_proxy() -> Option<String> {
     let chains = chains().unwrap_or_default();
@@ -113,7 +113,7 @@ fn xdp_programs() -> io::Result<BTreeMap<u32, u32>> {
     Ok(links()?.iter().filter_map(|link| Some((link.header.index, program(link)?))).collect())
 }
 
-/// Whether our filter is on a device; also where that cannot be asked, as of a device in another network namespace.
+/// Whether our filter is on a device. True if that cannot be queried, for example for a device in another network namespace.
 pub(super) fn has_filter(index: u32, hook: Hook) -> bool {
     let minor = if hook.is_ingress() { CLSACT_INGRESS } else { CLSACT_EGRESS };
     let ours = u32::from(CLSACT_HANDLE);
@@ -146,7 +146,7 @@ fn dump_route(request: RouteNetlinkMessage, visit: impl FnMut(RouteNetlinkMessag
     netns::dump(NETLINK_ROUTE, message, visit)
 }
 
-/// Tables and chains of nftables, those that `iptables` makes there among them.
+/// Tables and chains of nftables, including those that `iptables` creates there.
 fn chains() -> io::Result<Vec<(String, String)>> {
     let mut message = NetlinkMessage::from(Chain::default());
     message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
@@ -155,7 +155,7 @@ fn chains() -> io::Result<Vec<(String, String)>> {
     Ok(chains)
 }
 
-/// A chain of nftables; as a request, all of them. See
+/// A chain of nftables; as a request, all chains. See
 /// <https://elixir.bootlin.com/linux/v6.12/source/include/uapi/linux/netfilter/nf_tables.h>.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 struct Chain {
