@@ -1,9 +1,10 @@
-//! Loads the programs and the maps, and puts them where they outlive this process.
+//! Loads the programs and the maps, and pins them so that they outlive this process.
 //!
-//! A load over a dataplane that runs is an upgrade: pinned maps of the same layout are used again, the entries of maps of another
-//! size are copied, and the new programs replace the old ones in the attached links, so that each packet meets one of them. Maps
-//! of an older layout with the same records (`abi::OLDEST_READABLE`) are used by both versions until the old programs are
-//! replaced; flows, whose records have changed, are converted. A load that fails leaves what ran as it was.
+//! Loading over a running dataplane is an upgrade: pinned maps of the same layout are reused, the entries of maps of another
+//! size are copied, and the new programs replace the old ones in the attached links, so that each packet is handled by an old
+//! or a new program. Maps of an older layout with the same records (`abi::OLDEST_READABLE`) are used by both versions until the
+//! old programs are replaced; flows, which have changed records, are converted. A load that fails leaves the running dataplane
+//! as it was.
 
 mod carry;
 mod clock;
@@ -57,7 +58,7 @@ use crate::{
     sys::{self, Map, MapInfo, SysError, Write},
 };
 
-/// The programs for packets, and those that the agent runs. [`names::CLOCK`] is needed only to load them.
+/// The programs for packets, and those that the agent runs. [`names::CLOCK`] is needed only during a load.
 const PACKET_PROGRAMS: [&str; 8] = [
     names::XDP_FORWARD,
     names::XDP_REDIRECT,
@@ -69,7 +70,7 @@ const PACKET_PROGRAMS: [&str; 8] = [
     names::CORRECT,
 ];
 
-/// What programs go on with, and where they find it.
+/// The entries of the tail-call tables: table, index, program.
 const STAGES: [(&str, u32, &str); 3] = [
     (names::XDP_TAIL_CALLS, TAIL_XDP_REDIRECT, names::XDP_REDIRECT),
     (names::TC_TAIL_CALLS, TAIL_TC_REDIRECT, names::TC_REDIRECT),
@@ -91,13 +92,13 @@ pub enum LoadError {
     /// The object cannot be read.
     #[error("the kernel programs cannot be read: {0}")]
     Object(#[from] aya_obj::ParseError),
-    /// The maps cannot be made.
+    /// The maps cannot be created.
     #[error("the maps cannot be made: {0}")]
     Maps(#[from] EbpfError),
-    /// The kernel refused a map.
+    /// The kernel refused to create a map.
     #[error(transparent)]
     Creation(#[from] CreationError),
-    /// A map that is pinned is of another layout.
+    /// A pinned map has another layout.
     #[error(
         "map {name} is pinned at {path} as {pinned}, and this version needs {needed}: take the old dataplane away with \
          `affinity detach` (it forgets all pins and connections), or use another --pin-dir"
@@ -112,16 +113,16 @@ pub enum LoadError {
         /// The layout of this version.
         needed: String,
     },
-    /// Entries of a map cannot be carried over.
+    /// Entries of a map cannot be copied.
     #[error(transparent)]
     Carry(#[from] CarryError),
-    /// The kernel refused a program.
+    /// The kernel rejected a program.
     #[error("{0}")]
     Refused(Refusal),
-    /// The programs would not be right on this machine or kernel.
+    /// The programs would not work correctly on this machine or kernel.
     #[error("{0}: {advice}", advice = .0.advice())]
     Unsuitable(#[from] Unsuitable),
-    /// The kernel interprets programs. Tail calls between programs that have functions need compiled ones.
+    /// The kernel interprets programs. Tail calls between programs with functions need compiled ones.
     #[error("the kernel's BPF JIT is off, and the programs need it: {JIT_ADVICE}")]
     NoJit,
     /// The object lacks a program or map that it should have.
@@ -130,7 +131,7 @@ pub enum LoadError {
     /// The clock could not be measured.
     #[error(transparent)]
     Clock(#[from] ClockError),
-    /// The programs could not be put into the links.
+    /// The programs in the links could not be replaced.
     #[error(transparent)]
     Attach(#[from] AttachError),
 }
@@ -140,22 +141,22 @@ pub enum LoadError {
 pub struct Options {
     /// Sizes of the maps.
     pub sizes: Sizes,
-    /// What the programs log; none costs nothing.
+    /// The log level of the programs; none costs nothing.
     pub log_level: Option<Level>,
-    /// Whether TC redirects what was translated past the stack.
+    /// Whether TC redirects translated packets past the stack.
     pub redirect: bool,
-    /// What is not to be attached.
+    /// Hooks that nothing will be attached to.
     pub unused: Unused,
-    /// How many packets a second each processor may reject in the long run; zero: there is no limit.
+    /// How many packets a second each processor may reject in the long run; zero means no limit.
     pub rejections_per_second: u32,
-    /// For tests: the programs' time in nanoseconds and random number, in place of the kernel's.
+    /// For tests: the programs' time in nanoseconds and random number, instead of the kernel's.
     pub fixed: Option<(u64, u64)>,
-    /// For tests: an object file in place of the one that is built in.
+    /// For tests: an object file instead of the built-in one.
     pub object: Option<&'static [u8]>,
 }
 
-/// Hooks that nothing is to be attached to. Their programs are loaded only if they are attached already, because verification is
-/// nearly all of a start.
+/// Hooks that nothing will be attached to. Their programs are loaded only if they are attached already, because verification
+/// takes nearly all the time of a start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Unused {
     /// XDP.
@@ -194,7 +195,7 @@ impl Options {
 
 /// What was loaded and pinned.
 pub struct Loaded {
-    /// Where.
+    /// The paths of the pins.
     pub pins: PinDir,
     /// The maps as they are now.
     pub maps: Vec<(&'static str, MapInfo)>,
@@ -204,9 +205,9 @@ pub struct Loaded {
     pub resized: Vec<&'static str>,
     /// Of those, the ones that had no room for all entries, and how many were dropped.
     pub dropped: Vec<(&'static str, u64)>,
-    /// Links of devices that met a new program.
+    /// Attachments that run the new programs now.
     pub upgraded: usize,
-    /// Why the programs for sockets could not be loaded; none where they were, or were not needed.
+    /// Why the socket programs could not be loaded; none if they were loaded, or were not needed.
     pub without_sockets: Option<String>,
     /// The object: its log ring is read by `aya_log::EbpfLogger`.
     pub ebpf: Ebpf,
@@ -220,11 +221,11 @@ impl Loaded {
     }
 }
 
-/// What becomes of a map.
+/// What a load does with a map.
 enum Plan {
-    /// Made, or opened where one like it is pinned.
+    /// Create it, or open the pinned one.
     Keep,
-    /// Made beside the one that is pinned, which it will replace.
+    /// Create it next to the pinned one, which it will replace.
     Replace(Map),
 }
 
@@ -246,7 +247,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
     let prepared = prepare(pins, &before, options).inspect_err(|_| roll_back(pins, &before))?;
     let Prepared { plans, ticks, since_ns, loaded } = prepared;
     let Beside { ebpf, programs, without_sockets, dropped } = loaded;
-    // Where a dataplane runs, a part of it may use the new maps and programs from here on.
+    // If a dataplane runs, a part of it may use the new maps and programs from here on.
     let upgraded = switch(pins, &plans, &programs, since_ns).inspect_err(|_| {
         if !before.has_maps() {
             roll_back(pins, &before);
@@ -264,7 +265,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
     Ok(Loaded { pins: pins.clone(), maps, ticks, resized, dropped, upgraded, without_sockets, ebpf })
 }
 
-/// What is loaded beside a dataplane that may run: no packet meets it yet.
+/// What is loaded next to a dataplane that may run. It handles no packets yet.
 struct Prepared {
     plans: BTreeMap<&'static str, Plan>,
     ticks: Ticks,
@@ -285,8 +286,8 @@ fn prepare(pins: &PinDir, before: &Pinned, options: &Options) -> Result<Prepared
     Ok(Prepared { plans, ticks, since_ns, loaded })
 }
 
-/// Pins the maps of an older dataplane here as well, if this version can use them. So nothing is lost that the old programs
-/// write until they are replaced. Maps that the older layout does not have are made new.
+/// Pins the maps of an older dataplane here as well, if this version can use them, so that nothing is lost that the old
+/// programs write until they are replaced. Maps that the older layout does not have are created.
 fn share_older_maps(pins: &PinDir, options: &Options) -> Result<(), LoadError> {
     let Some(older) = pins.readable_layout()? else { return Ok(()) };
     for (name, needed) in needed_by(options.object(), &options.sizes)? {
@@ -307,11 +308,11 @@ fn roll_back(pins: &PinDir, before: &Pinned) {
     }
 }
 
-/// Loads every program as [`load`] would, with the smallest maps that there are, and lets go of them. Nothing is pinned
-/// or attached. Returns what the kernel refuses.
+/// Loads every program as [`load`] would, with the smallest possible maps, and drops them again. Nothing is pinned or attached.
+/// Returns what the kernel rejects.
 ///
 /// # Errors
-/// [`LoadError`] where that cannot be tried: the maps cannot be made.
+/// [`LoadError`] if that cannot be tried: the maps cannot be created.
 pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
     if options.object().is_empty() {
         return Err(LoadError::NoPrograms);
@@ -342,7 +343,7 @@ pub fn trial(options: &Options) -> Result<Vec<Refusal>, LoadError> {
 /// The layout that each map must have.
 ///
 /// # Errors
-/// [`LoadError`] where the object cannot be read.
+/// [`LoadError`] if the object cannot be read.
 pub(crate) fn needed(sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)>, LoadError> {
     needed_by(PROGRAMS, sizes)
 }
@@ -364,7 +365,7 @@ fn needed_by(object: &[u8], sizes: &Sizes) -> Result<Vec<(&'static str, MapInfo)
     maps.collect()
 }
 
-/// Compares what is pinned with what is needed: aya would use any map that it finds, whatever its layout.
+/// Compares the pinned maps with the needed ones: aya would use any map that it finds, whatever its layout.
 fn plan(pins: &PinDir, options: &Options) -> Result<BTreeMap<&'static str, Plan>, LoadError> {
     let mut plans = BTreeMap::new();
     for (name, needed) in needed_by(options.object(), &options.sizes)? {
@@ -384,7 +385,7 @@ fn plan(pins: &PinDir, options: &Options) -> Result<BTreeMap<&'static str, Plan>
     Ok(plans)
 }
 
-/// All that must be equal for programs to use a map.
+/// What must be equal for programs to use a map.
 const fn layout(info: &MapInfo) -> (u32, u32, u32, u32) {
     (info.kind, info.key_size, info.value_size, info.flags)
 }
@@ -394,7 +395,7 @@ fn describe(info: &MapInfo) -> String {
     format!("type {kind} with keys of {key_size} bytes, values of {value_size} bytes and flags {flags:#x}")
 }
 
-/// Loads the clock program alone, with the smallest maps that there are, and runs it.
+/// Loads the clock program alone, with the smallest possible maps, and runs it.
 fn measure_clock(options: &Options) -> Result<Ticks, LoadError> {
     let mut loader = EbpfLoader::new();
     for name in names::MAPS {
@@ -411,7 +412,7 @@ const CARRIED_LATE: [&str; 5] =
 
 type Programs = BTreeMap<&'static str, OwnedFd>;
 
-/// What the programs know of this kernel and of the options.
+/// Constants for the programs: about this kernel, and from the options.
 struct Globals {
     config: Config,
     log_level: u8,
@@ -420,7 +421,7 @@ struct Globals {
 impl Globals {
     fn new(options: &Options, Ticks { tick_ns, tick_base, takes_ipv6_flag }: Ticks) -> Self {
         let (fixed_now_ns, fixed_random) = options.fixed.unwrap_or_default();
-        // Without it the node has no node ports on loopback; everything else is as ever.
+        // Without the cookie, the node has no node ports on loopback; everything else works.
         let node_netns = netns::Namespace::own().and_then(|own| own.cookie()).unwrap_or(0);
         let config = Config {
             magic: CONFIG_MAGIC,
@@ -445,16 +446,16 @@ impl Globals {
     }
 }
 
-/// Programs and maps beside what runs.
+/// Programs and maps, loaded next to what runs.
 struct Beside {
     ebpf: Ebpf,
     programs: Programs,
     without_sockets: Option<String>,
-    /// Of each map that changes its size, the entries that there was no room for.
+    /// For each map that changes its size, how many entries had no room.
     dropped: BTreeMap<&'static str, u64>,
 }
 
-/// Loads the programs with the maps that they will use, beside what runs: no packet meets them yet.
+/// Loads the programs with the maps that they will use, next to what runs. They handle no packets yet.
 fn load_beside(
     pins: &PinDir,
     options: &Options,
@@ -480,7 +481,7 @@ fn load_beside(
     let for_packets: Vec<_> = PACKET_PROGRAMS.into_iter().filter(|name| unused.needs(name, options.redirect)).collect();
     let for_sockets = if unused.sockets { &[][..] } else { &names::SOCKET_PROGRAMS };
     let mut programs = load_programs(&mut ebpf, &for_packets)?;
-    // A kernel built without cgroup programs has the others nevertheless.
+    // A kernel built without cgroup programs can still run the others.
     let without_sockets = match load_programs(&mut ebpf, for_sockets) {
         Ok(for_sockets) => {
             programs.extend(for_sockets);
@@ -502,7 +503,7 @@ fn load_programs(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<Programs, Lo
     load_each(ebpf, names).into_iter().collect()
 }
 
-/// Loads these programs at the same time, because nearly all of a start is the verifier's work.
+/// Loads these programs in parallel, because verification takes nearly all the time of a start.
 fn load_each(ebpf: &mut Ebpf, names: &[&'static str]) -> Vec<Result<(&'static str, OwnedFd), LoadError>> {
     thread::scope(|scope| {
         let mut loads = BTreeMap::new();
@@ -519,13 +520,13 @@ fn load_each(ebpf: &mut Ebpf, names: &[&'static str]) -> Vec<Result<(&'static st
     })
 }
 
-/// The error number that refused sockets get; zero, for the kernel's `EPERM`, where programs cannot choose one.
+/// The error number that rejected sockets get; zero, for the kernel's `EPERM`, if programs cannot choose one.
 fn reject_errno() -> u64 {
     let supported = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
     if supported.unwrap_or(false) { libc::ECONNREFUSED as u64 } else { 0 }
 }
 
-/// Whether the kernel interprets programs. Where that cannot be read, loading tells.
+/// Whether the kernel interprets programs. False if that cannot be read; the load then shows it.
 pub(crate) fn jit_is_off() -> bool {
     fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").is_ok_and(|value| value.trim() == "0")
 }
@@ -544,7 +545,7 @@ fn load_program(name: &'static str, program: &mut Program) -> Result<OwnedFd, Lo
     fd.map_err(|error| SysError::new("dup", name, error).into())
 }
 
-/// Puts the new programs into the links and the new maps and programs at their places; returns the number of links.
+/// Puts the new programs into the links, and the new maps and programs at their paths. Returns the number of links.
 fn switch(
     pins: &PinDir,
     plans: &BTreeMap<&'static str, Plan>,
@@ -563,7 +564,7 @@ fn switch(
         }
     }
     set_stages(pins, programs)?;
-    // Even where one attachment could not follow: the others use the new maps already.
+    // Continue even if one attachment was not upgraded: the others use the new maps already.
     let upgraded = attach::upgrade(pins);
     for (&name, plan) in plans {
         let Plan::Replace(old) = plan else { continue };
@@ -576,7 +577,7 @@ fn switch(
     Ok(upgraded?)
 }
 
-/// Tells programs what they go on with.
+/// Fills the tail-call tables.
 fn set_stages(pins: &PinDir, programs: &Programs) -> Result<(), LoadError> {
     for (stages, place, name) in STAGES {
         let stages = Map::open(&pins.map(stages))?;

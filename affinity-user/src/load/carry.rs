@@ -1,7 +1,7 @@
-//! Carries the entries of a map over to one of another size.
+//! Copies the entries of a map to one of another size.
 //!
-//! The programs go on writing sessions and flows to the old map until they use the new one; so [`carry`] copies
-//! everything first, and [`carry_late`], after the switch, what changed meanwhile.
+//! The programs write sessions and flows to the old map until they use the new one. So [`carry`] copies everything first, and
+//! [`carry_late`] copies, after the switch, what changed meanwhile.
 
 use affinity_common::abi::{Flow, Session, Socket, V4, V6};
 use aya_obj::generated::bpf_map_type;
@@ -29,12 +29,12 @@ pub enum CarryError {
 
 const ARRAYS: [u32; 2] = [bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32];
 
-/// Copies all entries. An LRU map that is too small keeps a part, as it does under load: returns how many it has dropped.
+/// Copies all entries. An LRU map that is too small keeps a part, as it does under load. Returns how many it has dropped.
 ///
-/// A ring buffer starts afresh: its records are history, which only programs can write.
+/// A ring buffer starts empty: its records are history, which only programs can write.
 ///
 /// # Errors
-/// [`CarryError::Full`] where a hash or an array is too small for what is in it.
+/// [`CarryError::Full`] if a hash or an array is too small for its entries.
 pub(super) fn carry(old: &Map, new: &Map) -> Result<u64, CarryError> {
     if old.info().kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
         return Ok(0);
@@ -74,14 +74,14 @@ fn number_of_entries(map: &Map) -> Result<u64, SysError> {
     Ok(number)
 }
 
-/// Bytes of the indices that an array of `max_entries` has. Indices are native `u32` in rising order.
+/// Bytes of those keys that are indices in an array of `max_entries`. Keys are native `u32` in rising order.
 fn fitting(keys: &[u8], max_entries: u32) -> usize {
     let index = |key: &[u8; 4]| u32::from_ne_bytes(*key);
     let (indices, _) = keys.as_chunks::<4>();
     4 * indices.iter().take_while(|key| index(key) < max_entries).count()
 }
 
-/// Sessions, flows and sockets begin alike: when created and when last used, `u64` nanoseconds each.
+/// Sessions, flows and sockets begin with the same fields: when created and when last used, `u64` nanoseconds each.
 const _: () = assert!(
     std::mem::offset_of!(Session, created_ns) == 0
         && std::mem::offset_of!(Socket, created_ns) == 0
@@ -93,8 +93,8 @@ const _: () = assert!(
         && std::mem::offset_of!(Flow<V6>, last_used_ns) == 8
 );
 
-/// Copies the sessions, flows or sockets that were used since `since_ns`, where the new map does not know better: of
-/// two entries under one key the older one wins, since its client went there first; of two readings of one, the later.
+/// Copies the sessions, flows or sockets that were used since `since_ns`, unless the new map has a better entry. Of two entries
+/// under one key the older one wins, because its client went there first. Of two versions of one entry, the later one wins.
 ///
 /// # Errors
 /// [`SysError`].

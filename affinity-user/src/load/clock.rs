@@ -1,9 +1,9 @@
-//! Makes a clock of this kernel's jiffies.
+//! Derives a clock from this kernel's jiffies.
 //!
-//! Reading jiffies is several times cheaper for a program than reading the monotonic clock, and a jiffy is precise
-//! enough for all that affinity decides. The kernel moves jiffies on by whole ticks of the monotonic clock, so one
-//! reading at load holds for ever: `(jiffies - tick_base) * tick_ns` is the monotonic time, late by two ticks at most
-//! and never early. The length of a tick is the resolution of the coarse clocks (`posix_get_coarse_res`).
+//! Reading jiffies is several times cheaper for a program than reading the monotonic clock, and a jiffy is precise enough for
+//! all that affinity decides. The kernel advances jiffies by whole ticks of the monotonic clock, so one measurement at load
+//! stays valid: `(jiffies - tick_base) * tick_ns` is the monotonic time, at most two ticks late and never early. The length of
+//! a tick is the resolution of the coarse clocks (`posix_get_coarse_res`).
 
 use std::{os::fd::BorrowedFd, time::Duration};
 
@@ -11,7 +11,7 @@ use rustix::time::{ClockId, clock_getres};
 
 use crate::sys::{self, SysError};
 
-/// Changes of jiffies that are looked at: some come late where a hypervisor takes the processor away.
+/// How many changes of jiffies are measured: some are seen late if a hypervisor takes the processor away.
 const EDGES: usize = 5;
 
 /// The clock could not be read.
@@ -23,7 +23,7 @@ pub enum ClockError {
     /// The program failed.
     #[error("the clock program returned {0}")]
     Program(u32),
-    /// Jiffies stand still.
+    /// Jiffies do not change.
     #[error("jiffies did not change within {0:?}")]
     Still(Duration),
 }
@@ -35,7 +35,7 @@ pub struct Ticks {
     pub tick_ns: u64,
     /// Jiffies when the monotonic clock was zero; wrapping.
     pub tick_base: u64,
-    /// Whether `bpf_l4_csum_replace` takes `BPF_F_IPV6`, as the same program finds out.
+    /// Whether `bpf_l4_csum_replace` accepts `BPF_F_IPV6`: the clock program tests that too.
     pub takes_ipv6_flag: bool,
 }
 
@@ -59,7 +59,7 @@ pub(super) fn measure(clock: BorrowedFd<'_>) -> Result<Ticks, ClockError> {
     Ok(Ticks { takes_ipv6_flag: takes_ipv6_flag(clock)?, ..align(&edges(|| read(clock))?, tick_ns) })
 }
 
-/// Whether the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`, as the same program found out.
+/// Whether the kernel's `bpf_l4_csum_replace` accepts `BPF_F_IPV6`: the clock program returns that too.
 ///
 /// # Errors
 /// [`ClockError`].
@@ -80,7 +80,7 @@ fn run(clock: BorrowedFd<'_>) -> Result<[u64; 3], ClockError> {
     Ok([word(0), word(8), word(16)])
 }
 
-/// The readings right after a change of jiffies. On a busy machine they are far apart: patience is for each of them.
+/// The readings right after a change of jiffies. On a busy machine they are far apart, so the time limit is for each of them.
 fn edges(mut read: impl FnMut() -> Result<Reading, ClockError>) -> Result<Vec<Reading>, ClockError> {
     const PATIENCE: Duration = Duration::from_secs(2);
     let mut last = read()?;
@@ -97,7 +97,7 @@ fn edges(mut read: impl FnMut() -> Result<Reading, ClockError>) -> Result<Vec<Re
     Ok(edges)
 }
 
-/// The base that makes the earliest edge true: the others were seen late.
+/// Aligns the base with the earliest edge: the others were seen late.
 fn align(edges: &[Reading], tick_ns: u64) -> Ticks {
     let (first, _) = edges[0];
     let at_first = |&(jiffies, now_ns): &Reading| now_ns - (jiffies - first) * tick_ns;
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_busy_machine_reads_its_clock_too() {
-        // Every third reading is the first after another program's turn.
+        // Another program runs before every third reading.
         let mut read = kernel(250, 100_000);
         let mut readings = 0;
         let busy = || {

@@ -13,15 +13,15 @@ use crate::{
     sys::{Map, SysError, Write},
 };
 
-/// In a flow of layout 3 or 4, the timeout in nanoseconds, eight bytes.
+/// Where the timeout is in a flow of layout 3 or 4: nanoseconds, eight bytes.
 const TIMEOUT_NS: usize = 16;
-/// Bytes of a flow behind the service.
+/// Bytes of a flow after the service.
 const END: usize = 4;
 /// Bytes of the service.
 const SERVICE: usize = 4;
 
-/// Copies the flows of an older dataplane that this one does not have, if their layout differs. To be called after the load, and
-/// again when no program uses the old maps any more.
+/// Copies the flows of an older dataplane that this one does not have, if their layout differs. Call it after the load, and
+/// again once no program uses the old maps.
 ///
 /// # Errors
 /// [`SysError`].

@@ -1,4 +1,4 @@
-//! Why a map could not be made, and what to do about it.
+//! Why a map could not be created, and what to do about it.
 
 use std::{fmt, io};
 
@@ -6,15 +6,15 @@ use aya::{EbpfError, maps::MapError};
 
 use super::{LoadError, Memory, Sizes, cost, mib, needed};
 
-/// The kernel refused to make a map.
+/// The kernel refused to create a map.
 #[derive(Debug, thiserror::Error)]
 #[error("map {name} ({} MiB) cannot be made: {source}: {advice}", mib(*bytes))]
 pub struct CreationError {
     /// The map.
     name: String,
-    /// What it would take.
+    /// The bytes that it would take.
     bytes: u64,
-    /// The system's answer.
+    /// The system's error.
     source: io::Error,
     advice: Advice,
 }
@@ -22,7 +22,7 @@ pub struct CreationError {
 /// What to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Advice {
-    /// All tables together take so much; this is what there is.
+    /// All tables together take these bytes, and this memory is available.
     Smaller { bytes: u64, memory: Memory },
     /// The kernel has a limit of its own.
     Fewer,
@@ -52,7 +52,7 @@ impl fmt::Display for Advice {
 }
 
 impl Advice {
-    /// For an error of bpf(2).
+    /// The advice for an error of bpf(2).
     fn of(source: &io::Error, bytes: u64) -> Self {
         match source.raw_os_error() {
             Some(libc::ENOMEM) => Self::Smaller { bytes, memory: Memory::of_this_process() },
@@ -63,7 +63,7 @@ impl Advice {
     }
 }
 
-/// The error of a load with tables of these sizes, with what belongs to it where a map could not be made.
+/// The error of a load with tables of these sizes. If a map could not be created, its size and advice are added.
 pub(super) fn failed(error: EbpfError, sizes: &Sizes) -> LoadError {
     let EbpfError::MapError(MapError::CreateError { name, io_error }) = error else { return error.into() };
     let costs = needed(sizes).unwrap_or_default();

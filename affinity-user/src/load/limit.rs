@@ -1,6 +1,6 @@
-//! How much memory this process may use: the machine's, or what its cgroups leave it.
+//! How much memory this process may use: the machine's, or less if its cgroups limit it.
 //!
-//! The kernel charges maps to the cgroup of the process that makes them, of either version:
+//! The kernel charges maps to the cgroup of the process that creates them, in both versions of cgroups:
 //! <https://docs.kernel.org/admin-guide/cgroup-v2.html#memory> and
 //! <https://docs.kernel.org/admin-guide/cgroup-v1/memory.html>. The limit of a pod or a slice above counts as well.
 
@@ -11,17 +11,17 @@ use std::{
 
 use super::mib;
 
-/// Memory that is there to be used, in bytes.
+/// Available memory, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Memory {
     /// Of the machine.
     pub total: u64,
-    /// The tightest limit of this process's cgroups; none where they have none.
+    /// The tightest limit of this process's cgroups; none if they have none.
     pub limit: Option<u64>,
 }
 
 impl Memory {
-    /// Of this machine and this process.
+    /// The memory of this machine and this process.
     #[must_use]
     pub fn of_this_process() -> Self {
         let info = rustix::system::sysinfo();
@@ -32,7 +32,7 @@ impl Memory {
     }
 }
 
-/// As it bounds the tables.
+/// Names what bounds the tables.
 impl fmt::Display for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.limit {
@@ -47,7 +47,7 @@ impl fmt::Display for Memory {
 struct Hierarchy {
     /// The type of its filesystem, and an option that the mount must have.
     mounted_as: (&'static str, Option<&'static str>),
-    /// The file that has the limit; one without is "max", or a number beyond every machine's memory.
+    /// The file with the limit. Without a limit it has "max", or a number beyond every machine's memory.
     file: &'static str,
 }
 
@@ -71,7 +71,7 @@ fn limit(cgroup: &str, mountinfo: &str, read: impl Fn(&Path) -> Option<String>) 
         .min()
 }
 
-/// The directories of a group and all groups above it, where a line of `mountinfo` mounts its hierarchy.
+/// The directories of a group and of all groups above it, if this line of `mountinfo` mounts their hierarchy.
 fn directory(line: &str, hierarchy: Hierarchy, group: &str) -> Option<(&'static str, Vec<PathBuf>)> {
     // 36 35 98:0 ROOT MOUNTPOINT rw,noatime master:1 - TYPE SOURCE rw,OPTIONS
     let (mount, filesystem) = line.split_once(" - ")?;
@@ -85,7 +85,7 @@ fn directory(line: &str, hierarchy: Hierarchy, group: &str) -> Option<(&'static 
     if !is_it {
         return None;
     }
-    // A group outside of what is mounted is not visible here: the mount's own root is what a container sees of it.
+    // A group outside of the mount is not visible here: a container sees the mount's own root instead.
     let below = Path::new(group).strip_prefix(root).unwrap_or(Path::new(""));
     let below = if below.components().any(|part| part.as_os_str() == "..") { Path::new("") } else { below };
     Some((hierarchy.file, below.ancestors().map(|below| point.join(below)).collect()))
@@ -103,7 +103,7 @@ mod tests {
                           32 24 0:28 / /sys/fs/cgroup/memory rw shared:10 - cgroup cgroup rw,memory\n";
     const HYBRID: &str = "30 24 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                           32 24 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
-    /// What version 1 has where there is no limit.
+    /// The content of the version 1 file without a limit.
     const NONE_V1: &str = "9223372036854771712";
 
     fn of(cgroup: &str, mountinfo: &str, files: &[(&str, &str)]) -> Option<u64> {

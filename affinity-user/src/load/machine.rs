@@ -1,20 +1,20 @@
-//! Machines and kernels that take the programs, but on which the programs would not be right.
+//! Machines and kernels that accept the programs, but on which they would not work correctly.
 
 use std::fs;
 
 use rustix::system::uname;
 
-/// Why the programs would not be right here.
+/// Why the programs would not work correctly here.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Unsuitable {
-    /// Readers of a pin rely on loads that are not reordered with each other, which x86-64 promises. BPF programs can ask
-    /// for that on other machines (`BPF_LOAD_ACQ`) from Linux 6.15 on:
+    /// Readers of a pin rely on loads that are not reordered with each other, which x86-64 guarantees. On other machines BPF
+    /// programs can request that (`BPF_LOAD_ACQ`) from Linux 6.15 on:
     /// <https://elixir.bootlin.com/linux/v6.15/source/include/uapi/linux/bpf.h>.
     #[error("this machine is {0}: affinity supports x86-64 alone")]
     Machine(String),
-    /// The programs work out new connections in memory that each processor has for itself. With PREEMPT_RT the scheduler
-    /// may switch to another packet in the middle of that. Until Linux 6.17, `local_bh_disable` took a lock of the processor
-    /// that prevented this; since 6.18 (and 6.12.57) it only prevents migration:
+    /// The programs prepare new connections in per-CPU memory. With PREEMPT_RT the scheduler may switch to another packet in
+    /// the middle of that. Until Linux 6.17, `local_bh_disable` took a per-CPU lock that prevented this; since 6.18 (and
+    /// 6.12.57) it only prevents migration:
     /// <https://elixir.bootlin.com/linux/v6.18/source/kernel/softirq.c> (`CONFIG_PREEMPT_RT_NEEDS_BH_LOCK`).
     #[error("this kernel is built with PREEMPT_RT, where one packet can interrupt another on the same processor")]
     Realtime,
@@ -31,7 +31,7 @@ impl Unsuitable {
     }
 }
 
-/// What a kernel says of itself.
+/// What a kernel reports about itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Kernel {
     /// As in `uname -m`.
@@ -45,7 +45,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The one that runs.
+    /// The running kernel.
     #[must_use]
     pub fn running() -> Self {
         let names = uname();
@@ -58,10 +58,10 @@ impl Kernel {
         }
     }
 
-    /// Whether the programs are right on it.
+    /// Whether the programs work correctly on it.
     ///
     /// # Errors
-    /// Why they are not.
+    /// Why they do not.
     pub fn suits(&self) -> Result<(), Unsuitable> {
         if self.machine != "x86_64" {
             return Err(Unsuitable::Machine(self.machine.clone()));

@@ -1,7 +1,7 @@
-//! The pin directory: where the dataplane lives while no agent runs.
+//! The pin directory: it keeps the dataplane alive while no agent runs.
 //!
-//! `DIR/v4/maps/NAME`, `DIR/v4/progs/NAME`, `DIR/v4/links/IFINDEX-HOOK`. The number is the version of the map layout
-//! ([`abi::VERSION`]): programs see only maps whose layout they know.
+//! `DIR/vN/maps/NAME`, `DIR/vN/progs/NAME`, `DIR/vN/links/IFINDEX-HOOK`. N is the version of the map layout ([`abi::VERSION`]):
+//! programs see only maps with a layout that they know.
 
 use std::{
     collections::BTreeSet,
@@ -27,7 +27,7 @@ pub enum PinError {
     /// The default filesystem could not be mounted.
     #[error("no BPF filesystem at {BPF_MOUNT}, and it cannot be mounted: {0}")]
     Mount(io::Error),
-    /// A directory elsewhere.
+    /// A directory on another filesystem.
     #[error(
         "{0} is not on a BPF filesystem: choose a directory under {BPF_MOUNT}, or `mount -t bpf bpf DIR` one that holds it"
     )]
@@ -37,7 +37,7 @@ pub enum PinError {
     File {
         /// The file or directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -56,7 +56,7 @@ pub struct PinDir {
 }
 
 impl PinDir {
-    /// Where pins are unless the user says otherwise.
+    /// The default pin directory.
     pub const DEFAULT: &str = "/sys/fs/bpf/affinity";
 
     /// The paths under `root`. Nothing is created.
@@ -66,10 +66,10 @@ impl PinDir {
         Self { version: root.join(format!("v{}", abi::VERSION)), root }
     }
 
-    /// The dataplanes of other layouts under the same root: of another version of affinity, and perhaps still attached.
+    /// The dataplanes of other layouts under the same root: they are of another version of affinity, and may still be attached.
     ///
     /// # Errors
-    /// [`PinError`] where the root cannot be read.
+    /// [`PinError`] if the root cannot be read.
     pub fn other_layouts(&self) -> Result<Vec<Self>, PinError> {
         let is_layout = |path: &PathBuf| layout_number(path).is_some() && *path != self.version;
         let layouts = list(&self.root)?.into_iter().filter(is_layout);
@@ -82,10 +82,10 @@ impl PinDir {
         self.version.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// The newest of [`PinDir::other_layouts`] whose records this version can use.
+    /// The newest of [`PinDir::other_layouts`] with records that this version can use.
     ///
     /// # Errors
-    /// [`PinError`] as there.
+    /// As [`PinDir::other_layouts`].
     pub fn readable_layout(&self) -> Result<Option<Self>, PinError> {
         Ok(self.other_layouts()?.into_iter().rfind(Self::is_readable))
     }
@@ -109,18 +109,18 @@ impl PinDir {
         self.version.join("maps")
     }
 
-    /// A map.
+    /// The path of a map.
     #[must_use]
     pub fn map(&self, name: &str) -> PathBuf {
         self.maps().join(name)
     }
 
-    /// A map that is about to take the place of [`PinDir::map`].
+    /// The path of a map that is about to replace [`PinDir::map`].
     pub(super) fn next_map(&self, name: &str) -> PathBuf {
         self.maps().join(format!("{name}{NEXT}"))
     }
 
-    /// A program.
+    /// The path of a program.
     #[must_use]
     pub fn prog(&self, name: &str) -> PathBuf {
         self.version.join("progs").join(name)
@@ -132,16 +132,16 @@ impl PinDir {
         self.version.join("links")
     }
 
-    /// Whether a dataplane of this layout is there.
+    /// Whether a dataplane of this layout exists.
     ///
     /// # Errors
-    /// The system's answer where it cannot be told: no permission, above all.
+    /// The system's error if that cannot be determined, usually for lack of permission.
     pub fn exists(&self) -> io::Result<bool> {
         self.maps().try_exists()
     }
 
-    /// Creates the directories; mounts the BPF filesystem at its usual place where it is not, as in a container or
-    /// right after boot.
+    /// Creates the directories. Mounts the BPF filesystem at its usual place if it is missing, as in a container or right after
+    /// boot.
     ///
     /// # Errors
     /// [`PinError`].
@@ -162,7 +162,7 @@ impl PinDir {
         self.remove_leftovers()
     }
 
-    /// Removes what a load that was cut short left behind: no program uses it.
+    /// Removes what an interrupted load left behind: no program uses it.
     fn remove_leftovers(&self) -> Result<(), PinError> {
         for path in list(&self.maps())? {
             if path.to_string_lossy().ends_with(NEXT) {
@@ -175,7 +175,7 @@ impl PinDir {
     /// Everything pinned under `links/`.
     ///
     /// # Errors
-    /// [`PinError`] where the directory cannot be read; none where it is not there.
+    /// [`PinError`] if the directory cannot be read. A missing directory is no error.
     pub fn list_links(&self) -> Result<Vec<PathBuf>, PinError> {
         list(&self.links())
     }
@@ -183,12 +183,12 @@ impl PinDir {
     /// Everything pinned under `progs/`.
     ///
     /// # Errors
-    /// [`PinError`] where the directory cannot be read; none where it is not there.
+    /// [`PinError`] if the directory cannot be read. A missing directory is no error.
     pub fn list_programs(&self) -> Result<Vec<PathBuf>, PinError> {
         list(&self.version.join("progs"))
     }
 
-    /// Removes everything of a layout, which may be another version's with unknown pins.
+    /// Removes everything of a layout, which may be another version's and have unknown pins.
     ///
     /// # Errors
     /// [`PinError`].
@@ -202,7 +202,7 @@ impl PinDir {
     /// Removes a pin.
     ///
     /// # Errors
-    /// [`PinError`]; none where it is not there.
+    /// [`PinError`]. A missing pin is no error.
     pub fn unpin(&self, path: &Path) -> Result<(), PinError> {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(PinError::at(path)(error)),
@@ -210,15 +210,15 @@ impl PinDir {
         }
     }
 
-    /// Puts what is pinned at `from` to `to`, in place of what was there, atomically.
+    /// Moves the pin at `from` to `to` atomically, and replaces what was there.
     pub(crate) fn rename(&self, from: &Path, to: &Path) -> Result<(), PinError> {
         fs::rename(from, to).map_err(PinError::at(to))
     }
 
-    /// What is pinned now. What a load that was cut short left behind does not count.
+    /// What is pinned now, without what an interrupted load left behind.
     ///
     /// # Errors
-    /// [`PinError`] where a directory cannot be read.
+    /// [`PinError`] if a directory cannot be read.
     pub fn pinned(&self) -> Result<Pinned, PinError> {
         let mut pinned = Pinned { has_maps: !list(&self.maps())?.is_empty(), ..Pinned::default() };
         for dir in self.directories() {
@@ -232,7 +232,7 @@ impl PinDir {
         Ok(pinned)
     }
 
-    /// Removes the pins and directories that were not there `before`. Links are detached by the kernel then.
+    /// Removes the pins and directories that did not exist `before`. The kernel then detaches the links.
     ///
     /// # Errors
     /// The first [`PinError`]; everything else is removed nevertheless.
@@ -265,7 +265,7 @@ impl PinDir {
     /// Removes every pin of this layout, links first, and the directories.
     ///
     /// # Errors
-    /// [`PinError`]; none where nothing is there.
+    /// [`PinError`]. It is no error if nothing is there.
     pub fn remove(&self) -> Result<(), PinError> {
         for dir in self.directories() {
             for path in list(&dir)? {
@@ -274,7 +274,7 @@ impl PinDir {
         }
         for dir in self.directories().into_iter().chain([self.version.clone(), self.root.clone()]) {
             match fs::remove_dir(&dir) {
-                // The user's directory may hold what is not ours, or be where the filesystem is mounted.
+                // The user's directory may have other content, or be where the filesystem is mounted.
                 Err(_) if dir == self.root => {}
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(PinError::at(&dir)(error)),
                 _ => {}
@@ -284,7 +284,7 @@ impl PinDir {
     }
 }
 
-/// What was pinned at one moment, and which directories there were.
+/// What was pinned at one moment, and which directories existed.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Pinned {
     pins: BTreeSet<PathBuf>,
@@ -298,28 +298,28 @@ impl Pinned {
         self.pins.iter().map(PathBuf::as_path)
     }
 
-    /// Whether a pin was there.
+    /// Whether a pin existed.
     #[must_use]
     pub fn contains(&self, pin: &Path) -> bool {
         self.pins.contains(pin)
     }
 
-    /// Whether a dataplane was there, at work or not.
+    /// Whether a dataplane existed, attached or not.
     #[must_use]
     pub const fn has_maps(&self) -> bool {
         self.has_maps
     }
 }
 
-/// The number of the layout that a directory is for; none where it is for none.
+/// The layout's number in the name of its directory; none for other directories.
 fn layout_number(path: &Path) -> Option<u32> {
     path.file_name()?.to_str()?.strip_prefix('v')?.parse().ok()
 }
 
-/// BPF filesystems allow no dot in a name.
+/// BPF filesystems allow no dot in a name, so this suffix has none.
 const NEXT: &str = "-next";
 
-/// Why the node's pins are not seen from here; none where they are.
+/// Why the node's pins are not visible here; none if they are.
 pub(crate) fn hidden() -> Option<String> {
     sys_of_netns().map(|netns| hidden_by(&netns))
 }
@@ -331,8 +331,8 @@ fn hidden_by(netns: &str) -> String {
     )
 }
 
-/// The network namespace that `ip netns exec` has mounted this process's /sys for: it gives the namespace's name as the
-/// source of the mount. See <https://git.kernel.org/pub/scm/network/iproute2/iproute2.git/tree/lib/namespace.c>.
+/// The network namespace that `ip netns exec` has mounted this process's /sys for: the source of the mount is the namespace's
+/// name. See <https://git.kernel.org/pub/scm/network/iproute2/iproute2.git/tree/lib/namespace.c>.
 fn sys_of_netns() -> Option<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     let sys = mounts.lines().rfind(|line| line.split(' ').nth(1) == Some("/sys"))?;
@@ -341,7 +341,7 @@ fn sys_of_netns() -> Option<String> {
     (fields.nth(1)? == "sysfs" && Path::new("/run/netns").join(source).exists()).then(|| source.to_owned())
 }
 
-/// The entries of a directory, sorted; none where it is not there.
+/// The entries of a directory, sorted; none if it does not exist.
 fn list(dir: &Path) -> Result<Vec<PathBuf>, PinError> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -1,4 +1,4 @@
-//! A program that the kernel refuses: one line for people, and the verifier's log in a file.
+//! A program that the kernel rejects: the reason in one line, and the verifier's log in a file.
 
 use std::{
     fmt,
@@ -10,29 +10,29 @@ use std::{
 
 use aya::programs::ProgramError;
 
-/// Where the agent keeps its files. The verifier's logs go there where that is possible, else to the temporary directory.
+/// The directory of the agent's files. The verifier's logs go there if possible, otherwise to the temporary directory.
 const DIRECTORY: &str = "/run/affinity";
 
-/// What to do where the kernel does not compile programs.
+/// What to do if the kernel does not compile programs.
 pub(crate) const JIT_ADVICE: &str = "turn it on: `sysctl -w net.core.bpf_jit_enable=1`";
 
 /// Lines that the verifier writes after its verdict, by their beginning: `print_verification_stats` in
 /// <https://elixir.bootlin.com/linux/v6.12/source/kernel/bpf/verifier.c>.
 const STATISTICS: [&str; 3] = ["processed ", "verification time ", "stack depth "];
 
-/// A program that the kernel refused, and why.
+/// A program that the kernel rejected, and why.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Refusal {
     /// The program.
     pub program: &'static str,
-    /// The verifier's last meaningful line, or the system's answer where the verifier said nothing.
+    /// The verifier's last meaningful line, or the system's error if the verifier wrote nothing.
     pub reason: String,
-    /// The file that has the whole log; none where there is no log, or where it could not be written.
+    /// The file with the whole log; none if there is no log, or if it could not be written.
     pub log: Option<PathBuf>,
 }
 
 impl Refusal {
-    /// From what loading the program returned. Writes the verifier's log to a file.
+    /// From the error of loading the program. Writes the verifier's log to a file.
     pub(super) fn new(program: &'static str, error: &ProgramError) -> Self {
         let ProgramError::LoadError { io_error, verifier_log } = error else {
             return Self { program, reason: error.to_string(), log: None };
@@ -54,7 +54,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Why, in one line.
+/// The reason, in one line.
 fn reason(log: &str, error: &io::Error) -> String {
     match last_line(log) {
         Some(line) if line.contains("non-JITed") => format!("the BPF JIT is off ({line}): {JIT_ADVICE}"),

@@ -1,10 +1,10 @@
-//! How large the maps are, and what that costs.
+//! How large the maps are, and how much memory they take.
 //!
-//! An LRU map is allocated in full when it is made, so the defaults follow the machine: the four large tables together
-//! take a small share of its memory ([`SHARE`]), and all tables no more than [`DEFAULT_AT_MOST`]. The other maps are
-//! bounded by the configuration, and their sizes are limits that cost little: 10,000 services of both families with 10
-//! endpoints each fit on every machine. Only where many services select `consistent`, which takes a thousand slots and
-//! more for each pool, there may be less room than configuration; so the slots follow the machine as well.
+//! An LRU map is allocated in full when it is created, so the defaults depend on the machine: the four large tables together
+//! take a small share of its memory ([`SHARE`]), and all tables no more than [`DEFAULT_AT_MOST`]. The other maps are bounded by
+//! the configuration, and their sizes are limits that cost little: 10,000 services of both families with 10 endpoints each fit
+//! on every machine. Room may be short only if many services select `consistent`, which takes a thousand slots or more for each
+//! pool, so the slots depend on the machine as well.
 
 use std::fmt;
 
@@ -14,29 +14,29 @@ use aya_obj::generated::{BPF_F_NO_PREALLOC, bpf_map_type};
 use super::Memory;
 use crate::sys::{self, MapInfo};
 
-/// The large tables take this part of the memory, ...
+/// The large tables take one part in this many of the memory, ...
 pub const SHARE: u64 = 64;
-/// ... and no more than this part of a limit that the agent's cgroups have: the kernel charges maps to them, and the agent
-/// and the other tables need the rest.
+/// ... and at most one part in this many of a limit that the agent's cgroups have: the kernel charges maps to them, and the
+/// agent and the other tables need the rest.
 pub const SHARE_OF_LIMIT: u64 = 8;
-/// All tables together take no more bytes unless options ask for more.
+/// All tables together take at most this many bytes, unless options ask for more.
 pub const DEFAULT_AT_MOST: u64 = 256 << 20;
-/// Sessions of a family, at least: by default.
+/// The smallest default for the sessions of a family.
 pub const MIN_SESSIONS: u32 = 1 << 14;
-/// Sessions of a family, at most: by default, so that [`DEFAULT_AT_MOST`] holds. Options may ask for more.
+/// The largest default for the sessions of a family, so that [`DEFAULT_AT_MOST`] holds. Options may ask for more.
 pub const MAX_SESSIONS: u32 = 1 << 17;
 
-/// Of all clients that are pinned few are sockets of this machine: one entry of `sockets` for so many sessions.
+/// Sessions for one entry of `sockets`: few of all pinned clients are sockets of this machine.
 const SESSIONS_PER_SOCKET: u32 = 4;
-/// Of connections to no frontend few could be taken for one to a frontend: one entry of `foreign` for so many sessions.
+/// Sessions for one entry of `foreign`: few connections to no frontend could be taken for one to a frontend.
 const SESSIONS_PER_FOREIGN: u32 = 4;
 
-/// Slots for each session, by default; four bytes each.
+/// Slots for each session, by default; a slot takes four bytes.
 const SLOTS_PER_SESSION: u32 = 32;
 
-/// Backends by default. A pod of both families is two.
+/// Backends by default. A pod of both families has two.
 const BACKENDS: u32 = 1 << 18;
-/// Names, and counts, for each backend: those of backends, and as many for services and pools.
+/// Names, and usage counts, for each backend: its own, and as many for services and pools.
 const NAMES_PER_BACKEND: u32 = 2;
 
 /// Ranges of addresses of each family, in all services.
@@ -88,17 +88,17 @@ impl Sizes {
         events_bytes: 1 << 16,
     };
 
-    /// For the memory of this machine, or the limit of the process's cgroups where that is tighter.
+    /// For the memory of this machine, or the limit of the process's cgroups if that is tighter.
     #[must_use]
     pub fn of_this_machine() -> Self {
         Self::of_memory(Memory::of_this_process())
     }
 
-    /// For so much memory.
+    /// For this much memory.
     #[must_use]
     pub fn of_memory(Memory { total, limit }: Memory) -> Self {
         let budget = limit.map_or(total / SHARE, |limit| (total / SHARE).min(limit / SHARE_OF_LIMIT));
-        // A power of two, as the kernel's number of buckets is; so that a little more memory changes nothing.
+        // A power of two, like the kernel's number of buckets, so that a little more memory changes nothing.
         let affordable = (budget / BYTES_PER_SESSION).max(1).ilog2().min(31);
         let sessions = (1u32 << affordable).clamp(MIN_SESSIONS, MAX_SESSIONS);
         Self {
@@ -114,14 +114,14 @@ impl Sizes {
         }
     }
 
-    /// With so many backends, and room for the names and counts that come with them.
+    /// With this many backends, and room for the names and counts that come with them.
     #[must_use]
     pub fn with_backends(self, backends: u32) -> Self {
         let named = backends.saturating_mul(NAMES_PER_BACKEND);
         Self { backends, names: self.names.max(named), usage: self.usage.max(named), ..self }
     }
 
-    /// The entries of a map; none for one whose size is fixed.
+    /// The entries of a map; none if its size is fixed.
     #[must_use]
     pub fn entries(&self, map: &str) -> Option<u32> {
         Some(match map {
@@ -143,7 +143,7 @@ impl Sizes {
     }
 }
 
-/// What the kernel allocates for a map when it is made, in bytes: as in `kernel/bpf/hashtab.c` and `arraymap.c`.
+/// What the kernel allocates for a map at its creation, in bytes: as in `kernel/bpf/hashtab.c` and `arraymap.c`.
 #[must_use]
 pub fn cost(map: &MapInfo) -> u64 {
     /// `struct bucket` and `struct htab_elem` without its key and value, on a 64-bit machine.
@@ -223,12 +223,12 @@ mod tests {
     fn ten_thousand_services_of_both_families_fit_on_every_machine() {
         const SERVICES: u32 = 10_000;
         const ENDPOINTS: u32 = 10;
-        // Of a machine with half a gigabyte; one port.
+        // A machine with half a gigabyte; one port.
         let Sizes { frontends, members, backends, slots, names, usage, .. } = of(GIB / 2, None);
         let (pools, addresses) = (2 * SERVICES, 2 * SERVICES * ENDPOINTS);
         assert!(frontends >= SERVICES && backends >= addresses && members >= addresses);
         assert!(names >= SERVICES + pools + addresses && usage >= SERVICES + addresses);
-        // New slots are written beside the old ones.
+        // New slots are written next to the old ones.
         assert!(slots >= 2 * addresses);
     }
 
