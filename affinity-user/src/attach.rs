@@ -112,7 +112,7 @@ pub enum AttachError {
     /// There is no cgroup to attach to.
     #[error("the root of cgroup version 2 cannot be seen: mount it, or name a cgroup with --cgroup")]
     NoCgroup,
-    /// A pin could not be made or read.
+    /// A pin could not be created or read.
     #[error(transparent)]
     Pin(#[from] PinError),
     /// A map could not be read or written.

@@ -1,10 +1,10 @@
 //! The event ring, read by any number of readers.
 //!
-//! A ring buffer of the kernel has one consumer and forgets what was consumed. This one is used differently: every
-//! record is [`RECORD`] bytes long and the ring's size a multiple of that, so a reader that only maps the ring finds
-//! every record by counting back from the newest, consumes nothing, and disturbs no other reader. The agent must move the
-//! consumer's position on, or the programs would find the ring full: [`Consumer`] does, in the agent. What was
-//! consumed stays readable until it is written over.
+//! A ring buffer of the kernel has one consumer, and drops what was consumed. This one is used differently. Every record is
+//! [`RECORD`] bytes long, and the ring's size is a multiple of that. So a reader that only maps the ring finds every record by
+//! counting back from the newest. It consumes nothing, and disturbs no other reader. The agent must advance the consumer's
+//! position, otherwise the programs would find the ring full: [`Consumer`] does that. What was consumed stays readable until it
+//! is overwritten.
 
 use affinity_common::abi::Event;
 use bytemuck::Zeroable;
@@ -19,15 +19,15 @@ const BUSY: u64 = 1 << 31;
 const DISCARDED: u64 = 1 << 30;
 const LENGTH: u64 = (1 << 30) - 1;
 
-/// What reading at a position gave.
+/// The result of reading at a position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Read {
     Event(Event),
-    /// A program took the place and gave it back.
+    /// A program reserved the record and discarded it.
     Nothing,
-    /// A program is writing it at this moment, or nothing was produced there yet.
+    /// A program is writing it now, or nothing was produced there yet.
     NotYet,
-    /// Newer records were written over it.
+    /// It was overwritten by newer records.
     Overwritten,
 }
 
@@ -40,27 +40,27 @@ pub struct EventReader {
 }
 
 impl EventReader {
-    /// From the oldest event that is still there.
+    /// Starts at the oldest event that still exists.
     ///
     /// # Errors
-    /// [`SysError`] where the map is no ring buffer.
+    /// [`SysError`] if the map is no ring buffer.
     pub fn from_oldest(events: &Map) -> Result<Self, SysError> {
         let ring = events.ring()?;
         let position = ring.produced().saturating_sub(ring.size() as u64);
         Ok(Self { ring, position, missed: 0 })
     }
 
-    /// From now on: only what is still to come.
+    /// Starts now: only new events are read.
     ///
     /// # Errors
-    /// [`SysError`] where the map is no ring buffer.
+    /// [`SysError`] if the map is no ring buffer.
     pub fn from_now(events: &Map) -> Result<Self, SysError> {
         let ring = events.ring()?;
         let position = ring.produced();
         Ok(Self { ring, position, missed: 0 })
     }
 
-    /// Events that were written over before this reader came to them.
+    /// Events that were overwritten before this reader reached them.
     #[must_use]
     pub const fn missed(&self) -> u64 {
         self.missed
@@ -98,7 +98,7 @@ impl EventReader {
 impl Iterator for EventReader {
     type Item = Event;
 
-    /// The next event; none where there is none yet. It may be asked again later.
+    /// The next event; none if there is none yet. Call it again later.
     fn next(&mut self) -> Option<Event> {
         loop {
             let read = self.read();
@@ -123,15 +123,15 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// Of a ring.
+    /// The consumer of a ring.
     ///
     /// # Errors
-    /// [`SysError`] where the map is no ring buffer.
+    /// [`SysError`] if the map is no ring buffer.
     pub fn new(events: &Map) -> Result<Self, SysError> {
         Ok(Self { ring: events.ring()?, consumer: events.ring_consumer()? })
     }
 
-    /// Lets the programs write over everything that they wrote so far. To be called more often than they fill the ring.
+    /// Lets the programs overwrite everything that they have written so far. Call it more often than they fill the ring.
     pub fn keep_up(&self) {
         self.consumer.consume(self.ring.produced());
     }

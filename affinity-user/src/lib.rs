@@ -1,6 +1,6 @@
 //! The agent and the CLI of affinity, as a library: the binary, the tests, the demo and the benchmarks use it.
 //!
-//! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what the store holds.
+//! Data flows one way: source -> snapshot -> desired -> plan -> [`store`]. The CLI reads only what is in the store.
 
 pub mod agent;
 pub mod attach;

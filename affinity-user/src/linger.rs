@@ -1,18 +1,18 @@
-//! How long a backend that has left every pool keeps its index, and with it its connections. Pure.
+//! How long a backend that has left every pool keeps its index, and with it its connections. Pure functions.
 //!
-//! Such a backend *lingers*. Its pod may well live: the Service's selector was switched, the endpoint moves from one slice
-//! to another, or the Service is deleted and made again. So its connections go on, and if it comes back it finds its pins.
-//! It stops lingering when no connection needs it, when it no longer answers, or when it has said nothing for long. (A pod
-//! that is known to be dead does not linger: see [`crate::plan`].)
+//! Such a backend *lingers*. Its pod may still live: the Service's selector was switched, the endpoint moves from one slice to
+//! another, or the Service is deleted and created again. So its connections continue, and if the backend comes back, its pins
+//! are still there. It stops lingering when no connection needs it, when it no longer answers, or when it has sent nothing for
+//! long. (A pod that is known to be dead does not linger: see [`crate::plan`].)
 
 use std::time::Duration;
 
-/// The bounds.
+/// The limits of lingering.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// How long backends, ids and pins are kept for what comes back, whether or not anything uses them.
+    /// How long backends, ids and pins are kept in case they come back, whether or not anything uses them.
     pub gap: Duration,
-    /// How long a backend may linger without a packet of its pod.
+    /// How long a backend may linger without a packet from its pod.
     pub linger: Duration,
 }
 
@@ -22,19 +22,19 @@ impl Default for Limits {
     }
 }
 
-/// A pod is silent when its clients have sent for so long, more than once, and it has not answered.
+/// A pod is silent if its clients have sent for this long, more than once, and it has not answered.
 pub const SILENT_AFTER: Duration = Duration::from_secs(5);
 
-/// The records of the two directions are each renewed once a second, so that they may differ by so much although each packet
-/// was answered at once: one second, and the time that a client takes to acknowledge.
+/// The records of the two directions are each updated once a second, so they may differ by this much although each packet was
+/// answered at once: one second, and the time that a client takes to acknowledge.
 const TOLERANCE: Duration = Duration::from_millis(1_500);
 
-/// What was seen of the connections to a backend.
+/// The observed traffic of the connections to a backend.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Traffic {
     /// The backend's generation.
     pub generation: u32,
-    /// Connections of which a record is left: late packets may come of those that have ended.
+    /// Connections with a record left: late packets may still come of those that have ended.
     pub connections: u64,
     /// Those of them that are open.
     pub open: u64,
@@ -42,7 +42,7 @@ pub struct Traffic {
     pub asked_ns: u64,
     /// When the pod last sent something.
     pub answered_ns: u64,
-    /// Sockets of this machine that have sent the same again and again, and got nothing.
+    /// Sockets of this machine that have retransmitted repeatedly, and got no answer.
     pub unanswered_sockets: u64,
 }
 
@@ -58,7 +58,7 @@ pub enum End {
 }
 
 impl End {
-    /// As the log says it.
+    /// The text for the log.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
@@ -73,21 +73,21 @@ impl End {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Lingerer {
     since_ns: u64,
-    /// Since when no slice lists it.
+    /// Since when no slice has listed it.
     unlisted_since_ns: u64,
-    /// When the first packet came that was seen to be without an answer; none while it answers.
+    /// When the first unanswered packet came; none while the pod answers.
     unanswered_since_ns: Option<u64>,
 }
 
 impl Lingerer {
-    /// As of now.
+    /// Starts to linger now.
     #[must_use]
     pub const fn new(now_ns: u64) -> Self {
         Self { since_ns: now_ns, unlisted_since_ns: now_ns, unanswered_since_ns: None }
     }
 
-    /// Takes in the traffic of its connections, none before the first look, and returns the reason if it lingers no longer.
-    /// A pod that a slice lists is not judged: the slice says that it lives.
+    /// Evaluates the traffic of its connections (none before the first look), and returns the reason if it lingers no longer. A
+    /// pod that a slice lists is not judged silent or idle: the slice says that it lives.
     pub fn look(&mut self, traffic: Option<&Traffic>, is_listed: bool, limits: Limits, now_ns: u64) -> Option<End> {
         if is_listed {
             (self.unlisted_since_ns, self.unanswered_since_ns) = (now_ns, None);
@@ -108,7 +108,8 @@ impl Lingerer {
         let is_unanswered = has_passed(TOLERANCE, answered_ns, asked_ns) && asked_ns > self.unlisted_since_ns;
         if !is_unanswered {
             self.unanswered_since_ns = None;
-            // The sockets have waited for as long by themselves. One whose network fails is told apart by those of others.
+            // The sockets have waited that long themselves. If a socket's own network fails, answers to other clients show
+            // that.
             return unanswered_sockets > 0 && has_passed(SILENT_AFTER, self.unlisted_since_ns.max(answered_ns), now_ns);
         }
         let since_ns = *self.unanswered_since_ns.get_or_insert(asked_ns);
@@ -128,7 +129,7 @@ mod tests {
     const START_S: u64 = 10_000;
     const LIMITS: Limits = Limits { gap: Duration::from_secs(10), linger: Duration::from_mins(10) };
 
-    /// One open connection; times in seconds since the backend has left.
+    /// One open connection; times in seconds since the backend left.
     fn traffic(asked_s: f64, answered_s: f64) -> Traffic {
         let at = |s: f64| START_S * SECOND - 3600 * SECOND + ((s + 3600.0) * 1e9) as u64;
         let (asked_ns, answered_ns) = (at(asked_s), at(answered_s));
@@ -163,7 +164,7 @@ mod tests {
 
     #[test]
     fn who_is_asked_again_and_again_and_does_not_answer_is_silent() {
-        // A request after a long rest, and what the client's kernel then sends again.
+        // A request after a long rest, and its retransmissions by the client's kernel.
         let mut lingerer = lingerer();
         assert_eq!(look(&mut lingerer, &traffic(20.0, -300.0), 21), None);
         assert_eq!(look(&mut lingerer, &traffic(21.4, -300.0), 22), None);

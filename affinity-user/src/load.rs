@@ -526,7 +526,7 @@ fn reject_errno() -> u64 {
     if supported.unwrap_or(false) { libc::ECONNREFUSED as u64 } else { 0 }
 }
 
-/// Whether the kernel interprets programs. False if that cannot be read; the load then shows it.
+/// Whether the kernel interprets programs. False if that cannot be read; then the load reports it.
 pub(crate) fn jit_is_off() -> bool {
     fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").is_ok_and(|value| value.trim() == "0")
 }

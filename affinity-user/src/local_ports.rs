@@ -1,8 +1,8 @@
-//! The ports that Linux gives to the node's own connections, and those of them that affinity uses.
+//! The ports that Linux gives to the node's own connections, and which of them affinity uses.
 //!
-//! Linux takes the source port of a connection, and the port of a socket that is bound to none, from
-//! `net.ipv4.ip_local_port_range`, but never a port in `net.ipv4.ip_local_reserved_ports`. Both hold for IPv6 too, and
-//! belong to the network namespace: <https://docs.kernel.org/networking/ip-sysctl.html>.
+//! Linux takes the source port of a connection, and the port of a socket that is not bound to one, from
+//! `net.ipv4.ip_local_port_range`, but never a port in `net.ipv4.ip_local_reserved_ports`. Both apply to IPv6 too, and belong
+//! to the network namespace: <https://docs.kernel.org/networking/ip-sysctl.html>.
 
 use std::{
     collections::BTreeSet,
@@ -18,7 +18,7 @@ use crate::desired::MASQUERADE_PORTS;
 
 const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
-/// More text than the longest list of ports has: every second port.
+/// Longer than the text of the longest list of ports: every second port.
 const LONGEST_LIST: usize = 256 * 1024;
 
 /// The default node port range of Kubernetes (`--service-node-port-range` of its API server).
@@ -32,7 +32,7 @@ const RANGES_SHOWN: usize = 8;
 pub(crate) struct Ports(BTreeSet<u16>);
 
 impl Ports {
-    /// The fewest ranges that these ports are in.
+    /// The fewest ranges that cover these ports.
     fn ranges(&self) -> Vec<RangeInclusive<u16>> {
         let mut ranges: Vec<RangeInclusive<u16>> = Vec::new();
         for port in &self.0 {
@@ -44,7 +44,7 @@ impl Ports {
         ranges
     }
 
-    /// For a line that people read: the first ranges.
+    /// The first ranges, for a readable line.
     fn short(&self) -> String {
         let ranges = self.ranges();
         let more = ranges.len().saturating_sub(RANGES_SHOWN);
@@ -87,21 +87,21 @@ fn port(text: &str) -> Result<u16, io::Error> {
 /// The ports of the node's own addresses that affinity uses.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct UsedPorts {
-    /// Where it answers clients.
+    /// The ports of frontends at the node's addresses.
     node_ports: Ports,
-    /// What it gives to masqueraded connections; none: it masquerades nothing.
+    /// The ports for masqueraded connections; none if nothing is masqueraded.
     masquerade: Option<RangeInclusive<u16>>,
 }
 
 impl Default for UsedPorts {
-    /// Those of a node on which no dataplane runs yet.
+    /// The ports of a node on which no dataplane runs yet.
     fn default() -> Self {
         Self { node_ports: Ports(DEFAULT_NODE_PORTS.collect()), masquerade: Some(MASQUERADE_PORTS) }
     }
 }
 
 impl UsedPorts {
-    /// Of these frontends, those at addresses of the node.
+    /// The ports of those frontends that are at addresses of the node.
     pub(crate) fn new(
         frontends: impl Iterator<Item = (IpAddr, u16)>,
         node_addresses: &BTreeSet<IpAddr>,
@@ -112,14 +112,14 @@ impl UsedPorts {
     }
 }
 
-/// What Linux gives to connections of this network namespace.
+/// The ports that Linux gives to connections of this network namespace.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct LocalPorts {
     range: RangeInclusive<u16>,
     reserved: Ports,
 }
 
-/// Ports that affinity uses and Linux gives away.
+/// Ports that affinity uses and that Linux may give to others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Overlap {
     node_ports: Ports,
@@ -134,10 +134,10 @@ impl Overlap {
 }
 
 impl LocalPorts {
-    /// Those of this process's network namespace.
+    /// The ports of this process's network namespace.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub(crate) fn read() -> io::Result<Self> {
         let named = |path: &str, error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
         let range = fs::read_to_string(RANGE).map_err(|error| named(RANGE, error))?;
@@ -153,7 +153,7 @@ impl LocalPorts {
         Ok(Self { range: first?..=last?, reserved: reserved.parse()? })
     }
 
-    /// What of `used` Linux may give away; none: nothing.
+    /// Which ports of `used` Linux may give away; none if there are none.
     pub(crate) fn overlap(&self, used: &UsedPorts) -> Option<Overlap> {
         let given = |port: &u16| self.range.contains(port) && !self.reserved.0.contains(port);
         let overlap = Overlap {
@@ -168,16 +168,16 @@ impl LocalPorts {
         Self { range: self.range.clone(), reserved: Ports(&self.reserved.0 | &overlap.ports().0) }
     }
 
-    /// Whether at least half of the range is left to the node's own connections when these ports are reserved.
+    /// Whether at least half of the range is left to the node's own connections once these ports are reserved.
     pub(crate) fn can_spare(&self, overlap: &Overlap) -> bool {
         let reserved = self.with(overlap).reserved.0.range(self.range.clone()).count();
         2 * reserved <= self.range.len()
     }
 
-    /// Reserves these ports, beside those that are reserved.
+    /// Reserves these ports, in addition to those that are reserved already.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub(crate) fn reserve(&self, overlap: &Overlap) -> io::Result<()> {
         fs::write(RESERVED, self.with(overlap).reserved.to_string())
     }
@@ -194,7 +194,7 @@ impl LocalPorts {
         )
     }
 
-    /// The command that reserves them too; in words, where its line would be too long.
+    /// The command that reserves them too; a sentence if the command would be too long.
     pub(crate) fn command(&self, overlap: &Overlap) -> String {
         let reserved = self.with(overlap).reserved;
         if reserved.ranges().len() > RANGES_SHOWN {
@@ -211,9 +211,9 @@ impl fmt::Display for LocalPorts {
     }
 }
 
-/// The list of reserved ports, by one read: the kernel gives nothing to a second one, and only what fits to the first, see
-/// `proc_do_large_bitmap` in <https://elixir.bootlin.com/linux/v6.12/source/kernel/sysctl.c>. [`fs::read_to_string`] begins
-/// with a short one.
+/// Reads the list of reserved ports by one read: the kernel returns nothing to a second one, and the first one returns only
+/// what fits, see `proc_do_large_bitmap` in <https://elixir.bootlin.com/linux/v6.12/source/kernel/sysctl.c>.
+/// [`fs::read_to_string`] begins with a short read.
 fn read_list() -> io::Result<String> {
     let mut text = vec![0; LONGEST_LIST];
     let length = File::open(RESERVED)?.read(&mut text)?;
@@ -281,7 +281,7 @@ mod tests {
         assert!(!can_spare("1024 29999", "", MASQUERADE_PORTS));
     }
 
-    /// Few, so that they meet; the last one among them.
+    /// Few ports, so that ranges overlap; the last port is one of them.
     fn range() -> impl Strategy<Value = RangeInclusive<u16>> {
         let port = 65_400..=u16::MAX;
         (port.clone(), port).prop_map(|(one, other)| one.min(other)..=one.max(other))
@@ -293,7 +293,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is reserved: it stays so, and afterwards Linux gives away nothing of what was asked for.
+        /// Whatever is reserved stays reserved, and afterwards Linux gives away none of the used ports.
         #[test]
         fn reserving_keeps_what_was_there_and_covers_what_was_asked(reserved in ports(), node_ports in ports(),
                 range in range(), masquerade in range()) {

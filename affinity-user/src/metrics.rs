@@ -1,7 +1,6 @@
-//! What there is to measure, in the text formats that Prometheus reads. docs/metrics.md lists all of it.
+//! The metrics, in the text formats that Prometheus reads. docs/metrics.md lists all of them.
 //!
-//! Most of it is read from the maps when it is asked for. Sessions and flows are not walked for that: the sweep has
-//! counted them.
+//! Most are read from the maps at each scrape. Sessions and flows are not walked for that: the sweep has counted them.
 
 mod format;
 mod series;
@@ -32,7 +31,7 @@ pub use self::{
 };
 use crate::sweep::{Census, Totals};
 
-/// Which services and backends have series of their own.
+/// Which services and backends have their own series.
 #[derive(Debug)]
 pub struct Bounds {
     services: Admitted,
@@ -40,17 +39,17 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// At most so many services, and as many backends.
+    /// At most this many services, and as many backends.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
         Self { services: Admitted::new(limit), backends: Admitted::new(limit) }
     }
 }
 
-/// Everything as OpenMetrics; `tables` is none where no dataplane is there yet.
+/// Everything as OpenMetrics; `tables` is none if there is no dataplane yet.
 ///
 /// # Errors
-/// Never, as far as is known: text is written to memory.
+/// None are known: the text is written to memory.
 pub fn exposition(vitals: Arc<Vitals>, tables: Option<Tables>, bounds: &Mutex<Bounds>) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("affinity");
     registry.register("build", "What this is a build of", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
@@ -128,7 +127,7 @@ impl Collector for Agent {
 /// The labels of a service's or a backend's series.
 type Labels = Vec<(&'static str, String)>;
 
-/// What the maps tell, by name; with names beyond the bound summed up.
+/// The contents of the maps, by name. Names beyond the bound are summed up.
 #[derive(Debug)]
 struct Named {
     tables: Tables,
@@ -138,7 +137,7 @@ struct Named {
     backends: BTreeMap<Labels, Of>,
 }
 
-/// What is counted of a service or a backend.
+/// The counts of a service or a backend.
 #[derive(Clone, Copy, Debug, Default)]
 struct Of {
     connections: Counts,
@@ -160,7 +159,7 @@ impl Of {
         self.evicted += other.evicted;
     }
 
-    /// Counts by reason: those that were met, for example before the service was changed, and those that can be.
+    /// Counts by reason: those that have occurred, for example before the service was changed, and those that can occur.
     fn by_reason(&self) -> impl Iterator<Item = (Reason, u64)> {
         let counts = USAGES.into_iter().zip(self.connections).zip(self.possible);
         counts.filter(|&((_, count), possible)| possible || count > 0).map(|(count, _)| count)
@@ -192,7 +191,7 @@ impl Named {
     }
 }
 
-/// Sums what has the same labels.
+/// Sums the values with the same labels.
 fn sum(all: impl Iterator<Item = (Labels, Of)>) -> BTreeMap<Labels, Of> {
     let mut sums = BTreeMap::<Labels, Of>::new();
     for (labels, of) in all {
@@ -211,7 +210,7 @@ fn by_reason(all: &BTreeMap<Labels, Of>) -> impl Iterator<Item = (Vec<(&str, &st
     })
 }
 
-/// Reasons of events, which no packet is counted under.
+/// Reasons of events. No packet is counted under them.
 const NEVER_COUNTED: [Reason; 2] = [Reason::OperatorPinned, Reason::TableFull];
 
 impl Collector for Named {

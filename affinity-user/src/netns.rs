@@ -1,6 +1,6 @@
-//! The network namespaces of this machine: those that a process is in, and those that have a name.
+//! The network namespaces of this machine: those that processes are in, and those with a name.
 //!
-//! To look into one, a thread of its own moves inside and ends there; the others stay where they are.
+//! To work inside one, a separate thread enters it and ends there; all other threads stay where they are.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +27,7 @@ use rustix::{
 
 use crate::sys;
 
-/// Where `ip netns` and container runtimes keep names.
+/// The directory where `ip netns` and container runtimes keep names.
 const NAMED: &str = "/run/netns";
 
 /// A network namespace.
@@ -35,18 +35,18 @@ const NAMED: &str = "/run/netns";
 pub struct Namespace(File);
 
 impl Namespace {
-    /// That of this process.
+    /// The namespace of this process.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub fn own() -> io::Result<Self> {
         File::open("/proc/self/ns/net").map(Self)
     }
 
-    /// Runs `work` inside, on a thread of its own, and waits for it.
+    /// Runs `work` inside, on a separate thread, and waits for it.
     ///
     /// # Errors
-    /// The system's answer where the namespace cannot be entered.
+    /// The system's error if the namespace cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
@@ -60,26 +60,26 @@ impl Namespace {
     /// Its cookie.
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub fn cookie(&self) -> io::Result<u64> {
         self.run(cookie_of_thread)?
     }
 
-    /// The addresses that it has, those of the host's own use (loopback, link-local) among them.
+    /// Its addresses, including those for the host's own use (loopback, link-local).
     ///
     /// # Errors
-    /// The system's answer.
+    /// The system's error.
     pub fn addresses(&self) -> io::Result<BTreeSet<IpAddr>> {
         self.run(addresses_of_thread)?
     }
 }
 
-/// All that can be seen, each once: for a process in a container without the host's processes these are few.
+/// All visible namespaces, each once. A process in a container without the host's processes sees few.
 #[must_use]
 pub fn all() -> Vec<Namespace> {
     let mut seen = BTreeMap::new();
     for path in paths() {
-        // Processes and names come and go meanwhile.
+        // Processes and names may come and go meanwhile.
         let Ok(metadata) = fs::metadata(&path) else { continue };
         let place = seen.entry((metadata.dev(), metadata.ino())).or_insert(None);
         if place.is_none() {
@@ -119,10 +119,10 @@ fn addresses_of_thread() -> io::Result<BTreeSet<IpAddr>> {
     Ok(addresses)
 }
 
-/// Asks the kernel for a list, on the calling thread, and visits its entries.
+/// Requests a list from the kernel, on the calling thread, and visits its entries.
 ///
 /// # Errors
-/// The system's answer, or the kernel's.
+/// The system's error, or the kernel's.
 pub(crate) fn dump<M>(protocol: isize, mut request: NetlinkMessage<M>, mut visit: impl FnMut(M)) -> io::Result<()>
 where
     M: rtnetlink::packet_core::NetlinkSerializable + rtnetlink::packet_core::NetlinkDeserializable,
@@ -151,7 +151,7 @@ where
 /// Sends one message.
 ///
 /// # Errors
-/// The system's answer.
+/// The system's error.
 pub(crate) fn send<M>(socket: &Socket, message: &mut NetlinkMessage<M>) -> io::Result<()>
 where
     M: rtnetlink::packet_core::NetlinkSerializable,

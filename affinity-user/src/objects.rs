@@ -1,4 +1,4 @@
-//! The objects that `build.rs` left; empty where it was told to skip them.
+//! The objects that `build.rs` has built; empty if it was told to skip them.
 
 /// The programs and maps of the dataplane.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/affinity"));

@@ -1,13 +1,13 @@
-//! Closes sockets whose backend has gone, so that their processes notice at once.
+//! Closes sockets with a backend that has gone, so that their processes notice at once.
 //!
-//! A socket that was sent to a backend speaks to it for as long as it lives, and no packet of it meets a program. So when
-//! a backend goes, the agent asks the kernel to end the sockets that speak to it (`SOCK_DESTROY`): of TCP, and of UDP
-//! where they are connected. UDP follows its pool too: a backend that is merely not ready any more, or serves another port,
-//! loses its connected sockets, while TCP goes on with one that drains or lingers, and so does UDP where the service has
-//! gone. Sockets that are not connected need none of this: their next datagram selects again.
+//! A translated socket sends to its backend for as long as it lives, and its packets pass no program. So when a backend goes,
+//! the agent asks the kernel to end the sockets that are connected to it (`SOCK_DESTROY`): TCP sockets, and connected UDP
+//! sockets. UDP follows its pool too: a backend that is only not ready any more, or serves another port, loses its connected
+//! UDP sockets. TCP continues with a backend that drains or lingers, and so does UDP if the service has gone. Sockets that are
+//! not connected need none of this: their next datagram selects again.
 //!
-//! Only sockets that the programs have noted are ended, each told by its cookie and by whom it speaks to. They are looked
-//! for in every network namespace that can be seen, on a thread of its own: the agent does not wait for it.
+//! Only sockets that the programs have noted are ended, identified by their cookie and peer. A separate thread looks for them
+//! in every visible network namespace; the agent does not wait for it.
 
 use std::{
     collections::BTreeMap,
@@ -58,10 +58,10 @@ pub enum CloseError {
 pub struct SocketDestroyer(Sender<()>);
 
 impl SocketDestroyer {
-    /// Starts the thread; it looks at once, because backends may have gone before.
+    /// Starts the thread. It looks at once, because backends may have gone before.
     ///
     /// # Errors
-    /// The system's answer where there is no thread to be had.
+    /// The system's error if no thread can be started.
     pub fn start(pin_dir: &Path) -> io::Result<Self> {
         let (sender, receiver) = channel();
         let pin_dir = pin_dir.to_owned();
@@ -73,14 +73,14 @@ impl SocketDestroyer {
 
     /// Backends have gone, are no longer ready, or serve another port.
     pub fn backends_left(&self) {
-        // Where the thread has ended it has said why.
+        // If the thread has ended, it has logged why.
         let _ = self.0.send(());
     }
 }
 
 fn follow(pin_dir: &Path, wakes: &Receiver<()>) {
     while wakes.recv().is_ok() {
-        // One look serves all that asked for it meanwhile.
+        // One look serves all requests until now.
         while wakes.try_recv().is_ok() {}
         match close_lost(pin_dir) {
             Ok(0) => {}
@@ -93,10 +93,10 @@ fn follow(pin_dir: &Path, wakes: &Receiver<()>) {
 /// Connected sockets that the programs have noted, by cookie.
 pub(crate) type Noted = BTreeMap<u64, (SocketKey, Socket)>;
 
-/// Closes every socket that has lost its backend, and returns how many those were.
+/// Closes every socket that has lost its backend, and returns their number.
 ///
 /// # Errors
-/// [`CloseError`] where the maps cannot be read. A namespace that cannot be entered is left out.
+/// [`CloseError`] if the maps cannot be read. A namespace that cannot be entered is left out.
 pub fn close_lost(pin_dir: &Path) -> Result<usize, CloseError> {
     let store = KernelStore::open(pin_dir)?;
     let lost = lost(&store)?;
@@ -112,7 +112,7 @@ pub fn close_lost(pin_dir: &Path) -> Result<usize, CloseError> {
                     store.sockets.remove(key)?;
                 }
             }
-            // It may have ended meanwhile.
+            // The namespace may have ended meanwhile.
             Ok(Err(error)) | Err(error) => debug!("sockets of {namespace:?}: {error}"),
         }
     }
@@ -142,17 +142,17 @@ fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool
     }))
 }
 
-/// How the connection of a TCP socket is, as its kernel sees it.
+/// The state of a TCP socket's connection, as its kernel sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Pulse {
-    /// Whether it has sent the same several times, and nothing has come back since.
+    /// Whether it has retransmitted several times, and nothing has come back since.
     pub(crate) is_unanswered: bool,
-    /// For how long nothing has come back.
+    /// How long nothing has come back.
     pub(crate) answered_ago: Duration,
 }
 
 impl Pulse {
-    /// Of a `struct tcp_info` (<https://elixir.bootlin.com/linux/v6.1/source/include/uapi/linux/tcp.h>).
+    /// From a `struct tcp_info` (<https://elixir.bootlin.com/linux/v6.1/source/include/uapi/linux/tcp.h>).
     fn of(info: &[u8]) -> Option<Self> {
         const RETRANSMITS: usize = 2;
         const LAST_DATA_RECV_MS: usize = 52;
@@ -163,10 +163,10 @@ impl Pulse {
     }
 }
 
-/// So many times at least: with the shortest of retransmission timers that is a little more than three seconds.
+/// At least this many times: with the shortest retransmission timers that is a little more than three seconds.
 const RETRANSMISSIONS: u8 = 4;
 
-/// How the connections of these sockets are, by cookie. A namespace that cannot be entered is left out.
+/// The state of these sockets' connections, by cookie. A namespace that cannot be entered is left out.
 pub(crate) fn pulses(wanted: &Noted) -> BTreeMap<u64, Pulse> {
     let mut pulses = BTreeMap::new();
     for namespace in netns::all() {
@@ -208,7 +208,7 @@ fn list(family: u8, protocol: u8, extensions: ExtensionFlags, mut visit: impl Fn
     })
 }
 
-/// Closes those of the calling thread's namespace, and returns their cookies.
+/// Closes the lost sockets in the calling thread's namespace, and returns their cookies.
 fn close_here(lost: &Noted) -> io::Result<Vec<u64>> {
     let mut closed = Vec::new();
     let protocols: std::collections::BTreeSet<u8> = lost.values().map(|(key, _)| key.protocol).collect();
@@ -243,7 +243,7 @@ fn cookie(id: &SocketId) -> u64 {
     u64::from(u32::from_ne_bytes([a, b, c, d])) | u64::from(u32::from_ne_bytes([e, f, g, h])) << 32
 }
 
-/// Ends one socket of the calling thread's namespace; false where it has gone by itself.
+/// Ends one socket of the calling thread's namespace; false if it was already gone.
 fn close(family: u8, protocol: u8, socket_id: SocketId) -> io::Result<bool> {
     let request =
         InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states: StateFlags::all(), socket_id };

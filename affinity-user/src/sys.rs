@@ -1,9 +1,8 @@
-//! The one file of user space with `unsafe`: bpf(2) and the memory that it shares, behind safe functions.
+//! The only file of user space with `unsafe`: bpf(2), and the memory that it shares, behind safe functions.
 //!
-//! aya has no batch operations, falls back from link to netlink silently, and reuses pinned maps unchecked; so what
-//! the store, the loader and the attachments need is here, on file descriptors and byte slices. Every function
-//! checks the lengths of its slices against what the kernel said about the object: that is why each call is sound.
-//! Errors name the call and the object.
+//! aya has no batch operations, falls back from link to netlink silently, and reuses pinned maps unchecked. So what the store,
+//! the loader and the attachments need is here, on file descriptors and byte slices. Each call is sound because every function
+//! checks the lengths of its slices against what the kernel reports about the object. Errors name the call and the object.
 #![expect(unsafe_code, reason = "bpf(2) takes pointers in a union; maps are shared with the kernel by mmap")]
 
 use std::{
@@ -39,14 +38,14 @@ use memmap2::{MmapOptions, MmapRaw};
 pub struct SysError {
     /// The command or system call.
     pub call: &'static str,
-    /// What it was about.
+    /// The object of the call.
     pub object: String,
-    /// The kernel's answer.
+    /// The kernel's error.
     pub source: io::Error,
 }
 
 impl SysError {
-    /// From a call, its object and the kernel's answer.
+    /// From a call, its object and the kernel's error.
     pub fn new(call: &'static str, object: impl Into<String>, source: io::Error) -> Self {
         Self { call, object: object.into(), source }
     }
@@ -87,7 +86,7 @@ unsafe fn bpf<A: Pod>(command: bpf_cmd, attr: &mut A) -> io::Result<i64> {
 unsafe fn bpf_fd<A: Pod>(command: bpf_cmd, attr: &mut A) -> io::Result<OwnedFd> {
     // SAFETY: the caller's promise.
     let fd = unsafe { bpf(command, attr) }?;
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the kernel has just created this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
@@ -129,7 +128,7 @@ struct InfoAttr {
 /// Opens what is pinned at `path`: a map, a program or a link.
 ///
 /// # Errors
-/// [`SysError::is_not_found`] where nothing is.
+/// [`SysError::is_not_found`] if nothing is pinned there.
 pub fn obj_get(path: &Path) -> Result<OwnedFd> {
     let name = c_path("BPF_OBJ_GET", path)?;
     let mut attr = ObjAttr { pathname: address(name.as_bytes_with_nul()), ..Zeroable::zeroed() };
@@ -141,7 +140,7 @@ pub fn obj_get(path: &Path) -> Result<OwnedFd> {
 /// Pins a map, a program or a link at `path`, which must not exist yet.
 ///
 /// # Errors
-/// [`SysError`], also where something is pinned there already.
+/// [`SysError`], also if something is pinned there already.
 pub fn obj_pin(fd: BorrowedFd<'_>, path: &Path) -> Result<()> {
     let name = c_path("BPF_OBJ_PIN", path)?;
     let mut attr = ObjAttr { pathname: address(name.as_bytes_with_nul()), bpf_fd: raw(fd), ..Zeroable::zeroed() };
@@ -151,7 +150,8 @@ pub fn obj_pin(fd: BorrowedFd<'_>, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Fills the first `size_of::<T>()` bytes of what the kernel tells about an object; the rest of `T` stays zero.
+/// Reads the first `size_of::<T>()` bytes of the kernel's information about an object. If it has fewer, the rest of `T` stays
+/// zero.
 fn info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::zeroed();
     let mut attr = InfoAttr {
@@ -166,7 +166,7 @@ fn info<T: Pod>(fd: BorrowedFd<'_>) -> io::Result<T> {
 
 // ---- maps ----
 
-/// What the kernel tells about a map: the start of `struct bpf_map_info`.
+/// The kernel's information about a map: the start of `struct bpf_map_info`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct MapInfo {
@@ -226,7 +226,7 @@ struct BatchAttr {
 pub enum Write {
     /// Always.
     Any,
-    /// Only where there is no entry.
+    /// Only if there is no entry.
     New,
 }
 
@@ -239,14 +239,14 @@ impl Write {
     }
 }
 
-/// How far one step of [`Map::lookup_batch`] came.
+/// The result of one step of [`Map::lookup_batch`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Batch {
-    /// So many entries were read, and there are more.
+    /// This many entries were read, and there are more.
     More(usize),
-    /// So many entries were read, and these were the last.
+    /// This many entries were read, and these were the last.
     Last(usize),
-    /// One bucket has more entries than the slices have room for: nothing was read, come with more room.
+    /// One bucket has more entries than the slices have room for. Nothing was read: call again with more room.
     NoRoom,
 }
 
@@ -268,7 +268,7 @@ impl Map {
     /// Creates a map; `spec.id` is not used. The kernel keeps the first 15 bytes of the name.
     ///
     /// # Errors
-    /// [`SysError`] where the kernel refuses it.
+    /// [`SysError`] if the kernel refuses it.
     pub fn create(name: &str, spec: &MapInfo) -> Result<Self> {
         Self::create_with_inner(name, spec, None)
     }
@@ -294,7 +294,7 @@ impl Map {
     /// Opens a pinned map. Its name is the file's.
     ///
     /// # Errors
-    /// [`SysError::is_not_found`] where nothing is pinned there.
+    /// [`SysError::is_not_found`] if nothing is pinned there.
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         Self::from_fd(obj_get(path)?, &name)
@@ -303,7 +303,7 @@ impl Map {
     /// Takes a map's descriptor.
     ///
     /// # Errors
-    /// [`SysError`] where it is not a map's.
+    /// [`SysError`] if it is not a map's.
     pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self> {
         let target = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())
             .map_err(|error| SysError::new("readlink", name, error.into()))?;
@@ -314,7 +314,7 @@ impl Map {
         Ok(Self { fd, name: name.to_owned(), info })
     }
 
-    /// What the kernel tells about it.
+    /// The kernel's information about it.
     #[must_use]
     pub const fn info(&self) -> &MapInfo {
         &self.info
@@ -357,7 +357,7 @@ impl Map {
         ElementAttr { map_fd: raw(self.as_fd()), pad: 0, key: address(key), value, flags }
     }
 
-    /// Reads one value; false where there is no entry.
+    /// Reads one value; false if there is no entry.
     ///
     /// # Errors
     /// [`SysError`].
@@ -369,10 +369,10 @@ impl Map {
             .map_err(|error| self.error("BPF_MAP_LOOKUP_ELEM", error))
     }
 
-    /// Writes one value; false where [`Write::New`] met an entry.
+    /// Writes one value; false if [`Write::New`] found an entry.
     ///
     /// # Errors
-    /// [`SysError`], `E2BIG` where a hash is full.
+    /// [`SysError`]; `E2BIG` if a hash is full.
     pub fn update(&self, key: &[u8], value: &[u8], write: Write) -> Result<bool> {
         self.check(1, key, Some(value));
         let mut attr = self.element(key, address(value), write.flags());
@@ -384,7 +384,7 @@ impl Map {
         }
     }
 
-    /// Removes an entry; false where there was none.
+    /// Removes an entry; false if there was none.
     ///
     /// # Errors
     /// [`SysError`].
@@ -396,7 +396,7 @@ impl Map {
             .map_err(|error| self.error("BPF_MAP_DELETE_ELEM", error))
     }
 
-    /// Writes the key after `key` (the first one after none) into `next`; false at the end.
+    /// Writes the key after `key` (the first key if that is none) into `next`; false at the end.
     ///
     /// # Errors
     /// [`SysError`].
@@ -418,11 +418,11 @@ impl Map {
         self.key_len().max(size_of::<u32>())
     }
 
-    /// Reads the entries after `from` (all from the start on after none) and writes the new position into `to`.
-    /// Entries that come and go meanwhile may be read or not; none that stays is missed or read twice.
+    /// Reads the entries after `from` (from the start if that is none) and writes the new position into `to`. Entries that are
+    /// added or removed meanwhile may be read or not. No other entry is missed or read twice.
     ///
     /// # Errors
-    /// [`SysError`]; `ENOTSUPP` (524) or `EINVAL` where the kernel cannot do it for this type of map.
+    /// [`SysError`]; `ENOTSUPP` (524) or `EINVAL` if the kernel does not support it for this type of map.
     pub fn lookup_batch(
         &self,
         from: Option<&[u8]>,
@@ -458,7 +458,7 @@ impl Map {
         }
     }
 
-    /// Writes entries, in place of any under their keys, and returns how many were written.
+    /// Writes entries, replaces any under their keys, and returns how many were written.
     ///
     /// # Errors
     /// [`SysError`]; the entries before the one that failed are written.
@@ -481,10 +481,10 @@ impl Map {
         Ok(attr.count as usize)
     }
 
-    /// Maps the values of an array made with `BPF_F_MMAPABLE`, to read and write.
+    /// Maps the values of an array created with `BPF_F_MMAPABLE` into memory, to read and write.
     ///
     /// # Errors
-    /// [`SysError`] where the map is not of that kind.
+    /// [`SysError`] if the map is not of that kind.
     pub fn words(&self) -> Result<Words> {
         let stride = (self.info.value_size as usize).next_multiple_of(8);
         let len = stride * self.info.max_entries as usize;
@@ -495,10 +495,10 @@ impl Map {
         Ok(Words { map, stride, entries: self.info.max_entries })
     }
 
-    /// Maps a ring buffer to read it.
+    /// Maps a ring buffer into memory, to read it.
     ///
     /// # Errors
-    /// [`SysError`] where the map is no ring buffer.
+    /// [`SysError`] if the map is no ring buffer.
     pub fn ring(&self) -> Result<Ring> {
         if self.info.kind != BPF_MAP_TYPE_RINGBUF as u32 {
             return Err(self.error("mmap", io::Error::other("not a ring buffer")));
@@ -511,10 +511,10 @@ impl Map {
         Ok(Ring { shared, page, size })
     }
 
-    /// Maps the page of a ring buffer that says how far it was consumed.
+    /// Maps the page with the consumer's position of a ring buffer into memory.
     ///
     /// # Errors
-    /// [`SysError`] where the map is no ring buffer.
+    /// [`SysError`] if the map is no ring buffer.
     pub fn ring_consumer(&self) -> Result<RingConsumer> {
         if self.info.kind != BPF_MAP_TYPE_RINGBUF as u32 {
             return Err(self.error("mmap", io::Error::other("not a ring buffer")));
@@ -534,12 +534,12 @@ fn found(result: io::Result<i64>) -> io::Result<bool> {
 
 /// Waits until every program that runs now has ended.
 ///
-/// An update of a map of maps does that before it returns: the kernel promises its caller that no program still uses
-/// the old inner map (`maybe_wait_bpf_programs` in
-/// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/syscall.c#L148>). A sleep would only hope for it.
+/// An update of a map of maps does that before it returns: the kernel promises its caller that no program still uses the old
+/// inner map (`maybe_wait_bpf_programs` in <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/syscall.c#L148>). A sleep
+/// would guarantee nothing.
 ///
 /// # Errors
-/// [`SysError`] where such a map cannot be made.
+/// [`SysError`] if such a map cannot be created.
 pub fn synchronize() -> Result<()> {
     let inner =
         MapInfo { kind: BPF_MAP_TYPE_ARRAY as u32, key_size: 4, value_size: 4, max_entries: 1, ..Zeroable::zeroed() };
@@ -550,15 +550,15 @@ pub fn synchronize() -> Result<()> {
     Ok(())
 }
 
-/// For how long a map may lack memory until that is an error, and how often to ask.
+/// How long a map may lack memory before that is an error, and how often to retry.
 ///
-/// A hash without preallocation takes its elements from a stock that the kernel refills in the background, without waiting
-/// for memory (`alloc_bulk` in <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/memalloc.c#L212>). Who writes
-/// many at once overtakes it, above all where an element has a value for each CPU: those pages come a few at a time.
+/// A hash without preallocation takes its elements from a stock that the kernel refills in the background, without waiting for
+/// memory (`alloc_bulk` in <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/memalloc.c#L212>). Many writes at once can
+/// empty the stock, above all if an element has a value for each CPU: those pages come a few at a time.
 const REFILL_PATIENCE: Duration = Duration::from_secs(2);
 const REFILL_PAUSE: Duration = Duration::from_millis(1);
 
-/// Makes a call that writes to a map, again and again while its stock of elements is empty.
+/// Makes a call that writes to a map, and repeats it while the map's stock of elements is empty.
 fn patiently<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut result = call();
     let begun = Instant::now();
@@ -594,15 +594,15 @@ impl Words {
         self.entries == 0
     }
 
-    /// Panics where `index` is not one of the array's.
+    /// Panics if `index` is out of range.
     fn at(&self, index: u32) -> *mut u8 {
         assert!(index < self.entries, "index {index} of {} values", self.entries);
         self.map.as_mut_ptr().wrapping_add(index as usize * self.stride)
     }
 
     fn u32_at(&self, index: u32) -> &AtomicU32 {
-        // SAFETY: within the mapping by the check in `at`; aligned, since the stride is a multiple of eight; and all
-        // of this process access it atomically.
+        // SAFETY: within the mapping by the check in `at`; aligned, because the stride is a multiple of eight; and all accesses
+        // of this process are atomic.
         unsafe { AtomicU32::from_ptr(self.at(index).cast()) }
     }
 
@@ -664,7 +664,7 @@ impl Ring {
         self.size
     }
 
-    /// How many bytes were ever produced.
+    /// How many bytes were produced so far.
     #[must_use]
     pub fn produced(&self) -> u64 {
         // SAFETY: the producer's position is the first word of the first page of this mapping.
@@ -673,22 +673,22 @@ impl Ring {
 
     /// The eight bytes at a position, which must be a multiple of eight.
     ///
-    /// The kernel may write over them meanwhile: compare [`Ring::produced`] after reading.
+    /// The kernel may overwrite them meanwhile: compare [`Ring::produced`] after reading.
     #[must_use]
     pub fn word(&self, position: u64) -> u64 {
         assert_eq!(position % 8, 0, "a position in the ring is a multiple of eight");
         let offset = self.page + (position as usize & (self.size - 1));
-        // SAFETY: behind the first page lie the data, `size` bytes (a power of two) twice; the mask keeps the offset
-        // within the first of them, and it is aligned.
+        // SAFETY: the data follow the first page, `size` bytes (a power of two) twice; the mask keeps the offset within the
+        // first copy, and it is aligned.
         unsafe { load_read_only(self.shared.as_mut_ptr().add(offset).cast()) }
     }
 }
 
-/// An acquiring load from memory that this process may not write: of all atomic accesses only a relaxed load of at
-/// most a machine word is defined there.
+/// An acquiring load from memory that this process may not write. The only atomic access that is defined there is a relaxed
+/// load of at most a machine word.
 ///
 /// # Safety
-/// `word` is aligned and valid to read, and all of this process access it atomically.
+/// `word` is aligned and valid to read, and all accesses of this process are atomic.
 unsafe fn load_read_only(word: *mut u64) -> u64 {
     // SAFETY: the caller's promise.
     let value = unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Relaxed);
@@ -696,7 +696,7 @@ unsafe fn load_read_only(word: *mut u64) -> u64 {
     value
 }
 
-/// How far a ring buffer was consumed: what the kernel may write over.
+/// How far a ring buffer was consumed: the kernel may overwrite everything before that.
 #[derive(Debug)]
 pub struct RingConsumer {
     page: MmapRaw,
@@ -722,7 +722,7 @@ impl RingConsumer {
 
 // ---- programs and links ----
 
-/// What the kernel tells about a program: the start of `struct bpf_prog_info`.
+/// The kernel's information about a program: the start of `struct bpf_prog_info`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct ProgInfo {
@@ -734,7 +734,7 @@ pub struct ProgInfo {
     pub tag: [u8; 8],
 }
 
-/// What the kernel tells about a link: the start of `struct bpf_link_info`, as XDP and tcx links fill it.
+/// The kernel's information about a link: the start of `struct bpf_link_info`, as XDP and tcx links fill it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct LinkInfo {
@@ -751,7 +751,7 @@ pub struct LinkInfo {
     pub attach_type: u32,
 }
 
-/// The ids of the programs that are attached to a device by tcx, in the order in which packets meet them.
+/// The ids of the programs that are attached to a device by tcx, in the order in which they run.
 ///
 /// # Errors
 /// [`SysError`]; `EINVAL` on a kernel without tcx.
@@ -772,7 +772,7 @@ pub fn tcx_programs(ifindex: u32, attach_type: u32) -> Result<Vec<u32>> {
     Ok(ids[..(attr.count as usize).min(MOST)].to_vec())
 }
 
-/// What the kernel tells about a link to a cgroup.
+/// The kernel's information about a link to a cgroup.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct CgroupLinkInfo {
@@ -803,7 +803,7 @@ struct LinkCreateAttr {
     expected_revision: u64,
 }
 
-/// The part of `BPF_PROG_QUERY` that kernels with tcx know, and the start of which older ones know.
+/// The part of `BPF_PROG_QUERY` that kernels with tcx know. Older kernels know its start.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct QueryAttr {
@@ -846,28 +846,28 @@ struct TestRunAttr {
     pad: u32,
 }
 
-/// What the kernel tells about a program.
+/// The kernel's information about a program.
 ///
 /// # Errors
-/// [`SysError`] where the descriptor is no program's.
+/// [`SysError`] if the descriptor is no program's.
 pub fn prog_info(prog: BorrowedFd<'_>) -> Result<ProgInfo> {
     info(prog).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", "program", error))
 }
 
-/// What the kernel tells about a link.
+/// The kernel's information about a link.
 ///
 /// # Errors
-/// [`SysError`] where the descriptor is no link's.
+/// [`SysError`] if the descriptor is no link's.
 pub fn link_info(link: BorrowedFd<'_>) -> Result<LinkInfo> {
     info(link).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", "link", error))
 }
 
 /// Attaches a program to a device. The attachment lives as long as the link: its descriptor or its pin.
 ///
-/// `flags` are `XDP_FLAGS_*`, or for tcx `BPF_F_BEFORE` and its kin.
+/// `flags` are `XDP_FLAGS_*`, or for tcx `BPF_F_BEFORE` and similar ones.
 ///
 /// # Errors
-/// [`SysError`]; unlike aya, never an attachment by netlink in its place.
+/// [`SysError`]. Unlike aya, it never attaches by netlink instead.
 pub fn link_create(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32, flags: u32) -> Result<OwnedFd> {
     let mut attr = LinkCreateAttr { prog_fd: raw(prog), target: ifindex, attach_type, flags, ..Zeroable::zeroed() };
     // SAFETY: the attributes of this command hold no pointer.
@@ -875,16 +875,15 @@ pub fn link_create(prog: BorrowedFd<'_>, ifindex: u32, attach_type: u32, flags: 
         .map_err(|error| SysError::new("BPF_LINK_CREATE", format!("device {ifindex}"), error))
 }
 
-/// What the kernel tells about a link to a cgroup.
+/// The kernel's information about a link to a cgroup.
 ///
 /// # Errors
-/// [`SysError`] where the descriptor is no link's.
+/// [`SysError`] if the descriptor is no link's.
 pub fn cgroup_link_info(link: BorrowedFd<'_>) -> Result<CgroupLinkInfo> {
     info(link).map_err(|error| SysError::new("BPF_OBJ_GET_INFO_BY_FD", "link", error))
 }
 
-/// Attaches a program to a cgroup, beside those of others. The attachment lives as long as the link: its descriptor or
-/// its pin.
+/// Attaches a program to a cgroup, next to other programs. The attachment lives as long as the link: its descriptor or its pin.
 ///
 /// # Errors
 /// [`SysError`].
@@ -895,10 +894,10 @@ pub fn link_create_cgroup(prog: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_t
         .map_err(|error| SysError::new("BPF_LINK_CREATE", "cgroup", error))
 }
 
-/// Puts another program into a link: each packet meets the old one or the new one.
+/// Replaces the program of a link: each packet is handled by the old or the new one.
 ///
 /// # Errors
-/// [`SysError`] where the programs are of different types, or the device has gone (`ENOLINK`).
+/// [`SysError`] if the programs are of different types, or the device has gone (`ENOLINK`).
 pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<()> {
     let mut attr = LinkUpdateAttr { link_fd: raw(link), new_prog_fd: raw(prog), ..Zeroable::zeroed() };
     // SAFETY: the attributes of this command hold no pointer.
@@ -907,7 +906,7 @@ pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Takes a link's program off its device, at once; the link stays, without effect.
+/// Detaches a link's program at once. The link stays, without effect.
 ///
 /// # Errors
 /// [`SysError`].
@@ -919,21 +918,21 @@ pub fn link_detach(link: BorrowedFd<'_>) -> Result<()> {
     Ok(())
 }
 
-/// What a program made of a frame.
+/// The result of running a program on a frame.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TestRun {
     /// What the program returned.
     pub retval: u32,
-    /// The frame as it left the program; after several runs, as it left the last.
+    /// The frame as the program left it; after several runs, as the last run left it.
     pub data_out: Vec<u8>,
-    /// Nanoseconds of a run, the mean of all.
+    /// Nanoseconds of a run, averaged over all runs.
     pub duration_ns: u32,
 }
 
-/// Runs a program on a frame of at least 14 bytes, `repeat` times. Each run starts from what the one before left.
+/// Runs a program on a frame of at least 14 bytes, `repeat` times. Each run starts with the result of the previous one.
 ///
 /// # Errors
-/// [`SysError`] where the kernel refuses the frame or the program's type.
+/// [`SysError`] if the kernel refuses the frame or the program's type.
 pub fn test_run(prog: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<TestRun> {
     // Room for what a program may add: headers, or a tail.
     let mut data_out = vec![0; frame.len() + 512];
@@ -946,7 +945,7 @@ pub fn test_run(prog: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<TestR
         repeat,
         ..Zeroable::zeroed()
     };
-    // SAFETY: `data_in` and `data_out` are valid for the sizes beside them.
+    // SAFETY: `data_in` and `data_out` are valid for their given sizes.
     unsafe { bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr) }
         .map_err(|error| SysError::new("BPF_PROG_TEST_RUN", format!("frame of {} bytes", frame.len()), error))?;
     data_out.truncate(attr.data_size_out as usize);
@@ -958,13 +957,13 @@ pub fn test_run(prog: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<TestR
 /// `F_SETSIG` of asm-generic/fcntl.h.
 const F_SETSIG: i32 = 10;
 
-/// Whether any process has this regular file open for writing; `None` where the file system cannot tell, or will not tell
-/// this process.
+/// Whether any process has this regular file open for writing; `None` if the file system cannot report that, or not to this
+/// process.
 ///
-/// A read lease is refused for exactly that reason, with `EAGAIN`
-/// (<https://elixir.bootlin.com/linux/v6.12/source/fs/locks.c>, `check_conflicting_open`). It is given back at once. Who
-/// opens the file for writing in between waits for that moment, and this process gets a signal that it ignores by default,
-/// in place of SIGIO, which would end it.
+/// The kernel refuses a read lease for exactly that reason, with `EAGAIN`
+/// (<https://elixir.bootlin.com/linux/v6.12/source/fs/locks.c>, `check_conflicting_open`). A lease is given back at once. A
+/// process that opens the file for writing in between waits for that moment, and this process gets a signal that it ignores by
+/// default. The default signal, SIGIO, would end it.
 #[must_use]
 pub fn is_open_for_writing(file: BorrowedFd<'_>) -> Option<bool> {
     // SAFETY: these commands take a number, no pointer.
@@ -984,14 +983,14 @@ pub fn is_open_for_writing(file: BorrowedFd<'_>) -> Option<bool> {
 /// `SO_NETNS_COOKIE` of asm-generic/socket.h.
 const SO_NETNS_COOKIE: i32 = 71;
 
-/// The cookie of the network namespace that a socket belongs to: never given to another one.
+/// The cookie of the network namespace that a socket belongs to. Cookies are never reused.
 ///
 /// # Errors
 /// [`SysError`] on a kernel before 5.14.
 pub fn netns_cookie(socket: BorrowedFd<'_>) -> Result<u64> {
     let mut cookie = 0u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: both pointers are to locals of the lengths that the kernel is told.
+    // SAFETY: both pointers are to locals, with the lengths that the kernel gets.
     let answer = unsafe {
         libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut len)
     };
@@ -1009,7 +1008,7 @@ const ETHTOOL_GCHANNELS: u32 = 0x3c;
 /// The name of a device's driver, in this network namespace, and the name that the device has on its bus.
 ///
 /// # Errors
-/// [`SysError`] where there is no such device, or it does not tell.
+/// [`SysError`] if there is no such device, or it does not report that.
 pub fn card_driver(device: &str) -> Result<(String, String)> {
     // `struct ethtool_drvinfo`, 196 bytes: the command, then names of 32 bytes: driver, version, firmware, bus.
     let answer: [u32; 49] = ethtool(device, ETHTOOL_GDRVINFO)?;
@@ -1020,7 +1019,7 @@ pub fn card_driver(device: &str) -> Result<(String, String)> {
     Ok((text(&answer[1..9]), text(&answer[25..33])))
 }
 
-/// Offloads of a device that are on: `ETH_FLAG_*`.
+/// The enabled offloads of a device: `ETH_FLAG_*`.
 ///
 /// # Errors
 /// As [`card_driver`].
@@ -1035,12 +1034,12 @@ pub fn card_flags(device: &str) -> Result<u32> {
 /// # Errors
 /// As [`card_driver`].
 pub fn card_queues(device: &str) -> Result<(u32, u32)> {
-    // `struct ethtool_channels`: receive, send, other and combined ones; first the most, then those in use.
+    // `struct ethtool_channels`: receive, send, other and combined ones; first the maximum, then those in use.
     let [_, most_rx, _, _, most_both, rx, _, _, both]: [u32; 9] = ethtool(device, ETHTOOL_GCHANNELS)?;
     Ok((rx + both, most_rx + most_both))
 }
 
-/// Asks a driver by the ethtool call. `WORDS` is the size of the structure that `command` fills in.
+/// Queries a driver by the ethtool call. `WORDS` is the size of the structure that `command` fills in.
 fn ethtool<const WORDS: usize>(device: &str, command: u32) -> Result<[u32; WORDS]> {
     let failed = |error| SysError::new("SIOCETHTOOL", device, error);
     let socket = rustix::net::socket_with(
@@ -1052,7 +1051,7 @@ fn ethtool<const WORDS: usize>(device: &str, command: u32) -> Result<[u32; WORDS
     let socket = socket.map_err(|error| failed(error.into()))?;
     let mut answer = [0; WORDS];
     answer[0] = command;
-    // SAFETY: all zeroes are a request.
+    // SAFETY: all zeroes are a valid request.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if device.len() >= request.ifr_name.len() {
         return Err(failed(io::Error::from_raw_os_error(libc::ENODEV)));
@@ -1061,7 +1060,7 @@ fn ethtool<const WORDS: usize>(device: &str, command: u32) -> Result<[u32; WORDS
         *place = byte as libc::c_char;
     }
     request.ifr_ifru.ifru_data = answer.as_mut_ptr().cast();
-    // SAFETY: the request is a local, its name ends with a zero, and the kernel fills in `answer`, whose size the callers
+    // SAFETY: the request is a local, its name ends with a zero, and the kernel fills in `answer`: its size is what the callers
     // above give for their command.
     let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
     if done == 0 { Ok(answer) } else { Err(failed(io::Error::last_os_error())) }

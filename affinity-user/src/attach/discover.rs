@@ -46,7 +46,7 @@ pub enum Why {
     Address(IpAddr),
     /// Its other end is in another network namespace: a pod's.
     PodSide,
-    /// A bridge whose ports lead to pods and guests.
+    /// A bridge with ports that lead to pods and guests.
     Bridge,
     /// A guest's network card.
     Tap,

@@ -1,7 +1,7 @@
-//! The two text formats, and which one a client asks for.
+//! The two text formats, and which one a client requests.
 //!
-//! Both are made from one text, as Prometheus' own libraries do: OpenMetrics names a family of counters without its
-//! `_total` and has types that the classic format does not know.
+//! Both are made from one text, as in Prometheus' own libraries: OpenMetrics names a family of counters without its `_total`,
+//! and has types that the classic format does not know.
 //!
 //! * OpenMetrics 1.0: <https://github.com/prometheus/OpenMetrics/blob/v1.0.0/specification/OpenMetrics.md>
 //! * classic 0.0.4: <https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format>
@@ -9,14 +9,15 @@
 /// A text format of metrics.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Format {
-    /// The classic one of Prometheus, which every scraper reads: given unless OpenMetrics is asked for.
+    /// The classic format of Prometheus, which every scraper reads: sent unless OpenMetrics is requested.
     Classic,
     /// OpenMetrics 1.0.
     OpenMetrics,
 }
 
 impl Format {
-    /// What an `Accept` header prefers; of equal preferences OpenMetrics, of none the classic format.
+    /// The format that an `Accept` header prefers: OpenMetrics if both are preferred equally, the classic format if it names
+    /// none.
     #[must_use]
     pub fn accepted(accept: &str) -> Self {
         let ranges = accept.split(',').filter_map(|range| {
@@ -27,8 +28,7 @@ impl Format {
         best.map_or(Self::Classic, |(_, format)| format)
     }
 
-    /// The format that one media range of `Accept` names, and how much it is wanted, from 0 to 1; none for another type
-    /// or version.
+    /// The format that one media range of `Accept` names, and its weight, from 0 to 1; none for another type or version.
     fn of_range(range: &str) -> Option<(Self, f32)> {
         let mut parts = range.split(';').map(str::trim);
         let media = parts.next()?;
@@ -67,7 +67,7 @@ pub fn classic(openmetrics: &str) -> String {
     let mut help = "";
     for line in openmetrics.lines() {
         if let Some(described) = line.strip_prefix("# HELP ") {
-            // It comes before the type, which decides the name.
+            // The help precedes the type, which decides the name.
             help = described.split_once(' ').map_or("", |(_, help)| help);
         } else if let Some((family, kind)) = line.strip_prefix("# TYPE ").and_then(|family| family.split_once(' ')) {
             let (suffix, kind) = match kind {

@@ -1,12 +1,12 @@
-//! A bound on how many services and backends have series of their own.
+//! A bound on how many services and backends have their own series.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The label value of all that have no series of their own.
 pub const OTHER: &str = "other";
 
-/// The names that have series of their own: who came first keeps them for as long as he is there, so that a series
-/// does not change its meaning from one scrape to the next.
+/// The names that have their own series. A name keeps its series while it exists, so that a series does not change its meaning
+/// from one scrape to the next.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Admitted {
     limit: usize,
@@ -14,13 +14,13 @@ pub struct Admitted {
 }
 
 impl Admitted {
-    /// None yet, and at most `limit`.
+    /// No names yet, and at most `limit`.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
         Self { limit, names: BTreeSet::new() }
     }
 
-    /// Lets go of names that are no more, and admits others in their order, as far as there is room.
+    /// Removes names that no longer exist, and admits others in their order, as far as there is room.
     pub fn update<'n>(&mut self, present: impl IntoIterator<Item = &'n str>) {
         let present: BTreeSet<&str> = present.into_iter().collect();
         self.names.retain(|name| present.contains(name.as_str()));
@@ -38,7 +38,7 @@ impl Admitted {
         if self.names.contains(name) { name } else { OTHER }
     }
 
-    /// Values by label: those without a series of their own are summed.
+    /// Values by label: those without their own series are summed.
     #[must_use]
     pub fn sum<'n, const N: usize>(
         &self,

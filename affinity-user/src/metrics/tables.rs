@@ -1,4 +1,4 @@
-//! What one scrape takes from the maps, added entry by entry.
+//! What one scrape reads from the maps, added entry by entry.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,7 @@ use affinity_common::abi::{
 
 use crate::view::{BackendRef, from_mapped};
 
-/// Services beyond so many are not named by a backend's series, which says [`SEVERAL`].
+/// A backend with more services than this does not name them in its series, which says [`SEVERAL`] instead.
 const SERVICES_NAMED: usize = 4;
 /// See [`SERVICES_NAMED`].
 pub const SEVERAL: &str = "several";
@@ -20,7 +20,7 @@ pub const SEVERAL: &str = "several";
 /// Counts in the order of [`USAGES`].
 pub(super) type Counts = [u64; USAGES.len()];
 
-/// What the maps and the pins hold at one moment, as far as metrics tell of it.
+/// The contents of the maps and the pins at one moment, as far as metrics need them.
 #[derive(Debug, Default)]
 pub struct Tables {
     pub(super) packets: Vec<u64>,
@@ -39,7 +39,7 @@ pub struct Tables {
     usage: BTreeMap<UsageKey, Counts>,
 }
 
-/// Whether frontends pin their clients: some may, and some may not.
+/// Whether frontends pin their clients. A service may have both kinds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Affinity {
     with: bool,
@@ -58,12 +58,12 @@ impl Affinity {
     }
 }
 
-/// What was counted of a service or a backend, and which of [`USAGES`] can be counted at all.
+/// The counts of a service or a backend, and which of [`USAGES`] can be counted at all.
 pub(super) type Counted = (Counts, [bool; USAGES.len()]);
 
 impl Tables {
-    /// Of the map `counters`, summed over processors; of maps, and how many entries each can have; of attachments by hook;
-    /// and of how old the view of the source is, none until there is one.
+    /// From the map `counters`, summed over processors; how many entries each map can have; attachments by hook; and the age of
+    /// the view of the source, none until there is one.
     #[must_use]
     pub fn new(
         packets: Vec<u64>,
@@ -74,28 +74,28 @@ impl Tables {
         Self { packets, capacities, attachments, view_age, ..Self::default() }
     }
 
-    /// Notes a name, in place of an earlier one.
+    /// Stores a name, and replaces an earlier one.
     pub fn add_name(&mut self, key: NameKey, name: &str) {
         if [NameKind::Service as u32, NameKind::Backend as u32].contains(&key.kind) && !name.is_empty() {
             self.names.insert(key, name.to_owned());
         }
     }
 
-    /// Notes a frontend of either family.
+    /// Stores a frontend of either family.
     pub fn add_frontend(&mut self, frontend: &Frontend) {
         let with = frontend.flags & AFFINITY != 0;
         self.services.entry(frontend.service).or_default().add(Affinity { with, without: !with });
         self.pools.insert(frontend.pool, frontend.service);
     }
 
-    /// Notes a backend that is in use.
+    /// Stores a backend that is in use.
     pub fn add_backend(&mut self, index: u32, backend: &Backend) {
         if backend.generation % 2 == 1 {
             self.backends.insert(index, *backend);
         }
     }
 
-    /// Notes a member of a pool, after all frontends and backends. Those of an earlier generation are none any more.
+    /// Stores a member of a pool, after all frontends and backends. Members of an earlier generation no longer count.
     pub fn add_member(&mut self, key: &MemberKey, member: &Member) {
         let backend = self.backends.get(&key.backend).filter(|backend| backend.generation == member.generation);
         if let (Some(_), Some(&service)) = (backend, self.pools.get(&key.pool)) {
@@ -103,7 +103,7 @@ impl Tables {
         }
     }
 
-    /// Notes what was counted of a service or backend, by processor.
+    /// Stores the counts of a service or backend, by processor.
     pub fn add_usage(&mut self, key: UsageKey, of_processors: &[Usage]) {
         let counts = self.usage.entry(key).or_default();
         for usage in of_processors {
@@ -116,7 +116,7 @@ impl Tables {
         self.services.keys().map(|&id| (id, self.service_name(id)))
     }
 
-    /// What was counted of a service.
+    /// The counts of a service.
     pub(super) fn service(&self, id: u32) -> Counted {
         let affinity = self.services.get(&id).copied().unwrap_or_default();
         let possible = USAGES.map(|reason| reason == Reason::NoEndpoints || affinity.can(reason));
@@ -133,7 +133,7 @@ impl Tables {
         self.backends.values().filter(|backend| backend.flags & BACKEND_LINGERING != 0).count() as u64
     }
 
-    /// What was counted of a backend.
+    /// The counts of a backend.
     pub(super) fn backend(&self, index: u32) -> Counted {
         let mut affinity = Affinity::default();
         self.services_of(index).filter_map(|id| self.services.get(&id)).for_each(|of| affinity.add(*of));
@@ -149,7 +149,7 @@ impl Tables {
         names.into_iter().collect::<Vec<_>>().join(",")
     }
 
-    /// Entries of the maps, as far as they are known without walking the large ones.
+    /// Entries of the maps, if they are known without walking the large ones.
     pub(super) fn fill(&self) -> BTreeMap<&'static str, u64> {
         let mut fill = self.entries.clone();
         fill.insert(affinity_common::names::BACKENDS, self.backends.len() as u64);
@@ -165,7 +165,7 @@ impl Tables {
         self.known(NameKind::Service, id).map_or_else(|| format!("#{id}"), str::to_owned)
     }
 
-    /// `namespace/pod`, else its address.
+    /// `namespace/pod`, otherwise its address.
     fn backend_name(&self, index: u32, backend: &Backend) -> String {
         let name = self.known(NameKind::Backend, index).unwrap_or_default();
         BackendRef::new(Some(from_mapped(backend.address)), name).full_name()

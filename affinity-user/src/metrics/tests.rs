@@ -14,7 +14,7 @@ const DOCUMENTATION: &str = include_str!("../../../docs/metrics.md");
 const OPERATIONS: &str = include_str!("../../../docs/operations.md");
 const DASHBOARD: &str = include_str!("../../../deploy/grafana/affinity.json");
 
-/// What a scrape gives of the fixture's tables, with so many series.
+/// The text of a scrape of the fixture's tables, with this many series.
 fn scrape(max_series: usize) -> String {
     let vitals = vitals();
     let census = Census {
@@ -27,7 +27,7 @@ fn scrape(max_series: usize) -> String {
     exposition(Arc::new(vitals), Some(tables()), &Mutex::new(Bounds::new(max_series))).unwrap()
 }
 
-/// Of an agent whose sweep has not ended a pass.
+/// The vitals of an agent before the end of the first sweep pass.
 fn vitals() -> Vitals {
     let vitals = Vitals::default();
     vitals.published(9);
@@ -35,7 +35,7 @@ fn vitals() -> Vitals {
     vitals
 }
 
-/// The fixture's tables, as they are read.
+/// The fixture's tables, as a scrape reads them.
 fn tables() -> Tables {
     let catalog = fixture::catalog();
     let mut tables = Tables::new(
@@ -70,7 +70,7 @@ fn names_in(text: &str) -> BTreeSet<String> {
     words.filter(|word| word.starts_with("affinity_")).map(str::to_owned).collect()
 }
 
-/// The labels of each family of an exposition, but for the buckets of a histogram.
+/// The labels of each family of an exposition, except for the buckets of a histogram.
 fn labels(text: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut labels: BTreeMap<String, BTreeSet<String>> =
         exported(text).into_iter().map(|name| (name, BTreeSet::new())).collect();
@@ -165,7 +165,7 @@ fn beyond_the_bound_all_are_summed() {
     let text = scrape(0);
     let of = |name: &str| text.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>();
     assert_eq!(of("affinity_service_sessions{"), ["affinity_service_sessions{service=\"other\"} 42"]);
-    // Of these services all pin their clients.
+    // All these services pin their clients.
     let (all_but_selected, given) = (USAGES.len() - 1, USAGES.len() - 2);
     assert_eq!(of("affinity_service_connections_total{service=\"other\"").len(), all_but_selected);
     let backends = of("affinity_backend_connections_total{");
@@ -177,7 +177,7 @@ fn beyond_the_bound_all_are_summed() {
 fn no_series_is_there_that_nothing_can_count() {
     let text = scrape(10);
     for (series, reason) in [
-        // A connection that is refused is given to no backend.
+        // A rejected connection is counted for no backend.
         ("affinity_backend_connections_total", "no-endpoints"),
         // These services have affinity.
         ("affinity_service_connections_total", "selected"),
@@ -188,7 +188,7 @@ fn no_series_is_there_that_nothing_can_count() {
         let reason = format!("reason=\"{reason}\"");
         assert!(!text.lines().any(|line| line.starts_with(series) && line.contains(&reason)), "{series} {reason}");
     }
-    // One that has lost its affinity keeps what was counted before.
+    // A service that has lost its affinity keeps its counts.
     let mut tables = Tables::default();
     tables.add_frontend(&Frontend { service: 1, ..Frontend::zeroed() });
     tables.add_usage(UsageKey { of: UsageOf::Service as u32, id: 1 }, &[Usage { counts: [0, 3, 0, 0, 0, 0, 0, 0] }]);

@@ -15,36 +15,36 @@ use crate::{
     sweep::{Census, Totals},
 };
 
-/// A loop that has not come round for so long is stuck.
+/// A loop that has not run for this long is stuck.
 pub const STUCK_AFTER: Duration = Duration::from_secs(10);
 
-/// A snapshot that has waited for so long to be published makes the node unfit for traffic: kube-proxy's bound, twice its
-/// default period of syncs.
+/// A snapshot that has waited this long to be published makes the node unfit for traffic: kube-proxy's bound, twice its default
+/// sync period.
 const LATE_AFTER: Duration = Duration::from_mins(1);
 
 /// Upper bounds of the buckets of a sync's duration, seconds.
 const SYNC_BUCKETS_S: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
-/// What the sweep did, and what its last whole pass found; none until there was one.
+/// What the sweep did, and what its last whole pass found; none before the first one.
 type Swept = (Totals, Option<Census>);
 
-/// The agent's state of health, and its counts.
+/// The agent's health, and its counts.
 #[derive(Debug)]
 pub struct Vitals {
     /// When the agent was started.
     pub started: SystemTime,
-    /// Monotonic nanoseconds at which the loop last came round; 0: it has not begun.
+    /// When the loop last ran, monotonic nanoseconds; 0: it has not begun.
     ticked_ns: AtomicU64,
     is_published: AtomicBool,
-    /// Monotonic nanoseconds at which the oldest snapshot came that is not published; 0: none waits.
+    /// When the oldest unpublished snapshot arrived, monotonic nanoseconds; 0: none waits.
     pending_ns: AtomicU64,
     /// Monotonic nanoseconds of the last publication; 0: none yet.
     published_ns: AtomicU64,
     is_node_leaving: AtomicBool,
     /// Devices that are attached.
     devices: AtomicU64,
-    /// What of the dataplane was removed or replaced, and cannot be repaired, in one line.
+    /// What part of the dataplane was removed or replaced and cannot be repaired, in one line.
     damage: Mutex<Option<String>>,
     /// Seconds from a snapshot's arrival until it is published.
     pub sync: Histogram,
@@ -73,12 +73,12 @@ impl Default for Vitals {
 }
 
 impl Vitals {
-    /// The loop has come round.
+    /// Records that the loop runs.
     pub fn tick(&self) {
         self.ticked_ns.store(monotonic_ns(), Relaxed);
     }
 
-    /// A snapshot was published, by so many steps.
+    /// A snapshot was published, in this many steps.
     pub fn published(&self, steps: usize) {
         self.is_published.store(true, Relaxed);
         self.pending_ns.store(0, Relaxed);
@@ -86,28 +86,28 @@ impl Vitals {
         self.steps.fetch_add(steps as u64, Relaxed);
     }
 
-    /// A snapshot has come that is to be published.
+    /// A snapshot has arrived that will be published.
     pub fn pending(&self, now_ns: u64) {
-        // One that waits already counts from its own arrival.
+        // A snapshot that waits already counts from its own arrival.
         let _ = self.pending_ns.compare_exchange(0, now_ns.max(1), Relaxed, Relaxed);
     }
 
-    /// Whether the node is about to be taken away.
+    /// Sets whether the node is about to be removed.
     pub fn node_is_leaving(&self, is_leaving: bool) {
         self.is_node_leaving.store(is_leaving, Relaxed);
     }
 
-    /// Whether the node may have new traffic: false while it is about to be taken away.
+    /// Whether the node may get new traffic: false while it is about to be removed.
     pub fn is_node_eligible(&self) -> bool {
         !self.is_node_leaving.load(Relaxed)
     }
 
-    /// When something was last published, monotonic nanoseconds; none where nothing was.
+    /// When something was last published, monotonic nanoseconds; none if nothing was.
     pub fn published_ns(&self) -> Option<u64> {
         Some(self.published_ns.load(Relaxed)).filter(|published_ns| *published_ns != 0)
     }
 
-    /// Whether what the source said last is in effect, or soon will be; also while nothing has come yet.
+    /// Whether the last snapshot of the source is in effect, or soon will be. True before the first one.
     ///
     /// # Errors
     /// What is wrong, in one line.
@@ -126,12 +126,12 @@ impl Vitals {
         self.failures.fetch_add(1, Relaxed);
     }
 
-    /// So many devices are attached now.
+    /// This many devices are attached now.
     pub fn attached(&self, devices: usize) {
         self.devices.store(devices as u64, Relaxed);
     }
 
-    /// So much of the dataplane is damaged now; says whether that is news.
+    /// Sets the current damage of the dataplane. Returns whether it has changed.
     pub fn damaged(&self, damage: Option<String>) -> bool {
         let mut known = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
         let is_news = *known != damage;
@@ -158,12 +158,12 @@ impl Vitals {
         self.failures.load(Relaxed)
     }
 
-    /// What the sweep did, and what its last whole pass found; none until there was one.
+    /// What the sweep did, and what its last whole pass found; none before the first one.
     pub fn sweep(&self) -> (Totals, Option<Census>) {
         self.lock().clone()
     }
 
-    /// Whether the loop is alive at a time, and the dataplane whole; the loop counts as alive before it has begun.
+    /// Whether the loop is alive at this time, and the dataplane whole. The loop counts as alive before it has begun.
     ///
     /// # Errors
     /// What is wrong, in one line.
