@@ -119,7 +119,7 @@ pub(crate) struct LocalPorts {
     reserved: Ports,
 }
 
-/// Ports that affinity uses and that Linux may give to others.
+/// Ports that affinity uses and that Linux may give to other connections.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Overlap {
     node_ports: Ports,

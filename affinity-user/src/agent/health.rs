@@ -33,7 +33,7 @@ use crate::{
     source::ObjectName,
 };
 
-/// Open connections to one address and port. There is one such pair for each service and address of the node.
+/// How many connections to one address and port may be open. There is one such pair for each service and address of the node.
 const CONNECTIONS: usize = 32;
 
 /// The answer at one address and port.

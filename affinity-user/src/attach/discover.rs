@@ -85,8 +85,7 @@ impl fmt::Display for Why {
             Self::Bridge => "a bridge of pods or guests",
             Self::Tap => "leads to a guest",
             // The route was chosen when the packets were sent, and the stack keeps it: even translated, they would end here.
-            // See
-            // https://elixir.bootlin.com/linux/v6.18/source/drivers/net/loopback.c#L69
+            // See https://elixir.bootlin.com/linux/v6.18/source/drivers/net/loopback.c#L69
             Self::Loopback => "its packets have their route already",
             Self::NotEthernet => "its frames have no Ethernet header",
             Self::Tunnel => "a tunnel: packets are translated before they enter it",
