@@ -1,7 +1,7 @@
 //! Notices for the owners of services: their Service is wrong, it has no endpoint, its pins are evicted.
 //!
 //! Each notice is sent when its condition begins to hold, and again every [`AGAIN`] while it does, because a cluster keeps
-//! Events for that long. A condition that holds only for a moment, as during a rolling update, is not reported.
+//! Events for that long. A lack of endpoints that lasts less than [`EMPTY_FOR`], as during a rolling update, is not reported.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

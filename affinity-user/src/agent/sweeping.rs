@@ -115,7 +115,7 @@ fn follow(mut sweeper: Sweeper, stopped: &Receiver<()>, vitals: &Vitals, finding
 /// Waits before the next slice, and checks lingering backends meanwhile. False if the sweep should end.
 fn rest(sweeper: &mut Sweeper, stopped: &Receiver<()>, pause: Duration, findings: &Shared) -> bool {
     let until = Instant::now() + pause;
-    // If a pass is wanted, the rest is as long as the last pass took: see `REST_FACTOR`.
+    // If a pass is wanted, a quarter of the rest: about as long as the last pass took, see `REST_FACTOR`.
     let soon = Instant::now() + pause / 4;
     loop {
         sweeper.look();
