@@ -1,17 +1,17 @@
 //! What the dataplane should hold for a [`Snapshot`]: a pure function of the snapshot and this node's options.
 //!
-//! A [`DesiredState`] keeps what was decided, so that the next snapshot costs what has changed in it.
+//! A [`DesiredState`] keeps its decisions, so the cost of the next snapshot depends only on what has changed in it.
 //!
-//! Everything here goes by name. Numbers - ids, backend indices, slots - are given by the `plan` module, which knows
-//! what is there already.
+//! Everything here is identified by name. The `plan` module, which knows what the store holds already, assigns the numbers:
+//! ids, backend indices, slots.
 //!
 //! Frontends are a service's cluster IPs, its node ports on this node's addresses, the addresses of its load balancer and
 //! its external IPs. What a frontend does may differ for external clients: [`Frontend`].
 //!
-//! Each service port has a pool for each IP family, and another one of this node's own endpoints where a policy asks for
-//! it; a pool's members are the endpoints that its service's slices list for that port. Ready ones take connections; if
-//! there are none, those that are terminating but still serve do. All others are kept as draining members, so that their
-//! established connections go on. What becomes of pods that no pool has any more is up to the `plan` module.
+//! Each service port has a pool for each IP family, and a second one of this node's own endpoints if a policy asks for it. A
+//! pool's members are the endpoints that its service's slices list for that port. Ready endpoints take connections; if there
+//! are none, endpoints that are terminating but still serve do. All others are kept as draining members, so that their
+//! established connections continue. The `plan` module decides about pods that are in no pool any more.
 
 mod endpoints;
 mod exposure;
@@ -48,18 +48,18 @@ pub use state::{Change, DesiredState};
 /// What depends on the node.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// What is known of the node, beside what the snapshot tells of it. Endpoints on it are local.
+    /// Facts about the node, in addition to those in the snapshot. Endpoints on it are local.
     pub node: NodeFacts,
     /// Which services are ours.
     pub services: Services,
     /// Our name in the label that gives services to a proxy.
     pub proxy_name: String,
-    /// Decide and count, and let every packet pass.
+    /// Decide and count, but let every packet pass.
     pub shadow: bool,
 }
 
 impl Default for Options {
-    /// All services, for real, on a node without a name.
+    /// All services, without shadow mode, on a node without a name.
     fn default() -> Self {
         Self {
             node: NodeFacts::default(),
@@ -97,7 +97,7 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
-    /// SCTP: frontends whose port is the one that endpoints serve.
+    /// SCTP: only frontends with the same port as their endpoints.
     Sctp,
 }
 
@@ -126,7 +126,7 @@ impl Protocol {
     }
 }
 
-/// What clients dial.
+/// The address and port that clients connect to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct FrontendAddress {
     /// The address.
@@ -143,17 +143,17 @@ impl fmt::Display for FrontendAddress {
     }
 }
 
-/// Whose endpoints are in a pool.
+/// Which nodes' endpoints are in a pool.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Reach {
-    /// Those of all nodes.
+    /// Endpoints on all nodes.
     Cluster,
-    /// This node's own.
+    /// Endpoints on this node.
     Local,
 }
 
-/// Name of a pool: `namespace/service:port/PROTOCOL/family`, the port by name where it has one; `/local` follows where
-/// only this node's endpoints are used.
+/// Name of a pool: `namespace/service:port/PROTOCOL/family`, with the port's name if it has one. `/local` follows if only this
+/// node's endpoints are used.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct PoolName {
     /// The service.
@@ -164,7 +164,7 @@ pub struct PoolName {
     pub protocol: Protocol,
     /// The family of its members.
     pub family: Family,
-    /// Whose endpoints take connections.
+    /// Which nodes' endpoints take connections.
     pub reach: Reach,
 }
 
@@ -211,14 +211,14 @@ impl PoolName {
 pub struct BackendName {
     /// The pod's address.
     pub address: IpAddr,
-    /// `namespace/pod`; empty where the slices name none, or `address:port` of a further server at one address.
+    /// `namespace/pod`. Empty if the slices name no pod, or `address:port` for a further server at the same address.
     pub pod: Arc<str>,
 }
 
 impl BackendName {
-    /// As slices list it: there, servers that share an address are not told apart.
+    /// The name as slices list it: they do not distinguish servers that share an address.
     fn as_listed(&self) -> Self {
-        // The name of a pod has a slash, that of a server at an address has none.
+        // The name of a pod contains a slash; the name of a server at an address does not.
         let pod = if self.pod.contains('/') { Arc::clone(&self.pod) } else { Arc::default() };
         Self { address: self.address, pod }
     }
@@ -261,12 +261,12 @@ pub struct Member {
     pub ready: bool,
 }
 
-/// The members that a frontend may use, and how.
+/// The backends of a frontend, and how clients are assigned to them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Pool {
-    /// Scope of its clients' pins.
+    /// Scope of the clients' pins.
     pub scope: Scope,
-    /// How clients are pinned; none: they are not.
+    /// How clients are pinned; `None`: not pinned.
     pub affinity: Option<Affinity>,
     /// How a member is chosen.
     pub select: Selection,
@@ -278,29 +278,29 @@ pub struct Pool {
     pub members: BTreeMap<BackendName, Member>,
 }
 
-/// What a frontend does with the clients that it is for.
+/// How a frontend treats a set of clients.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Route {
-    /// The pool that they are spread over.
+    /// The pool that serves them.
     pub pool: Arc<PoolName>,
-    /// Whether they come to a backend from the node's address.
+    /// Whether the node's address becomes the source of their connections.
     pub masquerade: bool,
-    /// Whether packets are dropped, not rejected: the pool has no usable member, but other nodes have some.
+    /// Whether packets are dropped instead of rejected: the pool has no usable member, but other nodes have some.
     pub drop_if_no_local: bool,
 }
 
 /// What a frontend does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Frontend {
-    /// With all clients, or with those in the networks of pods.
+    /// The route of all clients, or of those in the pod networks.
     pub internal: Route,
-    /// For external clients, if they are treated differently.
+    /// The route of external clients, if they are treated differently.
     pub external: Option<Route>,
     /// Whether only clients in the service's ranges may use it.
     pub ranges: bool,
 }
 
-/// What those ask for who want to know whether this node can serve a service.
+/// A service's health check for load balancers, which ask whether this node can serve the service.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HealthCheck {
     /// The port that they ask at, on the node's addresses.
@@ -312,45 +312,45 @@ pub struct HealthCheck {
 /// What the dataplane should hold.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Desired {
-    /// Frontends, each with what it does.
+    /// The frontends.
     pub frontends: BTreeMap<FrontendAddress, Frontend>,
-    /// Of services with frontends that are for clients in ranges: these ranges.
+    /// The source ranges of services whose frontends admit only clients in ranges.
     pub ranges: BTreeMap<ObjectName, BTreeSet<Network>>,
     /// The networks of pods.
     pub pod_networks: BTreeSet<Network>,
-    /// The addresses of this node, which its own connections have, too.
+    /// The addresses of this node; its own connections have them as source.
     pub node_addresses: BTreeSet<IpAddr>,
-    /// What masquerading uses; none: as it is.
+    /// What masquerading uses; `None`: unchanged.
     pub masquerade: Option<Masquerade>,
-    /// Where load balancers ask for services: on these addresses, or on all of the node's.
+    /// The addresses at which load balancers ask for services; the unspecified addresses mean all of the node's.
     pub health_addresses: BTreeSet<IpAddr>,
     /// The ports at which they ask.
     pub health_checks: BTreeMap<ObjectName, HealthCheck>,
     /// The pools of these frontends.
     pub pools: BTreeMap<PoolName, Pool>,
-    /// The members of all pools of a scope, and whether each is ready in any: only for scopes whose pools differ.
+    /// The members of all pools of a scope, and whether each is ready in any pool. Only for scopes with pools that differ.
     pub unions: BTreeMap<Scope, BTreeMap<BackendName, bool>>,
     /// The backends of these pools, and whether each is on this node.
     pub backends: BTreeMap<BackendName, bool>,
-    /// The pods that some slice lists, but that are in none of these pools: of services that are not ours, or of which
-    /// only slices are left. They live, and so do the connections that they have.
+    /// Pods that a slice lists but that are in none of these pools: their service is not ours, or only slices of it are left.
+    /// They are alive, and their connections continue.
     pub others: BTreeSet<BackendName>,
-    /// The pods that some slice says are terminating: once no slice lists them, they are dead.
+    /// Pods that a slice reports as terminating: once no slice lists them, they are dead.
     pub terminating: BTreeSet<BackendName>,
-    /// Whether another service proxy handles the other services, and whatever is not known here.
+    /// Whether another service proxy handles the other services, and everything that is unknown here.
     pub beside: bool,
-    /// Whether everything is only decided and counted.
+    /// Shadow mode: decide and count, but let every packet pass.
     pub shadow: bool,
-    /// Present where the source was read in part only: the plan then keeps what is there of everything else.
+    /// Present if only a part of the source was read: the plan then keeps everything else that the store holds.
     pub known: Option<Known>,
 }
 
-/// What a source that was read in part is sure about.
+/// What is known for certain from a source of which only a part was read.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Known {
     /// Services that were read.
     pub services: BTreeSet<ObjectName>,
-    /// Services of which some endpoint slice was read.
+    /// Services of which at least one endpoint slice was read.
     pub with_slices: BTreeSet<ObjectName>,
 }
 

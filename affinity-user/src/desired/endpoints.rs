@@ -14,11 +14,11 @@ use crate::source::{
     parse_address,
 };
 
-/// How an endpoint is; better ones first.
+/// The condition of an endpoint; better ones first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Condition {
     Ready,
-    /// On its way out, but still able to serve: used where nothing is ready.
+    /// Terminating, but still able to serve: used if no endpoint is ready.
     ServingTerminating,
     /// Takes no new connection.
     Unready,
@@ -33,7 +33,7 @@ struct Endpoint {
     hints: Hints,
 }
 
-/// The zones that an endpoint is for; empty: no hint.
+/// The zones and nodes that an endpoint is meant for; empty: no hint.
 #[derive(Clone, Default)]
 struct Hints {
     nodes: Vec<String>,
@@ -43,7 +43,7 @@ struct Hints {
 /// The name, protocol and number of a port.
 type SlicePort = (String, Protocol, u16);
 
-/// A slice, checked. Its ports hold for all of its endpoints.
+/// A validated slice. Its ports apply to all of its endpoints.
 #[derive(Clone)]
 pub(super) struct Slice {
     family: Family,
@@ -51,13 +51,13 @@ pub(super) struct Slice {
     endpoints: Vec<Endpoint>,
 }
 
-/// The service that a slice is of; none where it does not say.
+/// The service of a slice; `None` if its label is missing.
 pub(super) fn service_of(name: &ObjectName, slice: &EndpointSlice) -> Option<ObjectName> {
     let service = slice.metadata.labels.as_ref()?.get(SERVICE_NAME)?;
     Some(ObjectName::new(&name.namespace, service))
 }
 
-/// Reads a slice; none where nothing of it can be used.
+/// Reads a slice; `None` if nothing in it can be used.
 pub(super) fn read(name: &ObjectName, slice: &EndpointSlice, node: &Node, report: &mut Report<'_>) -> Option<Slice> {
     if service_of(name, slice).is_none() {
         report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice serves no service"));
@@ -91,10 +91,10 @@ impl Slice {
     }
 }
 
-/// Tells apart several servers at one address. An endpoint is its pod, and without a pod it is its address: whatever ports
-/// slices list for that, they are one backend. But where slices of a service give one port of such an address different
-/// numbers, several servers are there. The first one, by its ports, stays the backend of the address; the others are
-/// called by address and port. None: nothing is to be told apart.
+/// Distinguishes several servers at one address. The identity of an endpoint is its pod, or its address if it has no pod:
+/// whatever ports slices list for it, it is one backend. But if slices of a service give different numbers for one port of such
+/// an address, there are several servers. The first one, ordered by ports, stays the backend of the address; the others are
+/// named by address and port. `None`: there is nothing to distinguish.
 pub(super) fn told_apart(slices: &[&Slice]) -> Option<Vec<Slice>> {
     let mut listed: BTreeMap<IpAddr, BTreeSet<&[SlicePort]>> = BTreeMap::new();
     for slice in slices {
@@ -139,7 +139,7 @@ fn server_name(address: IpAddr, ports: &[SlicePort]) -> String {
     let mut numbers = numbers.into_iter();
     let first = SocketAddr::new(address, numbers.next().unwrap_or(0)).to_string();
     let name = numbers.fold(first, |name, number| format!("{name},{number}"));
-    // As the `names` map can hold it, like that of a pod.
+    // Shortened to fit the `names` map, as a pod's name is.
     Name::new(&name).as_str().to_owned()
 }
 
@@ -148,7 +148,7 @@ pub(super) struct Listed<'a> {
     endpoints: BTreeMap<&'a BackendName, Candidate<'a>>,
 }
 
-/// An endpoint as its best slice has it.
+/// An endpoint, with the values of its best slice.
 struct Candidate<'a> {
     condition: Condition,
     port: u16,
@@ -156,7 +156,7 @@ struct Candidate<'a> {
     hints: &'a Hints,
 }
 
-/// How endpoints are chosen where all of them say for whom they are meant.
+/// Which hints select endpoints. Hints count only if all ready endpoints have them.
 enum Topology {
     None,
     SameNode,
@@ -164,7 +164,7 @@ enum Topology {
 }
 
 impl<'a> Listed<'a> {
-    /// Of slices that call the port `port`.
+    /// From slices that list a port with the name `port`.
     pub(super) fn new(
         slices: impl Iterator<Item = &'a Slice>,
         (port, protocol, family): (&str, Protocol, Family),
@@ -198,23 +198,23 @@ impl<'a> Listed<'a> {
         Self { endpoints }
     }
 
-    /// Whether slices list nothing at all for the port.
+    /// Whether slices list no endpoint for the port.
     pub(super) fn is_empty(&self) -> bool {
         self.endpoints.is_empty()
     }
 
-    /// Whether any endpoint anywhere takes connections.
+    /// Whether any endpoint on any node takes connections.
     pub(super) fn has_any(&self) -> bool {
         self.endpoints.values().any(|endpoint| endpoint.condition != Condition::Unready)
     }
 
-    /// Whether every endpoint that takes connections serves this very port.
+    /// Whether every endpoint that takes connections serves this same port number.
     pub(super) fn serves_only(&self, port: u16) -> bool {
         self.endpoints.values().all(|endpoint| endpoint.condition == Condition::Unready || endpoint.port == port)
     }
 
-    /// The members of the pool for the whole cluster: the ready ones that are meant for this node, else those that still
-    /// serve. The others drain.
+    /// The members of the cluster pool. Ready endpoints that are meant for this node take connections; if there are none, those
+    /// that still serve do. The others drain.
     pub(super) fn cluster(&self, node: &Node) -> BTreeMap<BackendName, Member> {
         let topology = self.topology(node);
         self.members(|endpoint| match topology {
@@ -225,7 +225,8 @@ impl<'a> Listed<'a> {
         })
     }
 
-    /// The members of the pool of this node: its ready ones, else those of its own that still serve. The others drain.
+    /// The members of this node's pool. Its ready endpoints take connections; if there are none, its endpoints that still serve
+    /// do. The others drain.
     pub(super) fn local(&self) -> BTreeMap<BackendName, Member> {
         self.members(|endpoint| endpoint.local)
     }
@@ -240,7 +241,7 @@ impl<'a> Listed<'a> {
         self.endpoints.iter().map(|(backend, endpoint)| ((*backend).clone(), member(endpoint))).collect()
     }
 
-    /// As kube-proxy: hints count if every ready endpoint has one of their kind, and one is for us.
+    /// As in kube-proxy: hints count if every ready endpoint has one of their kind, and at least one of them is for us.
     fn topology(&self, node: &Node) -> Topology {
         let ready = || self.endpoints.values().filter(|endpoint| endpoint.condition == Condition::Ready);
         let all_have = |of: fn(&Hints) -> &[String]| ready().all(|endpoint| !of(endpoint.hints).is_empty());
@@ -264,7 +265,7 @@ impl Hints {
     }
 }
 
-/// The ports of slices of a family in which some endpoint takes connections, as text; none where there is no such slice.
+/// The ports, as text, of a family's slices that have an endpoint that takes connections; `None` if there is no such slice.
 pub(super) fn ports_of<'a>(slices: impl Iterator<Item = &'a Slice>, family: Family) -> Option<String> {
     let serves = |slice: &&Slice| slice.endpoints.iter().any(|endpoint| endpoint.condition != Condition::Unready);
     let serving: Vec<&Slice> = slices.filter(|slice| slice.family == family).filter(serves).collect();
@@ -277,7 +278,7 @@ pub(super) fn ports_of<'a>(slices: impl Iterator<Item = &'a Slice>, family: Fami
     (!serving.is_empty()).then_some(listed)
 }
 
-/// How many endpoints on this node are ready, by family: one address counts once, whatever it serves.
+/// The number of ready endpoints on this node, by family. An address counts once, whatever it serves.
 pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeMap<Family, usize> {
     let mut addresses: BTreeMap<Family, BTreeSet<IpAddr>> = BTreeMap::new();
     for slice in slices.filter(|slice| !slice.ports.is_empty()) {
@@ -287,7 +288,7 @@ pub(super) fn local_ready<'a>(slices: impl Iterator<Item = &'a Slice>) -> BTreeM
     addresses.into_iter().map(|(family, addresses)| (family, addresses.len())).collect()
 }
 
-/// The backends of a slice, whatever else it says, and whether each is terminating.
+/// The backends that a slice lists, and whether each is terminating. Independent of everything else in the slice.
 pub(super) fn listed(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<Item = (BackendName, bool)> {
     slice.endpoints.iter().flatten().filter_map(|endpoint| {
         let address = parse_address(endpoint.addresses.first()?)?;
@@ -296,7 +297,7 @@ pub(super) fn listed(name: &ObjectName, slice: &EndpointSlice) -> impl Iterator<
     })
 }
 
-/// The first address: all of an endpoint's addresses mean the same, and none but the first is ever used.
+/// The first address: all addresses of an endpoint are equivalent, and consumers use only the first.
 fn address(endpoint: &ApiEndpoint, family: Family, index: usize, report: &mut Report<'_>) -> Option<IpAddr> {
     let field = format!("endpoints[{index}].addresses[0]");
     let Some(text) = endpoint.addresses.first() else {
@@ -325,7 +326,7 @@ fn pod(endpoint: &ApiEndpoint, slice: &ObjectName) -> String {
     let name = target.and_then(|target| target.name.as_deref()).filter(|name| !name.is_empty());
     let namespace = target.and_then(|target| target.namespace.as_deref()).unwrap_or(&slice.namespace);
     let pod = name.map(|name| format!("{namespace}/{name}")).unwrap_or_default();
-    // As the `names` map can hold it: it is read back from there, and has to be the same then.
+    // Shortened to fit the `names` map: the name that is read back from there must be equal.
     Name::new(&pod).as_str().to_owned()
 }
 
@@ -337,8 +338,8 @@ fn hints(endpoint: &ApiEndpoint) -> Hints {
     }
 }
 
-/// As kube-proxy reads them: what is not said is ready, serving, and not terminating. (With publishNotReadyAddresses the
-/// slices say ready whatever the pod says.)
+/// As in kube-proxy: missing values mean ready, serving, and not terminating. (With publishNotReadyAddresses the slices say
+/// ready, whatever the pod's state is.)
 fn condition(conditions: Option<&EndpointConditions>) -> Condition {
     let said = |field: fn(&EndpointConditions) -> Option<bool>| conditions.and_then(field);
     if said(|c| c.ready).unwrap_or(true) {

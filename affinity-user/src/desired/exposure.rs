@@ -8,7 +8,7 @@ use super::{
 };
 use crate::source::api::{ServiceSpec as ApiSpec, ServiceStatus};
 
-/// What a service says of external clients.
+/// Reads the part of a service that concerns external clients.
 pub(super) fn read(
     spec: &ApiSpec,
     status: Option<&ServiceStatus>,
@@ -72,7 +72,7 @@ fn report_missing_node_ports(spec: &ApiSpec, report: &mut Report<'_>) {
     }
 }
 
-/// The addresses of a load balancer that the nodes serve. (With `ipMode: Proxy` it delivers to the nodes' own.)
+/// The addresses of a load balancer that the nodes serve. (With `ipMode: Proxy` it sends to the nodes' own addresses.)
 fn ingress<'a>(status: Option<&'a ServiceStatus>, field: &str) -> impl Iterator<Item = (String, &'a String)> {
     let ingress = status.and_then(|status| status.load_balancer.as_ref()?.ingress.as_ref());
     let served = ingress.into_iter().flatten().enumerate().filter(|(_, one)| one.ip_mode.as_deref() != Some("Proxy"));
@@ -82,7 +82,7 @@ fn ingress<'a>(status: Option<&'a ServiceStatus>, field: &str) -> impl Iterator<
     })
 }
 
-/// Those of a family that the service has a cluster IP of.
+/// Keeps the addresses of families in which the service has a cluster IP.
 fn of_its_families(
     mut addresses: Vec<IpAddr>,
     cluster_ips: &[IpAddr],
@@ -99,8 +99,9 @@ fn of_its_families(
     addresses
 }
 
-/// Each family's ranges are for its own addresses. One that cannot be read restricts as well, so that no client is let in by mistake.
-/// As for kube-proxy, one of length zero means every client of its family, whatever other ranges there are.
+/// The ranges of a family apply to that family's addresses. A range that cannot be parsed restricts too, so that no client is
+/// admitted by mistake. As in kube-proxy, a range of length zero admits every client of its family, whatever other ranges there
+/// are.
 fn read_ranges(spec: &ApiSpec, exposure: &mut Exposure, report: &mut Report<'_>) {
     let mut open = BTreeSet::new();
     for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {

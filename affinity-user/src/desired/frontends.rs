@@ -1,4 +1,4 @@
-//! The frontends of a service, and what each does for clients inside and outside of the networks of pods. As kube-proxy:
+//! The frontends of a service, and what each does for clients inside and outside of the pod networks, as in kube-proxy:
 //!
 //! | frontend | policy | internal clients | external clients |
 //! |---|---|---|---|
@@ -7,8 +7,8 @@
 //! | all others | external: `Cluster` | cluster pool, masqueraded | the same |
 //! | all others | external: `Local` | cluster pool | local pool |
 //!
-//! If no network of pods is known, all clients of a cluster IP are internal, and all clients of an external frontend are external.
-//! Who finds an empty local pool is refused if no endpoint is anywhere, and not answered if there are some.
+//! If no pod network is known, all clients of a cluster IP are internal, and all clients of an external frontend are external.
+//! If a client's local pool is empty, its packets are rejected if no node has an endpoint, and dropped otherwise.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::source::ObjectName;
 
-/// What clients know of a service.
+/// The kind of a frontend's address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     ClusterIp,
@@ -35,7 +35,7 @@ enum Kind {
 /// An address that a service asks for.
 pub(super) struct Claim<'a> {
     pub(super) address: FrontendAddress,
-    /// Its port, and that one's position in `spec.ports`.
+    /// Its port, and the port's position in `spec.ports`.
     pub(super) port: &'a Port,
     pub(super) index: usize,
     kind: Kind,
@@ -48,7 +48,7 @@ impl Claim<'_> {
     }
 }
 
-/// All addresses that a service asks for. Where it asks twice for one, the first counts.
+/// All addresses that a service asks for. If it asks for one twice, the first counts.
 pub(super) fn claims<'a>(spec: &'a ServiceSpec, node: &'a Node) -> impl Iterator<Item = Claim<'a>> {
     let external = &spec.external;
     let own = (spec.cluster_ips.iter().map(|ip| (Kind::ClusterIp, ip)))
@@ -71,7 +71,7 @@ pub(super) fn claims<'a>(spec: &'a ServiceSpec, node: &'a Node) -> impl Iterator
     })
 }
 
-/// What is decided for a service.
+/// The decisions for a service.
 #[derive(Default)]
 pub(super) struct Outcome {
     pub(super) frontends: BTreeMap<FrontendAddress, Frontend>,
@@ -124,7 +124,7 @@ pub(super) fn decide<'a>(
     decision.outcome
 }
 
-/// Why a port has no endpoints, though the service has some.
+/// The reason why a port has no endpoints although the service has some.
 fn no_such_port(port: &Port, listed: &str) -> String {
     let wanted = match &port.name {
         Some(name) => format!("named {name:?}"),
@@ -180,7 +180,7 @@ impl Decision<'_> {
         PoolName { service: self.name.clone(), port: port.label(), protocol: port.protocol, family, reach }
     }
 
-    /// The way to a pool, which is decided if it was not yet.
+    /// The route to a pool. Decides the pool's members when it is first used.
     fn route(&mut self, port: &Port, family: Family, reach: Reach, listed: &Listed<'_>) -> Route {
         let name = self.pool_name(port, family, reach);
         let Self { spec, node, outcome, .. } = self;

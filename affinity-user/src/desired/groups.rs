@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{BackendName, Family, Pool, PoolName, Scope, service::ServiceSpec};
 use crate::source::ObjectName;
 
-/// The unions of those scopes whose pools do not all have the same ready members.
+/// The unions of the scopes whose pools do not all have the same ready members.
 pub(crate) fn unions(pools: &BTreeMap<PoolName, Pool>) -> BTreeMap<Scope, BTreeMap<BackendName, bool>> {
     let mut scopes: BTreeMap<&Scope, Vec<(Family, &Pool)>> = BTreeMap::new();
     for (name, pool) in pools.iter().filter(|(_, pool)| pool.affinity.is_some()) {
@@ -14,9 +14,9 @@ pub(crate) fn unions(pools: &BTreeMap<PoolName, Pool>) -> BTreeMap<Scope, BTreeM
     scopes.into_iter().filter_map(|(scope, pools)| Some((scope.clone(), union(&pools)?))).collect()
 }
 
-/// The union of a scope's pools with affinity; none where all have the same ready members.
+/// The union of a scope's pools with affinity; `None` if all have the same ready members.
 ///
-/// Pools of the two families are never compared: a client of one family has no use for a backend of the other.
+/// Pools of different families are not compared: a client of one family cannot use a backend of the other.
 pub(super) fn union(pools: &[(Family, &Pool)]) -> Option<BTreeMap<BackendName, bool>> {
     if !differ(pools) {
         return None;
@@ -36,7 +36,7 @@ fn differ(pools: &[(Family, &Pool)]) -> bool {
     pools.iter().any(|(family, pool)| *first.entry(*family).or_insert_with(|| ready(pool)) != ready(pool))
 }
 
-/// What is to be said of a service that treats pins differently from the `first` of its group.
+/// The message about a service that treats pins differently from the `first` service of its group.
 pub(super) fn disagreement(spec: &ServiceSpec, (first_name, first): (&ObjectName, &ServiceSpec)) -> Option<String> {
     let (Some(a), Some(b)) = (spec.affinity, first.affinity) else { return None };
     let differing: Vec<&str> = [

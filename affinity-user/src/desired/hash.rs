@@ -1,4 +1,4 @@
-//! Hashes that are part of the contract: every node, and every later version, must come to the same numbers.
+//! Hashes that are part of the contract: every node and every later version must compute the same numbers.
 
 /// 64 bits that depend on all of `bytes` and on `seed` (FNV-1a, then the finaliser of SplitMix64).
 pub(crate) fn hash64(bytes: &[u8], seed: u64) -> u64 {

@@ -1,24 +1,24 @@
-//! Networks: an address and how many of its bits count.
+//! Networks: an address and a prefix length.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
 use super::Family;
 use crate::source::parse_address;
 
-/// A network, such as `10.0.0.0/8`. The bits that do not count are zero.
+/// A network, such as `10.0.0.0/8`. The bits after the prefix are zero.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Network {
     address: IpAddr,
     prefix: u8,
 }
 
-/// Text that names no network.
+/// Text that is not a network.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0:?} is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8")]
 pub struct NetworkError(String);
 
 impl Network {
-    /// The network of an address; none where `prefix` is longer than the address.
+    /// The network of an address; `None` if `prefix` is longer than the address.
     #[must_use]
     pub fn of(address: IpAddr, prefix: u8) -> Option<Self> {
         if prefix > length(Family::of(address)) {
@@ -43,7 +43,7 @@ impl Network {
         self.address
     }
 
-    /// How many bits count.
+    /// The prefix length.
     #[must_use]
     pub const fn prefix(&self) -> u8 {
         self.prefix
@@ -55,7 +55,7 @@ impl Network {
         Family::of(self.address)
     }
 
-    /// Whether an address is in it; one of the other family never is.
+    /// Whether it contains an address; never one of the other family.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         Self::of(address, self.prefix).as_ref() == Some(self)
@@ -78,7 +78,7 @@ impl fmt::Display for Network {
 impl FromStr for Network {
     type Err = NetworkError;
 
-    /// As Kubernetes reads them: bits that do not count may be set, numbers may begin with zeros, and white space around is
+    /// As Kubernetes reads them: bits after the prefix may be set, numbers may begin with zeros, and surrounding white space is
     /// ignored.
     fn from_str(text: &str) -> Result<Self, NetworkError> {
         let network = || {

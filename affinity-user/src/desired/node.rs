@@ -1,7 +1,7 @@
-//! The node that this runs on: where it is, its addresses, and which networks are its pods'.
+//! The node that this runs on: its name and zone, its addresses, and its pod networks.
 //!
-//! [`NodeFacts`] is what the command line and the kernel say; [`Node`] is what comes of it once the cluster's API has
-//! said what it knows. What is given on the command line counts for more than what the API says.
+//! [`NodeFacts`] is what the command line and the kernel say. [`Node`] combines it with the Node object of the cluster's API.
+//! The command line takes precedence over the API.
 
 use std::{
     collections::BTreeSet,
@@ -15,30 +15,30 @@ use crate::source::{
     parse_address,
 };
 
-/// Source ports of masqueraded connections, unless others are given: below those that Linux gives to sockets, and below
-/// node ports.
+/// The default source ports of masqueraded connections: below the ports that Linux gives to sockets, and below node ports.
 pub const MASQUERADE_PORTS: RangeInclusive<u16> = 1024..=29_999;
 
-/// What the command line and the kernel say of the node.
+/// Facts about the node from the command line and the kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NodeFacts {
     /// Its name in Kubernetes.
     pub name: Option<String>,
     /// Its own addresses; those of devices that lead out of it come first.
     pub addresses: Vec<IpAddr>,
-    /// The networks whose addresses are for node ports; none: all but loopback and link-local ones, and loopback.
+    /// The networks of the addresses that serve node ports; empty: all addresses except loopback and link-local ones, and
+    /// loopback.
     pub node_port_networks: Vec<Network>,
-    /// Networks of pods; none: as the API says.
+    /// Pod networks; empty: those of the API.
     pub pod_networks: Vec<Network>,
-    /// What masquerading uses, one for each family; without it, what the API calls the node's internal address, else the
-    /// first of `addresses`.
+    /// The addresses for masquerading, one for each family. Without one: the node's internal address in the API, else the first
+    /// of `addresses`.
     pub masquerade_addresses: Vec<IpAddr>,
     /// Source ports of masqueraded connections.
     pub masquerade_ports: RangeInclusive<u16>,
 }
 
 impl Default for NodeFacts {
-    /// A node of which nothing is known.
+    /// A node about which nothing is known.
     fn default() -> Self {
         Self {
             name: None,
@@ -51,25 +51,25 @@ impl Default for NodeFacts {
     }
 }
 
-/// The node, as far as anything that is decided depends on it.
+/// The facts about the node that decisions depend on.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Node {
     pub(super) name: Option<String>,
     pub(super) zone: Option<String>,
-    /// Its addresses, which its own connections have, too.
+    /// Its addresses; its own connections have them as source.
     pub(super) addresses: BTreeSet<IpAddr>,
-    /// Where clients dial node ports.
+    /// The addresses that serve node ports.
     pub(super) node_port_addresses: BTreeSet<IpAddr>,
-    /// Where load balancers ask for services; the unspecified addresses stand for all.
+    /// The addresses at which load balancers ask for services; the unspecified addresses mean all.
     pub(super) health_addresses: BTreeSet<IpAddr>,
     pub(super) pod_networks: BTreeSet<Network>,
     pub(super) masquerade: Masquerade,
 }
 
-/// What connections are masqueraded to.
+/// The source of masqueraded connections.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Masquerade {
-    /// The node's IPv4 address; none: IPv4 connections are not masqueraded.
+    /// The node's IPv4 address; `None`: IPv4 connections are not masqueraded.
     pub v4: Option<Ipv4Addr>,
     /// The same for IPv6.
     pub v6: Option<Ipv6Addr>,
@@ -85,7 +85,7 @@ impl Masquerade {
 }
 
 impl Node {
-    /// What is known once the API has said what it knows.
+    /// Combines the facts with what the API says.
     pub(super) fn new(facts: &NodeFacts, told: Option<&api::Node>) -> Self {
         let labels = told.and_then(|node| node.metadata.labels.as_ref());
         let internal = internal_addresses(told);
@@ -110,7 +110,7 @@ impl Node {
         }
     }
 
-    /// Whether it is known which addresses of a family are pods'.
+    /// Whether the pod networks of a family are known.
     pub(super) fn knows_pods(&self, family: Family) -> bool {
         self.pod_networks.iter().any(|network| network.family() == family)
     }
@@ -141,7 +141,7 @@ fn masquerade(facts: &NodeFacts, internal: &[IpAddr], own: &[IpAddr]) -> Masquer
     }
 }
 
-/// Whether others can reach an address: it is neither loopback nor link-local.
+/// Whether an address can be reached from other machines: it is neither loopback nor link-local.
 pub(crate) fn is_global(ip: IpAddr) -> bool {
     let is_link_local = match ip {
         IpAddr::V4(ip) => ip.is_link_local(),

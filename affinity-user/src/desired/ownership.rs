@@ -5,18 +5,18 @@ use std::{fmt, str::FromStr};
 use super::Options;
 use crate::source::api::{Service, label};
 
-/// Our name, unless another is given.
+/// Our default name.
 pub const DEFAULT_PROXY_NAME: &str = "affinity.dev";
 
-/// Which services are ours. Those that are labelled for another proxy never are.
+/// Which services are ours. Services labelled for another proxy never are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Services {
-    /// All: in place of another service proxy.
+    /// All: instead of another service proxy.
     #[default]
     All,
-    /// Those with `sessionAffinity: ClientIP`, and those labelled for us.
+    /// Services with `sessionAffinity: ClientIP`, and services labelled for us.
     Affinity,
-    /// Those labelled for us.
+    /// Services labelled for us.
     Labelled,
 }
 
@@ -41,7 +41,7 @@ impl fmt::Display for Services {
     }
 }
 
-/// The name of no selection of services.
+/// A name that selects no services.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is none of affinity, labelled, all")]
 pub struct UnknownServices(String);

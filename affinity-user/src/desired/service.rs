@@ -1,4 +1,4 @@
-//! A Service -> what we need of it, checked.
+//! Reads and validates the parts of a Service that are used.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use crate::source::{
     parse_address,
 };
 
-/// `timeoutSeconds` where it is not given.
+/// `timeoutSeconds` if the service gives none.
 const TIMEOUT_DEFAULT_S: i32 = 10_800;
 /// The largest `timeoutSeconds`.
 const TIMEOUT_MAX_S: i32 = 86_400;
@@ -30,7 +30,7 @@ pub(super) struct Port {
 }
 
 impl Port {
-    /// Its name, or its number where it has none.
+    /// Its name, or its number if it has no name.
     pub(super) fn label(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.number.to_string())
     }
@@ -40,7 +40,7 @@ impl Port {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct ServiceSpec {
     pub(super) cluster_ips: Vec<IpAddr>,
-    /// What is dialled from outside of the cluster.
+    /// The addresses and policies for external clients.
     pub(super) external: Exposure,
     /// `internalTrafficPolicy: Local`.
     pub(super) internal_local: bool,
@@ -51,22 +51,22 @@ pub(super) struct ServiceSpec {
     pub(super) annotations: Annotations,
 }
 
-/// How a service is reached from outside of the cluster, beside its node ports.
+/// How a service is reached from outside of the cluster, in addition to its node ports.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Exposure {
     /// Whether its ports are on the node's addresses.
     pub(super) on_nodes: bool,
-    /// Addresses of its load balancer that nodes are to serve.
+    /// Addresses of its load balancer that the nodes serve.
     pub(super) load_balancer: Vec<IpAddr>,
     /// Addresses that are routed to the nodes by other means.
     pub(super) external_ips: Vec<IpAddr>,
     /// `externalTrafficPolicy: Local`.
     pub(super) local: bool,
-    /// The families whose clients have to be in the ranges to use the load balancer.
+    /// The families in which only clients in the ranges may use the load balancer.
     pub(super) restricted: BTreeSet<Family>,
     /// These ranges.
     pub(super) ranges: BTreeSet<Network>,
-    /// Where load balancers ask whether this node has endpoints.
+    /// The port at which load balancers ask whether this node has endpoints.
     pub(super) health_check: Option<u16>,
 }
 
@@ -97,7 +97,7 @@ impl ServiceSpec {
     }
 }
 
-/// Reads a service; none where it has no frontends: headless, `ExternalName`, or without a usable address.
+/// Reads a service; `None` if it has no frontends: headless, `ExternalName`, or without a usable address.
 pub(super) fn read(name: &ObjectName, service: &Service, report: &mut Report<'_>) -> Option<ServiceSpec> {
     let Some(spec) = &service.spec else {
         report.error("spec", "missing");
@@ -224,7 +224,7 @@ fn port(index: usize, port: &ServicePort, on_nodes: bool, report: &mut Report<'_
     Some(Port { name, number: number?, protocol, node_port: given.and_then(Result::ok) })
 }
 
-/// The annotations as far as they have an effect, and how clients are pinned.
+/// The annotations that have an effect, and how clients are pinned.
 fn affinity(
     spec: &ApiSpec,
     annotations: &BTreeMap<String, String>,

@@ -1,10 +1,11 @@
-//! What was decided for a snapshot, kept so that the next one costs what has changed in it.
+//! The decisions for a snapshot, kept so that the cost of the next one depends only on what has changed in it.
 //!
-//! The state is a function of the last snapshot and nothing else: it makes no difference what came before.
+//! The state is a function of the last snapshot only: earlier snapshots make no difference.
 //!
-//! What a service gets depends on its own object and slices; on which of its addresses an older service claims, so that
-//! all who claim an address are decided together; and on its group, so that the services of a group are as well.
-//! Everything else stays as it was decided. Much depends on the node, which rarely changes: if it has, all is decided again.
+//! The outcome for a service depends on three things: its own object and slices; which of its addresses an older service
+//! claims, so all services that claim an address are decided together; and its group, so the services of a group are decided
+//! together as well. All other decisions stay. Much depends on the node, which rarely changes: if it has, everything is decided
+//! again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,23 +27,23 @@ use crate::source::{
     api::{EndpointSlice, Node as ApiNode, Service},
 };
 
-/// A part of what is desired that can be planned for by itself, as nothing outside of it has changed.
+/// A part of the desired state that can be planned for by itself, because nothing outside of it has changed.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Change {
     /// The services that this part is about, now or before.
     pub services: BTreeSet<ObjectName>,
     /// The groups that these services are in, now or before.
     pub groups: BTreeSet<ObjectName>,
-    /// Backends that nothing desires any more.
+    /// Backends that are not desired any more.
     pub gone: BTreeSet<BackendName>,
-    /// What is desired of these services and groups. All other backends whose place has changed are among its backends.
+    /// The desired state of these services and groups. Its backends include all other backends whose place has changed.
     pub desired: Desired,
 }
 
-/// Who may claim an address first: the oldest service, those without a date last; then by name.
+/// The order of claims to an address: the oldest service first, services without a date last; then by name.
 type Seniority = (bool, Option<Timestamp>, ObjectName);
 
-/// What a problem was found in, in the order in which problems are reported.
+/// The object that a problem was found in. Problems are reported in this order.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Subject {
     Slice(ObjectName),
@@ -54,7 +55,7 @@ enum Subject {
 struct KnownSlice {
     source: Sourced<EndpointSlice>,
     service: Option<ObjectName>,
-    /// What was read of it; none where its service is not ours.
+    /// The parsed slice; `None` if its service is not ours.
     slice: Option<Slice>,
 }
 
@@ -72,11 +73,11 @@ struct Touched {
     backends: BTreeSet<BackendName>,
 }
 
-/// What was decided for the last snapshot.
+/// The decisions for the last snapshot.
 pub struct DesiredState {
     options: Options,
     node: Node,
-    /// What the last snapshot told of the node.
+    /// The Node object of the last snapshot.
     told: Option<Arc<ApiNode>>,
     slices: BTreeMap<ObjectName, KnownSlice>,
     services: BTreeMap<ObjectName, KnownService>,
@@ -87,7 +88,7 @@ pub struct DesiredState {
     pools_with: BTreeMap<BackendName, u32>,
     /// How many slices say that a backend is on this node.
     local: BTreeMap<BackendName, u32>,
-    /// How many slices list a backend, whosever they are.
+    /// How many slices list a backend, no matter of which service.
     listed: BTreeMap<BackendName, u32>,
     /// How many of these say that it is terminating.
     terminating: BTreeMap<BackendName, u32>,
@@ -96,7 +97,7 @@ pub struct DesiredState {
 }
 
 impl DesiredState {
-    /// Of an empty snapshot.
+    /// The state for an empty snapshot.
     #[must_use]
     pub fn new(options: Options) -> Self {
         let node = Node::new(&options.node, None);
@@ -137,7 +138,7 @@ impl DesiredState {
         &self.desired
     }
 
-    /// The same, for good.
+    /// The same, by value.
     #[must_use]
     pub fn into_desired(self) -> Desired {
         self.desired
@@ -148,8 +149,8 @@ impl DesiredState {
         self.problems.values().flatten()
     }
 
-    /// Takes note of what is known of the node, beside what snapshots tell. Says whether that made a difference: then all
-    /// was decided again.
+    /// Updates what is known about the node, in addition to the snapshots. Returns whether that made a difference; if so,
+    /// everything was decided again.
     pub fn learn(&mut self, node: NodeFacts) -> bool {
         self.options.node = node;
         let is_news = Node::new(&self.options.node, self.told.as_deref()) != self.node;
@@ -173,8 +174,8 @@ impl DesiredState {
         }
     }
 
-    /// Decides for a snapshot. Returns what has changed; none where that cannot be told apart from all the rest: at the
-    /// first snapshot, where the source was read in part only, and where the node is not what it was.
+    /// Decides for a snapshot. Returns what has changed, or `None` if everything has to be planned for: after the first
+    /// snapshot, if only a part of the source was read, or if the node has changed.
     pub fn update(&mut self, snapshot: &Snapshot) -> Option<Change> {
         let told = snapshot.node.as_ref().map(|node| Arc::clone(&node.object));
         let node = Node::new(&self.options.node, told.as_deref());
@@ -301,7 +302,7 @@ impl DesiredState {
         self.services.insert(name.clone(), KnownService { source: source.clone(), seniority, spec });
     }
 
-    /// Decides again what was touched, and all that hangs together with it.
+    /// Repeats the decisions for what was touched, and for everything that depends on it.
     fn decide(&mut self, touched: &mut Touched) {
         for known in touched.services.iter().filter_map(|name| self.services.get(name)) {
             touched.scopes.extend(known.spec.as_ref().map(|spec| spec.scope.clone()));
@@ -326,7 +327,7 @@ impl DesiredState {
         }
     }
 
-    /// Takes away what was decided for a service.
+    /// Removes the decisions for a service.
     fn withdraw(&mut self, name: &ObjectName, touched: &mut Touched) {
         let Some(KnownService { seniority, spec: Some(spec), .. }) = self.services.get(name) else { return };
         self.problems.remove(&Subject::Frontends(seniority.clone()));
@@ -346,7 +347,7 @@ impl DesiredState {
         }
     }
 
-    /// Decides what a service gets.
+    /// Makes the decisions for a service.
     fn publish(&mut self, name: &ObjectName, touched: &mut Touched) {
         let Some(KnownService { source, seniority, spec: Some(spec) }) = self.services.get(name) else { return };
         let mut problems = Vec::new();
@@ -370,7 +371,7 @@ impl DesiredState {
         self.note(subject, problems);
     }
 
-    /// The addresses that a service gets; of each port whose others are taken, one is reported.
+    /// The addresses that a service gets. Reports taken addresses, but of a node port only one for each other service.
     fn won<'a>(&'a self, spec: &'a ServiceSpec, seniority: &Seniority, report: &mut Report<'_>) -> Vec<Claim<'a>> {
         let mut won = Vec::new();
         let mut reported = BTreeSet::new();
@@ -390,7 +391,7 @@ impl DesiredState {
         won
     }
 
-    /// Decides what the pools of a scope have in common, and what is wrong with that.
+    /// Decides the union of a scope's pools, and reports services of a group that disagree.
     fn unite(&mut self, scope: &Scope) {
         let services: Vec<ObjectName> = self.scopes.get(scope).into_iter().flatten().cloned().collect();
         let pools: Vec<(Family, &Pool)> = (services.iter().flat_map(|service| pools(&self.desired, service)))
@@ -426,7 +427,7 @@ impl DesiredState {
         }
     }
 
-    /// What was touched, as a part of what is desired.
+    /// The part of the desired state that was touched.
     fn change(&self, touched: Touched) -> Change {
         let Touched { services, scopes, backends } = touched;
         let Desired { beside, shadow, .. } = self.desired;
@@ -486,7 +487,7 @@ fn pools<'a>(desired: &'a Desired, service: &ObjectName) -> impl Iterator<Item =
     desired.pools.range(first..).take_while(move |(name, _)| name.service == service)
 }
 
-/// The names of objects that were added, removed or changed. Those that are equal are shared from here on.
+/// The names of objects that were added, removed or changed. Objects that are equal are shared from here on.
 fn differing<K, T: PartialEq>(
     former: &mut BTreeMap<ObjectName, K>,
     source: impl Fn(&mut K) -> &mut Sourced<T>,
@@ -513,7 +514,7 @@ fn is_same<T>(a: &Sourced<T>, b: &Sourced<T>) -> bool {
     Arc::ptr_eq(&a.object, &b.object) && a.origin == b.origin
 }
 
-/// One less; none are not kept.
+/// Subtracts one from a count, and removes it if it is zero.
 fn discount(counts: &mut BTreeMap<BackendName, u32>, of: &BackendName) {
     if let Some(count) = counts.get_mut(of) {
         *count -= 1;
@@ -523,7 +524,7 @@ fn discount(counts: &mut BTreeMap<BackendName, u32>, of: &BackendName) {
     }
 }
 
-/// Puts a backend into a set, or takes it out.
+/// Adds a backend to a set, or removes it.
 fn set_member(set: &mut BTreeSet<BackendName>, backend: &BackendName, is_member: bool) {
     if is_member {
         set.insert(backend.clone());
@@ -532,7 +533,7 @@ fn set_member(set: &mut BTreeSet<BackendName>, backend: &BackendName, is_member:
     }
 }
 
-/// Takes one out of a set; empty sets are not kept.
+/// Removes a value from a set, and the set if it is empty.
 fn remove<K: Ord, V: Ord>(sets: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
     if let Some(set) = sets.get_mut(key) {
         set.remove(value);

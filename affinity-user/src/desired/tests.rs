@@ -10,7 +10,7 @@ fn case(yaml: &str) -> String {
     case_at(NodeFacts { name: Some("here".to_owned()), ..NodeFacts::default() }, None, yaml)
 }
 
-/// The same on some node.
+/// The same on a given node.
 fn case_at(node: NodeFacts, zone: Option<&str>, yaml: &str) -> String {
     let mut snapshot = directory::parse(Path::new("case.yaml"), yaml);
     snapshot.node = zone.map(|zone| {
@@ -292,7 +292,7 @@ fn pools_of_one_service_that_differ_share_a_union() {
       10.1.0.2 ready
       10.1.0.3 draining
     ");
-    // A member that drains in one pool and is absent from the other makes no difference to any pin.
+    // A member that drains in one pool and is absent from the other does not affect any pin.
     let drains = service("web", "10.0.0.1", ports)
         + &slice("a", "web", &["a:80", "b:81"], &["10.1.0.1"])
         + &slice("b", "web", &["a:80"], &["10.1.0.3=!ready"]);
@@ -380,7 +380,7 @@ fn services_are_ours_or_anothers() {
         service(name, ip, &format!("sessionAffinity: {affinity}; ports: [{{port: 80}}]"))
             .replace("metadata: {", &format!("metadata: {{labels: {{{label}}}, "))
     };
-    // What is wrong with the services of another proxy, and with their slices, is not ours to report.
+    // Problems of another proxy's services and their slices are not ours to report.
     let bad = "sessionAffinity: Nonsense; ports: [{port: 80}]";
     let yaml = service("a-pinned", "10.0.0.1", "sessionAffinity: ClientIP; ports: [{port: 80}]")
         + &service("b-plain", "10.0.0.2", bad).replace("Nonsense", "None")
@@ -530,7 +530,7 @@ fn placed(service: &str, endpoints: &[&str]) -> String {
     yaml
 }
 
-/// What external and insiders get: the lines of a case that say so.
+/// The frontend lines of a case: those that contain `which`.
 fn lines(text: &str, which: &str) -> String {
     text.lines().filter(|line| line.contains(which)).collect::<Vec<_>>().join("\n")
 }
@@ -657,10 +657,10 @@ fn hints_count_if_all_ready_endpoints_have_them_and_one_is_for_us() {
     // One without a zone hint, or no zone is ours: all.
     assert_eq!(of(&["10.1.0.1@here~z/", "10.1.0.2@there"]), "10.1.0.1 10.1.0.2");
     assert_eq!(of(&["10.1.0.1@here~x/", "10.1.0.2@there~y/"]), "10.1.0.1 10.1.0.2");
-    // Endpoints that are not ready have no say, and are not held to their hints.
+    // Endpoints that are not ready do not affect whether hints count, and their own hints are ignored.
     assert_eq!(of(&["10.1.0.1@here~y/", "10.1.0.2@there~z/", "10.1.0.3@there=leaving"]), "10.1.0.2");
     assert_eq!(of(&["10.1.0.1@here=leaving~y/a", "10.1.0.2@there=leaving~z/here"]), "10.1.0.1 10.1.0.2");
-    // The pool of this node knows no hints.
+    // This node's pool ignores hints.
     let local = service("web", "10.0.0.1", "internalTrafficPolicy: Local; ports: [{port: 80}]");
     let local = local + &placed("web", &["10.1.0.1@here~y/there", "10.1.0.2@there~z/here"]);
     insta::assert_snapshot!(case_at(here(), Some("z"), &local), @r"
@@ -671,8 +671,8 @@ fn hints_count_if_all_ready_endpoints_have_them_and_one_is_for_us() {
     ");
 }
 
-/// The control plane makes hints of it, and a proxy looks at nothing else: for the zone, or for the node with the zone to
-/// fall back on. Without an endpoint there, hints are for whoever is left.
+/// The control plane turns it into hints, and a proxy reads nothing else: hints for the zone, or for the node with the zone as
+/// fallback. If no endpoint is there, hints are for the remaining ones.
 #[test]
 fn traffic_distribution_comes_as_hints_and_falls_back() {
     let of = |distribution: &str, endpoints: &[&str]| {
@@ -776,7 +776,7 @@ fn ranges_are_of_one_family_each_and_bad_ones_let_nobody_in() {
     error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[1]: "fd00::x/8" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
     "#);
     insta::assert_snapshot!(of("[]"), @"");
-    // One of length zero: every client of its family, whatever else is there.
+    // A range of length zero admits every client of its family, whatever other ranges there are.
     insta::assert_snapshot!(of("[0.0.0.0/0, 198.51.100.0/24, 198.51.100.0]"), @r#"error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[2]: "198.51.100.0" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8"#);
     insta::assert_snapshot!(of("[198.51.100.0/24, '::/0', 'fd00::/8']"), @r"
     203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
@@ -821,7 +821,7 @@ fn servers_that_share_an_address_are_told_apart_by_their_ports() {
       192.0.2.1  port 8081 ready
       192.0.2.1 192.0.2.1:8082,9001 port 8082 ready
     ");
-    // Slices that do not contradict each other are of one server.
+    // Slices that do not contradict each other describe one server.
     let one = of_address("a", "192.0.2.1", &["http:8081"]) + &of_address("b", "192.0.2.1", &["admin:9001"]);
     insta::assert_snapshot!(case(&(web + &one)), @r"
     10.0.0.1:80/TCP -> default/web:http/TCP/v4

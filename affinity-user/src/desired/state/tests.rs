@@ -1,4 +1,4 @@
-//! It makes no difference to the state what came before.
+//! The state does not depend on earlier snapshots.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -15,10 +15,9 @@ use crate::{
     },
 };
 
-/// Snapshots that follow one another, each a few objects away from the one before: services that are added, removed and
-/// changed, that clash, join groups and leave them, are ours or not, are exposed in every way and under every policy;
-/// slices that pass from one service to another; a node that learns its zone and its pods' networks; parts that could
-/// not be read.
+/// A sequence of snapshots that differ in a few objects each. Services are added, removed and changed; they clash, join and
+/// leave groups, are ours or not, and are exposed in every way and under every policy. Slices move from one service to another.
+/// The node gets a zone and pod networks. Parts cannot be read.
 pub(crate) fn snapshots(most: usize) -> impl Strategy<Value = Vec<Snapshot>> {
     let service =
         (0u8..5, prop::option::weighted(0.8, service())).prop_map(|(n, service)| Step::Service(n, Box::new(service)));
@@ -76,7 +75,7 @@ fn node_of(in_zone: bool, has_pods: bool) -> Sourced<ApiNode> {
     Sourced { origin: None, object: Arc::new(node) }
 }
 
-/// A service on one or two of few addresses, with a date or without.
+/// A service with one or two of a few addresses, with or without a date.
 fn service() -> impl Strategy<Value = Service> {
     let addresses = prop::sample::subsequence(vec!["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1"], 1..3);
     let ports = prop::sample::subsequence(vec![("a", 80, "TCP"), ("b", 81, "UDP"), ("c", 80, "SCTP")], 1..3);
@@ -159,7 +158,7 @@ impl Exposed {
     }
 }
 
-/// A slice of one of the services, or of none, over few pods.
+/// A slice of one of the services, or of none, with some of a few pods.
 fn slice() -> impl Strategy<Value = EndpointSlice> {
     let service = prop::option::weighted(0.95, 0u8..5);
     let ports = vec![("a", 8080, "TCP"), ("a", 9090, "TCP"), ("b", 53, "UDP"), ("c", 80, "SCTP")];
@@ -205,7 +204,7 @@ fn endpoint_of(pod: u8, state: u8, here: bool, hints: Option<(bool, bool)>, v6: 
             terminating: Some(state == 1),
         }),
         node_name: Some(if here { "here" } else { "there" }.to_owned()),
-        // One address is without a pod: slices may tell it apart by ports.
+        // One address has no pod: slices may distinguish it by ports.
         target_ref: (pod != 5).then(|| ObjectReference { name: Some(format!("p{pod}")), ..ObjectReference::default() }),
     }
 }
@@ -216,7 +215,7 @@ pub(crate) fn options() -> Options {
     Options { node, services: Services::Affinity, ..Options::default() }
 }
 
-/// Puts a change into what was desired before it.
+/// Applies a change to the previous desired state.
 fn patch(before: &Desired, change: &Change) -> Desired {
     let Desired { frontends, ranges, health_checks, pools, unions, backends, others, terminating, .. } =
         change.desired.clone();
@@ -254,7 +253,7 @@ proptest! {
         for (number, snapshot) in snapshots.iter().enumerate() {
             let before = state.desired().clone();
             let change = state.update(snapshot);
-            // What is learned and forgotten again leaves no trace.
+            // Facts that are learned and then replaced leave no trace.
             if number % 4 == 3 {
                 let elsewhere = NodeFacts { name: Some("there".to_owned()), ..NodeFacts::default() };
                 let is_news = [state.learn(elsewhere), state.learn(options().node)];
