@@ -1,28 +1,28 @@
-//! The difference between what a store holds and what it should hold, as steps in a safe order. Pure.
+//! The difference between what a store holds and what it should hold, as steps in a safe order. Pure functions.
 //!
-//! A [`StateIndex`] holds what the store does. It plans for all that is desired, or for a [`Change`] alone: the steps are the
-//! same, but then they cost what has changed.
+//! A [`StateIndex`] mirrors the store. It plans for the whole desired state, or for a [`Change`] alone: the steps are the same,
+//! but the cost of the latter depends only on what has changed.
 //!
-//! First [`target`] gives numbers to what [`Desired`] knows by name, keeping every id, backend index and extent of slots
-//! that is in use already. Then the two states are compared, and the steps come in this order:
+//! First [`target`] assigns numbers to the names in [`Desired`]. It keeps every id, backend index and extent of slots that is
+//! already in use. Then the two states are compared, and the steps come in this order:
 //!
-//! 1. what nothing refers to yet: names, usage entries, ranges, what masquerading uses, filter bits, new backends, new or
-//!    better members;
-//! 2. `SHARED`, on frontends whose group's pools come to differ: before any of them does;
+//! 1. records that nothing refers to yet: names, usage entries, ranges, what masquerading uses, filter bits, new backends, new
+//!    or better members;
+//! 2. `SHARED`, on frontends whose group's pools begin to differ: before any of them does;
 //! 3. slots, into free extents;
-//! 4. frontends: published or switched, each in one atomic update, a record for external clients before the one for
-//!    all that refers to it; then withdrawn;
-//! 5. [`Op::Grace`]: from here no packet uses what step 4 replaced;
-//! 6. records for external clients that nothing tells of any more are withdrawn, and another [`Op::Grace`];
-//! 7. what nothing refers to any more: members drain or leave, backends linger or are retired, ranges, usage entries go.
+//! 4. frontends: published or switched, each in one atomic update, the record for external clients before the record for all
+//!    clients that refers to it; then withdrawn;
+//! 5. [`Op::Grace`]: from here on no packet uses what step 4 replaced;
+//! 6. records for external clients that nothing refers to any more are withdrawn, followed by another [`Op::Grace`];
+//! 7. records that nothing refers to any more: members drain or leave, backends linger or are retired, ranges and usage entries
+//!    are removed.
 //!
-//! So after every prefix of a plan, a slot that a frontend names holds a ready member of its pool, and a client whose
-//! pod is ready before and after finds it ready throughout. Who may use a frontend before and after may do so throughout,
-//! and who may not before and after, never.
+//! So after every prefix of a plan, each slot of a frontend holds a ready member of its pool, and a client whose pod is ready
+//! before and after the plan finds it ready throughout. A client that may use a frontend before and after may use it
+//! throughout; a client that may use it neither before nor after never may.
 //!
-//! A plan that fails in the middle leaves such a state too: observe again, plan again. (Wait a moment first: a failed
-//! plan did not reach its grace period.) And where room was short, the next plan may use what this one freed: plan until
-//! there is nothing to do.
+//! A plan that fails in the middle leaves such a state too: observe and plan again. (Wait a moment first: a failed plan did not
+//! reach its grace period.) If space was short, the next plan may use what this one freed: plan until no steps are left.
 
 mod backends;
 mod extents;
@@ -54,9 +54,9 @@ pub fn plan(observed: &Observed, desired: &Desired, capacity: Capacity) -> (Vec<
 }
 
 impl StateIndex {
-    /// The steps from here to `desired`; none where nothing is to be done. What does not fit is reported, and what could
-    /// not be published for lack of room stays as it is; so does what `desired` does not know about, where its source was
-    /// read in part only.
+    /// The steps from here to `desired`; empty if there is nothing to do. Reports what does not fit. What could not be
+    /// published for lack of space stays as it is. If only a part of the source was read, everything that `desired` does not
+    /// know about stays as well.
     #[must_use]
     pub fn plan(&self, desired: &Desired) -> (Vec<Op>, Vec<Problem>) {
         let kept = desired.known.as_ref().map(|known| keep::keep(&self.observed, desired, known));
@@ -64,27 +64,27 @@ impl StateIndex {
         (steps(&self.observed, &target), problems)
     }
 
-    /// The same steps, where the last plan was carried out to its end and nothing was reported, and `change` is all that
-    /// has changed since. Where this one reports anything, it is void: plan in full.
+    /// The same steps, if the last plan was carried out completely without a report, and `change` is all that has changed
+    /// since. If this plan reports anything, it is void: plan in full.
     #[must_use]
     pub fn plan_change(&self, change: &Change) -> (Vec<Op>, Vec<Problem>) {
         let mut touched = self.touched(change);
         let (target, problems) = target::target(self, &touched, &change.desired);
-        // Indices that are used again.
+        // Indices that are reused.
         target.backends.keys().for_each(|index| self.copy_backend(*index, &mut touched));
         (steps(&touched, &target), problems)
     }
 }
 
-/// What happens to the frontends of one family.
+/// The steps for the frontends of one family.
 #[derive(Default)]
 struct Switch {
     share: Vec<Op>,
-    /// Records for external clients; they come before `put`.
+    /// Records for external clients; applied before `put`.
     put_external: Vec<Op>,
     put: Vec<Op>,
     remove: Vec<Op>,
-    /// Records for external clients; they go when no packet is sent to them any more.
+    /// Records for external clients; applied when no packet is sent to them any more.
     remove_external: Vec<Op>,
     /// Whether a record was replaced, so that packets may still use the old one.
     replaced: bool,
@@ -113,7 +113,7 @@ fn steps(observed: &Observed, target: &Observed) -> Vec<Op> {
     steps
 }
 
-/// Step 1: what nothing refers to yet.
+/// Step 1: records that nothing refers to yet.
 fn prepare(observed: &Observed, target: &Observed) -> Vec<Op> {
     let mut steps = Vec::new();
     for (key, name) in changed(&observed.names, &target.names) {
@@ -141,7 +141,7 @@ fn prepare(observed: &Observed, target: &Observed) -> Vec<Op> {
     steps
 }
 
-/// Bits of new frontends and members: the two parts of the filter that a plan sets. A record that exists has its bit set.
+/// Bits of new frontends and members, for the two parts of the filter that a plan sets. Existing records have their bits set.
 fn filter_bits(observed: &Observed, target: &Observed) -> [(Direction, BTreeSet<u32>); 2] {
     let mut forward = BTreeSet::new();
     forward.extend(frontend_bits(&observed.frontends_v4, &target.frontends_v4));
@@ -173,7 +173,7 @@ fn frontend_bits<A: Address>(
     new.map(|key| filter_bit(key.address, key.port, key.protocol))
 }
 
-/// The bit that replies of a member meet: its address is hashed in its own family.
+/// The filter bit of a member's replies. Its address is hashed in its own family.
 fn member_bit(mapped: [u8; 16], member: &Member, protocol: u8) -> u32 {
     let v4 = V4::from_mapped(mapped);
     if v4.to_mapped() == mapped {
@@ -213,13 +213,13 @@ fn switch<A: Address>(
     switch
 }
 
-/// Step 3. Slots that are named already are never written again.
+/// Step 3. Slots that a frontend already names are never rewritten.
 fn new_slots(observed: &Observed, target: &Observed) -> Vec<Op> {
     let changed = changed(&observed.slots, &target.slots);
     changed.map(|(first, backends)| Op::WriteSlots { first: *first, backends: backends.clone() }).collect()
 }
 
-/// Step 7, members.
+/// Step 7, for members.
 fn retire_members(observed: &Observed, target: &Observed) -> Vec<Op> {
     let demoted = changed(&observed.members, &target.members)
         .filter(|(key, member)| is_demotion(observed.members.get(key), member))
@@ -228,7 +228,7 @@ fn retire_members(observed: &Observed, target: &Observed) -> Vec<Op> {
     demoted.chain(gone.map(|key: &MemberKey| Op::RemoveMember(*key))).collect()
 }
 
-/// Step 7, all but the members.
+/// Step 7, for everything except members.
 fn retire_rest(observed: &Observed, target: &Observed) -> Vec<Op> {
     let left = changed(&observed.backends, &target.backends).filter(|(_, backend)| leaves(backend));
     let mut steps: Vec<Op> = left.map(|(index, backend)| Op::PutBackend(*index, *backend)).collect();
@@ -245,12 +245,12 @@ const fn leaves(backend: &Backend) -> bool {
     backend.generation.is_multiple_of(2) || backend.flags & BACKEND_LINGERING != 0
 }
 
-/// Whether a member that takes connections now will not: slots may name it until they are switched.
+/// Whether a member stops taking connections: slots may name it until they are switched.
 fn is_demotion(old: Option<&Member>, new: &Member) -> bool {
     old.is_some_and(|old| old.state == MEMBER_READY) && new.state != MEMBER_READY
 }
 
-/// What is new or different in `target`.
+/// The entries of `target` that are new or different.
 fn changed<'a, K: Ord, V: PartialEq>(
     observed: &'a BTreeMap<K, V>,
     target: &'a BTreeMap<K, V>,

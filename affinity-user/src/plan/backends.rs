@@ -1,9 +1,9 @@
 //! Indices of backends and their generations.
 //!
-//! An index is in use while its generation is odd. It stays with its identity for as long as that is desired, and after
-//! that for as long as the backend lingers: its connections go on, and if it comes back it is the same backend. A plan
-//! retires a backend by itself only if its pod is known to be dead; how long others linger is up to the agent
-//! ([`crate::linger`]). When an index is retired, and when it is used again, its generation rises by one.
+//! An index is in use while its generation is odd. It stays with its identity while that is desired, and after that while the
+//! backend lingers: its connections continue, and if it comes back it is the same backend. A plan by itself retires a backend
+//! only if its pod is known to be dead; the agent decides how long others linger ([`crate::linger`]). When an index is retired,
+//! and when it is used again, its generation rises by one.
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_set},
@@ -15,23 +15,23 @@ use affinity_common::abi::{BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING
 
 use crate::{desired::BackendName, store::Observed};
 
-/// Who has which index, and which are free.
+/// Which backend has which index, and which indices are free.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct BackendAllocator {
     capacity: u32,
     by_name: BTreeSet<(BackendName, u32)>,
-    /// Used once, and free.
+    /// Used before, and free.
     vacant: BTreeSet<u32>,
-    /// In use, and in no pool.
+    /// In use, but in no pool.
     lingering: BTreeSet<u32>,
-    /// How many were used once or are in use.
+    /// How many indices are in use or were used before.
     used: usize,
-    /// No index below was never used.
+    /// All indices below this one are in use or were used before.
     unused_from: u32,
 }
 
 impl BackendAllocator {
-    /// Of `capacity` indices that were never used.
+    /// An allocator of `capacity` indices that were never used.
     pub(super) const fn new(capacity: u32) -> Self {
         Self {
             capacity,
@@ -55,7 +55,7 @@ impl BackendAllocator {
         self.skip_used(observed);
     }
 
-    /// Enters an index as a store has it.
+    /// Inserts an index with the record of a store.
     pub(super) fn insert(&mut self, observed: &Observed, index: u32) {
         let Some(record) = used(&observed.backends, index) else { return };
         if record.generation % 2 == 1 {
@@ -68,7 +68,7 @@ impl BackendAllocator {
         self.skip_used(observed);
     }
 
-    /// Strikes an index out, before the store changes it.
+    /// Removes an index, before the store changes its record.
     pub(super) fn remove(&mut self, observed: &Observed, index: u32) {
         let Some(record) = used(&observed.backends, index) else { return };
         if record.generation % 2 == 1 {
@@ -98,12 +98,12 @@ impl BackendAllocator {
         from.take_while(move |(name, _)| name.address == address).map(|(name, index)| (name, *index))
     }
 
-    /// Whether a backend in use is in no pool.
+    /// Whether a backend is in use, but in no pool.
     pub(super) fn is_lingering(&self, index: u32) -> bool {
         self.lingering.contains(&index)
     }
 
-    /// The index that is in use for a backend.
+    /// The index of a backend that is in use.
     pub(super) fn find(&self, name: &BackendName) -> Option<u32> {
         let (found, index) = self.by_name.range((name.clone(), 0)..).next()?;
         (found == name).then_some(*index)
@@ -115,13 +115,14 @@ fn lingers(record: &Backend) -> bool {
     record.generation % 2 == 1 && record.flags & BACKEND_LINGERING != 0
 }
 
-/// The record of an index that was ever used.
+/// The record of an index that is in use or was used before.
 fn used(records: &BTreeMap<u32, Backend>, index: u32) -> Option<&Backend> {
     records.get(&index).filter(|record| record.generation != 0)
 }
 
-/// Gives indices to backends, those that they have or free ones: such as were never used while less than half have been,
-/// so that what a stale session or a captured dump says of an index stays true for long; then vacant ones; then the rest.
+/// Assigns indices to backends: their own, or free ones. While less than half of all indices were ever used, a new one is
+/// taken, so that what a stale session or a captured dump says of an index stays true for long. Then come vacant ones, then the
+/// rest.
 pub(super) struct Claims<'a> {
     allocator: &'a BackendAllocator,
     records: &'a BTreeMap<u32, Backend>,
@@ -130,12 +131,12 @@ pub(super) struct Claims<'a> {
     used: usize,
     /// How many backends got no index.
     short: usize,
-    /// The records of what is in use.
+    /// The records of the indices that were assigned.
     claimed: BTreeMap<u32, Backend>,
 }
 
 impl<'a> Claims<'a> {
-    /// Nothing is claimed yet of a store that holds `records`.
+    /// No index of a store that holds `records` is claimed yet.
     pub(super) fn new(allocator: &'a BackendAllocator, records: &'a BTreeMap<u32, Backend>) -> Self {
         Self {
             allocator,
@@ -148,7 +149,7 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// The index of a backend: its own, or a free one; none where all are in use. To be asked once for each backend.
+    /// The index of a backend: its own, or a free one; `None` if all are in use. Call this once for each backend.
     pub(super) fn claim(&mut self, name: &BackendName, local: bool, terminating: bool) -> Option<u32> {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
         let flags = flag(local, BACKEND_LOCAL) | flag(terminating, BACKEND_TERMINATING);
@@ -168,7 +169,7 @@ impl<'a> Claims<'a> {
         Some(index)
     }
 
-    /// Keeps an index as a member of pools although nothing desires it.
+    /// Keeps an index as a member of pools although it is not desired.
     pub(super) fn keep(&mut self, index: u32) {
         if let Some(record) = self.records.get(&index) {
             let flags = record.flags & !BACKEND_LINGERING;
@@ -181,8 +182,8 @@ impl<'a> Claims<'a> {
         self.claimed.get(&index).or_else(|| self.records.get(&index)).map_or(0, |record| record.generation)
     }
 
-    /// What becomes of `records`: those in use that nothing claimed linger, or are retired if no pod lives there any
-    /// more, or where their room is wanted: of these, who has lingered already goes first. And the indices in use.
+    /// The records after the plan, and the indices in use. Backends in use that were not claimed linger. They are retired if
+    /// their pod is dead, or if newcomers need their indices: those that lingered before are retired first.
     pub(super) fn finish(
         self,
         records: &BTreeMap<u32, Backend>,
@@ -228,31 +229,31 @@ impl<'a> Claims<'a> {
     }
 }
 
-/// What is known of a backend that no pool has any more.
+/// What is known about a backend that no pool has any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Leaving {
     /// Its pod has ended.
     Dead,
-    /// As far as is known, its pod lives; perhaps not for long.
+    /// As far as is known, its pod is alive, perhaps not for long.
     Alive {
         /// Whether a slice says that it is terminating.
         terminating: bool,
     },
 }
 
-/// The record of an index that is free again.
+/// The record of an index after its backend is retired.
 pub(crate) fn retired(record: &Backend) -> Backend {
     Backend { generation: record.generation.wrapping_add(1), flags: 0, ..*record }
 }
 
-/// Who has an index that is in use.
+/// The identity of the backend at an index in use.
 pub(super) fn identity(observed: &Observed, index: u32, record: &Backend) -> BackendName {
     let key = NameKey { kind: NameKind::Backend as u32, id: index };
     let pod = observed.names.get(&key).map(String::as_str).unwrap_or_default().into();
     BackendName { address: Ipv6Addr::from(record.address).to_canonical(), pod }
 }
 
-/// As IPv6, or IPv4-mapped, in network byte order.
+/// An IPv6 or IPv4-mapped address in network byte order.
 fn mapped(address: IpAddr) -> [u8; 16] {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
@@ -268,7 +269,8 @@ mod tests {
         BackendName { address: IpAddr::from([10, 0, 0, last]), pod: format!("default/p{last}").into() }
     }
 
-    /// What a store holds after `names` are all that is desired, where every pod that leaves is dead or alive.
+    /// Publishes `names` as the only desired backends, and assumes that every pod that leaves is dead or alive, as `leaving`
+    /// says.
     fn publish(observed: &mut Observed, capacity: u32, names: &[u8], leaving: Leaving) -> Vec<Option<u32>> {
         let mut allocator = BackendAllocator::new(capacity);
         allocator.insert_all(observed);
@@ -293,9 +295,9 @@ mod tests {
         };
         assert_eq!(publish(&[1, 2]), (vec![Some(0), Some(1)], 1));
         assert_eq!(publish(&[2]), (vec![Some(1)], 2));
-        // Less than half were ever used: a new one.
+        // Less than half of the indices were ever used: a new one.
         assert_eq!(publish(&[2, 3]), (vec![Some(1), Some(2)], 2));
-        // Half were: the vacant one, under a new generation, then those never used, then none.
+        // Half were: the vacant one, with a new generation, then the remaining unused ones, then none.
         assert_eq!(publish(&[2, 3, 1]), (vec![Some(1), Some(2), Some(0)], 3));
         let all = publish(&[1, 2, 3, 4, 5, 6, 7]).0;
         assert_eq!(all, [Some(0), Some(1), Some(2), Some(3), Some(4), Some(5), None]);
@@ -318,7 +320,7 @@ mod tests {
         let mut observed = Observed::default();
         publish(&mut observed, 3, &[1, 2, 3], ALIVE);
         publish(&mut observed, 3, &[1, 2], ALIVE);
-        // One newcomer: the index is free for it once its former backend is retired.
+        // The newcomer gets no index yet: the next plan gives it the one that this plan frees.
         assert_eq!(publish(&mut observed, 3, &[1, 4], ALIVE), [Some(0), None]);
         let generations: Vec<u32> = observed.backends.values().map(|record| record.generation).collect();
         assert_eq!(generations, [1, 1, 2]);

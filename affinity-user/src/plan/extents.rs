@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-/// The free ranges: first -> length. No two of them touch.
+/// The free ranges: first -> length. No two of them are adjacent.
 #[derive(Debug)]
 pub(super) struct Extents {
     free: BTreeMap<u32, u32>,
 }
 
 impl Extents {
-    /// What `used` ranges (first, length) leave of `capacity` slots.
+    /// The slots among `capacity` that the `used` ranges (first, length) do not cover.
     pub(super) fn new(used: impl IntoIterator<Item = (u32, u32)>, capacity: u32) -> Self {
         let mut used: Vec<(u32, u32)> = used.into_iter().filter(|(_, length)| *length > 0).collect();
         used.sort_unstable();
@@ -24,7 +24,7 @@ impl Extents {
         Self { free }
     }
 
-    /// The first slot of a free range of `length`, which is taken; none where there is no such range.
+    /// Takes the first free range of `length`, and returns its first slot; `None` if there is no such range.
     pub(super) fn allocate(&mut self, length: u32) -> Option<u32> {
         let (first, free) = self.free.iter().find(|(_, free)| **free >= length).map(|(first, free)| (*first, *free))?;
         self.free.remove(&first);

@@ -1,7 +1,7 @@
-//! Ids of services, pools and groups: one space of `u32`, without those that are scopes of ranges ([`PODS`], [`NODE`]).
+//! Ids of services, pools and groups: one space of `u32`, without the ids that are scopes of ranges ([`PODS`], [`NODE`]).
 //!
-//! Names that are in the store keep their ids. A new id is a hash of the kind and the name, or the next free number, so
-//! that a service that is made again meets its own pins, and another one never does.
+//! Names that are in the store keep their ids. A new id is a hash of the kind and the name, or the next free number. So a
+//! service that is created again finds its own pins, and another service never does.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,39 +10,39 @@ use affinity_common::abi::{NODE, NameKey, NameKind, PODS};
 use super::state_index::discount;
 use crate::desired::hash32;
 
-/// The ids that are in use, and what for. Whatever a record refers to is in use, named or not.
+/// The ids in use, and their uses. An id is in use if a name or a record refers to it.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct Ids {
     /// Kind, name and id.
     by_name: BTreeSet<(u32, String, u32)>,
-    /// How often each id is referred to.
+    /// How many names and records refer to each id.
     uses: BTreeMap<u32, u32>,
 }
 
 impl Ids {
-    /// None but those that are no name's.
+    /// No ids except the reserved ones.
     pub(super) fn new() -> Self {
         Self { by_name: BTreeSet::new(), uses: BTreeMap::from([PODS, NODE].map(|scope| (scope, 1))) }
     }
 
-    /// Enters a name.
+    /// Inserts a name.
     pub(super) fn insert(&mut self, key: &NameKey, name: &str) {
         self.by_name.insert((key.kind, name.to_owned(), key.id));
         self.count(key.id);
     }
 
-    /// Strikes a name out.
+    /// Removes a name.
     pub(super) fn remove(&mut self, key: &NameKey, name: &str) {
         self.by_name.remove(&(key.kind, name.to_owned(), key.id));
         self.discount(key.id);
     }
 
-    /// Enters a record that refers to an id.
+    /// Counts a record that refers to an id.
     pub(super) fn count(&mut self, id: u32) {
         *self.uses.entry(id).or_default() += 1;
     }
 
-    /// Strikes such a record out.
+    /// Removes a record from the count.
     pub(super) fn discount(&mut self, id: u32) {
         discount(&mut self.uses, id);
     }
@@ -53,7 +53,7 @@ impl Ids {
         (*of == kind as u32 && found == name).then_some(*id)
     }
 
-    /// Ids and names of a kind that nothing refers to.
+    /// Ids and names of a kind that no record refers to.
     pub(super) fn unused(&self, kind: NameKind) -> impl Iterator<Item = (u32, &str)> {
         let kind = kind as u32;
         let of_kind = self.by_name.range((kind, String::new(), 0)..).take_while(move |(of, ..)| *of == kind);
@@ -69,7 +69,7 @@ impl Ids {
     }
 }
 
-/// Gives ids to names, those that they have or new ones.
+/// Assigns ids to names: existing ids, or new ones.
 pub(super) struct Naming<'a> {
     ids: &'a Ids,
     new: BTreeMap<(u32, String), u32>,
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(ids.get(NameKind::Service, "default/web"), web);
         assert_ne!(ids.get(NameKind::Group, "default/web").id, web.id);
 
-        // The number that the hash would give is taken: by a name, and by a record without one.
+        // The hash's number is taken: by a name, and by a record without a name.
         let taken = NameKey { kind: NameKind::Pool as u32, id: web.id };
         let mut ids = Ids::new();
         ids.insert(&taken, "other");

@@ -1,7 +1,7 @@
-//! What a store holds of services that the source could not tell about, in the words of [`Desired`].
+//! Reconstructs the desired state of services that could not be read from what a store holds.
 //!
-//! After a restart with a file that cannot be read, the services of that file are nowhere but in the store. They stay as
-//! they are, and so do the members of a service whose slices were in that file.
+//! After a restart with a file that cannot be read, the services of that file exist only in the store. They stay as they are,
+//! and so do the members of a service if its slices were in that file.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -21,7 +21,8 @@ use crate::{
     store::Observed,
 };
 
-/// `desired`, with all that `observed` has of services that are not `known`, and the members of those known by name only.
+/// `desired`, with everything that `observed` has of services that are not `known`, and the members of services without known
+/// slices.
 pub(super) fn keep(observed: &Observed, desired: &Desired, known: &Known) -> Desired {
     let mut kept = Keeper { observed, known, desired: desired.clone() };
     for (key, frontend) in &observed.frontends_v4 {
@@ -55,7 +56,7 @@ impl Keeper<'_> {
                 drop_if_no_local: has(DROP_IF_NO_LOCAL),
             };
             if key.scope == SCOPE_EXTERNAL {
-                // The record for any client came before this one.
+                // The record for all clients came before this one.
                 match self.desired.frontends.get_mut(&address) {
                     Some(kept) if kept.internal.pool.service == name.service => kept.external = Some(route),
                     _ => return,
@@ -76,7 +77,7 @@ impl Keeper<'_> {
         }
     }
 
-    /// Whether packets are dropped is known from endpoints.
+    /// Copies whether packets are dropped, because that is decided from endpoints.
     fn silence<A: Address>(&mut self, ip: IpAddr, key: &FrontendKey<A>, name: &PoolName, record: &Frontend) {
         let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
         let Some(frontend) = self.desired.frontends.get_mut(&address) else { return };
@@ -106,7 +107,7 @@ impl Keeper<'_> {
         self.observed.names.get(&NameKey { kind: kind as u32, id })
     }
 
-    /// The pool as its frontend's record has it, without members.
+    /// The pool, with the settings of its frontend's record, without members.
     fn pool(&self, name: &PoolName, frontend: &Frontend) -> Pool {
         let group = self.name(NameKind::Group, frontend.group).and_then(|group| group.split_once('/'));
         let affinity = Affinity { timer: Timer::from_byte(frontend.timer), timeout_ns: frontend.timeout_ns };

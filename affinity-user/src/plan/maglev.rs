@@ -1,18 +1,18 @@
 //! Maglev tables (Eisenbud et al., NSDI 2016, section 3.4): every member gets an almost equal share, and a change of the
-//! members moves few others.
+//! members moves few other slots.
 //!
-//! A table depends on the members' addresses alone, so every node, and every later version, must build the same one.
+//! A table depends only on the members' addresses, so every node and every later version must build the same one.
 
 use std::net::IpAddr;
 
 use crate::desired::hash64;
 
-/// Sizes of tables: primes, far apart, because another size moves everything.
+/// Sizes of tables: primes, far apart, because a change of size moves every client.
 const SIZES: [usize; 3] = [1_021, 16_381, 65_537];
-/// Slots per member, where there is a size that large: shares then differ by about a percent.
+/// Slots per member, if there is a table that large: shares then differ by about a percent.
 const SLOTS_PER_MEMBER: usize = 100;
 
-/// For each slot, the position in `members` of who has it; empty where there are none.
+/// For each slot, the position of its owner in `members`; empty if there are no members.
 pub(super) fn table(members: &[IpAddr]) -> Vec<usize> {
     if members.is_empty() {
         return Vec::new();
@@ -27,7 +27,7 @@ pub(super) fn table(members: &[IpAddr]) -> Vec<usize> {
             if left == 0 {
                 return table.into_iter().flatten().collect();
             }
-            // A walk visits every slot, and one is free.
+            // A walk visits every slot, and at least one is free.
             while table[walk.at].is_some() {
                 walk.step(size);
             }
@@ -37,7 +37,7 @@ pub(super) fn table(members: &[IpAddr]) -> Vec<usize> {
     }
 }
 
-/// The order in which a member prefers slots: from one on, by a fixed stride, which visits all as the size is prime.
+/// The order in which a member prefers slots: a start and a fixed stride, which reaches all slots because the size is prime.
 struct Walk {
     at: usize,
     stride: usize,
@@ -79,7 +79,7 @@ mod tests {
             let mut shares = vec![0usize; members.len()];
             table.iter().for_each(|member| shares[*member] += 1);
             let (least, most) = (shares.iter().min().copied(), shares.iter().max().copied());
-            // Each round gives every member one slot, and only the last may be cut short.
+            // Each round gives every member one slot, and only the last round may be incomplete.
             assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 1), "{count}: {shares:?}");
         }
     }

@@ -1,8 +1,7 @@
-//! What a store holds, and what has to be found in it for the next plan.
+//! What a store holds, with the indices that the next plan needs.
 //!
-//! A [`StateIndex`] is a function of [`Observed`] and nothing else: each step that was carried out is applied here, and then
-//! it is as if the store had been read again. So a plan for a few services costs what these services are, whatever else the
-//! store holds.
+//! A [`StateIndex`] is a function of [`Observed`] only: each completed step is applied here, with the same result as reading
+//! the store again. So the cost of a plan for a few services depends only on these services, whatever else the store holds.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,7 +31,7 @@ pub struct StateIndex {
     pub(super) backends: BackendAllocator,
     frontends_v4: BTreeSet<(u32, FrontendKey<V4>)>,
     frontends_v6: BTreeSet<(u32, FrontendKey<V6>)>,
-    /// By scope.
+    /// Indexed by scope.
     ranges_v4: BTreeSet<(u32, RangeKey<V4>)>,
     ranges_v6: BTreeSet<(u32, RangeKey<V6>)>,
     /// How many frontends name an extent, by its first slot.
@@ -42,7 +41,7 @@ pub struct StateIndex {
 }
 
 impl StateIndex {
-    /// Of a store that was read.
+    /// The index of a store that was just read.
     #[must_use]
     pub fn new(observed: Observed, capacity: Capacity) -> Self {
         let mut state_index = Self {
@@ -82,21 +81,21 @@ impl StateIndex {
         &self.observed
     }
 
-    /// Services, pools and groups of which nothing is left but the name: no plan takes it away, because pins and flows may
-    /// still tell of them, and find them if they come back.
+    /// Services, pools and groups of which only the name is left. No plan removes the name, because pins and flows may still
+    /// refer to it, and apply again if it comes back.
     pub fn withdrawn(&self) -> impl Iterator<Item = (NameKey, &str)> {
         [NameKind::Service, NameKind::Pool, NameKind::Group]
             .into_iter()
             .flat_map(|kind| self.ids.unused(kind).map(move |(id, name)| (NameKey { kind: kind as u32, id }, name)))
     }
 
-    /// The backends that linger: who they are, and their records.
+    /// The backends that linger: index, identity and record.
     pub fn lingering(&self) -> impl Iterator<Item = (u32, BackendName, &Backend)> {
         let records = self.backends.lingering().filter_map(|index| Some((index, self.observed.backends.get(&index)?)));
         records.map(|(index, record)| (index, identity(&self.observed, index, record), record))
     }
 
-    /// Whether an address is in a network of pods.
+    /// Whether an address is in a pod network.
     pub(super) fn is_in_pod_network(&self, address: IpAddr) -> bool {
         fn contains<A: Address>(key: &RangeKey<A>, network: IpAddr, address: IpAddr) -> bool {
             let prefix = key.prefix_len.checked_sub(32).and_then(|prefix| u8::try_from(prefix).ok());
@@ -112,7 +111,7 @@ impl StateIndex {
         }
     }
 
-    /// Enters a step that was carried out.
+    /// Applies a step that was carried out.
     pub fn apply(&mut self, op: &Op) {
         if matches!(op, Op::Grace) {
             return self.forget_unnamed_slots();
@@ -122,7 +121,7 @@ impl StateIndex {
         self.enter_subject(op);
     }
 
-    /// Takes what a step is about to change out of the indices.
+    /// Removes from the indices what a step is about to change.
     fn remove_subject(&mut self, op: &Op) {
         let Self { observed, ids, backends, frontends_v4, frontends_v6, ranges_v4, ranges_v6, named, left, .. } = self;
         match op {
@@ -210,7 +209,7 @@ impl StateIndex {
         extents.filter(|(_, count)| *count > 0).collect()
     }
 
-    /// What a change may touch; all else stays as it is.
+    /// The part of the store that a change may touch; everything else stays as it is.
     pub(super) fn touched(&self, change: &Change) -> Observed {
         let mut part = Observed::default();
         for service in &change.services {
@@ -233,7 +232,7 @@ impl StateIndex {
         }
         let backends = change.desired.backends.keys().chain(&change.desired.others).chain(&change.gone);
         for name in backends {
-            // And who lingers at their addresses: another pod may have come there.
+            // Includes backends that linger at the same addresses: another pod may have taken the address.
             let there = self.backends.at(name.address);
             let there = there.filter(|(other, index)| *other == name || self.backends.is_lingering(*index));
             there.for_each(|(_, index)| self.copy_backend(index, &mut part));
@@ -241,7 +240,7 @@ impl StateIndex {
         part
     }
 
-    /// The name of an id, and the members under it.
+    /// The name of an id, and its members.
     fn copy_scope(&self, kind: NameKind, id: u32, part: &mut Observed) {
         let key = NameKey { kind: kind as u32, id };
         part.names.extend(self.observed.names.get(&key).map(|name| (key, name.clone())));
@@ -258,7 +257,7 @@ impl StateIndex {
         }
     }
 
-    /// What there is of a backend's index.
+    /// The record, name and usage entry of a backend's index.
     pub(super) fn copy_backend(&self, id: u32, part: &mut Observed) {
         part.backends.extend(self.observed.backends.get(&id).map(|record| (id, *record)));
         let key = NameKey { kind: NameKind::Backend as u32, id };
@@ -332,7 +331,7 @@ fn ids_of(frontend: &Frontend) -> [u32; 4] {
     [service, pool, group, own]
 }
 
-/// One less; none are not kept.
+/// Subtracts one from a count, and removes it if it is zero.
 pub(super) fn discount(counts: &mut BTreeMap<u32, u32>, of: u32) {
     if let std::collections::btree_map::Entry::Occupied(mut count) = counts.entry(of) {
         *count.get_mut() -= 1;

@@ -1,7 +1,7 @@
 //! What the store should hold: [`Desired`], with numbers.
 //!
-//! What is in the store keeps its numbers. Where there is no room, a pool keeps the slots that it has, and the members
-//! that these name stay ready; a pool that has none is not published. Either is reported.
+//! Existing records keep their numbers. If there is no space, a pool keeps the slots that it has, and their members stay ready.
+//! A pool without slots is not published. Both cases are reported.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +28,7 @@ use crate::{
     store::Observed,
 };
 
-/// The state that `part` of a store is to become: all of it, or what a change may touch.
+/// The state that `part` of a store should reach. `part` is the whole store, or what a change may touch.
 pub(super) fn target(state_index: &StateIndex, part: &Observed, desired: &Desired) -> (Observed, Vec<Problem>) {
     let mut numbering = Numbering {
         state_index,
@@ -59,9 +59,9 @@ struct Numbering<'a> {
     desired: &'a Desired,
     ids: Naming<'a>,
     backends: Claims<'a>,
-    /// The free ones, once they are needed.
+    /// The free extents; computed when they are first needed.
     extents: Option<Extents>,
-    /// How many of the ranges are new, of either family.
+    /// How many of the ranges are new, in each family.
     new_ranges: (usize, usize),
     target: Observed,
     problems: Vec<Problem>,
@@ -72,14 +72,14 @@ struct Numbering<'a> {
 struct Slots<'a> {
     first: u32,
     count: u32,
-    /// What it holds, where that is not what is wanted.
+    /// The slots' content, if it is not what is wanted.
     held: &'a [u32],
 }
 
 type Indices<'a> = BTreeMap<&'a BackendName, u32>;
 
 impl<'a> Numbering<'a> {
-    /// Gives each backend its index; who has one keeps it, and where there is no room, newcomers get none.
+    /// Assigns each backend its index. Backends keep their indices; if there is no space, new backends get none.
     fn claim_backends(&mut self) -> Indices<'a> {
         let mut indices = BTreeMap::new();
         for (name, local) in &self.desired.backends {
@@ -110,7 +110,7 @@ impl<'a> Numbering<'a> {
         }
     }
 
-    /// The record of a pool's frontends; none where there is no room for its slots.
+    /// The record of a pool's frontends; `None` if there is no space for its slots.
     fn pool(&mut self, name: &PoolName, pool: &Pool, indices: &Indices<'_>) -> Option<Frontend> {
         let service = self.id(NameKind::Service, &name.service.to_string());
         let id = self.id(NameKind::Pool, &name.to_string());
@@ -163,7 +163,7 @@ impl<'a> Numbering<'a> {
         self.target.members.insert(MemberKey { pool, backend }, member);
     }
 
-    /// The extent that holds `wanted`: the pool's own where it is the same, or a new one.
+    /// The extent that holds `wanted`: the pool's own if its content is the same, or a new one.
     fn slots(&mut self, name: &PoolName, pool: u32, wanted: &[u32]) -> Option<Slots<'a>> {
         if wanted.is_empty() {
             return Some(Slots::default());
@@ -239,7 +239,7 @@ impl<'a> Numbering<'a> {
                 }
             }
         }
-        // A frontend is withheld where one of its pools has no room; then the slots of the other must not be used.
+        // A frontend is withheld if one of its pools has no space; then the slots of its other pool must not be used.
         let Observed { frontends_v4, frontends_v6, slots, .. } = &mut self.target;
         let published = frontends_v4.values().chain(frontends_v6.values());
         let named: BTreeSet<u32> =
@@ -247,7 +247,7 @@ impl<'a> Numbering<'a> {
         slots.retain(|first, _| named.contains(first));
     }
 
-    /// The addresses of this node, the networks of pods, and the ranges of services.
+    /// The addresses of this node, the pod networks, and the ranges of services.
     fn ranges(&mut self) {
         let Desired { node_addresses, pod_networks, ranges, .. } = self.desired;
         let left_out = node_addresses.iter().filter(|address| !self.range(NODE, &Network::host(**address))).count();
@@ -272,7 +272,7 @@ impl<'a> Numbering<'a> {
         }
     }
 
-    /// Adds a range; false where there is no room for it beside all that are there, wanted or not.
+    /// Adds a range; false if there is no space for it in addition to all existing ones, wanted or not.
     fn range(&mut self, scope: u32, network: &Network) -> bool {
         let StateIndex { observed, capacity, .. } = self.state_index;
         let Observed { ranges_v4, ranges_v6, .. } = &mut self.target;
@@ -297,13 +297,13 @@ impl<'a> Numbering<'a> {
         let Numbering { state_index, desired, .. } = self;
         let (records, in_use) =
             self.backends.finish(&part.backends, |index, record| leaving(state_index, part, desired, (index, record)));
-        // A pod that has gone keeps its name until another one has its index: sessions and events still tell of it.
+        // A pod that has gone keeps its name until another pod gets its index: sessions and events still refer to it.
         for id in records.keys() {
             self.target.names.extend(part.names.get(&key(*id)).map(|name| (key(*id), name.clone())));
         }
         self.target.names.extend(indices.iter().map(|(name, id)| (key(*id), name.pod.to_string())));
-        // A service, a pool and a group keep their names, and so their ids, as long as pins and flows tell of them, which
-        // others know: see `StateIndex::withdrawn`.
+        // A service, a pool and a group keep their names, and so their ids, while pins and flows refer to them. That is known
+        // elsewhere: see `StateIndex::withdrawn`.
         let ids = part.names.iter().filter(|(key, _)| key.kind != NameKind::Backend as u32);
         for (key, name) in ids {
             self.target.names.entry(*key).or_insert_with(|| name.clone());
@@ -314,7 +314,7 @@ impl<'a> Numbering<'a> {
     }
 }
 
-/// What is known of a backend that nothing desires. What a source cannot tell of may live.
+/// What is known about a backend that is not desired. If only a part of the source was read, it may be alive.
 fn leaving(state_index: &StateIndex, part: &Observed, desired: &Desired, (index, record): (u32, &Backend)) -> Leaving {
     let name = identity(&state_index.observed, index, record);
     let is_known = desired.known.is_none() && !desired.others.contains(&name);
@@ -325,15 +325,15 @@ fn leaving(state_index: &StateIndex, part: &Observed, desired: &Desired, (index,
     Leaving::Alive { terminating: desired.terminating.contains(&name) }
 }
 
-/// Whether another pod has the address of one that no slice lists. Pods that use the host's network share its address, so
-/// that only an address in a network of pods tells.
+/// Whether another pod has the address of a pod that no slice lists. Pods in the host's network share its address, so only an
+/// address in a pod network is evidence.
 fn is_replaced(state_index: &StateIndex, part: &Observed, desired: &Desired, name: &BackendName) -> bool {
-    // The name of a pod has a slash.
+    // The name of a pod contains a slash.
     let is_another = |other: &BackendName| other.pod.contains('/') && other.pod != name.pod;
     let first = BackendName { address: name.address, pod: Arc::default() };
     let desired_there = desired.backends.range(first..).map(|(other, _)| other);
     let mut desired_there = desired_there.take_while(|other| other.address == name.address);
-    // Those that a change does not touch are still desired.
+    // Backends that a change does not touch are still desired.
     let is_untouched = |index| !state_index.backends.is_lingering(index) && !part.backends.contains_key(&index);
     let mut untouched = state_index.backends.at(name.address).filter(|(_, index)| is_untouched(*index));
     name.pod.contains('/')
@@ -342,7 +342,7 @@ fn is_replaced(state_index: &StateIndex, part: &Observed, desired: &Desired, nam
             || state_index.is_in_pod_network(name.address))
 }
 
-/// The records of a frontend; none where one of its pools is not published.
+/// Inserts the records of a frontend; none if one of its pools is not published.
 fn publish<A: Address>(
     frontends: &mut BTreeMap<FrontendKey<A>, Frontend>,
     key: FrontendKey<A>,
@@ -383,19 +383,19 @@ fn add_range<A: Address>(
     true
 }
 
-/// What masquerading uses, as the programs read it.
+/// What masquerading uses, in the programs' format.
 fn node(masquerade: &Masquerade) -> Node {
     let Masquerade { v4, v6, ports } = masquerade;
     Node {
         address_v6: v6.map_or_else(V6::default, |ip| V6(ip.octets())),
         address_v4: v4.map_or_else(V4::default, |ip| V4(ip.octets())),
         port_first: Port::new(*ports.start()),
-        // At most 65,535: port 0 is none.
+        // At most 65,535: port 0 means no port.
         port_count: ports.len() as u16,
     }
 }
 
-/// The slots of a pool: one for each ready member by address, or a Maglev table of them.
+/// The slots of a pool: one for each ready member, ordered by address, or a Maglev table of them.
 fn wanted_slots(pool: &Pool, indices: &Indices<'_>) -> Vec<u32> {
     let ready: Vec<(IpAddr, u32)> = (pool.members.iter().filter(|(_, member)| member.ready))
         .filter_map(|(backend, _)| indices.get(backend).map(|index| (backend.address, *index)))

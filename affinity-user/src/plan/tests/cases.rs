@@ -1,4 +1,4 @@
-//! Plans whose steps are looked at one by one, and changes that random worlds rarely make.
+//! Cases that check the steps of a plan one by one, and changes that random worlds rarely make.
 
 use affinity_common::abi::{
     AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, COEXIST, DROP_IF_NO_LOCAL, Frontend, MASQUERADE, MEMBER_DRAINING,
@@ -21,7 +21,7 @@ use crate::{
 
 const CAPACITY: Capacity = Capacity { backends: 64, slots: 4_096, ranges: 64 };
 
-/// Brings `observed` to `world`, and tells the steps.
+/// Brings `observed` to `world`, and returns the steps as text.
 fn bring(observed: &mut Observed, world: &World) -> Vec<String> {
     let (steps, problems) = plan(observed, &world.desired(), CAPACITY);
     assert_eq!(problems, []);
@@ -29,7 +29,7 @@ fn bring(observed: &mut Observed, world: &World) -> Vec<String> {
     steps.iter().map(tell).collect()
 }
 
-/// A step, without its ids, which are hashes.
+/// A step as text, without its ids, which are hashes.
 fn tell(step: &Op) -> String {
     let state = |state| match state {
         MEMBER_READY => "ready",
@@ -115,7 +115,7 @@ fn the_life_of_a_service() {
     put frontend :80 slots 0+2
     put frontend :81 slots 2+2
     ");
-    // A pod comes, and one drains.
+    // A pod is added, and one drains.
     insta::assert_snapshot!(bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]), @r"
     name default/p3
     put usage
@@ -131,7 +131,7 @@ fn the_life_of_a_service() {
     put member 0 port 5353 draining
     put member 0 port 8080 draining
     ");
-    // The one that drained has left: its connections go on.
+    // The draining pod has left: its connections continue.
     insta::assert_snapshot!(bring(&[(2, Ready, true), (3, Ready, true)]), @r"
     grace
     remove member 0
@@ -147,7 +147,7 @@ fn the_life_of_a_service() {
     ");
 }
 
-/// A pod that was seen to terminate, and is gone from all slices, is dead.
+/// A pod that was seen terminating and is gone from all slices is dead.
 #[test]
 fn a_dead_pod_is_retired_at_once() {
     let mut observed = Observed::default();
@@ -163,7 +163,7 @@ fn a_dead_pod_is_retired_at_once() {
     ");
 }
 
-/// A pod at an address in a network of pods is dead when another one has the address; elsewhere pods may share one.
+/// A pod at an address in a pod network is dead once another pod has the address; elsewhere pods may share an address.
 #[test]
 fn a_pod_whose_address_another_one_has_is_retired_at_once() {
     let world = |pod: &str, network: Option<&str>| {
@@ -194,7 +194,7 @@ fn the_last_pods_of_a_service() {
     bring(&[(1, Ready, true), (2, Ready, true)]);
     bring(&[(1, Unready, true), (2, Ready, true), (3, Ready, true)]);
     bring(&[(2, Ready, true), (3, Ready, true)]);
-    // Nobody is ready, but one still serves.
+    // No pod is ready, but one still serves.
     insta::assert_snapshot!(bring(&[(2, Leaving, true)]), @r"
     put backend 1 generation 1 terminating
     write slots 0: [1]
@@ -231,7 +231,7 @@ fn the_end_of_a_service() {
     put backend 0 generation 1 lingering
     remove usage
     ");
-    // All names stay, for the sessions and events that still tell of them, and so that what is made again is the same.
+    // All names stay, because sessions and events still refer to them, and so that a service that is created again is the same.
     let names: Vec<_> = observed.names.values().collect();
     assert_eq!(names, ["default/s1", "default/s1:b/UDP/v4", "default/s1:a/TCP/v4", "default/p1"]);
     assert!(observed.members.is_empty() && observed.slots.is_empty());
@@ -240,8 +240,8 @@ fn the_end_of_a_service() {
     assert_eq!((observed.names, observed.backends[&0].generation), (before, 1));
 }
 
-/// The pools of a service come to differ, and then to be alike again: a client that meets the new pod on one port must
-/// not lose it by dialling the other port, which does not have it.
+/// The pools of a service begin to differ, and later agree again: a client that gets the new pod on one port must not lose it
+/// by connecting to the other port, which does not have it.
 #[test]
 fn pools_come_to_differ_and_to_agree() {
     let alike: &[_] = &[(1, Ready, true), (2, Ready, true)];
@@ -277,7 +277,7 @@ fn pools_come_to_differ_and_to_agree() {
     check_prefixes(&[World::of(&[alike]), World::of(&[differ]), World::of(&[alike])]);
 }
 
-/// After a restart, one file is bad: the services that it gave stay, and what others give takes effect.
+/// After a restart, one file is bad: the services in it stay, and what other files contain takes effect.
 #[test]
 fn what_could_not_be_read_is_kept() {
     let one: &[_] = &[(1, Ready, true), (2, Ready, true)];
@@ -305,12 +305,12 @@ fn what_could_not_be_read_is_kept() {
     snapshot.slices = std::sync::Arc::default();
     assert_eq!(plan(&observed, &World::of(&[]).decide(&snapshot), CAPACITY), (Vec::new(), Vec::new()));
 
-    // All is read, and the second service is gone.
+    // Everything is read, and the second service is gone.
     let (steps, _) = plan(&observed, &World::of(&[one]).desired(), CAPACITY);
     assert!(steps.iter().any(|step| matches!(step, Op::RemoveFrontendV4(_))));
 }
 
-/// What is done about the frontends of two pods' service that is exposed, each time another way.
+/// The steps for the frontends of a service with two pods, as its exposure changes from call to call.
 fn exposing() -> impl FnMut(bool, &[&'static str]) -> String {
     let mut observed = Observed::default();
     let pods: &[_] = &[(1, Ready, true), (2, Ready, true)];
@@ -322,7 +322,7 @@ fn exposing() -> impl FnMut(bool, &[&'static str]) -> String {
     }
 }
 
-/// Between any two of these steps, nobody who may not comes in, and nobody who may is kept out.
+/// Between any two of these steps, no client without permission is admitted, and no client with permission is kept out.
 #[test]
 fn policies_and_ranges_are_set_while_a_service_lives() {
     let mut expose = exposing();
@@ -403,7 +403,7 @@ fn policies_and_ranges_are_taken_back_while_a_service_lives() {
 
 #[test]
 fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
-    // One is the node's address.
+    // One range is the node's address.
     let few = Capacity { ranges: 4, ..CAPACITY };
     let mut observed = Observed::default();
     let mut take = |ranges: &[&'static str]| {
@@ -417,13 +417,13 @@ fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
     let (count, problems) = take(&["192.0.2.0/30", "192.0.2.4/30", "192.0.2.8/30"]);
     assert_eq!(count, 4);
     insta::assert_snapshot!(problems, @"Service default/s1: no room among 4 for 1 of its source ranges: clients there are kept out");
-    // The old ones go at the end of a plan: the next one has their room.
+    // The old ranges are removed at the end of a plan: the next plan can use their space.
     assert_eq!(take(&["192.0.2.16/30"]).0, 2);
     assert_eq!(take(&["192.0.2.16/30"]), (3, String::new()));
 }
 
-/// A service that is given back to another proxy leaves its connections here: they need their pods, and its slices still
-/// tell whether these live.
+/// A service that is given back to another proxy leaves its connections here: they need their pods, and its slices still say
+/// whether these are alive.
 #[test]
 fn pods_of_a_service_that_is_given_back_linger() {
     let mut observed = Observed::default();
@@ -447,7 +447,7 @@ fn pods_of_a_service_that_is_given_back_linger() {
     assert_eq!(after.backends[&0].flags, BACKEND_LINGERING | BACKEND_TERMINATING);
     let after = take(&[(2, Ready, true)]);
     assert_eq!(in_use(&after), 1);
-    // Pods that never were ours are not remembered.
+    // Pods that were never ours are not remembered.
     let after = take(&[(2, Ready, true), (3, Ready, true)]);
     assert_eq!(in_use(&after), 1);
 }
@@ -476,7 +476,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     steps.iter().for_each(|step| observed.apply(step));
     assert_eq!(observed.frontends_v4.len(), 3);
 
-    // Full: the pool that would change keeps what it has.
+    // No space: the pool that would change keeps what it has.
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(4, Ready, true)]]);
     let (steps, problems) = plan(&observed, &world.desired(), few_slots);
     insta::assert_snapshot!(lines(problems), @r"

@@ -1,4 +1,4 @@
-//! What holds of every plan, whatever the worlds before and after, and after each of its steps.
+//! Properties of every plan, whatever the worlds before and after, and after each of its steps.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,7 +39,7 @@ fn observe(store: &impl Store) -> Observed {
     store.observe().expect("memory can be read")
 }
 
-/// Applies what is to be done, until nothing is: where room is short, a plan may use what the one before it freed.
+/// Applies plans until there is nothing to do: if space was short, a plan may use what the one before it freed.
 fn settle(store: &mut impl Store, world: &World) {
     for _ in 0..16 {
         let (steps, _) = plan(&observe(store), &world.desired(), store.capacity());
@@ -75,7 +75,7 @@ fn assert_consistent(observed: &Observed) {
     assert!(ends.zip(firsts.skip(1)).all(|(end, next)| end <= next), "extents overlap: {extents:?}");
 }
 
-/// What becomes of a client of a frontend, by the records alone.
+/// How a client of a frontend is treated, according to the records.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Access {
     None,
@@ -84,7 +84,7 @@ enum Access {
     Allowed(u32),
 }
 
-/// As the programs read the records.
+/// Reads the records as the programs do.
 fn access<A: TestAddress>(observed: &Observed, key: &FrontendKey<A>, client: u8) -> Access {
     let address = A::client(client);
     let ranges = A::ranges(observed);
@@ -100,7 +100,8 @@ fn access<A: TestAddress>(observed: &Observed, key: &FrontendKey<A>, client: u8)
     Access::Allowed(record.pool)
 }
 
-/// Who is let in before and after is let in now, and who is not is not; and everybody is sent as before or as after.
+/// A client that is admitted before and after is admitted now; one that is admitted neither before nor after is not admitted
+/// now. Every client is sent to the same pool as before or as after.
 fn assert_access<A: TestAddress>(old: &Observed, now: &Observed, new: &Observed) {
     let same_pods = pods(old) == pods(new);
     for key in A::frontends(old).keys().filter(|key| key.scope == SCOPE_ANY) {
@@ -126,10 +127,10 @@ fn pods(observed: &Observed) -> (Vec<&RangeKey<V4>>, Vec<&RangeKey<V6>>) {
     (v4, observed.ranges_v6.iter().filter(|key| key.scope == PODS).collect())
 }
 
-/// Who has had an index under a generation.
+/// The backend that had an index with a generation.
 type History = BTreeMap<(u32, u32), (IpAddr, String)>;
 
-/// No index under one odd generation ever means another pod.
+/// An index with one odd generation never means two different pods.
 fn assert_generations(observed: &Observed, history: &mut History) {
     for (index, backend) in observed.backends.iter().filter(|(_, backend)| backend.generation % 2 == 1) {
         let key = NameKey { kind: NameKind::Backend as u32, id: *index };
@@ -155,7 +156,7 @@ fn assert_ids_stay(before: &Observed, after: &Observed) {
     assert!(!distinct.contains(&0));
 }
 
-/// Who leaves every pool lingers, unless its pod has ended; nobody else does, and nobody is retired otherwise.
+/// Backends that leave every pool linger, unless their pod has ended. No others linger, and no others are retired.
 fn assert_lingering(before: &Observed, after: &Observed, desired: &Desired) {
     for (index, record) in before.backends.iter().filter(|(_, record)| record.generation % 2 == 1) {
         let name = identity(before, *index, record);
@@ -171,7 +172,7 @@ fn assert_lingering(before: &Observed, after: &Observed, desired: &Desired) {
     }
 }
 
-/// Sequences of worlds, between which the agent retires some of those that linger.
+/// Sequences of worlds; between them the agent retires some of the backends that linger.
 fn check_lingering(worlds: &[(World, u64)]) {
     let mut observed = Observed::default();
     let mut history = History::new();
@@ -225,7 +226,7 @@ fn check_structure(worlds: &[World], capacity: Capacity) {
     }
 }
 
-/// A plan for a change has the steps of the plan in full, and an index that applied them is that of the store.
+/// A plan for a change has the steps of the full plan, and an index to which they were applied equals that of the store.
 fn check_changes(snapshots: &[Snapshot], capacity: Capacity) {
     let mut store = store(capacity);
     let mut state = DesiredState::new(options());
@@ -256,7 +257,7 @@ struct Pin {
     to: (IpAddr, u16),
     backend: u32,
     generation: u32,
-    /// Whether it is the group's; if not, it is the frontend's own, or there is none.
+    /// Whether it is the group's pin; if not, it is the frontend's own, or there is none.
     shared: bool,
 }
 
@@ -287,7 +288,7 @@ where
     Some(Pin { to, backend: *backend, generation: record.generation, shared })
 }
 
-/// Whether a pin is bound to hold: both records pin alike, and its pod is ready in the end.
+/// Whether a pin must hold: both records pin in the same way, and its pod is ready in the end.
 fn must_hold(pin: &Pin, before: &Frontend, after: &Frontend, new: &Observed) -> bool {
     let scope = |frontend: &Frontend| (frontend.group, frontend.own, frontend.flags & AFFINITY, frontend.prefix);
     let key = MemberKey { pool: after.pool, backend: pin.backend };
@@ -306,7 +307,7 @@ impl<A: TestAddress> Residents<A>
 where
     Model: FamilyTables<A>,
 {
-    /// Lets each client connect to each frontend twice: the second time, its pins have come to rest.
+    /// Lets each client connect to each frontend twice: after the second time, its pins are stable.
     fn arrive(model: &Model, sport: u16, frontends: &Frontends<A>) -> Self {
         let mut pins = Pins::new();
         for sport in [sport - 1, sport] {
@@ -321,7 +322,7 @@ where
         Self { sport, pins }
     }
 
-    /// Everybody, and one who was never there, connects in the middle of the plan from `old` to `new`.
+    /// Every client, and one that was never there, connects in the middle of the plan from `old` to `new`.
     fn check(&self, model: &Model, old: &Observed, new: &Observed, tables: [&Frontends<A>; 2], reversed: bool) {
         let mut both: Vec<(&FrontendKey<A>, &Frontend, &Frontend)> = Vec::new();
         for (key, before) in tables[0] {
@@ -337,8 +338,8 @@ where
             for client in 0..=CLIENTS {
                 let fate = send(model, key, client, NEW_PORT, SYN);
                 let to = fate.to.unwrap_or_else(|| panic!("client {client} has nobody: {fate:?}"));
-                // A pin may lead to a pod that is already ready in the pool that the frontend is about to leave, or
-                // still ready in the one that it has come to.
+                // A pin may lead to a pod that is already ready in the pool that the frontend is about to leave, or still ready
+                // in the pool that it was switched to.
                 let usable = [old, new].iter().any(|at| is_usable(at, before, to) || is_usable(at, after, to));
                 assert!(usable, "client {client} is sent to {to:?}, which is ready neither before nor after");
                 let Some((_, pin)) = self.pins.get(&(*key, client)) else { continue };
@@ -350,7 +351,7 @@ where
         }
     }
 
-    /// An established TCP connection stays where it is for as long as the backend is known.
+    /// An established TCP connection stays where it is while the backend has the same generation.
     fn check_connection(&self, model: &Model, key: &FrontendKey<A>, client: u8, pin: &Pin, new: &Observed) {
         if new.backends[&pin.backend].generation == pin.generation && key.protocol != UDP {
             let fate = send(model, key, client, self.sport, ACK);
@@ -359,7 +360,7 @@ where
     }
 }
 
-/// Whether a record is what the packets of all clients meet, wherever they are.
+/// Whether a record applies to the packets of all clients, wherever they are.
 fn is_for_everybody<A: TestAddress>(key: &FrontendKey<A>, frontend: &Frontend) -> bool {
     key.scope == SCOPE_ANY && frontend.flags & (SPLIT_SCOPE | RANGES) == 0 && !key.address.is_loopback()
 }
@@ -377,8 +378,8 @@ fn pools_of(observed: &Observed, group: u32) -> BTreeSet<u32> {
     frontends.filter(|frontend| frontend.group == group).map(|frontend| frontend.pool).collect()
 }
 
-/// Clients that arrive in the middle of a plan, connect everywhere, and stay. (While services join or leave their group,
-/// a pin made in that moment may follow.)
+/// Clients that arrive in the middle of a plan, connect to all frontends, and stay. (While services join or leave their group,
+/// a pin that is created at that moment may follow.)
 struct Newcomers<A: TestAddress> {
     clients: std::ops::Range<u8>,
     sport: u16,
@@ -393,15 +394,15 @@ where
         Self { clients: CLIENTS + 1..CLIENTS + 1, sport: NEW_PORT + 1, pins: Pins::new() }
     }
 
-    /// A new plan: those of the last one are forgotten, and their addresses are not used again.
+    /// Begins a new plan: forgets the clients of the last one, and does not reuse their addresses.
     fn begin(&mut self) {
         self.clients.start = self.clients.end;
         self.pins.clear();
     }
 
-    /// Some more arrive, and everybody connects twice to all that is there.
+    /// More clients arrive, and all of them connect twice to every frontend.
     fn check(&mut self, model: &Model, frontends: &Frontends<A>, old: &Observed, new: &Observed) {
-        // While there are addresses.
+        // As long as there are addresses.
         self.clients.end = self.clients.end.checked_add(3).unwrap_or(self.clients.end);
         for _ in 0..2 {
             self.sport += 1;
@@ -430,7 +431,7 @@ fn mapped(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// No prefix of a plan loses or re-homes a client.
+/// No prefix of a plan loses a client or moves it to another pod.
 pub(super) fn check_prefixes(worlds: &[World]) {
     let mut store = store(ROOMY);
     let (mut new_v4, mut new_v6) = (Newcomers::<V4>::new(), Newcomers::<V6>::new());
@@ -496,7 +497,7 @@ proptest! {
     ) {
         let mut store = FaultyStore::new(store(ROOMY), failing);
         for world in &worlds {
-            // As the agent does: up to the first failure, then from what is there.
+            // As the agent does: up to the first failure, then again from what the store holds.
             while let Some(()) = {
                 let (steps, _) = plan(&observe(&store), &world.desired(), ROOMY);
                 let failed = steps.iter().any(|step| store.apply(step).is_err());
@@ -520,7 +521,7 @@ proptest! {
 }
 
 proptest! {
-    // Every frontend more costs every state of every plan.
+    // Every additional frontend makes every state of every plan more expensive.
     #![proptest_config(ProptestConfig { cases: 4, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]

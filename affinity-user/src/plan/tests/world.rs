@@ -1,4 +1,4 @@
-//! Random worlds of services and pods, and clients that dial them.
+//! Random worlds of services and pods, and clients that connect to them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +27,7 @@ use crate::{
     store::Observed,
 };
 
-/// How a pod is in a service.
+/// The state of a pod in a service.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum State {
     Ready,
@@ -42,7 +42,7 @@ pub(super) type Part = (u8, State, bool);
 #[derive(Clone, Debug)]
 pub(super) struct World {
     services: Vec<Option<Spec>>,
-    /// Whether it is known which clients are pods.
+    /// Whether the pod networks are known.
     knows_pods: bool,
 }
 
@@ -71,7 +71,7 @@ pub(super) fn world(services: usize) -> impl Strategy<Value = World> {
     (world_with(services, exposed), any::<bool>()).prop_map(|(world, knows_pods)| World { knows_pods, ..world })
 }
 
-/// The same with cluster IPs alone.
+/// The same with cluster IPs only.
 pub(super) fn inner_world(services: usize) -> impl Strategy<Value = World> {
     world_with(services, Just(None))
 }
@@ -80,7 +80,7 @@ fn world_with(services: usize, exposed: impl Strategy<Value = Option<Exposed>>) 
     let state = prop_oneof![4 => Just(State::Ready), 1 => Just(State::Leaving), 1 => Just(State::Unready)];
     let parts = prop::collection::btree_map(1u8..7, (state, prop::bool::weighted(0.8)), 0..6);
     let flags = (prop::bool::weighted(0.9), any::<bool>(), prop::bool::weighted(0.5));
-    // Selection rarely changes: a Maglev table is large, and every state is looked at many times.
+    // Selection rarely changes: a Maglev table is large, and every state is checked many times.
     let select = prop_oneof![4 => Just(0usize), 1 => Just(1), 2 => Just(2)];
     let port = prop_oneof![5 => Just(8080u16), 1 => Just(9090)];
     let spec = (flags, select, port, exposed, parts).prop_map(|(flags, select, target_port, exposed, parts)| {
@@ -103,7 +103,7 @@ fn exposed() -> impl Strategy<Value = Exposed> {
 }
 
 impl World {
-    /// Every service present, with these parts, ungrouped and with affinity.
+    /// A world with every service, with these parts, ungrouped and with affinity.
     pub(super) fn of(services: &[&[Part]]) -> Self {
         let spec = |parts: &&[Part]| {
             let parts = parts.iter().map(|(pod, state, second)| (*pod, (*state, *second))).collect();
@@ -113,7 +113,8 @@ impl World {
         Self { services: services.iter().map(spec).collect(), knows_pods: false }
     }
 
-    /// With the first service on a node port and a load balancer for these ranges, under both policies; pods are known.
+    /// Exposes the first service on a node port and a load balancer with these ranges, under both policies; pod networks are
+    /// known.
     pub(super) fn exposed(mut self, is_local: bool, ranges: &[&'static str]) -> Self {
         self.knows_pods = true;
         if let Some(Some(spec)) = self.services.first_mut() {
@@ -144,14 +145,14 @@ impl World {
         self.decide(&self.snapshot())
     }
 
-    /// What is desired of a snapshot on this world's node.
+    /// The desired state for a snapshot on this world's node.
     pub(super) fn decide(&self, snapshot: &Snapshot) -> Desired {
         let address = |text: &str| text.parse().expect("an address");
         let networks = if self.knows_pods { POD_NETWORKS.as_slice() } else { &[] };
         let node = NodeFacts {
             name: Some("here".to_owned()),
             addresses: vec![address("198.51.100.1"), address("fd00::1:1")],
-            // One address is enough: each more costs every state of every plan.
+            // One address is enough: each additional one makes every state of every plan more expensive.
             node_port_networks: vec!["198.51.100.0/24".parse().expect("a network")],
             pod_networks: networks.iter().map(|text| text.parse().expect("a network")).collect(),
             ..NodeFacts::default()
@@ -241,11 +242,11 @@ fn slice(service: &str, target_port: u16, pod: u8, state: State, second: bool, v
     slice
 }
 
-/// An address in whichever family.
+/// An address of either family.
 pub(super) trait TestAddress: Address {
     /// A client's address.
     fn client(number: u8) -> Self;
-    /// As the standard library has it.
+    /// The standard library's type.
     fn ip(self) -> IpAddr;
     /// The frontends of its family.
     fn frontends(observed: &Observed) -> &BTreeMap<FrontendKey<Self>, Frontend>;
@@ -292,7 +293,7 @@ impl TestAddress for affinity_common::abi::V6 {
     }
 }
 
-/// What became of a packet.
+/// The outcome of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Fate {
     /// Where it went.
@@ -301,7 +302,7 @@ pub(super) struct Fate {
     pub(super) reason: Reason,
 }
 
-/// A packet of `client` to a frontend. A reply, if there can be one, must come back translated.
+/// Sends a packet of `client` to a frontend. A reply, if one is possible, must be translated back.
 pub(super) fn send<A: TestAddress>(model: &Model, frontend: &FrontendKey<A>, client: u8, sport: u16, flags: u8) -> Fate
 where
     Model: FamilyTables<A>,
