@@ -1,17 +1,16 @@
-//! Tidies up what the kernel leaves behind, in bounded slices.
+//! Removes stale entries from the kernel's tables, in bounded slices.
 //!
-//! The programs neither expire nor report by themselves: they look at a pin's age when its client comes back, and an LRU
-//! map drops the oldest without a word. So the agent walks the flows and then the sessions, again and again, a batch at
-//! a time:
+//! The programs never expire entries or report evictions: they check a pin's age when its client comes back, and an LRU map
+//! drops the oldest entries silently. So the agent walks the flows and then the sessions repeatedly, one batch at a time:
 //!
-//! * sessions that have expired are removed and reported. Sessions whose backend has gone are left: their client's
-//!   next connection moves them, and reports that;
-//! * flows that are over are removed, both directions at once, and so is what sockets needed for datagrams;
-//! * at the end of a pass the live sessions of each backend are written to `loads`, evictions are counted and reported,
-//!   and unused bits of the filter are cleared.
+//! * Expired sessions are removed and reported. Sessions of a backend that has gone stay: their client's next connection moves
+//!   them and reports it.
+//! * Flows that are over are removed, both directions at once, and so are the entries of sockets for datagrams.
+//! * At the end of a pass the live sessions of each backend are written to `loads`, evictions are counted and reported, and
+//!   unused bits of the filter are cleared.
 //!
-//! Nothing here decides about packets. What is removed is looked up once more right before, so that a pin or flow that
-//! a packet has just used stays.
+//! The sweep makes no decisions about packets. Each entry is looked up again right before its removal, so that a pin or flow
+//! that a packet has just used stays.
 
 mod clients;
 mod evictions;
@@ -64,22 +63,22 @@ use crate::{
     sys::SysError,
 };
 
-/// Between two slices; a slice is one batch of entries.
+/// The pause between two slices; a slice is one batch of entries.
 pub const PAUSE: Duration = Duration::from_millis(5);
-/// Between two passes, at least and at most: in between, so many times as long as the pass took.
+/// The pause between two passes, minimum and maximum. In between, it is a multiple of the time that the pass took.
 pub const REST: Duration = Duration::from_secs(2);
 /// See [`REST`].
 pub const REST_AT_MOST: Duration = Duration::from_secs(60);
 const REST_FACTOR: u32 = 4;
-/// After a failed slice.
+/// The pause after a failed slice.
 const AFTER_FAILURE: Duration = Duration::from_secs(5);
 
-/// What the sweep did, since it began.
+/// What the sweep has done since it began.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Totals {
-    /// Whole passes.
+    /// Complete passes.
     pub passes: u64,
-    /// Sessions removed because they had expired, or because nothing led to them any more.
+    /// Sessions removed because they had expired, or because no frontend led to them any more.
     pub expired: u64,
     /// Flow records removed, and entries of sockets that had sent datagrams.
     pub flows: u64,
@@ -89,7 +88,7 @@ pub struct Totals {
     pub filter_bits: u64,
 }
 
-/// What the last whole pass found.
+/// What the last complete pass found.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Census {
     /// Service -> live sessions that its connections made.
@@ -98,11 +97,11 @@ pub struct Census {
     pub by_backend: BTreeMap<u32, u64>,
     /// Map -> entries that stayed.
     pub entries: BTreeMap<&'static str, u64>,
-    /// Service -> sessions that the kernel evicted, since the sweep began; those of a group by its first service.
+    /// Service -> sessions that the kernel evicted since the sweep began. Those of a group count for its first service.
     pub evicted: BTreeMap<u32, u64>,
 }
 
-/// The services, pools and groups that a whole pass has met in sessions, flows and sockets.
+/// The services, pools and groups that a complete pass met in sessions, flows and sockets.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Met {
     /// When the pass began, `CLOCK_MONOTONIC` in nanoseconds.
@@ -120,7 +119,7 @@ pub struct Sweeper {
     pass: Pass,
     filter: FilterUse,
     evictions: Evictions,
-    /// By group, since the sweep began: what the agent and operators did to its pins.
+    /// Group -> what the agent and operators did to its pins since the sweep began.
     counts: BTreeMap<u32, Counts>,
     /// Services whose pins were evicted since the last call.
     evicted: BTreeSet<u32>,
@@ -128,16 +127,16 @@ pub struct Sweeper {
     census: Census,
     met: Met,
     watch: Watch,
-    /// How long pins stay that nothing leads to.
+    /// How long pins stay after no frontend leads to them.
     orphaned: Duration,
-    /// Scope -> when a pass first found that nothing leads to it, monotonic nanoseconds.
+    /// Scope -> when a pass first found that no frontend leads to it, monotonic nanoseconds.
     orphans: BTreeMap<u32, u64>,
     nodes: NodeAddresses,
-    /// Services about which something is remarked.
+    /// Services that currently have a condition.
     remarked: BTreeSet<u32>,
 }
 
-/// Where a pass is. Flows come first: sessions need to know their connections.
+/// The stage of a pass. Flows come first because sessions need their connection counts.
 #[derive(Debug)]
 enum Stage {
     Begin,
@@ -149,7 +148,7 @@ enum Stage {
     End,
 }
 
-/// What one pass has gathered.
+/// The data that one pass has gathered.
 #[derive(Debug)]
 struct Pass {
     began: Instant,
@@ -160,9 +159,9 @@ struct Pass {
     connections: Connections,
     /// Backend -> live sessions.
     loads: BTreeMap<u32, u64>,
-    /// Backend -> what `loads` said when the pass began.
+    /// Backend -> the value of `loads` when the pass began.
     loads_before: Vec<u64>,
-    /// Group -> what was counted when the pass began.
+    /// Group -> its counts when the pass began.
     before: BTreeMap<u32, Counts>,
     /// Group -> live sessions.
     live: BTreeMap<u32, u64>,
@@ -170,7 +169,7 @@ struct Pass {
     by_service: BTreeMap<u32, u64>,
     /// Map -> entries that stayed.
     entries: BTreeMap<&'static str, u64>,
-    /// Services, pools and scopes of all that stayed.
+    /// Services, pools and scopes of all entries that stayed.
     met: BTreeSet<u32>,
     clients: Clients,
 }
@@ -185,10 +184,9 @@ impl Pass {
 type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
 
 impl Sweeper {
-    /// Of a dataplane; the publisher tells by `plans` when bits of the filter are set.
+    /// The sweeper of a dataplane. The publisher uses `plans` to announce when it sets bits of the filter.
     ///
-    /// # Errors
-    /// [`SysError`] where the event ring cannot be read.
+    /// # Errors [`SysError`] if the event ring cannot be read.
     pub fn new(store: KernelStore, plans: Arc<FilterPlans>, nodes: NodeAddresses) -> Result<Self, SysError> {
         Ok(Self {
             operators: EventReader::from_now(&store.events)?,
@@ -210,27 +208,27 @@ impl Sweeper {
         })
     }
 
-    /// Keeps pins that nothing leads to for at least so long.
+    /// Keeps pins that no frontend leads to for at least this long.
     #[must_use]
     pub fn with_gap(mut self, gap: Duration) -> Self {
         self.orphaned = gap.max(ORPHANED_SESSION);
         self
     }
 
-    /// Looks at the connections of backends that linger, where it is time to; see [`LOOK_EVERY`]. A failure is logged.
+    /// Checks the connections of lingering backends if that is due; see [`LOOK_EVERY`]. A failure is logged.
     pub fn look(&mut self) {
         if let Err(error) = self.watch.look(&self.store) {
             error!("sweep: {error}");
         }
     }
 
-    /// What was last seen of them, by backend.
+    /// Their traffic at the last check, by backend.
     #[must_use]
     pub const fn traffic(&self) -> &BTreeMap<u32, Traffic> {
         self.watch.traffic()
     }
 
-    /// Whether another pass is wanted soon, because backends linger whose connections are not known.
+    /// Whether another pass is wanted soon, because there are lingering backends with unknown connections.
     #[must_use]
     pub const fn is_behind(&self) -> bool {
         self.watch.is_behind()
@@ -242,19 +240,19 @@ impl Sweeper {
         self.totals
     }
 
-    /// What the last whole pass found.
+    /// What the last complete pass found.
     #[must_use]
     pub const fn census(&self) -> &Census {
         &self.census
     }
 
-    /// Which services, pools and groups the last whole pass has met.
+    /// The services, pools and groups that the last complete pass met.
     #[must_use]
     pub const fn met(&self) -> &Met {
         &self.met
     }
 
-    /// Takes one slice, and says how long to wait before the next. A failure is logged, and the pass begins again.
+    /// Processes one slice, and returns how long to wait before the next. A failure is logged, and the pass restarts.
     pub fn step(&mut self) -> Duration {
         self.slice(monotonic_ns()).unwrap_or_else(|error| {
             error!("sweep: {error}");
@@ -322,11 +320,11 @@ impl Pass {
     }
 }
 
-/// What is to be added to the number of live sessions that the programs keep of a backend, where a pass has met `live` of them.
-/// Sessions that came or went while it walked may have been met or not, so any number between what it was before the pass and
-/// what it is after it is right.
+/// The difference to add to the programs' count of a backend's live sessions, if a pass met `live` of them. The pass may or may
+/// not have met sessions that came or went while it walked, so any number between the counts before and after the pass is
+/// correct.
 fn correction([before, after]: [u64; 2], live: u64) -> i64 {
-    // Signed: the programs' number is negative where more were counted off than on.
+    // Signed: the programs' count is negative if they counted more ends of sessions than beginnings.
     let [before, after, live] = [before, after, live].map(u64::cast_signed);
     live - live.clamp(before.min(after), before.max(after))
 }
@@ -357,7 +355,7 @@ impl Sweeper {
     fn end(&mut self, now_ns: u64) -> Result<(), StoreError> {
         for (backend, before) in (0..).zip(mem::take(&mut self.pass.loads_before)) {
             let live = self.pass.loads.get(&backend).copied().unwrap_or(0);
-            // Added, so that what the programs count at the same time is not lost.
+            // Adds a difference, so that concurrent counts of the programs are not lost.
             match correction([before, self.store.loads.load_u64(backend)], live) {
                 0 => {}
                 missing => self.store.loads.add_u64(backend, missing),
@@ -376,7 +374,7 @@ impl Sweeper {
         Ok(())
     }
 
-    /// Writes down which services' clients all look like nodes; as many as there is room for.
+    /// Stores the condition of services whose clients all look like nodes, for as many services as fit.
     fn remark(&mut self) -> Result<(), StoreError> {
         let room = self.store.service_conditions.info().max_entries as usize;
         self.remarked = self.pass.clients.look_like_nodes(&self.nodes).into_iter().take(room).collect();
@@ -414,7 +412,7 @@ impl Sweeper {
         Ok(())
     }
 
-    /// What was counted for each group up to now.
+    /// The counts of each group up to now.
     fn count(&self) -> Result<BTreeMap<u32, Counts>, StoreError> {
         let created_at = USAGES.iter().position(|&reason| reason == Reason::Created);
         let usage = self.store.usage_sums()?;
@@ -465,7 +463,7 @@ impl Sweeper {
         self.names(&evicted)
     }
 
-    /// The names of services whose clients all looked like nodes in the last whole pass.
+    /// The names of services whose clients all looked like nodes in the last complete pass.
     #[must_use]
     pub fn clients_are_nodes(&self) -> Vec<String> {
         self.names(&self.remarked)
@@ -473,12 +471,12 @@ impl Sweeper {
 
     fn names(&self, services: &BTreeSet<u32>) -> Vec<String> {
         let key = |id| NameKey { kind: NameKind::Service as u32, id };
-        // A service without a name has gone meanwhile.
+        // A service without a name was removed in the meantime.
         let name = |id| self.store.names.get(&key(id)).ok().flatten().map(|name| name.as_str().to_owned());
         services.iter().filter_map(|id| name(*id)).collect()
     }
 
-    /// Notes the pins that operators set and removed: no counter of the programs knows of them.
+    /// Counts the pins that operators set and removed: the programs do not count them.
     fn follow_operators(&mut self) {
         let missed = self.operators.missed();
         for event in self.operators.by_ref() {
@@ -501,7 +499,7 @@ impl Sweeper {
 // ---- flows ----
 
 impl Sweeper {
-    /// One batch of a family's flows; false at their end.
+    /// Processes one batch of a family's flows; false at their end.
     fn flows<A: Family>(&mut self, walk: &mut Walk, now_ns: u64) -> Result<bool, StoreError> {
         let Some(batch) = self.store.family::<A>().flows.next_batch(walk)? else { return Ok(false) };
         for (key, flow) in batch {
@@ -517,7 +515,7 @@ impl Sweeper {
         Ok(true)
     }
 
-    /// Whether neither direction of a flow is of use any more. Each direction's packets renew only their own record.
+    /// Whether both directions of a flow are over. The packets of each direction renew only their own record.
     fn is_over<A: Family>(&self, key: &FlowKey<A>, flow: &Flow<A>, now_ns: u64) -> Result<bool, StoreError> {
         let lives = flow.flags & FLOW_FOREIGN != 0 || self.pass.lives(flow.backend, flow.generation);
         let over =
@@ -526,7 +524,7 @@ impl Sweeper {
             return Ok(false);
         }
         let other = self.store.family::<A>().flows.get(&key.opposite(&flow.edit))?;
-        // Under the same key there may be another flow by now: it has another backend.
+        // The same key may belong to another flow by now, with another backend.
         let other = other.filter(|other| (other.backend, other.generation) == (flow.backend, flow.generation));
         Ok(other.is_none_or(|other| over(&other)))
     }
@@ -564,7 +562,7 @@ impl Sweeper {
 // ---- sessions ----
 
 impl Sweeper {
-    /// One batch of a family's sessions; false at their end.
+    /// Processes one batch of a family's sessions; false at their end.
     fn sessions<A: Family>(&mut self, walk: &mut Walk, now_ns: u64) -> Result<bool, StoreError> {
         let Some(batch) = self.store.family::<A>().sessions.next_batch(walk)? else { return Ok(false) };
         for (key, session) in batch {
@@ -589,7 +587,7 @@ impl Sweeper {
         Ok(true)
     }
 
-    /// Nothing leads to a pin of this scope, since this pass or an earlier one.
+    /// Keeps a pin of a scope that no frontend leads to, since this pass or an earlier one.
     fn keep_orphan(&mut self, scope: u32) -> Keeping {
         let since_ns = *self.orphans.entry(scope).or_insert(self.pass.began_ns);
         let orphaned_ns = u64::try_from(self.orphaned.as_nanos()).unwrap_or(u64::MAX);
@@ -602,9 +600,9 @@ impl Sweeper {
         Ok(removed.is_some())
     }
 
-    /// Corrects the number of connections of a pin under `alive`: a connection that ended without a packet of its own (its
-    /// flow was removed or evicted) would keep the pin for ever. Only of pins that no connection of theirs has touched
-    /// since the pass began: for the others the flows tell of another moment.
+    /// Corrects the number of connections of a pin under `alive`: a connection that ended without a packet (its flow was
+    /// removed or evicted) would keep the pin for ever. Corrects only pins that their connections have not touched since the
+    /// pass began: for others, the flows were read at a different moment.
     fn correct_connections<A: Family>(
         &self,
         key: &SessionKey<A>,
@@ -632,7 +630,8 @@ impl Sweeper {
         Ok(self.store.family::<A>().sessions.get(key)?.unwrap_or(session))
     }
 
-    /// What was last used before this has not been touched since the pass began: the programs' clock runs late.
+    /// Pins that were last used before this time were not touched since the pass began. The margin is for the programs' clock,
+    /// which lags.
     const fn settled_ns(&self) -> u64 {
         const CLOCK_LATE_NS: u64 = 100_000_000;
         self.pass.began_ns.saturating_sub(CLOCK_LATE_NS)
@@ -646,15 +645,15 @@ mod tests {
     #[test]
     fn what_came_or_went_during_a_pass_is_not_taken_for_wrong() {
         assert_eq!(correction([5, 5], 5), 0);
-        // Five pins were made behind the walk, or three removed.
+        // Five pins were created behind the walk, or three removed.
         assert_eq!(correction([0, 5], 0), 0);
         assert_eq!(correction([0, 5], 5), 0);
         assert_eq!(correction([5, 2], 4), 0);
-        // Two were evicted, or never counted.
+        // Two were evicted, or were never counted.
         assert_eq!(correction([5, 5], 3), -2);
         assert_eq!(correction([5, 6], 3), -2);
         assert_eq!(correction([5, 6], 8), 2);
-        // More were counted off than on.
+        // The programs counted more ends than beginnings.
         assert_eq!(correction([(-1i64).cast_unsigned(), 0], 1), 1);
         assert_eq!(correction([(-1i64).cast_unsigned(), (-1i64).cast_unsigned()], 0), 1);
     }

@@ -1,7 +1,7 @@
-//! Whether all clients of a service look like nodes of the cluster: then something before them masquerades, and all who
-//! come through one node share a pin.
+//! Detects services whose clients all look like nodes of the cluster: then something in front of them masquerades, and all
+//! clients that come through one node share a pin.
 //!
-//! Sockets of this machine are not clients in this sense, nor are its own addresses: they are known for what they are.
+//! Sockets of this machine and its own addresses are not counted as clients: it is known what they are.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,15 +13,15 @@ use affinity_common::abi::{Address, V6, netns_of};
 
 use crate::{netns::Namespace, source::NodeAddresses, view::ip};
 
-/// A service must have so many pins before anything is said of its clients. (There are no more of them than nodes.) One
-/// pin of a node's address says nothing: a process of another node's own is such a client, rightly. So nothing is ever
-/// said in a cluster of one node: what masquerades before it is no node, and has an address like any client's.
+/// A service must have this many pins before its clients are judged. (If they all look like nodes, there are no more of them
+/// than nodes.) One pin of a node's address proves nothing: a process on another node is rightly such a client. So a cluster of
+/// one node never gets the warning: what masquerades in front of it is no node, and has an address like any client's.
 const LEAST: u64 = 2;
 
-/// What a pass has met of clients.
+/// The clients that a pass has met.
 #[derive(Debug, Default)]
 pub(super) struct Clients {
-    /// None if they are not known.
+    /// `None` if they are not known.
     nodes: Option<Arc<BTreeSet<IpAddr>>>,
     own: BTreeSet<IpAddr>,
     by_service: BTreeMap<u32, Count>,
@@ -31,18 +31,18 @@ pub(super) struct Clients {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Count {
     all: u64,
-    /// Whose client has the address of a node.
+    /// Pins whose client has the address of a node.
     of_nodes: u64,
 }
 
 impl Clients {
     pub(super) fn begin(nodes: &NodeAddresses) -> Self {
-        // Where they cannot be listed, a pin of this node's own is one more of a node.
+        // If they cannot be listed, a pin of one of this node's addresses counts as a node's.
         let own = Namespace::own().and_then(|own| own.addresses()).unwrap_or_default();
         Self { nodes: nodes.known(), own, by_service: BTreeMap::new() }
     }
 
-    /// A live pin.
+    /// Counts a live pin.
     pub(super) fn note<A: Address>(&mut self, service: u32, client: A) {
         if A::BITS == V6::BITS && netns_of(V6(client.to_mapped())).is_some() {
             return;

@@ -1,12 +1,11 @@
-//! How many pins the kernel has dropped from a full table, without a word.
+//! Counts the pins that the kernel has dropped silently from a full table.
 //!
-//! Of the pins that were created before a pass began, those that were not removed by its end must have been met in it: what
-//! is missing was evicted. Pins that come or go during the pass make the estimate smaller, never larger; the next pass
-//! makes up for it.
+//! Pins that were created before a pass began and not removed by its end must have been met in it: missing ones were evicted.
+//! Pins that come or go during the pass make the estimate lower, never higher; the next pass makes up for it.
 
 use std::collections::BTreeMap;
 
-/// Counts of a group's pins at a moment; rising since the programs began to count.
+/// Counts of a group's pins at one moment. They only rise after the programs begin to count.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Counts {
     /// Created by packets or operators.
@@ -15,12 +14,12 @@ pub(super) struct Counts {
     pub(super) removed: u64,
 }
 
-/// What a pass found of a group.
+/// A pass's findings about a group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Found {
-    /// When it began.
+    /// The counts when it began.
     pub(super) before: Counts,
-    /// When it ended.
+    /// The counts when it ended.
     pub(super) after: Counts,
     /// Pins met.
     pub(super) live: u64,
@@ -28,25 +27,25 @@ pub(super) struct Found {
 
 #[derive(Clone, Copy, Debug)]
 struct Group {
-    /// Pins whose creation was not seen: those of before, or too many rather than too few.
+    /// Pins whose creation was not counted: those from before. The estimate is too low rather than too high.
     unseen: i128,
     created: u64,
     evicted: u64,
 }
 
-/// What is known of every group.
+/// What is known about every group.
 #[derive(Debug, Default)]
 pub(super) struct Evictions {
     groups: BTreeMap<u32, Group>,
 }
 
 impl Evictions {
-    /// Takes in what a pass found of a group, and returns how many evictions came to light.
+    /// Processes a pass's findings about a group, and returns how many new evictions they reveal.
     pub(super) fn update(&mut self, group: u32, found: &Found) -> u64 {
         let Found { before, after, live } = *found;
         let known = self.groups.get_mut(&group).filter(|known| known.created <= before.created);
         let Some(known) = known else {
-            // The first pass, or counters that began again: from here on.
+            // The first pass, or the counters were reset: count from here on.
             let unseen = i128::from(live) + i128::from(before.removed) - i128::from(after.created);
             self.groups.insert(group, Group { unseen, created: after.created, evicted: 0 });
             return 0;
@@ -64,7 +63,7 @@ impl Evictions {
         self.groups.clear();
     }
 
-    /// Forgets groups that are no more.
+    /// Forgets groups that no longer exist.
     pub(super) fn retain(&mut self, is_there: impl Fn(u32) -> bool) {
         self.groups.retain(|&group, _| is_there(group));
     }
@@ -105,8 +104,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens while a pass is on, it never tells of more evictions than there were; and once all is quiet it
-        /// knows of all but those of the first pass.
+        /// Whatever happens during a pass, it never reports more evictions than there were. Once nothing changes any more, it
+        /// has reported all except those of the first pass.
         #[test]
         fn never_too_many(steps in vec(prop_oneof![Just(Step::Create), Just(Step::Remove), Just(Step::Evict),
                 Just(Step::Begin), Just(Step::End)], 0..200), seen in any::<u64>()) {
@@ -121,7 +120,7 @@ mod tests {
                     Step::Begin => pass = Some((counts, live, live)),
                     Step::End => if let Some((before, _, most)) = pass.take() {
                         let created_meanwhile = counts.created - before.created;
-                        // At least what was there all the time, at most what was there at any time.
+                        // At least the pins that were there all the time, at most those that were there at any time.
                         let least = live.saturating_sub(created_meanwhile);
                         let most = most + created_meanwhile;
                         let met = least + (seen >> (at % 64)) % (most - least + 1);

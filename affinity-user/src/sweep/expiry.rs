@@ -1,4 +1,4 @@
-//! What becomes of a session or a flow that the sweep meets. Pure.
+//! Decides whether sessions and flows have expired. Pure functions.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use affinity_common::{
     state::Phase,
 };
 
-/// A TCP connection whose handshake is not complete: as long as a client tries, with the usual settings.
+/// A TCP connection whose handshake is not complete: as long as a client retries with default settings.
 pub const HALF_OPEN_FLOW: Duration = Duration::from_secs(60);
-/// A TCP connection that both ends have closed, or one has reset: late packets of it may still come
+/// A TCP connection that both ends have closed, or that one has reset: late packets may still arrive
 /// (`nf_conntrack_tcp_timeout_time_wait`).
 pub const CLOSED_FLOW: Duration = Duration::from_secs(120);
-/// A TCP connection that one end has closed; the other may go on.
+/// A TCP connection that one end has closed; the other end may still send.
 pub const CLOSING_FLOW: Duration = Duration::from_mins(10);
 /// An open TCP connection: idle for a day.
 pub const IDLE_TCP_FLOW: Duration = Duration::from_hours(24);
@@ -21,10 +21,10 @@ pub const IDLE_TCP_FLOW: Duration = Duration::from_hours(24);
 pub const UNANSWERED_UDP_FLOW: Duration = Duration::from_secs(30);
 /// Datagrams in both directions.
 pub const IDLE_UDP_FLOW: Duration = Duration::from_secs(180);
-/// A flow whose backend has gone: its client was told, or moved on.
+/// A flow whose backend has gone: its client was rejected, or was moved.
 pub const DEAD_FLOW: Duration = Duration::from_secs(60);
-/// Sessions that no frontend leads to: their service has gone, or pins no more. If it comes back soon, so do its pins. At
-/// least as long as [`crate::linger::Limits::gap`].
+/// Sessions that no frontend leads to: their service is gone or does not pin any more. If it comes back soon, its pins are
+/// valid again. At least as long as [`crate::linger::Limits::gap`].
 pub const ORPHANED_SESSION: Duration = Duration::from_secs(60);
 
 /// How a service's pins expire.
@@ -36,16 +36,16 @@ pub struct Policy {
     pub timeout_ns: u64,
 }
 
-/// What decides how long a pin stays.
+/// Determines how long a pin stays.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Keeping {
     /// Its service's policy.
     By(Policy),
-    /// Nothing leads to it: it stays until this moment, monotonic nanoseconds.
+    /// No frontend leads to it: it stays until this time, monotonic nanoseconds.
     OrphanedUntil(u64),
 }
 
-/// Whether a pin will not be followed any more.
+/// Whether a pin has expired and will not be followed any more.
 #[must_use]
 pub fn is_expired(session: &Session, keeping: Keeping, now_ns: u64) -> bool {
     match keeping {
@@ -54,7 +54,7 @@ pub fn is_expired(session: &Session, keeping: Keeping, now_ns: u64) -> bool {
     }
 }
 
-/// Whether a flow is over that no packet has used for `idle_ns`, in either direction.
+/// Whether a flow is over if no packet has used it for `idle_ns`, in either direction.
 #[must_use]
 pub fn flow_is_over(protocol: u8, state: u8, idle_ns: u64, backend_lives: bool) -> bool {
     let limit = match Phase::of(protocol, state) {

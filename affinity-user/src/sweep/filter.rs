@@ -1,10 +1,9 @@
-//! Which bits of the filter are not needed any more.
+//! Determines which bits of the filter are not needed any more.
 //!
-//! Plans only set bits, in the parts for frontends and members. (The programs' own parts are bounded by the node's ports
-//! and its pods', and stay.) A bit is needed by a frontend, by a member of a pool, or by a flow that began when one of these
-//! was there. It is cleared when two passes in a row found no need and no plan has set bits since the first: then
-//! every flow that could need it has been met. [`FilterPlans`] tells the sweep of plans, which are carried out on
-//! another thread.
+//! Plans only set bits, in the parts for frontends and members. (The programs' own parts are bounded by the number of ports of
+//! the node and its pods, and stay.) A frontend or a member of a pool needs its bit, and so does a flow that began while one of
+//! these existed. A bit is cleared when two consecutive passes found no need and no plan has set bits since the first: then
+//! every flow that could need it has been met. Plans run on another thread; [`FilterPlans`] informs the sweep of them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,13 +11,13 @@ use affinity_common::abi::{Address, Direction, FILTER_BITS, FrontendKey, Port, V
 
 use crate::{store::kernel::filter_word, sys::Words};
 
-/// Of the parts that plans write.
+/// The size of the parts that plans write.
 const WORDS: usize = 2 * FILTER_BITS as usize / 64;
 
 /// A copy of the filter's bits.
 type Bits = Vec<u64>;
 
-/// The plans that set bits of the filter: while one is carried out no bit is cleared.
+/// The plans that set bits of the filter: while one is running, no bit is cleared.
 #[derive(Debug, Default)]
 pub struct FilterPlans(Mutex<Plans>);
 
@@ -30,12 +29,12 @@ struct Plans {
     underway: u64,
 }
 
-/// A plan that sets bits, until this is dropped.
+/// A plan that sets bits; it ends when this is dropped.
 #[derive(Debug)]
 pub struct FilterPlan(Arc<FilterPlans>);
 
 impl FilterPlans {
-    /// To be called before the first bit is set; the plan has ended when what needs the bits is published.
+    /// Call this before the first bit is set. The plan ends when the records that need the bits are published.
     #[must_use]
     pub fn begin(self: &Arc<Self>) -> FilterPlan {
         let mut plans = self.lock();
@@ -55,14 +54,14 @@ impl Drop for FilterPlan {
     }
 }
 
-/// What a pass has seen of the need for bits.
+/// The bits that are needed, as far as a pass has seen.
 #[derive(Debug)]
 pub(super) struct FilterUse {
     needed: Bits,
-    /// Bits that the last whole pass found no need for; none where there was none, or where a plan came in between.
+    /// Bits for which the last complete pass found no need; `None` if there was no pass, or if a plan came in between.
     idle: Option<Bits>,
     plans: Arc<FilterPlans>,
-    /// What was known of plans when a pass last began.
+    /// The plans known when the last pass began.
     known: Plans,
 }
 
@@ -85,17 +84,17 @@ impl FilterUse {
         self.needed[word as usize] |= mask;
     }
 
-    /// A frontend, or the destination of a client's packets.
+    /// Marks a frontend, or the destination of a client's packets.
     pub(super) fn need_frontend<A: Address>(&mut self, key: &FrontendKey<A>) {
         self.need(Direction::Dnat, filter_bit(key.address, key.port, key.protocol));
     }
 
-    /// The source of replies.
+    /// Marks the source of replies.
     pub(super) fn need_source<A: Address>(&mut self, address: A, port: Port, protocol: u8) {
         self.need(Direction::RevDnat, filter_bit(address, port, protocol));
     }
 
-    /// A member, whose address is hashed in its own family.
+    /// Marks a member. Its address is hashed in its own family.
     pub(super) fn need_member(&mut self, mapped: [u8; 16], port: Port, protocol: u8) {
         let v4 = V4::from_mapped(mapped);
         if v4.to_mapped() == mapped {
@@ -105,9 +104,9 @@ impl FilterUse {
         }
     }
 
-    /// Clears what may be cleared at the end of a pass, and returns the number of bits.
+    /// Clears unneeded bits at the end of a pass, and returns their number.
     pub(super) fn finish(&mut self, filter: &Words) -> u32 {
-        // No plan begins while this is held.
+        // No plan begins while this lock is held.
         let plans = self.plans.lock();
         if self.known.underway > 0 || *plans != self.known {
             self.idle = None;

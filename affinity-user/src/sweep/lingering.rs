@@ -1,7 +1,8 @@
-//! The connections of backends that linger, looked at every second while there are any.
+//! The connections of lingering backends. They are checked every second while there are any.
 //!
-//! A backend gets no new connection while it lingers, so one pass over all flows and sockets finds those that it has; after
-//! that they are looked up one by one. What this costs depends on how many connections linger, not on how many there are.
+//! A lingering backend gets no new connection, so one pass over all flows and sockets finds all connections that it has; after
+//! that they are looked up one by one. The cost depends on the number of these connections, not on the number of all
+//! connections.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,13 +26,13 @@ use crate::{
     },
 };
 
-/// How often to look, at least. Where a look takes long, so many times as long passes before the next.
+/// The shortest interval between checks. If a check takes long, the interval is a multiple of that time.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 const REST_FACTOR: u32 = 4;
-/// How often sockets are asked for: that takes a visit to every network namespace.
+/// The interval between queries for sockets: a query visits every network namespace.
 const ASK_SOCKETS_EVERY: Duration = Duration::from_secs(2);
 
-/// A flow of either family, by the packets of its client.
+/// The key of a flow of either family, in the direction of its client's packets.
 #[derive(Clone, Copy, Debug)]
 struct ClientKey {
     is_v4: bool,
@@ -69,18 +70,18 @@ struct Connections {
     sockets: Vec<SocketKey>,
 }
 
-/// The connections of all backends that linger.
+/// The connections of all lingering backends.
 #[derive(Debug)]
 pub(super) struct Watch {
-    /// Of those that lingered when the pass began that is under way.
+    /// Connections of the backends that lingered when the current pass began.
     found: BTreeMap<u32, Connections>,
-    /// Of those that lingered when the last whole pass began.
+    /// Connections of the backends that lingered when the last complete pass began.
     known: BTreeMap<u32, Connections>,
-    /// Whether any lingers that is not among these.
+    /// Whether a lingering backend is missing from `known`.
     is_behind: bool,
     due: Instant,
     sockets_due: Instant,
-    /// Cookies of sockets that got no answer when they were last asked for, and when others last got one.
+    /// Cookies of sockets that had no answer at the last query, and below, when each socket last got one.
     unanswered: BTreeSet<u64>,
     answered_ns: BTreeMap<u64, u64>,
     traffic: BTreeMap<u32, Traffic>,
@@ -101,7 +102,7 @@ impl Watch {
         }
     }
 
-    /// A pass begins.
+    /// Begins a pass.
     pub(super) fn begin(&mut self, store: &KernelStore) {
         let lingering = store.lingering().into_iter();
         self.found = lingering
@@ -116,7 +117,7 @@ impl Watch {
         self.due = Instant::now();
     }
 
-    /// A flow that the pass has met. Datagrams need a backend that lingers only where their service has gone: else they
+    /// Notes a flow that the pass has met. Datagrams need a lingering backend only if their service has gone: otherwise they
     /// follow its pool.
     pub(super) fn note_flow<A: Address>(
         &mut self,
@@ -133,7 +134,7 @@ impl Watch {
         Ok(())
     }
 
-    /// A socket that the pass has met, by what it sends.
+    /// Notes a socket that the pass has met; the caller leaves out entries of received datagrams.
     pub(super) fn note_socket(
         &mut self,
         store: &KernelStore,
@@ -148,17 +149,17 @@ impl Watch {
         Ok(())
     }
 
-    /// Whether backends linger whose connections are not known yet, so that another pass is wanted.
+    /// Whether there are lingering backends with unknown connections, so that another pass is wanted.
     pub(super) const fn is_behind(&self) -> bool {
         self.is_behind
     }
 
-    /// What was last seen, by backend.
+    /// The traffic at the last check, by backend.
     pub(super) const fn traffic(&self) -> &BTreeMap<u32, Traffic> {
         &self.traffic
     }
 
-    /// Looks, where it is time to.
+    /// Checks the connections, if that is due.
     pub(super) fn look(&mut self, store: &KernelStore) -> Result<(), StoreError> {
         let began = Instant::now();
         if began < self.due {
@@ -177,7 +178,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Asks the kernel how sockets are: no program sees their packets.
+    /// Queries the kernel for the state of sockets: the programs do not see their packets.
     fn ask_sockets(&mut self, store: &KernelStore) -> Result<(), StoreError> {
         let now = Instant::now();
         if now < self.sockets_due {
@@ -205,7 +206,7 @@ impl Watch {
 }
 
 impl Connections {
-    /// Looks up each, and forgets those that are gone.
+    /// Looks up each connection, and forgets those that are gone.
     fn look(
         &mut self,
         store: &KernelStore,
@@ -241,7 +242,7 @@ impl Connections {
     }
 }
 
-/// Adds what both records of a flow tell; false where it is no longer this backend's.
+/// Adds the data of both records of a flow; false if the flow no longer belongs to this backend.
 fn look_up<A: Family>(
     store: &KernelStore,
     key: &FlowKey<A>,
@@ -254,7 +255,7 @@ fn look_up<A: Family>(
     let reply = flows.get(&key.opposite(&flow.edit))?.filter(is_its_own);
     traffic.connections += 1;
     traffic.open += u64::from(!state::is_closed(flow.state));
-    // A datagram need not be answered, so one that is not says nothing of the pod.
+    // A datagram need not be answered, so an unanswered one proves nothing about the pod.
     if key.protocol != UDP {
         traffic.asked_ns = traffic.asked_ns.max(flow.last_used_ns);
     }

@@ -1,4 +1,4 @@
-//! Who owns a pin: what the frontends say about services and scopes, as of the beginning of a pass.
+//! Maps pins to services and groups, according to the frontends at the beginning of a pass.
 
 use std::collections::BTreeMap;
 
@@ -6,15 +6,15 @@ use affinity_common::abi::{AFFINITY, Frontend, Timer};
 
 use super::expiry::Policy;
 
-/// Services, the scopes of their pins, and how these expire.
+/// Services, the scopes of their pins, and the expiry policies.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Scopes {
     policies: BTreeMap<u32, Policy>,
-    /// Scope -> the service that speaks for it where the session's own has gone.
+    /// Scope -> the service whose policy applies if the session's own service has gone.
     speakers: BTreeMap<u32, u32>,
-    /// Scope, shared or a frontend's own -> group.
+    /// Scope (shared, or a frontend's own) -> group.
     groups: BTreeMap<u32, u32>,
-    /// Group -> its services, rising.
+    /// Group -> its services, in ascending order.
     services: BTreeMap<u32, Vec<u32>>,
 }
 
@@ -35,7 +35,7 @@ impl Scopes {
         }
     }
 
-    /// How a session under `scope` that `service` made expires; none: nothing leads to it any more.
+    /// The policy of a session under `scope` that `service` made; `None`: no frontend leads to it any more.
     pub(super) fn policy(&self, scope: u32, service: u32) -> Option<Policy> {
         let speaker = self.speakers.get(&scope)?;
         self.policies.get(&service).or_else(|| self.policies.get(speaker)).copied()
@@ -46,7 +46,7 @@ impl Scopes {
         self.speakers.contains_key(&scope)
     }
 
-    /// The group that a scope belongs to: itself where no frontend says otherwise.
+    /// The group that a scope belongs to: the scope itself if no frontend says otherwise.
     pub(super) fn group(&self, scope: u32) -> u32 {
         self.groups.get(&scope).copied().unwrap_or(scope)
     }

@@ -1,4 +1,4 @@
-//! What the sweep finds of sockets: connections that keep a pin alive, and datagrams that have ended without a word.
+//! The sweep of sockets: connections that keep a pin alive, and datagram entries that have become idle.
 
 use affinity_common::{
     abi::{Address, FLOW_ANSWERED, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
@@ -9,7 +9,7 @@ use super::{Sweeper, expiry::flow_is_over, filter::FilterUse};
 use crate::store::{StoreError, kernel::Walk};
 
 impl Sweeper {
-    /// One batch of sockets; false at their end. A connection ends with its socket, and the programs see to that.
+    /// Processes one batch of sockets; false at their end. The programs remove a connection's entry when its socket closes.
     pub(super) fn sockets(&mut self, walk: &mut Walk, now_ns: u64) -> Result<bool, StoreError> {
         let Some(batch) = self.store.sockets.next_batch(walk)? else { return Ok(false) };
         for (key, socket) in batch {
@@ -33,13 +33,13 @@ impl Sweeper {
         Ok(true)
     }
 
-    /// Whether a socket has neither sent nor taken a datagram for long: each way renews only its own entry.
+    /// Whether a socket has sent and received no datagram for long: each direction renews only its own entry.
     fn is_silent(&self, key: &SocketKey, socket: &Socket, now_ns: u64) -> Result<bool, StoreError> {
         let lives = self.pass.lives(socket.backend, socket.generation);
-        // Whether there was an answer is not known: who asks by a socket mostly waits for one.
+        // It is unknown whether there was an answer. It is assumed, because most senders wait for one.
         let over =
             |socket: &Socket| flow_is_over(UDP, FLOW_ANSWERED, now_ns.saturating_sub(socket.last_used_ns), lives);
-        // Looked up again: a datagram may have passed since the batch was read.
+        // Looks it up again: a datagram may have passed since the batch was read.
         let again = self.store.sockets.get(key)?.unwrap_or(*socket);
         if !over(&again) {
             return Ok(false);
@@ -50,7 +50,7 @@ impl Sweeper {
     }
 }
 
-/// The key of the same datagrams' other way.
+/// The key of the opposite direction of the same datagrams.
 fn other_way(key: &SocketKey, socket: &Socket) -> SocketKey {
     let (address, port, role) = if key.role == SocketRole::Sending as u8 {
         (socket.peer, socket.peer_port, SocketRole::Receiving)
@@ -60,7 +60,7 @@ fn other_way(key: &SocketKey, socket: &Socket) -> SocketKey {
     SocketKey { address, port, role: role as u8, ..*key }
 }
 
-/// A frontend, whose address is hashed in its own family.
+/// Marks a frontend. Its address is hashed in its own family.
 fn need_frontend(filter: &mut FilterUse, address: V6, port: Port, protocol: u8) {
     let v4 = V4::from_mapped(address.0);
     if v4.to_mapped() == address.0 {
