@@ -1,6 +1,6 @@
-//! Where services come from: a [`Snapshot`] of the Kubernetes objects of interest, and what is wrong with them.
+//! Sources of services: a [`Snapshot`] of the Kubernetes objects of interest, and what is wrong with them.
 //!
-//! A source never fails as a whole. What cannot be used becomes a [`Problem`], and the rest goes on.
+//! A source never fails as a whole. What cannot be used becomes a [`Problem`]; everything else takes effect.
 
 mod address;
 pub mod annotations;
@@ -22,10 +22,10 @@ pub use nodes::NodeAddresses;
 pub use notice::{Notice, Notices};
 pub use problem::{Object, Origin, Problem, Severity};
 
-/// Namespace and name of an object. Cheap to clone: many things go by the name of one service.
+/// Namespace and name of an object. Cheap to clone, because many records contain a service's name.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct ObjectName {
-    /// The namespace; `default` where the object names none.
+    /// The namespace; `default` if the object names none.
     pub namespace: Arc<str>,
     /// The name.
     pub name: Arc<str>,
@@ -45,10 +45,10 @@ impl fmt::Display for ObjectName {
     }
 }
 
-/// An object and the place that it was read from; cheap to clone.
+/// An object and the place it was read from; cheap to clone.
 #[derive(Debug, PartialEq)]
 pub struct Sourced<T> {
-    /// The place; none where it came from a cluster's API.
+    /// The place; `None` if the object came from a cluster's API.
     pub origin: Option<Origin>,
     /// The object.
     pub object: Arc<T>,
@@ -60,21 +60,21 @@ impl<T> Clone for Sourced<T> {
     }
 }
 
-/// The objects of interest at one moment. The maps are shared: a source that gave them may go on from there, without a
-/// copy if there is no other reference ([`Arc::make_mut`]).
+/// The objects of interest at one moment. The maps are shared: the source may continue to update its own reference, without a
+/// copy if there is no other one ([`Arc::make_mut`]).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Services.
     pub services: Arc<BTreeMap<ObjectName, Sourced<Service>>>,
     /// Endpoint slices.
     pub slices: Arc<BTreeMap<ObjectName, Sourced<EndpointSlice>>>,
-    /// The node that this process runs on; none where the source does not tell.
+    /// The node that this process runs on; `None` if the source does not contain it.
     pub node: Option<Sourced<Node>>,
     /// What could not be used.
     pub problems: Vec<Problem>,
-    /// Whether objects may be missing that were never read, because their place could not be: what they set up before is
-    /// to be kept.
+    /// Whether objects may be missing that were never read because their place could not be read: what they configured before
+    /// must be kept.
     pub partial: bool,
-    /// Why nothing of the source could be read, now or before; none where something was, or where it holds nothing.
+    /// Why nothing was ever read from the source; `None` if something was, or if the source is empty.
     pub unreadable: Option<String>,
 }

@@ -186,7 +186,8 @@ type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
 impl Sweeper {
     /// The sweeper of a dataplane. The publisher uses `plans` to announce when it sets bits of the filter.
     ///
-    /// # Errors [`SysError`] if the event ring cannot be read.
+    /// # Errors
+    /// [`SysError`] if the event ring cannot be read.
     pub fn new(store: KernelStore, plans: Arc<FilterPlans>, nodes: NodeAddresses) -> Result<Self, SysError> {
         Ok(Self {
             operators: EventReader::from_now(&store.events)?,

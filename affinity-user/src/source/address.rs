@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 
-/// Reads an address as kube-proxy does: each number may begin with zeros, and is decimal in IPv4 all the same. API
-/// servers up to 1.35 stored such addresses.
+/// Reads an address as kube-proxy does: numbers may begin with zeros, and are still decimal in IPv4. API servers up to 1.35
+/// stored such addresses.
 pub(crate) fn parse_address(text: &str) -> Option<IpAddr> {
     let zeros_off = |number: &str| match number.trim_start_matches('0') {
         "" if !number.is_empty() => "0".to_owned(),

@@ -1,4 +1,4 @@
-//! Annotations of a Service: what the Kubernetes API has no field for.
+//! Annotations of a Service: settings for which the Kubernetes API has no field.
 //!
 //! | annotation | values | default |
 //! |---|---|---|
@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use affinity_common::abi::{Selection, TIMEOUT_UNLIMITED, Timer};
 
-/// What every annotation of ours begins with.
+/// The prefix of all our annotations.
 pub const PREFIX: &str = "affinity.dev/";
 
 const KEYS: [&str; 6] = ["timer", "select", "client-prefix-v4", "client-prefix-v6", "group", "timeout"];
@@ -34,7 +34,7 @@ pub struct Annotations {
     pub prefix_v6: Option<u8>,
     /// The group that shares pins, within the namespace.
     pub group: Option<String>,
-    /// The timeout in nanoseconds, or [`TIMEOUT_UNLIMITED`]; none: what the service's own field says.
+    /// The timeout in nanoseconds, or [`TIMEOUT_UNLIMITED`]; `None`: the service's own field applies.
     pub timeout_ns: Option<u64>,
 }
 
@@ -43,11 +43,11 @@ pub struct Annotations {
 pub struct Unknown {
     /// The whole key.
     pub key: String,
-    /// What is wrong and what would be right.
+    /// What is wrong and what would be correct.
     pub message: String,
 }
 
-/// Reads the annotations under [`PREFIX`]. What is not understood keeps its default and is returned.
+/// Reads the annotations with [`PREFIX`]. Values that are not understood keep their default and are returned.
 #[must_use]
 pub fn parse(annotations: &BTreeMap<String, String>) -> (Annotations, Vec<Unknown>) {
     let mut parsed = Annotations::default();
@@ -123,7 +123,7 @@ fn timeout_ns(value: &str) -> Result<u64, String> {
     })
 }
 
-/// Seconds of a duration such as `90s` or `1d12h`; none where it is not one, or too long to count.
+/// The seconds of a duration such as `90s` or `1d12h`; `None` if it is invalid or too long to count.
 fn duration_s(value: &str) -> Option<u64> {
     let mut rest = value;
     let mut total_s = 0u64;

@@ -1,10 +1,10 @@
-//! Kubernetes objects as far as anything here uses them.
+//! The parts of Kubernetes objects that are used here.
 //!
-//! Only the fields that are used are decoded. A real API server writes what its own schema forbids, such as
-//! `lastTransitionTime: null` in the conditions of a Service; with Kubernetes' full types, one such field would make the
-//! whole object unreadable. Here a field that nothing uses may hold anything.
+//! Only used fields are decoded. Real API servers write values that their own schema forbids, such as
+//! `lastTransitionTime: null` in the conditions of a Service; with Kubernetes' full types, one such field would make the whole
+//! object unreadable. Here an unused field may hold anything.
 //!
-//! As in Go's decoder, null stands for a field's empty value, also as an element of a list.
+//! As in Go's decoder, null means a field's empty value, also as an element of a list.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -17,13 +17,13 @@ use serde_json::Value;
 
 use super::annotations::PREFIX;
 
-/// Labels that are used.
+/// The labels that are used.
 pub mod label {
     /// Names the service of a slice.
     pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
-    /// Gives a service to the proxy of that name.
+    /// Assigns a service to the proxy with that name.
     pub const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-    /// Marks services that no proxy handles, whatever its value.
+    /// Marks services that no proxy handles. Its value does not matter.
     pub const HEADLESS: &str = "service.kubernetes.io/headless";
     /// The zone of a node.
     pub const ZONE: &str = "topology.kubernetes.io/zone";
@@ -47,13 +47,13 @@ macro_rules! object {
 }
 
 object! {
-    /// What every object has.
+    /// The metadata of every object.
     Metadata {
         /// The name.
         name: Option<String>,
         /// The namespace.
         namespace: Option<String>,
-        /// What tells an object from a former one of its name.
+        /// Distinguishes an object from an earlier one with the same name.
         #[serde(deserialize_with = "if_good")]
         uid: Option<String>,
         /// The version of this state of the object.
@@ -61,13 +61,13 @@ object! {
         /// The labels of [`label`]; others are not read.
         #[serde(deserialize_with = "used_texts")]
         labels: Option<BTreeMap<String, String>>,
-        /// The annotations of ours; others are not read.
+        /// Our annotations; others are not read.
         #[serde(deserialize_with = "used_texts")]
         annotations: Option<BTreeMap<String, String>>,
-        /// When it was made.
+        /// When it was created.
         #[serde(deserialize_with = "if_good")]
         creation_timestamp: Option<Time>,
-        /// When its deletion was asked for.
+        /// When its deletion was requested.
         #[serde(deserialize_with = "if_good")]
         deletion_timestamp: Option<Time>,
     }
@@ -79,15 +79,15 @@ object! {
         /// Its metadata.
         #[serde(deserialize_with = "or_default")]
         metadata: Metadata,
-        /// What its owner asks for.
+        /// What its owner requests.
         spec: Option<ServiceSpec>,
-        /// What others made of it.
+        /// What controllers report.
         status: Option<ServiceStatus>,
     }
 }
 
 object! {
-    /// What a Service asks for.
+    /// What a Service requests.
     ServiceSpec {
         /// `ClusterIP`, `NodePort`, `LoadBalancer` or `ExternalName`.
         #[serde(rename = "type")]
@@ -112,10 +112,10 @@ object! {
         internal_traffic_policy: Option<String>,
         /// `Cluster` or `Local`, for external clients.
         external_traffic_policy: Option<String>,
-        /// Who may use the load balancer.
+        /// The clients that may use the load balancer.
         #[serde(deserialize_with = "list")]
         load_balancer_source_ranges: Option<Vec<String>>,
-        /// Where load balancers ask for endpoints on this node.
+        /// The port at which load balancers ask for endpoints on this node.
         health_check_node_port: Option<i32>,
     }
 }
@@ -138,7 +138,7 @@ object! {
 object! {
     /// The configuration of session affinity.
     SessionAffinityConfig {
-        /// That of `ClientIP`.
+        /// The configuration of `ClientIP`.
         #[serde(rename = "clientIP")]
         client_ip: Option<ClientIpConfig>,
     }
@@ -153,7 +153,7 @@ object! {
 }
 
 object! {
-    /// What others made of a Service.
+    /// What controllers report about a Service.
     ServiceStatus {
         /// Its load balancer.
         load_balancer: Option<LoadBalancerStatus>,
@@ -170,7 +170,7 @@ object! {
 }
 
 object! {
-    /// One way into a load balancer.
+    /// One address of a load balancer.
     LoadBalancerIngress {
         /// Its address.
         ip: Option<String>,
@@ -200,7 +200,7 @@ object! {
 object! {
     /// An endpoint.
     Endpoint {
-        /// Its addresses, of which the first counts.
+        /// Its addresses; the first one counts.
         #[serde(deserialize_with = "list_or_empty")]
         addresses: Vec<String>,
         /// Whether it serves.
@@ -209,7 +209,7 @@ object! {
         node_name: Option<String>,
         /// Its pod.
         target_ref: Option<ObjectReference>,
-        /// For whom it is meant.
+        /// The nodes and zones that it is meant for.
         hints: Option<EndpointHints>,
     }
 }
@@ -221,7 +221,7 @@ object! {
         ready: Option<bool>,
         /// Whether it is able to serve.
         serving: Option<bool>,
-        /// Whether it is on its way out.
+        /// Whether it is terminating.
         terminating: Option<bool>,
     }
 }
@@ -237,7 +237,7 @@ object! {
 }
 
 object! {
-    /// For whom an endpoint is meant.
+    /// The nodes and zones that an endpoint is meant for.
     EndpointHints {
         /// Nodes.
         #[serde(deserialize_with = "list")]
@@ -275,15 +275,15 @@ object! {
         /// Its metadata.
         #[serde(deserialize_with = "or_default")]
         metadata: Metadata,
-        /// What it is given.
+        /// Its configuration.
         spec: Option<NodeSpec>,
-        /// What it says of itself.
+        /// Its state, as it reports it.
         status: Option<NodeStatus>,
     }
 }
 
 object! {
-    /// What a node is given.
+    /// The configuration of a node.
     NodeSpec {
         /// The first network of its pods.
         #[serde(rename = "podCIDR")]
@@ -291,23 +291,23 @@ object! {
         /// All networks of its pods.
         #[serde(rename = "podCIDRs", deserialize_with = "list")]
         pod_cidrs: Option<Vec<String>>,
-        /// What keeps pods away.
+        /// Its taints, which keep pods away.
         #[serde(deserialize_with = "list")]
         taints: Option<Vec<Taint>>,
     }
 }
 
 object! {
-    /// What keeps pods away from a node.
+    /// A taint, which keeps pods away from a node.
     Taint {
-        /// What it is for.
+        /// Its key.
         #[serde(deserialize_with = "or_default")]
         key: String,
     }
 }
 
 object! {
-    /// What a node says of itself.
+    /// The state of a node, as it reports it.
     NodeStatus {
         /// Its addresses.
         #[serde(deserialize_with = "list")]
@@ -327,17 +327,17 @@ object! {
     }
 }
 
-/// A value, or its empty one in place of null.
+/// A value; null becomes the empty value.
 fn or_default<'de, T: Deserialize<'de> + Default, D: Deserializer<'de>>(value: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(value)?.unwrap_or_default())
 }
 
-/// A value that only some kinds use; none where it is not what it should be.
+/// A value that only some kinds use; `None` if it is invalid.
 fn if_good<'de, T: DeserializeOwned, D: Deserializer<'de>>(value: D) -> Result<Option<T>, D::Error> {
     Ok(serde_json::from_value(Value::deserialize(value)?).ok())
 }
 
-/// A list, with empty elements in place of null.
+/// A list; null elements become empty values.
 fn list<'de, T: Deserialize<'de> + Default, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<T>>, D::Error> {
     let list = Option::<Vec<Option<T>>>::deserialize(value)?;
     Ok(list.map(|list| list.into_iter().map(Option::unwrap_or_default).collect()))

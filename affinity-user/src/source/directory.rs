@@ -1,14 +1,13 @@
-//! A file, or a directory of files, with Kubernetes YAML or JSON.
+//! Reads Kubernetes YAML or JSON from a file or a directory of files.
 //!
-//! Of a directory, every `*.yaml`, `*.yml` and `*.json` counts, in the order of their names; not hidden files, and not
-//! subdirectories. So a mounted ConfigMap reads as it looks: its files are links through the hidden `..data`.
+//! In a directory, every `*.yaml`, `*.yml` and `*.json` counts, in the order of their names, except hidden files and files in
+//! subdirectories. So a mounted ConfigMap works as expected: its files are links through the hidden `..data`.
 //!
-//! A bad file never takes down what runs: a [`Reader`] keeps the objects that a file held when it was last good, as far
-//! as the damaged file does not give them again, until the file is good again or gone. Where a file was bad from the start,
-//! as after a restart, the snapshot is marked as partial.
+//! A bad file never removes running services. A [`Reader`] keeps the objects that the file held when it was last good and that
+//! the damaged file does not give again, until the file is good again or gone. If a file was bad from the start, for example
+//! after a restart, the snapshot is marked as partial.
 //!
-//! A file that is open for writing is not read: what it gave before stays as it is until its writer has closed
-//! it. See [`mod@take`].
+//! A file that is open for writing is not read: its former objects stay until its writer has closed it. See [`mod@take`].
 
 mod take;
 mod watch;
@@ -31,13 +30,13 @@ use super::{
 use take::{Taken, Writing};
 pub use watch::watch;
 
-/// Reads `path` once, as the node with this name.
+/// Reads `path` once, on the node with this name.
 #[must_use]
 pub fn read(path: &Path, node_name: &str) -> Snapshot {
     Reader::new(path, node_name).read()
 }
 
-/// Reads the text of one file that is called `file`.
+/// Reads the text of one file with the name `file`.
 #[must_use]
 pub fn parse(file: &Path, text: &str) -> Snapshot {
     let content = Content::parse(file, text, None);
@@ -46,46 +45,47 @@ pub fn parse(file: &Path, text: &str) -> Snapshot {
     snapshot
 }
 
-/// Reads a path again and again, and remembers what was good.
+/// Reads a path repeatedly, and remembers the last good content.
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,
     node_name: String,
     /// Whether the path itself was ever read.
     listed: bool,
-    /// Whether the last reading found everything good.
+    /// Whether the last reading found no bad file.
     good: bool,
     files: BTreeMap<PathBuf, Content>,
 }
 
-/// What a file gives.
+/// The content of a file.
 #[derive(Debug, Default)]
 struct Content {
     /// Objects that the file holds now.
     fresh: Vec<Entry>,
-    /// Objects that it held when it was last good, and that its damaged parts may still mean.
+    /// Objects that it held when it was last good, and that its damaged parts may still contain.
     kept: Vec<Entry>,
-    /// Whether it is damaged and was never good, so that its meaning is unknown.
+    /// Whether it is damaged and was never good, so that its content is unknown.
     unknown: bool,
-    /// Whether it is being written, so that all else is as it was before.
+    /// Whether it is being written; then all other fields are as before.
     is_being_written: bool,
     problems: Vec<Problem>,
 }
 
 impl Reader {
-    /// A reader of `path`, a file or a directory, on the node with this name; it has read nothing yet.
+    /// A reader of `path`, a file or a directory, on the node with this name. It has not read anything yet.
     #[must_use]
     pub fn new(path: &Path, node_name: &str) -> Self {
         let (path, node_name) = (path.to_owned(), node_name.to_owned());
         Self { path, node_name, listed: false, good: false, files: BTreeMap::new() }
     }
 
-    /// Reads everything. Where the path itself cannot be read, everything stays as it was.
+    /// Reads everything. If the path itself cannot be read, everything stays as it was.
     pub fn read(&mut self) -> Snapshot {
         self.read_except(&Writing::default())
     }
 
-    /// The same; files that notifications call being written are not read where the file system cannot tell.
+    /// The same, but if the file system cannot tell whether a file is being written, the notifications decide, and it is not
+    /// read if so.
     fn read_except(&mut self, writing: &Writing) -> Snapshot {
         let mut snapshot = Snapshot::default();
         let list = list(&self.path);
@@ -116,7 +116,7 @@ impl Reader {
         if self.has_nothing() {
             snapshot.unreadable = snapshot.problems.first().map(ToString::to_string);
         }
-        // After all that is fresh: an object that moved to another file is not a duplicate.
+        // After all fresh objects: an object that moved to another file is not a duplicate.
         for entry in self.files.values().flat_map(|content| &content.kept) {
             insert(&mut snapshot, entry, false);
         }
@@ -124,7 +124,7 @@ impl Reader {
         snapshot
     }
 
-    /// The node that this runs on; the first one of that name.
+    /// The node that this runs on: the first one with its name.
     fn own_node(&self) -> Option<Sourced<Node>> {
         self.entries().find_map(|Entry { name, origin, loaded }| match loaded {
             Loaded::Node(object) if *name.name == *self.node_name => {
@@ -134,14 +134,14 @@ impl Reader {
         })
     }
 
-    /// Whether there should be something to read, and no object of it was ever read. An empty directory holds nothing, and
-    /// that is known.
+    /// Whether there should be something to read, but no object of it was ever read. An empty directory is known to hold
+    /// nothing.
     fn has_nothing(&self) -> bool {
         let gave_nothing = |content: &Content| content.unknown && content.fresh.is_empty();
         !self.listed || !self.files.is_empty() && self.files.values().all(gave_nothing)
     }
 
-    /// All objects: fresh ones first.
+    /// All objects, fresh ones first.
     fn entries(&self) -> impl Iterator<Item = &Entry> {
         let fresh = self.files.values().flat_map(|content| &content.fresh);
         fresh.chain(self.files.values().flat_map(|content| &content.kept))
@@ -155,7 +155,7 @@ impl Reader {
         nodes.flat_map(|node| addresses_of(node)).collect()
     }
 
-    /// Whether the last reading found all there is: nothing in use is older than that.
+    /// Whether the last reading was complete, so that no object in use is older.
     #[must_use]
     pub fn is_good(&self) -> bool {
         self.good
@@ -197,14 +197,14 @@ impl Content {
         content
     }
 
-    /// The state before; the meaning of a file that was never read is unknown.
+    /// Keeps the former state; the content of a file that was never read is unknown.
     fn being_written(former: Option<Self>) -> Self {
         let unknown = former.is_none();
         let former = former.unwrap_or_default();
         Self { unknown: unknown || former.unknown, is_being_written: true, ..former }
     }
 
-    /// What is said of a file that is being written.
+    /// The message about a file that is being written.
     fn waiting(&self, file: &Path) -> Option<Problem> {
         let (severity, message) = match (self.is_being_written, self.unknown) {
             (false, _) => return None,
@@ -220,7 +220,7 @@ impl Content {
         Some(Problem::new(severity, Some(whole(file)), message))
     }
 
-    /// Keeps of the former content what the present one does not give.
+    /// Keeps the former objects that the present content does not give.
     fn keep(&mut self, file: &Path, former: Option<Self>) {
         let Some(former) = former.filter(|former| !former.unknown) else {
             self.unknown = true;
@@ -245,7 +245,7 @@ fn whole(file: &Path) -> Origin {
     Origin { file: file.to_owned(), document: None }
 }
 
-/// The files that count, in order; `path` itself where it is a file.
+/// The files that count, in order; `path` itself if it is a file.
 fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !fs::metadata(path)?.is_dir() {
         return Ok(vec![path.to_owned()]);
@@ -255,7 +255,7 @@ fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
         let file = entry?.path();
         let hidden = file.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
         let known = file.extension().is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|e| extension == *e));
-        // A link that leads nowhere counts: its file cannot be read, but is not gone either. A pipe would block.
+        // A broken link counts: its file cannot be read, but is not gone either. A pipe is skipped because it would block.
         let usable = fs::metadata(&file).map_or(true, |metadata| metadata.is_file());
         if known && usable && !hidden {
             files.push(file);
@@ -265,13 +265,13 @@ fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Adds an object; the first of a name wins, and a `fresh` one that comes later is reported.
+/// Adds an object. The first one of a name is used; a later one is reported if it is `fresh`.
 fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
     let Entry { name, origin, loaded } = entry;
     let first = match loaded {
         Loaded::Service(object) => put(Arc::make_mut(&mut snapshot.services), name, origin, object),
         Loaded::Slice(object) => put(Arc::make_mut(&mut snapshot.slices), name, origin, object),
-        // Of interest for their addresses, and one of them for itself: `Reader::node_addresses`, `Reader::own_node`.
+        // Nodes are read elsewhere: `Reader::node_addresses`, `Reader::own_node`.
         Loaded::Node(_) => None,
     };
     if let (Some(first), true) = (first, fresh) {
@@ -281,7 +281,7 @@ fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
     }
 }
 
-/// Stores an object unless its name is taken: then, by what.
+/// Stores an object, unless its name is taken: then returns the origin of the other object.
 fn put<T>(
     objects: &mut BTreeMap<ObjectName, Sourced<T>>,
     name: &ObjectName,

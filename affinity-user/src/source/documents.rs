@@ -1,7 +1,7 @@
-//! The text of one file -> its documents -> objects and problems.
+//! Splits the text of one file into documents, and reads objects and problems from them.
 //!
-//! A stream of YAML is cut at its `---` lines before it is parsed, as `kubectl` does, so that a bad document spoils no
-//! other. JSON needs no marker between documents; there, what follows a bad one is lost.
+//! A stream of YAML is split at its `---` lines before it is parsed, as in `kubectl`, so that a bad document does not affect
+//! others. JSON has no marker between documents; everything after a bad one is lost.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -42,15 +42,15 @@ pub(super) struct Entry {
     pub(super) loaded: Loaded,
 }
 
-/// What a file holds.
+/// The content of a file.
 #[derive(Debug, Default)]
 pub(super) struct Documents {
     /// The objects of its good documents.
     pub(super) entries: Vec<Entry>,
     pub(super) problems: Vec<Problem>,
-    /// Whether some document could not be used, so that objects may be missing from `entries`.
+    /// Whether a document could not be used, so that objects may be missing from `entries`.
     pub(super) damaged: bool,
-    /// How many objects of each other kind were passed over.
+    /// How many objects of each other kind were ignored.
     others: BTreeMap<String, u32>,
 }
 
@@ -58,7 +58,7 @@ const SERVICE: &str = "Service";
 const SLICE: &str = "EndpointSlice";
 const NODE: &str = "Node";
 
-/// Reads the text of `file`; JSON if its name says so.
+/// Reads the text of `file`; as JSON if its name says so.
 pub(super) fn parse(file: &Path, text: &str) -> Documents {
     let json = file.extension().is_some_and(|extension| extension == "json");
     let values = if json { json_values(text) } else { yaml_values(text) };
@@ -83,7 +83,7 @@ impl Documents {
         self.problems.push(problem);
     }
 
-    /// Takes an object, or the items of a list. Items of a typed list may leave out the kind that the list implies.
+    /// Adds an object, or the items of a list. Items of a typed list may omit the kind that the list implies.
     fn add(&mut self, origin: &Origin, value: Value, implied: Option<(&str, &str)>) {
         let Value::Object(mut map) = value else {
             self.reject(problem(origin, "not an object: expected a mapping with apiVersion, kind and metadata"));
@@ -118,7 +118,7 @@ impl Documents {
         }
     }
 
-    /// Reads what is used of an object as `T`, and checks the rest against `Full`, Kubernetes' own type.
+    /// Reads the used fields of an object as `T`, and checks the rest against `Full`, Kubernetes' own type.
     fn decode<T: DeserializeOwned, Full: DeserializeOwned>(
         &mut self,
         origin: &Origin,
@@ -161,7 +161,7 @@ impl Documents {
         });
     }
 
-    /// One line for each kind, however many there are.
+    /// One message for each kind, whatever its count.
     fn report_others(&mut self, file: &Path) {
         for (kind, count) in &self.others {
             let origin = Origin { file: file.to_owned(), document: None };
@@ -176,8 +176,8 @@ impl Documents {
     }
 }
 
-/// Fields that nothing uses and that are wrong, each with what is wrong: those that `Full` does not have, and the first
-/// one that is of another type there.
+/// Unused fields that are wrong, each with a message: the fields that `Full` does not have, and the first field with another
+/// type there.
 fn unused<Full: DeserializeOwned>(value: Value) -> Vec<(String, String)> {
     let mut wrong = Vec::new();
     let mut track = serde_path_to_error::Track::new();
@@ -191,7 +191,7 @@ fn unused<Full: DeserializeOwned>(value: Value) -> Vec<(String, String)> {
     wrong
 }
 
-/// A path of `serde_path_to_error`; empty where it is the whole object.
+/// A path of `serde_path_to_error`; empty if it is the whole object.
 fn field_of(path: &str) -> String {
     if path == "." { String::new() } else { path.to_owned() }
 }
@@ -244,7 +244,7 @@ fn chunks(text: &str) -> Vec<(usize, String)> {
     for (number, line) in text.split_inclusive('\n').enumerate() {
         match line.strip_prefix("---") {
             Some(rest) if rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']) => {
-                // What follows the marker in its line keeps its column.
+                // The rest of the marker's line keeps its column.
                 chunks.push(std::mem::replace(&mut chunk, (number, format!("   {rest}"))));
             }
             _ => chunk.1.push_str(line),
@@ -263,14 +263,14 @@ fn is_blank(chunk: &str) -> bool {
 
 fn yaml_value(line: usize, chunk: &str) -> Result<Value, String> {
     serde_saphyr::from_str_with_options(chunk, options()).or_else(|_| {
-        // Once more with the lines before it, so that the message counts lines as the reader's editor does.
+        // Parsed again with the lines before it, so that the message has the line numbers of the file.
         let padded = "\n".repeat(line) + chunk;
         serde_saphyr::from_str_with_options(&padded, options())
             .map_err(|error| format!("not valid YAML: {}", error.render_with_formatter(&UserMessageFormatter)))
     })
 }
 
-/// No bound on the size of a document, which its owner chooses; those on aliases stay.
+/// No limit on the size of a document, because its owner chooses it; the limits on aliases stay.
 fn options() -> serde_saphyr::Options {
     serde_saphyr::options! {
         with_snippet: false,

@@ -1,4 +1,4 @@
-//! Where snapshots come from, and what comes with them.
+//! The sources of snapshots, and what they provide in addition.
 
 use std::{
     fmt, io,
@@ -13,23 +13,23 @@ use tokio::sync::mpsc::Receiver;
 
 use super::{NodeAddresses, Notices, Snapshot, directory, kubernetes};
 
-/// A source cannot be used at all. What is wrong with single objects is a [`super::Problem`] instead.
+/// The source cannot be used at all. Problems of single objects are [`super::Problem`]s instead.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The process lacks what a source needs: a thread, a runtime.
+    /// The process lacks a thread or runtime that the source needs.
     #[error("the source cannot be started: {0}")]
     Start(#[from] io::Error),
-    /// The cluster cannot be used.
+    /// The cluster's API cannot be used.
     #[error(transparent)]
     Kubernetes(#[from] kubernetes::Error),
 }
 
-/// Where services come from.
+/// A source of services.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
     /// A file, or a directory of files, of Kubernetes YAML.
     Directory {
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
         /// Which Node object is the node that this process runs on.
         node_name: String,
@@ -38,24 +38,24 @@ pub enum Source {
     Kubernetes(kubernetes::Options),
 }
 
-/// What a source that is watched gives.
+/// The output of a watched source.
 #[derive(Debug)]
 pub struct Feed {
-    /// Whole snapshots: one at first, as soon as the source is known, and one after each change.
+    /// Complete snapshots: the first as soon as the source is known, then one after each change.
     pub snapshots: Receiver<Snapshot>,
-    /// How current they are.
+    /// How current the snapshots are.
     pub view: View,
-    /// What is known of the addresses of nodes.
+    /// The known addresses of nodes.
     pub nodes: NodeAddresses,
-    /// Takes notices for owners of services; none if there is no API to send them to.
+    /// Accepts notices for owners of services; `None` if there is no API to send them to.
     pub notices: Option<Notices>,
 }
 
 impl Source {
-    /// Watches the source, in a thread of its own that ends after the feed is dropped.
+    /// Watches the source, in a separate thread that ends after the feed is dropped.
     ///
     /// # Errors
-    /// [`SourceError`] where it cannot be started. A source that merely does not answer is waited for.
+    /// [`SourceError`] if it cannot be started. A source that only does not answer is waited for.
     pub async fn watch(&self) -> Result<Feed, SourceError> {
         match self {
             Self::Directory { path, node_name } => Ok(directory::watch(path, node_name)?),
@@ -66,7 +66,7 @@ impl Source {
     /// Reads the source once.
     ///
     /// # Errors
-    /// [`SourceError`] where there is nothing to read from. What cannot be read of a directory is a problem of the snapshot.
+    /// [`SourceError`] if there is nothing to read from. What cannot be read in a directory is a problem of the snapshot.
     pub async fn read(&self) -> Result<Snapshot, SourceError> {
         match self {
             Self::Directory { path, node_name } => Ok(directory::read(path, node_name)),
@@ -74,7 +74,7 @@ impl Source {
         }
     }
 
-    /// The path, where it is one.
+    /// The path, if the source is one.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         match self {
@@ -93,20 +93,20 @@ impl fmt::Display for Source {
     }
 }
 
-/// When a source's view was last known to be current: written by the source, read through clones.
+/// When a source's content was last known to be current. The source writes it; clones read it.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     current_ns: Arc<AtomicU64>,
 }
 
 impl View {
-    /// `CLOCK_MONOTONIC` in nanoseconds; none where the source was never read as a whole.
+    /// `CLOCK_MONOTONIC` in nanoseconds; `None` if the source was never read completely.
     #[must_use]
     pub fn current_ns(&self) -> Option<u64> {
         Some(self.current_ns.load(Ordering::Relaxed)).filter(|&current_ns| current_ns != 0)
     }
 
-    /// Everything that the source held at this time is known.
+    /// Records that everything in the source was known at this time.
     pub fn is_current_at(&self, now_ns: u64) {
         self.current_ns.store(now_ns, Ordering::Relaxed);
     }

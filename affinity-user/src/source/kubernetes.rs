@@ -1,18 +1,18 @@
-//! A cluster's API: Services, EndpointSlices and this node, listed once and then watched.
+//! A cluster's API: Services, EndpointSlices and this node. They are listed once and then watched.
 //!
-//! What this source promises:
+//! Guarantees of this source:
 //!
-//! * No snapshot is sent before every list is complete, and none that is between two states of a list: a list that is
-//!   read again takes the place of the former one in a single step. So nothing is ever deleted because it was not read.
-//! * A watch that ends, for whatever reason, goes on where it ended. Where the API no longer knows that point (410), the
-//!   list is read again. Between the two everything stays as it was.
-//! * An event that was overtaken by a later state of its object, or comes twice, changes nothing.
-//! * An object that did not change is not allocated again: [`std::sync::Arc::ptr_eq`] between two snapshots tells what did.
-//! * An object that cannot be read is reported by name, and takes nothing with it: what was known of it before stays.
-//! * Changes that come together are sent together, and no later than [`SETTLE`] after the first, unless the receiver is
-//!   still busy: then it gets the latest state as soon as it asks.
+//! * No snapshot is sent before every list is complete, and none shows a state between two lists: when a list is read again, it
+//!   replaces the former one in a single step. So nothing is ever deleted because it was not read.
+//! * A watch that ends, for whatever reason, continues where it ended. If the API no longer knows that point (410), the list is
+//!   read again. Until then everything stays as it was.
+//! * An event that is older than a known state of its object, or is repeated, changes nothing.
+//! * An object that did not change is not allocated again: [`std::sync::Arc::ptr_eq`] shows what differs between two snapshots.
+//! * An object that cannot be read is reported by name and does not affect others: its former state stays.
+//! * Changes that come together are sent together, no later than [`SETTLE`] after the first. If the receiver is still busy, it
+//!   gets the latest state as soon as it asks.
 //!
-//! Headless services are left out by the API itself, as kube-proxy does it.
+//! The API itself leaves out headless services, as for kube-proxy.
 
 mod access;
 mod backoff;
@@ -34,17 +34,17 @@ use tokio::sync::{mpsc, oneshot};
 use self::{cluster::Cluster, events::Poster};
 use super::{Feed, NodeAddresses, Notice, Notices, Snapshot, View};
 
-/// How long after a change further ones are waited for.
+/// How long to wait for further changes after a change.
 const SETTLE: Duration = Duration::from_millis(5);
 
-/// How to reach the API, and what to read of it.
+/// How to reach the API, and what to read from it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Options {
-    /// The kubeconfig; without it those of `KUBECONFIG`, and without that the API of the cluster that this runs in.
+    /// The kubeconfig. Without it: the kubeconfigs of `KUBECONFIG`; without these: the API of the cluster that this runs in.
     pub kubeconfig: Option<PathBuf>,
     /// This node's name.
     pub node_name: String,
-    /// Whether owners of services are told by Kubernetes Events what they should know.
+    /// Whether to send Kubernetes Events to inform owners of services.
     pub events: bool,
 }
 
@@ -54,10 +54,10 @@ pub enum Error {
     /// A kubeconfig cannot be used.
     #[error("{0}: {1}")]
     Kubeconfig(String, KubeconfigError),
-    /// No way to the API is given.
+    /// No API is configured.
     #[error("no cluster: give --kubeconfig, set KUBECONFIG, or run this in a pod ({0})")]
     NotInCluster(InClusterError),
-    /// The configuration cannot be used: a certificate, above all.
+    /// The configuration cannot be used; usually because of a certificate.
     #[error("the cluster's API: {0}")]
     Client(#[source] kube::Error),
     /// A thread or runtime could not be started.
@@ -73,11 +73,10 @@ pub enum Error {
     },
 }
 
-/// Watches the cluster, in a thread of its own that ends after the feed is dropped. Until the API answers there is no
-/// snapshot.
+/// Watches the cluster, in a separate thread that ends after the feed is dropped. There is no snapshot until the API answers.
 ///
 /// # Errors
-/// Where the configuration cannot be used; not where the API does not answer.
+/// If the configuration cannot be used. An API that does not answer is no error.
 pub async fn watch(options: &Options) -> Result<Feed, Error> {
     let config = access::config(options.kubeconfig.as_deref()).await?;
     let (sender, snapshots) = mpsc::channel(1);
@@ -92,7 +91,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
             Err(error) => return drop(started.send(Err(error.into()))),
         };
         runtime.block_on(async {
-            // Made here, because its connections belong to the runtime that it was made in.
+            // Created here, because its connections belong to the runtime in which it is created.
             match access::client(config) {
                 Ok(client) => {
                     drop(started.send(Ok(())));
@@ -107,7 +106,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     Ok(Feed { snapshots, view, nodes, notices })
 }
 
-/// Until the receiver of snapshots has gone.
+/// Runs until the receiver of snapshots is dropped.
 async fn run(
     client: &Client,
     cluster: &Cluster,
@@ -125,7 +124,7 @@ async fn run(
     }
 }
 
-/// Sends what has changed, once the lists are complete and whenever there is room.
+/// Sends what has changed, once the lists are complete and whenever the channel has space.
 async fn publish(cluster: &Cluster, snapshots: &mpsc::Sender<Snapshot>) {
     loop {
         cluster.changed().await;
@@ -140,7 +139,7 @@ async fn publish(cluster: &Cluster, snapshots: &mpsc::Sender<Snapshot>) {
 /// Lists everything once.
 ///
 /// # Errors
-/// [`Error`], also where the API does not answer.
+/// [`Error`], also if the API does not answer.
 pub async fn read(options: &Options) -> Result<Snapshot, Error> {
     let client = access::client(access::config(options.kubeconfig.as_deref()).await?)?;
     Cluster::new(options.node_name.clone()).read(&client).await

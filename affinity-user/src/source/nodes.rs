@@ -1,6 +1,6 @@
 //! The addresses of the cluster's nodes, on request.
 //!
-//! They are rarely needed, and a large cluster has many, so a source reads them only on request.
+//! They are needed rarely, and a large cluster has many, so a source reads them only on request.
 
 use std::{
     collections::BTreeSet,
@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::{api::Node, parse_address};
 
-/// What a source knows of nodes' addresses; a clone knows the same.
+/// A source's knowledge of nodes' addresses, shared by all clones.
 #[derive(Clone, Debug, Default)]
 pub struct NodeAddresses(Arc<Shared>);
 
@@ -23,23 +23,23 @@ struct Shared {
 }
 
 impl NodeAddresses {
-    /// The addresses of all nodes; none where the source does not know them, or not yet.
+    /// The addresses of all nodes; `None` if the source does not know them, or does not know them yet.
     #[must_use]
     pub fn known(&self) -> Option<Arc<BTreeSet<IpAddr>>> {
         self.lock().clone()
     }
 
-    /// Asks the source to find out, or to look whether they have changed.
+    /// Requests the addresses, or a check for changes.
     pub fn want(&self) {
         self.0.wanted.notify_one();
     }
 
-    /// Waits until they are wanted.
+    /// Waits until they are requested.
     pub async fn wanted(&self) {
         self.0.wanted.notified().await;
     }
 
-    /// These are all.
+    /// Stores the addresses of all nodes.
     pub fn tell(&self, addresses: BTreeSet<IpAddr>) {
         *self.lock() = Some(Arc::new(addresses));
     }
@@ -49,7 +49,7 @@ impl NodeAddresses {
     }
 }
 
-/// The addresses of a node, of either family, as far as they are some.
+/// The addresses of a node, of either family; host names are left out.
 pub(super) fn addresses_of(node: &Node) -> impl Iterator<Item = IpAddr> {
     let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
     addresses.filter_map(|address| parse_address(&address.address))

@@ -1,32 +1,32 @@
-//! What a service's owner should know, on its way to wherever owners look.
+//! Messages for a service's owner.
 
 use tokio::sync::mpsc::Sender;
 
 use super::ObjectName;
 
-/// Something that the owner of a service should know.
+/// A message for the owner of a service.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Notice {
     /// The service.
     pub service: ObjectName,
-    /// What it is about, in one word for programs: `Misconfigured`.
+    /// What it is about, in one machine-readable word: `Misconfigured`.
     pub reason: &'static str,
     /// What is wrong and what to do, in one line.
     pub message: String,
 }
 
-/// Takes notices without ever blocking: what there is no room for is lost.
+/// Accepts notices without blocking: notices that do not fit are lost.
 #[derive(Clone, Debug)]
 pub struct Notices(Sender<Notice>);
 
 impl Notices {
-    /// Into a queue.
+    /// Writes into a queue.
     #[must_use]
     pub fn new(queue: Sender<Notice>) -> Self {
         Self(queue)
     }
 
-    /// Says whether there was room.
+    /// Returns whether the queue had space.
     pub fn send(&self, notice: Notice) -> bool {
         self.0.try_send(notice).is_ok()
     }

@@ -9,7 +9,7 @@ use super::ObjectName;
 pub enum Severity {
     /// Nothing is wrong; something was left out on purpose.
     Info,
-    /// A value was not understood; a default is used in its place.
+    /// A value was not understood; a default is used instead.
     Warning,
     /// An object, or a part of it, is not in use.
     Error,
@@ -32,7 +32,7 @@ impl Severity {
 pub struct Origin {
     /// The file.
     pub file: PathBuf,
-    /// The document in the file, from 1; none: the file has one, or the whole file is meant.
+    /// The document in the file, from 1; `None`: the file has only one, or the problem concerns the whole file.
     pub document: Option<u32>,
 }
 
@@ -55,7 +55,7 @@ pub struct Object {
     pub name: ObjectName,
 }
 
-/// Something that is wrong with a configuration.
+/// A problem in a configuration.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Problem {
     /// How much it matters.
@@ -103,7 +103,7 @@ impl fmt::Display for Problem {
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }
-        // One line, whatever a decoder or a user's own value brought along.
+        // One line, whatever white space a decoder's message or a user's value contains.
         let words: Vec<&str> = self.message.split_whitespace().collect();
         f.write_str(&words.join(" "))
     }

@@ -1,4 +1,4 @@
-//! Whatever fields that nothing uses may hold, an object reads as if they were not there.
+//! The values of unused fields never change how an object is read.
 
 use std::{fmt::Debug, path::Path};
 
@@ -38,7 +38,7 @@ fn full() -> [Value; 3] {
     [service, slice, node]
 }
 
-/// Fields that Kubernetes has and nothing here uses, by the object that they are in; the last one is unknown to both.
+/// Fields that Kubernetes has and that are not used here, by the object they are in. The last one is unknown to both.
 const UNUSED: [(&str, &[&str]); 18] = [
     ("", &["data", "unknown"]),
     ("/metadata", &["managedFields", "ownerReferences", "finalizers", "generation", "selfLink", "unknown"]),
@@ -60,7 +60,7 @@ const UNUSED: [(&str, &[&str]); 18] = [
     ("/endpoints/0/targetRef", &["kind", "uid", "fieldPath", "resourceVersion", "unknown"]),
 ];
 
-/// What no field of Kubernetes is meant to hold, and what real servers write.
+/// Values that no field of Kubernetes should hold, and values that real servers write.
 fn odd_values() -> Vec<Value> {
     let null_time = json!([{"type": "x", "status": "True", "reason": "x", "message": "", "lastTransitionTime": null}]);
     let mut values =
@@ -69,7 +69,7 @@ fn odd_values() -> Vec<Value> {
     values
 }
 
-/// Puts a value at a place, where the object has that place.
+/// Puts a value at a place, if the object has that place.
 fn put(object: &mut Value, place: &str, field: &str, value: Value) -> bool {
     let Some(Value::Object(map)) = object.pointer_mut(place) else { return false };
     map.insert(field.to_owned(), value).is_none()
@@ -79,7 +79,7 @@ fn read<T: DeserializeOwned>(object: &Value) -> T {
     serde_json::from_str(&object.to_string()).unwrap_or_else(|error| panic!("{error}: {object}"))
 }
 
-/// The object reads as the plain one does, from an API and from a file.
+/// The object is read like the plain one, from an API and from a file.
 fn reads_as<T: DeserializeOwned + PartialEq + Debug>(object: &Value, plain: &Value) {
     assert_eq!(read::<T>(object), read::<T>(plain), "{object}");
     let file = |object: &Value| directory::parse(Path::new("a.json"), &object.to_string());

@@ -1,7 +1,7 @@
-//! A file's text, unless it is being written.
+//! Reads a file's text, unless it is being written.
 //!
-//! Programs empty a file before they write it, and take their time: `kubectl get ... > all.yaml`. So a file is taken when
-//! it is not open for writing. The file system tells ([`is_open_for_writing`]); where it cannot, notifications do
+//! Programs truncate a file before they write it, and writing takes time: `kubectl get ... > all.yaml`. So a file is read only
+//! if it is not open for writing. The file system reports that ([`is_open_for_writing`]); if it cannot, notifications decide
 //! ([`Writing`]).
 
 use std::{
@@ -19,18 +19,18 @@ use notify::{
 
 use crate::sys::is_open_for_writing;
 
-/// What a file gave.
+/// The result of reading a file.
 pub(super) enum Taken {
     /// Its text, as its last writer left it.
     Text(String),
-    /// Nothing: it is being written.
+    /// Not read: it is being written.
     BeingWritten,
 }
 
-/// Takes a file's text.
+/// Reads a file's text.
 ///
 /// # Errors
-/// Where it cannot be read, or is not UTF-8.
+/// If it cannot be read, or is not UTF-8.
 pub(super) fn take(file: &Path, writing: &Writing) -> io::Result<Taken> {
     let mut opened = File::open(file)?;
     let before = opened.metadata()?;
@@ -41,41 +41,41 @@ pub(super) fn take(file: &Path, writing: &Writing) -> io::Result<Taken> {
         return Ok(Taken::BeingWritten);
     }
     let text = io::read_to_string(&mut opened);
-    // A writer may have come meanwhile; and what it left half-done need not be UTF-8.
+    // A writer may have started in the meantime, and its incomplete text need not be UTF-8.
     if identity(&before) != identity(&opened.metadata()?) {
         return Ok(Taken::BeingWritten);
     }
     text.map(Taken::Text)
 }
 
-/// Whether a file that was being written may be taken now.
+/// Whether a file that was being written may be read now.
 pub(super) fn is_closed(file: &Path, writing: &Writing) -> bool {
-    // A file that cannot be opened has changed as well.
+    // A file that cannot be opened has changed too.
     File::open(file).map_or(true, |opened| !is_open_for_writing(opened.as_fd()).unwrap_or_else(|| writing.holds(file)))
 }
 
-/// What identifies a file's content: device, inode, size, and when it and its inode changed.
+/// The identity of a file's content: device, inode, size, and when it and its inode changed.
 pub(super) fn identity(metadata: &Metadata) -> [i64; 7] {
     let (device, inode) = (metadata.dev().cast_signed(), metadata.ino().cast_signed());
     let size = metadata.size().cast_signed();
     [device, inode, size, metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()]
 }
 
-/// The files that are being written as far as notifications tell: changed, and not closed since. Paths are canonical.
+/// The files that are being written according to notifications: changed, and not closed since. Paths are canonical.
 #[derive(Debug, Default)]
 pub(super) struct Writing(BTreeSet<PathBuf>);
 
 impl Writing {
-    /// Takes note of what happened.
+    /// Processes a notification.
     pub(super) fn note(&mut self, event: &Event) {
         if event.need_rescan() {
-            // Notifications were lost, that of a file's closing perhaps: no file may wait for it for ever.
+            // Notifications were lost, perhaps one for a closed file: no file may wait for it for ever.
             self.0.clear();
         }
         for path in &event.paths {
             match event.kind {
                 EventKind::Modify(ModifyKind::Data(_)) => _ = self.0.insert(path.clone()),
-                // Its first content follows. A link has its content already, or is none of this directory's files.
+                // Its first content follows. A link has its content already, or its target is not a file of this directory.
                 EventKind::Create(CreateKind::File) if is_empty_file(path) => _ = self.0.insert(path.clone()),
                 EventKind::Access(AccessKind::Close(AccessMode::Write))
                 | EventKind::Modify(ModifyKind::Name(_))

@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::source::api::label;
 
-/// A directory that goes when the test ends, however it ends.
+/// A directory that is removed when the test ends, also if it fails.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -191,7 +191,7 @@ fn a_damaged_file_keeps_what_it_gave() {
     warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/a, Service default/b
     ");
 
-    // An object that moved to another file is there, and is no duplicate.
+    // An object that moved to another file is present, and is not a duplicate.
     scratch.write("b.yaml", &service("b", "10.0.0.22"));
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
     service default/a 10.0.0.11
@@ -238,7 +238,7 @@ fn a_path_that_cannot_be_read_changes_nothing() {
     ");
 }
 
-/// Receives until the services are those; fails after a time that a loaded machine should not need.
+/// Receives until the services match; fails after a time that even a loaded machine should not need.
 async fn until(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &[&str]) {
     let wait = async {
         loop {
@@ -249,7 +249,7 @@ async fn until(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &
             }
         }
     };
-    // Shorter than the poll: it is the notification that is tested.
+    // Shorter than the poll interval, because the test is about notifications.
     tokio::time::timeout(Duration::from_secs(4), wait).await.unwrap_or_else(|_| panic!("never saw {services:?}"));
 }
 
@@ -323,13 +323,13 @@ fn a_source_is_unreadable_where_nothing_of_it_was_ever_read() {
     assert_eq!(why(&scratch.0), "");
     scratch.write("b.yaml", "");
     assert_eq!(why(&scratch.0), "");
-    // What was read once is known, whatever becomes of the files.
+    // Content that was read once is known, whatever happens to the files.
     let _ = reader.read();
     scratch.write("b.yaml", "}\n");
     assert_eq!(reader.read().unreadable, None);
 }
 
-/// Fails where a snapshot without exactly those services comes within that time.
+/// Fails if a snapshot with other services arrives within that time.
 async fn stays(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &[&str], time: Duration) {
     let deadline = tokio::time::Instant::now() + time;
     while let Ok(snapshot) = tokio::time::timeout_at(deadline, receiver.recv()).await {
@@ -340,7 +340,7 @@ async fn stays(receiver: &mut tokio::sync::mpsc::Receiver<Snapshot>, services: &
     }
 }
 
-/// Longer than any wait for quiet.
+/// Longer than any settling time.
 const WHILE: Duration = Duration::from_millis(900);
 
 #[tokio::test]

@@ -1,8 +1,8 @@
-//! A directory or file, read again when it has changed and is not being written.
+//! Watches a directory or file, and reads it again when it has changed and is not being written.
 //!
-//! Notifications tell when to look, and a slow poll by a fingerprint of the files finds what they miss. So a file that is
-//! written and closed, a rename over a file, the swap of a ConfigMap's `..data` link, and a directory that is deleted and
-//! made again all come down to one question. Links are followed wherever they lead: [`Places`].
+//! Notifications trigger a check, and a slow poll that compares a fingerprint of the files finds changes that they miss. So
+//! four cases need only one check: a file that is written and closed, a rename over a file, the swap of a ConfigMap's `..data`
+//! link, and a directory that is deleted and created again. Links are followed wherever they lead: [`Places`].
 
 mod places;
 
@@ -37,17 +37,17 @@ use crate::{
 const QUIET: Duration = Duration::from_millis(50);
 /// or once it has waited this long.
 const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
-/// How often to look without being told.
+/// How often to check without a notification.
 const POLL: Duration = Duration::from_secs(5);
-/// How often to look whether a file that is being written has been closed. Its notification comes a moment before that
-/// can be seen (<https://elixir.bootlin.com/linux/v6.12/source/fs/file_table.c>, `__fput`), and may come from elsewhere.
+/// How often to check whether a file that is being written has been closed. The notification comes a moment before the close is
+/// visible (<https://elixir.bootlin.com/linux/v6.12/source/fs/file_table.c>, `__fput`), and may be for another file.
 const POLL_WRITTEN: Duration = Duration::from_millis(250);
 
-/// Reads `path` at once and after each change, as the node with this name, in a thread of its own that ends after the
-/// receiver is dropped.
+/// Reads `path` at once and after each change, on the node with this name, in a separate thread that ends after the receiver is
+/// dropped.
 ///
 /// # Errors
-/// Where the thread could not be started. Where notifications are not to be had, changes are seen by polling alone.
+/// If the thread could not be started. If notifications are not available, changes are found by polling only.
 pub fn watch(path: &Path, node_name: &str) -> io::Result<Feed> {
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
@@ -62,11 +62,11 @@ fn run(path: &Path, mut reader: Reader, snapshots: &mpsc::Sender<Snapshot>, view
     let (events, changes) = std_mpsc::channel();
     let mut watches = Watches::new(events);
     let mut last: Option<(Fingerprint, Snapshot)> = None;
-    // Whether there was a change that the fingerprint need not show: files' times are coarse.
+    // Whether there was a change that may be missing from the fingerprint: the resolution of file times is coarse.
     let mut is_told = true;
     while !snapshots.is_closed() {
         watches.follow(path);
-        // Taken before the files are read: what changes meanwhile differs from it.
+        // Taken before the files are read, so that a concurrent change makes a difference.
         let fingerprint = fingerprint(path);
         let looked_ns = monotonic_ns();
         if is_told || last.as_ref().is_none_or(|(former, _)| *former != fingerprint) {
@@ -85,8 +85,8 @@ fn run(path: &Path, mut reader: Reader, snapshots: &mpsc::Sender<Snapshot>, view
     }
 }
 
-/// Waits for a change, and then until changes have come to rest; at most until the next poll. Returns whether there was a
-/// change, the end of a file's writing among them.
+/// Waits for a change, and then until no more changes follow; at most until the next poll. Returns whether there was a change.
+/// The end of a file's writing is one.
 fn wait(changes: &std_mpsc::Receiver<Event>, watches: &mut Watches, reader: &Reader) -> bool {
     let poll_at = Instant::now() + POLL;
     let mut settled_at: Option<Instant> = None;
@@ -108,7 +108,7 @@ fn wait(changes: &std_mpsc::Receiver<Event>, watches: &mut Watches, reader: &Rea
             Err(RecvTimeoutError::Timeout) if settled_at.is_some() => return true,
             Err(error) => {
                 if error == RecvTimeoutError::Disconnected {
-                    // There are no notifications.
+                    // Notifications are not available.
                     thread::sleep(pause);
                 }
                 if reader.awaited().any(|file| take::is_closed(file, &watches.writing)) {
@@ -122,7 +122,7 @@ fn wait(changes: &std_mpsc::Receiver<Event>, watches: &mut Watches, reader: &Rea
     }
 }
 
-/// Every file that counts, and what identifies its content.
+/// Every file that counts, with the identity of its content.
 type Fingerprint = Option<Vec<(PathBuf, Option<[i64; 7]>)>>;
 
 fn fingerprint(path: &Path) -> Fingerprint {
@@ -137,7 +137,7 @@ fn fingerprint(path: &Path) -> Fingerprint {
 struct Watches {
     watcher: Option<RecommendedWatcher>,
     directories: BTreeMap<PathBuf, (u64, u64)>,
-    /// Directories that cannot be watched: said once.
+    /// Directories that cannot be watched: each is logged once.
     unwatched: BTreeSet<PathBuf>,
     places: Places,
     writing: Writing,
@@ -147,7 +147,7 @@ impl Watches {
     fn new(events: std_mpsc::Sender<Event>) -> Self {
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
             if let Some(event) = event.ok().filter(|event| is_change(event.kind)) {
-                // The receiver is gone only when the thread ends, and the watcher with it.
+                // The receiver is dropped only when the thread ends, which also drops the watcher.
                 let _ = events.send(event);
             }
         });
@@ -156,7 +156,7 @@ impl Watches {
         Self { watcher, directories, unwatched, places: Places::default(), writing: Writing::default() }
     }
 
-    /// Takes note of what happened; says whether it may change what the path gives.
+    /// Processes a notification. Returns whether it may change the content of the path.
     fn note(&mut self, event: &Event) -> bool {
         let is_of_interest = event.need_rescan() || event.paths.iter().any(|path| self.places.concerns(path));
         if is_of_interest {
@@ -165,8 +165,8 @@ impl Watches {
         is_of_interest
     }
 
-    /// Watches every directory in which a change may change what the path gives. Watches follow inodes, so one that is not
-    /// the path's any more is set again.
+    /// Watches every directory in which a change may change the content of the path. A watch belongs to an inode, so it is set
+    /// again if the path leads to another inode.
     fn follow(&mut self, path: &Path) {
         let Some(watcher) = &mut self.watcher else { return };
         self.places = Places::of(path, &list(path).unwrap_or_default());
@@ -180,7 +180,7 @@ impl Watches {
                 continue;
             }
             if self.directories.remove(directory).is_some() {
-                // Fails where the kernel has dropped the watch with the directory.
+                // Fails if the kernel has removed the watch together with the directory.
                 let _ = watcher.unwatch(directory);
             }
             let Some(identity) = present else { continue };

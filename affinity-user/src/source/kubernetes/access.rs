@@ -1,4 +1,4 @@
-//! The way to the API: which one, with what credentials, and how failed requests are repeated.
+//! Access to the API: configuration, credentials, and retries of failed requests.
 
 use std::{env, path::Path, time::Duration};
 
@@ -11,15 +11,15 @@ use tower::{buffer::BufferLayer, retry::RetryLayer};
 
 use super::Error;
 
-/// Requests that may wait for their turn at the connection.
+/// How many requests may wait for the connection.
 const REQUESTS: usize = 64;
-/// A request that the API refuses for being busy is repeated so often, at first after the shorter time and after the
-/// longer one at most, or when the API says. What still fails is a matter of [`super::backoff`].
+/// How often a request is repeated that the API rejects as overloaded. The first pause is the shorter time, the longest pause
+/// is the longer one, unless the API gives a time. [`super::backoff`] handles what still fails.
 const RETRIES: u32 = 3;
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 const RETRY_AT_MOST: Duration = Duration::from_secs(5);
 
-/// The configuration of a kubeconfig, of `KUBECONFIG`, or of the cluster that this process is in.
+/// The configuration from a kubeconfig, from `KUBECONFIG`, or from the cluster that this process is in.
 pub(super) async fn config(kubeconfig: Option<&Path>) -> Result<Config, Error> {
     let variable = env::var_os("KUBECONFIG").filter(|paths| !paths.is_empty());
     let (name, read) = match (kubeconfig, variable) {
@@ -36,7 +36,7 @@ pub(super) async fn config(kubeconfig: Option<&Path>) -> Result<Config, Error> {
 
 /// A client whose connections belong to the current runtime.
 pub(super) fn client(mut config: Config) -> Result<Client, Error> {
-    // Its own repetition goes on for minutes, and says nothing.
+    // The client's own retries continue for minutes without a log line.
     config.default_retry = false;
     let policy = RetryPolicy::new(RETRY_AFTER, RETRY_AT_MOST, RETRIES, true)
         .map_err(|error| Error::Client(kube::Error::Service(error.into())))?;

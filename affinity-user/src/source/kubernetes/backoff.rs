@@ -1,22 +1,22 @@
-//! When to try again: later after each failure, and at the time that the API asks for.
+//! When to try again: later after each failure, and not before the time that the API asks for.
 
 use std::time::Duration;
 
 use kube::Error;
 
-/// After the first failure, and at most.
+/// The pause after the first failure, and the longest one.
 const FIRST: Duration = Duration::from_millis(200);
 const AT_MOST: Duration = Duration::from_secs(15);
-/// Where the API is asked for too much and does not say when to come back.
+/// The pause if the API receives too many requests and gives no time.
 const TOO_MANY: Duration = Duration::from_secs(1);
-/// No longer than this, whatever the API asks for.
+/// The longest pause, whatever the API asks for.
 const LONGEST: Duration = Duration::from_mins(5);
 
-/// How many failures there were since something went well.
+/// The number of failures since the last success.
 #[derive(Debug)]
 pub(super) struct Backoff {
     failures: u32,
-    /// What spreads the nodes of a cluster: from 0 to 255.
+    /// Spreads the nodes of a cluster: from 0 to 255.
     spread: u8,
 }
 
@@ -26,17 +26,17 @@ impl Backoff {
         Self { failures: 0, spread: seed as u8 }
     }
 
-    /// Something went well.
+    /// Records a success.
     pub(super) fn reset(&mut self) {
         self.failures = 0;
     }
 
-    /// How many failures there were in a row.
+    /// The number of consecutive failures.
     pub(super) fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// How long to wait after one more failure, of which `error` is the cause where there is one.
+    /// How long to wait after one more failure; `error` is its cause, if known.
     pub(super) fn next(&mut self, error: Option<&Error>) -> Duration {
         let doubled = FIRST * (1 << self.failures.min(10));
         self.failures += 1;
@@ -45,7 +45,7 @@ impl Backoff {
     }
 }
 
-/// What the API asks for.
+/// The pause that the API asks for.
 fn asked_for(error: Option<&Error>) -> Duration {
     let Some(Error::Api(status)) = error else { return Duration::ZERO };
     match status.details.as_ref().map_or(0, |details| details.retry_after_seconds) {

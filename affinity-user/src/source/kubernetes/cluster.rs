@@ -1,4 +1,4 @@
-//! All kinds together: what is known of the cluster, and when it makes a snapshot.
+//! Combines all kinds: what is known about the cluster, and when to make a snapshot.
 
 use std::{
     cell::{Cell, RefCell},
@@ -26,16 +26,16 @@ use crate::{
     },
 };
 
-/// How often the addresses of all nodes are read, on average, if they are wanted.
+/// How often the addresses of all nodes are read, on average, if they are requested.
 const NODES_EVERY: Duration = Duration::from_hours(1);
 
-/// What is known of the cluster.
+/// What is known about the cluster.
 pub(super) struct Cluster {
     node_name: String,
     services: RefCell<ObjectCache<Service>>,
     slices: RefCell<ObjectCache<EndpointSlice>>,
     nodes: RefCell<ObjectCache<Node>>,
-    /// Why the API will not show us this node: everything but topology goes without.
+    /// Why the API does not permit reading this node: everything except topology works without it.
     node_refused: RefCell<Option<String>>,
     /// Whether anything has changed since the last snapshot.
     is_changed: Cell<bool>,
@@ -43,7 +43,7 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    /// One of which nothing is known, seen from a node.
+    /// A cluster about which nothing is known yet.
     pub(super) fn new(node_name: String) -> Self {
         Self {
             node_name,
@@ -61,7 +61,7 @@ impl Cluster {
         &self.node_name
     }
 
-    /// What tells a service from a former one of its name.
+    /// The UID distinguishes a service from an earlier one with the same name.
     pub(super) fn uid(&self, service: &ObjectName) -> Option<String> {
         self.services.borrow().get(service)?.metadata.uid.clone()
     }
@@ -70,7 +70,7 @@ impl Cluster {
         format!("metadata.name={}", self.node_name)
     }
 
-    /// Keeps everything in step with the API, and the view up to date; for ever.
+    /// Keeps everything in sync with the API, and updates the view; never returns.
     pub(super) async fn reflect(&self, client: &Client, view: &View) {
         let told = |differs: bool| self.told(differs, view);
         let without_node = |message: String| self.refuse_node(message, view);
@@ -102,7 +102,7 @@ impl Cluster {
         }
     }
 
-    /// When all of it was last known to be current; none until every list was complete.
+    /// When everything was last known to be current; `None` until every list was complete.
     fn current_ns(&self) -> Option<u64> {
         let (services, slices) = (self.services.borrow().current_ns()?, self.slices.borrow().current_ns()?);
         let both = services.min(slices);
@@ -120,7 +120,7 @@ impl Cluster {
         }
     }
 
-    /// Everything as it is known now; none until every list was complete.
+    /// The current state; `None` until every list was complete.
     pub(super) fn snapshot(&self) -> Option<Snapshot> {
         self.is_changed.set(false);
         self.current_ns()?;
@@ -140,9 +140,9 @@ impl Cluster {
         Problem::new(Severity::Warning, None, format!("node {}: {reason}", self.node_name))
     }
 
-    /// Reads the addresses of all nodes when they are wanted, but not often; never returns.
+    /// Reads the addresses of all nodes when they are requested, but not often; never returns.
     pub(super) async fn find_nodes(&self, client: &Client, nodes: &NodeAddresses) {
-        // Not all nodes of a large cluster at once.
+        // Spreads the requests of a large cluster's nodes over time.
         let spread = NODES_EVERY.mul_f64(f64::from(hash32(&self.node_name)) / f64::from(u32::MAX));
         loop {
             nodes.wanted().await;
@@ -176,7 +176,7 @@ impl Cluster {
     }
 }
 
-/// Of all objects of a kind that nothing goes without.
+/// A reflector of all objects of a kind that is required.
 fn reflector<'a, K: Watched>(
     client: &Client,
     cache: &'a RefCell<ObjectCache<K>>,
@@ -185,7 +185,7 @@ fn reflector<'a, K: Watched>(
     Reflector { client: client.clone(), fields: String::new(), cache, told, do_without: None }
 }
 
-/// All objects of a kind; or why not, and whether the API will not show them to us.
+/// All objects of a kind; or the error, and whether the API does not permit reading them.
 async fn list<K: Watched>(client: &Client, fields: &str) -> Result<Vec<Item<K>>, (Error, bool)> {
     let listed = reflector::list_once::<K>(client, fields).await;
     listed.map_err(|(message, is_refused)| (Error::List { kind: K::KIND, message }, is_refused))

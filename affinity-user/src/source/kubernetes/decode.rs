@@ -1,4 +1,4 @@
-//! From what the API sends to objects, one by one: where one of them is not what its kind should be, the others are.
+//! Decodes what the API sends into objects, one by one: an object that is invalid does not affect others.
 
 use kube::core::{ObjectList, TypeMeta};
 use serde::de::DeserializeOwned;
@@ -7,10 +7,10 @@ use serde_json::Value;
 use super::objects::Watched;
 use crate::source::{ObjectName, Problem, Severity};
 
-/// An object, or why it is none.
+/// An object, or why it could not be decoded.
 pub(super) type Item<K> = Result<K, Undecodable>;
 
-/// An object that cannot be read.
+/// An object that cannot be decoded.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Undecodable {
     pub(super) name: ObjectName,
@@ -22,7 +22,7 @@ pub(super) struct Undecodable {
 }
 
 impl Undecodable {
-    /// For its owner.
+    /// The problem to report to its owner.
     pub(super) fn problem(&self, kind: &str) -> Problem {
         let message = format!("{}; the object cannot be read, and what was known of it before stays", self.message);
         Problem::new(Severity::Error, None, message).of(kind, &self.name).field(self.field.clone())
@@ -45,19 +45,19 @@ pub(super) fn object<K: DeserializeOwned>(value: Value) -> (String, Item<K>) {
 /// A page of a list.
 pub(super) struct Page<K> {
     pub(super) items: Vec<Item<K>>,
-    /// Where the next page begins; none: this is the last one.
+    /// The token of the next page; `None`: this is the last one.
     pub(super) next: Option<String>,
     pub(super) version: String,
 }
 
-/// A page of a list, from its text.
+/// Decodes a page of a list from its text.
 ///
 /// # Errors
-/// Where it is no list at all.
+/// If it is not a list.
 pub(super) fn page<K: Watched>(text: &str) -> Result<Page<K>, serde_json::Error> {
     match serde_json::from_str::<ObjectList<K>>(text) {
         Ok(list) => Ok(paged(list, Ok)),
-        // Once more, object by object.
+        // Decode again, object by object.
         Err(_) => Ok(paged(serde_json::from_str::<ObjectList<Value>>(text)?, |value| object(value).1)),
     }
 }

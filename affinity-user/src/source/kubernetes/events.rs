@@ -1,8 +1,7 @@
-//! Notices as Kubernetes Events on a Service, where `kubectl describe` shows them.
+//! Posts notices as Kubernetes Events on a Service, where `kubectl describe` shows them.
 //!
-//! Every node comes to the same conclusions, so the name of an Event follows from what it says: of all nodes one posts it,
-//! and the API tells the others that it is there. A few are posted at once and then one at a time, and none is worth
-//! more than a few attempts.
+//! All nodes find the same problems, so the name of an Event is derived from its content: one node posts it, and the API tells
+//! the others that it exists. A few are posted at once and then one at a time. Each is given up after a few attempts.
 
 use std::time::Duration;
 
@@ -24,32 +23,32 @@ use crate::{
     source::Notice,
 };
 
-/// Notices that wait to be posted.
+/// The maximum number of notices that wait to be posted.
 pub(super) const QUEUE: usize = 256;
-/// So many are posted at once, and then one in this time.
+/// This many Events are posted at once, and then one in this interval.
 const BURST: u32 = 20;
 const EVERY: Duration = Duration::from_secs(3);
-/// How often one is posted before it is given up.
+/// How many attempts are made for one Event.
 const ATTEMPTS: u32 = 4;
-/// How long the API may take for one.
+/// How long to wait for the API's answer to one Event.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The longest note that the API takes, in bytes.
+/// The longest note that the API accepts, in bytes.
 const NOTE_BYTES: usize = 1024;
-/// The cause that the API names where a namespace is being deleted.
+/// The cause in the API's answer if a namespace is being deleted.
 const NAMESPACE_TERMINATING: &str = "NamespaceTerminating";
-/// Nodes that come to a conclusion at one moment spread their Events over this time.
+/// Nodes that find a problem at the same time spread their Events over this time.
 const SPREAD: Duration = Duration::from_secs(2);
 
-/// What makes Events of a node's notices.
+/// Posts a node's notices as Events.
 pub(super) struct Poster<'a> {
     pub(super) client: &'a Client,
     pub(super) cluster: &'a Cluster,
 }
 
 impl Poster<'_> {
-    /// Until the sender of notices has gone; then idle forever.
+    /// Runs until the sender of notices is dropped; then idles forever.
     pub(super) async fn run(&self, mut notices: Receiver<Notice>) {
-        // Each takes its time from what was saved up.
+        // Each Event uses up saved time (a token bucket).
         let (mut saved, mut since) = (EVERY * BURST, Instant::now());
         while let Some(notice) = notices.recv().await {
             saved = (saved + since.elapsed()).min(EVERY * BURST);
@@ -66,7 +65,7 @@ impl Poster<'_> {
         std::future::pending().await
     }
 
-    /// Posts one. False: this is not allowed.
+    /// Posts one Event. False: this is not permitted.
     async fn post(&self, notice: &Notice) -> bool {
         let event = self.event(notice);
         let events: Api<Event> = Api::namespaced(self.client.clone(), &notice.service.namespace);
@@ -78,12 +77,12 @@ impl Poster<'_> {
                 Err(_) => None,
             };
             match error.as_ref().and_then(code) {
-                // Another node was first, or this one has said so before.
+                // Another node was first, or this one has posted it before.
                 Some(409) => return true,
-                // Nothing can be created in a namespace that is being deleted. That says nothing of other namespaces.
+                // Nothing can be created in a namespace that is being deleted. Other namespaces are not affected.
                 Some(403) if error.as_ref().is_some_and(is_terminating) => break,
                 Some(403) => return false,
-                // The namespace has gone, or the API does not take this text.
+                // The namespace is gone, or the API does not accept this text.
                 Some(404 | 422) => break,
                 _ => sleep(backoff.next(error.as_ref())).await,
             }
@@ -126,13 +125,13 @@ fn code(error: &Error) -> Option<u16> {
     if let Error::Api(status) = error { Some(status.code) } else { None }
 }
 
-/// Whether the cause of a refusal is that the namespace is being deleted.
+/// Whether the API rejected the request because the namespace is being deleted.
 fn is_terminating(error: &Error) -> bool {
     let Error::Api(status) = error else { return false };
     status.details.iter().flat_map(|details| &details.causes).any(|cause| cause.reason == NAMESPACE_TERMINATING)
 }
 
-/// The first bytes of a text, up to the end of a character.
+/// The first bytes of a text, cut at a character boundary.
 fn cut(text: &str, bytes: usize) -> &str {
     &text[..text.floor_char_boundary(bytes)]
 }

@@ -1,4 +1,4 @@
-//! The objects of one kind as they are known, and how far that is.
+//! The known objects of one kind, and how current they are.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -8,15 +8,15 @@ use super::{
 };
 use crate::source::{ObjectName, Problem, Sourced};
 
-/// What is known of one kind.
+/// What is known about one kind.
 #[derive(Debug)]
 pub(super) struct ObjectCache<K> {
     entries: BTreeMap<ObjectName, Entry>,
-    /// Changed in place while no snapshot holds it.
+    /// Changed in place while no snapshot holds a reference.
     objects: Arc<BTreeMap<ObjectName, Sourced<K>>>,
-    /// Objects whose last state cannot be read.
+    /// Objects with a last state that cannot be read.
     undecodable: BTreeMap<ObjectName, Undecodable>,
-    /// Everything up to this version is known: a list's, or a bookmark's.
+    /// Everything up to this version is known. It comes from a list or a bookmark.
     floor: u64,
     /// When all of it was last known to be current, `CLOCK_MONOTONIC` in nanoseconds; zero until a list was complete.
     current_ns: u64,
@@ -25,7 +25,7 @@ pub(super) struct ObjectCache<K> {
 #[derive(Debug)]
 struct Entry {
     version: u64,
-    /// If not: it was deleted at that version.
+    /// If false: it was deleted at that version.
     is_there: bool,
 }
 
@@ -42,7 +42,7 @@ impl<K> Default for ObjectCache<K> {
 }
 
 impl<K: Watched> ObjectCache<K> {
-    /// Takes a complete list in place of everything; of what cannot be read the former state stays. Says whether anything
+    /// Replaces everything with a complete list; objects that cannot be read keep their former state. Returns whether anything
     /// differs.
     pub(super) fn replace(&mut self, items: Vec<Item<K>>, list_version: Option<&str>, now_ns: u64) -> bool {
         let former = std::mem::take(&mut self.objects);
@@ -74,7 +74,7 @@ impl<K: Watched> ObjectCache<K> {
         changed
     }
 
-    /// Takes an object that was added or modified. Says whether anything differs.
+    /// Stores an object that was added or modified. Returns whether anything differs.
     pub(super) fn put(&mut self, item: Item<K>, now_ns: u64) -> bool {
         self.current_ns = now_ns;
         let (name, version, object) = match item.map(taken) {
@@ -93,7 +93,7 @@ impl<K: Watched> ObjectCache<K> {
         differs || was_bad
     }
 
-    /// Takes note of an object that cannot be read; what was known of it stays. Says whether that is new.
+    /// Records an object that cannot be read; its former state stays. Returns whether that is new.
     fn note(&mut self, undecodable: Undecodable) -> bool {
         let (name, version) = (undecodable.name.clone(), number(&undecodable.version));
         if self.is_overtaken(&name, version) {
@@ -104,7 +104,7 @@ impl<K: Watched> ObjectCache<K> {
         true
     }
 
-    /// Takes note of an object's end; its last state counts for nothing. Says whether anything differs.
+    /// Removes an object that was deleted; its last state does not matter. Returns whether anything differs.
     pub(super) fn remove(&mut self, item: Item<K>, now_ns: u64) -> bool {
         self.current_ns = now_ns;
         let (name, version) = match item.map(taken) {
@@ -128,22 +128,22 @@ impl<K: Watched> ObjectCache<K> {
         self.undecodable.values().map(|undecodable| undecodable.problem(K::KIND))
     }
 
-    /// All events up to this version were sent.
+    /// Records that all events up to this version were sent.
     pub(super) fn bookmark(&mut self, text: &str, now_ns: u64) {
         self.current_ns = now_ns;
         self.floor = self.floor.max(version(Some(text)).unwrap_or(0));
-        // A deletion must be remembered only while an older event may still come.
+        // A deletion must be remembered only as long as an older event may still arrive.
         let floor = self.floor;
         self.entries.retain(|_, entry| entry.is_there || entry.version > floor);
     }
 
-    /// Whether a later state is known. Version zero: one that cannot be compared, which counts as the latest.
+    /// Whether a later state is known. Version zero cannot be compared, and counts as the latest.
     fn is_overtaken(&self, name: &ObjectName, version: u64) -> bool {
         let known = self.entries.get(name).map_or(0, |entry| entry.version).max(self.floor);
         version != 0 && version <= known
     }
 
-    /// When everything was last known to be current; none until a list was complete.
+    /// When everything was last known to be current; `None` until a list was complete.
     pub(super) fn current_ns(&self) -> Option<u64> {
         Some(self.current_ns).filter(|&current_ns| current_ns != 0)
     }
@@ -159,12 +159,12 @@ impl<K: Watched> ObjectCache<K> {
     }
 }
 
-/// A version as it is compared; zero where it cannot be.
+/// A version as a number; zero if it cannot be compared.
 fn number(text: &str) -> u64 {
     version(Some(text)).unwrap_or(0)
 }
 
-/// The name and version of an object, and the object without its version: a new version alone is no change.
+/// The name and version of an object, and the object without its version, because a new version alone is no change.
 fn taken<K: Watched>(mut object: K) -> (ObjectName, u64, K) {
     let meta = object.meta();
     let name = name_of(meta);
@@ -172,7 +172,7 @@ fn taken<K: Watched>(mut object: K) -> (ObjectName, u64, K) {
     (name, version, object)
 }
 
-/// The object that was known, where the new one is equal; and whether it is not.
+/// The known object if the new one is equal, else the new one; and whether they differ.
 fn keep<K: PartialEq>(known: Option<&Sourced<K>>, object: K) -> (Sourced<K>, bool) {
     match known {
         Some(known) if *known.object == object => (known.clone(), false),
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(shown(&cache), "x=1 y=2");
         let x = ObjectName::new("a", "x");
         assert!(Arc::ptr_eq(&before[&x].object, &after[&x].object));
-        // The same list once more, at a later version, and even an earlier one: the API may have been restored.
+        // The same list again, with a later version, and even with an earlier one: the API may have been restored.
         assert!(!cache.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("30"), 3));
         assert!(!cache.replace(good(vec![service("x", 3, "1"), service("y", 15, "2")]), Some("5"), 3));
         assert!(cache.put(Ok(service("x", 6, "6")), 4));

@@ -9,16 +9,16 @@ use crate::source::{
     api::{EndpointSlice, Metadata, Node, Service},
 };
 
-/// As kube-proxy asks for them.
+/// The label selector that kube-proxy uses.
 const NOT_HEADLESS: &str = "!service.kubernetes.io/headless";
 
 /// A kind that is watched.
 pub(super) trait Watched: DeserializeOwned + Clone + Debug + PartialEq + 'static {
     /// Its name.
     const KIND: &'static str;
-    /// The path of all its objects.
+    /// The path of the list of all its objects.
     const PATH: &'static str;
-    /// Which of its objects, by their labels; empty: all.
+    /// The label selector; empty: all objects.
     const LABELS: &'static str;
 
     /// The metadata of an object.

@@ -1,4 +1,4 @@
-//! One kind: list it, watch it from there, and come back to it after every failure.
+//! Keeps one kind in sync: lists it, watches it from there, and returns to it after every failure.
 
 use std::{cell::RefCell, time::Duration};
 
@@ -20,40 +20,40 @@ use super::{
 };
 use crate::load::monotonic_ns;
 
-/// Objects of one page of a list.
+/// The number of objects in one page of a list.
 const PAGE: u32 = 500;
-/// How long the API may take for a page: it gives up on its own after a minute.
+/// How long to wait for a page: the API itself gives up after a minute.
 const PAGE_PATIENCE: Duration = Duration::from_secs(90);
 /// How long a watch lasts before the API ends it and it is opened again.
 const WATCH_S: u32 = 290;
-/// How long a watch may say nothing: the API sends a bookmark about every minute, so the connection is dead.
+/// How long a watch may be silent: the API sends a bookmark about every minute, so the connection is dead.
 const SILENCE: Duration = Duration::from_secs(150);
-/// A watch that held for so long was a good one, even if it had nothing to say.
+/// A watch that lasted this long counts as a success, even without events.
 const GOOD_WATCH: Duration = Duration::from_secs(10);
-/// Code of a version that the API no longer knows.
+/// The status code for a version that the API no longer knows.
 const GONE: u16 = 410;
-/// How long to do without a kind that the API will not show to us, before it is asked again.
+/// How long to continue without a kind that the API does not permit reading, before the next attempt.
 const REFUSED_PAUSE: Duration = Duration::from_mins(5);
-/// Codes of what this process may not see, or that does not exist.
+/// The status codes for what this process may not read, or what does not exist.
 const REFUSED: [u16; 2] = [403, 404];
 
-/// What keeps one kind in step with the API.
+/// Keeps one kind in sync with the API.
 pub(super) struct Reflector<'a, K> {
     pub(super) client: Client,
-    /// Which objects, by fields; empty: all.
+    /// The field selector; empty: all objects.
     pub(super) fields: String,
     pub(super) cache: &'a RefCell<ObjectCache<K>>,
     /// Called after each event with whether anything differs.
     pub(super) told: &'a dyn Fn(bool),
-    /// Called with the reason where the API will not show this kind to us. None: nothing goes without it.
+    /// Called with the reason if the API does not permit reading this kind. `None`: the kind is required.
     pub(super) do_without: Option<&'a dyn Fn(String)>,
 }
 
 /// Why a list or a watch has ended.
 enum End {
-    /// It ended well, or its connection did.
+    /// It ended normally, or its connection did.
     Over,
-    /// The version to go on from is no longer known.
+    /// The API no longer knows the version to continue from.
     Gone,
     Failed(Error),
     /// No answer in time.
@@ -61,7 +61,7 @@ enum End {
 }
 
 impl<K: Watched> Reflector<'_, K> {
-    /// For ever. `seed` spreads the nodes of a cluster.
+    /// Never returns. `seed` spreads the nodes of a cluster.
     pub(super) async fn run(&self, seed: u32) {
         let mut backoff = Backoff::new(seed);
         let mut version = None;
@@ -89,7 +89,7 @@ impl<K: Watched> Reflector<'_, K> {
         }
     }
 
-    /// Something was heard.
+    /// Records a success.
     fn well(&self, backoff: &mut Backoff) {
         if backoff.failures() > 1 {
             info!("{}s: the cluster's API answers again", K::KIND);
@@ -97,10 +97,10 @@ impl<K: Watched> Reflector<'_, K> {
         backoff.reset();
     }
 
-    /// Says what has ended, and how long to wait.
+    /// Logs what has ended, and returns how long to wait.
     fn pause(&self, end: &End, backoff: &mut Backoff) -> Duration {
         let kind = K::KIND;
-        // A watch ends every few minutes; only one that ends again and again is to be waited for.
+        // A watch ends every few minutes; a pause is needed only if it ends repeatedly.
         let is_first = backoff.failures() == 0;
         let pause = backoff.next(if let End::Failed(error) = end { Some(error) } else { None });
         match end {
@@ -119,7 +119,7 @@ impl<K: Watched> Reflector<'_, K> {
         pause
     }
 
-    /// Lists everything, and takes it once it is complete. Returns the version to watch from.
+    /// Lists everything, and stores the list once it is complete. Returns the version to watch from.
     async fn list(&self) -> Result<String, End> {
         let begun_ns = monotonic_ns();
         let (items, version) = list(&self.client, &self.fields).await?;
@@ -128,7 +128,7 @@ impl<K: Watched> Reflector<'_, K> {
         Ok(version)
     }
 
-    /// Watches from a version. Returns where to go on, and why it has ended.
+    /// Watches from a version. Returns where to continue, and why it has ended.
     async fn watch(&self, mut version: String, backoff: &mut Backoff) -> (String, End) {
         let mut params = WatchParams::default().timeout(WATCH_S);
         params.label_selector = selector(K::LABELS);
@@ -156,7 +156,7 @@ impl<K: Watched> Reflector<'_, K> {
         }
     }
 
-    /// Takes the next event. Returns its version, which may be empty.
+    /// Processes the next event. Returns its version, which may be empty.
     async fn next(
         &self,
         events: &mut (impl Stream<Item = kube::Result<WatchEvent<Value>>> + Unpin),
@@ -214,10 +214,10 @@ async fn list<K: Watched>(client: &Client, fields: &str) -> Result<(Vec<Item<K>>
     }
 }
 
-/// All objects of a kind, once.
+/// Lists all objects of a kind once.
 ///
 /// # Errors
-/// Why not, for people; and whether the API will not show them to us.
+/// A message for users, and whether the API does not permit reading the kind.
 pub(super) async fn list_once<K: Watched>(client: &Client, fields: &str) -> Result<Vec<Item<K>>, (String, bool)> {
     match list(client, fields).await {
         Ok((items, _)) => Ok(items),
@@ -239,12 +239,12 @@ fn is_refused(error: &Error) -> bool {
     code(error).is_some_and(|code| REFUSED.contains(&code))
 }
 
-/// What the API answered, where it did.
+/// The status code of the API's answer, if there was one.
 fn code(error: &Error) -> Option<u16> {
     if let Error::Api(status) = error { Some(status.code) } else { None }
 }
 
-/// An error with its causes, for people: the client's own text has parts twice.
+/// An error with its causes, for users: the client's own text repeats parts.
 fn message(error: &Error) -> String {
     if let Error::Api(status) = error {
         return format!("the cluster's API answers {}: {}", status.code, status.message);

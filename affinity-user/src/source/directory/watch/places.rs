@@ -1,4 +1,5 @@
-//! Where a change may change what a path gives: the directory itself, and every name on the way to a file, links among them.
+//! The places at which a change may change the content of a path: the directory itself, and every name on the way to a file,
+//! including links.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -7,10 +8,10 @@ use std::{
     path::{self, Path, PathBuf},
 };
 
-/// So many links lead to a file at most, as in the kernel (`MAXSYMLINKS`).
+/// The maximum number of links on the way to a file, as in the kernel (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
 
-/// Directories and names; all paths are canonical but for their last component.
+/// Directories and names. All paths are canonical except for their last component.
 #[derive(Debug, Default)]
 pub(super) struct Places {
     /// The directory whose files count.
@@ -20,7 +21,7 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Of a path that gives these files.
+    /// The places for a path that contains these files.
     pub(super) fn of(path: &Path, files: &[PathBuf]) -> Self {
         let mut names = BTreeSet::new();
         let target = trace(path, &mut names);
@@ -37,16 +38,16 @@ impl Places {
         parents.chain(self.whole.clone()).collect()
     }
 
-    /// Whether something that happened to this path may change what is given.
+    /// Whether a notification about this path may mean a change of the content.
     pub(super) fn concerns(&self, path: &Path) -> bool {
         let is_within = self.whole.is_some() && path.parent() == self.whole.as_deref();
-        // A watched directory itself: it was removed, or moved away.
+        // A watched directory itself was removed or moved away.
         is_within || self.names.contains(path) || self.names.iter().any(|name| name.parent() == Some(path))
     }
 }
 
-/// Follows a path to its end and takes note of every link on the way, and of the end. Returns the end; none where links
-/// go round in a circle, or there is no working directory.
+/// Follows a path to its end, and adds every link on the way and the end to `names`. Returns the end; `None` if links form a
+/// loop, or if there is no working directory.
 fn trace(path: &Path, names: &mut BTreeSet<PathBuf>) -> Option<PathBuf> {
     let mut at = PathBuf::from("/");
     let mut rest: VecDeque<OsString> = components(&path::absolute(path).ok()?);
