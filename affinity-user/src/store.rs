@@ -1,7 +1,7 @@
-//! Where a plan goes: the kernel's maps, the model's tables, or a store that fails on purpose.
+//! The targets of a plan: the kernel's maps, the model's tables, or a store that fails on purpose.
 //!
-//! A [`Store`] takes one [`Op`] at a time and can say what it holds ([`Observed`]). Every operation is idempotent:
-//! applied twice it leaves what once left.
+//! A [`Store`] applies one [`Op`] at a time and reports what it holds ([`Observed`]). Every operation is idempotent: applying
+//! it twice has the same result as applying it once.
 
 pub mod faulty;
 pub mod kernel;
@@ -14,18 +14,18 @@ use affinity_common::abi::{
     Backend, Direction, Frontend, FrontendKey, Member, MemberKey, NameKey, Node, RangeKey, UsageKey, V4, V6,
 };
 
-/// One step of publishing. The order of a plan's steps is its safety: see the `plan` module.
+/// One step of a plan. The order of the steps makes a plan safe: see the `plan` module.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Op {
     /// Names an id or a backend index.
     PutName(NameKey, String),
-    /// Forgets a name.
+    /// Removes a name.
     RemoveName(NameKey),
     /// Writes a backend's record: new, changed, or retired (an even generation).
     PutBackend(u32, Backend),
     /// Adds a member to a pool (or a group's union), or changes it.
     PutMember(MemberKey, Member),
-    /// Takes a member out.
+    /// Removes a member.
     RemoveMember(MemberKey),
     /// Writes backend indices into the slots from `first` on.
     WriteSlots {
@@ -36,19 +36,19 @@ pub enum Op {
     },
     /// Sets bits of one part of the filter. Only the agent's sweep clears bits, when no flow needs them.
     SetFilter(Direction, Vec<u32>),
-    /// Makes room for counts of a service or backend; keeps counts that are there.
+    /// Creates an entry for counts of a service or backend; keeps existing counts.
     PutUsage(UsageKey),
-    /// Drops the counts of a service or backend.
+    /// Removes the counts of a service or backend.
     RemoveUsage(UsageKey),
-    /// Says what masquerading uses.
+    /// Sets what masquerading uses.
     PutNode(Node),
     /// Adds a range of IPv4 addresses to a scope.
     PutRangeV4(RangeKey<V4>),
     /// Adds a range of IPv6 addresses to a scope.
     PutRangeV6(RangeKey<V6>),
-    /// Takes a range of IPv4 addresses out.
+    /// Removes a range of IPv4 addresses.
     RemoveRangeV4(RangeKey<V4>),
-    /// Takes a range of IPv6 addresses out.
+    /// Removes a range of IPv6 addresses.
     RemoveRangeV6(RangeKey<V6>),
     /// Publishes or switches an IPv4 frontend: one atomic update.
     PutFrontendV4(FrontendKey<V4>, Frontend),
@@ -62,7 +62,7 @@ pub enum Op {
     Grace,
 }
 
-/// What a store holds of all that plans write; sessions and flows are the kernel's own.
+/// Everything in a store that plans write. Sessions and flows are written by the programs.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Observed {
     /// Frontends, IPv4.
@@ -98,30 +98,30 @@ pub struct Capacity {
     pub ranges: u32,
 }
 
-/// A step failed; the steps before it hold.
+/// A step failed; the steps before it remain applied.
 #[derive(Debug, thiserror::Error)]
 #[error("{map}: {action}: {source}")]
 pub struct StoreError {
     /// The map.
     pub map: &'static str,
-    /// What was tried, naming the object.
+    /// The failed action, with the name of the object.
     pub action: String,
-    /// The system's answer.
+    /// The system's error.
     pub source: std::io::Error,
 }
 
-/// Takes plans.
+/// A target of plans.
 pub trait Store {
-    /// Carries out one step.
+    /// Applies one step.
     ///
     /// # Errors
-    /// [`StoreError`] where the store refused; nothing of the step is visible then.
+    /// [`StoreError`] if the step failed; then nothing of it is visible.
     fn apply(&mut self, op: &Op) -> Result<(), StoreError>;
 
     /// Reads everything that plans write.
     ///
     /// # Errors
-    /// [`StoreError`] where a map could not be read.
+    /// [`StoreError`] if a map could not be read.
     fn observe(&self) -> Result<Observed, StoreError>;
 
     /// The limits of its tables.

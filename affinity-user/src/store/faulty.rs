@@ -1,10 +1,10 @@
-//! A store whose chosen steps fail: what remains must be good enough to go on from.
+//! A store in which chosen steps fail: the state after a failure must be a valid start for the next plan.
 
 use std::{collections::BTreeSet, io};
 
 use super::{Capacity, Observed, Op, Store, StoreError};
 
-/// Passes steps on to another store, except those that are to fail.
+/// Passes steps to another store, except the chosen ones, which fail.
 #[derive(Debug, Clone)]
 pub struct FaultyStore<S> {
     /// The store behind it.
@@ -14,7 +14,7 @@ pub struct FaultyStore<S> {
 }
 
 impl<S: Store> FaultyStore<S> {
-    /// Fails the steps of these numbers, counted from 0 over the life of the store.
+    /// Fails the steps with these numbers, counted from 0 over the lifetime of the store.
     #[must_use]
     pub fn new(inner: S, failing: impl IntoIterator<Item = usize>) -> Self {
         Self { inner, failing: failing.into_iter().collect(), applied: 0 }

@@ -1,8 +1,8 @@
-//! The store that is the kernel: the pinned maps of a running dataplane.
+//! The kernel as a store: the pinned maps of a running dataplane.
 //!
-//! Everything but the slots, the filter, the loads and the backends' generations goes through bpf(2); those are arrays
-//! shared by mmap. The store holds no state of its own, so any number of them may be open at once: the agent's, and one
-//! in each CLI command. Only the agent applies plans.
+//! The slots, the filter, the loads and the backends' generations are arrays that are shared by mmap; everything else goes
+//! through bpf(2). The store has no state of its own, so any number of stores may be open at the same time: the agent's, and
+//! one in each CLI command. Only the agent applies plans.
 
 mod pin;
 mod table;
@@ -39,25 +39,25 @@ pub enum OpenError {
     /// Nothing is pinned.
     #[error("no dataplane at {0}: run `affinity run` or `affinity attach`")]
     None(String),
-    /// Nothing is pinned that can be seen from here.
+    /// Nothing is pinned that is visible from here.
     #[error("no dataplane at {0}: {1}")]
     Hidden(String, String),
-    /// What is pinned is of another version.
+    /// The pinned maps have another version.
     #[error(
         "no dataplane of this version at {0}, but one of map layout {1}: `affinity run` or `affinity attach` replaces it, \
          `affinity detach` takes it away"
     )]
     OtherLayout(String, String),
-    /// It cannot even be seen.
+    /// The directory is not accessible.
     #[error("{0}: permission denied: affinity needs root, or CAP_BPF and CAP_NET_ADMIN and access to this directory")]
     NotAllowed(String),
-    /// A map or program is missing or of another layout.
+    /// A map or program is missing or has another layout.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 impl OpenError {
-    /// Why there is no dataplane.
+    /// The reason why there is no dataplane.
     fn none(pins: &PinDir) -> Self {
         let dir = pins.root().display().to_string();
         if let Some(why) = load::hidden() {
@@ -83,7 +83,7 @@ pub struct FamilyTables<A: Address> {
     pub flows: Table<FlowKey<A>, Flow<A>>,
     /// Connections to no frontend, by the key of their replies.
     pub foreign: Table<FlowKey<A>, Foreign>,
-    /// Packets that came in pieces.
+    /// Fragmented packets.
     pub fragments: Table<FragmentKey<A>, FlowKey<A>>,
 }
 
@@ -101,7 +101,7 @@ impl<A: Address> FamilyTables<A> {
     }
 }
 
-/// An address family: what is the same for both is written once over this.
+/// An address family. Code that is the same for both families is generic over this.
 pub trait Family: Address {
     /// The name of its map of sessions.
     const SESSIONS: &'static str;
@@ -141,15 +141,15 @@ pub struct KernelStore {
     pub node: Table<u32, Node>,
     /// Backend index -> position in the range of SNAT ports.
     pub snat_port_cursor: Table<u32, u64>,
-    /// Ifindex -> what may be sent out of the device.
+    /// Ifindex -> what may be redirected to the device.
     pub devices: Table<u32, u32>,
     /// Members of pools.
     pub members: Table<MemberKey, Member>,
-    /// Backends by index; one that was never used is zero.
+    /// Backends by index; an index that was never used has a zero record.
     pub backends: Table<u32, Backend>,
     /// Backend index -> generation: the beginning of its record, `u32`; the flags follow.
     pub generations: Words,
-    /// Sockets that were sent to a backend.
+    /// Sockets that were translated to a backend.
     pub sockets: Table<SocketKey, Socket>,
     /// Names of ids and backends.
     pub names: Table<NameKey, Name>,
@@ -163,9 +163,9 @@ pub struct KernelStore {
     pub filter: Words,
     /// Backend index -> live sessions, `u64`.
     pub loads: Words,
-    /// What the agent tells about itself, under the key zero.
+    /// The agent's status, under the key zero.
     pub status: Table<u32, Status>,
-    /// Service id -> what the agent has noticed about it.
+    /// Service id -> conditions that the agent has found.
     pub service_conditions: Table<u32, u32>,
     /// The event ring.
     pub events: sys::Map,
@@ -245,7 +245,7 @@ impl KernelStore {
         })
     }
 
-    /// Every map with what the kernel tells about it, in the order of [`names::MAPS`].
+    /// Every map with the kernel's information about it, in the order of [`names::MAPS`].
     #[must_use]
     pub fn maps(&self) -> &[(&'static str, MapInfo)] {
         &self.maps
@@ -257,7 +257,7 @@ impl KernelStore {
         A::tables(self)
     }
 
-    /// How often each reason was met, by its number, over all CPUs.
+    /// How often each reason occurred, by its number, summed over all CPUs.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -265,7 +265,7 @@ impl KernelStore {
         self.counters.iter().map(|entry| entry.map(|(_, counts)| counts.iter().sum())).collect()
     }
 
-    /// What was counted for each service and backend, over all CPUs.
+    /// The counts of each service and backend, summed over all CPUs.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -273,16 +273,16 @@ impl KernelStore {
         self.usage.iter().map(|entry| entry.map(|(key, counts)| (key, sum(&counts)))).collect()
     }
 
-    /// Whether a backend's index still means the pod that it meant under `generation`.
+    /// Whether a backend's index still belongs to the pod that it belonged to with `generation`.
     #[must_use]
     pub fn is_alive(&self, backend: u32, generation: u32) -> bool {
         backend < self.generations.len() && self.generations.load_u32(backend) == generation
     }
 
-    /// Whether anything is served at an address, IPv6 or IPv4-mapped.
+    /// Whether an address, IPv6 or IPv4-mapped, has a frontend at a port.
     ///
     /// # Errors
-    /// [`StoreError`] where the map cannot be read.
+    /// [`StoreError`] if the map cannot be read.
     pub fn has_frontend(&self, address: V6, port: Port, protocol: u8) -> Result<bool, StoreError> {
         let v4 = V4::from_mapped(address.0);
         Ok(if v4.to_mapped() == address.0 {
@@ -308,7 +308,7 @@ impl KernelStore {
             .collect()
     }
 
-    /// Forgets every socket.
+    /// Removes all socket entries.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -319,7 +319,7 @@ impl KernelStore {
         Ok(())
     }
 
-    /// Removes a pin, and reports why. Returns what was removed.
+    /// Removes a pin, and reports the reason. Returns the removed pin.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -333,7 +333,7 @@ impl KernelStore {
         self.remove_session_if(key, kind, reason, now_ns, |_| true)
     }
 
-    /// As [`KernelStore::remove_session`], unless `condition` finds that the pin, looked up again, has changed.
+    /// Like [`KernelStore::remove_session`], but only if the pin, looked up again, still satisfies `condition`.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -367,7 +367,7 @@ impl KernelStore {
         Ok(Some(session))
     }
 
-    /// Sets a pin, in place of any under its key, and reports that an operator did.
+    /// Sets a pin, replaces any pin with the same key, and reports that an operator did this.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -394,7 +394,8 @@ impl KernelStore {
         })
     }
 
-    /// Counts a session in or out of its backend's load, unless its backend has gone: the index may be another's.
+    /// Adds a number of sessions to the load of a session's backend, unless that backend has gone: the index may belong to
+    /// another one.
     fn add_load(&self, session: &Session, sessions: i64) -> Result<(), StoreError> {
         if session.backend < self.loads.len() && self.is_alive(session.backend, session.generation) {
             self.loads.add_u64(session.backend, sessions);
@@ -402,7 +403,7 @@ impl KernelStore {
         Ok(())
     }
 
-    /// Writes an event to the ring, by the program that can: user space itself may not.
+    /// Writes an event to the ring. A BPF program does that, because user space may not write to the ring.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -410,7 +411,7 @@ impl KernelStore {
         send(&self.report, event).map_err(|error| failed(names::EVENTS, "report", error))
     }
 
-    /// Sets a pin's number of connections right where it is as it was seen, by the program that can do both in one step.
+    /// Corrects a pin's number of connections if it is still the one that was read. A BPF program does both in one step.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -439,16 +440,16 @@ impl KernelStore {
     }
 }
 
-/// Runs a program on a packet that is this value.
+/// Runs a program on a packet that contains this value.
 fn send<V: Pod>(program: &OwnedFd, value: &V) -> Result<(), sys::SysError> {
-    /// The kernel takes no shorter frame than an Ethernet header.
+    /// The kernel accepts no frame shorter than an Ethernet header.
     const HEADER: [u8; 14] = [0; 14];
     let frame = [&HEADER, bytemuck::bytes_of(value)].concat();
     sys::test_run(program.as_fd(), &frame, 1)?;
     Ok(())
 }
 
-/// The word of the filter that holds a bit of one part, and the bit in it.
+/// The word of the filter that holds a bit of one part, and the bit's mask in it.
 #[must_use]
 pub fn filter_word(direction: Direction, bit: u32) -> (u32, u64) {
     let bit = direction as u32 * FILTER_BITS + bit % FILTER_BITS;
@@ -469,7 +470,7 @@ fn failed(map: &'static str, action: &str, error: sys::SysError) -> StoreError {
     StoreError { map, action: format!("{action}: {} {}", error.call, error.object), source: error.source }
 }
 
-/// A whole table in memory: for what plans write, whose number the configuration bounds.
+/// Reads a whole table into memory. Only for tables that plans write: the configuration limits their size.
 fn collect<K: Pod + Debug + Ord, V: Pod>(table: &Table<K, V>) -> Result<BTreeMap<K, V>, StoreError> {
     table.iter().collect()
 }
@@ -507,7 +508,8 @@ impl Store for KernelStore {
     }
 
     fn observe(&self) -> Result<Observed, StoreError> {
-        // Names come before what they name and go after it. A reader beside a running agent reads them on both sides.
+        // Names are written before what they name and removed after it. A reader next to a running agent reads them on both
+        // sides.
         let mut names = self.all_names()?;
         let frontends_v4 = collect(&self.v4.frontends)?;
         let frontends_v6 = collect(&self.v6.frontends)?;

@@ -1,4 +1,4 @@
-//! A store in memory, over the tables that the packet pipeline runs on in tests and in `affinity explain`.
+//! A store in memory. Its tables are those of the packet pipeline in tests and in `affinity explain`.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use affinity_common::{
 
 use super::{Capacity, Observed, Op, Store, StoreError};
 
-/// The model's tables, and the names that the pipeline has no use for.
+/// The model's tables, and the names, which the pipeline does not use.
 #[derive(Debug, Clone)]
 pub struct MemoryStore {
     /// The tables.
@@ -19,13 +19,13 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// An empty store; each of the model's LRU tables holds `entries`.
+    /// An empty store; each of the model's LRU tables has space for `entries`.
     #[must_use]
     pub fn new(capacity: Capacity, entries: usize) -> Self {
         Self { model: Model::new(entries), names: BTreeMap::new(), capacity }
     }
 
-    /// What the slots of a frontend hold.
+    /// The contents of a frontend's slots.
     fn slots(&self, frontend: &Frontend) -> Vec<u32> {
         let slots = frontend.slot_first..frontend.slot_first + frontend.slot_count;
         slots.map(|slot| self.model.slots.get(&slot).copied().unwrap_or(0)).collect()
@@ -54,7 +54,7 @@ impl Store for MemoryStore {
             Op::PutFrontendV6(key, frontend) => _ = model.frontends_v6.insert(*key, *frontend),
             Op::RemoveFrontendV4(key) => _ = model.frontends_v4.remove(key),
             Op::RemoveFrontendV6(key) => _ = model.frontends_v6.remove(key),
-            // No packet is ever under way.
+            // There are no packets in flight.
             Op::Grace => {}
         }
         Ok(())

@@ -1,9 +1,9 @@
-//! What a step does to what a store holds, so that it need not be read again after a step.
+//! Applies a step to what a store holds, so that the store need not be read again after each step.
 
 use super::{Observed, Op};
 
 impl Observed {
-    /// Makes of this what a store holds after `op`. Slots that no frontend names any more are forgotten at the next
+    /// Updates this to what a store holds after `op`. Slots that no frontend names any more are removed at the next
     /// [`Op::Grace`].
     pub fn apply(&mut self, op: &Op) {
         match op {

@@ -1,4 +1,4 @@
-//! Pins of either family, as operators handle them.
+//! Pins of either family, for operators' commands.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +32,7 @@ impl From<SessionKey<V6>> for PinKey {
 }
 
 impl KernelStore {
-    /// Removes a pin, and reports that an operator did; false where there is none.
+    /// Removes a pin, and reports that an operator did this; false if there is none.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -45,7 +45,7 @@ impl KernelStore {
         Ok(removed.is_some())
     }
 
-    /// Forgets where the datagrams of unpinned clients went, so that the next one asks for a pin.
+    /// Removes the datagram flows and socket entries of unpinned clients, so that the next datagram looks for a pin.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -11,7 +11,7 @@ use crate::{
     sys::{self, Batch, Map, MapInfo, SysError, Write},
 };
 
-/// Entries that a walk reads at once.
+/// The number of entries that a walk reads at once.
 pub const BATCH: usize = 1024;
 
 /// A hash or an array: key -> value.
@@ -26,7 +26,7 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
     /// Opens the map `name` that is pinned in the directory `maps`.
     ///
     /// # Errors
-    /// [`StoreError`] where it is not there, or is of another layout.
+    /// [`StoreError`] if it does not exist, or has another layout.
     pub fn open(maps: &Path, name: &'static str) -> Result<Self, StoreError> {
         let table = Self { map: open(maps, name)?, name, types: PhantomData };
         table.check_layout(size_of::<V>())?;
@@ -45,13 +45,13 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
         Err(StoreError { map: self.name, action: "open".to_owned(), source })
     }
 
-    /// What the kernel tells about the map.
+    /// The kernel's information about the map.
     #[must_use]
     pub const fn info(&self) -> &MapInfo {
         self.map.info()
     }
 
-    /// The value under a key.
+    /// The value of a key.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -64,18 +64,18 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
         Ok(found.then_some(value))
     }
 
-    /// Writes a value, in place of any under its key.
+    /// Writes a value, and replaces any value of the same key.
     ///
     /// # Errors
-    /// [`StoreError`], where the map is full among others.
+    /// [`StoreError`], for example if the map is full.
     pub fn put(&self, key: &K, value: &V) -> Result<(), StoreError> {
         self.write("put", key, value, Write::Any).map(|_| ())
     }
 
-    /// Writes a value where there is none; false where there is one.
+    /// Writes a value if the key has none; false if it has one.
     ///
     /// # Errors
-    /// [`StoreError`], where the map is full among others.
+    /// [`StoreError`], for example if the map is full.
     pub fn add(&self, key: &K, value: &V) -> Result<bool, StoreError> {
         self.write("add", key, value, Write::New)
     }
@@ -86,7 +86,7 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
             .map_err(|error| self.error(action, key, error))
     }
 
-    /// Removes an entry; false where there is none.
+    /// Removes an entry; false if there is none.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -94,18 +94,18 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
         self.map.delete(bytemuck::bytes_of(key)).map_err(|error| self.error("remove", key, error))
     }
 
-    /// Walks all entries. Those that come and go meanwhile may be seen or not.
+    /// Walks all entries. Entries that are added or removed during the walk may be missed.
     pub fn iter(&self) -> Entries<'_, K, V> {
         Entries { table: self, walk: self.walk() }
     }
 
-    /// A walk to be taken in steps by [`Table::next_batch`].
+    /// A walk in steps, for [`Table::next_batch`].
     #[must_use]
     pub fn walk(&self) -> Walk {
         Walk::new(&self.map)
     }
 
-    /// The next entries of a walk, [`BATCH`] or about as many; none at its end.
+    /// The next entries of a walk, about [`BATCH`]; `None` at its end.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -159,34 +159,34 @@ pub struct PerCpu<K, V> {
 impl<K: Pod + Debug, V: Pod> PerCpu<K, V> {
     const STRIDE: usize = size_of::<V>().next_multiple_of(8);
 
-    /// As [`Table::open`].
+    /// Like [`Table::open`].
     ///
     /// # Errors
-    /// As [`Table::open`].
+    /// Like [`Table::open`].
     pub fn open(maps: &Path, name: &'static str) -> Result<Self, StoreError> {
         let table = Table { map: open(maps, name)?, name, types: PhantomData };
         table.check_layout(Self::STRIDE * sys::possible_cpus())?;
         Ok(Self { table })
     }
 
-    /// What the kernel tells about the map.
+    /// The kernel's information about the map.
     #[must_use]
     pub const fn info(&self) -> &MapInfo {
         self.table.info()
     }
 
-    /// Makes an entry of zeros where there is none.
+    /// Creates an entry of zeros if there is none.
     ///
     /// # Errors
-    /// [`StoreError`], where the map is full among others.
+    /// [`StoreError`], for example if the map is full.
     pub fn make(&self, key: &K) -> Result<(), StoreError> {
         self.write_zeros("make", key, Write::New)
     }
 
-    /// Makes an entry all zeros.
+    /// Sets an entry to zeros.
     ///
     /// # Errors
-    /// [`StoreError`], where the map is full among others.
+    /// [`StoreError`], for example if the map is full.
     pub fn reset(&self, key: &K) -> Result<(), StoreError> {
         self.write_zeros("reset", key, Write::Any)
     }
@@ -197,7 +197,7 @@ impl<K: Pod + Debug, V: Pod> PerCpu<K, V> {
         written.map(|_| ()).map_err(|error| self.table.error(action, key, error))
     }
 
-    /// Removes an entry; false where there is none.
+    /// Removes an entry; false if there is none.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -232,20 +232,20 @@ fn walk_failed(map: &'static str, error: SysError) -> StoreError {
     StoreError { map, action: "walk".to_owned(), source: error.source }
 }
 
-/// Keys and values as bytes, of equal number.
+/// The same number of keys and values, as bytes.
 pub type Bytes<'a> = (&'a [u8], &'a [u8]);
 
-/// A walk over the bytes of any hash or array: in batches where the kernel has them for this type of map, else key by
+/// A walk over the bytes of any hash or array: in batches if the kernel supports them for this type of map, otherwise key by
 /// key.
 ///
-/// It holds its place and a batch, but not the map: the caller gives the same one each time.
+/// It holds its position and a batch, but not the map: the caller passes the same map each time.
 #[derive(Debug)]
 pub struct Walk {
     keys: Vec<u8>,
     values: Vec<u8>,
-    /// Where the next batch begins; none at the start.
+    /// Where the next batch begins; `None` at the start.
     position: Option<Vec<u8>>,
-    /// Entries in `keys` and `values`, and how many of them were given out.
+    /// The number of entries in `keys` and `values`, and how many of them were returned.
     filled: usize,
     given: usize,
     state: State,
@@ -254,14 +254,14 @@ pub struct Walk {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Batches,
-    /// Key by key: so many more steps at most. Where an entry vanishes under the walk the kernel starts over, so that
-    /// without a limit a walk over a changing table might never end.
+    /// Key by key, with the maximum number of remaining steps. If the current entry is removed, the kernel starts again from
+    /// the beginning, so without a limit a walk over a changing table might never end.
     Keys(u64),
     Done,
 }
 
 impl Walk {
-    /// At the start of `map`.
+    /// A walk at the start of `map`.
     #[must_use]
     pub fn new(map: &Map) -> Self {
         let room = BATCH.min(map.info().max_entries as usize).max(1);
@@ -296,10 +296,10 @@ impl Walk {
         Some(Ok((nth(&self.keys, entry, map.key_len()), nth(&self.values, entry, map.value_len()))))
     }
 
-    /// The rest of the batch at hand, or the next one; none at the end.
+    /// The rest of the current batch, or the next one; `None` at the end.
     ///
     /// # Errors
-    /// [`SysError`] where the map could not be read.
+    /// [`SysError`] if the map could not be read.
     pub fn next_batch(&mut self, map: &Map) -> Result<Option<Bytes<'_>>, SysError> {
         match self.next(map) {
             None => return Ok(None),
@@ -354,7 +354,7 @@ fn nth(bytes: &[u8], index: usize, len: usize) -> &[u8] {
     &bytes[index * len..][..len]
 }
 
-/// The kernel's own `ENOTSUPP` has no name in libc.
+/// The kernel-internal `ENOTSUPP` has no name in libc.
 fn is_unsupported(error: &SysError) -> bool {
     const ENOTSUPP: i32 = 524;
     matches!(error.source.raw_os_error(), Some(ENOTSUPP | libc::EINVAL | libc::EOPNOTSUPP))
