@@ -1,10 +1,10 @@
-//! What the maps hold, as objects with names: the only thing that `affinity get`, `dump` and `explain` print.
+//! The contents of the maps, as objects with names: `affinity get`, `dump` and `explain` print nothing else.
 //!
-//! A [`Catalog`] is one reading of the small tables. With it, entries of the large ones (sessions, flows) become views one
-//! at a time, so a listing needs no more memory for a million rows than for one. Ids become names, monotonic nanoseconds
-//! become wall-clock times, masked client addresses become CIDRs. Views borrow from their catalog.
+//! A [`Catalog`] is one reading of the small tables. With it, entries of the large tables (sessions, flows) are turned into
+//! views one at a time, so a listing of a million rows needs no more memory than a listing of one. Ids become names, monotonic
+//! nanoseconds become wall-clock times, masked client addresses become CIDRs. Views borrow from their catalog.
 //!
-//! The JSON form of a view is stable: fields may be added, none is renamed or removed within an ABI version.
+//! The JSON form of a view is stable: fields may be added, but none is renamed or removed within an ABI version.
 
 mod address;
 mod backend;

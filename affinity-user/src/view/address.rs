@@ -1,4 +1,4 @@
-//! Addresses, ports and client keys as people write them.
+//! Addresses, ports and client keys in the form that users write.
 
 use std::{
     fmt,
@@ -12,7 +12,7 @@ use affinity_common::{
 };
 use serde::{Serialize, Serializer};
 
-/// From the form that both families share in `backends` and in events: IPv6, or IPv4-mapped.
+/// From the common form of both families in `backends` and in events: IPv6, or IPv4-mapped.
 pub(crate) fn from_mapped(mapped: [u8; 16]) -> IpAddr {
     Ipv6Addr::from(mapped).to_canonical()
 }
@@ -22,7 +22,7 @@ pub(crate) fn ip<A: Address>(address: A) -> IpAddr {
     if A::BITS == V4::BITS { from_mapped(address.to_mapped()) } else { Ipv6Addr::from(address.to_mapped()).into() }
 }
 
-/// To the form that both families share.
+/// To the common form of both families.
 pub(crate) fn mapped(address: IpAddr) -> [u8; 16] {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
@@ -30,7 +30,7 @@ pub(crate) fn mapped(address: IpAddr) -> [u8; 16] {
     }
 }
 
-/// An address in the family that a map is for.
+/// An address in the family of a map.
 pub(crate) enum Family {
     V4(V4),
     V6(V6),
@@ -78,17 +78,17 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// A client key: an address, or the network that shares a pin, as CIDR.
+/// A client key: an address, or a network with a common pin, as CIDR.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Client {
-    /// The address, or the network's first.
+    /// The address, or the first one of the network.
     pub address: IpAddr,
-    /// Leading bits that count: 32 or 128 for one address.
+    /// Prefix length: 32 or 128 for one address.
     pub prefix: u8,
 }
 
 impl Client {
-    /// The client key of `address` under a prefix length; longer ones count as the family's longest.
+    /// The client key of `address` with a prefix length, limited to the family's longest.
     #[must_use]
     pub fn new(address: IpAddr, prefix: u8) -> Self {
         match address.into() {
@@ -103,7 +103,7 @@ impl Client {
         self.prefix == if self.address.is_ipv4() { V4::BITS } else { V6::BITS }
     }
 
-    /// Whether `other` lies within.
+    /// Whether it contains `other`.
     #[must_use]
     pub fn contains(&self, other: &Self) -> bool {
         self.address.is_ipv4() == other.address.is_ipv4()
@@ -128,7 +128,7 @@ impl Serialize for Client {
 impl FromStr for Client {
     type Err = String;
 
-    /// An address, or a CIDR as listings print it. An IPv4-mapped address is the IPv4 address that it means.
+    /// Parses an address, or a CIDR as listings print it. An IPv4-mapped address means the IPv4 address.
     fn from_str(text: &str) -> Result<Self, String> {
         let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
         let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is no IP address"))?;
@@ -141,7 +141,7 @@ impl FromStr for Client {
                 .filter(|&bits| bits <= longest)
                 .ok_or_else(|| format!("`/{prefix}` is no prefix length from 0 to {longest}"))?,
         };
-        // `::ffff:0:0/96` is all of IPv4; a shorter prefix is a network of IPv6.
+        // `::ffff:0:0/96` is all of IPv4; a shorter prefix is an IPv6 network.
         let in_v4 = prefix.checked_sub(V6::BITS - V4::BITS);
         Ok(match (address.to_canonical(), in_v4) {
             (mapped @ IpAddr::V4(_), Some(in_v4)) if address.is_ipv6() => Self::new(mapped, in_v4),

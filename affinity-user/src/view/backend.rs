@@ -1,4 +1,4 @@
-//! Pods: as part of another view, and on their own.
+//! Pods, as parts of other views and as views.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
@@ -7,14 +7,14 @@ use serde::Serialize;
 
 use super::{Catalog, LiveSessions};
 
-/// A pod, as other objects name it. All fields are empty for one that is gone without trace.
+/// A pod, as other views refer to it. All fields are empty if nothing is known about it any more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize)]
 pub struct BackendRef<'a> {
     /// Its address.
     pub address: Option<IpAddr>,
-    /// The pod's name, where the source gave one.
+    /// The pod's name, if the source gave one.
     pub name: Option<&'a str>,
-    /// The pod's namespace, where the source gave a name.
+    /// The pod's namespace, if the source gave a name.
     pub namespace: Option<&'a str>,
 }
 
@@ -27,7 +27,7 @@ impl<'a> BackendRef<'a> {
         }
     }
 
-    /// `namespace/name`, else as it displays.
+    /// `namespace/name`, else the displayed text.
     #[must_use]
     pub fn full_name(&self) -> String {
         match (self.namespace, self.name) {
@@ -63,18 +63,18 @@ impl fmt::Display for BackendRef<'_> {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendState {
-    /// New ones, in at least one service port.
+    /// It takes new connections, in at least one service port.
     Ready,
-    /// Only the packets of connections that it has.
+    /// It takes only packets of its existing connections.
     Draining,
-    /// Only the packets of connections that it has: it belongs to no service any more.
+    /// It takes only packets of its existing connections: it is in no service any more.
     Lingering,
-    /// None, as its service is just being changed.
+    /// It takes no connections, because its service is being changed.
     Unused,
 }
 
 impl BackendState {
-    /// As in JSON.
+    /// The name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -92,22 +92,22 @@ pub struct BackendView<'a> {
     /// Address and name.
     #[serde(flatten)]
     pub backend: BackendRef<'a>,
-    /// Services that it serves, by name.
+    /// The services that it serves, by name.
     pub services: Vec<String>,
     /// Whether it takes connections.
     pub state: BackendState,
-    /// It runs on this node.
+    /// Whether it runs on this node.
     pub local: bool,
     /// Live pins.
     pub sessions: u64,
-    /// New connections that it was given since it became known.
+    /// New connections that it got since it became known.
     pub connections: u64,
-    /// Of one that lingers: connections that are open. Of others they are not counted.
+    /// Open connections of a lingering pod. They are not counted for others.
     pub open: Option<u64>,
 }
 
 impl<'a> BackendView<'a> {
-    /// Every pod in use, by name and address. `open` is the number of open connections to those that linger.
+    /// Every pod in use, by name and address. `open` is the number of open connections of lingering backends.
     #[must_use]
     pub fn all(catalog: &'a Catalog, live: &LiveSessions, open: &BTreeMap<u32, u64>) -> Vec<Self> {
         let mut members: BTreeMap<u32, (Vec<String>, bool)> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! One reading of the small tables, and the names found there.
+//! One reading of the small tables, and the names in them.
 
 use std::{
     borrow::Cow,
@@ -20,7 +20,7 @@ use crate::{desired::is_global, netns, store::Observed};
 pub(crate) struct CatalogFrontend {
     pub(crate) endpoint: Endpoint,
     pub(crate) protocol: u8,
-    /// Whether it is the record for external clients, besides the one for any client.
+    /// Whether it is the record for external clients, in addition to the record for all clients.
     pub(crate) external: bool,
     pub(crate) record: Frontend,
 }
@@ -37,21 +37,21 @@ impl CatalogFrontend {
     }
 }
 
-/// What is known of a network namespace of this machine.
+/// What is known about a network namespace of this machine.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct KnownNamespace {
-    /// [`NODE`], or the name of the pod, where one of its addresses is a backend's.
+    /// [`NODE`], or the name of the pod if one of its addresses is a backend's.
     pub(crate) name: Option<String>,
-    /// Its addresses, IPv4 first; not those of its own use alone (loopback, link-local).
+    /// Its addresses, IPv4 first, without those that only it can use itself (loopback, link-local).
     pub(crate) addresses: Vec<IpAddr>,
 }
 
-/// How a service keeps its pins: the same in all its frontends.
+/// The pin settings of a service. They are the same in all its frontends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Policy {
     /// Whether connections are pinned at all.
     pub affinity: bool,
-    /// Whether every packet passes, and things are decided and counted only.
+    /// Shadow mode: decide and count, but let every packet pass.
     pub shadow: bool,
     /// What restarts the timeout.
     pub timer: Timer,
@@ -67,23 +67,23 @@ pub struct Policy {
     pub group: u32,
 }
 
-/// The service in the name of one of its pools.
+/// The service part of a pool's name.
 fn service_of(pool: &str) -> &str {
     pool.split_once(':').map_or(pool, |(service, _)| service)
 }
 
-/// The small tables, with what listings need by service.
+/// The small tables, and what listings need for each service.
 #[derive(Clone, Debug)]
 pub struct Catalog {
     pub(crate) observed: Observed,
     /// Counts of services and backends, summed over CPUs.
     pub(crate) usage: BTreeMap<UsageKey, Usage>,
     pub(crate) clock: Clock,
-    /// By family and address.
+    /// In the order of family and address.
     pub(crate) frontends: Vec<CatalogFrontend>,
     policies: BTreeMap<u32, Policy>,
     status: Option<StatusView>,
-    /// Service -> what the agent has noticed about it.
+    /// Service -> conditions that the agent has found.
     service_conditions: BTreeMap<u32, u32>,
     namespaces: OnceLock<BTreeMap<u64, KnownNamespace>>,
 }
@@ -126,13 +126,13 @@ impl Catalog {
         }
     }
 
-    /// With what the agent tells about itself.
+    /// Adds the agent's status.
     #[must_use]
     pub fn with_status(self, status: &Status) -> Self {
         Self { status: StatusView::new(status, &self.clock), ..self }
     }
 
-    /// With what the agent has noticed about services.
+    /// Adds the conditions of services that the agent has found.
     #[must_use]
     pub fn with_remarks(self, service_conditions: BTreeMap<u32, u32>) -> Self {
         Self { service_conditions, ..self }
@@ -146,31 +146,31 @@ impl Catalog {
             .is_some_and(|service_conditions| service_conditions & CLIENTS_ARE_NODES != 0)
     }
 
-    /// With these network namespaces, by their cookies, in place of those that the machine has.
+    /// Uses these network namespaces, by their cookies, instead of the machine's.
     #[must_use]
     pub(crate) fn with_namespaces(self, namespaces: BTreeMap<u64, KnownNamespace>) -> Self {
         Self { namespaces: namespaces.into(), ..self }
     }
 
-    /// What the agent tells about itself; none where it has not.
+    /// The agent's status; `None` if no agent has written it.
     #[must_use]
     pub fn status(&self) -> Option<&StatusView> {
         self.status.as_ref()
     }
 
-    /// What was read.
+    /// The tables that were read.
     #[must_use]
     pub fn observed(&self) -> &Observed {
         &self.observed
     }
 
-    /// When it was read.
+    /// The time of the reading.
     #[must_use]
     pub fn clock(&self) -> &Clock {
         &self.clock
     }
 
-    /// How a service keeps its pins; `None` for one that has no frontend any more.
+    /// The pin settings of a service; `None` if it has no frontend any more.
     #[must_use]
     pub fn policy(&self, service: u32) -> Option<&Policy> {
         self.policies.get(&service)
@@ -182,13 +182,13 @@ impl Catalog {
         self.policies.keys().map(|&id| (self.service_name(id), id)).collect()
     }
 
-    /// Of all services, in characters: how wide a column must be.
+    /// The length of the longest service name in characters, for the width of a column.
     #[must_use]
     pub fn longest_service_name(&self) -> usize {
         self.services().keys().map(|name| name.chars().count()).max().unwrap_or(0)
     }
 
-    /// The id of the service `namespace/name`, also of one that has gone and has pins.
+    /// The id of the service `namespace/name`, also if it has gone but still has pins.
     #[must_use]
     pub fn service_id(&self, name: &str) -> Option<u32> {
         let mut names = self.observed.names.iter();
@@ -214,28 +214,28 @@ impl Catalog {
         self.known(NameKind::Pool, pool).map_or_else(|| format!("#{pool}").into(), |name| service_of(name).into())
     }
 
-    /// The pools of the service `namespace/name`, also of one that has gone and has connections.
+    /// The pools of the service `namespace/name`, also if it has gone but still has connections.
     #[must_use]
     pub fn pools_of(&self, service: &str) -> BTreeSet<u32> {
         let pools = self.observed.names.iter().filter(|(key, _)| key.kind == NameKind::Pool as u32);
         pools.filter(|(_, name)| service_of(name) == service).map(|(key, _)| key.id).collect()
     }
 
-    /// Scopes in which pins of a service may lie.
+    /// The scopes that may hold pins of a service.
     #[must_use]
     pub fn scopes(&self, service: u32) -> BTreeSet<u32> {
         let ours = self.frontends.iter().filter(|frontend| frontend.record.service == service);
         ours.flat_map(|frontend| [frontend.record.group, frontend.record.own]).collect()
     }
 
-    /// The named group whose pins a service shares; `None` where it has its own.
+    /// The named group that shares pins with a service; `None` if its pins are its own.
     #[must_use]
     pub fn group_name(&self, service: u32) -> Option<&str> {
         let policy = self.policies.get(&service)?;
         self.known(NameKind::Group, policy.group)
     }
 
-    /// What a scope is: a group, a service, or the pins that a service keeps beside its group's.
+    /// The name of a scope: a group, a service, or the pins that a service keeps in addition to its group's.
     #[must_use]
     pub fn scope_name(&self, scope: u32) -> Cow<'_, str> {
         if let Some(group) = self.known(NameKind::Group, scope) {
@@ -253,7 +253,7 @@ impl Catalog {
         }
     }
 
-    /// A backend under a generation. A pod that is gone keeps its address and name until its index is used again.
+    /// The backend with a generation. A pod that has gone keeps its address and name until its index is used again.
     #[must_use]
     pub fn backend(&self, index: u32, generation: u32) -> BackendRef<'_> {
         let record = self.observed.backends.get(&index).filter(|record| {
@@ -265,7 +265,7 @@ impl Catalog {
         BackendRef::new(address, self.known(NameKind::Backend, index).unwrap_or(""))
     }
 
-    /// A backend as its record is now.
+    /// The backend in the current record.
     #[must_use]
     pub fn backend_now(&self, index: u32) -> BackendRef<'_> {
         self.observed
@@ -274,13 +274,13 @@ impl Catalog {
             .map_or_else(BackendRef::default, |record| self.backend(index, record.generation))
     }
 
-    /// The generation under which a backend's index is in use.
+    /// The generation of a backend's index, if it is in use.
     #[must_use]
     pub fn generation(&self, index: u32) -> Option<u32> {
         self.observed.backends.get(&index).map(|record| record.generation).filter(|generation| generation % 2 == 1)
     }
 
-    /// Indices of backends by address, name, or `namespace/name`; those of pods that have just gone among them.
+    /// Indices of backends by address, name, or `namespace/name`, including those of pods that were just removed.
     #[must_use]
     pub fn backends_called(&self, wanted: &str) -> BTreeSet<u32> {
         let indices = self.observed.backends.keys().copied();
@@ -293,12 +293,12 @@ impl Catalog {
         frontends.map(|frontend| &frontend.record)
     }
 
-    /// Pools of each service's frontends, each with its service. Groups' unions are not among them.
+    /// The pools of all frontends, with their services. Groups' unions are not included.
     pub(crate) fn pools(&self) -> BTreeMap<u32, u32> {
         self.frontends.iter().map(|frontend| (frontend.record.pool, frontend.record.service)).collect()
     }
 
-    /// Backend indices in a pool, and whether each is ready; members of an earlier generation are not in it any more.
+    /// Backend indices in a pool, and whether each is ready. Members with an earlier generation are not in the pool any more.
     pub(crate) fn members(&self, pool: u32) -> impl Iterator<Item = (u32, bool)> + '_ {
         let range = MemberKey { pool, backend: 0 }..=MemberKey { pool, backend: u32::MAX };
         self.observed.members.range(range).filter_map(|(key, member)| {
@@ -307,7 +307,7 @@ impl Catalog {
         })
     }
 
-    /// The client that an address in a session's key of a service stands for.
+    /// The client that an address in the key of a service's session means.
     pub(crate) fn client(&self, address: IpAddr, service: u32) -> ClientRef<'_> {
         let key = Client::new(address, u8::MAX);
         if let Some(cookie) = key.netns() {
@@ -318,7 +318,7 @@ impl Catalog {
         ClientRef { key: Client::new(address, prefix.unwrap_or(u8::MAX)), name: None, addresses: &[] }
     }
 
-    /// A client key that is a network namespace, with what is known of it.
+    /// A client key that is a network namespace, with what is known about it.
     pub(crate) fn namespace_ref(&self, key: Client, cookie: u64) -> ClientRef<'_> {
         match self.namespaces().get(&cookie) {
             Some(known) => ClientRef { key, name: known.name.as_deref(), addresses: &known.addresses },
@@ -326,8 +326,8 @@ impl Catalog {
         }
     }
 
-    /// The network namespaces of this machine, by their cookies, as far as this process can see them. They are looked at
-    /// once, and only where one is asked for.
+    /// The network namespaces of this machine that are visible to this process, by their cookies. They are read once, when they
+    /// are first needed.
     pub(crate) fn namespaces(&self) -> &BTreeMap<u64, KnownNamespace> {
         self.namespaces.get_or_init(|| {
             let mut known = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Clients as listings name them: an address, a network, or a network namespace of this machine.
+//! Names of clients in listings: an address, a network, or a network namespace of this machine.
 
 use std::{fmt, net::IpAddr};
 
@@ -7,19 +7,19 @@ use serde::{Serialize, Serializer};
 
 use super::{Client, mapped};
 
-/// The network namespace of this process, which is the node's where this is the node's agent.
+/// The network namespace of this process. For the node's agent, it is the node's.
 pub const NODE: &str = "node";
-/// How the name of a namespace begins that nothing better is known of; its cookie follows.
+/// The prefix of the name of a namespace about which nothing else is known; its cookie follows.
 pub const NETNS: &str = "netns:";
 
-/// A client key with the name that is known of it.
+/// A client key with its name, if it has one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct ClientRef<'a> {
     /// The key.
     pub key: Client,
-    /// Of a network namespace: [`NODE`], or the pod's name.
+    /// For a network namespace: [`NODE`], or the pod's name.
     pub name: Option<&'a str>,
-    /// Of a network namespace: its addresses, as far as they are known.
+    /// For a network namespace: its known addresses.
     pub addresses: &'a [IpAddr],
 }
 
@@ -43,7 +43,7 @@ impl Serialize for ClientRef<'_> {
 }
 
 impl Client {
-    /// The cookie of the network namespace whose sockets this client key stands for; `None` for addresses.
+    /// The cookie of the network namespace that this client key means; `None` for addresses.
     #[must_use]
     pub fn netns(&self) -> Option<u64> {
         self.is_address().then(|| netns_of(V6(mapped(self.address)))).flatten().map(|(cookie, _)| cookie)

@@ -1,4 +1,4 @@
-//! Times: the maps hold nanoseconds of the monotonic clock, people read the wall clock and ages.
+//! Times: the maps hold nanoseconds of the monotonic clock; users read wall-clock times and ages.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Serialize, Serializer};
 
-/// One reading of both clocks: how a listing turns the first into the second.
+/// One reading of both clocks, to convert monotonic to wall-clock times.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Clock {
     /// `CLOCK_MONOTONIC`, nanoseconds.
@@ -25,7 +25,7 @@ impl Clock {
         Self { now_ns: seconds * 1_000_000_000 + nanoseconds, wall: Timestamp::now() }
     }
 
-    /// When a monotonic time was. Times that the programs wrote after this reading count as now.
+    /// The wall-clock time of a monotonic time. Times that the programs wrote after this reading count as now.
     #[must_use]
     pub fn moment(&self, time_ns: u64) -> Moment {
         let age_ns = self.now_ns.saturating_sub(time_ns);
@@ -100,7 +100,7 @@ mod tests {
         assert_eq!((moment.to_string().as_str(), moment.age.as_millis()), ("2026-01-02T03:04:03.500Z", 1_500));
         // Written by a program after the clock was read.
         assert_eq!(clock.moment(11_000_000_000).age.as_millis(), 0);
-        // No time is too long ago.
+        // Every time in the past can be represented.
         assert_eq!(Clock { now_ns: u64::MAX, ..clock }.moment(0).to_string(), "1441-06-14T03:29:31.290Z");
     }
 

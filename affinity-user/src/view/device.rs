@@ -9,26 +9,26 @@ use crate::attach::{Attachment, Finding, Hook, Note, Role, cgroup::CgroupAttachm
 /// A device that the programs are attached to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct DeviceView {
-    /// Its name, or a cgroup's directory; null where it has gone or is in another network namespace.
+    /// Its name, or a cgroup's directory; null if it is gone or is in another network namespace.
     pub device: Option<String>,
-    /// Its index; zero for a cgroup, where connections are translated at the socket.
+    /// Its index; zero for a cgroup, which translates connections at the socket.
     pub ifindex: u32,
-    /// What it leads to: `external` out of the node, `internal` to pods; null: neither, so it was named.
+    /// Where it leads: `external` out of the node, `internal` to pods; null: neither, so `--device` named it.
     pub role: Option<&'static str>,
-    /// Where packets from clients are translated, in the order that they get there.
+    /// The hooks that translate packets from clients, in the packets' order.
     pub ingress: Vec<&'static str>,
-    /// Where replies to clients are translated; null: nowhere.
+    /// The hook that translates replies to clients; null: none.
     pub egress: Option<&'static str>,
     /// Ids of the programs, ingress first.
     pub programs: Vec<u32>,
-    /// Why it has this role; null where it has gone.
+    /// Why it has this role; null if it is gone.
     pub why: Option<String>,
-    /// Why XDP is not where the policy has it, or what it cannot do there; null: nothing to say.
+    /// Why XDP is not attached where the policy asks for it, or what it cannot do there; null: no note.
     pub note: Option<String>,
 }
 
 impl DeviceView {
-    /// Devices by index; `name` gives a device's name, `roles` what each leads to, `notes` what was noted of it.
+    /// Devices by index. `name` gives a device's name, `roles` where each leads, `notes` the notes about it.
     #[must_use]
     pub fn all(
         attachments: &[Attachment],
@@ -61,7 +61,7 @@ impl DeviceView {
         views.collect()
     }
 
-    /// The cgroups that the programs for sockets are on; `directory` finds a cgroup by its id.
+    /// The cgroups to which the socket programs are attached; `directory` finds a cgroup by its id.
     #[must_use]
     pub fn cgroups(attachments: &[CgroupAttachment], directory: impl Fn(u64) -> Option<PathBuf>) -> Vec<Self> {
         let mut cgroups: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
@@ -71,7 +71,7 @@ impl DeviceView {
         let view = |(cgroup, programs)| Self {
             device: match directory(cgroup) {
                 Some(path) => Some(path.display().to_string()),
-                // It is there, but under no mount that this process sees.
+                // It exists, but no mount that is visible to this process contains it.
                 None if cgroup != 0 => Some(format!("cgroup {cgroup}")),
                 None => None,
             },

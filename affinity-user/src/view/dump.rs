@@ -1,7 +1,7 @@
-//! The canonical text of every map: one line an entry, `map key -> value`, sorted, with names for ids.
+//! The canonical text of every map: one line for each entry, `map key -> value`, sorted, with names instead of ids.
 //!
-//! It is the oracle of the tests that go from YAML to maps, so what depends on history or on the clock stays out unless
-//! asked for: times, generations, and where an extent of slots happens to lie.
+//! Tests from YAML to maps compare this text. So what depends on history or on the clock is included only on request: times,
+//! generations, and the positions of slot extents.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,12 +26,12 @@ use super::{
     protocol_name, service::policy_text, short_duration,
 };
 
-/// What a dump shows beside what never changes by itself.
+/// What a dump shows in addition to what never changes by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct DumpOptions {
     /// Ages of sessions, flows and events.
     pub times: bool,
-    /// Every slot, and not only the share of each backend.
+    /// Every slot, instead of only the share of each backend.
     pub slots: bool,
 }
 
@@ -43,7 +43,7 @@ pub struct Dump<'a> {
 }
 
 impl<'a> Dump<'a> {
-    /// Names come from `catalog`.
+    /// A dump with names from `catalog`.
     #[must_use]
     pub fn new(catalog: &'a Catalog, options: DumpOptions) -> Self {
         Self { catalog, options }
@@ -131,12 +131,12 @@ impl<'a> Dump<'a> {
         text
     }
 
-    /// By pool: an extent's place is no part of its meaning.
+    /// Slots by pool, because an extent's position has no meaning.
     fn slots(&self) -> Vec<String> {
         let mut lines = BTreeMap::new();
         for frontend in &self.catalog.frontends {
             let record = &frontend.record;
-            // A pool without slots may name an extent that is another's.
+            // A pool without slots may name an extent of another pool.
             let extent = self.catalog.observed.slots.get(&record.slot_first).filter(|_| record.slot_count > 0);
             let Some(backends) = extent else { continue };
             let names = backends.iter().map(|&index| self.catalog.backend_now(index).full_name());
@@ -174,7 +174,7 @@ impl<'a> Dump<'a> {
         self.catalog.frontends.iter().any(|frontend| frontend.record.group == id)
     }
 
-    /// Those in use.
+    /// The backends in use.
     fn backends(&self) -> Vec<String> {
         let in_use = self.catalog.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
         let lines: BTreeMap<_, _> = in_use
@@ -318,7 +318,7 @@ impl<'a> Dump<'a> {
         lines.into_values().collect()
     }
 
-    /// Packets of one family that came in pieces, by source and destination: the flow that later pieces follow.
+    /// Fragmented packets of one family, by source and destination: the flow that later fragments follow.
     #[must_use]
     pub fn fragments<A: Address>(
         &self,
@@ -340,7 +340,7 @@ impl<'a> Dump<'a> {
         lines.into_values().collect()
     }
 
-    /// Backends whose connections use source ports of the node; `cursors` is the map, by backend index.
+    /// Backends with connections that use source ports of the node; `cursors` is the map, by backend index.
     #[must_use]
     pub fn snat_port_cursor(&self, cursors: impl IntoIterator<Item = (u32, u64)>) -> Vec<String> {
         let counted = cursors.into_iter().filter(|&(_, ports)| ports != 0);
@@ -352,8 +352,8 @@ impl<'a> Dump<'a> {
         lines.into_iter().collect()
     }
 
-    /// The flags of attached devices; `devices` is the map, by ifindex, and `name` gives a device's name. `-`: nothing is
-    /// redirected to it.
+    /// The flags of attached devices. `devices` is the map, by ifindex; `name` gives a device's name. `-`: nothing is
+    /// redirected to the device.
     #[must_use]
     pub fn devices(
         &self,
@@ -377,7 +377,7 @@ impl<'a> Dump<'a> {
         devices.into_iter().map(line).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// Sockets, by what each is found for, protocol and cookie.
+    /// Sockets, by role, protocol and cookie.
     #[must_use]
     pub fn sockets(&self, entries: impl IntoIterator<Item = (SocketKey, Socket)>) -> Vec<String> {
         let endpoint = |address: V6, port: Port| Endpoint { address: from_mapped(address.0), port: port.get() };
@@ -416,14 +416,14 @@ impl<'a> Dump<'a> {
         counted.map(|(reason, packets)| format!("{} {} -> {packets}", names::COUNTERS, reason.name())).collect()
     }
 
-    /// What the agent has noticed about services.
+    /// Conditions of services that the agent has found.
     #[must_use]
     pub fn service_conditions(&self) -> Vec<String> {
         let services = self.catalog.services().into_iter().filter(|(_, id)| self.catalog.clients_are_nodes(*id));
         services.map(|(name, _)| format!("{} {name} -> clients-are-nodes", names::SERVICE_CONDITIONS)).collect()
     }
 
-    /// How old the source's view is; only with times.
+    /// The age of the source's data; only with times.
     #[must_use]
     pub fn status(&self) -> Vec<String> {
         let Some(status) = self.catalog.status().filter(|_| self.options.times) else { return Vec::new() };
@@ -433,7 +433,7 @@ impl<'a> Dump<'a> {
         vec![format!("{} -> source={source} age={as_of} agent-age={started}", names::STATUS)]
     }
 
-    /// What the ring still holds, oldest first.
+    /// The events in the ring, oldest first.
     #[must_use]
     pub fn events(&self, events: &[Event]) -> Vec<String> {
         let views = events.iter().filter_map(|event| EventView::new(self.catalog, event));

@@ -1,4 +1,4 @@
-//! What happened to pins.
+//! Changes of pins.
 
 use std::borrow::Cow;
 
@@ -10,26 +10,26 @@ use super::{BackendRef, Catalog, ClientRef, Moment, address::from_mapped};
 /// A change of a pin.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct EventView<'a> {
-    /// When.
+    /// When it happened.
     pub time: Moment,
-    /// What: the name of an [`EventKind`].
+    /// The name of an [`EventKind`].
     pub kind: &'static str,
-    /// The service whose packet caused it; null for what concerns all.
+    /// The service with the packet that caused it; null if it concerns all.
     pub service: Option<Cow<'a, str>>,
-    /// The client; null for what concerns many.
+    /// The client; null if it concerns many.
     pub client: Option<ClientRef<'a>>,
     /// The pod before; null: none.
     pub from: Option<BackendRef<'a>>,
     /// The pod after; null: none.
     pub to: Option<BackendRef<'a>>,
-    /// Why: the name of a [`Reason`].
+    /// The name of a [`Reason`].
     pub reason: Option<&'static str>,
     /// Pins dropped because the table was full; null for other kinds.
     pub evicted: Option<u32>,
 }
 
 impl<'a> EventView<'a> {
-    /// A record of the ring; `None` for a kind of a later version.
+    /// A record of the ring; `None` if a later version introduced its kind.
     #[must_use]
     pub fn new(catalog: &'a Catalog, event: &Event) -> Option<Self> {
         let kind = EventKind::from_byte(event.kind)?;
@@ -62,7 +62,7 @@ impl<'a> EventView<'a> {
         })
     }
 
-    /// `kind service client -> from > to (reason)`, with what does not apply left out.
+    /// `kind service client -> from > to (reason)`, without the parts that do not apply.
     #[must_use]
     pub fn line(&self) -> String {
         let mut line = self.kind.to_owned();

@@ -1,12 +1,12 @@
-//! What the next packet of a client would meet: the pipeline itself, run on copies of the entries that matter.
+//! Explains the next packet of a client: runs the pipeline itself on copies of the entries that matter.
 //!
-//! The packet is the first of a connection: a SYN, an INIT, or a datagram. Where the client's port is known and has an
-//! open flow, it is the next packet of that flow. Nothing that runs here can change a table of the kernel, and nothing
-//! is said of what has no room there: it is found when the packet comes.
+//! The packet is the first of a connection: a SYN, an INIT, or a datagram. If the client's port is given and has an open flow,
+//! it is the next packet of that flow. Nothing that runs here can change a table of the kernel. Full tables are not considered:
+//! they only show when the packet arrives.
 //!
-//! A network namespace of this machine can be asked about too: what its next socket would meet. Its client key is an IPv6
-//! address whatever it dials, so an IPv4 frontend is looked up as an IPv4-mapped one, as a socket may ask for it. Nothing
-//! that a packet's source decides counts for it: there is no packet yet.
+//! A question can also be about a network namespace of this machine: the outcome for its next socket. Its client key is an IPv6
+//! address for destinations of both families, so an IPv4 frontend is looked up as an IPv4-mapped one, as a socket may ask for
+//! it. Decisions by a packet's source do not apply, because there is no packet yet.
 
 #[cfg(test)]
 mod tests;
@@ -33,7 +33,7 @@ use super::{
     protocol_name,
 };
 
-/// A frontend, as an explanation names it.
+/// A frontend in an explanation.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ExplainedFrontend<'a> {
     /// The service, `namespace/name`.
@@ -52,13 +52,13 @@ pub struct Candidate<'a> {
     pub address: IpAddr,
     /// The pod's port.
     pub port: u16,
-    /// The pod's name, where the source gave one.
+    /// The pod's name, if the source gave one.
     pub name: Option<&'a str>,
-    /// The pod's namespace, where the source gave a name.
+    /// The pod's namespace, if the source gave a name.
     pub namespace: Option<&'a str>,
-    /// How likely it is chosen: from 0 to 1.
+    /// The probability of its selection: from 0 to 1.
     pub probability: f64,
-    /// Whether it sees the node's address in place of the client's.
+    /// Whether it sees the node's address instead of the client's.
     pub masquerade: bool,
 }
 
@@ -69,37 +69,37 @@ impl Candidate<'_> {
     }
 }
 
-/// One step on the packet's way.
+/// One step of the packet's path.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Step {
-    /// Where.
+    /// The name of the step.
     pub step: &'static str,
-    /// What it meets there.
+    /// What the packet finds there.
     pub finds: String,
 }
 
 /// The answer.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Explanation<'a> {
-    /// What was dialled; null: no frontend.
+    /// The frontend that the client connects to; null: no frontend.
     pub frontend: Option<ExplainedFrontend<'a>>,
     /// `forward`, `reject`, `drop` or `pass`.
     pub verdict: &'static str,
-    /// Why: the name of a [`Reason`].
+    /// The name of a [`Reason`].
     pub reason: &'static str,
     /// The pin that the packet follows; null: none.
     pub pinned: Option<SessionView<'a>>,
     /// The pods that it may reach.
     pub candidates: Vec<Candidate<'a>>,
-    /// Whether its source address is translated too, whichever pod it reaches.
+    /// Whether its source address is translated too, for every pod that it may reach.
     pub masquerade: bool,
     /// The connection that the packet belongs to; null: it begins one.
     pub flow: Option<FlowView<'a>>,
-    /// How it comes to that.
+    /// The steps that lead to the verdict.
     pub steps: Vec<Step>,
 }
 
-/// Runs the pipeline and tells what it did.
+/// Runs the pipeline and describes what it did.
 #[must_use]
 pub fn explain<'a, A: FrontendTables>(
     catalog: &'a Catalog,
@@ -112,7 +112,7 @@ where
     Case { catalog, question, situation, frontend: question.frontend::<A>(catalog) }.explain()
 }
 
-/// The question names none.
+/// A question names no device.
 const NO_DEVICE: u32 = 0;
 
 struct Case<'a, 'q, A: Address> {
@@ -152,7 +152,7 @@ where
         }
     }
 
-    /// The verdict but for shadow mode, its cause, and the flow that the packet then belongs to.
+    /// The verdict without shadow mode, its reason, and the flow that the packet then belongs to.
     fn decide(&self) -> (&'static str, Reason, Option<Flow<A>>) {
         if self.is_left_to_packets() {
             return ("pass", Reason::NotInRanges, None);
@@ -168,7 +168,7 @@ where
         (would, outcome.reason, flow)
     }
 
-    /// Whether a socket's packets are to be looked at where they enter a device, as their source decides.
+    /// Whether a socket's packets are judged only where they enter a device, because their source matters.
     fn is_left_to_packets(&self) -> bool {
         let has_ranges = self.frontend.is_some_and(|frontend| frontend.flags & RANGES != 0);
         self.question.is_socket() && self.situation.in_filter && has_ranges
@@ -187,12 +187,12 @@ where
         Headers::new(self.question.key(), flags)
     }
 
-    /// Whether the packet is one of a connection that has begun, and not ended.
+    /// Whether the packet belongs to a connection that has begun and not ended.
     fn is_in_connection(&self) -> bool {
         self.question.protocol != UDP && self.situation.flow.is_some_and(|flow| !state::is_closed(flow.state))
     }
 
-    /// The tables as far as this packet can see them.
+    /// The tables, with the entries that matter to this packet.
     fn model(&self) -> Model {
         let Self { catalog, question, situation, .. } = self;
         let observed = &catalog.observed;
@@ -203,7 +203,7 @@ where
             model.filter.borrow_mut().insert((Direction::Dnat, filter_bit(key.daddr, key.dport, key.protocol)));
         }
         if let Some(mut frontend) = self.frontend {
-            // What would be decided without shadow mode; but a connection of that time is another proxy's.
+            // The decision without shadow mode. But a connection from shadow mode belongs to another proxy.
             if situation.flow.is_none_or(|flow| flow.state & FLOW_SHADOW == 0) {
                 frontend.flags &= !SHADOW;
             }
@@ -221,7 +221,7 @@ where
         model.loads.borrow_mut().extend(&situation.loads);
         let flow_pin = situation.flow_pin.as_ref().map(|(key, pin)| (key, pin));
         for (key, session) in situation.sessions.iter().chain(flow_pin) {
-            // An empty table of sixteen takes so few entries; one that is in both places is there already.
+            // An empty table of sixteen has space for these few entries; one that occurs twice is there already.
             let _ = model.add_session(key, session);
         }
         if let Some(flow) = &situation.flow {
@@ -233,14 +233,14 @@ where
         model
     }
 
-    /// Whether a new connection to a pod gets a source of the node.
+    /// Whether a new connection to a pod gets a source address of the node.
     fn is_masqueraded(&self, pod: A) -> bool {
         let is_for_all = self.frontend.is_some_and(|frontend| frontend.flags & MASQUERADE != 0);
         let is_hairpin = self.question.key::<A>().saddr == pod;
         (is_for_all || is_hairpin) && self.catalog.observed.node.address::<A>().is_some()
     }
 
-    /// The pin that the packet's flow hangs on.
+    /// The pin of the packet's flow.
     fn pin(&self, flow: &Flow<A>, reason: Reason) -> Option<SessionView<'a>> {
         if !matches!(reason, Reason::Pinned | Reason::Established) {
             return None;
@@ -251,7 +251,7 @@ where
 
     fn candidates(&self, flow: &Flow<A>, reason: Reason) -> Vec<Candidate<'a>> {
         if let Some(frontend) = self.frontend.filter(|_| matches!(reason, Reason::Created | Reason::Selected)) {
-            // By the packet's source: see `select::connection_hash`.
+            // Selected by the packet's source: see `select::connection_hash`.
             let is_by_port =
                 frontend.flags & AFFINITY == 0 && self.question.from_port.is_some() && !self.question.is_socket();
             let chances = match Selection::from_byte(frontend.select) {
@@ -263,7 +263,7 @@ where
             let candidates = chances.into_iter().filter(|&(_, probability)| probability > 0.0);
             return candidates.filter_map(|(index, chance)| self.candidate(&frontend, index, chance)).collect();
         }
-        // A connection that exists, a pin, or a pin's own next draw: there is no choice left.
+        // An existing connection, a pin, or a pin's own next draw: the pod is determined.
         let pod = self.catalog.backend(flow.backend, flow.generation);
         let Endpoint { address, port } = destination(flow);
         let (name, namespace) = (pod.name, pod.namespace);
@@ -296,8 +296,8 @@ where
         chances
     }
 
-    /// Of each ordered pair of slots the second wins if it has fewer sessions, else the first. So a slot wins against
-    /// every slot with more, in both orders, and against its equals when it is drawn first.
+    /// Of each ordered pair of slots the second wins if it has fewer sessions, otherwise the first. So a slot wins against
+    /// every slot with more sessions, in both orders, and against equal slots when it is drawn first.
     fn two_choices(&self, frontend: &Frontend) -> BTreeMap<u32, f64> {
         let slots = self.slots(frontend);
         if slots.len() < 2 {
@@ -318,7 +318,7 @@ where
     }
 }
 
-/// Where a packet of a flow goes to.
+/// The destination of a flow's packets.
 fn destination<A: Address>(flow: &Flow<A>) -> Endpoint {
     Endpoint { address: from_mapped(flow.edit.daddr.to_mapped()), port: flow.edit.dport.get() }
 }

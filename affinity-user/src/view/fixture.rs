@@ -1,4 +1,4 @@
-//! Tables for the tests of views and listings: two services, one of them in a group, and a pod that is gone.
+//! Tables for the tests of views and listings: two services, one of them in a group, and a pod that has gone.
 
 use std::collections::BTreeMap;
 
@@ -127,7 +127,7 @@ pub(crate) fn catalog() -> Catalog {
     Catalog::new(observed(), usage, clock())
 }
 
-/// Pins of both services: fresh, expired, of a pod that is gone, of one without trace, and of networks.
+/// Pins of both services: fresh, expired, of a pod that has gone, of a pod about which nothing is known, and of networks.
 pub(crate) fn sessions_v4() -> Vec<(SessionKey<V4>, Session)> {
     let alive = Session { service: 2, connections: 2, ..session(9_000, 9_990, 3) };
     vec![
@@ -146,7 +146,7 @@ pub(crate) fn sessions_v6() -> Vec<(SessionKey<V6>, Session)> {
     vec![(SessionKey::new(9, v6(0), 64), unlimited)]
 }
 
-/// A connection of the first client, seen from it.
+/// A connection of the first client, in the client's direction.
 pub(crate) fn flow() -> (FlowKey<V4>, Flow<V4>) {
     let key = FlowKey {
         saddr: V4([192, 0, 2, 1]),

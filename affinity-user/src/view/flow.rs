@@ -1,4 +1,4 @@
-//! Connections that are being translated.
+//! Connections that are translated.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{BackendRef, Catalog, Endpoint, Moment, protocol_name};
 
-/// Where a connection is in its life.
+/// The state of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FlowState {
@@ -22,7 +22,7 @@ pub enum FlowState {
     Closing,
     /// Both have, or one has sent RST.
     Closed,
-    /// UDP: the client's datagrams have had no answer.
+    /// UDP: there was no reply to the client's datagrams yet.
     Unanswered,
     /// Decided in shadow mode: another proxy translates it.
     Shadow,
@@ -44,7 +44,7 @@ impl FlowState {
         }
     }
 
-    /// Of a connection to no frontend, of which nothing but its beginning and its end is known.
+    /// The state of a connection to no frontend: only its beginning and its end are known.
     #[must_use]
     pub fn of_foreign(protocol: u8, state: u32) -> Self {
         match Self::new(protocol, state as u8) {
@@ -53,7 +53,7 @@ impl FlowState {
         }
     }
 
-    /// As in JSON.
+    /// The name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -67,7 +67,7 @@ impl FlowState {
     }
 }
 
-/// A connection, seen from its client.
+/// A connection, in the client's direction.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FlowView<'a> {
@@ -75,25 +75,25 @@ pub struct FlowView<'a> {
     pub service: Cow<'a, str>,
     /// `TCP` or `UDP`.
     pub protocol: &'static str,
-    /// The client's end.
+    /// The client's address and port.
     pub client: Endpoint,
-    /// What the client dialled.
+    /// The frontend that the client connected to.
     pub frontend: Endpoint,
     /// The pod.
     pub backend: BackendRef<'a>,
-    /// The pod's end.
+    /// The pod's address and port.
     pub translated: Endpoint,
-    /// Where it is in its life.
+    /// Its state.
     pub state: FlowState,
     /// When it began.
     pub created: Moment,
-    /// When a packet last passed, to within a second.
+    /// When a packet last passed, within a second.
     pub last_used: Moment,
 }
 
 impl<'a> FlowView<'a> {
-    /// An entry of `flows_v4` or `flows_v6`; `None` for the record of replies, which says the same again, and for a connection
-    /// to no frontend.
+    /// An entry of `flows_v4` or `flows_v6`; `None` for the record of replies, which contains the same, and for a connection to
+    /// no frontend.
     #[must_use]
     pub fn new<A: Address>(catalog: &'a Catalog, key: &FlowKey<A>, flow: &Flow<A>) -> Option<Self> {
         (key.direction == Direction::Dnat as u8 && flow.flags & FLOW_FOREIGN == 0).then(|| Self {

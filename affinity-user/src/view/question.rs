@@ -1,4 +1,4 @@
-//! What can be asked about: a packet, or a socket of this machine.
+//! Questions about a packet, or about a socket of this machine.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -12,22 +12,22 @@ use affinity_common::{
 
 use super::{Catalog, Client, Endpoint, NODE, address::mapped};
 
-/// A packet to ask about; both addresses are of one family. Or a socket: then the client is the key of its network
+/// A question about a packet; both addresses are of one family. Or about a socket: then the client is the key of its network
 /// namespace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Question {
     /// The client.
     pub from: IpAddr,
-    /// The client's port; `None`: one that has no connection yet.
+    /// The client's port; `None`: the client has no connection yet.
     pub from_port: Option<u16>,
-    /// What it dials.
+    /// The destination.
     pub to: Endpoint,
     /// IANA protocol number.
     pub protocol: u8,
 }
 
 impl Question {
-    /// The packet's key. A port that was not given is zero, which no client uses.
+    /// The packet's key. If no port is given, it is zero, which no client uses.
     #[must_use]
     pub fn key<A: Address>(&self) -> FlowKey<A> {
         FlowKey {
@@ -41,24 +41,24 @@ impl Question {
         }
     }
 
-    /// Whether what it dials is a frontend.
+    /// Whether the destination is a frontend.
     #[must_use]
     pub fn is_frontend<A: FrontendTables>(&self, catalog: &Catalog) -> bool {
         self.frontend::<A>(catalog).is_some()
     }
 
-    /// Whether this is about a socket, and not a packet.
+    /// Whether this is about a socket instead of a packet.
     #[must_use]
     pub fn is_socket(&self) -> bool {
         Client::new(self.from, u8::MAX).netns().is_some()
     }
 
-    /// The record of the frontend that is dialled, as this client meets it. For a socket the whole client key counts,
-    /// and nothing that is decided by where a packet comes from.
+    /// The frontend record that applies to this client. For a socket, the whole client key counts, and settings that depend on
+    /// where a packet comes from do not apply.
     pub(super) fn frontend<A: FrontendTables>(&self, catalog: &Catalog) -> Option<Frontend> {
         if !self.is_socket() {
             if self.to.address.is_loopback() {
-                // It is for the node's own sockets.
+                // Only for the node's own sockets.
                 return None;
             }
             let (key, client) = (self.frontend_key::<A>(), self.key::<A>().saddr);
@@ -71,7 +71,7 @@ impl Question {
         }
         let address = self.to.address.to_canonical();
         if address.is_loopback() && catalog.client(self.from, 0).name != Some(NODE) {
-            // That of a pod is its own.
+            // A pod's loopback address is its own.
             return None;
         }
         let frontend = match address {
@@ -82,7 +82,7 @@ impl Question {
         Some(Frontend { prefix: V6::BITS, flags, ..frontend })
     }
 
-    /// The bit of the filter for what is dialled.
+    /// The filter bit of the destination.
     #[must_use]
     pub fn filter_bit(&self) -> u32 {
         let Self { to: Endpoint { address, port }, protocol, .. } = *self;
@@ -98,7 +98,7 @@ impl Question {
     }
 }
 
-/// The tables of a family in what was read and in the model.
+/// A family's tables in the catalog and in the model.
 pub trait FrontendTables: Address {
     /// The record of a frontend.
     fn frontend(catalog: &Catalog, key: &FrontendKey<Self>) -> Option<Frontend>;
@@ -138,7 +138,7 @@ impl FrontendTables for V6 {
     }
 }
 
-/// Keys under which a client's pins for a frontend may lie: the group's, then the service's own.
+/// Keys that a client's pins for a frontend may have: the group's, then the service's own.
 #[must_use]
 pub(super) fn session_keys<A: FrontendTables>(catalog: &Catalog, question: &Question) -> Vec<SessionKey<A>> {
     let Some(frontend) = question.frontend::<A>(catalog) else { return Vec::new() };

@@ -1,4 +1,4 @@
-//! Reading a catalog from a running dataplane.
+//! Reads a catalog from a running dataplane.
 
 use std::collections::BTreeMap;
 
@@ -10,16 +10,16 @@ use crate::store::{
     kernel::{Family, KernelStore},
 };
 
-/// Under an agent that never rests, a reading that may be mixed must do.
+/// If the agent never stops publishing, a possibly inconsistent reading is accepted after this many attempts.
 const MAX_READINGS: u32 = 10;
 
 impl Catalog {
-    /// The small tables as they are at one moment, as far as packets can tell: a plan that is carried out meanwhile
-    /// switches frontends after it has written, and before it removes, what they refer to. So if the frontends are the
-    /// same at the end of the reading, what they refer to was there all along.
+    /// A consistent reading of the small tables, as far as packets can tell. A concurrent plan switches frontends after it has
+    /// written the records that they refer to, and before it removes such records. So if the frontends are the same at the end
+    /// of the reading, these records existed the whole time.
     ///
     /// # Errors
-    /// [`StoreError`] where a map could not be read.
+    /// [`StoreError`] if a map could not be read.
     pub fn read(store: &KernelStore) -> Result<Self, StoreError> {
         let mut observed = store.observe()?;
         for _ in 0..MAX_READINGS {

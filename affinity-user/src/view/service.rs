@@ -1,4 +1,4 @@
-//! Services: what clients dial, who answers, and how pins are kept.
+//! Services: their frontends, pods and pin settings.
 
 use std::{borrow::Cow, collections::BTreeMap};
 
@@ -41,12 +41,12 @@ impl LiveSessions {
     }
 }
 
-/// Pods behind something.
+/// Counts of pods.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Endpoints {
-    /// Take new connections.
+    /// Pods that take new connections.
     pub ready: u32,
-    /// Keep the connections they have, and take none.
+    /// Pods that keep their existing connections, and take no new ones.
     pub draining: u32,
 }
 
@@ -64,7 +64,7 @@ impl Endpoints {
     }
 }
 
-/// An address that clients dial.
+/// An address that clients connect to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct FrontendView {
     /// Address and port.
@@ -74,7 +74,7 @@ pub struct FrontendView {
     pub protocol: &'static str,
     /// The pods that it leads to.
     pub endpoints: Endpoints,
-    /// The pods that it leads external clients to, where these are told apart.
+    /// The pods that serve external clients, if these are treated differently.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub external: Option<Endpoints>,
 }
@@ -87,7 +87,7 @@ pub struct ServiceView<'a> {
     pub service: Cow<'a, str>,
     /// `ClientIP` or `None`, as in Kubernetes.
     pub affinity: &'static str,
-    /// Whether it is only watched: decided and counted, but every packet passes.
+    /// Shadow mode: decided and counted, but every packet passes.
     pub shadow: bool,
     /// What restarts a pin's timeout.
     pub timer: &'static str,
@@ -105,15 +105,15 @@ pub struct ServiceView<'a> {
     pub client_prefix_v6: Option<u8>,
     /// Its frontends, by family and address.
     pub frontends: Vec<FrontendView>,
-    /// Pods behind any of them.
+    /// Pods of all its frontends.
     pub endpoints: Endpoints,
     /// Live pins that its connections made.
     pub sessions: u64,
-    /// New connections, by what decided them.
+    /// New connections, by reason.
     pub connections: Connections,
-    /// Whether all clients that are pinned look like nodes of the cluster: then something before them masquerades.
+    /// Whether all pinned clients look like nodes of the cluster: then something in front of the service masquerades.
     pub clients_are_nodes: bool,
-    /// When everything that the source held was last known; null: never.
+    /// When the source's content was last completely known; null: never.
     pub as_of: Option<Moment>,
 }
 
@@ -122,7 +122,7 @@ pub struct ServiceView<'a> {
 pub struct Connections(pub [u64; 8]);
 
 impl Connections {
-    /// All but the refused ones, which are last.
+    /// All except the rejected ones, which are last.
     #[must_use]
     pub fn accepted(&self) -> u64 {
         self.0[..7].iter().sum()
@@ -160,7 +160,7 @@ impl<'a> ServiceView<'a> {
             }
             let (endpoints, protocol) = (Endpoints::count(&members), protocol_name(frontend.protocol));
             match frontends.last_mut() {
-                // It follows the record for any client.
+                // It follows the record for all clients.
                 Some(last) if frontend.external => last.external = Some(endpoints),
                 _ => frontends.push(FrontendView { endpoint: frontend.endpoint, protocol, endpoints, external: None }),
             }
@@ -191,7 +191,7 @@ pub(crate) fn timeout_s(timeout_ns: u64) -> Option<u64> {
     (timeout_ns != TIMEOUT_UNLIMITED).then_some(timeout_ns / 1_000_000_000)
 }
 
-/// As in the annotation.
+/// The value in the annotation.
 pub(crate) fn timer_name(timer: Timer) -> &'static str {
     match timer {
         Timer::Connection => "connection",
@@ -201,7 +201,7 @@ pub(crate) fn timer_name(timer: Timer) -> &'static str {
     }
 }
 
-/// As in the annotation.
+/// The value in the annotation.
 pub(crate) fn selection_name(selection: Selection) -> &'static str {
     match selection {
         Selection::Random => "random",

@@ -10,11 +10,11 @@ use serde::Serialize;
 
 use super::{BackendRef, Catalog, ClientRef, Moment, address::ip};
 
-/// A pin: which pod a client's new connections go to.
+/// A pin: the pod that a client's new connections go to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SessionView<'a> {
-    /// The service whose connection made the pin, `namespace/name`.
+    /// The service with the connection that created the pin, `namespace/name`.
     pub service: Cow<'a, str>,
     /// The client: an address, the network that shares the pin, or a network namespace of this machine.
     pub client: ClientRef<'a>,
@@ -26,7 +26,7 @@ pub struct SessionView<'a> {
     pub last_used: Moment,
     /// Seconds left, rounded up; 0: expired, and the next connection selects again; null: never.
     pub expires_in_seconds: Option<u64>,
-    /// Why the pin was made: the name of a [`Reason`].
+    /// Why the pin was created: the name of a [`Reason`].
     pub reason: &'static str,
     /// The named group that shares the pin; null: the service alone.
     pub group: Option<&'a str>,
@@ -50,7 +50,7 @@ impl<'a> SessionView<'a> {
             last_used: catalog.clock.moment(session.last_used_ns),
             expires_in_seconds: match policy {
                 Some(policy) => expires_in_s(session, policy.timer, policy.timeout_ns, catalog.clock.now_ns),
-                // The service has gone: nothing follows the pin any more.
+                // The service has gone: the pin is not followed any more.
                 None => Some(0),
             },
             reason: Reason::from_byte(session.reason).map_or("?", Reason::name),
@@ -60,14 +60,14 @@ impl<'a> SessionView<'a> {
         }
     }
 
-    /// Whether the client's next connection will follow the pin, as far as its age says.
+    /// Whether the client's next connection will follow the pin, if only its age is considered.
     #[must_use]
     pub fn is_live(&self) -> bool {
         self.expires_in_seconds != Some(0)
     }
 }
 
-/// Which pins are a service's: those that its connections made, and those of services that share its scopes.
+/// Selects the pins of a service: those that its connections created, and those of services that share its scopes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServicePins {
     /// The service.
@@ -76,7 +76,7 @@ pub struct ServicePins {
 }
 
 impl ServicePins {
-    /// Whether a pin in `scope` is among them.
+    /// Whether a pin in `scope` is one of them.
     #[must_use]
     pub fn contain(&self, scope: u32, session: &Session) -> bool {
         session.service == self.service || self.scopes.contains(&scope)
@@ -91,7 +91,7 @@ impl Catalog {
     }
 }
 
-/// Seconds until a pin expires, rounded up, so that zero means expired; `None`: never, as things are.
+/// Seconds until a pin expires, rounded up, so that zero means expired; `None`: never, in its present state.
 #[must_use]
 pub fn expires_in_s(session: &Session, timer: Timer, timeout_ns: u64, now_ns: u64) -> Option<u64> {
     if timeout_ns == TIMEOUT_UNLIMITED || timer == Timer::Alive && session.live_connections() > 0 {
@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(left(Timer::Connection, 60, 220 * SECOND - 1), Some(1));
         assert_eq!(left(Timer::Connection, 60, 220 * SECOND), Some(0));
         assert_eq!(left(Timer::Packet, 60, 200 * SECOND), Some(20));
-        // From creation on, not from the last use.
+        // Counted from the creation, not from the last use.
         assert_eq!(left(Timer::Absolute, 60, 160 * SECOND - 1), Some(1));
         assert_eq!(left(Timer::Absolute, 60, 160 * SECOND), Some(0));
         // Used after the clock was read.

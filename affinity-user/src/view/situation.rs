@@ -1,4 +1,4 @@
-//! What the large tables say about a question, copied: a client's pins, its connection, how loaded pods are.
+//! The entries of the large tables for a question, copied: a client's pins, its connection, and the load of the pods.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::store::{
     kernel::{Family, KernelStore, filter_word},
 };
 
-/// What the large tables say about a question.
+/// The entries of the large tables for a question.
 #[derive(Clone, Debug)]
 pub struct Situation<A: Address> {
     /// Whether the filter lets the packet in.
@@ -22,18 +22,18 @@ pub struct Situation<A: Address> {
     pub sessions: BTreeMap<SessionKey<A>, Session>,
     /// The flow that the packet belongs to.
     pub flow: Option<Flow<A>>,
-    /// The pin of that flow, which may be of a scope that the frontend had before.
+    /// The pin of that flow; it may be in a scope that the frontend had before.
     pub flow_pin: Option<(SessionKey<A>, Session)>,
-    /// The connection to no frontend that the packet would be a reply of.
+    /// The connection to no frontend, if the packet would be a reply of it.
     pub foreign: Option<Foreign>,
-    /// Whether that flow has a source of the node.
+    /// Whether `flow` has a source address of the node.
     pub is_masqueraded: bool,
     /// Live sessions of the pool's backends.
     pub loads: BTreeMap<u32, u64>,
 }
 
 impl<A: Address + FrontendTables> Situation<A> {
-    /// Of a dataplane that no packet has met yet.
+    /// The situation in a dataplane that has seen no packet yet.
     #[must_use]
     pub fn untouched(catalog: &Catalog, question: &Question) -> Self {
         Self {
@@ -49,10 +49,10 @@ impl<A: Address + FrontendTables> Situation<A> {
 }
 
 impl<A: Family + FrontendTables> Situation<A> {
-    /// Of a running dataplane.
+    /// The situation in a running dataplane.
     ///
     /// # Errors
-    /// [`StoreError`] where a map could not be read.
+    /// [`StoreError`] if a map could not be read.
     pub fn of_kernel(store: &KernelStore, catalog: &Catalog, question: &Question) -> Result<Self, StoreError> {
         let tables = store.family::<A>();
         let mut sessions = BTreeMap::new();

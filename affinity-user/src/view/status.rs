@@ -1,4 +1,4 @@
-//! How old the source's view is that the tables were made from.
+//! The age of the source's data from which the tables were made.
 
 use std::time::Duration;
 
@@ -7,23 +7,23 @@ use serde::Serialize;
 
 use super::{Clock, Moment};
 
-/// What the agent tells about itself.
+/// The agent's status.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct StatusView {
     /// `directory` or `kubernetes`.
     pub source: &'static str,
-    /// When everything that the source held was last known; null: never.
+    /// When the source's content was last completely known; null: never.
     pub as_of: Option<Moment>,
-    /// When the agent was started that wrote this.
+    /// When the agent that wrote this was started.
     pub agent_started: Moment,
 }
 
 impl StatusView {
-    /// A source that told nothing for so long is worth a look: an API tells something every minute.
+    /// A source that was silent for this long is worth a check: an API sends something every minute.
     pub const STALE: Duration = Duration::from_mins(3);
 
-    /// None where no agent has written the record yet.
+    /// `None` if no agent has written the record yet.
     #[must_use]
     pub fn new(status: &Status, clock: &Clock) -> Option<Self> {
         Some(Self {

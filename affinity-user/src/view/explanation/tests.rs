@@ -1,4 +1,4 @@
-//! Explanations of the fixture.
+//! Explanations of the fixture's tables.
 
 use affinity_common::{
     abi::{
@@ -11,7 +11,7 @@ use affinity_common::{
 use super::*;
 use crate::view::{KnownNamespace, fixture, ip, question::session_keys};
 
-/// What the first client's packet to the first frontend meets.
+/// A packet of the first client to the first frontend.
 fn ask(catalog: &Catalog, from: &str, to: &str, sessions: &[(SessionKey<V4>, Session)]) -> (Question, Situation<V4>) {
     let (to, protocol) = to.split_once('/').unwrap_or((to, "tcp"));
     let to: std::net::SocketAddr = to.parse().unwrap();
@@ -39,7 +39,7 @@ fn steps(explanation: &Explanation<'_>) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// What a client outside of the pod networks meets, and what one of them does.
+/// A client outside of the pod networks, with and without a connection.
 #[test]
 fn an_outsider_has_a_record_and_a_source_of_its_own() {
     let mut catalog = fixture::catalog();

@@ -14,16 +14,16 @@ use crate::view::{
     ClientRef, Endpoint, FlowView, FrontendTables, Question, SessionView, service::policy_text, short_duration,
 };
 
-/// The texts of reasons begin with what becomes of the packet.
+/// The texts of reasons begin with the packet's verdict.
 fn without_verdict(text: &str) -> &str {
     text.split_once(": ").map_or(text, |(_, cause)| cause)
 }
 
-/// What is said where a socket asks for a frontend with source ranges.
+/// The text if a socket asks for a frontend with source ranges.
 const LEFT_TO_PACKETS: &str = "the service has source ranges, and a socket has no source yet. Its packets are decided \
                                about by their source, where they enter a device.";
 
-/// Whose address the pod sees, where it is not the client's.
+/// The address that the pod sees, if it is not the client's.
 fn source_text(candidates: &[Candidate<'_>]) -> &'static str {
     match candidates.iter().filter(|candidate| candidate.masquerade).count() {
         0 => "",
@@ -36,7 +36,7 @@ impl<A: FrontendTables> Case<'_, '_, A>
 where
     Model: FamilyTables<A>,
 {
-    /// `decided` is what is decided but for shadow mode, `reason` what is counted for the packet.
+    /// `decided` is the decision without shadow mode; `reason` is the one that is counted for the packet.
     pub(super) fn steps(
         &self,
         decided: (&str, Reason),
@@ -106,7 +106,7 @@ where
         self.catalog.client(self.question.from, self.frontend.map_or(0, |frontend| frontend.service))
     }
 
-    /// Nothing where no port was asked about.
+    /// `None` if the question has no port.
     fn flow_text(&self) -> Option<String> {
         self.question.from_port?;
         let Some(flow) = &self.situation.flow else { return Some("none: this begins a connection".to_owned()) };
@@ -171,7 +171,7 @@ where
             (_, Selection::Consistent) => "consistent: every node chooses",
             (Reason::Created | Reason::Selected, Selection::Random) => "random:",
             (Reason::Created | Reason::Selected, Selection::Least) => "least: the less loaded of two:",
-            // The next draw is part of the pin, so that two processors agree.
+            // The pin contains the next draw, so that two processors agree.
             (_, Selection::Random) => "random: the pin's next draw is",
             (_, Selection::Least) => "least: by the pin's next draw,",
         };
