@@ -1,9 +1,9 @@
 //! `affinity top`: services, their pods and their clients, live, in a terminal.
 //!
-//! Data flows one way: [`sampler`] looks at the pinned maps, as the CLI does, and gives a [`sample::Sample`]; a
-//! [`state::State`] makes rates and rows of two of them and takes keys; [`draw`] makes cells of the state. Only the first
-//! and the terminal touch the world, so the rest is tested as values. Work is bounded: the small tables are read once an
-//! interval, sessions only for the clients of one service, a slice at a time.
+//! Data flows in one direction. [`sampler`] reads the pinned maps, as the CLI does, and returns a [`sample::Sample`]. A
+//! [`state::State`] computes rates and rows from two samples, and handles keys. [`draw`] draws the state into cells. Only the
+//! sampler and the terminal have side effects, so everything else is tested as values. The work is bounded: the small tables
+//! are read once an interval; sessions are read only for the clients of one service, a slice at a time.
 
 pub mod clients;
 pub mod draw;
@@ -41,26 +41,26 @@ use crate::{
     sys::SysError,
 };
 
-/// The width of what [`once`] gives.
+/// The width of the output of [`once`].
 pub const ONCE_WIDTH: u16 = 100;
-/// Between two slices of what takes long: time for keys, and for others.
+/// The pause between two slices of long work, which leaves time for keys and for other processes.
 const SLICE_PAUSE: Duration = Duration::from_millis(5);
 
-/// While it is paused, only keys have anything to say.
+/// The wait while paused: only keys have an effect then.
 const PAUSED: Duration = Duration::from_secs(60);
 
-/// What to look at, and how.
+/// What to show, and how.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Options {
-    /// Where the dataplane is pinned.
+    /// The directory in which the dataplane is pinned.
     pub pin_dir: PathBuf,
-    /// Between two samples.
+    /// The time between two samples.
     pub interval: Duration,
     /// Begin with this service's screen: `namespace/name`.
     pub service: Option<String>,
 }
 
-/// Why it ends early.
+/// The reason for an early end.
 #[derive(Debug, thiserror::Error)]
 pub enum TopError {
     /// The dataplane cannot be opened.
@@ -75,15 +75,15 @@ pub enum TopError {
     /// There is no such service.
     #[error("service {0} not found: `affinity get services` lists all")]
     NoService(String),
-    /// The terminal does not work.
+    /// The terminal cannot be used.
     #[error("the terminal: {0}")]
     Terminal(#[from] io::Error),
 }
 
-/// Shows it in the terminal until the user quits, or a signal asks to end.
+/// Shows the screen in the terminal until the user quits or a signal arrives.
 ///
 /// # Errors
-/// [`TopError`], with the terminal given back. What goes wrong later with the dataplane is shown, and tried again.
+/// [`TopError`]; the terminal is restored before. Later errors of the dataplane are shown, and the operation is repeated.
 pub fn run(options: &Options) -> Result<(), TopError> {
     let mut sampler = Sampler::open(&options.pin_dir, options.interval)?;
     let mut state = State::new(options.interval, true);
@@ -107,7 +107,7 @@ fn open(state: &mut State, options: &Options) -> Result<(), TopError> {
     }
 }
 
-/// Takes a sample if it is time, and slices of what takes longer. A dataplane that has gone may come back.
+/// Takes a sample if it is due, and processes slices of longer work. A dataplane that was removed may come back.
 fn work(sampler: &mut Sampler, state: &mut State) {
     if !state.is_paused() && sampler.sample_due() <= Instant::now() {
         match sampler.sample() {
@@ -130,7 +130,7 @@ fn work(sampler: &mut Sampler, state: &mut State) {
     }
 }
 
-/// Waits until there is something to do, and does what keys ask for; false: to end.
+/// Waits until there is something to do, and handles keys; false: quit.
 fn take_inputs(inputs: &Receiver<Input>, sampler: &mut Sampler, state: &mut State) -> bool {
     let wait = match (sampler.is_busy(), state.is_paused()) {
         (true, _) => SLICE_PAUSE,
@@ -157,7 +157,7 @@ fn take_inputs(inputs: &Receiver<Input>, sampler: &mut Sampler, state: &mut Stat
     }
 }
 
-/// False: to end.
+/// Returns false to quit.
 fn carry_out(effect: Option<Effect>, sampler: &mut Sampler, state: &mut State) -> bool {
     match effect {
         None => {}
@@ -170,7 +170,7 @@ fn carry_out(effect: Option<Effect>, sampler: &mut Sampler, state: &mut State) -
     true
 }
 
-/// What the screen would show after one interval, as text: [`ONCE_WIDTH`] columns, and as many lines as it takes.
+/// The text of the screen after one interval: [`ONCE_WIDTH`] columns, and as many lines as needed.
 ///
 /// # Errors
 /// [`TopError`].

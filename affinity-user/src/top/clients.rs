@@ -1,8 +1,8 @@
-//! The clients of one service, gathered from the sessions in bounded slices.
+//! The clients of one service, collected from the sessions in bounded slices.
 //!
-//! Only the screen of a service asks for them. A pass over a million sessions takes as many slices as it needs, with
-//! time for keys and frames in between, and keeps no more than [`LIMIT`] rows: the first ones in the order that was asked
-//! for, of those that match the filter. How many there are it counts all the same.
+//! Only the screen of a service needs them. A pass over a million sessions is split into slices, with time for keys and frames
+//! in between. It keeps at most [`LIMIT`] rows that match the filter: the first ones in the requested order. All matching rows
+//! are counted.
 
 use std::{cmp::Ordering, mem};
 
@@ -17,7 +17,7 @@ use crate::{
     view::{Catalog, Client, ClientRef, ServicePins, SessionView},
 };
 
-/// Clients that are listed at most.
+/// The maximum number of listed clients.
 pub const LIMIT: usize = 1_000;
 /// Batches of sessions that one slice reads.
 const SLICE_BATCHES: usize = 16;
@@ -25,25 +25,25 @@ const SLICE_BATCHES: usize = 16;
 /// A client of a service: a pin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClientRow {
-    /// Where the pin is.
+    /// The key of the pin.
     pub key: PinKey,
     /// The client, or the network that shares the pin.
     pub client: Client,
-    /// Of a network namespace: as listings name it.
+    /// For a network namespace: its name in listings.
     pub name: Option<String>,
     /// The pod's name, else its address.
     pub pod: String,
-    /// When it was pinned there: monotonic nanoseconds.
+    /// When it was pinned to this pod: monotonic nanoseconds.
     pub created_ns: u64,
     /// When its timeout was last restarted: monotonic nanoseconds.
     pub last_used_ns: u64,
-    /// Seconds left when it was read; 0: expired; none: never.
+    /// Seconds left when it was read; 0: expired; `None`: it never expires.
     pub expires_in_s: Option<u64>,
-    /// Why it was made.
+    /// Why it was created.
     pub reason: &'static str,
 }
 
-/// What clients can be sorted by.
+/// The sort orders of clients.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ClientOrder {
     /// Last used first.
@@ -59,7 +59,7 @@ pub enum ClientOrder {
 }
 
 impl ClientRow {
-    /// The client as listings name it.
+    /// The client's name in listings.
     #[must_use]
     pub fn client_text(&self) -> String {
         ClientRef { key: self.client, name: self.name.as_deref(), addresses: &[] }.to_string()
@@ -96,31 +96,31 @@ impl Row for ClientRow {
     }
 }
 
-/// Which clients are wanted.
+/// Selects the clients to list.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Query {
-    /// Of this service.
+    /// Clients of this service.
     pub service: u32,
-    /// That match this, in lower case.
+    /// Clients that match this text, in lower case.
     pub filter: String,
-    /// The first ones by this order ...
+    /// Sorted in this order ...
     pub order: ClientOrder,
-    /// ... or by the opposite of it.
+    /// ... or in reverse.
     pub reversed: bool,
 }
 
-/// The answer to a query, so far.
+/// The result of a query, so far.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Clients {
-    /// What was asked.
+    /// The query.
     pub query: Query,
-    /// The first of them, [`LIMIT`] at most.
+    /// The first rows, [`LIMIT`] at most.
     pub rows: Vec<ClientRow>,
-    /// How many there are, listed or not.
+    /// The number of matching clients, listed or not.
     pub matching: u64,
-    /// Sessions of all services that were read for it.
+    /// The number of sessions, of all services, that were read.
     pub read: u64,
-    /// The pass has come to its end.
+    /// Whether the pass is complete.
     pub complete: bool,
 }
 
@@ -146,7 +146,7 @@ impl Scan {
         Self { pins, stage: Stage::V4(store.v4.sessions.walk()), clients }
     }
 
-    /// Reads a slice more.
+    /// Processes one more slice.
     pub(super) fn step(&mut self, store: &KernelStore, catalog: &Catalog) -> Result<(), StoreError> {
         for _ in 0..SLICE_BATCHES {
             self.stage = match mem::replace(&mut self.stage, Stage::Done) {
@@ -172,7 +172,7 @@ impl Scan {
         &self.clients
     }
 
-    /// Takes one batch; false at the end of the walk.
+    /// Processes one batch; false at the end of the walk.
     fn batch<A: Family>(
         &mut self,
         sessions: &crate::store::kernel::Table<SessionKey<A>, affinity_common::abi::Session>,
@@ -211,7 +211,7 @@ impl Scan {
         if row.matches(&self.clients.query.filter) {
             self.clients.matching += 1;
             self.clients.rows.push(row);
-            // Sorted only now and then, so that a row costs little however many there are.
+            // Sorts rarely, so that each row is cheap, however many there are.
             if self.clients.rows.len() >= 4 * LIMIT {
                 self.keep_first();
             }

@@ -1,4 +1,4 @@
-//! From a state to cells: pure, for a terminal, for `--once`, and for the tests alike.
+//! Draws a state into cells. Pure functions, used for the terminal, for `--once`, and for the tests.
 
 mod overlay;
 mod service;
@@ -20,14 +20,14 @@ use super::{
 use crate::view::short_duration;
 use text::{cut, number_of, rate};
 
-/// A smaller terminal shows nothing but this fact.
+/// A terminal smaller than this shows only a message about its size.
 const LEAST: (u16, u16) = (24, 6);
-/// From this height on there is room for events.
+/// From this height on, events are shown.
 const EVENTS_FROM: u16 = 16;
-/// The lines that events take at most, with their title.
+/// The maximum height of the events, including their title.
 const EVENTS_MOST: u16 = 11;
 
-/// Where things are.
+/// The positions of the parts of the screen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Areas {
     header: Rect,
@@ -72,7 +72,7 @@ pub fn draw(state: &State, area: Rect, buffer: &mut Buffer) {
     }
 }
 
-/// How many rows a page of the list with the cursor has.
+/// The number of rows in a page of the list with the cursor.
 #[must_use]
 pub fn page(state: &State, area: Rect) -> usize {
     let main = Areas::new(state, area).main;
@@ -86,7 +86,7 @@ pub fn page(state: &State, area: Rect) -> usize {
     usize::from(list.height).saturating_sub(without)
 }
 
-/// As lines, without blanks at their ends.
+/// The buffer as lines, without trailing blanks.
 #[must_use]
 pub fn to_text(buffer: &Buffer) -> String {
     let width = usize::from(buffer.area.width).max(1);
@@ -125,7 +125,7 @@ fn header(state: &State, area: Rect, buffer: &mut Buffer) {
     buffer.set_stringn(area.x + room as u16 + 1, area.y, &right, right.len(), style);
 }
 
-/// How often it looks: as was asked, or as often as it can.
+/// How often it samples: the interval, or longer if sampling takes long.
 fn pace(state: &State) -> String {
     let wanted_s = state.interval.as_secs_f64();
     match state.sampled_every_s() {
@@ -134,7 +134,7 @@ fn pace(state: &State) -> String {
     }
 }
 
-/// A title over a line; returns what is below it.
+/// Draws a title over a line; returns the area below it.
 fn rule(area: Rect, buffer: &mut Buffer, title: &str, strong: bool) -> Rect {
     if area.height == 0 {
         return area;
@@ -148,7 +148,7 @@ fn rule(area: Rect, buffer: &mut Buffer, title: &str, strong: bool) -> Rect {
     Rect { y: area.y + 1, height: area.height - 1, ..area }
 }
 
-/// The newest events; on a service's screen its own.
+/// Draws the newest events; on a service's screen only its own.
 fn events(state: &State, area: Rect, buffer: &mut Buffer) {
     let area = rule(area, buffer, "events", false);
     let service = match state.screen {
@@ -186,7 +186,7 @@ fn hints(state: &State) -> String {
     format!("{filter}{keys}")
 }
 
-/// How high a screen without keys must be to show everything.
+/// The height at which a screen without keys shows everything.
 #[must_use]
 pub fn full_height(state: &State) -> u16 {
     let list = |rows: usize| u16::try_from(rows + 2).unwrap_or(u16::MAX).max(service::LEAST);

@@ -1,8 +1,8 @@
-//! Keys and what they mean: a pure function of the key and of what is on the screen.
+//! Maps keys to actions: a pure function of the key and of the mode.
 
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
-/// Keys, and what they do: the help shows these lines.
+/// Keys and their actions, as lines of the help.
 pub const HELP: &[(&str, &str)] = &[
     ("arrows, j k", "move; PgUp PgDn Home End too"),
     ("Enter, right", "open the service; from a pod, its clients"),
@@ -18,49 +18,49 @@ pub const HELP: &[(&str, &str)] = &[
     ("q, Ctrl-C", "quit"),
 ];
 
-/// What has the keyboard.
+/// The part of the screen that has the keyboard.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
     /// The lists.
     Lists,
-    /// The filter that is being typed.
+    /// The filter, while it is being typed.
     Filter,
-    /// A question that wants a yes or a no.
+    /// A yes-or-no question.
     Question,
     /// The help.
     Help,
 }
 
-/// What a key does.
+/// The action of a key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
-    /// Move the cursor by so many rows.
+    /// Move the cursor by this many rows.
     Move(isize),
-    /// Move it by so many pages.
+    /// Move it by this many pages.
     Page(isize),
     /// Move it to the first row.
     First,
     /// Move it to the last row.
     Last,
-    /// Open what the cursor is on.
+    /// Open the row under the cursor.
     Open,
     /// Go back.
     Back,
-    /// Give the cursor to the other list.
+    /// Move the cursor to the other list.
     NextPane,
     /// Sort by the next column.
     Sort,
-    /// Turn the order round.
+    /// Reverse the order.
     Reverse,
-    /// Begin to type a filter.
+    /// Start to type a filter.
     Filter,
     /// Add to the filter.
     Type(char),
-    /// Take the last character off the filter.
+    /// Remove the last character from the filter.
     Erase,
-    /// Keep the filter, and give the keyboard back.
+    /// Keep the filter, and return the keyboard to the lists.
     Accept,
-    /// Drop the filter.
+    /// Remove the filter.
     DropFilter,
     /// Ask whether to unpin the client.
     UnpinClient,
@@ -70,17 +70,17 @@ pub enum Action {
     Yes,
     /// No.
     No,
-    /// Stop looking, or go on.
+    /// Stop sampling, or continue.
     Pause,
     /// Show the help.
     Help,
     /// Close the help.
     CloseHelp,
-    /// End.
+    /// Quit.
     Quit,
 }
 
-/// Keys that move the cursor, whatever else has the keyboard.
+/// Keys that move the cursor, in the lists and while a filter is typed.
 const MOVES: &[(KeyCode, Action)] = &[
     (KeyCode::Up, Action::Move(-1)),
     (KeyCode::Down, Action::Move(1)),
@@ -119,7 +119,7 @@ const IN_FILTER: &[(KeyCode, Action)] = &[
     (KeyCode::Esc, Action::DropFilter),
 ];
 
-/// What a key does in a mode; none: nothing.
+/// The action of a key in a mode; `None` if it has none.
 #[must_use]
 pub fn action(mode: Mode, key: KeyEvent) -> Option<Action> {
     let one_of =

@@ -1,34 +1,34 @@
-//! Rows under an order, a filter and a cursor that stays on its row while others come, go and change places.
+//! Rows with an order, a filter and a cursor that stays on its row while other rows come, go and move.
 
 use std::{cmp::Ordering, fmt::Debug};
 
 /// A row of a list.
 pub trait Row {
-    /// What the cursor holds on to.
+    /// The key by which the cursor follows its row.
     type Key: Copy + PartialEq + Debug;
-    /// What rows can be sorted by.
+    /// The sort orders of rows.
     type Order: Copy + PartialEq + Debug + 'static;
-    /// Every order, in the sequence in which the sort key goes through them.
+    /// All orders, in the sequence of the sort key.
     const ORDERS: &'static [Self::Order];
 
     /// Its identity.
     fn key(&self) -> Self::Key;
-    /// Whether a filter, in lower case, keeps it.
+    /// Whether it matches a filter, in lower case.
     fn matches(&self, filter: &str) -> bool;
-    /// The order of two rows; total, so that equal numbers do not make rows swap places.
+    /// Compares two rows. The order is total, so that rows with equal numbers do not swap places.
     fn compare(&self, other: &Self, order: Self::Order) -> Ordering;
 }
 
-/// Rows, and which of them are shown.
+/// Rows, and the subset of them that is shown.
 #[derive(Clone, Debug)]
 pub struct List<R: Row> {
     rows: Vec<R>,
     order: R::Order,
     reversed: bool,
     filter: String,
-    /// Of the row under the cursor.
+    /// The key of the row under the cursor.
     selected: Option<R::Key>,
-    /// Of the row under the cursor, where there is one; where it went, the row that took its place.
+    /// The position of the row under the cursor. If that row was removed, of the row that took its place.
     position: usize,
     shown: Vec<usize>,
 }
@@ -48,19 +48,19 @@ impl<R: Row> Default for List<R> {
 }
 
 impl<R: Row> List<R> {
-    /// Takes new rows in place of the old ones.
+    /// Replaces all rows.
     pub fn set_rows(&mut self, rows: Vec<R>) {
         self.rows = rows;
         self.arrange();
     }
 
-    /// Shows the rows that match, whatever the letters' case.
+    /// Shows the rows that match, ignoring case.
     pub fn set_filter(&mut self, filter: &str) {
         self.filter = filter.to_lowercase();
         self.arrange();
     }
 
-    /// Goes on to the next order.
+    /// Switches to the next order.
     pub fn next_order(&mut self) {
         let at = R::ORDERS.iter().position(|&order| order == self.order).unwrap_or(0);
         self.order = R::ORDERS[(at + 1) % R::ORDERS.len()];
@@ -68,13 +68,13 @@ impl<R: Row> List<R> {
         self.arrange();
     }
 
-    /// Turns the order round.
+    /// Reverses the order.
     pub fn reverse(&mut self) {
         self.reversed = !self.reversed;
         self.arrange();
     }
 
-    /// What the rows are sorted by, and whether the other way round.
+    /// The order of the rows, and whether it is reversed.
     pub fn order(&self) -> (R::Order, bool) {
         (self.order, self.reversed)
     }
@@ -84,7 +84,7 @@ impl<R: Row> List<R> {
         &self.filter
     }
 
-    /// Moves the cursor by so many rows, as far as there are any.
+    /// Moves the cursor by this many rows, as far as possible.
     pub fn move_by(&mut self, rows: isize) {
         self.move_to(self.position.saturating_add_signed(rows));
     }
@@ -100,12 +100,12 @@ impl<R: Row> List<R> {
         self.shown.iter().map(|&index| &self.rows[index])
     }
 
-    /// All rows, whatever the filter.
+    /// All rows, without the filter.
     pub fn all(&self) -> &[R] {
         &self.rows
     }
 
-    /// Which of the rows shown the cursor is on.
+    /// The position of the cursor among the shown rows.
     pub fn position(&self) -> usize {
         self.position
     }

@@ -1,4 +1,4 @@
-//! Services and pods as rows: rates from two samples, and hot spots.
+//! Rows of services and pods: rates from two samples, and hot spots.
 
 use std::{cmp::Ordering, collections::BTreeMap};
 
@@ -9,35 +9,35 @@ use super::{
     sample::{BackendSample, Counts, Sample, ServiceSample},
 };
 
-/// A pod is a hot spot where it has more than so many times the mean of pins of its service's ready pods ...
+/// A pod is a hot spot if its pins exceed this multiple of the mean of its service's ready pods ...
 pub const HOT_FACTOR: f64 = 1.5;
-/// ... and is further above it than so many standard deviations of a fair draw: a few pins are never even.
+/// ... and exceed the mean by more than this many standard deviations of a fair draw: small numbers of pins are never even.
 pub const HOT_DEVIATIONS: f64 = 5.0;
 
-/// How many times the mean a pod's pins are, where that makes it a hot spot.
+/// The ratio of a pod's pins to the mean, if the pod is a hot spot.
 #[must_use]
 pub fn hot_factor(pins: u64, mean: f64) -> Option<f64> {
     let pins = pins as f64;
-    // Pins that fall on many pods at random spread about their mean by its square root.
+    // The standard deviation of pins that are distributed to many pods at random is the square root of the mean.
     let by_chance = mean + HOT_DEVIATIONS * mean.sqrt();
     (mean > 0.0 && pins > HOT_FACTOR * mean && pins > by_chance).then(|| pins / mean)
 }
 
-/// New connections a second.
+/// New connections per second.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Rates {
-    /// All that were given a pod.
+    /// All connections that got a pod.
     pub accepted: f64,
-    /// That made a pin: of a new client, or after the old pin had expired.
+    /// Connections that created a pin: for a new client, or after the old pin had expired.
     pub pinned: f64,
-    /// Whose pin was moved, because its pod could not be used.
+    /// Connections that moved the pin, because its pod could not be used.
     pub moved: f64,
-    /// That no pod could take.
+    /// Connections that no pod could take.
     pub refused: f64,
 }
 
 impl Rates {
-    /// Between two counts, `elapsed_ns` apart. A count that went down has begun again.
+    /// The rates between two counts, `elapsed_ns` apart. A count that decreased was reset.
     fn new(new: &Counts, old: &Counts, elapsed_ns: u64) -> Self {
         let elapsed_s = elapsed_ns.max(1) as f64 / 1e9;
         let mut rates = Self::default();
@@ -58,7 +58,7 @@ impl Rates {
         rates
     }
 
-    /// As if both were one.
+    /// The sum of both.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
@@ -70,7 +70,7 @@ impl Rates {
     }
 }
 
-/// A service, as listed.
+/// The row of a service.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ServiceRow {
     /// Its id.
@@ -79,17 +79,17 @@ pub struct ServiceRow {
     pub name: String,
     /// Pods that take new connections.
     pub ready: u32,
-    /// Pods that only keep the connections that they have.
+    /// Pods that only keep their existing connections.
     pub draining: u32,
-    /// Live pins of its pods; none where it keeps no pins.
+    /// Live pins of its pods; `None` if the service keeps no pins.
     pub pins: Option<u64>,
-    /// None before there are two samples.
+    /// `None` before there are two samples.
     pub rates: Option<Rates>,
-    /// Its hottest pod, and how many times the mean it has.
+    /// Its hottest pod, and the ratio of its pins to the mean.
     pub hot: Option<(String, f64)>,
 }
 
-/// What services can be sorted by.
+/// The sort orders of services.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ServiceOrder {
     /// Most pins first.
@@ -132,26 +132,26 @@ impl Row for ServiceRow {
     }
 }
 
-/// A pod of a service, as listed.
+/// The row of a pod of a service.
 #[derive(Clone, PartialEq, Debug)]
 pub struct PodRow {
-    /// Of the first of its backends.
+    /// The index of the first of its backends.
     pub index: u32,
     /// Its name, else its address.
     pub name: String,
-    /// The first of its addresses, and how many more it has.
+    /// The first of its addresses, and the number of further ones.
     pub address: String,
     /// Whether it takes new connections of the service.
     pub ready: bool,
-    /// Live pins, of all its services.
+    /// Live pins, for all its services.
     pub pins: u64,
-    /// New connections a second; none before there are two samples.
+    /// New connections per second; `None` before there are two samples.
     pub accepted: Option<f64>,
-    /// How many times the mean its pins are, where it is a hot spot.
+    /// The ratio of its pins to the mean, if it is a hot spot.
     pub hot: Option<f64>,
 }
 
-/// What pods can be sorted by.
+/// The sort orders of pods.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PodOrder {
     /// Most pins first.
@@ -171,7 +171,7 @@ impl Row for PodRow {
         self.index
     }
 
-    /// The filter of a service's screen is for its clients, and leaves its pods alone.
+    /// The filter of a service's screen applies to its clients, not to its pods.
     fn matches(&self, _: &str) -> bool {
         true
     }
@@ -231,7 +231,7 @@ impl Pair<'_> {
         pods.iter().map(row).collect()
     }
 
-    /// Pins of a ready pod in the mean; none where the service keeps none, or has no ready pod.
+    /// The mean number of pins of a ready pod; `None` if the service keeps no pins, or has no ready pod.
     pub(super) fn mean(&self, service: &ServiceSample) -> Option<f64> {
         mean(service, &self.pods(service))
     }
@@ -260,7 +260,7 @@ impl Pair<'_> {
     }
 
     fn accepted(&self, index: u32, backend: &BackendSample) -> Option<f64> {
-        // Another generation under this index was another pod.
+        // Another generation of this index was another pod.
         let is_same = |old: &&BackendSample| old.generation == backend.generation;
         let before = |old: &Sample| old.backends.get(&index).filter(is_same).map(|old| old.counts);
         Some(self.rates(&backend.counts, before)?.accepted)
@@ -273,12 +273,12 @@ impl Pair<'_> {
     }
 }
 
-/// The backends of a service that are one pod.
+/// The backends of a service that belong to one pod.
 #[derive(Clone, Copy)]
 struct Pod<'s> {
-    /// Of the first of them.
+    /// The index of the first backend.
     index: u32,
-    /// The first of them.
+    /// The first backend.
     backend: &'s BackendSample,
     addresses: usize,
     ready: bool,
@@ -287,7 +287,7 @@ struct Pod<'s> {
 }
 
 impl Pod<'_> {
-    /// The first address, and how many more there are.
+    /// The first address, and the number of further ones.
     fn address(&self) -> String {
         let address = self.backend.address.map(|address| address.to_string()).unwrap_or_default();
         if self.addresses > 1 { format!("{address} +{}", self.addresses - 1) } else { address }
@@ -325,10 +325,10 @@ mod tests {
 
     #[test]
     fn a_hot_spot_is_far_above_the_mean_and_not_by_chance() {
-        // Three pods with a thousand pins each: 1.4 times is uneven, 1.6 times is hot.
+        // Three pods with a thousand pins each: 1.4 times the mean is uneven, 1.6 times is hot.
         assert_eq!(hot_factor(1_400, 1_000.0), None);
         assert_eq!(hot_factor(1_600, 1_000.0), Some(1.6));
-        // Two pins where one was to be expected say nothing, nor do twenty instead of ten.
+        // Two pins instead of an expected one prove nothing; neither do twenty instead of ten.
         assert_eq!(hot_factor(2, 1.0), None);
         assert_eq!(hot_factor(20, 10.0), None);
         assert_eq!(hot_factor(30, 10.0), Some(3.0));

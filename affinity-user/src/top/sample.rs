@@ -1,7 +1,7 @@
-//! What one look at a running dataplane gives: numbers and names, and no rates yet.
+//! One reading of a running dataplane: numbers and names, without rates.
 //!
-//! A [`Sample`] costs as much as the small tables are long. The live pins of a pod come from `loads`, which the programs
-//! and the agent keep; sessions are not walked.
+//! The cost of a [`Sample`] depends on the size of the small tables. The live pins of a pod come from `loads`, which the
+//! programs and the agent maintain; sessions are not walked.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,20 +15,20 @@ use crate::view::{Catalog, EventView, StatusView, policy_text, short_duration};
 /// Counts in the order of [`affinity_common::abi::USAGES`].
 pub type Counts = [u64; 8];
 
-/// A look at the small tables.
+/// A reading of the small tables.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Sample {
-    /// When: monotonic nanoseconds.
+    /// The time: monotonic nanoseconds.
     pub at_ns: u64,
     /// Services by id.
     pub services: BTreeMap<u32, ServiceSample>,
     /// Backends in use, by index.
     pub backends: BTreeMap<u32, BackendSample>,
-    /// Pods that they are: one with addresses of both families is two backends.
+    /// The number of pods: a pod with addresses of both families has two backends.
     pub pods: u64,
-    /// Newest first.
+    /// Events, newest first.
     pub events: Vec<EventSample>,
-    /// What there is to say of the source: that its view is old, or that there is none.
+    /// A message about the source, if its data is old or was never read.
     pub source: Option<String>,
 }
 
@@ -37,17 +37,17 @@ pub struct Sample {
 pub struct ServiceSample {
     /// `namespace/name`.
     pub name: String,
-    /// How it keeps its pins, in words.
+    /// Its pin settings, as text.
     pub policy: String,
-    /// Whether it keeps any.
+    /// Whether it keeps pins.
     pub affinity: bool,
     /// The named group that shares its pins.
     pub group: Option<String>,
-    /// What clients dial: `10.96.0.10:80/TCP`.
+    /// Its frontends: `10.96.0.10:80/TCP`.
     pub frontends: Vec<String>,
     /// Indices of its backends, and whether each takes new connections in one of its pools.
     pub backends: BTreeMap<u32, bool>,
-    /// New connections by what decided them, since the service became known.
+    /// New connections by reason, since the service became known.
     pub counts: Counts,
 }
 
@@ -56,31 +56,32 @@ pub struct ServiceSample {
 pub struct BackendSample {
     /// The pod's name, else its address.
     pub name: String,
-    /// The same with its namespace: what the backends of one pod have in common.
+    /// The same with its namespace; equal for all backends of one pod.
     pub pod: String,
     /// Its address.
     pub address: Option<IpAddr>,
-    /// Of its index: another generation is another pod.
+    /// The generation of its index: another generation is another pod.
     pub generation: u32,
-    /// Live pins to it, of all its services.
+    /// Live pins to it, for all its services.
     pub pins: u64,
-    /// New connections by what decided them, since it became known.
+    /// New connections by reason, since it became known.
     pub counts: Counts,
 }
 
-/// Something that happened to a pin.
+/// An event of a pin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct EventSample {
     /// Seconds before the sample.
     pub age_s: u64,
-    /// The service; none where it concerns all.
+    /// The service; `None` if it concerns all.
     pub service: Option<u32>,
-    /// In words.
+    /// The event as text.
     pub line: String,
 }
 
 impl Sample {
-    /// From one reading of the tables. `pins` are the live pins of a backend by its index, `events` come oldest first.
+    /// A sample of one reading of the tables. `pins` returns the live pins of a backend by its index; `events` come oldest
+    /// first.
     #[must_use]
     pub fn new<'e>(
         catalog: &Catalog,
@@ -106,7 +107,7 @@ impl Sample {
     }
 }
 
-/// Nothing, as long as it is as new as it should be.
+/// `None` if the data is recent enough.
 fn source(status: &StatusView) -> Option<String> {
     match &status.as_of {
         None => Some(format!("{}: not read yet", status.source)),

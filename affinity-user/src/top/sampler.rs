@@ -1,6 +1,6 @@
-//! Looks at a running dataplane: a sample whenever it is time, and slices of what takes longer in between.
+//! Reads a running dataplane: a sample when it is due, and slices of longer work in between.
 //!
-//! However much there is, neither takes more than a fifth of the time: what took long is done less often.
+//! Neither takes more than a fifth of the time, whatever the size of the tables: work that took long is repeated less often.
 
 use std::{
     collections::VecDeque,
@@ -22,12 +22,12 @@ use crate::{
     view::{Catalog, Clock},
 };
 
-/// Events that are kept to be shown.
+/// The number of events that are kept.
 const EVENTS: usize = 256;
-/// What took a second is done again after so many, at the earliest.
+/// Work is repeated at the earliest after this multiple of the time that it took.
 const REST_FACTOR: u32 = 4;
 
-/// A dataplane, and what is being done with it.
+/// A dataplane, and the work in progress on it.
 #[derive(Debug)]
 pub struct Sampler {
     pin_dir: PathBuf,
@@ -40,13 +40,13 @@ pub struct Sampler {
     sample_due: Instant,
 }
 
-/// The pinned maps, and what was read of them last.
+/// The pinned maps, and the last reading of them.
 #[derive(Debug)]
 struct Dataplane {
     store: KernelStore,
     catalog: Catalog,
     reader: EventReader,
-    /// The newest ones, oldest first.
+    /// The newest events, oldest first.
     events: VecDeque<Event>,
 }
 
@@ -64,7 +64,7 @@ impl Dataplane {
             }
             self.events.push_back(event);
         }
-        // Read after the events, it knows all their names.
+        // Read after the events, so it contains all their names.
         self.catalog = Catalog::read(&self.store)?;
         Ok(())
     }
@@ -75,7 +75,7 @@ impl Dataplane {
         Sample::new(&self.catalog, pins, self.events.iter())
     }
 
-    /// Whether these are the maps that are pinned now.
+    /// Whether these are the currently pinned maps.
     fn is_current(&self, pinned: &KernelStore) -> bool {
         let ids = |store: &KernelStore| store.maps().iter().map(|(_, info)| info.id).collect::<Vec<_>>();
         ids(&self.store) == ids(pinned)
@@ -83,7 +83,7 @@ impl Dataplane {
 }
 
 impl Sampler {
-    /// Opens what is pinned at `pin_dir`.
+    /// Opens the dataplane at `pin_dir`.
     ///
     /// # Errors
     /// [`TopError`].
@@ -101,10 +101,10 @@ impl Sampler {
         })
     }
 
-    /// Takes a sample, of the dataplane that is there now: an agent that was started again may have put other maps in place.
+    /// Takes a sample of the current dataplane: an agent that was restarted may have replaced the maps.
     ///
     /// # Errors
-    /// [`TopError`]: where it has been taken away, among others.
+    /// [`TopError`], for example if the dataplane was removed.
     pub fn sample(&mut self) -> Result<Sample, TopError> {
         let began = Instant::now();
         self.sample_due = began + self.interval;
@@ -123,8 +123,8 @@ impl Sampler {
         self.sample_due
     }
 
-    /// Goes on gathering clients, and begins again where others are wanted, or the last ones are old and `again` is
-    /// asked for. None where nothing is new.
+    /// Continues to collect clients. Starts again if the query has changed, or if the last result is old and `again` is set.
+    /// `None` if there is nothing new.
     ///
     /// # Errors
     /// [`TopError`].
@@ -149,7 +149,7 @@ impl Sampler {
         Ok(Some(self.scan.insert(scan).clients()))
     }
 
-    /// Begins to unpin; says what there is to tell at once.
+    /// Starts to unpin; returns the first message about it.
     ///
     /// # Errors
     /// [`TopError`].
@@ -172,7 +172,7 @@ impl Sampler {
         }
     }
 
-    /// Goes on unpinning; says how far it is, or nothing where there is nothing to unpin.
+    /// Continues to unpin; returns the progress, or `None` if there is nothing to unpin.
     ///
     /// # Errors
     /// [`TopError`].
@@ -188,7 +188,7 @@ impl Sampler {
         Ok(Some(told))
     }
 
-    /// Whether a slice is left to be done soon.
+    /// Whether there is a slice to process soon.
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.unpin.is_some() || self.scan.as_ref().is_some_and(|scan| !scan.clients().complete)

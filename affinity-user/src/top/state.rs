@@ -1,6 +1,6 @@
-//! What the screen shows: the last sample, rates since the one before, and where keys have led.
+//! The state of the screen: the last sample, rates since the one before, and the results of keys.
 //!
-//! A pure value: samples, clients and keys go in, at most an [`Effect`] comes out, and [`super::draw`] only looks at it.
+//! A pure value: samples, clients and keys are inputs, the output is at most an [`Effect`], and [`super::draw`] only reads it.
 
 use std::{mem, time::Duration};
 
@@ -13,16 +13,16 @@ use super::{
     unpin::Target,
 };
 
-/// What a key asks of the world outside.
+/// An action of a key outside of this state.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Effect {
-    /// End.
+    /// Quit.
     Quit,
-    /// Unpin; it was confirmed.
+    /// Unpin; the user has confirmed it.
     Unpin(Target),
 }
 
-/// Which list has the cursor on a service's screen.
+/// The list that has the cursor on a service's screen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pane {
     /// Its pods.
@@ -31,12 +31,12 @@ pub enum Pane {
     Clients,
 }
 
-/// What is looked at.
+/// What the screen shows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Screen {
     /// All services.
     Services,
-    /// One.
+    /// One service.
     Service {
         /// Its id.
         id: u32,
@@ -45,29 +45,29 @@ pub enum Screen {
     },
 }
 
-/// What lies over the lists.
+/// What is drawn over the lists.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Overlay {
-    /// The keys.
+    /// The help.
     Help,
-    /// Whether to unpin.
+    /// The question whether to unpin.
     Question(Target),
 }
 
-/// The line that says how something went.
+/// The message about the result of an operation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Message {
-    /// What to say.
+    /// The text.
     pub text: String,
-    /// It is bad news.
+    /// Whether it is an error.
     pub bad: bool,
 }
 
-/// All that is shown.
+/// The complete state of the screen.
 #[derive(Clone, Debug)]
 pub struct State {
     pub(super) interval: Duration,
-    /// There is a keyboard: a cursor, and a line about keys.
+    /// Whether there is a keyboard: then there are a cursor, and a line about keys.
     pub(super) interactive: bool,
     pub(super) sample: Sample,
     before: Option<Sample>,
@@ -80,12 +80,12 @@ pub struct State {
     pub(super) pods: List<PodRow>,
     pub(super) clients: List<ClientRow>,
     pub(super) found: Option<Clients>,
-    /// Rows that a page of the list with the cursor has.
+    /// The number of rows in a page of the list with the cursor.
     page: usize,
 }
 
 impl State {
-    /// Nothing seen yet.
+    /// An empty state.
     #[must_use]
     pub fn new(interval: Duration, interactive: bool) -> Self {
         Self {
@@ -106,7 +106,7 @@ impl State {
         }
     }
 
-    /// Takes a sample; rates are since the one before.
+    /// Stores a sample; rates are computed from it and the one before.
     pub fn set_sample(&mut self, sample: Sample) {
         self.before = Some(mem::replace(&mut self.sample, sample)).filter(|before| before.at_ns > 0);
         self.services.set_rows(self.pair().service_rows());
@@ -130,7 +130,7 @@ impl State {
         self.pods.set_rows(rows.unwrap_or_default());
     }
 
-    /// Takes clients, unless they are the beginning of a pass and the last pass has answered the same question.
+    /// Stores clients, unless they are the beginning of a pass and the last pass has answered the same query.
     pub fn set_clients(&mut self, clients: &Clients) {
         let answered = self.found.as_ref().is_some_and(|found| found.complete && found.query == clients.query);
         if clients.complete || !answered {
@@ -139,7 +139,7 @@ impl State {
         }
     }
 
-    /// The clients that the screen wants; none where it shows none.
+    /// The clients that the screen needs; `None` if it shows no clients.
     #[must_use]
     pub fn query(&self) -> Option<Query> {
         let Screen::Service { id, .. } = self.screen else { return None };
@@ -147,28 +147,28 @@ impl State {
         Some(Query { service: id, filter: self.clients.filter().to_owned(), order, reversed })
     }
 
-    /// Says something until the next key.
+    /// Shows a message until the next key.
     pub fn say(&mut self, text: impl Into<String>, bad: bool) {
         self.message = Some(Message { text: text.into(), bad });
     }
 
-    /// Takes bad news back, where it is there no more.
+    /// Removes an error message after a success.
     pub fn forget_bad_news(&mut self) {
         self.message.take_if(|message| message.bad);
     }
 
-    /// How many rows the list with the cursor shows at once.
+    /// Sets the number of rows that the list with the cursor shows at once.
     pub fn set_page(&mut self, rows: usize) {
         self.page = rows.max(1);
     }
 
-    /// Opens the screen of the service `namespace/name`; false where there is none.
+    /// Opens the screen of the service `namespace/name`; false if there is none.
     pub fn open(&mut self, name: &str) -> bool {
         let id = self.sample.services.iter().find(|(_, service)| service.name == name).map(|(&id, _)| id);
         id.inspect(|&id| self.open_service(id)).is_some()
     }
 
-    /// What has the keyboard.
+    /// The part of the screen that has the keyboard.
     #[must_use]
     pub fn mode(&self) -> Mode {
         match (&self.overlay, self.typing) {
@@ -179,13 +179,13 @@ impl State {
         }
     }
 
-    /// Whether samples are to be taken.
+    /// Whether sampling is paused.
     #[must_use]
     pub fn is_paused(&self) -> bool {
         self.paused
     }
 
-    /// The service whose screen it is.
+    /// The service of the current screen.
     pub(super) fn service(&self) -> Option<&ServiceSample> {
         let Screen::Service { id, .. } = self.screen else { return None };
         self.sample.services.get(&id)
@@ -197,12 +197,12 @@ impl State {
         self.services.all().iter().find(|row| row.id == id)
     }
 
-    /// Pins of a ready pod of the service, in the mean.
+    /// The mean number of pins of a ready pod of the service.
     pub(super) fn mean(&self) -> Option<f64> {
         self.pair().mean(self.service()?)
     }
 
-    /// Of all services.
+    /// The rates of all services.
     pub(super) fn total_rates(&self) -> Option<Rates> {
         self.services.all().iter().filter_map(|row| row.rates).reduce(Rates::plus)
     }
@@ -213,7 +213,7 @@ impl State {
         Some(self.sample.at_ns.saturating_sub(before.at_ns) as f64 / 1e9)
     }
 
-    /// The filter of the list that it is for.
+    /// The filter of the list that it applies to.
     pub(super) fn filter(&self) -> &str {
         match self.screen {
             Screen::Services => self.services.filter(),
@@ -235,7 +235,7 @@ impl State {
 // ---- keys ----
 
 impl State {
-    /// Does what a key asks for, and says what is left to do outside.
+    /// Performs the action of a key, and returns what remains to be done outside.
     pub fn act(&mut self, action: Action) -> Option<Effect> {
         self.message = None;
         match action {
@@ -274,7 +274,7 @@ impl State {
         None
     }
 
-    /// The one with the cursor.
+    /// The list with the cursor.
     fn list(&mut self) -> &mut dyn Cursor {
         match self.screen {
             Screen::Services => &mut self.services,
@@ -283,7 +283,7 @@ impl State {
         }
     }
 
-    /// A service opens; a pod shows its clients alone.
+    /// Opens a service, or shows only the clients of a pod.
     fn open_selected(&mut self) {
         match self.screen {
             Screen::Services => {
@@ -349,7 +349,7 @@ fn without_last(text: &str) -> String {
     text
 }
 
-/// What keys do to a list, whatever its rows are.
+/// The operations of keys on a list of any rows.
 trait Cursor {
     fn move_by(&mut self, rows: isize);
     fn move_to(&mut self, position: usize);

@@ -1,7 +1,7 @@
-//! The terminal: taken over, and given back whatever happens.
+//! Takes over the terminal, and restores it in all cases.
 //!
-//! [`Screen`] gives it back when it is dropped, which covers errors, signals (they end the loop that holds it) and panics
-//! of its thread; a panic's message is printed after that, by the hook that ratatui installs.
+//! [`Screen`] restores it when it is dropped. That covers errors, signals (they end the loop that holds it) and panics of its
+//! thread; the hook that ratatui installs prints a panic's message after that.
 
 use std::{
     io,
@@ -24,19 +24,19 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Takes over the terminal that is standard output.
+    /// Takes over the terminal at standard output.
     ///
     /// # Errors
-    /// Where it is none, or cannot be read.
+    /// If it is not a terminal, or cannot be read.
     pub fn open() -> io::Result<Self> {
         let terminal = ratatui::try_init().inspect_err(|_| give_back())?;
         Ok(Self { terminal })
     }
 
-    /// Draws a state, and tells it how many rows its pages have.
+    /// Draws a state, and stores the number of rows of a page in it.
     ///
     /// # Errors
-    /// Where the terminal cannot be written.
+    /// If the terminal cannot be written.
     pub fn draw(&mut self, state: &mut State) -> io::Result<()> {
         self.terminal.draw(|frame| {
             state.set_page(draw::page(state, frame.area()));
@@ -52,23 +52,23 @@ impl Drop for Screen {
     }
 }
 
-/// A terminal that has gone cannot be restored; the error is ignored.
+/// A terminal that is gone cannot be restored; the error is ignored.
 fn give_back() {
     let _ = ratatui::try_restore();
 }
 
-/// What comes from outside.
+/// An input event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Input {
     /// A key was pressed.
     Key(KeyEvent),
-    /// The terminal has another size.
+    /// The size of the terminal has changed.
     Resized,
-    /// A signal asks to end, or the terminal has gone.
+    /// A signal asks to quit, or the terminal is gone.
     End,
 }
 
-/// Keys and signals, as they come.
+/// Starts to receive keys and signals.
 pub(super) fn inputs() -> io::Result<Receiver<Input>> {
     let (sender, receiver) = mpsc::channel();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
@@ -88,13 +88,13 @@ pub(super) fn inputs() -> io::Result<Receiver<Input>> {
                 _ = hangup.recv() => {}
             }
         });
-        // The receiver may have gone.
+        // The receiver may be gone.
         let _ = sender.send(Input::End);
     });
     Ok(receiver)
 }
 
-/// Until the terminal or the receiver has gone.
+/// Runs until the terminal or the receiver is gone.
 fn read_keys(inputs: &Sender<Input>) {
     loop {
         let input = match event::read() {

@@ -1,4 +1,4 @@
-//! Frames, as a terminal of a given size would show them, and what keys make of them.
+//! Frames as a terminal of a given size shows them, and the effects of keys.
 
 mod frames;
 mod scene;
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::view::fixture;
 
-/// Presses keys: letters as they are, and what has a name in angle brackets.
+/// Presses keys: letters as they are, named keys in angle brackets.
 fn press(state: &mut State, keys: &str) -> Option<Effect> {
     let mut keys: VecDeque<char> = keys.chars().collect();
     let mut effect = None;
@@ -99,7 +99,7 @@ fn a_sample_has_what_the_tables_hold() {
         ],
     }
     "#);
-    // Retired ones are gone, and the newest event comes first.
+    // Retired backends are gone, and the newest event comes first.
     assert_eq!(sample.backends.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
     assert_eq!(sample.services[&2].group.as_deref(), Some("kube-system/infra"));
     assert_eq!((sample.events[0].age_s, sample.events[0].service), (50, None));
@@ -130,7 +130,7 @@ fn a_pod_of_both_families_is_one_row() {
     press(&mut state, "<enter>");
     let rows: Vec<_> = state.pods.shown().map(|pod| (&*pod.name, &*pod.address, pod.pins, pod.accepted)).collect();
     assert_eq!(rows, [("front-0", "10.244.1.10 +1", 60, Some(6.0)), ("front-1", "10.244.1.11 +1", 60, Some(0.0))]);
-    // No client uses the second family: that does not make a hot spot of the first.
+    // No client uses the second family: the first family is no hot spot because of that.
     assert!(state.pods.shown().all(|pod| pod.hot.is_none()));
     assert_eq!((state.mean(), state.service_row().map(|row| row.ready)), (Some(60.0), Some(2)));
 }
@@ -225,7 +225,7 @@ fn the_beginning_of_a_pass_does_not_take_the_last_answer_away() {
     let query = state.query().unwrap();
     state.set_clients(&Clients { query, rows: client_rows(1), matching: 1, read: 16_384, complete: false });
     assert_eq!(state.clients.all().len(), 3);
-    // Another question is answered as far as the answer is known.
+    // A changed query shows what is known so far.
     press(&mut state, "<tab>s");
     let query = state.query().unwrap();
     assert_eq!(query.order, ClientOrder::Age);
@@ -238,7 +238,7 @@ fn pages_are_as_long_as_the_list() {
     let mut state = Scene::many(100).state();
     frames::frame(&mut state, 80, 24);
     press(&mut state, "<pgdn>");
-    // 24 lines without header, titles, events and keys.
+    // 24 lines minus header, titles, events and keys.
     assert_eq!(state.services.position(), 15);
     press(&mut state, "<end>");
     assert_eq!(state.services.position(), 99);

@@ -1,4 +1,4 @@
-//! What an operator asks to be unpinned: a client at once, all of a service in slices.
+//! Unpins on request of an operator: one client at once, all clients of a service in slices.
 
 use std::collections::BTreeSet;
 
@@ -12,17 +12,17 @@ use crate::{
     view::{Catalog, Clock, ServicePins},
 };
 
-/// Batches of sessions that one slice goes through.
+/// The number of session batches in one slice.
 const SLICE_BATCHES: usize = 8;
 
-/// What is to be unpinned.
+/// What to unpin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Target {
     /// One client.
     Client {
         /// Its pin.
         key: PinKey,
-        /// As it is shown.
+        /// Its name on the screen.
         client: String,
         /// The service's name.
         service: String,
@@ -33,7 +33,7 @@ pub enum Target {
         id: u32,
         /// Its name.
         service: String,
-        /// The group whose other services lose the pin as well.
+        /// The group with other services that lose the pin as well.
         group: Option<String>,
     },
 }
@@ -54,7 +54,7 @@ impl Unpin {
         Self { pins: catalog.service_pins(id), service, v4, v6, unpinned: BTreeSet::new() }
     }
 
-    /// Goes on by a slice; false when there is nothing more to do.
+    /// Processes one slice; false if nothing is left to do.
     pub(super) fn step(&mut self, store: &KernelStore) -> Result<bool, StoreError> {
         for _ in 0..SLICE_BATCHES {
             if let Some(mut walk) = self.v4.take() {
@@ -87,7 +87,7 @@ impl Unpin {
         Ok(true)
     }
 
-    /// What to tell of it, so far.
+    /// The message about the progress.
     pub(super) fn told(&self) -> String {
         let count = self.unpinned.len();
         let clients = if count == 1 { "client" } else { "clients" };

@@ -1,4 +1,4 @@
-//! What lies over the lists: the help, and questions.
+//! Overlays on the lists: the help, and questions.
 
 use ratatui::{
     buffer::Buffer,
@@ -15,7 +15,7 @@ use super::super::{
 };
 use super::text::wrap;
 
-/// The room of the keys in the help.
+/// The width of the keys in the help.
 const KEYS_WIDTH: usize = 14;
 
 pub(super) fn draw(overlay: &Overlay, area: Rect, buffer: &mut Buffer) {

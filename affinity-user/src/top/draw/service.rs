@@ -37,12 +37,12 @@ const CLIENT_COLUMNS: &[Column<ClientOrder>] = &[
     Column { title: "REASON", kind: Kind::Text, rank: 4, order: None },
 ];
 
-/// Lines about the service itself.
+/// The number of lines about the service itself.
 pub(super) const FACTS: u16 = 2;
-/// What a list needs: a title, titles of columns and three rows.
+/// The minimum height of a list: a title, column titles and three rows.
 pub(super) const LEAST: u16 = 5;
 
-/// Where the two lists are. Where there is no room for both, the one with the cursor has it all.
+/// The positions of the two lists. If there is space for only one, it is the one with the cursor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Areas {
     pub(super) facts: Rect,
@@ -76,7 +76,7 @@ pub(super) fn draw(state: &State, area: Rect, buffer: &mut Buffer) {
     draw_clients(state, clients, buffer, pane == Pane::Clients && state.interactive);
 }
 
-/// What the service is, and how it does.
+/// Draws the facts and rates of the service.
 fn facts(state: &State, area: Rect, buffer: &mut Buffer) {
     let (Some(service), Some(row)) = (state.service(), state.service_row()) else { return };
     let group = service.group.as_ref().map_or_else(String::new, |group| format!("  group {group}"));

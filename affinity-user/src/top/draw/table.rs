@@ -1,4 +1,4 @@
-//! Tables that fit: names give way first, then columns that matter less, and rows come in pages.
+//! Tables that fit the width: names are shortened first, then less important columns are left out. Rows are shown in pages.
 
 use ratatui::{
     buffer::Buffer,
@@ -8,25 +8,25 @@ use ratatui::{
 
 use super::text::{bar, cut, fit};
 
-/// Before each row: where the cursor is.
+/// The space before each row, for the cursor.
 const GUTTER: usize = 2;
-/// Between two columns.
+/// The space between two columns.
 const GAP: usize = 2;
-/// What a name keeps before columns are left out.
+/// The width that names keep before columns are left out.
 const NAME_WIDTH: usize = 14;
-/// How long bars are.
+/// The length of bars.
 const BAR_WIDTH: std::ops::RangeInclusive<usize> = 8..=40;
 
-/// What a column holds.
+/// The content of a column.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
-    /// Text, shortened where there is not enough room for all columns.
+    /// Text, shortened if there is not enough space for all columns.
     Name,
     /// Text.
     Text,
     /// Numbers, aligned to the right.
     Number,
-    /// Bars: they get what is left.
+    /// Bars, which get the remaining space.
     Bar,
 }
 
@@ -35,17 +35,17 @@ pub(super) enum Kind {
 pub(super) struct Column<O: 'static> {
     pub(super) title: &'static str,
     pub(super) kind: Kind,
-    /// Where there is no room, the column with the highest rank goes first; zero stays.
+    /// If there is not enough space, the column with the highest rank is left out first; rank zero always stays.
     pub(super) rank: u8,
-    /// The order that rows have when they are sorted by it.
+    /// The order of rows that are sorted by this column.
     pub(super) order: Option<O>,
 }
 
-/// What a row has in a column.
+/// A row's content in a column.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct Cell {
     text: String,
-    /// Of a bar, from 0 to 1.
+    /// The share of a bar, from 0 to 1.
     share: f64,
     style: Style,
 }
@@ -68,19 +68,19 @@ impl Cell {
     }
 }
 
-/// A table about to be drawn.
+/// A table to draw.
 pub(super) struct Table<'t, O: 'static> {
     pub(super) columns: &'t [Column<O>],
-    /// What rows are sorted by, and whether the other way round.
+    /// The order of the rows, and whether it is reversed.
     pub(super) order: (O, bool),
-    /// The row with the cursor; none: the cursor is elsewhere.
+    /// The row with the cursor; `None`: the cursor is in another list.
     pub(super) cursor: Option<usize>,
-    /// The row that is to be seen.
+    /// The row that must be visible.
     pub(super) position: usize,
 }
 
 impl<O: PartialEq> Table<'_, O> {
-    /// Draws the titles, and the page that holds the position.
+    /// Draws the titles, and the page that contains the position.
     pub(super) fn draw<R>(
         &self,
         area: Rect,
@@ -119,7 +119,7 @@ impl<O: PartialEq> Table<'_, O> {
         Cell::new(format!("{}{mark}", column.title))
     }
 
-    /// The width of each column, or none where it is left out.
+    /// The width of each column; `None` if the column is left out.
     fn widths(&self, room: usize, titles: &[Cell], rows: &[Vec<Cell>]) -> Vec<Option<usize>> {
         let needed = |index: usize| {
             let cells = rows.iter().filter_map(|cells| cells.get(index));

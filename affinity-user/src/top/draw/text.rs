@@ -1,4 +1,4 @@
-//! Numbers and names in little room.
+//! Formats numbers and names for small widths.
 
 /// A count: exact up to five digits.
 pub(super) fn count(count: u64) -> String {
@@ -10,7 +10,7 @@ pub(super) fn count(count: u64) -> String {
     }
 }
 
-/// A number a second: one digit behind the point as long as that says something.
+/// A number per second, with one decimal digit for small numbers.
 pub(super) fn rate(rate: Option<f64>) -> String {
     match rate {
         None => "-".to_owned(),
@@ -25,7 +25,7 @@ pub(super) fn number_of(number: u64, what: &str) -> String {
     format!("{} {what}{}", count(number), if number == 1 { "" } else { "s" })
 }
 
-/// At most `width` characters of a name: the middle is left out, because names differ at their ends.
+/// Shortens a name to `width` characters: the middle is left out, because names usually differ at their ends.
 pub(super) fn fit(text: &str, width: usize) -> String {
     let length = text.chars().count();
     if length <= width {
@@ -36,7 +36,7 @@ pub(super) fn fit(text: &str, width: usize) -> String {
     text.chars().take(head).chain(['…']).chain(text.chars().skip(length - tail)).collect()
 }
 
-/// At most `width` characters of a sentence.
+/// Shortens a sentence to `width` characters.
 pub(super) fn cut(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -44,7 +44,7 @@ pub(super) fn cut(text: &str, width: usize) -> String {
     text.chars().take(width.saturating_sub(1)).chain(['…']).take(width).collect()
 }
 
-/// Lines of at most `width` characters, broken between words; all but the first begin with `indent` blanks.
+/// Lines of at most `width` characters, broken between words; all except the first are indented by `indent` blanks.
 pub(super) fn wrap(text: &str, width: usize, indent: usize) -> Vec<String> {
     let mut lines = Vec::new();
     let mut line = String::new();
@@ -61,7 +61,7 @@ pub(super) fn wrap(text: &str, width: usize, indent: usize) -> Vec<String> {
     lines
 }
 
-/// A bar of `share` (0 to 1) of `width` cells, to an eighth of a cell. Anything above zero is seen.
+/// A bar of `share` (0 to 1) in `width` cells, with a resolution of an eighth of a cell. Every share above zero is visible.
 pub(super) fn bar(share: f64, width: usize) -> String {
     const PARTS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
     let eighths = (share.clamp(0.0, 1.0) * (width * 8) as f64).round() as usize;

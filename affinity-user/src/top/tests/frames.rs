@@ -14,7 +14,7 @@ use crate::top::{
     state::State,
 };
 
-/// What a terminal of this size shows.
+/// The text of a terminal of this size.
 pub(super) fn frame(state: &mut State, width: u16, height: u16) -> String {
     let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
     terminal

@@ -1,4 +1,4 @@
-//! Dataplanes for frames, told in few words.
+//! Compact descriptions of dataplanes for frames.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,7 +16,7 @@ use crate::{
 
 const SECOND: u64 = 1_000_000_000;
 
-/// A sample that changes as a test says.
+/// A sample that tests change.
 pub(super) struct Scene {
     pub(super) sample: Sample,
 }
@@ -27,7 +27,7 @@ impl Scene {
         Self { sample: Sample { at_ns: 10_000 * SECOND, ..Sample::default() } }
     }
 
-    /// Four services, one of them with a hot pod, one without affinity, one with a pod that drains.
+    /// Four services: one has a hot pod, one has no affinity, one has a draining pod.
     pub(super) fn shop() -> Self {
         let mut scene = Self::empty();
         scene.service(1, "shop/front", &[("front-0", 900), ("front-1", 2_400), ("front-2", 870)]);
@@ -44,7 +44,7 @@ impl Scene {
         scene
     }
 
-    /// So many services with two pods each.
+    /// This many services with two pods each.
     pub(super) fn many(services: u32) -> Self {
         let mut scene = Self::empty();
         for id in 1..=services {
@@ -78,12 +78,12 @@ impl Scene {
         self.sample.services.insert(id, service);
     }
 
-    /// An older event than those before.
+    /// An event that is older than those before.
     pub(super) fn event(&mut self, age_s: u64, service: u32, line: &str) {
         self.sample.events.push(EventSample { age_s, service: Some(service), line: line.to_owned() });
     }
 
-    /// Connections of a service to one of its pods: new clients, clients that came back, moved ones, refused ones.
+    /// Connections of a service to one of its pods: new clients, returning clients, moved ones, rejected ones.
     pub(super) fn count(&mut self, id: u32, pod: u32, [created, pinned, moved, refused]: [u64; 4]) {
         let count = |counts: &mut [u64; 8]| {
             counts[1] += created;
@@ -95,20 +95,20 @@ impl Scene {
         count(&mut self.sample.backends.get_mut(&(id * 100 + pod)).unwrap().counts);
     }
 
-    /// As it is seen at first: no rates yet.
+    /// The first state: no rates yet.
     pub(super) fn state(&self) -> State {
         let mut state = State::new(Duration::from_secs(1), true);
         state.set_sample(self.sample.clone());
         state
     }
 
-    /// As it is seen so many seconds later.
+    /// The state this many seconds later.
     pub(super) fn later(&mut self, state: &mut State, seconds: u64) {
         self.sample.at_ns += seconds * SECOND;
         state.set_sample(self.sample.clone());
     }
 
-    /// Answers what the state asks for with these clients, which are all.
+    /// Answers the state's query with these clients as the complete result.
     pub(super) fn answer(&self, state: &mut State, rows: Vec<ClientRow>) {
         let matching = rows.len() as u64;
         let query = state.query().expect("a service's screen");
@@ -116,7 +116,7 @@ impl Scene {
     }
 }
 
-/// So many clients of both families and of a network, each idle for a second longer than the one before.
+/// This many clients of both families and of a network; each was idle for a second longer than the one before.
 pub(super) fn client_rows(number: u32) -> Vec<ClientRow> {
     let reasons = BTreeMap::from([(0, "created"), (1, "backend-gone"), (2, "operator")]);
     let row = |index: u32| {
