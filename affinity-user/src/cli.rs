@@ -1,8 +1,8 @@
 //! The `affinity` command line.
 //!
-//! Output is designed and stable: tables for people, JSON and YAML for programs (`-o`), one clear line on standard error
-//! where something fails, and the exit codes that `affinity --help` lists. Every command but `run` and `attach` only reads
-//! what a running dataplane has pinned; the agent need not be there.
+//! Output is designed and stable: tables for users, JSON and YAML for programs (`-o`), one clear line on standard error if
+//! something fails, and the exit codes that `affinity --help` lists. Every command except `run` and `attach` works on what a
+//! running dataplane has pinned; no agent needs to run.
 
 mod agent;
 mod check;
@@ -75,7 +75,7 @@ pub(crate) struct Global {
 }
 
 impl Global {
-    /// The name that was given, or the host's.
+    /// The name from the command line, or the host's.
     pub(crate) fn node_name(&self) -> String {
         let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
         self.node_name.clone().unwrap_or_else(host)
@@ -195,7 +195,7 @@ Examples:
     },
 }
 
-/// What the command line accepts, and its help.
+/// The command line's definition, with its help.
 #[must_use]
 pub fn command() -> clap::Command {
     Cli::command()
@@ -238,7 +238,7 @@ fn run(cli: &Cli) -> Result<(), Error> {
 }
 
 fn completions(shell: Shell) -> Result<(), Error> {
-    // Written in one piece, because the generator panics where it cannot write.
+    // Generated in memory first, because the generator panics if it cannot write.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "affinity", &mut script);
     Ok(io::stdout().write_all(&script)?)
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn help_lists_every_exit_code() {
-        // A new exit code does not compile until it has a place here, and then needs a line in the help.
+        // A new exit code does not compile until it has a place here, and then it needs a line in the help.
         let next = |exit: &Exit| match exit {
             Exit::Done => Some(Exit::Failed),
             Exit::Failed => Some(Exit::Usage),

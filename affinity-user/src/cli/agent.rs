@@ -1,4 +1,4 @@
-//! `affinity run`, `attach` and `detach`: the dataplane's life.
+//! `affinity run`, `attach` and `detach`: the lifecycle of the dataplane.
 
 use std::{
     collections::BTreeMap,
@@ -99,7 +99,7 @@ pub(crate) struct AttachArgs {
     sizes: SizeArgs,
 }
 
-/// At most a day.
+/// Parses a duration of at most a day.
 fn duration(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
     let is_short = |duration: &Duration| *duration <= Duration::from_hours(24);
@@ -148,7 +148,8 @@ impl From<ProgramsLog> for Level {
 }
 
 impl AttachArgs {
-    /// In a cluster another proxy is at work; who writes files means what they say.
+    /// In a cluster another proxy is active, so only services with affinity are ours. Users who write files mean all services
+    /// in them.
     fn services(&self) -> Services {
         self.services.unwrap_or(match self.source {
             SourceName::Kubernetes => Services::Affinity,

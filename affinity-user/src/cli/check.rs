@@ -1,4 +1,4 @@
-//! `affinity check`: what this kernel offers, what would be used, what is missing and how to get it.
+//! `affinity check`: what this kernel supports, what would be used, what is missing and how to get it.
 
 mod probes;
 
@@ -62,26 +62,26 @@ impl CheckArgs {
     }
 }
 
-/// What a finding means.
+/// The assessment of a finding.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum State {
-    /// As it should be.
+    /// Good.
     Ok,
     /// It works, but not as well as it could.
     Limited,
-    /// It does not work without.
+    /// It does not work without it.
     Missing,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub(crate) struct Finding {
-    /// What.
+    /// The name of the check.
     check: &'static str,
-    /// Whether that is good enough.
+    /// The assessment.
     state: State,
-    /// What is there, and what of it is used.
+    /// What was found, and which part of it is used.
     found: String,
     /// What to do; null: nothing.
     advice: Option<String>,

@@ -1,4 +1,4 @@
-//! `--client`: whose pins, by address, network, or the name of a network namespace.
+//! `--client`: selects pins by address, network, or the name of a network namespace.
 
 use std::{collections::BTreeMap, net::IpAddr, str::FromStr};
 
@@ -7,17 +7,17 @@ use affinity_common::abi::netns_client;
 use super::error::Error;
 use crate::view::{Catalog, Client, ClientRef, KnownNamespace, NETNS, NODE, ip};
 
-/// What an option names.
+/// The value of the option.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum ClientArg {
     /// An address, or a network.
     Network(Client),
-    /// A namespace of this machine: the node, a pod, or by its cookie.
+    /// A namespace of this machine: the node, a pod, or one given by its cookie.
     Named(String),
 }
 
 impl ClientArg {
-    /// Whether a client is meant.
+    /// Whether it selects a client.
     pub(crate) fn takes(&self, client: &ClientRef<'_>) -> bool {
         match self {
             Self::Network(network) => {
@@ -32,11 +32,11 @@ impl ClientArg {
         }
     }
 
-    /// The cookies of the namespaces that this names, or that have the address: more than one where several have the
-    /// address of one pod. None of a network.
+    /// The cookies of the namespaces with this name or address: more than one if several namespaces have the address of one
+    /// pod. A network has none.
     ///
     /// # Errors
-    /// [`Error`] where no namespace of this machine has the name, or it is that of several pods.
+    /// [`Error`] if no namespace of this machine has the name, or if several pods have it.
     pub(crate) fn cookies(&self, catalog: &Catalog) -> Result<Vec<u64>, Error> {
         let name = match self {
             Self::Network(client) => return Ok(cookies_at(client, catalog)),
@@ -45,7 +45,7 @@ impl ClientArg {
         if let Some(cookie) = name.strip_prefix(NETNS).and_then(|cookie| cookie.parse().ok()) {
             return Ok(vec![cookie]);
         }
-        // Whatever the family: all of a namespace's keys have its name.
+        // One family is enough: all keys of a namespace have its name.
         let mut by_name: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for (&cookie, known) in catalog.namespaces() {
             let client = catalog.namespace_ref(Client::new(ip(netns_client(cookie, 4)), u8::MAX), cookie);
@@ -63,7 +63,7 @@ impl ClientArg {
         }
     }
 
-    /// The one address that can be looked up.
+    /// The address, if it is a single one that can be looked up.
     pub(crate) fn address(&self) -> Option<Client> {
         match self {
             Self::Network(client) => Some(*client).filter(|client| client.is_address() && client.netns().is_none()),
@@ -72,7 +72,7 @@ impl ClientArg {
     }
 }
 
-/// The cookies of the namespaces that a client key stands for, or that have its address.
+/// The cookies of the namespaces that a client key means, or that have its address.
 fn cookies_at(client: &Client, catalog: &Catalog) -> Vec<u64> {
     if let Some(cookie) = client.netns() {
         return vec![cookie];

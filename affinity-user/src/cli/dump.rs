@@ -70,7 +70,7 @@ impl DumpArgs {
     }
 }
 
-/// The lines of one map. Sorting needs all of its entries in memory at once.
+/// The lines of one map. For sorting, all of its entries must be in memory.
 fn lines(dump: &Dump<'_>, store: &KernelStore, map: &str) -> Result<Vec<String>, Error> {
     if let Some(lines) = dump.small(map) {
         return Ok(lines);

@@ -1,4 +1,4 @@
-//! What can go wrong in a command, in one line each, and the exit code that it means.
+//! Errors of commands, in one line each, and their exit codes.
 
 use std::{
     io,
@@ -20,11 +20,11 @@ use crate::{
 pub(crate) enum Exit {
     /// Done.
     Done = 0,
-    /// It could not be done.
+    /// A failure.
     Failed = 1,
     /// Usage error; clap uses the same code.
     Usage = 2,
-    /// What the command line names does not exist.
+    /// An object that the command line names does not exist.
     NotFound = 3,
 }
 
@@ -34,7 +34,7 @@ impl Termination for Exit {
     }
 }
 
-/// Why a command ends early.
+/// The reason for an early end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The dataplane cannot be opened.
@@ -49,22 +49,22 @@ pub(crate) enum Error {
     /// A call failed.
     #[error(transparent)]
     Sys(#[from] SysError),
-    /// The agent cannot go on.
+    /// The agent cannot continue.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// The live view ends early.
+    /// The live view has failed.
     #[error(transparent)]
     Top(#[from] TopError),
-    /// Standard output.
+    /// Standard output cannot be written.
     #[error("writing to standard output: {0}")]
     Output(#[from] io::Error),
-    /// Something else failed: what, and what to do.
+    /// Another failure: what it is, and what to do.
     #[error("{0}")]
     Failed(String),
-    /// Options that contradict each other or the state of things.
+    /// Options that contradict each other or the current state.
     #[error("{0}")]
     Usage(String),
-    /// A service, pod or client that does not exist, and where to look.
+    /// A service, pod or client that does not exist, and where to look for it.
     #[error("{what} not found: {hint}")]
     NotFound {
         /// The kind of object, and its name.
@@ -75,7 +75,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// The code that it exits with. A reader that has had enough (`| head`) is no error.
+    /// The exit code. A reader that closes the pipe early (`| head`) is no error.
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
@@ -94,7 +94,7 @@ impl Error {
         }
     }
 
-    /// Says why on standard error, in one line: in the form of the log, since both are read together.
+    /// Prints the reason to standard error, in one line and in the form of the log, because both are read together.
     pub(crate) fn print(&self, format: LogFormat) {
         if self.exit() != Exit::Done {
             let text = self.to_string();

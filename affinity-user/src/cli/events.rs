@@ -1,4 +1,4 @@
-//! `affinity events`: what happened to pins, as far as the ring remembers, and what happens now.
+//! `affinity events`: changes of pins that are still in the ring, and new ones.
 
 use std::{
     io::{self, BufWriter, StdoutLock, Write},
@@ -22,9 +22,9 @@ use crate::{
     view::{Catalog, EventView},
 };
 
-/// How often the ring is looked at.
+/// How often to read the ring.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How often the dataplane is looked for: it may be taken away, or get another ring.
+/// How often to look for the dataplane: it may be removed, or get another ring.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Options of `affinity events`.
@@ -82,7 +82,7 @@ impl EventsArgs {
     }
 }
 
-/// Events are a stream: JSON has one a line, which a reader can use as it comes.
+/// Events are a stream: JSON has one per line, so that a reader can use each at once.
 enum Printer {
     Lines(BufWriter<StdoutLock<'static>>),
     Listing(Listing<BufWriter<StdoutLock<'static>>>),
@@ -118,7 +118,7 @@ impl Printer {
     }
 }
 
-/// The ring, with a catalog that knows the names in what was read last.
+/// The ring, with a catalog that knows the names in the last event.
 struct Source {
     reading: Reading,
     events: EventReader,
@@ -133,7 +133,7 @@ impl Source {
         Ok(Self { reading, events, told_missed: 0, checked: Instant::now() })
     }
 
-    /// The next event; none for now. Services and pods that are new to the catalog make it read again.
+    /// The next event; `None` if there is no new one. The catalog is read again for services and pods that it does not know.
     fn next(&mut self) -> Result<Option<Event>, Error> {
         let Some(event) = self.events.next() else { return Ok(None) };
         if !knows(&self.reading.catalog, &event) {
@@ -150,7 +150,7 @@ impl Source {
         }
     }
 
-    /// Ends where the dataplane has been taken away, and begins again where it got another ring.
+    /// Fails if the dataplane was removed, and starts again if it has another ring.
     fn check(&mut self, pin_dir: &Path) -> Result<(), Error> {
         if self.checked.elapsed() < CHECK_INTERVAL {
             return Ok(());

@@ -1,4 +1,4 @@
-//! `affinity explain`: what the next packet would meet, from the kernel's tables or from YAML alone.
+//! `affinity explain`: the outcome for the next packet, from the kernel's tables or from YAML only.
 
 use std::{
     collections::BTreeMap,
@@ -34,7 +34,7 @@ use crate::{
     },
 };
 
-/// The cookie of this node's network namespace, where only a source is asked.
+/// The cookie of this node's network namespace, if only a source is asked.
 const NODE_OF_SOURCE: u64 = 1;
 
 /// Options of `affinity explain`.
@@ -63,7 +63,7 @@ pub(crate) struct ExplainArgs {
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum From {
     Address(IpAddr, Option<u16>),
-    /// A network namespace of this machine, whose sockets are translated.
+    /// A network namespace of this machine with translated sockets.
     Named(ClientArg),
 }
 
@@ -98,17 +98,17 @@ fn parse_to(text: &str) -> Result<To, String> {
     Ok(To { endpoint: Endpoint { address: socket.ip().to_canonical(), port: socket.port() }, protocol })
 }
 
-/// Devices that clients' packets may enter by and that programs do not see.
+/// Devices that clients' packets may enter through, but that have no programs.
 fn unserved() -> Result<Vec<Step>, Error> {
     let (devices, network) = attach::survey()?;
     let step = |device: &&Device| Step { step: "device", finds: attach::unserved_text(&device.name) };
     Ok(attach::unserved(&devices, &network).iter().map(step).collect())
 }
 
-/// Whom to ask.
+/// The data that answers are based on.
 enum Dataplane {
     Kernel(Box<Reading>),
-    /// What a source would make, which no packet has met yet.
+    /// The dataplane that a source would create, which has seen no packet yet.
     Source(Box<Catalog>),
 }
 
@@ -127,7 +127,7 @@ impl Dataplane {
         }
     }
 
-    /// Whether the sockets of a client are pinned where it asks.
+    /// Whether the client's sockets have a pin for these destinations.
     fn has_pin(&self, sockets: &From, to: &[To]) -> Result<bool, Error> {
         for to in to {
             for question in sockets.questions(to, self.catalog())? {
@@ -139,7 +139,7 @@ impl Dataplane {
         Ok(false)
     }
 
-    /// The answer to the same question about each of these clients: of several namespaces with one name, the one that has
+    /// The answer to the same question about each of these clients: if several namespaces have one name, about the one that has
     /// a pin.
     fn explain<A: Family + FrontendTables>(&self, questions: &[Question]) -> Result<Option<Explanation<'_>>, Error>
     where
@@ -197,7 +197,7 @@ impl ExplainArgs {
         self.print(&answers)
     }
 
-    /// One answer as an object, several as a list.
+    /// Prints one answer as an object, several as a list.
     fn print(&self, answers: &[Explanation<'_>]) -> Result<(), Error> {
         let mut out = BufWriter::new(io::stdout().lock());
         let is_printed = match answers {
@@ -215,13 +215,13 @@ impl ExplainArgs {
 }
 
 impl From {
-    /// This node's own processes.
+    /// The node's own processes.
     fn node() -> Self {
         Self::Named(ClientArg::Named(NODE.to_owned()))
     }
 
-    /// The sockets of the pod of this machine that has the address: where they are translated, none of its packets is for
-    /// a frontend, but those of protocols without such sockets. None where no pod has it.
+    /// The sockets of a pod of this machine that has the address; `None` if no pod has it. If sockets are translated, the pod's
+    /// packets are not addressed to frontends, except those of protocols without socket translation.
     fn sockets_at(address: IpAddr, catalog: &Catalog, to: &[To]) -> Result<Option<Self>, Error> {
         let sockets = ClientArg::Network(Client::new(address, u8::MAX));
         let has_sockets = to.iter().all(|to| to.protocol != SCTP) && !sockets.cookies(catalog)?.is_empty();
@@ -235,7 +235,7 @@ impl From {
         }
     }
 
-    /// What is asked: more than one thing where several namespaces have the client's name; never nothing.
+    /// The questions: several if several namespaces have the client's name; never none.
     fn questions(&self, to: &To, catalog: &Catalog) -> Result<Vec<Question>, Error> {
         let To { endpoint, protocol } = *to;
         let question = |from, from_port| Question { from, from_port, to: endpoint, protocol };
@@ -259,25 +259,25 @@ impl From {
     }
 }
 
-/// Whether what comes from an address comes from this node's own sockets, and enters no device.
+/// Whether packets from an address come from this node's own sockets, and enter no device.
 fn is_of_this_node(address: IpAddr) -> Result<bool, Error> {
     let own = Namespace::own().and_then(|own| own.addresses());
     let own = own.map_err(|error| Error::Failed(format!("the addresses of this node: {error}")))?;
     Ok(address.is_loopback() || own.contains(&address))
 }
 
-/// Whether the sockets of all processes are translated, and not of those below one cgroup alone.
+/// Whether the sockets of all processes are translated, not only those below one cgroup.
 fn are_all_translated(global: &Global) -> Result<bool, Error> {
     let attachments = cgroup::attachments(&PinDir::new(&global.pin_dir))?;
     Ok(attachments.iter().any(|attachment| attachment.cgroup == cgroup::ROOT))
 }
 
-/// Whether the sockets of processes are translated.
+/// Whether the sockets of any processes are translated.
 fn are_sockets_translated(global: &Global) -> Result<bool, Error> {
     Ok(!cgroup::attachments(&PinDir::new(&global.pin_dir))?.is_empty())
 }
 
-/// Fails where no process has its sockets translated.
+/// Fails if no process has translated sockets.
 fn ensure_sockets(global: &Global) -> Result<(), Error> {
     if !are_sockets_translated(global)? {
         let why = "no socket is translated here (--socket off), and what the node's own processes send enters no device; \

@@ -1,4 +1,4 @@
-//! `affinity get`: what there is, as a listing.
+//! `affinity get`: listings.
 
 use std::{
     io::{self, BufWriter, IsTerminal, Write},
@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-/// How often `--watch` looks again.
+/// How often `--watch` lists again.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What to list.
@@ -100,7 +100,7 @@ impl GetArgs {
         }
     }
 
-    /// A filter that could not have any effect is a mistake.
+    /// A filter that cannot have any effect is an error.
     fn check_filter(&self) -> Result<(), Error> {
         let FilterArgs { service, client, backend } = &self.filter;
         let (by_service, by_client, by_backend) = match self.resource {
@@ -122,7 +122,7 @@ impl GetArgs {
         }
     }
 
-    /// Says how many rows there were.
+    /// Prints the listing, and returns the number of rows.
     fn print(&self, pin_dir: &Path, out: &mut impl Write) -> Result<u64, Error> {
         let reading = Reading::open(pin_dir)?;
         let catalog = &reading.catalog;
@@ -156,7 +156,7 @@ impl GetArgs {
         }
     }
 
-    /// Lines under the table: services whose clients all look alike.
+    /// Lines below the table: services with clients that all look like nodes.
     fn masqueraded(&self, services: &[ServiceView<'_>], out: &mut impl Write) -> Result<(), Error> {
         let named = services.iter().filter(|service| service.clients_are_nodes);
         let lines = named.map(|service| format!("{}: {CLIENTS_ARE_NODES}", service.service));
@@ -168,7 +168,7 @@ impl GetArgs {
         Ok(())
     }
 
-    /// A line under the table: how old the source's view is.
+    /// A line below the table: the age of the source's data.
     fn age(&self, status: Option<&StatusView>, out: &mut impl Write) -> Result<(), Error> {
         let (Format::Table | Format::Wide, Some(status)) = (self.output, status) else { return Ok(()) };
         let (age, tone) = match &status.as_of {
@@ -182,7 +182,7 @@ impl GetArgs {
 
     fn sessions(&self, reading: &Reading, filter: &Filter, out: &mut impl Write) -> Result<u64, Error> {
         let mut listing = self.listing::<SessionView<'_>, _>(&reading.catalog, out);
-        // On a terminal the rows themselves show that something goes on.
+        // On a terminal the rows themselves show the progress.
         let mut progress = (!io::stdout().is_terminal()).then(|| Progress::new("reading sessions"));
         reading.sessions(filter, &mut |_, session| {
             if let Some(progress) = &mut progress {

@@ -1,4 +1,4 @@
-//! The log: on standard error, of the agent above all.
+//! The log on standard error, mainly of the agent.
 
 use std::{
     env,
@@ -20,10 +20,10 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// What is logged: `RUST_LOG` if it is set, else by how often `-v` was given and whether an agent runs.
+/// The log filter: `RUST_LOG` if it is set, otherwise according to the number of `-v` and whether this is an agent.
 ///
-/// Where a kernel rejects the type information of the programs, which only debuggers need, aya goes on without and
-/// warns with some hundred lines of the verifier's. The client of a cluster's API logs each failure that it returns.
+/// If a kernel rejects the programs' type information (BTF), which only debuggers need, aya continues without it and warns with
+/// some hundred lines of the verifier's log. The client of a cluster's API logs each failure that it returns.
 fn filter(verbose: u8, is_agent: bool) -> EnvFilter {
     let default = match (verbose, is_agent) {
         (0, false) => "warn,aya=error,kube_client=off",
@@ -37,8 +37,8 @@ fn filter(verbose: u8, is_agent: bool) -> EnvFilter {
     )
 }
 
-/// Says what is wrong with the command line, or gives the help that was asked for: in the form that the command line asks
-/// for, as far as it can be told.
+/// Prints a usage error in the log format that the command line asks for, as far as that can be determined, or the requested
+/// help.
 pub(crate) fn usage_error(error: &clap::Error) -> Exit {
     if !error.use_stderr() {
         error.exit();
@@ -54,13 +54,13 @@ pub(crate) fn usage_error(error: &clap::Error) -> Exit {
     error.exit()
 }
 
-/// Whether the words of a command line ask for a log in JSON.
+/// Whether the words of a command line request a log in JSON.
 fn is_json(words: &[String]) -> bool {
     let separate = words.windows(2).any(|pair| pair[0] == "--log-format" && pair[1] == "json");
     separate || words.iter().any(|word| word == "--log-format=json")
 }
 
-/// To be called once.
+/// Starts the log. Call this once.
 pub(crate) fn start(format: LogFormat, verbose: u8, is_agent: bool) {
     let colour = io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let log = tracing_subscriber::fmt()

@@ -1,4 +1,4 @@
-//! What the command line says of the node.
+//! Facts about the node from the command line.
 
 use std::{net::IpAddr, ops::RangeInclusive};
 
@@ -35,7 +35,7 @@ fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
 }
 
 impl NodeArgs {
-    /// The facts about the node before it is looked at.
+    /// The facts about the node, before the node itself is examined.
     pub(crate) fn facts(&self, global: &Global) -> Result<NodeFacts, Error> {
         for family in [Family::V4, Family::V6] {
             let given: Vec<_> = self.addresses.iter().filter(|ip| Family::of(**ip) == family).collect();
@@ -53,7 +53,7 @@ impl NodeArgs {
         })
     }
 
-    /// The same if the node cannot be looked at: it has the given addresses.
+    /// The same if the node cannot be examined: it has the given addresses.
     pub(crate) fn told(&self, global: &Global) -> Result<NodeFacts, Error> {
         Ok(NodeFacts { addresses: self.addresses.clone(), ..self.facts(global)? })
     }

@@ -1,8 +1,8 @@
-//! How objects are printed: as a table for people, as JSON or YAML for programs.
+//! The output of objects: as a table for users, as JSON or YAML for programs.
 //!
-//! A [`Listing`] takes rows one at a time and never holds more than [`SAMPLE_ROWS`] of them. A table's columns are as wide
-//! as the rows of that sample need; in a longer listing also as wide as the names that are known beforehand. JSON is an
-//! array with one object a line, YAML a list. Colour is for terminals alone, and never where `NO_COLOR` is set.
+//! A [`Listing`] takes rows one at a time and never holds more than [`SAMPLE_ROWS`] of them. A table's columns are as wide as
+//! the rows of that sample need; in a longer listing at least as wide as the names that are known in advance. JSON is an array
+//! with one object per line, YAML a list. Only terminals get colour, and never if `NO_COLOR` is set.
 
 use std::{
     env,
@@ -15,10 +15,10 @@ use clap::{
 };
 use serde::Serialize;
 
-/// Rows that a table waits for before it decides how wide its columns are.
+/// The number of rows that a table collects before it decides on the widths of its columns.
 pub(crate) const SAMPLE_ROWS: usize = 512;
 
-/// Spaces between two columns.
+/// The number of spaces between two columns.
 const GAP: usize = 3;
 
 /// The form of output.
@@ -35,12 +35,12 @@ pub(crate) enum Format {
     Yaml,
 }
 
-/// Whether standard output is a terminal that wants colour.
+/// Whether standard output is a terminal, and colour is not disabled.
 pub(crate) fn wants_colour() -> bool {
     io::stdout().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// What a cell says about its object.
+/// The meaning of a cell's colour.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) enum Tone {
     #[default]
@@ -63,7 +63,7 @@ impl Tone {
     }
 }
 
-/// Text in a tone, where colour is wanted.
+/// Text in a tone, if colour is enabled.
 pub(crate) fn paint(text: &str, tone: Tone, colour: bool) -> String {
     let style = tone.style();
     if colour && tone != Tone::Plain { format!("{style}{text}{style:#}") } else { text.to_owned() }
@@ -98,9 +98,9 @@ impl Cell {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Column {
     title: &'static str,
-    /// Shown by `-o wide` alone.
+    /// Shown only by `-o wide`.
     wide: bool,
-    /// Numbers are aligned to the right.
+    /// Whether it contains numbers, which are aligned to the right.
     number: bool,
 }
 
@@ -131,7 +131,7 @@ pub(crate) struct Listing<W> {
     format: Format,
     colour: bool,
     columns: &'static [Column],
-    /// Widths that a listing longer than the sample has at least.
+    /// The minimum widths in a listing longer than the sample.
     known_widths: Vec<usize>,
     sample: Vec<Vec<Cell>>,
     widths: Option<Vec<usize>>,
@@ -139,7 +139,7 @@ pub(crate) struct Listing<W> {
 }
 
 impl<W: Write> Listing<W> {
-    /// Nothing is printed before the first row or the end.
+    /// A listing. Nothing is printed before the first row or the end.
     pub(crate) fn new<R: Row>(out: W, format: Format, colour: bool) -> Self {
         Self {
             out,
@@ -153,13 +153,13 @@ impl<W: Write> Listing<W> {
         }
     }
 
-    /// Widths of the first columns, known before any row.
+    /// Sets the widths of the first columns, known before any row.
     pub(crate) fn with_known_widths(mut self, widths: Vec<usize>) -> Self {
         self.known_widths = widths;
         self
     }
 
-    /// Prints a row, at once or when the widths of the columns are known.
+    /// Prints a row, at once or as soon as the widths of the columns are known.
     pub(crate) fn push<R: Row>(&mut self, row: &R) -> io::Result<()> {
         self.rows += 1;
         match self.format {
@@ -178,7 +178,7 @@ impl<W: Write> Listing<W> {
         }
     }
 
-    /// Prints what waits, and the titles: for rows that come one at a time.
+    /// Prints the collected rows and the titles: for rows that arrive one at a time.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         if matches!(self.format, Format::Table | Format::Wide) && self.widths.is_none() {
             let known = std::mem::take(&mut self.known_widths);
@@ -187,7 +187,7 @@ impl<W: Write> Listing<W> {
         self.out.flush()
     }
 
-    /// Prints what waits, and what closes the listing; says how many rows it had.
+    /// Prints the collected rows and the end of the listing; returns the number of rows.
     pub(crate) fn finish(mut self) -> io::Result<u64> {
         match self.format {
             Format::Table | Format::Wide if self.widths.is_none() && self.rows > 0 => self.write_sample(&[])?,
@@ -254,7 +254,7 @@ impl<W: Write> Listing<W> {
     }
 }
 
-/// Prints all of a few rows.
+/// Prints a few rows.
 pub(crate) fn list<R: Row>(out: impl Write, format: Format, colour: bool, rows: &[R]) -> io::Result<u64> {
     let mut listing = Listing::new::<R>(out, format, colour);
     for row in rows {
@@ -263,7 +263,7 @@ pub(crate) fn list<R: Row>(out: impl Write, format: Format, colour: bool, rows: 
     listing.finish()
 }
 
-/// Prints one object as JSON or YAML; false, and nothing, where the format is for people.
+/// Prints one object as JSON or YAML. For table formats prints nothing and returns false.
 pub(crate) fn object(out: &mut impl Write, format: Format, object: &impl Serialize) -> io::Result<bool> {
     match format {
         Format::Table | Format::Wide => return Ok(false),

@@ -1,4 +1,4 @@
-//! `affinity pin` and `affinity unpin`: an operator's changes to pins.
+//! `affinity pin` and `affinity unpin`: operators' changes of pins.
 
 use std::{
     collections::BTreeSet,
@@ -84,11 +84,11 @@ pub(crate) struct PinArgs {
     backend: String,
 }
 
-/// A client as the frontends of one family know it.
+/// A client, in the form that the frontends of one family use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Key {
     client: Client,
-    /// Whether those are IPv4 frontends.
+    /// Whether these are IPv4 frontends.
     ipv4: bool,
 }
 
@@ -102,7 +102,7 @@ impl PinArgs {
             return Err(Error::Usage(format!("{service} keeps no pins: its sessionAffinity is None, not ClientIP")));
         }
         let keys = self.keys(&reading.catalog, policy)?;
-        // A namespace dials frontends of both families, and is pinned in those where the pod serves.
+        // A namespace connects to frontends of both families, and is pinned in the families in which the pod serves.
         let members: Vec<_> = keys.iter().map(|key| (key, self.ready_member(&reading, id, *key))).collect();
         if members.iter().all(|(_, member)| member.is_err()) {
             return members.into_iter().find_map(|(_, member)| member.err()).map_or(Ok(()), Err);
@@ -124,8 +124,8 @@ impl PinArgs {
         Ok(())
     }
 
-    /// The keys of the client in the service's tables: one of an address, and two of each namespace that has the name or
-    /// the address and can dial both families.
+    /// The keys of the client in the service's tables: one for an address, and up to two, one for each family of the service,
+    /// for each namespace with the name or the address.
     fn keys(&self, catalog: &Catalog, policy: &Policy) -> Result<Vec<Key>, Error> {
         let key = |client, ipv4| Key { client, ipv4 };
         let cookies = self.client.cookies(catalog)?;
@@ -151,7 +151,7 @@ impl PinArgs {
         Ok(keys)
     }
 
-    /// The index of the pod, where a frontend of the client's family may choose it.
+    /// The index of the pod, if a frontend of the client's family may select it.
     fn ready_member(&self, reading: &Reading, service: u32, key: Key) -> Result<u32, Error> {
         let catalog = &reading.catalog;
         let called = catalog.backends_called(&self.backend);
@@ -195,7 +195,7 @@ impl PinArgs {
             generation,
             service,
             draw: next_draw(now_ns as u32),
-            // Connections that live on go on counting under `alive`, as far as they are to this pod.
+            // With `alive`, continuing connections are still counted if they are to this pod.
             connections: match (same, old) {
                 (Some(same), _) if policy.timer == Timer::Alive => same.connections,
                 (_, old) => old.map_or(0, |old| old.connections).wrapping_add(MOVES) / MOVES * MOVES,

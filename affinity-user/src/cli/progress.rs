@@ -1,4 +1,4 @@
-//! Progress of what takes more than a second: on standard error, and only if that is a terminal.
+//! Progress of work that takes more than a second: on standard error, and only if that is a terminal.
 
 use std::time::{Duration, Instant};
 
@@ -7,10 +7,10 @@ use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 /// Nothing is shown before this much time has passed.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Entries between two looks at the clock.
+/// The number of entries between two checks of the clock.
 const STRIDE: u64 = 4096;
 
-/// Counts entries; indicatif itself shows nothing where there is no terminal.
+/// Counts entries. indicatif itself shows nothing without a terminal.
 pub(crate) struct Progress {
     what: &'static str,
     started: Instant,
@@ -19,12 +19,12 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// `what` is done, as in "reading sessions".
+    /// `what` is the activity, such as "reading sessions".
     pub(crate) fn new(what: &'static str) -> Self {
         Self { what, started: Instant::now(), done: 0, bar: None }
     }
 
-    /// One more.
+    /// Counts one more entry.
     pub(crate) fn step(&mut self) {
         self.done += 1;
         if self.done.is_multiple_of(STRIDE) && self.started.elapsed() > PATIENCE {

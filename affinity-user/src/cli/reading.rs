@@ -1,4 +1,4 @@
-//! Reading a running dataplane: its small tables at once, sessions and flows one at a time.
+//! Reads a running dataplane: its small tables at once, sessions and flows one at a time.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -43,7 +43,7 @@ pub(crate) struct Filter {
 }
 
 impl Filter {
-    /// Fails where a name is not known.
+    /// Fails if a name is unknown.
     pub(crate) fn new(args: &FilterArgs, catalog: &Catalog) -> Result<Self, Error> {
         let service = args.service.as_ref().map(|name| {
             let id = catalog.service_id(name).ok_or_else(|| Error::no_service(name))?;
@@ -83,11 +83,11 @@ pub(crate) struct Reading {
     pub(crate) catalog: Catalog,
 }
 
-/// What a visit of sessions is given.
+/// The callback for sessions.
 type VisitSession<'v> = &'v mut dyn FnMut(PinKey, &SessionView<'_>) -> Result<(), Error>;
 
 impl Reading {
-    /// Opens what is pinned at `pin_dir`.
+    /// Opens the dataplane at `pin_dir`.
     pub(crate) fn open(pin_dir: &Path) -> Result<Self, Error> {
         let store = KernelStore::open(pin_dir)?;
         let catalog = Catalog::read(&store)?;
@@ -100,7 +100,8 @@ impl Reading {
         Ok(())
     }
 
-    /// Visits the pins that pass the filter, in the order of the maps. One client's pins are looked up, not searched.
+    /// Visits the pins that match the filter, in the order of the maps. The pins of a single client are looked up without a
+    /// search.
     pub(crate) fn sessions(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error> {
         match filter.client.as_ref().and_then(ClientArg::address) {
             Some(client) => {
@@ -152,7 +153,7 @@ impl Reading {
         Ok(())
     }
 
-    /// The pins of the sockets of a pod that has an address.
+    /// The pins of the sockets of a pod that has the address.
     fn sessions_of_sockets(&self, filter: &Filter, client: Client, visit: VisitSession<'_>) -> Result<(), Error> {
         let frontends = [true, false].into_iter().flat_map(|is_ipv4| self.catalog.frontend_records(is_ipv4));
         let scopes: BTreeSet<_> = frontends.flat_map(|frontend| [frontend.group, frontend.own]).collect();
@@ -169,7 +170,7 @@ impl Reading {
         Ok(())
     }
 
-    /// Visits the connections that pass the filter, in the order of the maps.
+    /// Visits the connections that match the filter, in the order of the maps.
     pub(crate) fn flows(
         &self,
         filter: &Filter,
@@ -196,7 +197,7 @@ impl Reading {
         Ok(())
     }
 
-    /// Counts the open connections to each backend that lingers.
+    /// Counts the open connections to each lingering backend.
     pub(crate) fn open_connections(&self) -> Result<BTreeMap<u32, u64>, Error> {
         let mut open = BTreeMap::new();
         let lingering = self.store.lingering();

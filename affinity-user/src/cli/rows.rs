@@ -144,7 +144,7 @@ impl Row for ServiceView<'_> {
     }
 }
 
-/// What a column has room for: the first of many, and how many more there are.
+/// Few texts completely; of four or more, the first two and the number of further ones.
 fn first_of(texts: &[String]) -> String {
     match texts {
         [first, second, _, _, ..] => format!("{first},{second},+{}", texts.len() - 2),
@@ -584,7 +584,7 @@ mod tests {
             match format {
                 Format::Table | Format::Wide => {
                     assert_eq!(text.lines().count(), rows + 1);
-                    // The first column is as wide as was known, and the second begins after it in every row.
+                    // The first column has the known width, and the second begins after it in every row.
                     assert!(text.lines().all(|line| line.get(43..44).is_some_and(|first| first != " ")));
                 }
                 Format::Json => {

@@ -1,4 +1,4 @@
-//! What a source alone says: the dataplane that it would make, in memory.
+//! Creates in memory the dataplane that a source describes.
 
 use std::{collections::BTreeMap, convert::Infallible, fs, path::PathBuf, str::FromStr};
 
@@ -15,10 +15,10 @@ use crate::{
     view::{Catalog, Clock},
 };
 
-/// What `--source` names.
+/// The value of `--source`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum SourceName {
-    /// `kubernetes`; a file of that name is `./kubernetes`.
+    /// `kubernetes`; a file with that name is `./kubernetes`.
     Kubernetes,
     Path(PathBuf),
 }
@@ -40,7 +40,7 @@ pub(crate) struct ClusterArgs {
 }
 
 impl ClusterArgs {
-    /// The source of that name.
+    /// The source with this name.
     pub(crate) fn source(&self, name: &SourceName, global: &Global) -> Result<Source, Error> {
         match (name, &self.kubeconfig) {
             (SourceName::Path(path), None) => {
@@ -56,8 +56,8 @@ impl ClusterArgs {
     }
 }
 
-/// Reads a source once and carries out the plan that it makes for an empty dataplane. What is wrong with its objects is
-/// said on standard error; the rest of it counts.
+/// Reads a source once and carries out its plan for an empty dataplane. Problems of its objects are printed to standard error;
+/// all other objects take effect.
 pub(crate) fn read(source: &Source, node: desired::NodeFacts) -> Result<MemoryStore, Error> {
     if let Some(path) = source.path() {
         fs::metadata(path).map_err(|error| Error::Failed(format!("{}: {error}", path.display())))?;
@@ -78,7 +78,7 @@ pub(crate) fn read(source: &Source, node: desired::NodeFacts) -> Result<MemorySt
     Ok(store)
 }
 
-/// The catalog of such a dataplane.
+/// The catalog of this dataplane.
 pub(crate) fn catalog(store: &MemoryStore) -> Result<Catalog, Error> {
     Ok(Catalog::new(store.observe()?, BTreeMap::new(), Clock::now()))
 }

@@ -1,4 +1,4 @@
-//! The single checks. Each looks and changes nothing.
+//! The single checks. They only read.
 
 use std::{collections::BTreeMap, fs, io, net::IpAddr, path::Path};
 
@@ -22,14 +22,14 @@ use crate::{
 const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// How many devices are shown of each sort.
+/// The maximum number of devices shown of each kind.
 const DEVICES_NAMED: usize = 8;
 
 fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-/// Loads the real programs, one finding for each that is refused. Without `permissions` there is nothing to try.
+/// Loads the real programs, with one finding for each that is rejected. Without `permissions` nothing can be tried.
 pub(super) fn programs(permissions: &Finding) -> Vec<Finding> {
     const PROGRAMS_CHECK: &str = "programs";
     if PROGRAMS.is_empty() {
@@ -54,7 +54,7 @@ pub(super) fn programs(permissions: &Finding) -> Vec<Finding> {
     refusals.iter().map(refused).collect()
 }
 
-/// Without the programs for sockets a node works, but for its own connections.
+/// Without the socket programs a node works, except for its own connections.
 fn refused(refusal: &Refusal) -> Finding {
     let Refusal { program, reason, log } = refusal;
     let log = log.as_ref().map_or_else(String::new, |log| format!("; the verifier's log: {}", log.display()));
@@ -129,7 +129,7 @@ pub(super) fn btf() -> Finding {
 }
 
 pub(super) fn tc() -> Finding {
-    /// The loopback device is there in each network namespace.
+    /// The loopback device exists in each network namespace.
     const LOOPBACK: u32 = 1;
     match sys::tcx_programs(LOOPBACK, BPF_TCX_INGRESS as u32) {
         Ok(_) => Finding::ok("tc", "tcx links will be used"),
@@ -141,7 +141,7 @@ pub(super) fn tc() -> Finding {
     }
 }
 
-/// Which devices would be attached without `--device`, one finding each, and how many are left alone.
+/// The devices that would be attached without `--device`, one finding each, and how many are skipped.
 pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     let (devices, network) = match attach::survey() {
         Ok(survey) => survey,
@@ -190,7 +190,7 @@ pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     findings
 }
 
-/// Who else handles packets.
+/// Other programs that handle packets.
 fn others_on(pin_dir: &Path, devices: &BTreeMap<u32, String>) -> Vec<Finding> {
     let programs = attach::others::programs(&PinDir::new(pin_dir), devices);
     let more = programs.len().saturating_sub(DEVICES_NAMED);
@@ -206,7 +206,7 @@ fn others_on(pin_dir: &Path, devices: &BTreeMap<u32, String>) -> Vec<Finding> {
     findings
 }
 
-/// The devices on which `--xdp auto` leaves the work to TC because of their VLANs.
+/// The devices on which `--xdp auto` uses TC because of their VLANs.
 fn vlans(devices: &[Device], roles: &BTreeMap<u32, attach::Finding>) -> Vec<Finding> {
     let has_role = |device: &&Device| roles.get(&device.index).is_some_and(|found| found.role.is_some());
     let finding = |device: &Device| {
@@ -249,7 +249,7 @@ pub(super) fn xdp(device: &str) -> Finding {
     }
 }
 
-/// What the maps would cost: the layout is in the object.
+/// The memory that the maps would use; the object file contains their layout.
 fn cost_of(sizes: &Sizes) -> Option<u64> {
     Some(load::needed(sizes).ok()?.iter().map(|(_, info)| cost(info)).sum())
 }
@@ -273,7 +273,7 @@ pub(super) fn memory(sizes: &Sizes) -> Finding {
     Finding::ok("memory", found)
 }
 
-/// Memory that could be had without swapping, bytes.
+/// Memory that is available without swapping, in bytes.
 fn available() -> Option<u64> {
     let info = read("/proc/meminfo")?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -306,7 +306,7 @@ pub(super) fn sockets() -> Finding {
     Finding::ok("sockets", format!("translated at connect(), for all processes below {root}"))
 }
 
-/// Whether Linux may give ports that the dataplane uses, or that one would use, to the node's own connections.
+/// Whether Linux may give ports that a present or future dataplane uses to the node's own connections.
 pub(super) fn local_ports(pin_dir: &Path) -> Finding {
     match LocalPorts::read() {
         Ok(local) => ports_found(&local, &used_ports(pin_dir).unwrap_or_default()),
@@ -324,7 +324,7 @@ fn ports_found(local: &LocalPorts, used: &UsedPorts) -> Finding {
     }
 }
 
-/// What the dataplane uses; none where there is none that can be read.
+/// The ports that the dataplane uses; `None` if there is none that can be read.
 fn used_ports(pin_dir: &Path) -> Option<UsedPorts> {
     let store = KernelStore::open(pin_dir).ok()?;
     let (_, network) = attach::survey().ok()?;
@@ -335,7 +335,7 @@ fn used_ports(pin_dir: &Path) -> Option<UsedPorts> {
     Some(UsedPorts::new(frontends, &network.own_addresses().into_iter().collect(), masquerade))
 }
 
-/// What clients dial, in one family.
+/// The addresses and ports of the frontends of one family.
 fn frontends<A: Family>(store: &KernelStore) -> impl Iterator<Item = (IpAddr, u16)> {
     let entries = store.family::<A>().frontends.iter().filter_map(Result::ok);
     entries.map(|(key, _)| (view::ip(key.address), key.port.get()))
@@ -348,7 +348,7 @@ pub(super) fn clock() -> Finding {
     Finding::ok("clock", format!("{source}; the programs read the timer tick, which costs nothing"))
 }
 
-/// There may be one that cannot be seen from here, or one of another version.
+/// There may be one that is not visible from here, or one of another version.
 fn no_dataplane(pins: &PinDir) -> Finding {
     if let Some(why) = load::hidden() {
         return Finding::limited("dataplane", "cannot be seen from here", why);
