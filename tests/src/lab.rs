@@ -54,6 +54,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use aya::Ebpf;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::patience::patience;
 
@@ -350,6 +351,15 @@ impl Drop for Lab {
         }
         self.directories.remove();
     }
+}
+
+/// Raises this process's limit of open files to the hard limit: often the soft limit is 1,024.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn raise_file_limit() -> Result<()> {
+    let files = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })?)
 }
 
 /// Waits until `holds` is true, asking again and again.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use affinity_tests::apiserver::ApiServer;
 use affinity_tests::bench::sync::Cluster;
-use affinity_tests::lab::{Lab, eventually};
+use affinity_tests::lab::{Lab, eventually, raise_file_limit};
 use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, report, tell_in, web};
 use anyhow::{Context, Result, ensure};
@@ -221,6 +221,7 @@ const SCRAPE_MEMORY: u64 = 64 << 20;
 fn scrapes_in_parallel_and_half_sent_requests_cost_little() -> Result<()> {
     const SCRAPES: usize = 40;
     const HALF_SENT: usize = 2_000;
+    raise_file_limit()?;
     let lab = Lab::with_pods(0)?;
     let api = ApiServer::start_in(lab.node())?;
     Cluster::new(5_000, 10).fill(&api)?;

@@ -15,13 +15,13 @@ use std::{
 use anyhow::{Context, Result};
 use rustix::{
     net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, connect, recv, socket_with, sockopt},
-    process::{Resource, Rlimit, getrlimit, setpriority_process, setrlimit},
+    process::setpriority_process,
     thread::{CpuSet, sched_setaffinity},
 };
 use serde::{Deserialize, Serialize};
 
 use super::Measure;
-use crate::lab::Door;
+use crate::lab::{Door, raise_file_limit};
 
 /// How long anything may take until the network is taken for broken.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -130,8 +130,7 @@ impl Ends {
         cpus.set(course.cpu);
         sched_setaffinity(None, &cpus).with_context(|| format!("processor {}", course.cpu))?;
         setpriority_process(None, BEFORE_OTHERS)?;
-        let files = getrlimit(Resource::Nofile);
-        setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })?;
+        raise_file_limit()?;
         let (listener, echoes) = Door::open(&course.pod)?.run(|| pod_sockets(&course))??;
         Ok(Self {
             course,
