@@ -1,4 +1,4 @@
-//! A frame as each hook has it.
+//! A frame as each hook sees it.
 
 use affinity_common::{
     abi::{Address, Edit, V6},
@@ -16,10 +16,10 @@ use network_types::{eth::EthHdr, udp::UdpHdr};
 
 use crate::kernel::{self, BPF_F_IPV6, Bytes, FibResult, SkBuff, Xdp};
 
-/// Headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
+/// Bytes of headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
 const LINEAR: usize = 192;
 
-/// A frame before a socket buffer exists. Its headers lie in its first buffer, also where there are several.
+/// A frame before a socket buffer exists. Its headers are in its first buffer, even if it has several.
 pub struct XdpFrame {
     xdp: Xdp,
     bytes: Bytes,
@@ -34,7 +34,7 @@ impl XdpFrame {
         Self { xdp, bytes: xdp.bytes() }
     }
 
-    /// Reserves room for metadata; false if the driver has none. To be called before [`XdpFrame::new`].
+    /// Reserves room for metadata; false if the driver has none. Call it before [`XdpFrame::new`].
     #[inline(always)]
     #[must_use]
     pub fn reserve_xdp_metadata(ctx: &XdpContext) -> bool {
@@ -47,7 +47,7 @@ impl XdpFrame {
         self.xdp.set_xdp_metadata(word);
     }
 
-    /// Whether it opens a TCP connection.
+    /// Whether the frame opens a TCP connection.
     #[inline(always)]
     fn opens<A: Address>(&self, key: &FibKey<A>) -> bool {
         const FLAGS: usize = 13;
@@ -108,15 +108,15 @@ impl FibLookup for XdpFrame {
     }
 }
 
-/// A socket buffer: its checksum may be complete, partial, or known by the device.
+/// A socket buffer: its checksum may be complete, partial, or verified by the device.
 pub struct Skb<'a> {
     skb: SkBuff,
     bytes: Bytes,
     _ctx: core::marker::PhantomData<&'a TcContext>,
 }
 
-/// Whether what lies before the end is all that is looked at: TCP or UDP right behind an IP header without options, as
-/// nearly always. To make more linear may mean to copy the head.
+/// Whether the linear part already contains all headers that are read: TCP or UDP directly behind an IP header without options,
+/// which is nearly always so. Making more of the frame linear may copy the head.
 #[inline(always)]
 fn has_plain_headers(bytes: &Bytes) -> bool {
     const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
@@ -133,7 +133,7 @@ fn has_plain_headers(bytes: &Bytes) -> bool {
 }
 
 impl<'a> Skb<'a> {
-    /// The frame of a program's own context, its headers made linear.
+    /// The frame of a program's own context, with linear headers.
     #[inline(always)]
     #[must_use]
     pub fn new(ctx: &'a TcContext) -> Self {
@@ -146,7 +146,7 @@ impl<'a> Skb<'a> {
         Self { skb, bytes, _ctx: core::marker::PhantomData }
     }
 
-    /// Whether a program before this one has said that the frame is as it is to leave.
+    /// Whether an earlier program has marked the frame as final.
     #[inline(always)]
     pub fn is_final(&self) -> bool {
         self.skb.is_final()
@@ -164,20 +164,20 @@ impl<'a> Skb<'a> {
         self.skb.tail_call(programs, index);
     }
 
-    /// Sends the frame out of the device that it came in by: the action to return.
+    /// Sends the frame out of the device that it arrived on. Returns the action.
     #[inline(always)]
     pub fn send_back(&self) -> i32 {
         self.skb.send_back()
     }
 
-    /// Whether the kernel knows [`BPF_F_IPV6`]: changes a checksum by nothing.
+    /// Whether the kernel knows [`BPF_F_IPV6`]. To find out, it changes a checksum by zero.
     #[inline(always)]
     pub fn takes_ipv6_flag(&self) -> bool {
         const ANYWHERE: usize = 32;
         self.skb.replace_l4_checksum(ANYWHERE, 0, u64::from(BPF_F_PSEUDO_HDR) | BPF_F_IPV6)
     }
 
-    /// Length of the longest packet that the frame is to be sent as, from the IP header on; none where it cannot be told.
+    /// Length of the longest packet that the frame will be sent as, from the IP header on; `None` if it is unknown.
     #[inline(always)]
     fn longest<A: Address>(&self, key: &FibKey<A>) -> Option<u16> {
         const TCP_WORDS: usize = 12;
@@ -194,14 +194,14 @@ impl<'a> Skb<'a> {
         segment.checked_add((key.transport() - EthHdr::LEN + transport) as u16)
     }
 
-    /// Brings the transport checksum in step. Each call of the helper costs as much as a lookup of a flow, so there is one
-    /// at most, but for deltas of zero:
+    /// Updates the transport checksum. Each call of the helper costs as much as a lookup of a flow, so it is called at most
+    /// once, except for deltas of zero:
     ///
     /// * A sum that the device has verified is complete, and nothing else in the socket buffer depends on it: no call.
-    /// * The addresses are the helper's: it knows how far the sum has been computed, and keeps the sum of the whole packet
-    ///   in step (`CHECKSUM_COMPLETE`).
-    /// * The ports are written here. A partial sum does not cover them. A complete one does, and so does the sum of the
-    ///   whole packet, which the ports and the field change by opposite amounts.
+    /// * The helper updates the sum for the addresses: it knows how far the sum has been computed, and keeps the sum of the
+    ///   whole packet consistent (`CHECKSUM_COMPLETE`).
+    /// * The sum for the ports is written here. A partial sum does not cover the ports. A complete one does, and so does the
+    ///   sum of the whole packet, which the ports and the field change by opposite amounts.
     #[inline(always)]
     fn replace_checksum<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let offset = rewrite::l4_checksum_offset(headers);
@@ -245,7 +245,7 @@ impl Packet for Skb<'_> {
         self.bytes.write(offset, bytes)
     }
 
-    /// Addresses and ports directly, then the transport checksum: its helper invalidates the pointers.
+    /// Writes addresses and ports directly, then the transport checksum, because its helper invalidates the pointers.
     #[inline(always)]
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let Edit { saddr, daddr, addr_delta, .. } = *edit;
@@ -254,14 +254,14 @@ impl Packet for Skb<'_> {
                 || rewrite::write_ports(self, headers, edit) && self.replace_checksum(headers, edit))
     }
 
-    /// Where the sender left the checksum to a device (`CHECKSUM_PARTIAL`), the socket buffer says where to sum from, and a
-    /// new length does not change that: a device would sum a complete checksum again. The kernel drops the request once
-    /// that place lies before the frame, so the frame loses its first bytes, up to behind that place, and has as many more
-    /// at its end before.
+    /// If the sender left the checksum to a device (`CHECKSUM_PARTIAL`), the socket buffer says where to start summing, and a
+    /// new length does not change that: a device would sum a complete checksum again. The kernel drops the request once that
+    /// place is before the start of the frame. So the frame is first resized to `len` and that many bytes more, and then loses
+    /// its first bytes, up to behind that place.
     ///
-    /// The kernel does not cut a frame with a VLAN tag among its data (the inner one of two tags, because the first one is
-    /// taken out before TC). Such a frame is shortened until it ends before its transport checksum, and then gets its length.
-    /// The kernel refuses to shorten a frame with a partial checksum like that, so such a frame is not answered.
+    /// The kernel does not cut a frame with a VLAN tag in its data (the inner one of two tags, because the first one is removed
+    /// before TC). Such a frame is first shortened so that it ends before its transport checksum, and then gets its length. The
+    /// kernel does not shorten a frame with a partial checksum that far, so such a frame is not answered.
     ///
     /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`),
     /// <https://elixir.bootlin.com/linux/v6.18/source/net/core/filter.c> (`bpf_skb_adjust_room`, `__bpf_skb_min_len`)
@@ -282,7 +282,8 @@ impl Packet for Skb<'_> {
 impl FibLookup for Skb<'_> {
     type Hop = FibResult;
 
-    /// A frame to another host, or with a VLAN tag in the socket buffer, belongs to another device: it is not redirected.
+    /// A frame that is sent to another host or has a VLAN tag in the socket buffer belongs to another device. It is not
+    /// redirected.
     #[inline(always)]
     fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
         let mut hop = FibResult::unknown();

@@ -33,13 +33,13 @@ use bytemuck::Pod;
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// No code here panics in the kernel: the verifier would have to accept this loop, and does not.
+/// No code here can panic in the kernel: the verifier would have to accept this loop, and does not.
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Offsets into a frame that the verifier is asked to follow.
+/// The verifier follows offsets into a frame up to this bound.
 const MAX_OFFSET: usize = 0x3fff;
 
 /// Read-only data that the loader sets.
@@ -47,17 +47,17 @@ const MAX_OFFSET: usize = 0x3fff;
 pub struct Rodata<T>(MaybeUninit<T>);
 
 impl<T: Copy> Rodata<T> {
-    /// The value that the loader finds.
+    /// The default value, which the loader reads.
     pub const fn new(value: T) -> Self {
         Self(MaybeUninit::new(value))
     }
 
-    /// The `u64` at `offset`, as the loader left it.
+    /// The `u64` at `offset`, as the loader set it.
     #[inline(always)]
     pub fn word(&self, offset: usize) -> u64 {
         const { assert!(align_of::<T>() == align_of::<u64>()) };
-        // SAFETY: the value is initialised, and callers name a field by `offset_of!`. Volatile, because the loader
-        // changes what the compiler takes for constant.
+        // SAFETY: the value is initialised, and callers name a field by `offset_of!`. Volatile, because the loader changes a
+        // value that the compiler treats as constant.
         unsafe { ptr::read_volatile(self.0.as_ptr().byte_add(offset).cast()) }
     }
 }
@@ -77,20 +77,20 @@ pub static CONFIG: Rodata<Config> = Rodata::new(Config {
     fixed_random: 0,
 });
 
-/// Whether TC redirects past the stack; the verifier knows, and leaves out what is not to be.
+/// Whether TC redirects past the stack. The verifier knows the value, and removes the code that cannot run.
 #[inline(always)]
 pub fn redirects() -> bool {
     CONFIG.word(offset_of!(Config, redirect)) != 0
 }
 
-/// Whether `bpf_l4_csum_replace` takes [`BPF_F_IPV6`]; the verifier knows.
+/// Whether `bpf_l4_csum_replace` takes [`BPF_F_IPV6`]. The verifier knows the value.
 #[inline(always)]
 pub fn takes_ipv6_flag() -> bool {
     CONFIG.word(offset_of!(Config, takes_ipv6_flag)) != 0
 }
 
-/// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel
-/// 6.16; older ones refuse it).
+/// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel 6.16;
+/// older ones reject it).
 pub const BPF_F_IPV6: u64 = 1 << 7;
 
 /// A value inside a map.
@@ -129,7 +129,7 @@ impl<V: Pod> Entry<V> for MapValue<V> {
 }
 
 impl<V: Pod> MapValue<V> {
-    /// Where a field lies.
+    /// The address of a field.
     #[inline(always)]
     fn place<F: Pod>(self, field: Field<V, F>) -> *mut F {
         // SAFETY: a field lies within its record.
@@ -138,7 +138,7 @@ impl<V: Pod> MapValue<V> {
 }
 
 impl MapValue<Session> {
-    /// The backend and its generation as one word, which other processors change as one.
+    /// The backend and its generation as one word. Other processors change both at once.
     const PINNED: Field<Session, u64> = {
         assert!(offset_of!(Session, generation) == offset_of!(Session, backend) + 4);
         Field::new(offset_of!(Session, backend))
@@ -155,7 +155,7 @@ impl<A: Address> MapValue<FlowScratch<A>> {
     }
 }
 
-/// Two fields side by side, as the machine loads them at once.
+/// Two adjacent fields as one word, as the machine loads them.
 #[inline(always)]
 fn pair((first, second): (u32, u32)) -> u64 {
     let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
@@ -233,8 +233,8 @@ impl Pin for MapValue<Session> {
     }
 }
 
-/// A copy of an array's value. An array element never becomes another key's. If it changes during the copy, each word is
-/// either the old one or the new one.
+/// A copy of an array's value. An array element never gets another key. If it changes during the copy, each word is either the
+/// old one or the new one.
 #[inline(always)]
 pub fn read_copy<V: Copy>(pointer: Option<*const V>) -> Option<V> {
     pointer.map(|pointer| copy_words(pointer, 0))
@@ -260,7 +260,7 @@ macro_rules! global_func {
 /// and it may be null as far as the verifier knows.
 #[inline(always)]
 pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
-    // SAFETY: the verifier has every caller pass memory of this size, which is not changed or freed meanwhile.
+    // SAFETY: the verifier makes every caller pass memory of this size, which is not changed or freed meanwhile.
     pointer.and_then(|pointer| unsafe { pointer.as_ref() })
 }
 
@@ -273,33 +273,34 @@ pub fn with_percpu<V, R>(pointer: Option<*mut V>, work: impl FnOnce(&mut V) -> R
     pointer.map(|pointer| work(unsafe { &mut *pointer }))
 }
 
-/// How often a record is read that is replaced at each reading.
+/// How often a record is read if it is replaced during each reading.
 const READINGS: u32 = 4;
 
-/// A copy of a record of a hash, of which other processors replace, remove and add elements: whole, and of the key that
-/// `lookup` looks up. `Err` where the record was replaced at each of [`READINGS`].
+/// A copy of a record of a hash map in which other processors replace, remove and add elements. The copy is whole, and belongs
+/// to the key that `lookup` looks up. `Err` if the record was replaced during each of [`READINGS`].
 ///
-/// RCU does not promise that. The kernel frees an element without preallocation to a list of the processor, and the next
+/// RCU does not guarantee that. The kernel frees an element without preallocation to a list of the processor. The next
 /// insertion there takes it at once, with another key and value, while a program that has found it may still read it:
-/// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c> (`unit_free`, `unit_alloc`), since Linux 6.1. RCU
-/// only keeps the memory from becoming something else. Elements of an LRU hash are used again in the same way, on all kernels:
-/// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/bpf_lru_list.c>.
+/// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c> (`unit_free`, `unit_alloc`), since Linux 6.1. RCU only
+/// guarantees that the memory is not used for anything else. Elements of an LRU hash are reused in the same way, on all
+/// kernels: <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/bpf_lru_list.c>.
 ///
 /// So the record is read twice, with another lookup in between that must find the same element:
 ///
-/// * That lookup begins at the head of the bucket, so it finds the element in place (or on its way out). An element is put
-///   in place after it was written, whole, with its key. So the element held a whole record of this key at a time between the
-///   two readings.
-/// * A first reading from before that, of another key or of a record that was just being written, has other words than
-///   the second one, unless the record that was in place has the same. A reading that is torn and equal twice would take
-///   an element that is taken and left several times, each time with the words for the same cut, in the nanoseconds
-///   between.
-/// * x86-64 does not reorder loads with each other, nor do the compiler (the loads are volatile) and the call of the helper.
+/// * That lookup begins at the head of the bucket, so it finds the element in place (or just being removed). An element is put
+///   in place only after it was written completely, with its key. So the element held a whole record of this key at some time
+///   between the two readings.
+/// * If the first reading is older than that, from another key or from a record that was just being written, its words differ
+///   from those of the second one, unless the record in place has the same words. For a torn reading to be equal twice, the
+///   element would have to be taken and freed several times in the nanoseconds between, each time with matching words at the
+///   same cut.
+/// * x86-64 does not reorder loads with each other. Neither do the compiler (the loads are volatile) and the call of the
+///   helper.
 ///
-/// Where there is none the key is looked up again, because a lookup can miss a record that is being replaced: the kernel puts
-/// the new element at the head of the bucket before it takes the old one out, and a search that has left the head by then,
-/// and has not come to the old one yet, meets neither
-/// (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c>, `lookup_nulls_elem_raw`, `htab_map_update_elem`).
+/// If there is no record, the key is looked up again, because a lookup can miss a record that is being replaced: the kernel
+/// puts the new element at the head of the bucket before it removes the old one. A search that has passed the head by then, and
+/// has not reached the old element yet, finds neither (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c>,
+/// `lookup_nulls_elem_raw`, `htab_map_update_elem`).
 #[inline(always)]
 pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, Unstable> {
     for _ in 0..READINGS {
@@ -312,8 +313,8 @@ pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Opt
     Err(Unstable)
 }
 
-/// Bytes of the longest words that `len` bytes at `offset` of a map's value consist of. The kernel aligns values to eight bytes:
-/// <https://elixir.bootlin.com/linux/v6.1/source/include/linux/bpf.h> (`struct bpf_array`),
+/// Size in bytes of the longest words into which `len` bytes at `offset` of a map's value divide. The kernel aligns values to
+/// eight bytes: <https://elixir.bootlin.com/linux/v6.1/source/include/linux/bpf.h> (`struct bpf_array`),
 /// <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c> (`htab_map_lookup_elem`).
 #[inline(always)]
 const fn word_len(offset: usize, len: usize) -> usize {
@@ -325,7 +326,8 @@ const fn word_len(offset: usize, len: usize) -> usize {
     }
 }
 
-/// Does something with each word of a value at an offset in a map's value, and its number. The offset is known when this is compiled.
+/// Runs code for each word of a value at an offset in a map's value, with the word's number. The offset is known at compile
+/// time.
 macro_rules! for_each_word {
     ($value:ty, $offset:expr, |$at:ident, $word:ident| $work:expr) => {
         match word_len($offset, size_of::<$value>()) {
@@ -345,14 +347,14 @@ macro_rules! for_each_word {
     }};
 }
 
-/// A copy of a value, aligned as values in maps are.
+/// A copy of a value, with the alignment of values in maps.
 #[repr(C, align(8))]
 struct Aligned<V>(MaybeUninit<V>);
 
 impl<V: Copy> Aligned<V> {
     #[inline(always)]
     fn value(&self) -> V {
-        // SAFETY: all words of it are written where one is made, and every bit pattern is a valid value.
+        // SAFETY: all words are written when the copy is made, and every bit pattern is a valid value.
         unsafe { self.0.assume_init() }
     }
 }
@@ -389,7 +391,7 @@ fn store_words<V: Copy>(place: *mut V, offset: usize, value: V) {
     }
 }
 
-/// Whether a value in a map is equal to a copy now, word by word.
+/// Whether a value in a map is now equal to a copy, word by word.
 #[inline(always)]
 #[expect(clippy::useless_conversion, reason = "the longest words have the length of the sum already")]
 fn has_words<V: Copy>(place: *const V, copy: &Aligned<V>) -> bool {
@@ -405,8 +407,8 @@ fn has_words<V: Copy>(place: *const V, copy: &Aligned<V>) -> bool {
 }
 
 impl MapValue<u64> {
-    /// Adds one to a word of this processor's own. A program that runs where a packet can interrupt it, on a cgroup, may lose
-    /// what that counts in between.
+    /// Adds one to a word that belongs to this processor. A program on a cgroup may lose counts, because a packet can interrupt
+    /// it between the load and the store.
     #[inline(always)]
     pub fn count_own(self) {
         let count: u64 = copy_words(self.0, 0);
@@ -420,14 +422,14 @@ impl MapValue<u64> {
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(self.0, amount as u64) };
     }
 
-    /// Adds one, and returns what was there.
+    /// Adds one, and returns the previous value.
     #[inline(always)]
     pub fn count_up(self) -> u64 {
-        // SAFETY: as above. Not relaxed: of a relaxed addition the compiler drops the result.
+        // SAFETY: as above. Not relaxed, because the compiler drops the result of a relaxed addition.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(self.0, 1) }
     }
 
-    /// Sets a bit of a word that other processors, and the agent, set bits of.
+    /// Sets a bit of a word. Other processors and the agent set bits of it too.
     #[inline(always)]
     pub fn set_bit(self, bit: u32) {
         // SAFETY: as above.
@@ -436,7 +438,7 @@ impl MapValue<u64> {
 }
 
 impl MapValue<Usage> {
-    /// One of the counts; none for an index beyond them.
+    /// One of the counts; `None` for an index beyond them.
     #[inline(always)]
     pub fn count(self, index: usize) -> Option<MapValue<u64>> {
         const COUNTS: usize = size_of::<Usage>() / size_of::<u64>();
@@ -457,7 +459,7 @@ pub fn barrier_var(number: usize) -> usize {
     same
 }
 
-/// Jiffies: a load, not a call, once the verifier has inlined it (kernel 5.6).
+/// Jiffies: the verifier inlines the call to a load (kernel 5.6).
 #[inline(always)]
 pub fn jiffies() -> u64 {
     // SAFETY: no arguments.
@@ -478,12 +480,12 @@ pub fn random() -> u32 {
     unsafe { helpers::bpf_get_prandom_u32() }
 }
 
-/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte, or, told
-/// not to, would also write to the stack unaligned, which the verifier refuses.
+/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte. If told not to, it
+/// would also write to the stack unaligned, which the verifier rejects.
 macro_rules! load {
     ($width:literal, $place:expr) => {{
         let value: u64;
-        // SAFETY: the caller has checked that the bytes lie in the frame, and so does the verifier.
+        // SAFETY: the caller has checked that the bytes are in the frame, and the verifier checks it too.
         unsafe {
             asm!(concat!("{value} = *(", $width, " *)({place} + 0)"), place = in(reg) $place, value = lateout(reg) value,
                 options(pure, readonly, nostack, preserves_flags));
@@ -496,7 +498,7 @@ macro_rules! load {
 macro_rules! store {
     ($width:literal, $place:expr, $value:expr) => {{
         let (place, value): (usize, u64) = ($place, $value);
-        // SAFETY: as for `load`; the program alone owns the frame.
+        // SAFETY: as for `load`; only this program uses the frame.
         unsafe {
             asm!(concat!("*(", $width, " *)({place} + 0) = {value}"), place = in(reg) place, value = in(reg) value,
                 options(nostack, preserves_flags));
@@ -579,8 +581,8 @@ impl Bytes {
             return None;
         }
         let mut bounded = offset;
-        // SAFETY: no memory is touched. The compiler knows that this changes nothing and would leave it out; the
-        // verifier does not, because it forgets that the register compared above and the one added below are equal.
+        // SAFETY: no memory is touched. The compiler knows that this changes nothing and would omit it. The verifier needs it,
+        // because it forgets that the register compared above and the one added below are equal.
         unsafe {
             asm!("{offset} &= {mask}", offset = inout(reg) bounded, mask = const MAX_OFFSET, options(pure, nomem, nostack))
         };
@@ -607,7 +609,7 @@ impl Xdp {
         unsafe { Bytes { start: (*self.0).data as usize, end: (*self.0).data_end as usize } }
     }
 
-    /// Cuts the frame at its end, or grows it at its start: every driver leaves room there, not all do behind.
+    /// Cuts the frame at its end, or grows it at its start: every driver leaves room there, not all do at the end.
     #[inline(always)]
     pub fn resize(self, len: usize) -> bool {
         // SAFETY: as above; the helpers check the length.
@@ -643,7 +645,7 @@ impl Xdp {
         unsafe { helpers::bpf_xdp_get_buff_len(self.0) as usize == self.bytes().size() }
     }
 
-    /// The device that the frame came in by.
+    /// The device that the frame arrived on.
     #[inline(always)]
     pub fn ifindex(self) -> u32 {
         // SAFETY: as above.
@@ -666,10 +668,10 @@ pub struct FibResult {
 }
 
 impl FibResult {
-    /// Before a lookup: no route.
+    /// The state before a lookup: no route.
     #[inline(always)]
     pub fn unknown() -> Self {
-        // SAFETY: all zeroes are a lookup.
+        // SAFETY: all zeroes are a valid lookup.
         Self { lookup: unsafe { MaybeUninit::zeroed().assume_init() }, answer: BPF_FIB_LKUP_RET_NOT_FWDED }
     }
 
@@ -704,8 +706,8 @@ impl FibResult {
             unsafe { (&mut lookup.__bindgen_anon_3.ipv6_src, &mut lookup.__bindgen_anon_4.ipv6_dst) };
         put_address(source, key.saddr);
         put_address(destination, key.daddr);
-        // SAFETY: the context is the program's own, and the helper reads and writes as many bytes as it is told; the lookup
-        // has no padding.
+        // SAFETY: the context is the program's own, and the helper reads and writes as many bytes as its argument says; the
+        // lookup has no padding.
         self.answer = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
     }
 
@@ -715,12 +717,12 @@ impl FibResult {
         matches!(self.answer, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH).then_some(self.lookup.ifindex)
     }
 
-    /// Redirects the frame of a TC program with `bpf_redirect_neigh`, which resolves the link address: the action to return.
+    /// Redirects the frame of a TC program with `bpf_redirect_neigh`, which resolves the link address. Returns the action.
     #[inline(always)]
     pub fn redirect_neigh(&self) -> i32 {
         const NEIGHBOUR: i32 = size_of::<bpf_redir_neigh>() as i32;
-        // SAFETY: the helper reads as many bytes as it is told, and the kernel checks the device. A packet of one family may
-        // have a neighbour of the other (RFC 5549).
+        // SAFETY: the helper reads as many bytes as its argument says, and the kernel checks the device. A packet of one family
+        // may have a neighbour of the other (RFC 5549).
         unsafe {
             let mut neighbour: bpf_redir_neigh = MaybeUninit::zeroed().assume_init();
             neighbour.nh_family = u32::from(self.lookup.family);
@@ -729,7 +731,7 @@ impl FibResult {
         }
     }
 
-    /// Redirects the frame of a TC program with `bpf_redirect_peer`, into the pod's namespace: the action to return.
+    /// Redirects the frame of a TC program with `bpf_redirect_peer`, into the pod's namespace. Returns the action.
     #[inline(always)]
     pub fn redirect_peer(&self) -> i32 {
         // SAFETY: the kernel checks the device.
@@ -738,7 +740,7 @@ impl FibResult {
 }
 
 impl NextHop for FibResult {
-    /// Known only if the neighbour entry is.
+    /// Known only if the neighbour entry is known.
     #[inline(always)]
     fn link(&self) -> Option<Link> {
         let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.lookup.dmac, self.lookup.smac);
@@ -746,8 +748,8 @@ impl NextHop for FibResult {
     }
 }
 
-/// Writes an address where the lookup has one, IPv4 in the first word. As bytes: words the compiler would put together
-/// byte by byte, on the stack.
+/// Writes an address into the lookup, IPv4 into the first word. IPv6 as bytes: the compiler would assemble words byte by byte,
+/// on the stack.
 #[inline(always)]
 fn put_address<A: Address>(place: &mut [u32; 4], address: A) {
     let mapped = address.to_mapped();
@@ -791,7 +793,7 @@ impl SkBuff {
     /// Makes the first `len` bytes linear.
     #[inline(always)]
     pub fn pull(self, len: usize) {
-        // SAFETY: as above. Where it fails the frame is as it was, and reads beyond its linear part fail.
+        // SAFETY: as above. If it fails, the frame is unchanged, and reads beyond its linear part fail.
         unsafe { helpers::bpf_skb_pull_data(self.0, len as u32) };
     }
 
@@ -802,14 +804,14 @@ impl SkBuff {
         unsafe { helpers::bpf_skb_change_tail(self.0, len as u32, 0) == 0 }
     }
 
-    /// Takes `len` bytes out behind the link header; false, and no change, where the frame is not of IP or would end before.
+    /// Removes `len` bytes behind the link header. False, and no change, if the frame is not IP or is too short.
     #[inline(always)]
     pub fn cut(self, len: usize) -> bool {
         // SAFETY: as above; the helper checks the length.
         unsafe { helpers::bpf_skb_adjust_room(self.0, -(len as i32), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0) == 0 }
     }
 
-    /// Gives the frame a VLAN tag outside of those that it has; false where there is no memory.
+    /// Adds an outer VLAN tag to the frame; false if there is no memory.
     #[inline(always)]
     pub fn tag(self, protocol: u16, id: u16) -> bool {
         // SAFETY: as above.
@@ -830,23 +832,23 @@ impl SkBuff {
         unsafe { helpers::bpf_l4_csum_replace(self.0, offset as u32, 0, difference, flags) == 0 }
     }
 
-    /// The device that the frame came in by.
+    /// The device that the frame arrived on.
     #[inline(always)]
     pub fn ifindex(self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0).ifindex }
     }
 
-    /// Leaves a mark for other programs of this node that the frame meets: its traffic control index, which nothing else
-    /// uses but classifiers of the `tcindex` kind and the `dsmark` discipline, both gone since Linux 6.3
+    /// Marks the frame for later programs of this node, in its traffic control index. Nothing else uses that field except
+    /// `tcindex` classifiers and the `dsmark` qdisc, both removed in Linux 6.3
     /// (<https://elixir.bootlin.com/linux/v6.3/A/ident/tc_index>).
     #[inline(always)]
     pub fn mark_final(self) {
-        // SAFETY: as above; programs of traffic control may write this field.
+        // SAFETY: as above; TC programs may write this field.
         unsafe { (*self.0).tc_index = FINAL };
     }
 
-    /// Whether the mark is there.
+    /// Whether the frame has the mark.
     #[inline(always)]
     pub fn is_final(self) -> bool {
         // SAFETY: as above.
@@ -861,7 +863,7 @@ impl SkBuff {
         left.read(0).map(u32::from_ne_bytes)
     }
 
-    /// Whether the frame was sent to the device that it came in by, and has no tag beside its data.
+    /// Whether the frame was sent to the device that it arrived on, and has no VLAN tag outside its data.
     #[inline(always)]
     pub fn is_for_this_device(self) -> bool {
         const PACKET_HOST: u32 = 0;
@@ -869,7 +871,7 @@ impl SkBuff {
         unsafe { (*self.0).pkt_type == PACKET_HOST && (*self.0).vlan_present == 0 }
     }
 
-    /// How much data each packet is to have that the frame will be cut into; none for one that is not to be cut.
+    /// Bytes of data in each packet that the frame will be cut into (GSO); `None` if it will not be cut.
     #[inline(always)]
     pub fn segment_size(self) -> Option<u16> {
         // SAFETY: as above. The kernel's field has 16 bits.
@@ -889,7 +891,7 @@ impl SkBuff {
         tail_call(programs, &TcContext::new(self.0), index);
     }
 
-    /// Sends the frame out of the device that it came in by: the action to return.
+    /// Sends the frame out of the device that it arrived on. Returns the action.
     #[inline(always)]
     pub fn send_back(self) -> i32 {
         // SAFETY: as above.
@@ -897,11 +899,11 @@ impl SkBuff {
     }
 }
 
-/// Loads a word of a context: the verifier wants each as an offset of the context itself.
+/// Loads a word of a context: the verifier requires each load at an offset of the context itself.
 macro_rules! context_word {
     ($ctx:expr, $offset:expr) => {{
         let word: u64;
-        // SAFETY: the kernel gave the context, it lives as long as the program runs, and the field is a word of it.
+        // SAFETY: the kernel gave the context, it lives as long as the program runs, and the field is a word in it.
         unsafe {
             asm!("{word} = *(u32 *)({ctx} + {offset})", word = out(reg) word, ctx = in(reg) $ctx,
                 offset = const $offset, options(readonly, nostack))
@@ -921,20 +923,20 @@ macro_rules! set_context_word {
     }};
 }
 
-/// The context of a program that a call on a socket meets, with the other end that the call names.
+/// The context of a program that runs for a call on a socket, with the peer address of the call.
 #[derive(Clone, Copy)]
 pub struct SockAddr(*mut bpf_sock_addr);
 
 const USER_IP6: usize = offset_of!(bpf_sock_addr, user_ip6);
 
 impl SockAddr {
-    /// Of the program's own context.
+    /// From the program's own context.
     #[inline(always)]
     pub fn new(ctx: &SockAddrContext) -> Self {
         Self(ctx.sock_addr)
     }
 
-    /// The socket; `None` for one that speaks neither TCP nor UDP.
+    /// The socket; `None` if its protocol is neither TCP nor UDP.
     #[inline(always)]
     pub fn caller(self) -> Option<Caller> {
         let protocol = spoken(context_word!(self.0, offset_of!(bpf_sock_addr, protocol)))?;
@@ -944,14 +946,14 @@ impl SockAddr {
         Some(Caller { cookie, netns, protocol })
     }
 
-    /// The other end, where it is IPv4.
+    /// The peer, if it is IPv4.
     #[inline(always)]
     pub fn peer_v4(self) -> Peer {
         let address = context_word!(self.0, offset_of!(bpf_sock_addr, user_ip4));
         Peer { address: V6(V4(address.to_ne_bytes()).to_mapped()), port: self.port() }
     }
 
-    /// The other end, where it is IPv6.
+    /// The peer, if it is IPv6.
     #[inline(always)]
     pub fn peer_v6(self) -> Peer {
         let words = [
@@ -967,7 +969,7 @@ impl SockAddr {
         Peer { address: V6(address), port: self.port() }
     }
 
-    /// Names another end, IPv4.
+    /// Replaces the peer, IPv4.
     #[inline(always)]
     pub fn set_peer_v4(self, peer: &Peer) {
         let V4(address) = V4::from_mapped(peer.address.0);
@@ -975,7 +977,7 @@ impl SockAddr {
         self.set_port(peer.port);
     }
 
-    /// Names another end, IPv6.
+    /// Replaces the peer, IPv6.
     #[inline(always)]
     pub fn set_peer_v6(self, peer: &Peer) {
         let V6(address) = peer.address;
@@ -986,7 +988,7 @@ impl SockAddr {
         self.set_port(peer.port);
     }
 
-    /// The field is a word: the port as it lies in memory in network order, widened.
+    /// The field is a word: the port in network byte order, widened.
     #[inline(always)]
     fn port(self) -> Port {
         let port = context_word!(self.0, offset_of!(bpf_sock_addr, user_port)) as u16;
@@ -999,18 +1001,18 @@ impl SockAddr {
     }
 }
 
-/// The context of a program that the end of a socket meets.
+/// The context of a program that runs when a socket is closed.
 #[derive(Clone, Copy)]
 pub struct Release(*mut bpf_sock);
 
 impl Release {
-    /// Of the program's own context.
+    /// From the program's own context.
     #[inline(always)]
     pub fn new(ctx: &SockContext) -> Self {
         Self(ctx.sock)
     }
 
-    /// The socket; `None` for one that spoke neither TCP nor UDP. Its namespace no longer matters.
+    /// The socket; `None` if its protocol was neither TCP nor UDP. Its namespace no longer matters.
     #[inline(always)]
     pub fn caller(self) -> Option<Caller> {
         let protocol = spoken(context_word!(self.0, offset_of!(bpf_sock, protocol)))?;
@@ -1032,7 +1034,7 @@ fn spoken(protocol: u32) -> Option<u8> {
     }
 }
 
-/// The call that this program fails ends with this error number: in place of `EPERM`, where the kernel has the helper.
+/// The call that this program fails returns this error number instead of `EPERM`, if the kernel has the helper.
 #[inline(always)]
 pub fn fail_with(errno: i32) {
     // SAFETY: no pointers.
@@ -1046,14 +1048,14 @@ pub fn tail_call<C: EbpfContext>(programs: &ProgramArray, ctx: &C, index: u32) {
     unsafe { programs.tail_call(ctx, index) };
 }
 
-/// Redirects the frame of an XDP program to another device: the action to return.
+/// Redirects the frame of an XDP program to another device. Returns the action.
 #[inline(always)]
 pub fn redirect(ifindex: u32) -> u32 {
     // SAFETY: the kernel checks the device.
     unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
 }
 
-/// Where the agent writes into its packets: behind the room of a link header.
+/// Offset at which the agent writes into its packets: behind the room for a link header.
 const BEHIND_LINK_HEADER: usize = 14;
 
 /// The event that the agent wrote into a packet.

@@ -1,8 +1,8 @@
-//! What `cargo xtask bench packet` measures the programs against: the least that any program could do, and the wrapper
-//! that feeds both.
+//! The programs that `cargo xtask bench packet` compares with: the minimum work of any program, and the wrapper that feeds
+//! both.
 //!
-//! BPF_PROG_TEST_RUN gives a program its own output again. So a `drive` program writes the next packet's addresses and
-//! ports over the last one's and goes on with the program under test; the time of `drive` before `pass` is subtracted.
+//! BPF_PROG_TEST_RUN gives a program its own output as the next input. So a `drive` program overwrites the addresses and ports
+//! with the next packet's and tail-calls the program under test. The time of `drive` with `pass` is subtracted.
 #![no_std]
 #![no_main]
 #![expect(missing_docs, unreachable_pub, reason = "the program macros export without documentation")]
@@ -43,7 +43,7 @@ pub struct Course {
     port: u64,
     /// TCP flags.
     tcp_flags: u64,
-    /// Between whom the packets go: one of the constants below.
+    /// Sender and receiver of the packets: one of the constants below.
     way: u64,
     /// The node's port of the first flow, for packets to the node.
     node_port: u64,
@@ -59,10 +59,10 @@ const TO_FRONTEND: u64 = 0;
 const FROM_POD: u64 = 1;
 /// From a client to the pod: the destination is translated already.
 const TO_POD: u64 = 2;
-/// From the pod to the node, whose address the client's connection has.
+/// From the pod to the node; the client's connection has the node's address.
 const TO_NODE: u64 = 3;
 
-/// Where the least work sends a flow.
+/// The target of a flow in the minimal program.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 pub struct Target<A> {
@@ -79,7 +79,7 @@ static LEAST_V4: LruHashMap<FlowKey<V4>, Target<V4>> = LruHashMap::with_max_entr
 #[map(name = "least_v6")]
 static LEAST_V6: LruHashMap<FlowKey<V6>, Target<V6>> = LruHashMap::with_max_entries(1 << 18, 0);
 
-/// The first client, the frontend that all dial, the pod that serves it, and the node.
+/// The first client, the frontend that all clients connect to, the pod behind it, and the node.
 const CLIENT_V4: u32 = 0x0a40_0000;
 const FRONTEND_V4: [u8; 4] = [10, 96, 0, 10];
 const POD_V4: [u8; 4] = [10, 244, 0, 1];
@@ -114,7 +114,7 @@ fn next(course: &MapValue<Course>) -> (u32, u16, u16) {
     ((number & ((1 << bits) - 1)) as u32, 1024 + (number >> bits) as u16 % 60_000, number as u16)
 }
 
-/// What the next packet is to say.
+/// Contents of the next packet.
 #[derive(Clone, Copy)]
 struct Next {
     client: u32,
@@ -174,7 +174,7 @@ fn drive<P: Packet>(packet: &mut P) {
     packet.write(l4 + rewrite::TCP_CHECKSUM, [0x56, 0x78]);
 }
 
-/// Parses and swaps the link addresses: what any answer costs.
+/// Parses and swaps the link addresses: the cost of any answer.
 #[inline(always)]
 fn swap<P: Packet>(packet: &mut P) {
     let parsed = match parse::network(packet) {
@@ -224,8 +224,8 @@ impl Least for V6 {
     }
 }
 
-/// Parses, looks the flow up, and gives the packet its destination and checksums: the least work of a load balancer
-/// that remembers flows. A flow that is not known is remembered where `remember` says so.
+/// Parses, looks the flow up, and writes destination and checksums: the minimum work of a load balancer that remembers flows.
+/// If `remember` is set, it stores unknown flows.
 #[inline(always)]
 fn least<P: Packet>(packet: &mut P, remember: bool) {
     match parse::network(packet) {
@@ -296,7 +296,7 @@ pub fn tc_pass(_ctx: TcContext) -> i32 {
     TC_ACT_UNSPEC
 }
 
-/// Gives each frame two VLAN tags, for tests of frames that have them.
+/// Adds two VLAN tags to each frame, for tests of tagged frames.
 #[classifier]
 pub fn tc_tag_twice(ctx: TcContext) -> i32 {
     const VLAN: u16 = 0x8100;

@@ -35,10 +35,10 @@ use affinity_ebpf::{
     kernel::{self, FibResult},
 };
 
-/// Forward translation where a client's frame enters the node, before a socket buffer exists.
+/// Forward translation for frames of clients that arrive at the node, before a socket buffer exists.
 #[xdp(frags)]
 pub fn xdp_forward(ctx: XdpContext) -> u32 {
-    // Where TC redirects, it must know the verdict of XDP. Without room for metadata, TC handles the frame.
+    // If TC redirects, it must know the verdict of XDP. Without room for metadata, TC handles the frame.
     if kernel::redirects() && !XdpFrame::reserve_xdp_metadata(&ctx) {
         return xdp_action::XDP_PASS;
     }
@@ -85,7 +85,7 @@ fn may_be_ours(frame: &XdpFrame) -> bool {
         .is_none_or(|mac| mac.may_take(ifindex, destination))
 }
 
-/// Passes the frame to TC and the stack. Where TC redirects, it finds the verdict in the metadata.
+/// Passes the frame to TC and the stack. If TC redirects, it finds the verdict in the metadata.
 #[inline(always)]
 fn pass(frame: &XdpFrame, seen: u32) -> u32 {
     if kernel::redirects() {
@@ -94,7 +94,7 @@ fn pass(frame: &XdpFrame, seen: u32) -> u32 {
     xdp_action::XDP_PASS
 }
 
-/// Forward translation on devices of pods, where frames may carry partial checksums, and where XDP is not to be had.
+/// Forward translation on devices of pods, where frames may carry partial checksums, and on devices without XDP.
 #[classifier]
 pub fn tc_forward(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
@@ -154,7 +154,7 @@ fn device_flags(ifindex: u32) -> u32 {
     kernel::stable_copy(|| DEVICES.get_ptr(ifindex)).ok().flatten().unwrap_or(0)
 }
 
-/// Reverse translation where a reply leaves the node, or goes to a pod.
+/// Reverse translation for replies that leave the node or go to a pod.
 #[classifier]
 pub fn tc_reverse(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
@@ -165,7 +165,7 @@ pub fn tc_reverse(ctx: TcContext) -> i32 {
     tc_action(&skb, verdict)
 }
 
-/// Never `TC_ACT_OK` for what goes on: other programs of the device have their say.
+/// Never `TC_ACT_OK` for a frame that continues: other programs on the device must run too.
 #[inline(always)]
 fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
     match verdict {
@@ -175,7 +175,7 @@ fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
     }
 }
 
-/// Run by the agent alone: puts the event that is its packet into the ring, so that all readers see one story.
+/// Run only by the agent: puts the event in its packet into the ring, so that all readers see one sequence of events.
 #[classifier]
 pub fn report(ctx: TcContext) -> i32 {
     match kernel::event_of(&Skb::new(&ctx)) {
@@ -187,7 +187,7 @@ pub fn report(ctx: TcContext) -> i32 {
     }
 }
 
-/// Run by the agent alone: sets a pin's number of connections right, in one step, which user space itself cannot.
+/// Run only by the agent: corrects a pin's number of connections atomically, which user space itself cannot do.
 #[classifier]
 pub fn correct(ctx: TcContext) -> i32 {
     match kernel::correction_of(&Skb::new(&ctx)) {
@@ -198,7 +198,7 @@ pub fn correct(ctx: TcContext) -> i32 {
     0
 }
 
-/// Run by the loader alone: writes into its packet jiffies, the monotonic clock, and whether the kernel knows
+/// Run only by the loader: writes into its packet jiffies, the monotonic clock, and whether the kernel knows
 /// [`kernel::BPF_F_IPV6`].
 #[classifier]
 pub fn clock(ctx: TcContext) -> i32 {

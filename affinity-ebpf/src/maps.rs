@@ -1,4 +1,4 @@
-//! Every map. The loader sets the sizes; those here are the smallest that make sense.
+//! Every map. The loader replaces the sizes here, except those that are fixed.
 
 use affinity_common::abi::{
     Backend, DeviceMac, Event, FILTER_WORDS, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend, FrontendKey,
@@ -12,9 +12,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf},
 };
 
-// Without preallocation, because the agent bounds their number and most tables are far from full. A freed element is taken by
-// the next insertion at once (since Linux 6.1, https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c), so
-// programs keep no pointer into one: see `kernel::stable_copy`.
+// Without preallocation, because the agent bounds their number and most tables are far from full. The next insertion takes a
+// freed element at once (since Linux 6.1, https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c), so programs keep
+// no pointer to an element: see `kernel::stable_copy`.
 #[map(name = "frontends_v4")]
 pub static FRONTENDS_V4: HashMap<FrontendKey<V4>, Frontend> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "frontends_v6")]
@@ -74,7 +74,7 @@ pub static DEVICES: HashMap<u32, u32> = HashMap::with_max_entries(16_384, BPF_F_
 // An array, not a hash: it is read for every frame.
 #[map(name = "device_macs")]
 pub static DEVICE_MACS: Array<DeviceMac> = Array::with_max_entries(MAC_SLOTS, 0);
-// Apart, because all programs of an array are of one kind.
+// Separate, because all programs of an array have the same type.
 #[map(name = "xdp_tail_calls")]
 pub static XDP_TAIL_CALLS: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[map(name = "tc_tail_calls")]
@@ -94,8 +94,8 @@ pub static SERVICE_CONDITIONS: HashMap<u32, u32> = HashMap::with_max_entries(409
 #[map(name = "events")]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 
-/// The part of a [`affinity_common::abi::RangeKey`] behind its prefix length: without the padding that the alignment of
-/// an address would put between.
+/// The part of a [`affinity_common::abi::RangeKey`] behind its prefix length, without the padding that the alignment of an
+/// address would insert.
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
 pub struct Ranged<A> {

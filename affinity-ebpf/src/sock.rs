@@ -1,4 +1,4 @@
-//! The programs on a cgroup: each gives a process's call on its socket to the shared logic, and the answer back.
+//! The programs on a cgroup: each passes a process's socket call to the shared logic, and applies the answer.
 
 use affinity_common::{
     abi::Config,
@@ -13,11 +13,11 @@ use core::mem::offset_of;
 
 use crate::tables::Maps;
 
-/// What the kernel takes from a program: the call goes on, or fails.
+/// Return values for the kernel: the call continues, or fails.
 const GO_ON: i32 = 1;
 const FAIL: i32 = 0;
 
-/// An IPv4 socket, or an IPv6 socket that names an IPv4 address where the kernel sees it so, connects.
+/// An IPv4 socket connects, or an IPv6 socket to an IPv4 address in the cases that the kernel handles as IPv4.
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(&ctx);
@@ -53,7 +53,7 @@ pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
     answered(&answer, |peer| call.set_peer_v6(peer))
 }
 
-/// An IPv4 socket asks whom a datagram is from.
+/// The kernel reports the sender of a datagram to an IPv4 socket.
 #[cgroup_sock_addr(recvmsg4)]
 pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(&ctx);
@@ -65,7 +65,7 @@ pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
     GO_ON
 }
 
-/// An IPv6 socket asks whom a datagram is from.
+/// The kernel reports the sender of a datagram to an IPv6 socket.
 #[cgroup_sock_addr(recvmsg6)]
 pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(&ctx);
@@ -77,7 +77,7 @@ pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
     GO_ON
 }
 
-/// An IPv4 socket asks whom it is connected to.
+/// `getpeername()` on an IPv4 socket.
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(&ctx);
@@ -89,7 +89,7 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     GO_ON
 }
 
-/// An IPv6 socket asks whom it is connected to.
+/// `getpeername()` on an IPv6 socket.
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     let call = SockAddr::new(&ctx);
@@ -110,7 +110,7 @@ pub fn sock_release(ctx: SockContext) -> i32 {
     GO_ON
 }
 
-/// Does what was answered, and says what the program returns.
+/// Applies the answer, and returns the program's result.
 #[inline(always)]
 fn answered(answer: &Answer, redirect: impl FnOnce(&Peer)) -> i32 {
     match answer {

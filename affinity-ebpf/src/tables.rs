@@ -29,7 +29,7 @@ use affinity_ebpf::kernel::{self, CONFIG, MapValue};
 /// Readers poll: waking one for every event would cost more than the event.
 const BPF_RB_NO_WAKEUP: u64 = 1;
 
-/// Log records name no context: the ring that takes them needs none.
+/// Log records have no context: the log ring needs none.
 const NO_CONTEXT: () = ();
 
 /// A word of the configuration; the verifier knows its value.
@@ -114,8 +114,8 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_member(&self, key: &MemberKey, record: &Member) -> bool {
-        // An equal record of another key is taken for this one only where this key's element has just been given to that one.
-        // So what is decided is what would have been decided a moment earlier.
+        // An equal record of another key matches only if that key has just got the element of this key. Then the result is the
+        // one that was right a moment earlier.
         kernel::read_copy(MEMBERS.get_ptr(key)) == Some(*record) || member(key) == *record
     }
 
@@ -161,7 +161,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn conclude(&self, reason: Reason) {
-        // By number: the verifier would have to follow the copy of a name.
+        // By number: with a name, the verifier would have to follow the copy of the string.
         if matches!(reason, Reason::Established | Reason::Reply | Reason::NotFrontend | Reason::NotReply) {
             trace!(NO_CONTEXT, "packet: reason {}", reason as u8);
         } else {
@@ -192,8 +192,8 @@ impl Tables for Maps {
     }
 }
 
-/// A member's record; where there is none, one whose padding is not zero. Where it changes at each reading, the connection is
-/// decided as if the member had just gone. Out of line, for the sake of its callers' stack frames.
+/// A member's record. If there is none, the result has padding that is not zero. If the record changes during each reading, the
+/// connection is handled as if the member had just gone. Out of line, to keep the callers' stack frames small.
 #[inline(never)]
 fn member(key: &MemberKey) -> Member {
     match kernel::stable_copy(|| MEMBERS.get_ptr(key)) {
@@ -270,7 +270,7 @@ macro_rules! family {
 
             #[inline(always)]
             fn remove_flow(&self, key: &FlowKey<$address>) {
-                // Where it has gone already there is nothing to do.
+                // If it has gone already, there is nothing to do.
                 let _ = $flows.remove(key);
             }
 
@@ -281,7 +281,7 @@ macro_rules! family {
 
             #[inline(always)]
             fn put_foreign(&self, replies: &FlowKey<$address>, foreign: &Foreign) {
-                // Where there is no room it stays unknown.
+                // If there is no room, the connection stays unknown.
                 let _ = $foreign.insert(replies, foreign, 0);
             }
 
@@ -297,13 +297,13 @@ macro_rules! family {
 
             #[inline(always)]
             fn fragment(&self, key: &FragmentKey<$address>) -> Option<FlowKey<$address>> {
-                // Where it changes at each reading, the fragment passes as it is.
+                // If it changes during each reading, the fragment passes unchanged.
                 kernel::stable_copy(|| $fragments.get_ptr(key)).unwrap_or(None)
             }
 
             #[inline(always)]
             fn put_fragment(&self, key: &FragmentKey<$address>, flow: &FlowKey<$address>) {
-                // Where there is no room, later fragments pass as they are.
+                // If there is no room, later fragments pass unchanged.
                 let _ = $fragments.insert(key, flow, 0);
             }
         }
@@ -357,7 +357,7 @@ impl SocketTables for Maps {
 
     #[inline(always)]
     fn remove_socket(&self, key: &SocketKey) {
-        // Where it has gone already there is nothing to do.
+        // If it has gone already, there is nothing to do.
         let _ = SOCKETS.remove(key);
     }
 }
