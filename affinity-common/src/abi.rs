@@ -1,9 +1,9 @@
 //! The layout of every map: the contract between the programs, the agent, and a later version of either.
 //!
-//! All types are `repr(C)` without implicit padding; addresses and ports are byte arrays in network order behind typed
-//! getters; there is no bool, enum, Option or usize, so every bit pattern is a valid value. Keys and values are aligned
-//! to what the machine loads at once: on the programs' stacks the verifier accepts nothing else. A change of any size or
-//! meaning raises [`VERSION`], which names the pin directory.
+//! All types are `repr(C)` without implicit padding. Addresses and ports are byte arrays in network order behind typed getters.
+//! There is no bool, enum, Option or usize, so every bit pattern is a valid value. Keys and values are aligned to the words
+//! that the machine loads, because the verifier requires it on the programs' stacks. A change of any size or meaning raises
+//! [`VERSION`], which names the pin directory.
 #![expect(
     unsafe_code,
     reason = "bytemuck cannot derive Pod for a type with a parameter; see the assertions at the end"
@@ -51,8 +51,8 @@ pub use status::{SourceKind, Status};
 
 /// Version of this layout.
 pub const VERSION: u32 = 5;
-/// The oldest layout whose records are those of this one, or can be converted: an upgrade takes over its maps, as far as they have
-/// the same names.
+/// The oldest layout with records that are equal to those of this one, or can be converted. An upgrade takes over those of its
+/// maps that have the same names.
 pub const OLDEST_READABLE: u32 = 3;
 
 /// An IPv4 or IPv6 address in network byte order: the type parameter of everything that exists once per family.
@@ -223,7 +223,7 @@ pub enum NameKind {
     Pool = 2,
     /// Group id -> `namespace/group`.
     Group = 3,
-    /// Backend index -> `namespace/pod`, or empty where the source names none.
+    /// Backend index -> `namespace/pod`, or empty if the source names none.
     Backend = 4,
 }
 
@@ -248,7 +248,7 @@ pub struct Name {
 }
 
 impl Name {
-    /// Cuts at a character boundary what does not fit.
+    /// Cuts a long name at a character boundary.
     #[must_use]
     pub fn new(name: &str) -> Self {
         let mut bytes = [0; 318];
@@ -260,7 +260,7 @@ impl Name {
         Self { len: len as u16, bytes }
     }
 
-    /// The name; empty where the bytes are not UTF-8.
+    /// The name; empty if the bytes are not UTF-8.
     #[must_use]
     pub fn as_str(&self) -> &str {
         let len = usize::from(self.len).min(self.bytes.len());

@@ -1,8 +1,7 @@
 //! The Internet checksum (RFC 1071) and its incremental update (RFC 1624).
 //!
-//! Sums are over 16-bit words as they lie in memory, which RFC 1071 shows to be as good as any order. A *delta* is the
-//! one's complement sum of what replaces words of a packet minus what they were; it is the same for every packet of a
-//! flow.
+//! Sums are over 16-bit words in memory order: RFC 1071 shows that the byte order does not matter. A *delta* is the one's
+//! complement sum of the new words of a packet minus the old ones. It is the same for every packet of a flow.
 
 /// Folds a sum of up to 2^16 words to 16 bits, with end-around carry.
 #[inline(always)]
@@ -33,7 +32,7 @@ pub const fn update(field: [u8; 2], delta: u16) -> [u8; 2] {
     (!fold(!u16::from_ne_bytes(field) as u32 + delta as u32)).to_ne_bytes()
 }
 
-/// The checksum field for packets summing to `sum`, where the field itself was zero.
+/// The checksum field for a packet that sums to `sum` while the field is zero.
 #[inline(always)]
 #[must_use]
 pub const fn field(sum: u32) -> [u8; 2] {

@@ -42,7 +42,7 @@ struct Quote<A> {
     inner_l3_checksum: [u8; 2],
     /// Offset of the quoted transport header.
     inner_l4: usize,
-    /// The quoted UDP checksum; zero where there is none.
+    /// The quoted UDP checksum; zero if there is none.
     inner_udp_checksum: [u8; 2],
 }
 

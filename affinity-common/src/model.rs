@@ -1,5 +1,4 @@
-//! The tables as ordered maps with a clock that is set by hand: the kernel's double in tests, and what `affinity
-//! explain` runs.
+//! The tables as ordered maps, with a clock that is set by hand: they replace the kernel in tests and in `affinity explain`.
 //!
 //! Unlike the kernel's, its LRU is exact: a full table drops the entry that was looked up or written longest ago.
 
@@ -27,7 +26,7 @@ use crate::{
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables, Unstable},
 };
 
-/// A map that forgets what was used longest ago once it is full.
+/// A map that drops the least recently used entry when it is full.
 #[derive(Debug)]
 pub struct Lru<K, V: Copy> {
     entries: BTreeMap<K, (u64, Rc<Cell<V>>)>,
@@ -85,7 +84,7 @@ impl<K: Ord + Copy, V: Copy> Lru<K, V> {
     }
 }
 
-/// A copy shares no value with what it was copied from.
+/// A copy shares no value with the original.
 impl<K: Copy + Ord, V: Copy> Clone for Lru<K, V> {
     fn clone(&self) -> Self {
         let entries = self.entries.iter().map(|(key, (used, value))| (*key, (*used, Rc::new(Cell::new(value.get())))));
@@ -155,9 +154,9 @@ impl Pin for Shared<Session> {
 pub struct Model {
     /// Monotonic time that the pipeline sees, in nanoseconds.
     pub now_ns: Cell<u64>,
-    /// What the pipeline draws next; drawn numbers are replaced by their successors unless `fixed_random` is set.
+    /// The pipeline's next random number; each draw replaces it by its successor unless `fixed_random` is set.
     pub random: Cell<u32>,
-    /// Every draw gives the same number, as the kernel programs do under a fixed clock.
+    /// Every draw returns the same number, as in the kernel programs with a fixed clock.
     pub fixed_random: bool,
     /// Frontends, IPv4.
     pub frontends_v4: BTreeMap<FrontendKey<V4>, Frontend>,
@@ -167,7 +166,7 @@ pub struct Model {
     pub ranges_v4: BTreeSet<RangeKey<V4>>,
     /// Ranges of addresses, IPv6.
     pub ranges_v6: BTreeSet<RangeKey<V6>>,
-    /// What masquerading uses.
+    /// The addresses and ports for masquerading.
     pub node: Node,
     /// The cookie of the node's network namespace.
     pub node_netns: u64,
@@ -195,17 +194,17 @@ pub struct Model {
     pub foreign_v6: RefCell<Lru<FlowKey<V6>, Foreign>>,
     flow_scratch_v4: RefCell<FlowScratch<V4>>,
     flow_scratch_v6: RefCell<FlowScratch<V6>>,
-    /// Devices above others.
+    /// Upper devices.
     pub above: BTreeSet<u32>,
-    /// Packets in pieces, IPv4.
+    /// Fragmented packets, IPv4.
     pub fragments_v4: RefCell<Lru<FragmentKey<V4>, FlowKey<V4>>>,
-    /// Packets in pieces, IPv6.
+    /// Fragmented packets, IPv6.
     pub fragments_v6: RefCell<Lru<FragmentKey<V6>, FlowKey<V6>>>,
     /// Source ports given out, by backend.
     pub snat_port_cursor: RefCell<BTreeMap<u32, u64>>,
-    /// How often a packet may be rejected, in nanoseconds; zero: there is no limit.
+    /// The interval between two rejections, in nanoseconds; zero: no limit.
     pub rejection_interval_ns: u64,
-    /// The one processor's bucket.
+    /// The bucket of the only CPU.
     pub rejections: Cell<Bucket>,
     /// Sockets.
     pub sockets: RefCell<Lru<SocketKey, Socket>>,
@@ -474,7 +473,7 @@ impl Packet for Vec<u8> {
         true
     }
 
-    /// Of none that anybody knows.
+    /// No known device.
     fn ifindex(&self) -> u32 {
         0
     }

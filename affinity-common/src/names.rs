@@ -6,7 +6,7 @@ pub const FRONTENDS_V4: &str = "frontends_v4";
 pub const FRONTENDS_V6: &str = "frontends_v6";
 /// `array`, mmapable: slot -> backend index, `u32`.
 pub const SLOTS: &str = "slots";
-/// `array`, mmapable: 64 bits of the filter a word; a part for each [`crate::abi::Direction`].
+/// `array`, mmapable: 64 bits of the filter in each word; one part for each [`crate::abi::Direction`].
 pub const FILTER: &str = "filter";
 /// `lpm_trie`: [`crate::abi::RangeKey`] -> 1, `u32`, IPv4.
 pub const RANGES_V4: &str = "ranges_v4";
@@ -119,11 +119,11 @@ pub const XDP_REDIRECT: &str = "xdp_redirect";
 pub const TC_FORWARD: &str = "tc_forward";
 /// TC program on egress: reverse translation.
 pub const TC_REVERSE: &str = "tc_reverse";
-/// TC program, tail-called by [`TC_FORWARD`]: redirects translated packets.
+/// TC program, tail-called by [`TC_FORWARD`] and [`TC_REPLY`]: redirects translated packets, and replies.
 pub const TC_REDIRECT: &str = "tc_redirect";
 /// TC program, tail-called by [`TC_FORWARD`]: finds the replies among the packets that it passed.
 pub const TC_REPLY: &str = "tc_reply";
-/// Programs on a cgroup: what processes ask their sockets for.
+/// Programs on a cgroup: for system calls on sockets.
 pub const SOCKET_PROGRAMS: [&str; 9] = [
     "connect4",
     "connect6",
@@ -135,10 +135,10 @@ pub const SOCKET_PROGRAMS: [&str; 9] = [
     "getpeername6",
     "sock_release",
 ];
-/// TC program run by the agent alone: writes the [`crate::abi::Event`] that is its packet to the ring buffer.
+/// TC program run only by the agent: writes the [`crate::abi::Event`] in its packet to the ring buffer.
 pub const REPORT: &str = "report";
-/// TC program run by the agent alone: takes the [`crate::abi::Correction`] that is its packet.
+/// TC program run only by the agent: applies the [`crate::abi::Correction`] in its packet.
 pub const CORRECT: &str = "correct";
-/// TC program run by the loader alone: writes three native `u64` into its packet: jiffies, the monotonic clock, and whether
-/// the kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`.
+/// TC program run only by the loader: writes three native `u64` into its packet: jiffies, the monotonic clock, and whether the
+/// kernel's `bpf_l4_csum_replace` takes `BPF_F_IPV6`.
 pub const CLOCK: &str = "clock";

@@ -274,7 +274,7 @@ const fn is_transport(protocol: u8) -> bool {
 struct Transport {
     l4: usize,
     protocol: u8,
-    /// Its length in bytes by the IP header; `None`: negative.
+    /// Its length in bytes according to the IP header; `None`: negative.
     ip_payload_len: Option<usize>,
 }
 

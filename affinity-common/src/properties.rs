@@ -1,4 +1,4 @@
-//! Properties of parsing, rewriting and refusing that hold for every frame.
+//! Properties of parsing, rewriting and rejecting that hold for every frame.
 
 use bytemuck::Zeroable;
 use proptest::prelude::*;
@@ -45,7 +45,7 @@ fn parsed_as_built<A: Parsed>(shape: &Shape, ends: &Ends<A>) -> Result<(), TestC
     Ok(())
 }
 
-/// Cut anywhere within its headers, a frame is `truncated`; cut behind them it is understood.
+/// A frame that is cut within its headers is `truncated`; one that is cut behind them is parsed.
 fn cut_is_truncated<A: Parsed>(shape: &Shape, ends: &Ends<A>) -> Result<(), TestCaseError> {
     let frame = shape.frame(ends);
     let headers_len = shape.l4::<A>() + if shape.protocol == TCP { 20 } else { 8 };
@@ -68,7 +68,7 @@ fn rewritten_as_built<A: Parsed>(shape: &Shape, old: &Ends<A>, new: &Ends<A>) ->
     Ok(())
 }
 
-/// And back again.
+/// Translating it back restores the frame.
 fn translation_is_undone<A: Parsed>(shape: &Shape, old: &Ends<A>, new: &Ends<A>) -> Result<(), TestCaseError> {
     let mut frame = shape.frame(old);
     for ends in [new, old] {
@@ -81,7 +81,7 @@ fn translation_is_undone<A: Parsed>(shape: &Shape, old: &Ends<A>, new: &Ends<A>)
     Ok(())
 }
 
-/// An answer goes back to whom it answers, is as long as it says, and every checksum of it is right.
+/// An answer goes back to the sender, has the length that its header says, and all its checksums are valid.
 fn refused_rightly<A: Parsed>(shape: &Shape, ends: &Ends<A>) -> Result<(), TestCaseError> {
     let mut frame = shape.frame(ends);
     let headers = A::parse(&frame, shape.l3()).map_err(|reason| TestCaseError::fail(reason.name()))?;
@@ -132,7 +132,7 @@ fn one_service() -> Model {
     model
 }
 
-/// Whoever is not the service gets the packet as it was, whichever way it goes.
+/// A packet that is not for the service passes unchanged, in both directions.
 fn passes_untouched(frame: &[u8]) -> Result<(), TestCaseError> {
     let model = one_service();
     let mut bytes = frame.to_vec();
@@ -164,7 +164,7 @@ proptest! {
         rewritten_as_built(&shape, &v6[0], &v6[1])?;
     }
 
-    /// Few words of few values: sums that are zero in either form, and carries that run all the way.
+    /// Few words with few values: sums that are zero in either form, and carries that run through all bits.
     #[test]
     fn a_rewrite_equals_a_recomputation_at_the_edges(
         is_tcp in prop::bool::ANY,
@@ -200,7 +200,7 @@ proptest! {
         }
     }
 
-    /// Of noise, only what happens to be a packet to the service may be touched; that takes more luck than there is.
+    /// Noise is touched only if it happens to be a packet to the service, which is too unlikely to occur.
     #[test]
     fn noise_passes_untouched(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         passes_untouched(&bytes)?;
@@ -213,7 +213,7 @@ proptest! {
         passes_untouched(&bytes)?;
     }
 
-    /// A frame to the service, damaged anywhere, is answered, dropped or left alone; never forwarded, and no panic.
+    /// A damaged frame to the service is answered, dropped or passed unchanged; it is never forwarded, and nothing panics.
     #[test]
     fn a_damaged_frame_to_the_service_is_survived(
         shape in shapes(),

@@ -54,8 +54,8 @@ pub fn rejection_interval_ns(per_second: u32) -> u64 {
     SECOND_NS.checked_div(u64::from(per_second)).unwrap_or(0)
 }
 
-/// Whether this packet may be answered: not a reset (RFC 9293, section 3.5.2), and from one host (RFC 1122, section
-/// 3.2.2).
+/// Whether this packet may be answered: it is no reset (RFC 9293, section 3.5.2), and comes from a single host (RFC 1122,
+/// section 3.2.2).
 #[inline(always)]
 pub fn may_answer<A: Address>(headers: &Headers<A>) -> bool {
     let source = headers.key.saddr.to_mapped();
@@ -67,8 +67,8 @@ pub fn may_answer<A: Address>(headers: &Headers<A>) -> bool {
     from_one_host && !(headers.key.protocol == TCP && headers.flags & RST != 0)
 }
 
-/// Turns the frame into its refusal: RST for TCP, port unreachable for UDP. False where the frame could not be changed;
-/// it must be dropped then.
+/// Turns the frame into its rejection: RST for TCP, otherwise port unreachable. False if the frame could not be changed; then
+/// it must be dropped.
 #[inline(never)]
 pub fn reject<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
     let Some(link) = Link::read(packet, headers.l3()) else { return false };
@@ -107,8 +107,8 @@ impl Link {
     }
 }
 
-/// RST as of RFC 9293, section 3.10.7.1: with the sequence number that the packet acknowledges, or else acknowledging
-/// all that it occupies.
+/// RST as in RFC 9293, section 3.10.7.1. Its sequence number is the one that the packet acknowledges. If the packet
+/// acknowledges nothing, the RST acknowledges the packet's whole sequence space.
 #[inline(always)]
 fn reset<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
     let Some(tcp) = packet.read::<20>(headers.l4()) else { return false };
@@ -135,7 +135,7 @@ fn reset<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>) -> bool {
     start_answer(packet, headers, TCP, 20).is_some_and(|l4| packet.write(l4, header))
 }
 
-/// Offset in the frame behind the packet's last byte, by its IP header.
+/// Offset in the frame behind the packet's last byte, according to its IP header.
 #[inline(always)]
 fn segment_end<A: Address, P: Packet>(packet: &P, headers: &Headers<A>) -> Option<usize> {
     let (field, base) = if A::BITS == V4::BITS { (2, 0) } else { (4, 40) };
@@ -172,7 +172,7 @@ fn port_unreachable<A: Address, P: Packet>(packet: &mut P, headers: &Headers<A>)
     }
 }
 
-/// Sizes the frame for an answer of `len` transport bytes and writes its IP header; the offset behind that.
+/// Sizes the frame for an answer of `len` transport bytes and writes its IP header; returns the offset behind that.
 #[inline(always)]
 fn start_answer<A: Address, P: Packet>(
     packet: &mut P,
@@ -186,7 +186,7 @@ fn start_answer<A: Address, P: Packet>(
         let mut header = [0; 20];
         header[0] = 0x45;
         header[2..4].copy_from_slice(&(20 + len as u16).to_be_bytes());
-        // Don't fragment; so an identification of zero is right (RFC 6864).
+        // Don't fragment, so an identification of zero is valid (RFC 6864).
         header[6] = 0x40;
         header[8] = HOP_LIMIT;
         header[9] = protocol;
@@ -219,7 +219,7 @@ mod tests {
 
     const SECOND_NS: u64 = 1_000_000_000;
 
-    /// How many rejections a bucket grants one after the other at one time; the bucket after that.
+    /// The number of rejections that a bucket grants in a row at one time, and the bucket afterwards.
     fn drain(mut bucket: Bucket, now_ns: u64, interval_ns: u64) -> (u32, Bucket) {
         let mut count = 0;
         while let Some(rest) = bucket.take(now_ns, interval_ns) {

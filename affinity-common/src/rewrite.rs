@@ -77,14 +77,14 @@ pub enum ForPorts {
     Field([u8; 2]),
     /// The sum is partial: it covers the addresses, and the device adds the ports as they are then.
     Nothing,
-    /// It cannot be told which of the two it is.
+    /// It is not known which of the two it is.
     Unknown,
 }
 
-/// Tells whether the sum is complete or partial by `field`, the checksum field after the kernel has updated it for the new
-/// addresses. A complete one is the complement of the sum of all, so the delta is subtracted from the field; a partial one is
-/// the sum of the pseudo-header as it is, so the delta is added. The results differ for every delta but zero, because
-/// twice a number is zero in one's complement only where the number is.
+/// Finds out whether the sum is complete or partial from `field`, the checksum field after the kernel has updated it for the
+/// new addresses. The field of a complete sum is the complement of the sum of everything, so the kernel subtracts the delta
+/// from it. A partial sum is the plain sum of the pseudo-header, so the kernel adds the delta. The results differ for every
+/// delta but zero, because in one's complement twice a number is zero only if the number is zero.
 ///
 /// <https://elixir.bootlin.com/linux/v6.18/source/net/core/utils.c> (`inet_proto_csum_replace_by_diff`)
 #[inline(always)]
@@ -117,8 +117,8 @@ pub fn in_place<A: Address, P: Packet + ?Sized>(packet: &mut P, headers: &Header
                 && packet.write(l4_checksum_offset(headers), l4_checksum(headers, edit)))
 }
 
-/// Writes the addresses of the IP header at `l3` and, for IPv4, its checksum, which was `l3_checksum`; `delta` is what the
-/// addresses change.
+/// Writes the addresses of the IP header at `l3` and, for IPv4, its checksum, which was `l3_checksum`; `delta` is the change by
+/// the addresses.
 #[inline(always)]
 pub fn write_addresses<A: Address, P: Packet + ?Sized>(
     packet: &mut P,
@@ -156,7 +156,7 @@ mod tests {
         parse::UDP,
     };
 
-    /// What `bpf_l4_csum_replace` makes of a field for a delta of the pseudo-header, as Linux computes it.
+    /// The field after `bpf_l4_csum_replace` with a delta of the pseudo-header, as Linux computes it.
     fn kernel(field: u16, delta: u16, is_partial: bool, is_udp: bool) -> u16 {
         let fold = |sum: u64| {
             let once = (sum >> 16) + (sum & 0xffff);
@@ -187,14 +187,14 @@ mod tests {
         headers
     }
 
-    /// The field after the kernel's part and ours.
+    /// The field after the kernel's update and this crate's.
     fn rewritten<A: Address>(headers: &Headers<A>, edit: &Edit<A>, is_partial: bool) -> u16 {
         let is_udp = headers.key.protocol == UDP;
         let field = kernel(u16::from_ne_bytes(headers.l4_checksum), edit.addr_delta, is_partial, is_udp);
         match for_ports(headers, edit, field.to_ne_bytes()) {
             ForPorts::Field(field) => u16::from_ne_bytes(field),
             ForPorts::Nothing => field,
-            // A second call of the helper, which leaves a partial sum as it is.
+            // A second call of the helper, which does not change a partial sum.
             ForPorts::Unknown if is_partial => field,
             ForPorts::Unknown => kernel(field, edit.port_delta, false, is_udp),
         }
@@ -221,7 +221,7 @@ mod tests {
         Ok(())
     }
 
-    /// Numbers, the two zeros often among them.
+    /// Numbers, often one of the two zeros.
     fn word() -> impl Strategy<Value = u16> {
         prop_oneof![1 => Just(0), 1 => Just(0xffff), 4 => any::<u16>()]
     }

@@ -32,10 +32,10 @@ const TRIES: u32 = 64;
 /// How long an exchange of datagrams may be silent before another one may have its port: longer than a client waits for an
 /// answer.
 pub const EXCHANGE_SILENT_NS: u64 = 10_000_000_000;
-/// The same for one that has lasted for [`STREAM_NS`]: as long as the kernel's connection tracking holds a stream
-/// (`nf_conntrack_udp_timeout_stream`), which it takes for one after as long (`nf_conntrack_proto_udp.c`).
+/// The same for one that has lasted for [`STREAM_NS`]: as long as conntrack keeps a stream (`nf_conntrack_udp_timeout_stream`).
+/// Conntrack, too, treats it as a stream after that time (`nf_conntrack_proto_udp.c`).
 pub const STREAM_SILENT_NS: u64 = 120_000_000_000;
-/// How long datagrams go on where they are a stream.
+/// How long an exchange of datagrams must last to be a stream.
 pub const STREAM_NS: u64 = 2_000_000_000;
 
 impl Node {
@@ -114,7 +114,7 @@ fn fill_direct_keys<A: Address>(scratch: &mut FlowScratch<A>, headers: &Headers<
 fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
     let mut draw = tables.random();
     for _ in 0..TRIES_COLLIDING {
-        // Not a port of a system service. The checksum of SCTP is not one that could be kept in step.
+        // Not a port of a system service. The checksum of SCTP cannot be updated incrementally.
         scratch.reply_key.dport = Port::new(draw as u16 | 1024);
         if scratch.reply_key.protocol != SCTP && tables.is_free(&scratch.reply_key) {
             scratch.flow.edit.sport = scratch.reply_key.dport;

@@ -10,10 +10,10 @@
 //! | RST that its receiver would accept | either | [`FLOW_RESET`]: closed | CLOSED |
 //! | datagram | server | [`FLOW_ANSWERED`] and [`FLOW_OPEN`] | |
 //!
-//! Because bits are only added, by an atomic operation that returns the bits before, two CPUs that handle two packets at once
-//! lose neither, in whatever order.
+//! Bits are only added, by an atomic operation that returns the bits before. So two CPUs that handle two packets at once lose
+//! neither, in any order.
 //!
-//! In shadow mode no packet of the server is seen ([`FLOW_SHADOW`]): the client's alone decide.
+//! In shadow mode no packet of the server is seen ([`FLOW_SHADOW`]): only the client's packets decide.
 
 use crate::{
     abi::{FLOW_ANSWERED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN, FLOW_RESET, FLOW_SHADOW},
@@ -124,7 +124,7 @@ pub const fn first(protocol: u8, flags: u8) -> u8 {
     }
 }
 
-/// Sequence and acknowledgment number of a TCP segment, as they lie side by side in its header (RFC 9293, section 3.1).
+/// Sequence and acknowledgment number of a TCP segment, as in its header (RFC 9293, section 3.1).
 pub type Segment = u64;
 
 /// The sequence number.
@@ -146,10 +146,10 @@ const UNSEEN: u32 = 1 << 16;
 /// The limit for bytes in flight, so that a forged segment does not prepare a forged RST.
 const IN_FLIGHT: i32 = 1 << 22;
 
-/// Whether the receiver of an RST would accept it: its sequence number lies between what the receiver has acknowledged and
-/// what the sender has sent (RFC 9293, section 3.10.7.4; RFC 5961, section 3.2, asks for the first of
-/// these numbers exactly, which is known here only when the last acknowledgment has passed). `sender` is the last other
-/// segment of the side that resets, `receiver` the last one of the other side.
+/// Whether the receiver of an RST would accept it: its sequence number lies between what the receiver has acknowledged and what
+/// the sender has sent (RFC 9293, section 3.10.7.4). RFC 5961, section 3.2, requires exactly the first of these numbers, which
+/// is known here only if the last acknowledgment has passed. `sender` is the last other segment of the side that resets,
+/// `receiver` the last one of the other side.
 #[inline(always)]
 #[must_use]
 pub const fn accepts_reset(reset: Segment, sender: Segment, receiver: Segment) -> bool {
@@ -182,7 +182,7 @@ mod tests {
         Phase::of(protocol, state)
     }
 
-    /// RFC 9293, figure 5, as a middlebox sees it: each row is a packet and the phase that it leads to.
+    /// RFC 9293, figure 5, as a middlebox sees it: each row is a packet and the phase after it.
     #[test]
     fn the_states_of_a_connection_are_those_of_tcp() {
         let opened = [(CLIENT, SYN), (SERVER, SYN | ACK), (CLIENT, ACK)];
@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(Phase::of(TCP, by_client(opened, FIN | ACK)), Phase::Closed);
     }
 
-    /// Whatever the order in which two processors add what they see, they come to the same.
+    /// Two CPUs may add what they see in any order: the result is the same.
     #[test]
     fn bits_commute() {
         for state in 0..=u8::MAX {
@@ -264,7 +264,7 @@ mod tests {
     fn a_reset_counts_within_what_is_in_flight() {
         for base in [5_000_000_u32, u32::MAX - 500, 3] {
             let at = |offset: u32| base.wrapping_add(offset);
-            // The receiver has acknowledged up to `base`; the sender's last segment began 3,000 bytes behind.
+            // The receiver has acknowledged up to `base`; the sender's last segment began 3,000 bytes after that.
             let accepts = |sequence| accepts_reset(segment(sequence, 0), segment(at(3_000), 0), segment(77, base));
             assert!(accepts(base), "exactly what is expected");
             assert!(accepts(at(3_000)) && accepts(at(3_000 + UNSEEN)));

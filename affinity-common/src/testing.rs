@@ -1,4 +1,4 @@
-//! For tests: frames of every shape that the pipeline understands, written from scratch with full checksums.
+//! For tests: frames of every shape that the pipeline understands, built from scratch with complete checksums.
 
 use proptest::prelude::*;
 
@@ -7,14 +7,14 @@ use crate::{
     parse::{TCP, UDP},
 };
 
-/// What of a frame translation changes.
+/// The part of a frame that translation changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Ends<A> {
     pub(crate) from: (A, u16),
     pub(crate) to: (A, u16),
 }
 
-/// What of a frame stays.
+/// The part of a frame that translation does not change.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     pub(crate) tags: usize,
@@ -170,13 +170,13 @@ pub(crate) fn ends_v6() -> impl Strategy<Value = Ends<V6>> {
         .prop_map(|((from, sport), (to, dport))| Ends { from: (V6(from), sport), to: (V6(to), dport) })
 }
 
-/// An address as it stands in a header.
+/// An address as in a header.
 pub(crate) fn octets<A: Address>(address: A) -> Vec<u8> {
     let mapped = address.to_mapped();
     if A::BITS == V4::BITS { mapped[12..].to_vec() } else { mapped.to_vec() }
 }
 
-/// What TCP, UDP and ICMPv6 checksums cover beside the segment.
+/// The pseudo-header: TCP, UDP and ICMPv6 checksums cover it in addition to the segment.
 pub(crate) fn pseudo_header(from: Vec<u8>, to: Vec<u8>, protocol: u8, len: usize) -> Vec<u8> {
     [from, to, (len as u32).to_be_bytes().to_vec(), vec![0, 0, 0, protocol]].concat()
 }

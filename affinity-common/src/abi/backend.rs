@@ -11,7 +11,7 @@ use super::Port;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct Backend {
-    /// Odd: in use; even: vacant; zero: it never was in use. The first field, which the agent reads of all records at once.
+    /// Odd: in use; even: vacant; zero: never used. The first field, because the agent reads it from all records at once.
     pub generation: u32,
     /// [`BACKEND_LOCAL`], and flags for the agent, which no program reads.
     pub flags: u32,
@@ -31,7 +31,7 @@ pub const BACKEND_TERMINATING: u32 = 4;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Pod, Zeroable)]
 #[repr(C, align(8))]
 pub struct MemberKey {
-    /// A pool's id, or a group's where its frontends are [`super::SHARED`].
+    /// A pool's id, or a group's if its frontends are [`super::SHARED`].
     pub pool: u32,
     /// Index in `backends`.
     pub backend: u32,

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// Read-only data of the programs, set at load; the verifier folds it.
+/// Read-only data of the programs, set at load; the verifier treats it as constants.
 ///
 /// It starts with a magic number because LLVM may merge an all-zero global with a literal zero used as a map key, which
 /// the loader would then change too.
@@ -13,7 +13,7 @@ pub struct Config {
     pub magic: u64,
     /// Nanoseconds per jiffy of this kernel.
     pub tick_ns: u64,
-    /// The value of jiffies when the monotonic clock was zero (may lie before it, so: wrapping).
+    /// The value that jiffies had when the monotonic clock was zero; wraps if that was before jiffies started.
     pub tick_base: u64,
     /// The error number of `connect()` to a frontend without endpoints; zero: `EPERM`, from the kernel.
     pub reject_errno: u64,

@@ -11,7 +11,7 @@ pub struct Event {
     pub time_ns: u64,
     /// The client key: IPv6, or IPv4-mapped, network byte order.
     pub client: [u8; 16],
-    /// The service whose packet caused it.
+    /// The service of the packet that caused it.
     pub service: u32,
     /// The session's scope.
     pub scope: u32,

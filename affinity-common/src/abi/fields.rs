@@ -100,7 +100,7 @@ fields!(Flow<A> where A: Address {
 });
 
 impl<A: Address> Flow<A> {
-    /// The word that begins with [`Flow::state`]: bits are added to a word at least.
+    /// The word that begins with [`Flow::state`], because bits can only be added to a whole word.
     pub const STATE_WORD: Field<Self, u32> = Field::new(core::mem::offset_of!(Self, state));
 }
 

@@ -162,7 +162,7 @@ pub struct Flow<A> {
 }
 
 impl<A> Flow<A> {
-    /// A pin's timeout as [`Flow::timeout_s`] has it: rounded up, and at most 136 years, also where it never ends.
+    /// A pin's timeout as [`Flow::timeout_s`] stores it: rounded up, and at most 136 years, even if it never ends.
     #[inline(always)]
     #[must_use]
     pub const fn seconds(timeout_ns: u64) -> u32 {
@@ -246,9 +246,9 @@ pub const NO_BACKEND: u32 = u32::MAX;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, bytemuck::Pod, Zeroable)]
 #[repr(C)]
 pub struct Foreign {
-    /// When a packet was last seen that begins or ends it, monotonic nanoseconds.
+    /// When a packet that begins or ends it was last seen, monotonic nanoseconds.
     pub last_sent_ns: u64,
-    /// How far it has ended, with the bits of [`Flow::state`].
+    /// Which sides have ended it, with the bits of [`Flow::state`].
     pub state: u32,
     /// Zero.
     pub pad: u32,

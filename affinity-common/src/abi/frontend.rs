@@ -1,5 +1,5 @@
-//! Frontends: the addresses that clients dial, with all that a new connection needs to know inline; and the ranges of
-//! addresses that they ask about.
+//! Frontends: the addresses that clients connect to, with everything inline that a new connection needs; and the ranges of
+//! addresses that they refer to.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -9,9 +9,9 @@ use super::{Address, Port, V4, V6};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(C, align(8))]
 pub struct FrontendKey<A: Address> {
-    /// The address that clients dial.
+    /// The address that clients connect to.
     pub address: A,
-    /// The port that clients dial.
+    /// The port that clients connect to.
     pub port: Port,
     /// IANA protocol number.
     pub protocol: u8,
@@ -23,7 +23,7 @@ pub struct FrontendKey<A: Address> {
 
 /// [`FrontendKey::scope`]: the record that is looked up first.
 pub const SCOPE_ANY: u8 = 0;
-/// [`FrontendKey::scope`]: the record for external clients, where the first one is [`SPLIT_SCOPE`].
+/// [`FrontendKey::scope`]: the record for external clients, if the first one is [`SPLIT_SCOPE`].
 pub const SCOPE_EXTERNAL: u8 = 1;
 
 impl<A: Address> FrontendKey<A> {
@@ -54,7 +54,7 @@ pub struct Frontend {
     pub pool: u32,
     /// Scope of the shared pin: the service itself, or the named group it belongs to.
     pub group: u32,
-    /// Scope of the pin that this frontend keeps where the group's pinned pod is no member of its pool.
+    /// Scope of the pin that this frontend keeps if the group's pinned pod is not a member of its pool.
     pub own: u32,
     /// First entry of the pool in `slots`.
     pub slot_first: u32,
@@ -66,7 +66,7 @@ pub struct Frontend {
     pub select: u8,
     /// A [`Timer`].
     pub timer: u8,
-    /// Prefix length that makes the client key.
+    /// Prefix length of the client key.
     pub prefix: u8,
     /// [`AFFINITY`], [`SHARED`], [`COEXIST`], [`SHADOW`], [`SPLIT_SCOPE`], [`MASQUERADE`], [`RANGES`] and [`DROP_IF_NO_LOCAL`].
     pub flags: u8,
@@ -79,27 +79,27 @@ pub const AFFINITY: u8 = 1;
 /// [`Frontend::flags`]: the group spans pools with different members; `members` then also holds the group's union of
 /// members, under the group's id.
 pub const SHARED: u8 = 2;
-/// [`Frontend::flags`]: another service proxy is at work. TCP packets in the middle of a connection that is not known here
-/// are its business, and pass.
+/// [`Frontend::flags`]: another service proxy is running. TCP packets in the middle of a connection that is not known here
+/// belong to it, and pass.
 pub const COEXIST: u8 = 4;
 /// [`Frontend::flags`]: everything is decided, remembered and counted, and every packet passes.
 pub const SHADOW: u8 = 8;
 /// [`Frontend::flags`]: external clients have a record of their own, [`SCOPE_EXTERNAL`].
 pub const SPLIT_SCOPE: u8 = 16;
-/// [`Frontend::flags`]: the source becomes an address of the node, so that replies come back by it.
+/// [`Frontend::flags`]: the source becomes an address of the node, so that replies come back through it.
 pub const MASQUERADE: u8 = 32;
-/// [`Frontend::flags`]: only clients within the service's [`RangeKey`]s are let in.
+/// [`Frontend::flags`]: only clients within the service's [`RangeKey`]s are accepted.
 pub const RANGES: u8 = 64;
-/// [`Frontend::flags`]: where the pool has no usable member, packets are dropped, and not refused.
+/// [`Frontend::flags`]: if the pool has no usable member, packets are dropped instead of rejected.
 pub const DROP_IF_NO_LOCAL: u8 = 128;
 
 /// Key of the tries `ranges_v4` and `ranges_v6`: a prefix of addresses in a scope. The value is one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(C)]
 pub struct RangeKey<A: Address> {
-    /// Bits of what follows that count: 32 for the scope, and the prefix length.
+    /// Significant bits of the fields below: 32 for the scope, and the prefix length.
     pub prefix_len: u32,
-    /// [`PODS`], [`NODE`], or the service whose `loadBalancerSourceRanges` these are.
+    /// [`PODS`], [`NODE`], or the service that has these `loadBalancerSourceRanges`.
     pub scope: u32,
     /// The network's address.
     pub address: A,
@@ -118,7 +118,7 @@ impl<A: Address> RangeKey<A> {
     }
 }
 
-/// The one value of `node`: what the source of a masqueraded connection becomes.
+/// The one value of `node`: the source of masqueraded connections.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Node {
@@ -128,7 +128,7 @@ pub struct Node {
     pub address_v4: V4,
     /// The first port.
     pub port_first: Port,
-    /// How many ports, native byte order; zero: nothing is masqueraded.
+    /// Number of ports, native byte order; zero: nothing is masqueraded.
     pub port_count: u16,
 }
 
@@ -187,8 +187,9 @@ impl Timer {
     }
 }
 
-/// Bits of the `filter` map in each of its four parts, one for each [`super::Direction`]: frontends, members, and what
-/// the programs set for the flows that they masquerade: pods, and addresses and ports of the node.
+/// Bits of the `filter` map in each of its four parts, one for each [`super::Direction`]. The first two contain frontends and
+/// members. The programs set bits in the last two for the flows that they masquerade: pods, and addresses and ports of the
+/// node.
 pub const FILTER_BITS: u32 = 1 << 19;
 /// Words of 64 bits in the `filter` map.
 pub const FILTER_WORDS: u32 = 4 * FILTER_BITS / u64::BITS;

@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 macro_rules! reasons {
     ($($variant:ident = $byte:literal, $name:literal, $text:literal;)+) => {
-        /// Why a packet got its verdict, or an incident beside it; index of the per-CPU array `counters`.
+        /// The reason for a packet's verdict, or an additional incident; index of the per-CPU array `counters`.
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
         #[repr(u8)]
         pub enum Reason {

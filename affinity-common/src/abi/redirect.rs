@@ -17,14 +17,14 @@ pub const DEVICE_UPPER: u32 = 8;
 /// `devices`: the bits from here on hold a note for users: why the device has no XDP. No program reads them.
 pub const DEVICE_NOTE_SHIFT: u32 = 8;
 
-/// Value of `device_macs`: whose frames a device with XDP takes. XDP sees all frames, also those to other hosts that a device
-/// in promiscuous mode or a port of a bridge receives.
+/// Value of `device_macs`: the destination addresses that a device with XDP accepts. XDP sees all frames, including those to
+/// other hosts that a device in promiscuous mode or a port of a bridge receives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct DeviceMac {
     /// The device's own address.
     pub own: [u8; 6],
-    /// The address of the bridge or bond that it is a port of; else its own again.
+    /// The address of the bridge or bond that it is a port of; otherwise the device's own.
     pub controller: [u8; 6],
     /// The device's index; zero: nothing is known here. Last, because the kernel copies the value from its start.
     pub ifindex: u32,
@@ -34,14 +34,14 @@ pub struct DeviceMac {
 pub const MAC_SLOTS: u32 = 1024;
 
 impl DeviceMac {
-    /// Where the entry of a device is. Only devices with XDP have one, so that two hardly ever want the same.
+    /// The index of a device's entry. Only devices with XDP have one, so two devices rarely share an index.
     #[inline(always)]
     #[must_use]
     pub const fn slot(ifindex: u32) -> u32 {
         ifindex % MAC_SLOTS
     }
 
-    /// Whether a frame that came in by the device `ifindex` may be for this node; where nothing is known, it may.
+    /// Whether a frame that arrived on the device `ifindex` may be for this node; true if nothing is known.
     #[inline(always)]
     #[must_use]
     pub fn may_take(&self, ifindex: u32, destination: [u8; 6]) -> bool {

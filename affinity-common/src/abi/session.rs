@@ -10,7 +10,7 @@ use super::Address;
 pub struct SessionKey<A: Address> {
     /// The client's address, masked by the service's prefix.
     pub client: A,
-    /// A group's id; or a frontend's own scope where it cannot follow the group.
+    /// A group's id; or a frontend's own scope if it cannot follow the group.
     pub scope: u32,
     /// Zero.
     pub fill: A::Fill,
@@ -37,18 +37,18 @@ pub struct Session {
     pub backend: u32,
     /// The backend's generation when pinned.
     pub generation: u32,
-    /// The service whose connection made the pin: whose timeout a listing shows.
+    /// The service of the connection that made the pin: listings show its timeout.
     pub service: u32,
-    /// The next random number for this pin: its own, so that processors which re-pin one client at once mostly choose the
+    /// The next random number for this pin. Each pin has its own, so that CPUs that re-pin one client at once mostly choose the
     /// same backend and need not follow each other.
     pub draw: u32,
-    /// Below [`MOVES`], live connections whose end will be seen (of TCP, and of connected sockets), under
-    /// [`super::Timer::Alive`] only; above, how often the pin has moved, so that the end of a connection to the backend that it
-    /// had is not taken for one to the backend that it has.
+    /// Below [`MOVES`]: live connections with an end that will be seen (TCP, and connected sockets), only under
+    /// [`super::Timer::Alive`]. Above: how often the pin has moved, so that the end of a connection to the former backend is
+    /// not counted for the current one.
     pub connections: u32,
     /// New connections that used this pin, the first one included; wraps.
     pub uses: u32,
-    /// Why it was made: a [`super::Reason`].
+    /// Why the pin was made: a [`super::Reason`].
     pub reason: u8,
     /// Zero.
     pub pad: [u8; 7],
@@ -57,7 +57,7 @@ pub struct Session {
 /// [`Session::connections`]: one move.
 pub const MOVES: u32 = 1 << 24;
 
-/// The packet of the program `correct`: sets the live connections of a pin right, where nothing has changed meanwhile.
+/// The packet of the program `correct`: corrects a pin's number of live connections, if nothing has changed meanwhile.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, bytemuck::Pod, Zeroable)]
 #[repr(C)]
 pub struct Correction {
@@ -71,7 +71,7 @@ pub struct Correction {
     pub backend: u32,
     /// The backend's generation.
     pub generation: u32,
-    /// [`Session::connections`] as they were seen.
+    /// [`Session::connections`] when it was read.
     pub connections: u32,
     /// How many live connections there are.
     pub live: u32,

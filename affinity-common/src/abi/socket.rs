@@ -1,19 +1,18 @@
-//! Sockets that were sent to a backend when they asked for a frontend: whom each speaks to in truth, and whom it asked
-//! for.
+//! Sockets that named a frontend and were given a backend: both addresses.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{Port, V6};
 
-/// What an entry of `sockets` is found by, and for.
+/// The role of an entry of `sockets`, which determines its key.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u8)]
 pub enum SocketRole {
     /// The socket's one connection, of TCP or UDP. The key's address and port are zero.
     Connected = 0,
-    /// Where datagrams go that the socket sends to a frontend. The key has the frontend.
+    /// The destination of datagrams that the socket sends to a frontend. The key has the frontend.
     Sending = 1,
-    /// Whom the socket takes a datagram to be from. The key has the backend.
+    /// The sender that the socket sees for the backend's datagrams. The key has the backend.
     Receiving = 2,
 }
 
@@ -47,9 +46,9 @@ pub struct Socket {
     pub timeout_ns: u64,
     /// The client key: see [`netns_client`].
     pub client: V6,
-    /// Whom the socket asked for: IPv6, or IPv4-mapped.
+    /// The frontend that the socket named: IPv6, or IPv4-mapped.
     pub frontend: V6,
-    /// Whom it speaks to: IPv6, or IPv4-mapped.
+    /// The backend that it really has: IPv6, or IPv4-mapped.
     pub peer: V6,
     /// The port of `frontend`.
     pub frontend_port: Port,
@@ -74,8 +73,8 @@ pub struct Socket {
 /// The discard prefix 100::/64 of RFC 6666: no packet has such a source.
 const DISCARD: [u8; 8] = [1, 0, 0, 0, 0, 0, 0, 0];
 
-/// The client key of all sockets of a network namespace: in the discard prefix one byte for the family of the frontends,
-/// 4 or 6, and the namespace's cookie. The pins of both families lie in `sessions_v6`.
+/// The client key of all sockets of a network namespace: in the discard prefix, one byte for the family of the frontends (4 or
+/// 6), and the namespace's cookie. The pins of both families are in `sessions_v6`.
 #[inline(always)]
 #[must_use]
 pub const fn netns_client(cookie: u64, family: u8) -> V6 {

@@ -1,4 +1,4 @@
-//! What the agent tells about itself: nothing that a program reads.
+//! The agent's status. No program reads it.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -6,9 +6,9 @@ use bytemuck::{Pod, Zeroable};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Status {
-    /// When everything that the source held was last known, `CLOCK_MONOTONIC` in nanoseconds; zero: never.
+    /// When the agent last knew everything that the source contained, `CLOCK_MONOTONIC` in nanoseconds; zero: never.
     pub current_ns: u64,
-    /// When the agent was started that wrote this, `CLOCK_MONOTONIC` in nanoseconds.
+    /// When the agent that wrote this was started, `CLOCK_MONOTONIC` in nanoseconds.
     pub started_ns: u64,
     /// A [`SourceKind`].
     pub source: u32,
@@ -38,7 +38,7 @@ impl SourceKind {
 }
 
 impl Status {
-    /// The kind of the source; none where it is not known.
+    /// The kind of the source; `None` if it is not known.
     #[must_use]
     pub fn kind(&self) -> Option<SourceKind> {
         [SourceKind::Directory, SourceKind::Kubernetes].into_iter().find(|kind| *kind as u32 == self.source)

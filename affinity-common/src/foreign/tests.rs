@@ -1,5 +1,5 @@
-//! Two connections whose replies look alike, told on the model: whichever comes first, both work, and what is not ours is not
-//! touched.
+//! Two connections with equal reply keys, on the model: both work, whichever comes first, and packets of foreign connections
+//! are not changed.
 
 use std::vec::Vec;
 
@@ -25,11 +25,11 @@ const CLIENT: End = (V4([198, 18, 0, 1]), 40_000);
 const STRANGER: End = (V4([203, 0, 113, 9]), 53);
 /// The first source port that SNAT gives.
 const SNAT_PORT: u16 = 1024;
-/// A port of the node that SNAT may give, too.
+/// A port of the node that SNAT may use, too.
 const OF_NODE: End = (NODE_PORT.0, SNAT_PORT);
 const BRIDGE: u32 = 7;
 
-/// What a node of one pod does with packets: by `protocol`.
+/// A node with one pod, and a service for `protocol`.
 struct Site {
     model: Model,
     protocol: u8,
@@ -73,7 +73,7 @@ impl Site {
         shape.frame(&Ends { from, to })
     }
 
-    /// A packet enters: its ends afterwards, or the verdict.
+    /// A packet arrives: returns its ends afterwards, or the verdict.
     fn enter(&self, flags: u8, from: End, to: End) -> Result<(End, End), Verdict> {
         let mut frame = self.frame(flags, from, to);
         match pipeline::forward(&mut frame, &self.model) {
@@ -86,7 +86,7 @@ impl Site {
         }
     }
 
-    /// A packet leaves: its ends afterwards, or the verdict.
+    /// A packet leaves: returns its ends afterwards, or the verdict.
     fn leave(&self, flags: u8, from: End, to: End) -> Result<(End, End), Verdict> {
         let mut frame = self.frame(flags, from, to);
         match pipeline::reverse(&mut frame, &self.model) {
@@ -95,7 +95,7 @@ impl Site {
         }
     }
 
-    /// A connection by the service is opened and answered; the source that the pod sees.
+    /// Opens and answers a connection through the service; returns the source that the pod sees.
     fn by_service(&self) -> End {
         let (source, to) = self.enter(SYN, CLIENT, SERVICE).expect("it is served");
         assert_eq!(to, POD);
@@ -164,7 +164,7 @@ fn straight_first_and_then_the_service() {
     site.goes_on_by_service(source);
 }
 
-/// Nothing is noted of datagrams alone: the next one finds that its replies have come to look like others.
+/// Direct datagrams are not noted: the next one finds that its replies now match a flow.
 #[test]
 fn straight_first_by_datagrams_and_then_the_service() {
     let site = Site::new(UDP);
@@ -203,7 +203,7 @@ fn a_connection_that_is_over_holds_no_port() {
     assert_eq!(site.leave(0, POD, CLIENT), PASSES);
 }
 
-/// What a bridge hands on is translated already, and looks like a connection straight to the pod.
+/// A frame that a bridge passes on is already translated, and looks like a direct connection to the pod.
 #[test]
 fn what_a_port_of_a_bridge_has_translated_is_not_translated_again() {
     for protocol in [TCP, UDP] {
@@ -217,7 +217,7 @@ fn what_a_port_of_a_bridge_has_translated_is_not_translated_again() {
     }
 }
 
-/// A frame that comes in by the bridge.
+/// A frame that arrives on the bridge.
 struct Seen(Vec<u8>);
 
 impl crate::packet::Packet for Seen {
@@ -240,13 +240,13 @@ impl crate::packet::Packet for Seen {
 #[test]
 fn replies_to_the_nodes_own_connections_are_not_for_a_node_port() {
     let site = Site::new(TCP);
-    // Somebody on the node is connected from a port that is a node port, or was when this began.
+    // A process on the node is connected from a port that is a node port, or was when this began.
     for flags in [SYN | ACK, ACK, FIN | ACK, RST | ACK] {
         assert_eq!(site.enter(flags, STRANGER, NODE_PORT), PASSES, "{flags:#x}");
     }
     assert_eq!(site.count(Reason::NotOurs), 4);
     assert!(site.enter(SYN, CLIENT, NODE_PORT).is_ok(), "a client's connection is served");
-    // An address that only a service has: a connection whose beginning was not seen.
+    // Only a service has this address: a connection is taken over if its beginning was not seen.
     assert!(site.enter(ACK, CLIENT, SERVICE).is_ok());
 }
 
@@ -261,7 +261,7 @@ fn answers_to_the_nodes_own_datagrams_are_not_for_a_node_port() {
     assert!(site.enter(0, STRANGER, NODE_PORT).is_ok(), "nobody has asked for long");
 }
 
-/// A masqueraded client's replies leave from the frontend too: they are ours.
+/// Replies to a masqueraded client leave from the frontend too. They belong to a flow.
 #[test]
 fn our_own_replies_are_not_others_connections() {
     let site = Site::new(UDP);
@@ -269,7 +269,7 @@ fn our_own_replies_are_not_others_connections() {
     let (node, _) = site.leave(0, CLIENT, pod).expect("it is masqueraded");
     let (_, client) = site.enter(0, POD, node).expect("it comes back");
     assert_eq!(site.leave(0, POD, client), Ok((NODE_PORT, CLIENT)));
-    // At the port of a bridge, behind the bridge itself.
+    // On a port of the bridge, after the bridge itself.
     assert_eq!(site.leave(0, NODE_PORT, CLIENT), PASSES);
     assert!(site.enter(0, CLIENT, NODE_PORT).is_ok(), "the next datagram is served");
 }

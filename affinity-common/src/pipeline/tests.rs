@@ -1,5 +1,5 @@
-//! What happens when a table has no room or a frame cannot be changed: nothing is forwarded half done, and each case has
-//! its own counter.
+//! A table has no room, or a frame cannot be changed: no packet is forwarded half translated, and each case has its own
+//! counter.
 
 use std::{cell::Cell, vec::Vec};
 
@@ -21,11 +21,11 @@ use crate::{
 const SERVICE: (V4, u16) = (V4([10, 96, 0, 1]), 80);
 const CLIENT: (V4, u16) = (V4([198, 18, 0, 1]), 40_000);
 
-/// A model whose tables take no new entries of some kinds, or take them from another processor first.
+/// A model with tables that do not take new entries of some kinds, or get them from another CPU first.
 struct Failing {
     model: Model,
     sessions: Sessions,
-    /// Flow records that are still taken.
+    /// Number of flow records that are still stored.
     flows: Cell<u32>,
 }
 
@@ -33,7 +33,7 @@ struct Failing {
 enum Sessions {
     Taken,
     NoRoom,
-    /// Another processor pins the client to this backend just before.
+    /// Another CPU pins the client to this backend just before.
     Overtaken(u32),
 }
 
@@ -163,7 +163,7 @@ where
     }
 }
 
-/// A service of two pods, the first of which every draw selects.
+/// A service with two pods; every draw selects the first one.
 fn failing(sessions: Sessions, flows: u32) -> Failing {
     let mut model = Model::new(16);
     model.now_ns.set(1_000_000_000_000);
@@ -226,7 +226,7 @@ fn who_comes_second_follows_the_pin_of_who_came_first() {
     assert_eq!(uses, [2]);
 }
 
-/// The reverse record comes first, so none of this lets a connection through whose replies would not be translated.
+/// The record for replies is stored first, so no connection is let through without translation of its replies.
 #[test]
 fn without_room_for_its_flow_a_connection_is_dropped() {
     for room in [0, 1] {
@@ -235,14 +235,14 @@ fn without_room_for_its_flow_a_connection_is_dropped() {
         assert_eq!(forward(&mut frame, &tables), Verdict::Drop);
         assert_eq!(frame, first_frame());
         assert_eq!(counters(&tables), [(Reason::FlowNotStored, 1)]);
-        // The client's next try finds its pin.
+        // The client's retry finds its pin.
         tables.flows.set(3);
         assert_eq!(forward(&mut frame, &tables), Verdict::Forward);
         assert_eq!(counters(&tables), [(Reason::Pinned, 1), (Reason::FlowNotStored, 1)]);
     }
 }
 
-/// A frame that cannot be rewritten, or not be resized.
+/// A frame that cannot be resized, and perhaps not rewritten.
 struct Stiff {
     bytes: Vec<u8>,
     can_be_rewritten: bool,
@@ -293,7 +293,7 @@ fn a_service_of_the_other_family_is_another() {
     assert_eq!(counters(&tables), [(Reason::NotFrontend, 1)]);
 }
 
-/// A node port on loopback is for the node's own sockets; whoever sends there by a wire is not heard.
+/// A node port on loopback is only for the node's own sockets: packets that arrive on a device pass untranslated.
 #[test]
 fn a_frontend_on_loopback_is_for_no_packet() {
     const LOOPBACK: V4 = V4([127, 0, 0, 1]);

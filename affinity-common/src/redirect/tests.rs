@@ -1,4 +1,4 @@
-//! The way of a masqueraded connection to a pod on another node and back, past the stack; and what is left to the stack.
+//! A masqueraded connection to a pod on another node and back, without the stack; and the packets that go to the stack.
 
 use std::vec::Vec;
 
@@ -18,7 +18,7 @@ use crate::{
 };
 
 const LINK: [u8; 12] = [1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16];
-/// A device, as the one hop that there is.
+/// The device of the only next hop.
 const WIRE: u32 = 7;
 const NODE_PORT: u16 = 30_000;
 
@@ -62,7 +62,7 @@ impl NextHop for Option<u32> {
     }
 }
 
-/// A frame of a hook that knows one way: by `hop`.
+/// A frame with the result of its FIB lookup.
 struct Frame {
     bytes: Vec<u8>,
     hop: Option<u32>,
@@ -98,7 +98,7 @@ impl FibLookup for Frame {
     }
 }
 
-/// A node port whose one pod is on another node, if `remote`.
+/// A node port with one pod, which is on another node if `remote`.
 fn world<A: Sited>(remote: bool) -> Model {
     let mut model = Model::new(16);
     model.now_ns.set(1);
@@ -121,7 +121,7 @@ const fn from_client<A: Sited>() -> Ends<A> {
     Ends { from: (A::CLIENT, 40_000), to: (A::SERVICE, 80) }
 }
 
-/// Sends a frame through the node; where to, or what else becomes of it.
+/// Sends a frame through the node; returns the device that it is redirected to, or the verdict.
 fn send(model: &Model, frame: &mut Frame, is_wire: bool) -> Result<u32, Verdict> {
     match pipeline::forward(frame, model) {
         Verdict::Redirect => redirect(frame, model, |hop| hop.filter(|_| is_wire)),
@@ -129,7 +129,7 @@ fn send(model: &Model, frame: &mut Frame, is_wire: bool) -> Result<u32, Verdict>
     }
 }
 
-/// A segment as it leaves by the wire: one hop older.
+/// A segment as it leaves on the wire, with the TTL decremented.
 fn sent<A: Sited>(flags: u8, ends: &Ends<A>) -> Vec<u8> {
     let mut frame = Shape { time_to_live: 63, ..Shape::tcp(flags) }.frame(ends);
     frame[..LINK.len()].copy_from_slice(&LINK);
@@ -158,7 +158,7 @@ fn a_connection_goes_to_a_pod_on_another_node_and_back() {
     goes_to_the_pod_and_back::<V6>();
 }
 
-/// Else the records of its SNAT would be removed a minute after its last packet.
+/// Otherwise the records of its SNAT would be removed a minute after its last packet.
 #[test]
 fn all_records_of_a_connection_whose_handshake_was_not_seen_are_open() {
     let model = world::<V4>(true);
@@ -193,7 +193,7 @@ fn a_reply_is_known_by_its_flow() {
     knows_replies::<V6>();
 }
 
-/// The stack gets the packet with its first translation alone, as where there is no XDP.
+/// The stack gets the packet with the first translation only, as without XDP.
 fn leaves_to_the_stack<A: Sited>(shape: &Shape, hop: Option<u32>, is_wire: bool) {
     let model = world::<A>(true);
     let mut frame = Frame { bytes: shape.frame(&from_client::<A>()), hop };

@@ -1,4 +1,4 @@
-//! The semantics of a pin, told as stories on the model with a clock that is set by hand.
+//! The semantics of a pin, as scenarios on the model, with a clock that is set by hand.
 
 mod interleaving;
 
@@ -27,7 +27,7 @@ const CLIENT: V4 = V4([198, 18, 0, 1]);
 const GROUP: u32 = 100;
 const OWN: u32 = 101;
 
-/// A cluster with one service, that stories change.
+/// A cluster with one service. Scenarios change it.
 struct Cluster(Model);
 
 impl Cluster {
@@ -46,7 +46,7 @@ impl Cluster {
         cluster
     }
 
-    /// Publishes a service's port with these pods; its pool has the service's number.
+    /// Publishes a service's port with these pods; the pool's number is the service's.
     fn publish(
         &mut self,
         at: (V4, u16),
@@ -81,7 +81,7 @@ impl Cluster {
         self.0.usage.get_mut().entry(UsageKey { of: UsageOf::Service as u32, id: service }).or_default();
     }
 
-    /// A pod starts, in a place that another may have had.
+    /// A pod starts, perhaps at the index of a former pod.
     fn start(&mut self, pod: u32) {
         let generation = self.0.backends.get(&pod).map_or(0, |before| before.generation) + 1;
         let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 0, pod as u8];
@@ -98,7 +98,7 @@ impl Cluster {
         self.0.members.insert(MemberKey { pool, backend: pod }, member);
     }
 
-    /// A pod is gone: from all pools, and from the slots, where its neighbours take its place.
+    /// A pod is gone from all pools, and from the slots: a neighbour takes each of its slots.
     fn stop(&mut self, pod: u32) {
         self.0.backends.get_mut(&pod).unwrap().generation += 1;
         self.0.members.retain(|key, _| key.backend != pod);
@@ -120,7 +120,7 @@ impl Cluster {
         self.0.now_ns.set(self.0.now_ns.get() + seconds * SECOND_NS);
     }
 
-    /// Sends a frame; the pod that it goes to, or the verdict.
+    /// Sends a frame; returns the pod that it goes to, or the verdict.
     fn send(&self, shape: &Shape, from: (V4, u16), to: (V4, u16)) -> Result<u32, Verdict> {
         let mut frame = shape.frame(&Ends { from, to });
         match pipeline::forward(&mut frame, &self.0) {
@@ -129,17 +129,17 @@ impl Cluster {
         }
     }
 
-    /// A client's new connection from a port; the pod.
+    /// Opens a client's connection from a port; returns the pod.
     fn connect(&self, client: V4, port: u16) -> u32 {
         self.send(&Shape::tcp(SYN), (client, port), WEB).expect("a pod")
     }
 
-    /// A segment of a connection; the pod.
+    /// Sends a client's segment of a connection; returns the pod.
     fn segment(&self, client: V4, port: u16, flags: u8) -> Result<u32, Verdict> {
         self.send(&Shape::tcp(flags), (client, port), WEB)
     }
 
-    /// A pod's segment back.
+    /// Sends a pod's segment back to the client.
     fn reply(&self, pod: u32, client: V4, port: u16, flags: u8) {
         let mut frame =
             Shape::tcp(flags).frame(&Ends { from: (V4([10, 244, 0, pod as u8]), POD_PORT), to: (client, port) });
@@ -147,13 +147,13 @@ impl Cluster {
         assert_eq!(frame[26..30], WEB.0.0, "a reply comes from the service");
     }
 
-    /// The rest of a handshake.
+    /// Completes a handshake.
     fn complete(&self, pod: u32, client: V4, port: u16) {
         self.reply(pod, client, port, SYN | ACK);
         assert_eq!(self.segment(client, port, ACK), Ok(pod));
     }
 
-    /// A client's new connection from a port, with its handshake.
+    /// Opens a client's connection from a port, with its handshake.
     fn open(&self, client: V4, port: u16) -> u32 {
         let pod = self.connect(client, port);
         self.complete(pod, client, port);
@@ -225,7 +225,7 @@ fn packet_each_packet_of_the_client_restarts_it() {
     assert_eq!(cluster.count(Reason::Expired), 1, "a pod's packets do not");
 }
 
-/// Where the timeout is short each packet is written, else one a second.
+/// With a short timeout each packet is written, otherwise one a second.
 #[test]
 fn packet_is_exact_to_a_hundredth() {
     for (timeout_s, every_tenth) in [(1, 1), (TIMEOUT_S, 1), (100, 10), (3600, 10)] {
@@ -255,7 +255,7 @@ fn alive_connections_that_never_open_do_not_count() {
     assert_eq!(cluster.count(Reason::Expired), 1);
 }
 
-/// A reset that its receiver would not take for real ends nothing.
+/// A reset that its receiver would not accept ends nothing.
 #[test]
 fn alive_a_forged_reset_ends_nothing() {
     let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
@@ -301,7 +301,7 @@ fn alive_it_runs_from_the_end_of_the_last_connection() {
     assert_eq!(cluster.count(Reason::Expired), 1);
 }
 
-/// However connections come and go, an ended one is counted once: the pin of a client with none left expires.
+/// In every order of packets, an ended connection is counted once: the pin of a client without connections expires.
 #[test]
 fn alive_no_order_of_packets_leaves_a_connection_behind() {
     let endings: [&[(bool, u8)]; 8] = [
@@ -538,7 +538,7 @@ fn all_ports_and_addresses_of_a_service_share_the_pin() {
     assert_eq!((cluster.count(Reason::Created), cluster.count(Reason::Pinned)), (100, 300));
 }
 
-/// Two services of a group: one of pods 0 to 7, one of pods 4 to 11.
+/// Two services of a group: one with pods 0 to 7, one with pods 4 to 11.
 fn group_of_two(change: impl Fn(&mut Frontend)) -> Cluster {
     let mut cluster = Cluster::new(|frontend| frontend.flags |= SHARED);
     cluster.publish(API, TCP, 2, PODS / 2..PODS * 3 / 2, &|frontend| {
@@ -560,7 +560,7 @@ fn a_group_shares_pins_as_far_as_it_shares_pods() {
         let first = api(number, 1);
         assert_eq!(web == first, web >= PODS / 2, "pod {web} for one service, {first} for the other");
         for port in 2..5 {
-            // Neither pushes the other's pin about.
+            // Neither service moves the other's pin.
             assert_eq!(cluster.connect(client(number), port), web);
             assert_eq!(api(number, port), first);
         }

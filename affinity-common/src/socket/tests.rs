@@ -1,4 +1,4 @@
-//! What processes ask of their sockets, told as stories on the model.
+//! System calls of processes on their sockets, as scenarios on the model.
 
 use std::vec::Vec;
 
@@ -107,7 +107,7 @@ impl Node {
         self.0.counters.borrow().get(&reason).copied().unwrap_or(0)
     }
 
-    /// Takes the pod that a socket speaks to out of its pool.
+    /// Removes the backend that a socket is connected to from its pool.
     fn stop(&mut self, peer: &Peer) {
         let (&backend, _) = self.0.backends.iter().find(|(_, record)| record.address == peer.address.0).unwrap();
         let pool = 1 + backend % 2;

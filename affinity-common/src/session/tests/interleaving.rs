@@ -1,5 +1,5 @@
-//! Two processors and one client, step by step: other packets are handled whole between any two accesses to the tables
-//! that the handling of the first one makes.
+//! Two CPUs and one client, step by step: the other CPU handles whole packets between any two table accesses that the first CPU
+//! makes for its packet.
 
 use std::{cell::Cell, vec::Vec};
 
@@ -19,16 +19,16 @@ use crate::{
 const OTHER_PORT: u16 = 2;
 const STRANGERS: u16 = 3;
 
-/// The tables as the first processor sees them.
+/// The tables as the first CPU sees them.
 struct Interrupted<'a> {
     cluster: &'a Cluster,
-    /// What the first processor has for itself.
+    /// The first CPU's own tables.
     own: Model,
-    /// Accesses until the other processor comes.
+    /// Accesses until the other CPU runs.
     left: Cell<u32>,
-    /// Whether the other one has come.
+    /// Whether the other CPU has run.
     is_over: Cell<bool>,
-    /// What it does.
+    /// The work of the other CPU.
     other: &'a dyn Fn(&Cluster),
 }
 
@@ -46,8 +46,7 @@ impl<'a> Interrupted<'a> {
     }
 }
 
-/// The first processor's handling of what `packet` does, interrupted by `other` after each number of accesses there is;
-/// `check` looks at what came of it.
+/// Runs `packet` on the first CPU, interrupted by `other` after each possible number of accesses; `check` examines the result.
 fn at_every_step(
     scene: impl Fn() -> Cluster,
     packet: impl Fn(&Interrupted<'_>),
@@ -66,7 +65,7 @@ fn at_every_step(
     }
 }
 
-/// A record as the first processor sees it.
+/// A record as the first CPU sees it.
 struct Stepwise<'a, 'b, V: Pod>(Shared<V>, &'a Interrupted<'b>);
 
 impl<V: Pod> Entry<V> for Stepwise<'_, '_, V> {
@@ -234,7 +233,7 @@ where
     }
 }
 
-/// What became of the client's pin before both packets come.
+/// What happened to the client's pin before both packets arrive.
 #[derive(Clone, Copy, Debug)]
 enum Before {
     None,
@@ -248,7 +247,7 @@ fn scene(select: Selection, draw: u32, before: Before) -> Cluster {
     let mut cluster = Cluster::new(|frontend| {
         (frontend.select, frontend.timer) = (select as u8, Timer::Alive as u8);
     });
-    // Loads so close that one pin more or less makes another pod the less loaded one.
+    // Loads so close that a single pin more or less changes which pod is the less loaded one.
     for pod in 0..PODS {
         cluster.0.loads.get_mut().insert(pod, 10 + u64::from(draw >> pod & 1));
     }
@@ -269,8 +268,7 @@ fn scene(select: Selection, draw: u32, before: Before) -> Cluster {
     cluster
 }
 
-/// Both packets reach one pod, the pin names it and, once they are open, counts both connections, and the loads count the
-/// pin once.
+/// Both packets reach one pod. The pin names it and, once both connections are open, counts both. The loads count the pin once.
 #[test]
 fn whenever_the_other_comes_both_agree() {
     let mut moves_in_the_middle = 0;
@@ -282,7 +280,7 @@ fn whenever_the_other_comes_both_agree() {
                     let loads: u64 = cluster.0.loads.borrow().values().sum();
                     let went = Cell::new(0);
                     let other = |cluster: &Cluster| {
-                        // Clients that change the loads, which the first processor may have read already.
+                        // Clients that change the loads, which the first CPU may have read already.
                         for number in 0..STRANGERS {
                             cluster.connect(client(number), OTHER_PORT);
                         }
@@ -314,7 +312,7 @@ fn whenever_the_other_comes_both_agree() {
     assert!(moves_in_the_middle > 1000, "{moves_in_the_middle}");
 }
 
-/// Where nobody comes in between, nobody follows: the test above would see it.
+/// Without an interruption, a CPU never follows another one; the test above would detect it.
 #[test]
 fn alone_a_processor_makes_the_move_itself() {
     let moves: Vec<Reason> = [Before::None, Before::Fresh, Before::Expired, Before::Gone, Before::Draining]
@@ -329,7 +327,7 @@ fn alone_a_processor_makes_the_move_itself() {
     assert_eq!(moves, [Reason::Created, Reason::Pinned, Reason::Expired, Reason::BackendGone, Reason::NotReady]);
 }
 
-/// A service under `alive`, with a connection by port 1 to the first pod returned, and one by port 9 that stays open.
+/// A service under `alive`: a connection from port 1 to the returned pod, and one from port 9 that stays open.
 fn alive() -> (Cluster, u32) {
     let cluster = Cluster::new(|frontend| frontend.timer = Timer::Alive as u8);
     let pod = cluster.connect(CLIENT, 1);
@@ -338,13 +336,13 @@ fn alive() -> (Cluster, u32) {
     (cluster, pod)
 }
 
-/// A segment of the client that the first processor handles.
+/// A segment of the client that the first CPU handles.
 fn segment(tables: &Interrupted<'_>, flags: u8) {
     let mut frame = Shape::tcp(flags).frame(&Ends { from: (CLIENT, 1), to: WEB });
     assert_eq!(pipeline::forward(&mut frame, &tables), Verdict::Forward);
 }
 
-/// A connection of the same client, from its beginning.
+/// A whole new connection of the same client, with its handshake.
 fn open_another(cluster: &Cluster) {
     cluster.open(CLIENT, OTHER_PORT);
 }
@@ -353,7 +351,7 @@ fn live(cluster: &Cluster) -> u32 {
     cluster.session(GROUP, CLIENT).expect("a pin").live_connections()
 }
 
-/// Two processors see the two FINs, whichever comes first: the connection has ended, and is counted off once.
+/// Two CPUs see the two FINs, in either order: the connection has ended, and is uncounted once.
 #[test]
 fn both_ends_at_once_are_one_end() {
     let (_, pod) = alive();
@@ -369,7 +367,7 @@ fn both_ends_at_once_are_one_end() {
     );
 }
 
-/// The end of a connection is never taken for one of a connection to another pod, where the pin has moved meanwhile.
+/// The end of a connection is never counted for a connection to another pod, even if the pin has moved meanwhile.
 #[test]
 fn an_end_is_counted_off_where_the_connection_was_counted() {
     let scene = || {
@@ -387,7 +385,7 @@ fn an_end_is_counted_off_where_the_connection_was_counted() {
     );
 }
 
-/// Nor is a connection that opens counted for another pod than its own.
+/// A connection that opens is not counted for a pod other than its own, either.
 #[test]
 fn a_connection_is_counted_for_its_own_pod() {
     let scene = || {
@@ -407,7 +405,7 @@ fn a_connection_is_counted_for_its_own_pod() {
     );
 }
 
-/// The client's ACK is seen by two processors: it opened one connection.
+/// Two CPUs see the client's ACK: it opened one connection.
 #[test]
 fn a_connection_opens_once() {
     let scene = || {
@@ -429,8 +427,8 @@ fn a_connection_opens_once() {
     );
 }
 
-/// Two connections in their middle count as soon as they are seen, also where each of two processors moves the expired pin,
-/// and the second one finds it where it was.
+/// Two connections in their middle count as soon as they are seen, even if each of two CPUs moves the expired pin, and the
+/// second one finds it at its former backend.
 #[test]
 fn a_pin_that_stays_where_it_was_keeps_its_connections() {
     let mut stayed = 0;
