@@ -1,4 +1,4 @@
-//! `cargo xtask check`: what needs no test to be seen to be wrong.
+//! `cargo xtask check`: errors that can be found without running tests.
 
 mod code;
 mod named;
@@ -13,13 +13,13 @@ use crate::{
     steps::Steps,
 };
 
-/// The flags that affinity-user/build.rs gives the kernel programs, as far as lints see them.
+/// The flags that affinity-user/build.rs sets for the kernel programs, as far as lints see them.
 const EBPF_RUSTFLAGS: &str = "-Ctarget-cpu=v3\x1f--cfg=bpf_target_arch=\"x86_64\"";
 
-/// The documentation is for who works on the code: it shows what is private, and may link to it.
+/// The documentation is for developers of this code: it includes private items, and may link to them.
 const RUSTDOCFLAGS: &str = "-Dwarnings -Arustdoc::private-intra-doc-links";
 
-/// Checks format, the rules of the source tree, lints and documentation, cheapest first.
+/// Checks formatting, the rules of the source tree, lints and documentation, cheapest first.
 pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     steps.step("format", || run_command(&mut cargo(["fmt", "--all", "--check"])))?;
     steps.step("source rules", rules::check)?;
@@ -44,7 +44,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     })
 }
 
-/// Turns a cargo command to the kernel programs: their target has no prebuilt `core`.
+/// Sets a cargo command up for the kernel programs: their target has no prebuilt `core`.
 fn on_ebpf(cargo: &mut Command) -> Result<&mut Command> {
     Ok(cargo
         .args(["--package", "affinity-ebpf", "--release"])

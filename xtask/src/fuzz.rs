@@ -1,9 +1,9 @@
 //! `cargo xtask fuzz`: libFuzzer over the parser and the pipeline, with the pinned stable compiler.
 //!
-//! Coverage comes from LLVM's sanitizer passes, switched on by stable code generation flags; the
-//! address sanitizer would need nightly, and there is no `unsafe` in what is fuzzed. What is learnt
-//! is kept in the target directory from run to run. A run starts from seeds that meet every reason,
-//! and from `tests/fuzz/cases`: inputs that once crashed, which the tests of `affinity-fuzz` replay.
+//! Coverage comes from LLVM's sanitizer passes, enabled by stable code generation flags. The address sanitizer would need
+//! nightly, and the fuzzed code has no `unsafe`. The corpus is kept in the target directory between runs. A run starts from
+//! seeds that reach every reason, and from `tests/fuzz/cases`: inputs that once crashed. The tests of `affinity-fuzz` replay
+//! these.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::run::{cargo, command, output, root, run as run_command, target_dir};
 
-/// What cargo-fuzz passes too, apart from the address sanitizer.
+/// The flags that cargo-fuzz passes, without the address sanitizer.
 const RUSTFLAGS: [&str; 8] = [
     "--cfg=fuzzing",
     "-Ccodegen-units=1",
@@ -24,14 +24,14 @@ const RUSTFLAGS: [&str; 8] = [
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
-    // Keeps comparisons in branches of their own, where coverage can tell them apart.
+    // Keeps comparisons in separate branches, so that coverage distinguishes them.
     "-Cllvm-args=-simplifycfg-branch-fold-threshold=0",
 ];
 
-/// Longer inputs teach nothing more: a state, and a frame with all the headers that are parsed.
+/// Longer inputs find nothing more: this fits a state, and a frame with all the headers that are parsed.
 const MAX_INPUT_BYTES: u32 = 512;
 
-/// Builds the fuzz target and runs it for that long.
+/// Builds the fuzz target and runs it for this long.
 pub(crate) fn run(duration: Duration) -> Result<()> {
     let dir = target_dir()?.join("fuzz");
     let program = build(&dir)?;
@@ -66,9 +66,9 @@ pub(crate) fn run(duration: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Builds in a target directory of its own: the flags would otherwise rebuild everything else.
+/// Builds in a separate target directory: otherwise the flags would cause everything else to be rebuilt.
 fn build(dir: &Path) -> Result<PathBuf> {
-    // Naming the target, though it is the host, keeps the flags away from build scripts.
+    // The target is named, although it is the host, so that the flags do not apply to build scripts.
     let host = output(command("rustc").args(["--print", "host-tuple"]))?;
     let host = host.trim_end();
     run_command(

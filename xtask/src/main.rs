@@ -1,7 +1,7 @@
-//! `cargo xtask`: everything that is done with this repository, on a plain Debian with rustup.
+//! `cargo xtask`: all tasks of this repository, on a plain Debian with rustup.
 //!
-//! Each task first runs `setup`, which is quick when nothing is missing. A task stops at the first
-//! step that fails, and its exit code says so.
+//! Each task first runs `setup`, which is quick if nothing is missing. A task stops at the first step that fails, and returns a
+//! failure exit code.
 
 mod check;
 mod fuzz;
@@ -162,13 +162,13 @@ fn perform(task: Task) -> anyhow::Result<()> {
     }
 }
 
-/// Builds a program of the lab, and the agent that it starts, and becomes that program.
+/// Builds a program of the lab and the agent that it starts, and replaces this process with the program.
 fn in_the_lab(program: &str, arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
     let mut build = cargo(["build", "--release"]);
     build.args(["--package", "affinity-user", "--bin", "affinity"]);
     build.args(["--package", "affinity-tests", "--bin", program]);
     run::run(&mut build)?;
-    // Not in the repository's root: paths among the arguments are relative to where the user is.
+    // Not in the repository's root: paths in the arguments are relative to the user's directory.
     let program = run::target_dir()?.join("release").join(program);
     run::replace_with(Command::new(program).args(arguments))
 }

@@ -1,8 +1,8 @@
-//! `cargo xtask package`: what is given out, in `package/` of the target directory.
+//! `cargo xtask package`: the release artifacts, in `package/` of the target directory.
 //!
-//! A binary that needs no library of the machine it runs on; a tarball of it with its licences, its documents and what a
-//! cluster is given; and an image of the binary alone, where a container engine runs. The same commit gives the same
-//! tarball, to the byte: no time, no user and no directory of the machine that made it is in it.
+//! A binary that needs no library of the machine it runs on; a tarball with it, its licences, its documents and the manifests
+//! for a cluster; and an image with only the binary, if a container engine runs. The same commit produces the same tarball,
+//! byte for byte: it contains no time, user or directory of the machine that built it.
 
 mod binary;
 mod image;
@@ -23,13 +23,13 @@ use crate::{
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What is in the tarball beside the binary and what is generated, by its path in the repository.
+/// Contents of the tarball in addition to the binary and the generated files, by path in the repository.
 const DOCUMENTS: [&str; 6] = ["CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "README.md", "deploy", "docs"];
 
-/// Shells, and what they call a file of completions.
+/// Shells, and the file names that they use for completions.
 const COMPLETIONS: [(&str, &str); 3] = [("bash", "affinity.bash"), ("fish", "affinity.fish"), ("zsh", "_affinity")];
 
-/// Builds, looks at what was built, and wraps it up.
+/// Builds, checks the result, and packs it.
 pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     let directory = target_dir()?.join("package");
     let name = format!("affinity-{VERSION}-{}", PACKAGE_TARGET.replace("-unknown-", "-"));

@@ -1,7 +1,7 @@
 //! `cargo xtask test --kernel`: the kernel tests in guests that run Debian's kernels.
 //!
-//! A guest has this machine's files and runs the test binaries of this target directory as they are. Nothing is downloaded
-//! but packages of Debian, by this machine's mirror, and nothing is installed but QEMU.
+//! A guest sees this machine's files and runs the test binaries of this target directory as they are. Only Debian packages are
+//! downloaded, from this machine's mirror, and only QEMU is installed.
 
 mod guest;
 mod image;
@@ -28,12 +28,12 @@ use crate::{
 };
 
 /// Tests that show in a few minutes of emulation whether a kernel can be used: all programs load, each hook carries a
-/// connection, and the stories of the lab that most of the product stands on. And the one that needs VLAN devices, which
+/// connection, and the lab's scenarios that most of the product relies on. In addition, the one that needs VLAN devices, which
 /// Debian's kernels have and others may not.
 const BRIEF: [(&str, &[&str]); 3] =
     [("hooks", &[]), ("lab", &BRIEF_STORIES), (VLAN_SUITE, &["answers_stay_in_their_vlan"])];
 
-/// The suite whose ignored tests need VLAN devices, and run in guests.
+/// The suite with ignored tests that need VLAN devices, and that run in guests.
 const VLAN_SUITE: &str = "frames";
 
 const BRIEF_STORIES: [&str; 2] =
@@ -55,11 +55,11 @@ pub(crate) enum Selection {
     Whole,
     /// [`BRIEF`].
     Brief,
-    /// Those of these suites, whose programs are given these arguments.
+    /// These suites. Their programs get these arguments.
     Suites(Vec<String>, Vec<String>),
 }
 
-/// What guests need, once it is here.
+/// Everything that guests need.
 pub(crate) struct Laboratory {
     qemu: Qemu,
     mirror: Mirror,
@@ -69,7 +69,7 @@ impl Laboratory {
     /// Gets what guests need: QEMU, a mirror, and busybox.
     ///
     /// # Errors
-    /// What is missing here, and why it cannot be had.
+    /// If something is missing and cannot be installed.
     pub(crate) fn open() -> Result<Self> {
         ensure!(cfg!(target_arch = "x86_64"), "guests are x86-64 machines, and this machine is another");
         ensure!(is_root()?, "guests share this machine's files: run as root");
@@ -86,17 +86,17 @@ impl Laboratory {
     /// The kernel of a release.
     ///
     /// # Errors
-    /// When its package cannot be had.
+    /// If its package cannot be downloaded.
     pub(crate) fn kernel(&self, release: Release) -> Result<Kernel> {
         Kernel::prepare(release, &self.qemu.dir, &self.mirror, &self.qemu.busybox)
     }
 
-    /// Runs the tests on each of these kernels, and prints the table of what came of it.
+    /// Runs the tests on each of these kernels, and prints the table of results.
     ///
     /// # Errors
-    /// When a guest does not get to its end, or a test fails.
+    /// If a guest does not finish, or a test fails.
     pub(crate) fn test(&self, kernels: &[Kernel], selection: &Selection) -> Result<()> {
-        // What is built now, whatever happens to the tree meanwhile.
+        // The commit that is built now: the tree may change meanwhile.
         let commit = commit()?;
         let jobs = jobs(selection)?;
         let mut rows = Vec::new();
@@ -112,7 +112,7 @@ impl Laboratory {
             println!("\n{}", outcome::durations(&report.ended));
             rows.push(Row::new(title, &report));
         }
-        // Of tests that were left out the table would say that they have failed.
+        // The table would show tests that were left out as failed.
         let is_filtered = matches!(selection, Selection::Suites(_, arguments) if !arguments.is_empty());
         if !is_filtered && rows.iter().any(Row::has_hooks) {
             println!("\n{}", outcome::table(&rows, today()?.trim(), &commit));
@@ -122,10 +122,10 @@ impl Laboratory {
     }
 }
 
-/// Runs the tests on each of these kernels, and prints the table of what came of it.
+/// Runs the tests on each of these kernels, and prints the table of results.
 ///
 /// # Errors
-/// When a kernel cannot be had, a guest does not get to its end, or a test fails.
+/// If a kernel cannot be downloaded, a guest does not finish, or a test fails.
 pub(crate) fn test_kernels(releases: &[Release], selection: &Selection) -> Result<()> {
     let laboratory = Laboratory::open()?;
     let kernels = releases.iter().map(|release| laboratory.kernel(*release)).collect::<Result<Vec<_>>>()?;
@@ -145,8 +145,8 @@ fn test_kernel(laboratory: &Laboratory, kernel: &Kernel, selection: &Selection, 
     run_all(jobs, |jobs| guest.run(jobs))
 }
 
-/// Runs programs in a guest. If it fails, those that had not begun are run in another guest, so that one run shows all
-/// that fails; but not if it did not come to a program.
+/// Runs programs in a guest. If the guest fails, the programs that had not started run in another guest, so that one run shows
+/// all failures; but not if the guest did not start any program.
 fn run_all(jobs: &[Job], mut run: impl FnMut(&[Job]) -> Result<Report>) -> Result<Report> {
     let mut whole = Report { ended: Vec::new(), failure: None };
     loop {
@@ -172,7 +172,7 @@ pub(crate) fn test_cards(model: Model, release: Release, arguments: &[String]) -
     let kernel = Kernel::prepare(release, &qemu.dir, &mirror, &qemu.busybox)?;
     let accelerator = Accelerator::probe(&qemu, &kernel)?;
     let mut jobs = jobs(&Selection::Suites(vec!["nic".to_owned()], arguments.to_vec()))?;
-    // They need the cards, so ordinary runs do not have them; and the cards are there once.
+    // They need the cards, so ordinary runs skip them. The cards exist only once, so the tests run one at a time.
     jobs.iter_mut()
         .for_each(|job| job.words.splice(1..2, ["--ignored", "--test-threads=1"].map(str::to_owned)).for_each(drop));
     let mut failed = Vec::new();
@@ -200,7 +200,7 @@ pub(crate) fn test_cards(model: Model, release: Release, arguments: &[String]) -
     Ok(())
 }
 
-/// Builds the programs of a selection, and says how to run them.
+/// Builds the programs of a selection, and returns the jobs that run them.
 fn jobs(selection: &Selection) -> Result<Vec<Job>> {
     crate::run::run(&mut cargo(["build", "--package", "affinity-user", "--bin", "affinity"]))?;
     let binaries = test_binaries()?;
@@ -212,7 +212,7 @@ fn jobs(selection: &Selection) -> Result<Vec<Job>> {
         Selection::Whole => {
             let tests = binaries.iter().filter(|(name, _)| name != "nic");
             let mut jobs: Vec<_> = tests.map(|(name, path)| job(name, path, &[])).collect();
-            // What shows fastest whether anything can work comes first.
+            // The suite that shows fastest whether anything can work comes first.
             jobs.sort_by_key(|job| job.name != "hooks");
             jobs.push(demo()?);
             jobs
@@ -238,14 +238,14 @@ fn demo() -> Result<Job> {
     Ok(Job { name: DEMO.to_owned(), directory: root(), words: vec![program] })
 }
 
-/// Two tests at a time, as on this machine.
+/// Two tests at a time, as on the host.
 fn job(name: &str, path: &str, filter: &[&str]) -> Job {
     let ignored = (name == VLAN_SUITE).then_some("--include-ignored");
     let words = [path, "--test-threads=2"].into_iter().chain(ignored).chain(filter.iter().copied());
     Job { name: name.to_owned(), directory: root().join("tests"), words: words.map(str::to_owned).collect() }
 }
 
-/// Builds the tests of affinity-tests, and returns their names and paths, in the order of the names.
+/// Builds the tests of affinity-tests, and returns their names and paths, sorted by name.
 fn test_binaries() -> Result<Vec<(String, String)>> {
     let mut build =
         cargo(["test", "--package", "affinity-tests", "--no-run", "--message-format=json-render-diagnostics"]);
@@ -257,7 +257,7 @@ fn test_binaries() -> Result<Vec<(String, String)>> {
     Ok(binaries)
 }
 
-/// The test programs among the messages of cargo.
+/// The test programs in cargo's messages.
 fn parse_artifacts(messages: &str) -> Result<Vec<(String, String)>> {
     let mut binaries = Vec::new();
     for line in messages.lines().filter(|line| line.starts_with('{')) {
@@ -276,7 +276,7 @@ fn today() -> Result<String> {
     output(command("date").arg("+%F"))
 }
 
-/// The commit that is tested, with a mark where the tree differs from it.
+/// The commit that is tested, with a mark if the tree differs from it.
 fn commit() -> Result<String> {
     let git = |arguments: &[&str]| output(command("git").args(["-c", "safe.directory=*"]).args(arguments));
     let id = git(&["rev-parse", "--short=8", "HEAD"])?;

@@ -1,4 +1,4 @@
-//! Running programs: every failure names the whole command.
+//! Running programs: every error names the whole command.
 
 use std::{
     env,
@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// The repository's root, as cargo names it when it runs this program: where two checkouts share a
-/// target directory, the program may have been built from the other.
+/// The repository's root, as cargo sets it when it runs this program. If two checkouts share a target directory, the program
+/// may have been built from the other one.
 pub(crate) fn root() -> PathBuf {
     let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     Path::new(&package).parent().expect("this package is a directory of the repository").to_owned()
@@ -32,8 +32,9 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// The cargo that runs this program, so that its children use the same toolchain. Without what it says of this package: build
-/// scripts that look at it (ring's) would run again each time that cargo is called by hand, and by this program.
+/// The cargo that runs this program, so that its children use the same toolchain. Without the variables that it sets for this
+/// package: build scripts that read them (ring's) would run again each time that cargo is called by hand and then by this
+/// program.
 pub(crate) fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
     let mut cargo = command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(arguments);
@@ -63,18 +64,18 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("`{}`", shell_line(command)))
 }
 
-/// Becomes the command, so that signals reach it directly. Returns only on failure.
+/// Replaces this process with the command, so that signals reach it directly. Returns only on failure.
 pub(crate) fn replace_with(command: &mut Command) -> Result<()> {
     let error = command.exec();
     Err(error).with_context(|| format!("`{}`", shell_line(command)))
 }
 
-/// Whether this process may make namespaces, load programs and install packages.
+/// Whether this process may create namespaces, load programs and install packages.
 pub(crate) fn is_root() -> Result<bool> {
     Ok(fs::metadata("/proc/self")?.uid() == 0)
 }
 
-/// The command as one would type it: the program by its name, without the environment.
+/// The command as typed in a shell: the program by its name, without the environment.
 fn shell_line(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let name = program.file_name().unwrap_or(command.get_program());

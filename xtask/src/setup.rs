@@ -1,9 +1,8 @@
-//! `cargo xtask setup`: what building and testing need beyond cargo itself.
+//! `cargo xtask setup`: everything that building and testing need in addition to cargo.
 //!
-//! What counts is that a tool is there, not who brought it: commands are looked up on PATH and
-//! libraries by a file of theirs. Only what is missing is installed: system packages by apt-get, as
-//! root; parts of the toolchain by rustup; bpf-linker by cargo. Where packages may not be installed,
-//! nothing is: the commands to run are printed instead.
+//! Only the presence of a tool matters, not its origin: commands are looked up on PATH, and libraries by one of their files.
+//! Only missing tools are installed: system packages by apt-get, as root; parts of the toolchain by rustup; bpf-linker by
+//! cargo. If packages may not be installed, nothing is installed: the commands to run are printed instead.
 
 use std::{
     env, fmt, fs,
@@ -17,13 +16,13 @@ use crate::run::{command, is_root, output, run as run_command, target_dir};
 
 const BPF_LINKER_VERSION: &str = "0.13.0";
 
-/// The LLVM of the pinned rustc, whose bitcode bpf-linker reads.
+/// The LLVM of the pinned rustc. bpf-linker reads its bitcode.
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
-/// Where commands are looked up beyond PATH, which lacks these after a plain `su`.
+/// Directories for commands in addition to PATH, which lacks these after a plain `su`.
 const ADMIN_DIRS: [&str; 2] = ["/usr/sbin", "/sbin"];
 
-/// What the lab, the tests and the fuzz target run.
+/// Tools that the lab, the tests and the fuzz target run.
 const TOOLS: [Need; 13] = [
     Need::command("c++", "g++"),
     Need::command("cc", "gcc"),
@@ -40,17 +39,17 @@ const TOOLS: [Need; 13] = [
     Need::command("unshare", "util-linux"),
 ];
 
-/// What `cargo xtask package` takes beside that: a C compiler for the target (the TLS library has C code), and archives.
+/// Additional tools for `cargo xtask package`: a C compiler for the target (the TLS library has C code), and archives.
 const PACKAGING_TOOLS: [Need; 3] =
     [Need::command("gzip", "gzip"), Need::command("musl-gcc", "musl-tools"), Need::command("tar", "tar")];
 
-/// What `cargo xtask test --kernel` takes beside that.
+/// Additional tools for `cargo xtask test --kernel`.
 const EMULATION_TOOLS: [Need; 1] = [Need::command("qemu-system-x86_64", "qemu-system-x86")];
 
-/// What packages are built for: the one kind of machine that the programs are right on, statically linked.
+/// The target of packages: the one architecture that the programs support, statically linked.
 pub(crate) const PACKAGE_TARGET: &str = "x86_64-unknown-linux-musl";
 
-/// What building bpf-linker takes.
+/// Libraries for building bpf-linker.
 const LINKER_LIBRARIES: [Need; 5] = [
     Need::file("/usr/include/llvm-c-22/llvm-c/Core.h", "llvm-22-dev"),
     Need::file("/usr/include/zlib.h", "zlib1g-dev"),
@@ -59,28 +58,28 @@ const LINKER_LIBRARIES: [Need; 5] = [
     Need::file("/usr/lib/llvm-22/lib/libPolly.a", "libpolly-22-dev"),
 ];
 
-/// The components of rust-toolchain.toml, each with a file of it below the sysroot.
+/// The components of rust-toolchain.toml, each with one of its files in the sysroot.
 const COMPONENTS: [(&str, &str); 3] = [
     ("clippy", "bin/cargo-clippy"),
     ("rust-src", "lib/rustlib/src/rust/library/core/Cargo.toml"),
     ("rustfmt", "bin/cargo-fmt"),
 ];
 
-/// What a setup is for.
+/// The purpose of a setup.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To build, check, test and show.
+    /// To build, check, test and run the demo.
     Develop,
-    /// And to package.
+    /// The same, and to package.
     Package,
-    /// And to run guests.
+    /// The same as to develop, and to run guests.
     Emulate,
 }
 
-/// Installs what is missing, with one line for each kind of thing; silent when nothing is.
+/// Installs what is missing, with one line for each kind; silent if nothing is missing.
 ///
 /// # Errors
-/// When something may not be installed here, with the commands to run; when an installation fails.
+/// If something may not be installed here, with the commands to run; or if an installation fails.
 pub(crate) fn run(purpose: Purpose) -> Result<()> {
     let missing = find_missing(purpose)?;
     let may_install = is_root()? && find_command("apt-get");
@@ -92,7 +91,7 @@ pub(crate) fn run(purpose: Purpose) -> Result<()> {
         return Ok(());
     }
     for item in missing {
-        // Its libraries may have been all that bpf-linker lacked.
+        // bpf-linker may have lacked only its libraries.
         if matches!(item, Item::Linker) && linker_version().as_deref() == Some(BPF_LINKER_VERSION) {
             continue;
         }
@@ -104,7 +103,7 @@ pub(crate) fn run(purpose: Purpose) -> Result<()> {
     Ok(())
 }
 
-/// Something that this machine has, or a Debian package to get it from.
+/// Something that this machine has, or the Debian package to install it from.
 struct Need {
     probe: Probe,
     package: &'static str,
@@ -132,7 +131,7 @@ impl Need {
     }
 }
 
-/// One thing to install. Displayed as the shell command that does it.
+/// One thing to install. Displayed as the shell command that installs it.
 enum Item {
     Packages(Vec<&'static str>),
     Components(Vec<&'static str>),
@@ -140,7 +139,7 @@ enum Item {
     Linker,
 }
 
-/// What is missing, in the order in which to install it.
+/// The missing items, in the order of installation.
 fn find_missing(purpose: Purpose) -> Result<Vec<Item>> {
     let special: &[Need] = match purpose {
         Purpose::Develop => &[],
@@ -213,7 +212,7 @@ impl fmt::Display for Item {
     }
 }
 
-/// Installs packages; apt's lists are refreshed only if they are too old for that.
+/// Installs packages; refreshes apt's lists only if they are too old.
 fn install_packages(packages: &[&str]) -> Result<()> {
     println!("setup: installing packages: {}", packages.join(", "));
     let install =
@@ -278,14 +277,14 @@ fn linker_arguments() -> [&'static str; 9] {
     ]
 }
 
-/// The version of the bpf-linker on PATH; `None` where there is none, or where its LLVM is gone.
+/// The version of the bpf-linker on PATH; `None` if there is none, or if its LLVM is missing.
 fn linker_version() -> Option<String> {
     let version = output(command("bpf-linker").arg("--version")).ok()?;
     version.trim_end().strip_prefix("bpf-linker ").map(str::to_owned)
 }
 
-/// The directory with `promtool`, which checks metrics; none where it is not there and cannot be had. Debian's package is
-/// unpacked rather than installed, because its installation would start a server.
+/// The directory with `promtool`, which checks metrics; none if it is not there and cannot be downloaded. Debian's package is
+/// unpacked instead of installed, because its installation would start a server.
 pub(crate) fn promtool() -> Result<Option<PathBuf>> {
     const PACKAGE: &str = "prometheus";
     let path = env::var_os("PATH").unwrap_or_default();
@@ -316,7 +315,7 @@ pub(crate) fn promtool() -> Result<Option<PathBuf>> {
     Ok(Some(tools))
 }
 
-/// Whether there is a command of this name.
+/// Whether a command with this name exists.
 pub(crate) fn find_command(name: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     let admin_dirs = ADMIN_DIRS.iter().map(Into::into);

@@ -19,17 +19,17 @@ struct Step {
     result: &'static str,
 }
 
-/// What a step came to that did not fail.
+/// The result of a step that did not fail.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Outcome {
-    /// It did what it is for.
+    /// It ran.
     Done,
-    /// It could not be done here, and why: that is no success, and shown as such.
+    /// It could not run here, and why: this is no success, and shown as such.
     NotRun(String),
 }
 
 impl Steps {
-    /// Performs a task and prints its table, whether it fails or not.
+    /// Runs a task and prints its table, even if it fails.
     pub(crate) fn report(task: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         let mut steps = Self::default();
         let result = task(&mut steps);
@@ -37,12 +37,12 @@ impl Steps {
         result
     }
 
-    /// Performs one step under a heading.
+    /// Runs one step under a heading.
     pub(crate) fn step(&mut self, name: impl Into<String>, action: impl FnOnce() -> Result<()>) -> Result<()> {
         self.optional_step(name, || action().map(|()| Outcome::Done))
     }
 
-    /// The same for a step that may lack something that this machine cannot get.
+    /// The same for a step that may need something that this machine cannot get.
     pub(crate) fn optional_step(
         &mut self,
         name: impl Into<String>,

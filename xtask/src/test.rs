@@ -1,4 +1,4 @@
-//! `cargo xtask test`: the ladder from the least powerful method of testing to the most.
+//! `cargo xtask test`: checks and tests, from the cheapest to the most powerful.
 
 use std::{
     collections::BTreeSet,
@@ -31,7 +31,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     kernel_tests(steps, &[], &[])?;
     steps.step("metrics, by promtool", promtool)?;
     steps.optional_step("kernel tests on Debian 12's kernel, in brief", || {
-        // What is missing here is no fault of the commit; what fails in a guest is.
+        // Something missing here is not the commit's fault; a failure in a guest is.
         match qemu::Laboratory::open().and_then(|laboratory| Ok((laboratory.kernel(Release::Bookworm)?, laboratory))) {
             Ok((kernel, laboratory)) => laboratory.test(&[kernel], &Selection::Brief).map(|()| Outcome::Done),
             Err(why) => Ok(Outcome::NotRun(format!("{why:#}"))),
@@ -40,8 +40,7 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     steps.step("fuzz", || fuzz::run(FUZZ))
 }
 
-/// What `deploy/` becomes in the hands of its tools. Nothing else needs them, so where one is not there, that is said, and
-/// it is no failure.
+/// Renders `deploy/` with kubectl and helm. Nothing else needs these tools, so a missing one is reported, but is no failure.
 fn rendered() -> Result<()> {
     for tool in ["kubectl", "helm"] {
         if setup::find_command(tool) {
@@ -54,7 +53,7 @@ fn rendered() -> Result<()> {
     Ok(())
 }
 
-/// [`kernel_tests`], again and again until the time is over, and at least once.
+/// Repeats [`kernel_tests`] until the time is over; runs them at least once.
 pub(crate) fn kernel_tests_for(time: Duration, steps: &mut Steps, only: &[String], arguments: &[String]) -> Result<()> {
     let end = Instant::now() + time;
     kernel_tests(steps, only, arguments)?;
@@ -64,11 +63,11 @@ pub(crate) fn kernel_tests_for(time: Duration, steps: &mut Steps, only: &[String
     Ok(())
 }
 
-/// The tests that make namespaces, load programs and send packets. They share the machine's kernel, so there are two at a time,
-/// of one binary; and all of them, so that one run shows all that fails.
+/// The tests that create namespaces, load programs and send packets. They share the machine's kernel, so only two run at a
+/// time, of one binary. All of them run, so that one run shows all failures.
 ///
 /// # Arguments
-/// `only` names the suites to run; none: all. Their programs are given `arguments`.
+/// `only` names the suites to run; empty: all. Their programs get `arguments`.
 pub(crate) fn kernel_tests(steps: &mut Steps, only: &[String], arguments: &[String]) -> Result<()> {
     ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
     let all = suites()?;
@@ -80,7 +79,7 @@ pub(crate) fn kernel_tests(steps: &mut Steps, only: &[String], arguments: &[Stri
     })?;
     let mut failed = Vec::new();
     for suite in all.into_iter().filter(|suite| only.is_empty() || only.contains(suite)) {
-        // A step of its own each: the table at the end tells how long it took.
+        // A separate step for each: the table at the end shows its duration.
         let name = format!("kernel tests, {suite}");
         let mut command = cargo(["test", "--package", "affinity-tests"]);
         match suite.as_str() {
@@ -113,7 +112,7 @@ fn suites() -> Result<BTreeSet<String>> {
     Ok(suites)
 }
 
-/// Whether Prometheus' own tool finds fault with the metrics of a real agent.
+/// Whether Prometheus' own tool accepts the metrics of a real agent.
 fn promtool() -> Result<()> {
     let Some(tools) = setup::promtool()? else {
         println!("NOT RUN: promtool is not here, and so the metrics were not checked with it");

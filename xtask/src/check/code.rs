@@ -1,7 +1,6 @@
 //! Just enough of Rust's grammar to look at code without its comments and literals.
 
-/// The source with every character of a comment, string or character literal turned into a space.
-/// Lines stay where they are.
+/// The source with every character of a comment, string or character literal replaced by a space. Line numbers do not change.
 pub(super) fn code_only(source: &str) -> String {
     let mut code = String::with_capacity(source.len());
     let mut rest = source;
@@ -128,7 +127,7 @@ fn character_length(rest: &str) -> usize {
     if is_literal { quoted_length(rest, '\'') } else { 0 }
 }
 
-/// The length of `r"…"`, `br#"…"#` and their kin; zero for anything else.
+/// The length of `r"…"`, `br#"…"#` and similar literals; zero for anything else.
 fn raw_string_length(rest: &str) -> usize {
     let prefix = ["r", "br", "cr"].into_iter().find(|prefix| rest.starts_with(prefix));
     let Some(after_prefix) = prefix.map(|prefix| &rest[prefix.len()..]) else { return 0 };

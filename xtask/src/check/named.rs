@@ -1,4 +1,4 @@
-//! ARCHITECTURE.md names the test that shows each behaviour: whether there are such tests.
+//! ARCHITECTURE.md names the test that shows each behaviour. This checks that these tests exist.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -9,10 +9,10 @@ use crate::run::{command, output, root};
 
 /// The document.
 const DOCUMENT: &str = "ARCHITECTURE.md";
-/// The section whose tables name tests, to the end of the document.
+/// The section with tables that name tests, to the end of the document.
 const SECTION: &str = "## What holds, and what shows it";
 
-/// Fails where a name in the last column of a table is neither a function, nor a file or directory that could hold some.
+/// Fails if a name in the last column of a table is neither a function, nor a file or directory that could contain one.
 pub(super) fn check() -> Result<()> {
     let text = fs::read_to_string(root().join(DOCUMENT)).context(DOCUMENT)?;
     let section = text.split_once(SECTION).with_context(|| format!("{DOCUMENT} has no section {SECTION:?}"))?.1;
@@ -30,7 +30,7 @@ pub(super) fn check() -> Result<()> {
     Ok(())
 }
 
-/// The names in the last cell of a table's row; of a path, the last part.
+/// The names in the last cell of a table's row; for a path, its last part.
 fn names(line: &str) -> impl Iterator<Item = &str> {
     let row = line.strip_suffix(" |").filter(|row| row.starts_with("| "));
     let cell = row.and_then(|row| row.rsplit_once(" | ")).map_or("", |(_, cell)| cell);
@@ -38,7 +38,7 @@ fn names(line: &str) -> impl Iterator<Item = &str> {
     quoted.filter(|name| !name.starts_with('-')).map(|name| name.rsplit(['/', ':']).next().unwrap_or(name))
 }
 
-/// Every function, and every file and directory of Rust code by its name.
+/// The names of all functions, and of all files and directories of Rust code.
 fn known() -> Result<BTreeSet<String>> {
     let files =
         output(command("git").args(["-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others"]).args([
@@ -49,7 +49,7 @@ fn known() -> Result<BTreeSet<String>> {
     let mut known = BTreeSet::new();
     for name in files.split_terminator('\0') {
         known.extend(Path::new(name).with_extension("").iter().map(|part| part.to_string_lossy().into_owned()));
-        // A file may have been removed, and that not be committed yet.
+        // A file may have been removed without a commit.
         let Ok(text) = fs::read_to_string(root().join(name)) else { continue };
         known.extend(functions(&code_only(&text)).into_iter().map(|function| function.name.to_owned()));
     }

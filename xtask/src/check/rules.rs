@@ -1,4 +1,4 @@
-//! The rules of the source tree that no lint knows.
+//! The rules of the source tree that no lint checks.
 
 use std::{fs, io, path::Path};
 
@@ -7,24 +7,24 @@ use anyhow::{Context as _, Result, bail};
 use super::code::{code_only, functions, line_at, words};
 use crate::run::{command, output, root};
 
-/// The only files with `unsafe` code. ARCHITECTURE.md says what each is for.
+/// The only files with `unsafe` code. ARCHITECTURE.md gives the purpose of each.
 const UNSAFE_FILES: [&str; 3] =
     ["affinity-common/src/abi.rs", "affinity-ebpf/src/kernel.rs", "affinity-user/src/sys.rs"];
 
-/// The length of a function that a reader still holds in the head.
+/// The longest function that a reader can still keep in mind.
 const FUNCTION_LINES: usize = 70;
 
-/// What is left to do is an issue, not a comment. Split, so that this file keeps the rule.
+/// Open work is an issue, not a comment. Split, so that this file does not break the rule itself.
 const POSTPONED: [&str; 2] = [concat!("TO", "DO"), concat!("FIX", "ME")];
 
-/// How object files, archives, LLVM bitcode and WebAssembly begin.
+/// The first bytes of object files, archives, LLVM bitcode and WebAssembly.
 const OBJECT_MAGIC: [&[u8]; 4] = [b"\x7fELF", b"!<arch>\n", b"BC\xc0\xde", b"\0asm"];
 
-/// Applies every rule to every file that git tracks or would add; names all breaches.
+/// Applies every rule to every file that git tracks or would add; lists all violations.
 pub(super) fn check() -> Result<()> {
     let files = output(
         command("git")
-            // A checkout in a container may belong to someone else.
+            // A checkout in a container may belong to another user.
             .args(["-c", "safe.directory=*", "ls-files", "-z"])
             .args(["--cached", "--others", "--exclude-standard"]),
     )?;
@@ -33,7 +33,7 @@ pub(super) fn check() -> Result<()> {
     for name in files.split_terminator('\0') {
         let content = match fs::read(root().join(name)) {
             Ok(content) => content,
-            // Removed, and not yet committed; or a link to a directory.
+            // Removed without a commit yet; or a link to a directory.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::IsADirectory) => continue,
             Err(error) => return Err(error).context(name.to_owned()),
         };
@@ -47,7 +47,7 @@ pub(super) fn check() -> Result<()> {
     bail!("{} breaches of the rules:\n{}", breaches.len(), breaches.join("\n"));
 }
 
-/// The breaches in one file, as `path:line: what is wrong`.
+/// The violations in one file, as `path:line: what is wrong`.
 fn breaches_in(name: &str, content: &[u8]) -> Vec<String> {
     if OBJECT_MAGIC.iter().any(|magic| content.starts_with(magic)) {
         return vec![format!("{name}: a compiled object: build it instead")];

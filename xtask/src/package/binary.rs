@@ -16,7 +16,7 @@ use crate::{
 
 const PROFILE: &str = "dist";
 
-/// Builds it, and returns where it is.
+/// Builds it, and returns its path.
 pub(super) fn build() -> Result<PathBuf> {
     let target = target_dir()?;
     run_command(
@@ -28,7 +28,7 @@ pub(super) fn build() -> Result<PathBuf> {
     Ok(target.join(PACKAGE_TARGET).join(PROFILE).join("affinity"))
 }
 
-/// Paths in messages of panics are told as if everything had been built in one place.
+/// Paths in panic messages look as if everything had been built in one place.
 fn rustflags() -> Result<[String; 4]> {
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let home =
@@ -43,7 +43,7 @@ fn rustflags() -> Result<[String; 4]> {
     ])
 }
 
-/// Looks whether it is what it has to be, and says how large it is.
+/// Checks that it is static and has the right version, and prints its size.
 pub(super) fn check(binary: &Path) -> Result<()> {
     let bytes = fs::read(binary).with_context(|| binary.display().to_string())?;
     ensure!(is_static(&bytes)?, "{}: it asks for a dynamic linker", binary.display());
@@ -53,12 +53,12 @@ pub(super) fn check(binary: &Path) -> Result<()> {
 
     println!("affinity check, on this machine:");
     let status = command(binary).arg("check").status().context("affinity check")?;
-    // What it finds is about the machine; that it can tell is about the binary.
+    // The findings are about the machine; that it can report them is about the binary.
     ensure!(matches!(status.code(), Some(0 | 1)), "affinity check: {status}");
     Ok(())
 }
 
-/// Whether an ELF file of 64 bits, least significant byte first, runs without an interpreter.
+/// Whether a 64-bit little-endian ELF file runs without an interpreter.
 fn is_static(elf: &[u8]) -> Result<bool> {
     const INTERPRETER: u32 = 3;
     ensure!(elf.starts_with(b"\x7fELF\x02\x01"), "no ELF file of 64 bits");
@@ -75,7 +75,7 @@ fn is_static(elf: &[u8]) -> Result<bool> {
     Ok(true)
 }
 
-/// What is linked into it, one crate a line: name, version, licence.
+/// The crates that are linked into it, one a line: name, version, licence.
 pub(super) fn crates() -> Result<String> {
     let tree = output(
         cargo(["tree", "--package", "affinity-user", "--edges", "normal", "--prefix", "none", "--locked"]).args([
@@ -88,7 +88,7 @@ pub(super) fn crates() -> Result<String> {
     let mut crates = BTreeSet::new();
     for line in tree.lines() {
         let (package, licence) = line.split_once('\t').with_context(|| line.to_owned())?;
-        // Crates of the workspace are told with their path.
+        // Crates of the workspace are listed with their path.
         if !package.contains(" (/") {
             crates.insert(format!("{}\t{}\n", package.trim_end_matches(" (*)"), licence.trim_end_matches(" (*)")));
         }

@@ -1,4 +1,4 @@
-//! The container image, where an engine runs.
+//! The container image, if an engine runs.
 
 use std::path::Path;
 
@@ -7,10 +7,10 @@ use anyhow::Result;
 use super::VERSION;
 use crate::run::{command, output, root, run as run_command};
 
-/// Programs that understand `build`, each with a question that only a working one answers.
+/// Programs that understand `build`, each with a query that succeeds only if the engine works.
 const ENGINES: [(&str, &[&str]); 3] = [("docker", &["info"]), ("podman", &["info"]), ("buildah", &["images"])];
 
-/// Builds the image of a filled stage; where nothing can, says so and why.
+/// Builds the image of a filled stage; if no engine works, prints why.
 pub(super) fn build(stage: &Path) -> Result<()> {
     let tag = format!("affinity:{VERSION}");
     let mut refusals = Vec::new();
@@ -35,7 +35,7 @@ pub(super) fn build(stage: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Why an engine does not work, in as few words as it takes.
+/// Why an engine does not work, in few words.
 fn reason(engine: &str, error: &anyhow::Error) -> String {
     let is_missing = error.root_cause().downcast_ref::<std::io::Error>();
     if is_missing.is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound) {

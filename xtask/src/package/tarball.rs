@@ -1,4 +1,4 @@
-//! A tarball that depends on nothing but what is in it.
+//! A tarball that depends only on its contents.
 
 use std::{env, path::Path};
 
@@ -19,7 +19,7 @@ pub(super) fn make(directory: &Path, name: &str) -> Result<()> {
             .args(["--format=posix", "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime"])
             .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mode=go-w"])
             .arg(format!("--mtime=@{}", epoch()?))
-            // Without the name and the time of what was compressed.
+            // Without the name and the time of the compressed file.
             .args(["--use-compress-program", "gzip --no-name --best", name]),
     )?;
     let digest = output(command("sha256sum").current_dir(directory).arg(&file))?;
@@ -29,7 +29,7 @@ pub(super) fn make(directory: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The time that every file in it has, in seconds: `SOURCE_DATE_EPOCH`, or that of the last commit.
+/// The modification time of every file in it, in seconds: `SOURCE_DATE_EPOCH`, or that of the last commit.
 fn epoch() -> Result<String> {
     if let Ok(epoch) = env::var("SOURCE_DATE_EPOCH") {
         return Ok(epoch);

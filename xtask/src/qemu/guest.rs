@@ -1,8 +1,8 @@
-//! A guest: QEMU with a kernel of Debian's, this machine's files, and a list of programs to run.
+//! A guest: QEMU with a Debian kernel, this machine's files, and a list of programs to run.
 //!
-//! Root, the repository and the target directory are shared by 9p at their paths, so that test binaries run as they are. What
-//! the programs write to standard output is shown as it comes. The guest has done its work when each program has ended
-//! and said how; a guest that panics, hangs or runs out of memory has not.
+//! Root, the repository and the target directory are shared by 9p at their paths, so that test binaries run as they are. The
+//! standard output of the programs is shown as it comes. The guest succeeds if each program has ended and its status is known.
+//! It fails if it panics, hangs or runs out of memory.
 
 use std::{
     env,
@@ -25,48 +25,48 @@ const MEMORY_MIB: u32 = 3072;
 /// How long a guest may take from its start to its first program.
 const BOOT: Duration = Duration::from_secs(180);
 
-/// How long its programs may be silent. Tests say something when they end, and some take many minutes under emulation on a
-/// machine that does something else too.
+/// How long its programs may be silent. Tests print something when they end, and some take many minutes under emulation on a
+/// busy machine.
 const SILENCE: Duration = Duration::from_secs(1800);
 
-/// How long a guest may take to boot, do nothing and end, where the processor helps.
+/// How long a guest may take to boot, do nothing and end, with hardware virtualisation.
 const PROBE: Duration = Duration::from_secs(20);
 
-/// How much of a guest's console is shown when something went wrong.
+/// How many lines of a guest's console are shown after a failure.
 const CONSOLE_LINES: usize = 40;
 
-/// The file that a guest makes before its first program.
+/// The file that a guest creates before its first program.
 const BOOTED: &str = "booted";
 
-/// The emulated processor. An emulated string instruction (`rep movsb`) takes a step for each byte, so the kernel must not find
-/// it fast: it copies and clears memory by it, above all when it verifies programs.
+/// The emulated processor. An emulated string instruction (`rep movsb`) takes one step for each byte, so the kernel must not
+/// consider it fast: it would copy and clear memory with it, mainly when it verifies programs.
 const EMULATED: &str = "max,la57=off,erms=off,fsrm=off";
 
-/// For the same reason: no `rep_good` (the feature with this number), and no clearing of memory that is not asked for.
+/// For the same reason: no `rep_good` (the feature with this number), and memory is cleared only on request.
 const NO_STRING_INSTRUCTIONS: &str = " init_on_alloc=0 clearcpuid=112";
 
-/// How the names of the directories with results begin; the process that made one follows.
+/// The prefix of directories with results; the id of the process that made one follows.
 const RESULTS: &str = "run-";
 
-/// Words on the console of a kernel that something is wrong with.
+/// Words on the console if the kernel has a fault.
 const FAULTS: [&str; 6] =
     ["Kernel panic", "kernel BUG at", "BUG: ", "Oops: ", "general protection fault", "Out of memory"];
 
-/// How the guest's processors come about.
+/// How the guest's processors are run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Accelerator {
-    /// The machine's own.
+    /// By hardware virtualisation.
     Kvm,
     /// Emulated, several times slower.
     Tcg,
 }
 
 impl Accelerator {
-    /// What boots here: a guest is started by KVM, and if it has not ended in time, KVM does not work. The answer is kept
-    /// until the machine is booted again.
+    /// The accelerator that works here: a guest is started with KVM, and if it has not ended in time, KVM does not work. The
+    /// answer is kept until the next reboot of the machine.
     ///
     /// # Errors
-    /// When QEMU cannot be started.
+    /// If QEMU cannot be started.
     pub(crate) fn probe(qemu: &Qemu, kernel: &Kernel) -> Result<Self> {
         if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
             return Ok(Self::Tcg);
@@ -84,7 +84,7 @@ impl Accelerator {
         Ok(if works { Self::Kvm } else { Self::Tcg })
     }
 
-    /// By how much tests have more patience.
+    /// The factor for the timeouts of tests.
     pub(crate) fn patience(self) -> u32 {
         match self {
             Self::Kvm => 1,
@@ -92,7 +92,7 @@ impl Accelerator {
         }
     }
 
-    /// For a line of output.
+    /// The name for a line of output.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Kvm => "KVM",
@@ -103,18 +103,18 @@ impl Accelerator {
 
 /// The emulator.
 pub(crate) struct Qemu {
-    /// The program, and the arguments and the environment that it always has.
+    /// The program.
     pub(crate) program: PathBuf,
-    /// Where its own files are, where it is not installed.
+    /// The directory of its own files, if it is not installed.
     pub(crate) prefix: Option<PathBuf>,
-    /// Where kernels and results are kept.
+    /// The directory for kernels and results.
     pub(crate) dir: PathBuf,
     /// The static busybox.
     pub(crate) busybox: PathBuf,
 }
 
 impl Qemu {
-    /// A command that runs it.
+    /// A command that runs it, with the arguments and the environment that it always needs.
     pub(crate) fn command(&self) -> Command {
         let mut qemu = command(&self.program);
         if let Some(prefix) = &self.prefix {
@@ -132,30 +132,30 @@ impl Qemu {
 
 /// A program to run in a guest.
 pub(crate) struct Job {
-    /// For people.
+    /// The name to show.
     pub(crate) name: String,
-    /// Where.
+    /// The working directory.
     pub(crate) directory: PathBuf,
-    /// Which, and its arguments.
+    /// The program and its arguments.
     pub(crate) words: Vec<String>,
 }
 
-/// How a program ended, and what it wrote.
+/// How a program ended, and its output.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Ended {
     pub(crate) name: String,
-    /// None: it had not ended when the guest did.
+    /// None: it was still running when the guest ended.
     pub(crate) status: Option<i32>,
     pub(crate) output: String,
-    /// From the end of the one before it.
+    /// Time since the previous program ended.
     pub(crate) took: Duration,
 }
 
-/// What became of a guest.
+/// The result of a guest.
 pub(crate) struct Report {
-    /// Its programs, in their order; those that had begun.
+    /// The programs that had started, in order.
     pub(crate) ended: Vec<Ended>,
-    /// Why it did not get to its end, with the last lines of its console.
+    /// Why it did not finish, with the last lines of its console.
     pub(crate) failure: Option<anyhow::Error>,
 }
 
@@ -166,23 +166,23 @@ impl Report {
     }
 }
 
-/// A guest to be run.
+/// A guest to run.
 pub(crate) struct Guest<'a> {
     pub(crate) qemu: &'a Qemu,
     pub(crate) kernel: &'a Kernel,
     pub(crate) accelerator: Accelerator,
-    /// Variables of its programs.
+    /// Environment variables of its programs.
     pub(crate) environment: Vec<(String, String)>,
-    /// Arguments of QEMU that give it more devices.
+    /// QEMU arguments for additional devices.
     pub(crate) devices: Vec<String>,
-    /// The network namespace that QEMU runs in; none: the machine's own.
+    /// The network namespace that QEMU runs in; none: the host's own.
     pub(crate) namespace: Option<String>,
-    /// How long all of it may take.
+    /// The time limit for the whole guest.
     pub(crate) limit: Duration,
 }
 
 impl<'a> Guest<'a> {
-    /// A guest that is emulated and has no network.
+    /// An emulated guest without network.
     pub(crate) fn new(qemu: &'a Qemu, kernel: &'a Kernel) -> Self {
         Self {
             qemu,
@@ -195,10 +195,10 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Boots it, and runs the programs one after the other.
+    /// Boots it, and runs the programs one after another.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub(crate) fn run(&self, jobs: &[Job]) -> Result<Report> {
         let results = self.qemu.dir.join(format!("{RESULTS}{}", std::process::id()));
         let _ = fs::remove_dir_all(&results);
@@ -208,7 +208,7 @@ impl<'a> Guest<'a> {
         let watched = self.watch(&results, jobs);
         let console = fs::read(results.join("console")).unwrap_or_default();
         let console = String::from_utf8_lossy(&console);
-        // Where the kernel has said what is wrong, that is why the guest has ended.
+        // If the kernel has reported a fault, that is why the guest has ended.
         let failure = match (fault_on(&console), watched) {
             (Some(line), _) => Some(anyhow!("the guest's kernel says: {line}")),
             (None, watched) => watched.err(),
@@ -225,7 +225,7 @@ impl<'a> Guest<'a> {
         Ok(Report { ended, failure })
     }
 
-    /// Starts QEMU, and follows it to its end.
+    /// Starts QEMU, and watches it until it ends.
     fn watch(&self, results: &Path, jobs: &[Job]) -> Result<()> {
         let mut qemu = self.command(results)?;
         let log = fs::File::create(results.join("qemu.log"))?;
@@ -238,7 +238,7 @@ impl<'a> Guest<'a> {
         loop {
             let ended = qemu.0.try_wait()?;
             while let (Some(job), Some(shown)) = (jobs.get(current), shown.get_mut(current)) {
-                // Asked first: whatever the program wrote, it wrote before its status.
+                // Read first: the program wrote all its output before its status.
                 let status = fs::read_to_string(results.join(format!("status.{current}"))).unwrap_or_default();
                 if show(&output_file(results, current), shown)? {
                     heard = Instant::now();
@@ -281,7 +281,7 @@ impl<'a> Guest<'a> {
         qemu.args(["-device", "virtio-rng-pci"]);
         qemu.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.kernel.initramfs());
         let (repository, target) = (root(), target_dir()?);
-        // Emulated processors and timers may be late on a busy machine, which the kernel would take for broken ones.
+        // Emulated processors and timers may be late on a busy machine. The kernel would consider them broken.
         let mut line = "console=ttyS0 quiet panic=-1 oops=panic no_timer_check nowatchdog mitigations=off".to_owned();
         if self.accelerator == Accelerator::Tcg {
             line += NO_STRING_INSTRUCTIONS;
@@ -305,7 +305,7 @@ impl<'a> Guest<'a> {
         })
     }
 
-    /// What the guest's first process does once the files are there.
+    /// The script that the guest's first process runs once the files are mounted.
     fn script(&self, results: &Path, jobs: &[Job]) -> Result<String> {
         let quoted_path = quote(&env::var("PATH").unwrap_or_default());
         let mut script = format!(
@@ -314,7 +314,7 @@ impl<'a> Guest<'a> {
             quote(&self.kernel.modules().display().to_string()),
         );
         let home = env::var("HOME").unwrap_or_else(|_| "/root".to_owned());
-        // Or insta would ask cargo for it, in every test.
+        // Otherwise insta would run cargo for it, in every test.
         let snapshots = ("INSTA_WORKSPACE_ROOT".to_owned(), root().display().to_string());
         let variables = [("HOME".to_owned(), home), snapshots, ("AFFINITY_TEST_GUEST".to_owned(), "1".to_owned())];
         for (name, value) in variables.iter().chain(&self.environment) {
@@ -342,7 +342,7 @@ fn enter(namespace: &str, inner: &Command) -> Command {
     outer
 }
 
-/// Removes what guests that failed have left, of processes that have ended.
+/// Removes results of failed guests, if the process that started them has ended.
 pub(crate) fn remove_stale_results(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -355,7 +355,7 @@ pub(crate) fn remove_stale_results(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// QEMU, killed if it is left alone.
+/// QEMU, killed when this is dropped.
 struct Running(Child);
 
 impl Drop for Running {
@@ -365,7 +365,7 @@ impl Drop for Running {
     }
 }
 
-/// The first line of a console by which the kernel says that something is wrong with it.
+/// The first line of a console with which the kernel reports a fault.
 fn fault_on(console: &str) -> Option<&str> {
     console.lines().find(|line| FAULTS.iter().any(|words| line.contains(words)))
 }
@@ -374,7 +374,7 @@ fn output_file(results: &Path, number: usize) -> PathBuf {
     results.join(format!("output.{number}"))
 }
 
-/// Shows what a file has beyond `shown`; whether there was something.
+/// Shows the part of a file beyond `shown`; returns whether there was any.
 fn show(path: &Path, shown: &mut u64) -> Result<bool> {
     let Ok(mut file) = fs::File::open(path) else { return Ok(false) };
     file.seek(SeekFrom::Start(*shown))?;
@@ -387,7 +387,7 @@ fn show(path: &Path, shown: &mut u64) -> Result<bool> {
     Ok(!text.is_empty())
 }
 
-/// None: the program was not started. `since` is when the one before it ended, and becomes when this one did.
+/// None: the program was not started. `since` is the end of the previous program, and is set to the end of this one.
 fn read_end(results: &Path, number: usize, job: &Job, since: &mut SystemTime) -> Option<Ended> {
     let output = fs::read(output_file(results, number)).ok()?;
     let status_file = results.join(format!("status.{number}"));
@@ -403,7 +403,7 @@ fn read_end(results: &Path, number: usize, job: &Job, since: &mut SystemTime) ->
     })
 }
 
-/// When a file was last written; now, if it was not.
+/// When a file was last written; now, if it does not exist.
 fn modified(path: &Path) -> SystemTime {
     fs::metadata(path).and_then(|file| file.modified()).unwrap_or_else(|_| SystemTime::now())
 }

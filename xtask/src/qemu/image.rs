@@ -1,7 +1,7 @@
-//! Debian's kernels, as QEMU boots them: the kernel, its modules, and an initramfs that mounts this machine's files.
+//! Debian's kernels for QEMU: the kernel, its modules, and an initramfs that mounts the host's files.
 //!
-//! Everything is made from packages and kept below the target directory. A kernel is used for a week, then a newer package is
-//! looked for.
+//! Everything is made from packages and stored in the target directory. After a week with a kernel, a newer package is looked
+//! for.
 
 use std::{
     collections::BTreeMap,
@@ -20,10 +20,10 @@ use crate::run::{command, output, run as run_command};
 /// How long a kernel is used before a newer package is looked for.
 const FRESH: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// What the initramfs loads, in this order, each with what it depends on; some kernels have some of it built in.
+/// The modules that the initramfs loads, in this order, each with its dependencies; some of them are built into some kernels.
 const BOOT_MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 
-/// The parts of the module tree that guests may load from. The rest, mostly drivers and file systems, is not kept.
+/// The parts of the module tree that guests may load from. The rest, mostly drivers and file systems, is removed.
 const KEPT: [&str; 14] = [
     "arch",
     "crypto",
@@ -41,7 +41,7 @@ const KEPT: [&str; 14] = [
     "net",
 ];
 
-/// A kernel that guests run, by the release that has it.
+/// A kernel for guests, by its Debian release.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
 pub(crate) enum Release {
     /// Debian 12
@@ -59,7 +59,7 @@ impl Release {
     /// From the oldest to the newest.
     pub(crate) const ALL: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Sid];
 
-    /// As the command line names it.
+    /// The name on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Bookworm => "6.1",
@@ -68,7 +68,7 @@ impl Release {
         }
     }
 
-    /// As Debian names the release.
+    /// Debian's name for the release.
     pub(crate) fn suite(self) -> &'static str {
         match self {
             Self::Bookworm => "bookworm",
@@ -77,7 +77,7 @@ impl Release {
         }
     }
 
-    /// As people name the release.
+    /// The name for people.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Bookworm => "Debian 12",
@@ -89,19 +89,19 @@ impl Release {
 
 /// A kernel that can be booted.
 pub(crate) struct Kernel {
-    /// Whose it is.
+    /// Its release.
     pub(crate) release: Release,
-    /// As `uname -r` says.
+    /// As `uname -r` prints it.
     pub(crate) version: String,
-    /// Holds all that follows.
+    /// The directory of the files below.
     dir: PathBuf,
 }
 
 impl Kernel {
-    /// The kernel of a release, from its package if need be.
+    /// The kernel of a release, made from its package if necessary.
     ///
     /// # Errors
-    /// When there is none here, and its package cannot be had.
+    /// If it is not here, and its package cannot be downloaded.
     pub(crate) fn prepare(release: Release, qemu_dir: &Path, mirror: &Mirror, busybox: &Path) -> Result<Self> {
         let dir = qemu_dir.join("kernels").join(release.name());
         let age = fs::metadata(dir.join("version")).and_then(|file| file.modified()).ok();
@@ -132,10 +132,10 @@ impl Kernel {
     }
 }
 
-/// The static busybox of Debian's packages: the guest's first programs.
+/// The static busybox from Debian's package: the guest's first programs.
 pub(crate) fn busybox(qemu_dir: &Path, mirror: &Mirror) -> Result<PathBuf> {
     let dir = qemu_dir.join("busybox");
-    // Where it is depends on the release.
+    // Its path depends on the release.
     let find = || ["bin/busybox", "usr/bin/busybox"].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
     if find().is_none() {
         let suites = [mirror.codename()];
@@ -145,7 +145,7 @@ pub(crate) fn busybox(qemu_dir: &Path, mirror: &Mirror) -> Result<PathBuf> {
     find().context("busybox-static has no busybox")
 }
 
-/// Makes all that is needed of a kernel, beside, and puts it in place at the end.
+/// Makes all parts of a kernel in another directory, and moves that into place at the end.
 fn fetch(release: Release, qemu_dir: &Path, mirror: &Mirror, busybox: &Path, dir: &Path) -> Result<()> {
     let suite = release.suite();
     println!("qemu: fetching the kernel of Debian's {suite}");
@@ -175,7 +175,7 @@ fn fetch(release: Release, qemu_dir: &Path, mirror: &Mirror, busybox: &Path, dir
     Ok(())
 }
 
-/// The packages that the newest kernel is in: one, or since 2026 one for each part.
+/// The packages of the newest kernel: one, or since 2026 one for each part.
 fn kernel_packages(depends: impl Fn(&str) -> Result<Vec<String>>) -> Result<Vec<String>> {
     let is_part =
         |name: &String| ["linux-image-", "linux-binary-", "linux-modules-"].iter().any(|p| name.starts_with(p));
@@ -192,7 +192,8 @@ fn only_name(dir: &Path) -> Result<String> {
     names[0].to_str().map(str::to_owned).context("a name that is no text")
 }
 
-/// Moves the modules that are kept, and what lists those of the kernel itself; uncompressed, which the guest is slow at.
+/// Moves the modules that are kept, and copies the lists of built-in modules. Decompresses them, which would be slow in the
+/// guest.
 fn keep_modules(from: &Path, to: &Path, busybox: &Path) -> Result<()> {
     for part in KEPT {
         let (from, to) = (from.join("kernel").join(part), to.join("kernel").join(part));
@@ -248,7 +249,7 @@ fn make_initramfs(made: &Path, tree: &Path, busybox: &Path) -> Result<()> {
     Ok(fs::remove_dir_all(&contents)?)
 }
 
-/// The files of these modules and of all that they depend on, what is needed first. `dependencies` is the text of modules.dep.
+/// The files of these modules and of all their dependencies, dependencies first. `dependencies` is the text of modules.dep.
 /// Modules that are not in it are part of the kernel.
 fn load_order(dependencies: &str, wanted: &[&str]) -> Vec<String> {
     let lines = dependencies.lines().filter_map(|line| line.split_once(':'));

@@ -1,14 +1,14 @@
-//! `cargo xtask test --nic`: network cards that QEMU gives a guest, two pairs of them.
+//! `cargo xtask test --nic`: network cards that QEMU emulates for a guest, in two pairs.
 //!
-//! QEMU runs in a network namespace with two bridges, each of which joins two cards:
+//! QEMU runs in a network namespace with two bridges, each of which connects two cards:
 //!
 //! ```text
 //!  guest, node A:  card 0 ---- tap0 - bridge0 - tap1 ---- card 1: guest, clients
 //!                  card 2 ---- tap2 - bridge1 - tap3 ---- card 3: guest, node B
 //! ```
 //!
-//! The taps hand over frames with the checksum's state (`vnet_hdr`), as hypervisors do: a virtio-net guest gets frames whose
-//! checksum is partial, unless it switches that off.
+//! The taps pass frames with the state of the checksum (`vnet_hdr`), as hypervisors do: a virtio-net guest gets frames with
+//! partial checksums, unless it disables that.
 
 use std::{fs, path::Path};
 
@@ -21,13 +21,13 @@ use super::{
 };
 use crate::run::{command, output, run as run_command};
 
-/// How the names of the namespaces begin; the process that made one follows.
+/// The prefix of the namespaces' names; the id of the process that made one follows.
 const PREFIX: &str = "affinity-qemu-";
 
 /// How many cards a guest has.
 const CARDS: usize = 4;
 
-/// Cards send frames of up to this many bytes, so what is between them does.
+/// Cards send frames of up to this many bytes, so the devices between them must too.
 const MTU: u32 = 9000;
 
 /// A model of network card.
@@ -44,10 +44,10 @@ pub(crate) enum Model {
 }
 
 impl Model {
-    /// What to run, each in a guest of its own: a name, and QEMU's device.
+    /// The variants to run, each in a separate guest: a name, and QEMU's device.
     pub(crate) fn variants(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            // QEMU has the checksum's state only of taps, and offers to leave it to the guest only where the guest may refuse.
+            // QEMU gets the state of the checksum only from taps, and offers it to the guest only if the guest may refuse it.
             Self::VirtioNet => &[
                 ("virtio-net", "virtio-net-pci"),
                 ("virtio-net-fixed-offloads", "virtio-net-pci,ctrl_guest_offloads=off"),
@@ -58,7 +58,7 @@ impl Model {
         }
     }
 
-    /// The kind of device that QEMU must have.
+    /// The type of device that QEMU must have.
     fn device(self) -> &'static str {
         match self {
             Self::VirtioNet => "virtio-net-pci",
@@ -69,17 +69,17 @@ impl Model {
     }
 }
 
-/// The namespace that QEMU runs in. Dropping it takes it away.
+/// The namespace that QEMU runs in. Dropping this removes it.
 pub(crate) struct Cable {
-    /// Its name, as `ip netns` has it.
+    /// Its name, for `ip netns`.
     pub(crate) namespace: String,
 }
 
 impl Cable {
-    /// Lays it.
+    /// Creates it.
     ///
     /// # Errors
-    /// What `ip` says.
+    /// If `ip` fails.
     pub(crate) fn lay() -> Result<Self> {
         ensure!(fs::exists("/dev/net/tun")?, "/dev/net/tun is missing: QEMU's cards need taps");
         remove_stale()?;
@@ -101,7 +101,7 @@ impl Cable {
         let mut ip = command("sh");
         ip.args(["-c", "printf '%s' \"$1\" | ip -n \"$2\" -batch -", "sh", &script, name]);
         run_command(&mut ip)?;
-        // The bridges have no addresses, and are not to speak.
+        // The bridges have no addresses, and must not send packets.
         let quiet = "for device in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 1 > $device; done";
         let mut sysctl = command("nsenter");
         sysctl.arg(format!("--net=/run/netns/{name}")).args(["--", "sh", "-c", quiet]);
@@ -109,8 +109,8 @@ impl Cable {
         Ok(cable)
     }
 
-    /// QEMU's arguments for the cards, each at a port of its own: an igb takes the places of its virtual functions too. The
-    /// last byte of a card's address is its number.
+    /// QEMU's arguments for the cards, each on a separate port, because an igb also takes the slots of its virtual functions.
+    /// The last byte of a card's address is its number.
     pub(crate) fn arguments(device: &str) -> Vec<String> {
         let card = |number| {
             let tap = format!("tap,id=card{number},ifname=tap{number},script=no,downscript=no,vhost=off");
@@ -128,7 +128,7 @@ impl Drop for Cable {
     }
 }
 
-/// Removes what was left by processes that were killed.
+/// Removes namespaces of processes that were killed.
 fn remove_stale() -> Result<()> {
     let names = output(command("ip").args(["netns", "list"]))?;
     let names = names.lines().filter_map(|line| line.split_whitespace().next());
@@ -139,10 +139,10 @@ fn remove_stale() -> Result<()> {
     Ok(())
 }
 
-/// A QEMU that has this model: the one that is installed, or a newer one from the backports to this release.
+/// A QEMU that has this model: the installed one, or a newer one from this release's backports.
 ///
 /// # Errors
-/// When neither can be had.
+/// If neither has it, or the newer one cannot be downloaded.
 pub(crate) fn qemu_with(installed: Qemu, model: Model, mirror: &Mirror) -> Result<Qemu> {
     if has_device(&installed, model)? {
         return Ok(installed);
@@ -164,8 +164,8 @@ pub(crate) fn qemu_with(installed: Qemu, model: Model, mirror: &Mirror) -> Resul
     Ok(newer)
 }
 
-/// Asked of the device alone: the list of all devices loads every module of QEMU, those of another version among them. The
-/// answer is its options, or nothing; QEMU's exit status is the same.
+/// Asks about this device only, because the list of all devices loads every module of QEMU, including those of another version.
+/// The output is the device's options, or nothing; QEMU's exit status is the same in both cases.
 fn has_device(qemu: &Qemu, model: Model) -> Result<bool> {
     let answer = qemu.command().arg("-device").arg(format!("{},help", model.device())).output();
     Ok(!answer.with_context(|| qemu.program.display().to_string())?.stdout.is_empty())

@@ -1,10 +1,10 @@
-//! What the programs of guests have said, and the table that is made of it for the README.
+//! The output of programs in guests, and the table for the README that is made from it.
 
 use std::fmt::Write as _;
 
 use super::guest::{Ended, Report};
 
-/// Where packets and connections are translated: as `tests/tests/hooks.rs` says it, and as the table's heading.
+/// The hooks where packets and connections are translated: the name in `tests/tests/hooks.rs`, and the table's heading.
 pub(crate) const HOOKS: [(&str, &str); 5] = [
     ("xdp-native", "XDP in the driver (veth)"),
     ("tcx", "tcx"),
@@ -13,22 +13,22 @@ pub(crate) const HOOKS: [(&str, &str); 5] = [
     ("redirect", "redirect"),
 ];
 
-/// How a line begins by which a test says that a hook works, or what stands in for it.
+/// The prefix of a line with which a test reports that a hook works, or its replacement.
 const HOOK: &str = "hook: ";
 
-/// What the table says of a hook that no test has said anything of.
+/// The entry of a hook that no test has reported.
 const FAILED: &str = "**failed**";
 
-/// The closing line of a program with tests.
+/// The prefix of the last line of a test program.
 const CLOSING: &str = "test result: ";
 
-/// What one guest has to say, for a row of the table.
+/// The results of one guest: a row of the table.
 pub(crate) struct Row {
     /// The kernel or the network card.
     pub(crate) title: String,
-    /// What was said of the hooks, in the order of [`HOOKS`].
+    /// The reports about the hooks, in the order of [`HOOKS`].
     pub(crate) hooks: Vec<String>,
-    /// What became of the tests.
+    /// The results of the tests.
     pub(crate) tests: String,
 }
 
@@ -43,7 +43,7 @@ impl Row {
         let ended = &report.ended;
         let lines = || ended.iter().flat_map(|ended| ended.output.lines());
         let hooks = HOOKS.iter().map(|(hook, _)| {
-            // Behind the name of the test that said it, or alone.
+            // After the name of the test that reported it, or on a line of its own.
             let said = lines().find_map(|line| line.split_once(HOOK)?.1.strip_prefix(hook)?.strip_prefix(": "));
             said.unwrap_or(FAILED).to_owned()
         });
@@ -52,12 +52,12 @@ impl Row {
     }
 }
 
-/// How many tests passed and failed, by the closing lines.
+/// How many tests passed and failed, according to the last lines.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 struct Counts {
     passed: u64,
     failed: u64,
-    /// Programs that failed and counted no failed test: they ended early, or are no tests.
+    /// Programs that failed without a failed test: they ended early, or are no tests.
     broken: u64,
 }
 
@@ -114,7 +114,7 @@ pub(crate) fn durations(ended: &[Ended]) -> String {
     text
 }
 
-/// The number that stands before these words.
+/// The number before these words.
 fn number_before(line: &str, words: &str) -> Option<u64> {
     line.split_once(words)?.0.rsplit(' ').next()?.parse().ok()
 }

@@ -1,6 +1,6 @@
-//! Debian packages of other releases, without a change to this machine: an apt whose directories are all its own.
+//! Debian packages of other releases, without a change to this machine: an apt with separate directories.
 //!
-//! The mirror is the one that this machine is configured with. It is read from apt's sources, in both of their formats.
+//! The mirror is the one that this machine is configured with. It is read from apt's sources, in both formats.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::run::{command, output, run as run_command};
 
-/// Where apt's sources are.
+/// The paths of apt's sources.
 const SOURCES: [&str; 2] = ["/etc/apt/sources.list", "/etc/apt/sources.list.d"];
 
 /// Debian's own keys, from the package debian-archive-keyring. It has the keys of releases that are newer than this one.
@@ -29,7 +29,7 @@ impl Mirror {
     /// The mirror that this machine's apt uses for its own release.
     ///
     /// # Errors
-    /// When this is not Debian, or apt has no source of this release, or Debian's keys are not here.
+    /// If this is not Debian, or apt has no source for this release, or Debian's keys are not here.
     pub(crate) fn of_this_machine() -> Result<Self> {
         let release = fs::read_to_string("/etc/os-release").context("/etc/os-release")?;
         ensure!(
@@ -62,7 +62,7 @@ fn os_release<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     Some(value.trim_matches('"'))
 }
 
-/// The files that apt reads: those in the directory by their extension, in order of their names.
+/// The files that apt reads: those in the directory by their extension, sorted by name.
 fn source_files() -> Result<Vec<PathBuf>> {
     let [file, directory] = SOURCES.map(PathBuf::from);
     let mut files: Vec<_> = Some(file).into_iter().filter(|file| file.exists()).collect();
@@ -90,7 +90,7 @@ fn parse_one_line(text: &str) -> Vec<Source> {
     lines.filter_map(|line| parse_line(line.strip_prefix("deb")?)).collect()
 }
 
-/// What follows `deb` in such a line.
+/// The part after `deb` of such a line.
 fn parse_line(rest: &str) -> Option<Source> {
     if !rest.starts_with([' ', '\t']) {
         return None;
@@ -111,7 +111,7 @@ fn parse_line(rest: &str) -> Option<Source> {
     })
 }
 
-/// Paragraphs of `Field: values`, separated by empty lines. A line that begins with a space goes on with the field before.
+/// Paragraphs of `Field: values`, separated by empty lines. A line that begins with a space continues the field before.
 fn parse_deb822(text: &str) -> Vec<Source> {
     let without_comments: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
     without_comments.split(|line| line.trim().is_empty()).filter_map(parse_paragraph).collect()
@@ -149,8 +149,8 @@ fn parse_paragraph(lines: &[&str]) -> Option<Source> {
     })
 }
 
-/// The mirror of Debian itself. Others may also have a suite of the release's name, so Debian's keys decide, or the
-/// directory's name where a source does not name its keys.
+/// The mirror of Debian itself. Other mirrors may also have a suite with the release's name. So Debian's keys decide, or the
+/// directory's name if a source does not name its keys.
 fn choose<'a>(sources: &'a [Source], codename: &str) -> Option<&'a str> {
     let has_release = |source: &&Source| {
         source.suites.iter().any(|suite| suite == codename) && source.components.iter().any(|name| name == "main")
@@ -165,31 +165,31 @@ fn choose<'a>(sources: &'a [Source], codename: &str) -> Option<&'a str> {
         .find_map(|source| source.uris.iter().find(|uri| is_debian(source, uri)).map(String::as_str))
 }
 
-/// An apt of our own, over suites of a mirror.
+/// A separate apt, for suites of a mirror.
 pub(crate) struct Apt {
     configuration: PathBuf,
 }
 
-/// Which packages an apt of our own takes as installed.
+/// The packages that a separate apt treats as installed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Installed {
     /// None: single packages are downloaded.
     Nothing,
-    /// Those of this machine: what a package lacks here is downloaded.
+    /// Those of this machine: only missing dependencies are downloaded.
     AsHere,
 }
 
 impl Apt {
-    /// Makes one below `dir`, and fetches the lists of packages.
+    /// Creates one in `dir`, and fetches the lists of packages.
     ///
     /// # Errors
-    /// When the mirror cannot be reached, or does not have a suite.
+    /// If the mirror cannot be reached, or does not have a suite.
     pub(crate) fn open(dir: &Path, mirror: &Mirror, suites: &[&str], installed: Installed) -> Result<Self> {
         for name in ["lists/partial", "cache/archives/partial", "state"] {
             let dir = dir.join(name);
             fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         }
-        // A copy: apt would lock what it works on.
+        // A copy, because apt would lock the original.
         let installed = match installed {
             Installed::Nothing => Vec::new(),
             Installed::AsHere => fs::read("/var/lib/dpkg/status").context("/var/lib/dpkg/status")?,
@@ -204,14 +204,14 @@ impl Apt {
         Ok(apt)
     }
 
-    /// What a package depends on.
+    /// The dependencies of a package.
     pub(crate) fn depends(&self, package: &str) -> Result<Vec<String>> {
         let text = output(command("apt-cache").arg("-c").arg(&self.configuration).args(["depends", package]))?;
         let names = text.lines().filter_map(|line| line.trim_start().strip_prefix("Depends: "));
         Ok(names.map(str::to_owned).collect())
     }
 
-    /// Downloads packages and unpacks them below `into`.
+    /// Downloads packages and unpacks them into `into`.
     pub(crate) fn unpack(&self, packages: &[String], into: &Path) -> Result<()> {
         let archives = into.with_extension("archives");
         let _ = fs::remove_dir_all(&archives);
@@ -223,7 +223,7 @@ impl Apt {
         Ok(fs::remove_dir_all(&archives)?)
     }
 
-    /// Downloads a package of a suite with all that it needs beyond what is installed here, and unpacks that below `into`.
+    /// Downloads a package of a suite, with all dependencies that are not installed here, and unpacks them into `into`.
     pub(crate) fn unpack_with_needs(&self, package: &str, suite: &str, into: &Path) -> Result<()> {
         let mut download = command("apt-get");
         download.arg("-c").arg(&self.configuration).args(["install", "--download-only", "--yes", "-qq"]);
@@ -256,7 +256,7 @@ fn sources_text(mirror: &Mirror, suites: &[&str]) -> String {
     format!("Types: deb\nURIs: {uri}\nSuites: {suites}\nComponents: main\nTargets: Packages\nSigned-By: {keyring}\n")
 }
 
-/// This machine's settings of the network hold; its sources, preferences and hooks do not.
+/// This machine's network settings apply; its sources, preferences and hooks do not.
 fn configuration_text(dir: &Path) -> String {
     let dir = dir.display();
     format!(
