@@ -1,8 +1,8 @@
-//! A double of a cluster's API, over real HTTP: the lists, watches and events that `--source kubernetes` uses, and
-//! everything that goes wrong with them at the right moment.
+//! A test double of a cluster's API, over real HTTP: the lists, watches and events that `--source kubernetes` uses, and every
+//! failure of them, at the right moment.
 //!
-//! What it holds outlives its connections: it may go away ([`ApiServer::vanish`]) and come back, as a real one does.
-//! Objects are JSON, so that a test can send what no type would allow.
+//! Its contents outlive its connections: it may go away ([`ApiServer::vanish`]) and come back, as a real one does. Objects are
+//! JSON, so that a test can send what no type would allow.
 //!
 //! ```
 //! use affinity_tests::apiserver::{ApiServer, Kind};
@@ -32,7 +32,7 @@ use self::state::State;
 pub use self::state::{Change, Kind, Request, Verb};
 use crate::lab::Namespace;
 
-/// What goes wrong with a request.
+/// The failure of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// This code, with a Status object.
@@ -42,11 +42,11 @@ pub enum Answer {
         /// The time, in seconds.
         retry_after_s: u64,
     },
-    /// The right answer, but so late.
+    /// The right answer, but this late.
     Late(Duration),
 }
 
-/// How a watch learns that the version it starts from is no longer known.
+/// How a watch is notified that its start version is no longer known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gone {
     /// By the code of the answer.
@@ -93,7 +93,7 @@ impl ApiServer {
         Ok(server)
     }
 
-    /// Answers again, at its old address.
+    /// Accepts connections again, at its old address.
     ///
     /// # Errors
     /// When it cannot listen.
@@ -115,19 +115,19 @@ impl ApiServer {
     /// Ends every connection, and accepts none until [`ApiServer::appear`].
     pub fn vanish(&mut self) {
         if let Some(Running { stop, thread }) = self.running.take() {
-            // Fails where the thread has ended by itself; then there is nothing to stop.
+            // Fails if the thread has ended by itself; then there is nothing to stop.
             let _ = stop.send(());
             let _ = thread.join();
             self.state().forget_watches();
         }
     }
 
-    /// Where it answers, also while it does not.
+    /// Its address, even while it does not answer.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Writes a kubeconfig that leads here.
+    /// Writes a kubeconfig for this server.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -186,12 +186,12 @@ impl ApiServer {
         self.state().version()
     }
 
-    /// Tells every watch of a kind how far it is.
+    /// Sends a bookmark with the current version to every watch of a kind.
     pub fn bookmark(&self, kind: Kind) {
         self.state().bookmark(kind);
     }
 
-    /// Sends an event to every watch of a kind, whatever the objects are; those that watch later do not see it.
+    /// Sends an event to every watch of a kind, regardless of the objects. Later watches do not see it.
     pub fn send(&self, kind: Kind, change: Change, object: &Value) {
         self.state().send(kind, change, object);
     }
@@ -211,17 +211,17 @@ impl ApiServer {
         Ok(())
     }
 
-    /// Forgets all changes up to now: neither watches from before nor lists that were begun can go on.
+    /// Forgets all changes up to now: neither earlier watches nor lists in progress can continue.
     pub fn compact(&self, gone: Gone) {
         self.state().compact(gone);
     }
 
-    /// Has the next requests of this sort go wrong, each in its own way.
+    /// Makes the next requests of this sort fail, each in its own way.
     pub fn misbehave(&self, kind: Kind, verb: Verb, answers: impl IntoIterator<Item = Answer>) {
         self.state().misbehave(kind, verb, answers);
     }
 
-    /// Takes nothing new in a namespace from now on, as while it is being deleted.
+    /// Accepts no new objects in a namespace from now on, as while it is being deleted.
     pub fn terminate_namespace(&self, namespace: &str) {
         self.state().terminating.insert(namespace.to_owned());
     }
@@ -236,7 +236,7 @@ impl ApiServer {
         self.state().requests.clone()
     }
 
-    /// How often a Kubernetes Event was posted, with those that were there already.
+    /// How often a Kubernetes Event was posted, including those that existed already.
     pub fn event_requests(&self) -> usize {
         self.state().event_requests
     }
@@ -257,7 +257,7 @@ impl Drop for ApiServer {
     }
 }
 
-/// Until told to stop: then the runtime ends, and every connection with it.
+/// Runs until it is stopped: then the runtime ends, and every connection with it.
 fn serve(listener: TcpListener, state: Arc<Mutex<State>>, stopped: oneshot::Receiver<()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {

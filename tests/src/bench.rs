@@ -1,5 +1,5 @@
-//! Benchmarks: what a packet costs, as ratios measured side by side; what connections cost through it, beside other ways;
-//! and what a large cluster does.
+//! Benchmarks: the cost of a packet, as ratios measured side by side; the cost of connections, compared with other ways; and
+//! the behaviour with a large cluster.
 
 pub mod connect;
 pub mod packet;

@@ -1,5 +1,5 @@
-//! Clients of every kind in a [`Scene`]: outside of the cluster, in pods, and processes on the node. Each opens
-//! connections, and may keep them.
+//! Clients of every kind in a [`Scene`]: external, in pods, and processes on the node. Each opens connections, and may keep
+//! them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -8,13 +8,13 @@ use anyhow::{Context, Result, anyhow, ensure};
 use crate::lab::{Answer, Connection, Family, Frontend, Lab, Protocol, Service, SocketNumber, SocketProcess};
 use crate::proxy::{Proxy, Scene};
 
-/// What is to be seen in a lab with its callers.
+/// A test scenario in a lab with its callers.
 pub type Story = fn(&Lab, &mut Callers<'_>) -> Result<()>;
 
-/// Tells stories in one lab of two nodes, one after the other. `process` is the binary `socket_process`.
+/// Runs scenarios in one lab of two nodes, one after another. `process` is the binary `socket_process`.
 ///
 /// # Errors
-/// The first that a story has, with its name and what the agent wrote.
+/// The first error of a scenario, with its name and the agent's output.
 pub fn tell(proxy: Proxy, process: &str, stories: impl IntoIterator<Item = (&'static str, Story)>) -> Result<()> {
     let scene = proxy.start(&[])?;
     let mut callers = Callers::new(&scene, process)?;
@@ -23,10 +23,10 @@ pub fn tell(proxy: Proxy, process: &str, stories: impl IntoIterator<Item = (&'st
     })
 }
 
-/// Who calls.
+/// The caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Who {
-    /// The client outside with this number.
+    /// The external client with this number.
     Outside(u32),
     /// The pod with this index.
     Pod(usize),
@@ -34,17 +34,17 @@ pub enum Who {
     Node,
 }
 
-/// Where one calls.
+/// The kind of address that it calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Door {
-    /// A frontend that all can see.
+    /// A frontend that is visible to all.
     Of(Frontend),
-    /// The node port on the loopback address, which is for processes on the node alone.
+    /// The node port on the loopback address, which is only for processes on the node.
     Localhost,
 }
 
 impl Door {
-    /// The address of a service behind this door; None: it has none there.
+    /// The address of a service for this kind; None: it has none.
     pub fn address(self, service: &Service, family: Family, protocol: Protocol) -> Option<SocketAddr> {
         let loopback = match family {
             Family::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -63,18 +63,18 @@ impl Door {
 /// One way to a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {
-    /// Who calls.
+    /// The caller.
     pub who: Who,
-    /// Where.
+    /// The kind of address.
     pub door: Door,
-    /// Over what.
+    /// The protocol.
     pub protocol: Protocol,
     /// The address.
     pub to: SocketAddr,
 }
 
 impl Call {
-    /// All ways of these callers by these doors over one protocol, in both families, as far as the service has them.
+    /// All calls of these kinds over one protocol, in both families, as far as the service has addresses for them.
     pub fn all(service: &Service, ways: &[(Who, Door)], protocol: Protocol) -> Vec<Self> {
         let call = |family, &(who, door): &(Who, Door)| {
             let to = door.address(service, family, protocol)?;
@@ -92,11 +92,11 @@ impl Call {
 /// A connection that is kept, or a socket for datagrams to one address.
 #[derive(Debug)]
 pub enum Line {
-    /// Of a client whose packets are translated.
+    /// Of a client that sends packets through the translation.
     Direct(Connection),
     /// Of a process on the node.
     OfNode(SocketNumber),
-    /// Datagrams of such a process by a socket that is not connected.
+    /// Datagrams of such a process from an unconnected socket.
     DatagramsOfNode(SocketNumber, SocketAddr),
 }
 
@@ -123,7 +123,7 @@ impl<'a> Callers<'a> {
     /// Opens a connection.
     ///
     /// # Errors
-    /// When it is refused, or nobody answers.
+    /// When it is rejected, or there is no answer.
     pub fn open(&mut self, call: &Call) -> Result<Line> {
         let lab = self.scene.lab();
         let line = match (call.who, call.protocol) {
@@ -146,10 +146,10 @@ impl<'a> Callers<'a> {
         Ok(line)
     }
 
-    /// Asks over a connection: what is answered, or the name of the error.
+    /// Asks over a connection: returns the answer, or the name of the error.
     ///
     /// # Errors
-    /// When the process on the node has ended, or is answered by somebody else than it asked.
+    /// When the process on the node has ended, or the answer comes from a different address.
     pub fn ask(&mut self, line: &mut Line, path: &str) -> Result<Answer> {
         match line {
             Line::Direct(connection) => Ok(connection.ask(path).map_err(|error| format!("{:?}", error.kind()))),
@@ -177,7 +177,7 @@ impl<'a> Callers<'a> {
         Ok(())
     }
 
-    /// What is answered on a new connection.
+    /// The answer on a new connection.
     ///
     /// # Errors
     /// When there is no answer.

@@ -1,4 +1,4 @@
-//! Chance that can be repeated.
+//! Repeatable randomness.
 
 /// A sequence of random numbers that its seed determines: SplitMix64.
 #[derive(Clone, Debug)]
@@ -29,17 +29,17 @@ impl Dice {
         self.number() as u8
     }
 
-    /// So many bytes.
+    /// This many bytes.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         (0..count).map(|_| self.byte()).collect()
     }
 
-    /// True in so many of a hundred cases.
+    /// True in this percentage of cases.
     pub fn percent(&mut self, chance: usize) -> bool {
         self.below(100) < chance
     }
 
-    /// One of these, of which there is one.
+    /// One of these; there must be at least one.
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }

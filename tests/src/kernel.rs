@@ -1,9 +1,9 @@
-//! The kernel programs beside the model: the same state is put into both, the same frame runs through both, and what
-//! both left can be compared.
+//! The kernel programs next to the model: the same state is put into both, the same frame runs through both, and the resulting
+//! states can be compared.
 //!
-//! Loaded with a fixed clock and a fixed random number ([`Fixed`]), a program's answer depends on the maps and the frame
-//! alone. Nothing is attached: frames run by `BPF_PROG_TEST_RUN`. Nothing stays pinned: the kernel frees it all with the
-//! process, however that ends.
+//! Loaded with a fixed clock and a fixed random number ([`Fixed`]), a program's answer depends only on the maps and the frame.
+//! Nothing is attached: frames run through `BPF_PROG_TEST_RUN`. Nothing is pinned: the kernel frees everything when the process
+//! ends.
 
 mod family;
 mod state;
@@ -35,7 +35,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 pub use family::ModelFamily;
 pub use state::State;
 
-/// Maps that are quick to make and to read, and larger than what tests put into them.
+/// Maps that are quick to create and to read, and larger than the tests need.
 pub const SMALL: Sizes = Sizes {
     sessions: 4096,
     flows: 8192,
@@ -48,16 +48,16 @@ pub const SMALL: Sizes = Sizes {
     events_bytes: 1 << 18,
 };
 
-/// What a program takes for the time and for chance.
+/// The clock and the random numbers of the programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fixed {
     /// Monotonic nanoseconds; not zero.
     pub now_ns: u64,
-    /// Every number drawn.
+    /// The result of every draw.
     pub random: u32,
 }
 
-/// Where a frame meets a program.
+/// The program that a frame runs through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
     /// A client's frame, before a socket buffer exists.
@@ -80,8 +80,8 @@ impl Hook {
         }
     }
 
-    /// Whether `BPF_PROG_TEST_RUN` takes a frame: with a whole link header, and as a socket buffer with a whole IP header
-    /// where its type says so.
+    /// Whether `BPF_PROG_TEST_RUN` accepts a frame: it needs a whole link header and, as a socket buffer, a whole IP header if
+    /// its type says so.
     pub fn takes(self, frame: &[u8]) -> bool {
         let shortest = match (self, frame.get(12..14)) {
             (_, None) | (Self::XdpForward, _) => 14,
@@ -92,7 +92,7 @@ impl Hook {
         frame.len() >= shortest
     }
 
-    /// What a program's return code and frame mean.
+    /// The verdict of a program's return code and frame.
     fn verdict(self, retval: u32, is_changed: bool) -> Result<Verdict> {
         const XDP: [u32; 3] = [2, 3, 1];
         const TC: [u32; 3] = [u32::MAX, 7, 2];
@@ -107,7 +107,7 @@ impl Hook {
     }
 }
 
-/// What became of a frame.
+/// The result of a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ran {
     /// What happens to it.
@@ -116,14 +116,14 @@ pub struct Ran {
     pub frame: Vec<u8>,
 }
 
-/// Runs a frame through the model. The kernel knows no device here that frames could be sent out of.
+/// Runs a frame through the model. No device is known here that frames could be redirected to.
 pub fn run_model(model: &Model, hook: Hook, frame: &[u8]) -> Ran {
     let mut bytes = frame.to_vec();
     let verdict = match hook {
         Hook::XdpForward | Hook::TcForward => pipeline::forward(&mut bytes, model),
         Hook::TcReverse => pipeline::reverse(&mut bytes, model),
     };
-    // A return code does not tell what was translated and is as before: a later fragment, where the first one's port changed.
+    // A return code does not show a translation that changed nothing: a later fragment, if only the first one's port changed.
     let verdict = match verdict {
         Verdict::Forward | Verdict::Redirect if bytes == frame => Verdict::Pass,
         Verdict::Forward | Verdict::Redirect => Verdict::Forward,
@@ -132,7 +132,7 @@ pub fn run_model(model: &Model, hook: Hook, frame: &[u8]) -> Ran {
     Ran { verdict, frame: bytes }
 }
 
-/// A model whose arrays are as long as the kernel's and, as they are, full of zeros; all else is empty.
+/// A model with arrays as long as the kernel's and, like those, full of zeros; everything else is empty.
 pub fn empty_model(sizes: &Sizes, fixed: Fixed) -> Model {
     let mut model = Model::new(usize::MAX);
     model.now_ns.set(fixed.now_ns);
@@ -148,17 +148,17 @@ pub fn limit(model: &mut Model, rejections_per_second: u32) {
     model.rejection_interval_ns = rejection_interval_ns(rejections_per_second);
 }
 
-/// Keeps the thread that made it on one processor while it lives.
+/// Keeps the thread that created it on one processor while it lives.
 #[derive(Debug)]
 pub struct OnProcessor {
     before: CpuSet,
 }
 
 impl OnProcessor {
-    /// On the processor number `number` of those that the thread may use; none where there are fewer.
+    /// On the processor with this position among those that the thread may use; none if there are fewer.
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// If the kernel refuses.
     pub fn new(number: usize) -> Result<Option<Self>> {
         let before = sched_getaffinity(None).context("sched_getaffinity")?;
         let Some(cpu) = (0..CpuSet::MAX_CPU).filter(|cpu| before.is_set(*cpu)).nth(number) else { return Ok(None) };
@@ -191,15 +191,15 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Loads the programs; without `fixed`, with the kernel's own clock and chance.
+    /// Loads the programs; without `fixed`, with the kernel's own clock and random numbers.
     ///
     /// # Errors
-    /// Where the kernel refuses: not root, above all.
+    /// If the kernel refuses, mostly because the caller is not root.
     pub fn load(sizes: Sizes, fixed: Option<Fixed>) -> Result<Self> {
         Self::load_limited(sizes, fixed, 0)
     }
 
-    /// The same, with a limit to the packets that each processor rejects in a second, which a model has by [`limit`].
+    /// The same, with a limit for the packets that each processor rejects per second; for a model, see [`limit`].
     ///
     /// # Errors
     /// As [`Kernel::load`].
@@ -229,17 +229,17 @@ impl Kernel {
     /// Runs a frame through a program.
     ///
     /// # Errors
-    /// Where the kernel takes no such frame: see [`Hook::takes`].
+    /// If the kernel does not accept such a frame: see [`Hook::takes`].
     pub fn run(&self, hook: Hook, frame: &[u8]) -> Result<Ran> {
         let run = sys::test_run(self.programs[hook as usize].as_fd(), frame, 1)?;
         let verdict = hook.verdict(run.retval, run.data_out != frame)?;
         Ok(Ran { verdict, frame: run.data_out })
     }
 
-    /// Makes the maps hold what the model holds, and nothing else; counting starts again.
+    /// Makes the maps equal to the model; counting restarts.
     ///
     /// # Errors
-    /// Where a map cannot be written, or is too small.
+    /// If a map cannot be written, or is too small.
     pub fn put(&mut self, model: &Model) -> Result<()> {
         self.put_filter(model);
         let store = &self.store;
@@ -269,17 +269,17 @@ impl Kernel {
         self.put_counters_aside()
     }
 
-    /// Counting starts again.
+    /// Restarts counting.
     ///
     /// # Errors
-    /// Where the counters cannot be read.
+    /// If the counters cannot be read.
     pub fn put_counters_aside(&mut self) -> Result<()> {
         self.counted = self.store.counter_sums()?;
         Ok(())
     }
 
     fn put_filter(&mut self, model: &Model) {
-        // All but those of members, which the programs set too.
+        // All parts except that of members: the programs set bits in them too.
         const PART: u32 = FILTER_WORDS / 4;
         let parts = (0..PART).chain(2 * PART..FILTER_WORDS);
         let programs = parts.filter(|word| self.store.filter.load_u64(*word) != 0);
@@ -296,7 +296,7 @@ impl Kernel {
     /// Everything that programs change, with counts since the last [`Kernel::put`].
     ///
     /// # Errors
-    /// Where a map cannot be read.
+    /// If a map cannot be read.
     pub fn state(&self) -> Result<State> {
         State::of_kernel(self)
     }
@@ -308,7 +308,7 @@ impl Kernel {
         Ok(sums.iter().zip(&self.counted).map(|(now, before)| now - before).collect())
     }
 
-    /// The events that were reported and not forgotten, oldest first.
+    /// The events that were reported and not yet cleared, oldest first.
     pub fn events(&self) -> Vec<Event> {
         const HEADER: u64 = 8;
         const RECORD: u64 = HEADER + size_of::<Event>() as u64;
@@ -338,7 +338,7 @@ fn put_family<A: ModelFamily + StoreFamily>(store: &KernelStore, model: &Model) 
     put_hash(&tables.fragments, A::fragments(model).borrow().iter())
 }
 
-/// Makes a hash hold these entries and no others.
+/// Makes a hash map contain these entries and no others.
 fn put_hash<K: Pod + Debug, V: Pod>(table: &Table<K, V>, entries: impl Iterator<Item = (K, V)>) -> Result<()> {
     let old: Vec<_> = table.iter().collect::<Result<_, _>>()?;
     for (key, _) in old {

@@ -1,4 +1,4 @@
-//! The double's answers.
+//! The API double's answers.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,10 +17,10 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::state::{self, Kind, Piece, State, Verb, event};
 use super::{Answer, Gone};
 
-/// Where Kubernetes Events are posted.
+/// The path prefix of posted Kubernetes Events.
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/";
 
-/// Everything that it answers.
+/// All its routes.
 pub(super) fn router(state: Arc<Mutex<State>>) -> Router {
     Router::new().fallback(answer).with_state(state)
 }
@@ -59,13 +59,13 @@ fn watch(shared: &Mutex<State>, kind: Kind, query: BTreeMap<String, String>) -> 
     match state::lock(shared).watch(kind, query, sender.clone()) {
         Ok(()) => {}
         Err(Gone::Http) => return status(410),
-        // The receiver is below.
+        // The receiver is below, so it still exists.
         Err(Gone::Event) => drop(sender.send(Ok(event("ERROR", &status_object(410))))),
     }
     ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(stream::unfold(pieces, next))).into_response()
 }
 
-/// The pieces that come, each at once. Before one that breaks the connection the others get out.
+/// The pieces as they come, each at once. Earlier pieces are sent before one that breaks the connection.
 async fn next(mut pieces: UnboundedReceiver<Piece>) -> Option<(io::Result<Bytes>, UnboundedReceiver<Piece>)> {
     let piece = pieces.recv().await?;
     if piece.is_err() {
@@ -102,7 +102,7 @@ fn status(code: u16) -> Response {
     json_answer(StatusCode::from_u16(code).expect("a code"), &status_object(code))
 }
 
-/// As the API's admission refuses what is to be created there.
+/// The answer of the API's admission when something is created there.
 fn namespace_terminating(namespace: &str) -> Response {
     let message = format!("unable to create new content in namespace {namespace} because it is being terminated");
     let cause =

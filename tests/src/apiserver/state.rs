@@ -1,4 +1,4 @@
-//! What the double holds: objects, their history, who watches, and what is to go wrong.
+//! The state of the API double: objects, their history, watches, and planned failures.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -40,7 +40,7 @@ impl Kind {
     }
 }
 
-/// What a request asks for.
+/// The type of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verb {
     /// A list, or a further page of one.
@@ -70,14 +70,14 @@ impl Change {
     }
 }
 
-/// A request that was made.
+/// A request to the server.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// When.
     pub at: Instant,
     /// Of which kind.
     pub kind: Kind,
-    /// What for.
+    /// Its type.
     pub verb: Verb,
     /// Its parameters.
     pub query: BTreeMap<String, String>,
@@ -86,14 +86,14 @@ pub struct Request {
 /// A piece of a watch's answer; an error breaks the connection.
 pub(super) type Piece = io::Result<String>;
 
-/// Who watches.
+/// An open watch.
 struct Watch {
     kind: Kind,
     query: BTreeMap<String, String>,
     pieces: UnboundedSender<Piece>,
 }
 
-/// Everything.
+/// The whole state.
 #[derive(Default)]
 pub(super) struct State {
     version: u64,
@@ -113,7 +113,7 @@ pub(super) struct State {
     pub(super) terminating: BTreeSet<String>,
 }
 
-/// The state, also after a panic of somebody who held it.
+/// The state, even after a panic while it was locked.
 pub(super) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -124,7 +124,7 @@ impl State {
         self.send(kind, change, &object);
     }
 
-    /// Changes the objects, and tells nobody.
+    /// Changes the objects, without notifying watches.
     fn record(&mut self, kind: Kind, mut object: Value) -> (Change, Value) {
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
@@ -205,7 +205,7 @@ impl State {
         self.answers.entry((kind, verb)).or_default().extend(answers);
     }
 
-    /// Takes note of a request, and tells what goes wrong with it.
+    /// Records a request, and returns its failure, if one is planned.
     pub(super) fn begin(&mut self, kind: Kind, verb: Verb, query: &BTreeMap<String, String>) -> Option<Answer> {
         self.requests.push(Request { at: Instant::now(), kind, verb, query: query.clone() });
         self.answers.get_mut(&(kind, verb))?.pop_front()
@@ -216,7 +216,7 @@ impl State {
         self.watches.iter().filter(|watch| watch.kind == kind).count()
     }
 
-    /// A page of a list as JSON; none where the list that it belongs to is no longer known.
+    /// A page of a list as JSON; none if its list is no longer known.
     pub(super) fn page(&mut self, kind: Kind, query: &BTreeMap<String, String>) -> Option<Value> {
         let (version, mut items) = match query.get("continue") {
             Some(token) => self.pages.remove(token)?,
@@ -237,7 +237,7 @@ impl State {
         Some(json!({"apiVersion": api_version, "kind": format!("{name}List"), "metadata": metadata, "items": items}))
     }
 
-    /// Begins a watch: what has happened since its version comes first. If that is no longer known: how it is told so.
+    /// Begins a watch: changes since its version come first. If that is no longer known, returns how to notify the client.
     pub(super) fn watch(
         &mut self,
         kind: Kind,
@@ -250,7 +250,7 @@ impl State {
         }
         for (version, of, change, object) in &self.history {
             if *version > from && *of == kind && selects(&query, object) {
-                // The other end is still in the caller's hands.
+                // Cannot fail: the caller still has the receiver.
                 let _ = pieces.send(Ok(event(change.name(), object)));
             }
         }

@@ -1,16 +1,16 @@
-//! `bench connect`: what clients get through a node, with real sockets, against plain routing and against kube-proxy's
-//! rules, by the number of services and of endpoints.
+//! `bench connect`: the throughput of clients through a node, with real sockets, compared with plain routing and kube-proxy's
+//! rules, by the number of services and endpoints.
 //!
-//! Every way to reach the pod has a lab of its own, and all of a comparison are up at once: each round measures every way
-//! once, in an order that changes from round to round, so drift of the machine meets all of them alike. A ratio is one of
-//! a round's figures to the same round's figure for plain routing.
+//! Every way to reach the pod has a separate lab, and all labs of a comparison are up at once. Each round measures every way
+//! once, in an order that changes from round to round, so drift of the machine affects all of them equally. A ratio compares a
+//! figure with the same round's figure for plain routing.
 //!
-//! One thread, on one processor, plays the client and the pod by turns, see [`mod@ends`]: what a packet costs on its way is
-//! added to its sender's system call, and no waking of another thread or processor hides it. The clients have addresses of
-//! pods elsewhere, since kube-proxy masquerades others; the node's device receives as real ones do (GRO).
+//! One thread on one processor is client and pod in turn, see [`mod@ends`]: the cost of a packet on its way is part of its
+//! sender's system call, and no wake-up of another thread or processor hides it. The clients have addresses of pods elsewhere,
+//! because kube-proxy masquerades others; the node's device receives as real ones do (GRO).
 //!
-//! What makes the difference smaller than it is: both ends' share, which all ways have alike. What makes XDP look slower
-//! than it is: a veth device has to copy most packets for any program; the way `xdp-pass` shows what that alone takes.
+//! The difference looks smaller than it is, because all figures contain the equal cost of both ends. XDP looks slower than it
+//! is, because a veth device has to copy most packets for any XDP program; the way `xdp-pass` shows the cost of that alone.
 
 mod ends;
 mod report;
@@ -101,7 +101,7 @@ pub enum Way {
 }
 
 impl Way {
-    /// Whether this machine can go it.
+    /// Whether this machine supports it.
     fn is_available(self) -> bool {
         match self {
             Self::Iptables => Mode::Iptables.is_available(),
@@ -134,8 +134,7 @@ pub enum Measure {
 /// Measures, and prints.
 ///
 /// # Errors
-/// Where a lab cannot be brought up (not root), a connection fails, or a signal asks to end: the labs are taken away
-/// first.
+/// If a lab cannot be brought up (not root), a connection fails, or a signal arrives: the labs are removed first.
 pub fn run(options: &Options) -> Result<()> {
     let interrupt = Interrupt::listen()?;
     let plan = Plan::of(options);
@@ -185,7 +184,7 @@ impl Plan {
     }
 }
 
-/// The chosen ways that this machine can go, plain routing among them; says which it cannot.
+/// The chosen ways that this machine supports, including plain routing; reports the others.
 fn available(chosen: &[Way]) -> Vec<Way> {
     let chosen = |way: &Way| *way == Way::Direct || chosen.is_empty() || chosen.contains(way);
     let (can, cannot): (Vec<Way>, Vec<Way>) =
@@ -196,7 +195,7 @@ fn available(chosen: &[Way]) -> Vec<Way> {
     can
 }
 
-/// Every way at one size, side by side.
+/// Measures every way at one size, side by side.
 fn compare(plan: &Plan, size: Size, interrupt: &Interrupt, report: &mut Report) -> Result<()> {
     let mut sites = Vec::new();
     for way in &plan.ways {
@@ -220,7 +219,7 @@ fn compare(plan: &Plan, size: Size, interrupt: &Interrupt, report: &mut Report) 
     Ok(())
 }
 
-/// Measures every site once, beginning with another in each round.
+/// Measures every site once, starting with a different one in each round.
 fn measure_all(
     sites: &mut [Site],
     round: usize,

@@ -1,9 +1,9 @@
 //! `bench packet`: nanoseconds per packet by BPF_PROG_TEST_RUN, against the limit programs of `affinity-ebpf`.
 //!
-//! A `drive` program writes each packet and goes on with the program under test; the time of the same packets with a
-//! program that does nothing is subtracted. The time is the kernel's own, the programs are as the agent loads them, and
-//! counters must say that the packets were what the case is about. Every round measures every case once, so drift of the
-//! machine meets all of them alike.
+//! A `drive` program writes each packet and tail-calls the program under test. The time of the same packets with a program that
+//! does nothing is subtracted. The time is the kernel's own, the programs are as the agent loads them, and counters must show
+//! that the packets were those of the case. Every round measures every case once, so drift of the machine affects all of them
+//! equally.
 
 mod course;
 mod report;
@@ -41,7 +41,7 @@ pub struct Options {
 /// Measures, and prints.
 ///
 /// # Errors
-/// Where the programs cannot be loaded or run (not root, an old kernel), or do something else than a case is about.
+/// If the programs cannot be loaded or run (not root, an old kernel), or do something other than the case expects.
 pub fn run(options: &Options) -> Result<()> {
     let (hooks, families) = (all_unless(&options.hooks), all_unless(&options.families));
     let mut report = Report::new(options.rounds, options.packets);
@@ -53,7 +53,7 @@ pub fn run(options: &Options) -> Result<()> {
     report.print(options.json)
 }
 
-/// What was chosen; all that there is, where nothing was.
+/// The chosen values, or all if none was chosen.
 fn all_unless<T: ValueEnum>(chosen: &[T]) -> &[T] {
     if chosen.is_empty() { T::value_variants() } else { chosen }
 }

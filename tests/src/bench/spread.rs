@@ -1,8 +1,8 @@
-//! How far the figures of several rounds lie apart.
+//! The spread of figures over several rounds.
 
 use serde::Serialize;
 
-/// The figures of all rounds, in short.
+/// Summary of the figures of all rounds.
 #[derive(Serialize, Clone, Copy)]
 pub(super) struct Spread {
     pub(super) median: f64,

@@ -1,8 +1,8 @@
 //! `bench sync`: a cluster of many services, from its API to the kernel's maps.
 //!
-//! The agent runs as an operator runs it, with the default sizes, against a double of the API over real HTTP. Measured
-//! are its start, a start over the maps that it left, its memory, and the time from an event to its effect: an endpoint
-//! is replaced, and the clock runs from before the API's double is told until the service's frontend names the new one.
+//! The agent runs as in production, with the default sizes, against a double of the API over real HTTP. The benchmark measures
+//! its start, a restart with the maps that it left, its memory, and the time from an event to its effect: an endpoint is
+//! replaced, and the clock runs from before the API double gets the change until the service's frontend has the new endpoint.
 
 mod cluster;
 mod report;
@@ -27,9 +27,9 @@ use crate::{
 const START_PATIENCE: Duration = Duration::from_mins(5);
 /// How long a change may take to be seen.
 const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
-/// How often the map is looked at: the resolution of the figures.
+/// How often the map is read: the resolution of the figures.
 const LOOK_EVERY: Duration = Duration::from_micros(100);
-/// From one change to the next: long enough that the agent is done with the last one.
+/// The pause between two changes: long enough for the agent to finish the last one.
 const PAUSE: Duration = Duration::from_millis(60);
 
 /// What to measure, and how to say it.
@@ -52,7 +52,7 @@ pub struct Options {
 /// Measures, and prints.
 ///
 /// # Errors
-/// Where the lab cannot be brought up (not root), or the agent does not do its work.
+/// If the lab cannot be brought up (not root), or the agent does not work.
 pub fn run(options: &Options) -> Result<()> {
     let lab = Lab::with_pods(0)?;
     let api = ApiServer::start_in(lab.node())?;
@@ -91,7 +91,7 @@ pub fn run(options: &Options) -> Result<()> {
     .print(options.json)
 }
 
-/// Starts the agent, and says how long it took to be ready.
+/// Starts the agent, and returns how long it took to be ready.
 fn started(lab: &Lab, api: &ApiServer) -> Result<(Agent, Duration)> {
     let mut command = lab.affinity_command()?;
     command.args(["run", "--source", "kubernetes", "--device", WIRE, "--socket", "off"]);
@@ -101,7 +101,7 @@ fn started(lab: &Lab, api: &ApiServer) -> Result<(Agent, Duration)> {
     Ok((agent, begun.elapsed()))
 }
 
-/// The kernel holds the whole cluster.
+/// Checks that the kernel has the whole cluster.
 fn check(store: &KernelStore, cluster: &Cluster) -> Result<()> {
     let frontends = store.v4.frontends.iter().count();
     let members = store.members.iter().count();
@@ -110,7 +110,7 @@ fn check(store: &KernelStore, cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Replaces an endpoint, and says how long it took until clients of its service can get the new one.
+/// Replaces an endpoint, and returns how long it took until clients of its service can get the new one.
 fn change(cluster: &mut Cluster, api: &ApiServer, store: &KernelStore, number: u32) -> Result<Duration> {
     let service = cluster.pick(number);
     let key = FrontendKey::new(V4(cluster.address(service).octets()), Port::new(cluster::PORT), cluster::TCP);

@@ -1,4 +1,4 @@
-//! Takes over the terminal as `affinity top` does, and panics. A test looks at what is left of the terminal.
+//! Takes over the terminal as `affinity top` does, and panics. A test checks the state of the terminal afterwards.
 
 use affinity_user::top::Screen;
 

@@ -1,4 +1,4 @@
-//! A process that makes sockets and uses them as it is told, a line at a time: see `affinity_tests::lab::SocketProcess`.
+//! A process that creates and uses sockets on command, one line each: see `affinity_tests::lab::SocketProcess`.
 //!
 //! | line | does |
 //! |---|---|
@@ -128,7 +128,7 @@ fn ask(socket: &mut Socket, path: &str) -> io::Result<String> {
         Socket::Tcp(stream) => {
             write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\n\r\n")?;
             let mut response = Vec::new();
-            // The pods' answers end in a newline behind the empty line, and come in one piece.
+            // The pods' answers end in a newline after the empty line, and arrive in one piece.
             while !(response.ends_with(b"\n") && response.windows(4).any(|end| end == b"\r\n\r\n"))
                 || response.ends_with(b"\r\n\r\n")
             {
@@ -144,7 +144,7 @@ fn ask(socket: &mut Socket, path: &str) -> io::Result<String> {
     }
 }
 
-/// A time-out is no answer: nobody has closed the socket.
+/// A time-out is no answer: the socket was not closed.
 fn wait(socket: &mut Socket) -> io::Result<String> {
     let mut bytes = [0; 2048];
     let outcome = match socket {

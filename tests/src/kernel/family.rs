@@ -1,4 +1,4 @@
-//! What is the same for both families, written once: where a model and a [`State`] keep a family's tables.
+//! Access to a family's tables in a model and in a [`State`], so that tests are written once for both families.
 
 use std::{
     cell::RefCell,
@@ -15,7 +15,7 @@ use super::State;
 
 /// An address family.
 pub trait ModelFamily: Address {
-    /// The address; `None` where it is of the other family.
+    /// The address; `None` if it is of the other family.
     fn of(address: IpAddr) -> Option<Self>;
     /// The model's frontends.
     fn frontends(model: &Model) -> &BTreeMap<FrontendKey<Self>, Frontend>;
@@ -25,17 +25,17 @@ pub trait ModelFamily: Address {
     fn ranges(model: &Model) -> &BTreeSet<RangeKey<Self>>;
     /// The same, to be changed.
     fn ranges_mut(model: &mut Model) -> &mut BTreeSet<RangeKey<Self>>;
-    /// The model's packets in pieces.
+    /// The model's fragmented packets.
     fn fragments(model: &Model) -> &RefCell<Lru<FragmentKey<Self>, FlowKey<Self>>>;
     /// The model's sessions.
     fn sessions(model: &Model) -> &RefCell<Lru<SessionKey<Self>, Session>>;
     /// The model's flows.
     fn flows(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Flow<Self>>>;
-    /// The model's connections to no frontend.
+    /// The model's foreign connections.
     fn foreign(model: &Model) -> &RefCell<Lru<FlowKey<Self>, Foreign>>;
-    /// The sessions that frames left.
+    /// The sessions after the frames.
     fn sessions_left(state: &State) -> &BTreeMap<SessionKey<Self>, Session>;
-    /// The flows that frames left.
+    /// The flows after the frames.
     fn flows_left(state: &State) -> &BTreeMap<FlowKey<Self>, Flow<Self>>;
 }
 

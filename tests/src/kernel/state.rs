@@ -1,4 +1,4 @@
-//! What frames leave behind, in one form for the kernel and the model.
+//! The state after frames have run, in one form for the kernel and the model.
 
 use std::{collections::BTreeMap, fmt::Debug};
 
@@ -13,7 +13,7 @@ use anyhow::Result;
 
 use super::Kernel;
 
-/// All that programs change.
+/// Everything that programs change.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
     /// Sessions, IPv4.
@@ -24,17 +24,17 @@ pub struct State {
     pub flows_v4: BTreeMap<FlowKey<V4>, Flow<V4>>,
     /// Flows, IPv6.
     pub flows_v6: BTreeMap<FlowKey<V6>, Flow<V6>>,
-    /// Connections to no frontend, IPv4.
+    /// Foreign connections, IPv4.
     pub foreign_v4: BTreeMap<FlowKey<V4>, Foreign>,
-    /// Connections to no frontend, IPv6.
+    /// Foreign connections, IPv6.
     pub foreign_v6: BTreeMap<FlowKey<V6>, Foreign>,
-    /// Packets in pieces, IPv4.
+    /// Fragmented packets, IPv4.
     pub fragments_v4: BTreeMap<FragmentKey<V4>, FlowKey<V4>>,
-    /// Packets in pieces, IPv6.
+    /// Fragmented packets, IPv6.
     pub fragments_v6: BTreeMap<FragmentKey<V6>, FlowKey<V6>>,
-    /// Live sessions by backend; none is not listed.
+    /// Live sessions by backend; without zeros.
     pub loads: BTreeMap<u32, u64>,
-    /// Packets by reason; none is not listed.
+    /// Packets by reason; without zeros.
     pub counters: BTreeMap<Reason, u64>,
     /// Counts by service and backend.
     pub usage: BTreeMap<UsageKey, Usage>,
@@ -89,12 +89,12 @@ impl State {
         })
     }
 
-    /// How often a reason was met.
+    /// The count of a reason.
     pub fn count(&self, reason: Reason) -> u64 {
         self.counters.get(&reason).copied().unwrap_or(0)
     }
 
-    /// Where the kernel's state differs from the model's: one line each; none where they are equal.
+    /// The differences between the kernel's state and the model's, one line each; none if they are equal.
     pub fn differences(kernel: &Self, model: &Self) -> Vec<String> {
         let Self { sessions_v4, sessions_v6, flows_v4, flows_v6, loads, counters, usage, events, .. } = kernel;
         let mut lines = Vec::new();

@@ -1,7 +1,7 @@
-//! Both ends of every connection, in one thread: it makes sockets of the clients, and those of the pod, and turns from one
-//! to the other. It never waits for itself: where it reads, what it wrote before has arrived, or is about to.
+//! Both ends of every connection, in one thread: it creates the sockets of the clients and of the pod, and alternates between
+//! them. It never waits for itself: when it reads, the data that it wrote before has arrived, or is about to.
 //!
-//! A process of its own, because programs for sockets see those of a cgroup. It reads a [`Course`], then [`Request`]s, one
+//! It is a separate process, because programs for sockets see those of a cgroup. It reads a [`Course`], then [`Request`]s, one
 //! line of JSON each, and writes an [`Answer`] to each.
 
 use std::{
@@ -23,24 +23,24 @@ use serde::{Deserialize, Serialize};
 use super::Measure;
 use crate::lab::{Door, raise_file_limit};
 
-/// How long anything may take until the network is taken for broken.
+/// How long anything may take before the network counts as broken.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The niceness that leaves other work of the machine the least.
+/// The highest priority, which leaves the least time to other work of the machine.
 const BEFORE_OTHERS: i32 = -20;
-/// The ports of connections that are not kept go round here, for each client.
+/// Connections that are not kept use these ports in turn, for each client.
 const PORTS: std::ops::RangeInclusive<u16> = 4096..=u16::MAX;
 /// The port of each client for the connection that it keeps, and that of the stream.
 const REQUESTS_PORT: u16 = 1024;
 const STREAM_PORT: u16 = 1025;
 /// Connections that may wait for the pod.
 const BACKLOG: i32 = 128;
-/// What a stream is written in.
+/// The block size of a stream.
 const BLOCK: usize = 1 << 17;
 /// A short request and its answer.
 const REQUEST: &[u8] = b"GET /index.html HTTP/1.1\r\nHost: service.default.svc\r\nAccept: */*\r\n\r\n";
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 6\r\n\r\nhello\n";
 
-/// Where everybody is.
+/// The addresses of both ends.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Course {
     /// The pod's namespace.
@@ -51,26 +51,26 @@ pub(super) struct Course {
     pub(super) clients: Vec<Ipv4Addr>,
     /// The pod's addresses.
     pub(super) endpoints: Vec<IpAddr>,
-    /// Where the pod listens, on each of its addresses.
+    /// The pod's TCP port, on each of its addresses.
     pub(super) stream_port: u16,
-    /// Where it echoes datagrams.
+    /// The pod's port that echoes datagrams.
     pub(super) datagram_port: u16,
-    /// Whom the clients dial by TCP, in turn.
+    /// The destinations of the clients' TCP connections, in turn.
     pub(super) stream_to: Vec<SocketAddr>,
-    /// Whom they send datagrams to, in turn.
+    /// The destinations of their datagrams, in turn.
     pub(super) datagrams_to: Vec<SocketAddr>,
 }
 
-/// What the ends are asked for.
+/// A request to the process.
 #[derive(Serialize, Deserialize)]
 pub(super) enum Request {
-    /// Every client connects once: which endpoint serves it?
+    /// Every client connects once: returns the endpoint of each.
     Places,
-    /// Count for about so many seconds.
+    /// Count for about this many seconds.
     Measure { measure: Measure, seconds: f64 },
 }
 
-/// What they answer.
+/// The answer of the process.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Answer {
     /// The endpoint of each client.
@@ -81,7 +81,7 @@ pub(super) enum Answer {
     Failed(String),
 }
 
-/// How many, in how long.
+/// A count, and its duration.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Rate {
     count: u64,
@@ -94,7 +94,7 @@ impl Rate {
     }
 }
 
-/// The process: plays both ends until its standard input ends.
+/// The process: acts as both ends until its standard input ends.
 ///
 /// # Errors
 /// When its arguments are invalid, or the pod's sockets cannot be made.
@@ -115,7 +115,7 @@ pub fn both_ends() -> Result<()> {
 struct Ends {
     course: Course,
     listener: TcpListener,
-    /// One for each of the pod's addresses, so that an answer comes from where the request went.
+    /// One for each of the pod's addresses, so that an answer comes from the address that the request went to.
     echoes: Vec<UdpSocket>,
     next_port: u16,
     next_client: usize,
@@ -170,7 +170,7 @@ impl Ends {
         }
     }
 
-    /// Which of the pod's addresses a client is connected to.
+    /// The pod's address that a client is connected to.
     fn place(&mut self, client: usize) -> Result<IpAddr> {
         let [near, far] = self.dial_anew(client)?;
         let place = far.local_addr()?.ip();
@@ -178,14 +178,14 @@ impl Ends {
         Ok(place)
     }
 
-    /// A new connection of a client that is to end soon.
+    /// A new, short connection of a client.
     fn dial_anew(&mut self, client: usize) -> Result<[TcpStream; 2]> {
         self.next_port = self.next_port.checked_add(1).unwrap_or(*PORTS.start());
         self.dial(client, self.next_port)
     }
 
-    /// A new connection of a client: its end and the pod's. A port of our choice spares the kernel's search for one, and
-    /// the measurement its cost.
+    /// A new connection of a client: its end and the pod's. It chooses the port, so that the kernel's search for one is not
+    /// measured.
     fn dial(&self, client: usize, port: u16) -> Result<[TcpStream; 2]> {
         let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         let from = SocketAddr::from((self.course.clients[client], port));
@@ -268,7 +268,7 @@ impl Ends {
         })
     }
 
-    /// A socket of each client, and the address of the pod's that gets its datagrams.
+    /// Makes a socket for each client, and stores the pod's address that gets its datagrams.
     fn keep_datagrams(&mut self) -> Result<()> {
         for client in self.datagrams.len()..self.course.clients.len() {
             let near = UdpSocket::bind((self.course.clients[client], 0))?;
@@ -304,7 +304,7 @@ impl Ends {
     }
 }
 
-/// What the pod listens on.
+/// The pod's listening sockets.
 fn pod_sockets(course: &Course) -> Result<(TcpListener, Vec<UdpSocket>)> {
     let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE))?;
@@ -339,7 +339,7 @@ fn count_for(length: Duration, mut one: impl FnMut() -> Result<u64>) -> Result<R
     }
 }
 
-/// A count of bytes, 0 where a socket would have to wait.
+/// A count of bytes, 0 if a socket would have to wait.
 fn unless_blocked(result: io::Result<usize>) -> io::Result<usize> {
     match result {
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(0),

@@ -24,15 +24,15 @@ pub(super) struct Report {
     sites: Vec<Place>,
 }
 
-/// What is said of a way at a size, beside its figures.
+/// More about a way at a size, in addition to its figures.
 #[derive(Serialize)]
 struct Place {
     #[serde(flatten)]
     size: Size,
     way: Way,
-    /// Until rules, or the agent, were in place.
+    /// Time until rules, or the agent, were in place.
     loading_s: f64,
-    /// Clients that another endpoint served at the end than at first.
+    /// Clients that had another endpoint at the end than at first.
     moved: usize,
 }
 
@@ -54,12 +54,12 @@ impl Report {
         Self { scope, rounds: BTreeMap::new(), sites: Vec::new() }
     }
 
-    /// Notes a figure of one round.
+    /// Stores a figure of one round.
     pub(super) fn add(&mut self, size: Size, measure: Measure, way: Way, per_second: f64) {
         self.rounds.entry((size, measure, way)).or_default().push(per_second);
     }
 
-    /// Notes what else there is to say of a way, once for each size.
+    /// Stores the other results of a way, once for each size.
     pub(super) fn place(&mut self, size: Size, way: Way, loading_s: f64, moved: usize) {
         self.sites.push(Place { size, way, loading_s, moved });
     }
@@ -113,7 +113,7 @@ impl Report {
     }
 }
 
-/// As `--ways` takes it.
+/// As in `--ways`.
 fn name(way: Way) -> String {
     way.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
@@ -130,7 +130,7 @@ fn heading(measure: Measure) -> &'static str {
 fn cell(Row { measure, way, per_second, ratio, .. }: &Row) -> String {
     let unit = if *measure == Measure::Stream { 1e6 } else { 1.0 };
     let rate = per_second.median / unit;
-    // A rate below ten is told apart from others by what is behind its point.
+    // A rate below ten needs a decimal place.
     let rate = if rate < 10.0 { format!("{rate:.1}") } else { format!("{rate:.0}") };
     let compared = format!("{:.2} ({:.2}..{:.2})", ratio.median, ratio.min, ratio.max);
     format!("{rate:>8} {:>19}", if *way == Way::Direct { "" } else { &compared })

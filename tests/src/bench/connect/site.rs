@@ -1,6 +1,7 @@
-//! One way to the pod: a lab with whatever translates there, and a process that plays both ends.
+//! One way to the pod: a lab with its proxy, and a process that acts as both ends.
 //!
-//! One pod namespace has every endpoint's address, and one client namespace all clients', which are addresses of pods too:
+//! One pod namespace has the addresses of all endpoints, and one client namespace those of all clients, which are pod addresses
+//! too:
 //!
 //! | 10.244.0.0/17 | the pod |
 //! |---|---|
@@ -35,17 +36,16 @@ const FIRST_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 244, 128, 1);
 
 /// How long the agent may take to be ready.
 const AGENT_PATIENCE: Duration = Duration::from_mins(5);
-/// How long anything that is asked of the ends may take: kube-proxy's rules of 5,000 endpoints take a third of a second for
-/// a new client.
+/// How long a request to the ends may take: kube-proxy's rules for 5,000 endpoints take a third of a second for a new client.
 const PATIENCE: Duration = Duration::from_mins(5);
-/// How often a signal is looked for meanwhile.
+/// How often signals are checked meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// A way to the pod, ready to be measured. Fields are dropped in this order: the lab is last.
 pub(super) struct Site {
     way: Way,
     loading: Duration,
-    /// The endpoint of each client when all of them had come once.
+    /// The endpoint of each client after all had connected once.
     places: Vec<IpAddr>,
     ends: Ends,
     _agent: Option<Agent>,
@@ -55,10 +55,10 @@ pub(super) struct Site {
 }
 
 impl Site {
-    /// Brings up a lab, puts in place what translates, and lets every client come once.
+    /// Brings up a lab, puts the proxy in place, and lets every client connect once.
     ///
     /// # Errors
-    /// Where a command fails, or a client gets no answer.
+    /// If a command fails, or a client gets no answer.
     pub(super) fn up(way: Way, size: Size, clients: u16, cpu: usize, interrupt: &Interrupt) -> Result<Self> {
         // Everything runs on one processor here.
         let lab = Lab::up(&Options { pods: 1, steering: false, ..Options::default() })?;
@@ -76,12 +76,12 @@ impl Site {
         self.way
     }
 
-    /// How long it took to put in place what translates, in seconds.
+    /// How long it took to put the proxy in place, in seconds.
     pub(super) fn loading_s(&self) -> f64 {
         self.loading.as_secs_f64()
     }
 
-    /// Measures for about so many seconds.
+    /// Measures for about this many seconds.
     pub(super) fn measure(&mut self, measure: Measure, seconds: f64, interrupt: &Interrupt) -> Result<Rate> {
         match self.ends.ask(&Request::Measure { measure, seconds }, interrupt) {
             Ok(Answer::Measured(rate)) => Ok(rate),
@@ -90,29 +90,29 @@ impl Site {
         }
     }
 
-    /// How many clients have come to another endpoint than at first.
+    /// How many clients have another endpoint than at first.
     pub(super) fn moved(&mut self, interrupt: &Interrupt) -> Result<usize> {
         let now = self.ends.places(interrupt)?;
         Ok(now.iter().zip(&self.places).filter(|(now, then)| now != then).count())
     }
 }
 
-/// Gives the pod and the clients all their addresses.
+/// Sets up all addresses of the pod and the clients.
 fn lay_routes(lab: &Lab) -> Result<()> {
     let pod = lab.pods()[0].namespace().context("the pod lives")?;
     let (device, address) = (lab.pods()[0].device(), Family::V4.pod(0));
-    // By way of one address, so that the node needs one neighbour and not thousands.
+    // Through one address, so that the node needs one neighbour instead of thousands.
     lab.node().ip(&format!("route add {POD} via {address} dev {device}\nroute add {CLIENTS} via 192.0.2.2"))?;
     pod.ip(&format!("route add local {POD} dev lo"))?;
     lab.client_namespace().ip(&format!("route add local {CLIENTS} dev lo\nroute add {POD} via 192.0.2.1"))?;
-    // Closed connections leave at once: their number is the measurement's, and no machine's.
+    // Closed connections are removed at once: no real machine has as many as the measurement.
     for namespace in [pod, lab.client_namespace()] {
         namespace.sysctl(&[("ipv4/tcp_max_tw_buckets", "0")])?;
     }
     ethtool(lab.node(), WIRE, &["gro", "on"])
 }
 
-/// Puts in place what translates.
+/// Puts the proxy in place.
 fn translate(way: Way, size: Size, lab: &Lab, cgroup: &Cgroup) -> Result<(Option<Agent>, Option<Ebpf>)> {
     match way {
         Way::Direct => Ok((None, None)),
@@ -132,12 +132,13 @@ fn translate(way: Way, size: Size, lab: &Lab, cgroup: &Cgroup) -> Result<(Option
     }
 }
 
-/// The agent, by packets alone.
+/// The agent, with packet programs only.
 fn by_packets(size: Size, lab: &Lab, args: &[&str]) -> Result<(Option<Agent>, Option<Ebpf>)> {
     Ok((Some(agent(size, lab, &[args, &["--socket", "off"]].concat())?), None))
 }
 
-/// kube-proxy's rules. What it remembers of closed connections leaves soon, or its table would be full after a few rounds.
+/// kube-proxy's rules. Conntrack entries of closed connections expire soon, otherwise its table would be full after a few
+/// rounds.
 fn install(mode: Mode, size: Size, lab: &Lab) -> Result<()> {
     mode.install_one(Family::V4, lab, &size.cluster())?;
     lab.node().sysctl(&[("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")])
@@ -153,7 +154,7 @@ fn agent(size: Size, lab: &Lab, args: &[&str]) -> Result<Agent> {
     Agent::start(command, AGENT_PATIENCE)
 }
 
-/// What the ends are to know.
+/// The configuration of the ends.
 fn course(way: Way, size: Size, clients: u16, cpu: usize, lab: &Lab) -> Result<Course> {
     let pods: Vec<IpAddr> = size.measured().ready_pods().map(|pod| Family::V4.pod(pod)).collect();
     let [(_, http), (_, echo)] = PORTS;
@@ -176,7 +177,7 @@ fn course(way: Way, size: Size, clients: u16, cpu: usize, lab: &Lab) -> Result<C
     })
 }
 
-/// The process that plays both ends. Dropping it ends it.
+/// The process that acts as both ends. Dropping it ends it.
 struct Ends {
     child: Child,
     input: ChildStdin,

@@ -1,4 +1,4 @@
-//! How large the cluster is, and its services.
+//! The size of the cluster, and its services.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::lab::{FIRST_OF_B, Service};
 
-/// The ports of the measured service, and the pod's: none that a machine may look into, as it may into DNS.
+/// The ports of the measured service, and the pod's: none that the kernel inspects, as it may inspect DNS.
 pub(super) const PORTS: [(u16, u16); 2] = [(80, 9000), (7, 9001)];
 /// Services, and endpoints of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -23,8 +23,8 @@ impl Size {
         by_services.chain(by_endpoints).collect()
     }
 
-    /// All services, with affinity; the last is the measured one. Each has endpoints of its own, as far as the node has
-    /// pods' addresses.
+    /// All services, with affinity; the last is the measured one. Each has separate endpoints, as far as the node has pod
+    /// addresses.
     pub(super) fn cluster(self) -> Vec<Service> {
         (1..=self.services).map(|number| self.service(number)).collect()
     }

@@ -9,16 +9,16 @@ const SYN: u64 = 0x02;
 const ACK: u64 = 0x10;
 /// More flows than any run has packets.
 const ENDLESS: u64 = u64::MAX;
-/// The node's ports, as many as there are masqueraded flows at most. The programs give them out in turn, so a flow's
-/// number tells its port.
+/// The node's ports, as many as there are masqueraded flows at most. The programs use them in turn, so a flow's number
+/// determines its port.
 pub(super) const NODE_PORTS: std::ops::Range<u16> = 10_000..30_000;
 
 /// A frontend, by its port, and the pods behind it.
 #[derive(Clone, Copy)]
 pub(super) struct Service {
-    /// The port that clients dial.
+    /// The port that clients connect to.
     pub port: u16,
-    /// The port that pods serve. A port of its own for each service: one client's port may have a flow to each.
+    /// The pods' port. Each service has a separate one, because one client port may have a flow to each.
     pub target: u16,
     /// How many pods.
     pub pods: u32,
@@ -26,9 +26,9 @@ pub(super) struct Service {
     pub flags: u8,
 }
 
-/// Three pods, as services have.
+/// Three pods, as typical services have.
 const THREE: Service = Service { port: 80, target: 8080, pods: 3, flags: 0 };
-/// One pod, so that it is known whose reply comes next.
+/// One pod, so that the next reply's pod is known.
 const ONE: Service = Service { port: 82, target: 8082, pods: 1, flags: 0 };
 /// The same, for clients that get the node's address.
 const BEHIND_NODE: Service = Service { port: 83, target: 8083, pods: 1, flags: MASQUERADE };
@@ -38,7 +38,7 @@ const NONE: Service = Service { port: 81, target: 8081, pods: 0, flags: 0 };
 /// The services that the tables hold.
 pub(super) const SERVICES: [Service; 3] = [THREE, ONE, BEHIND_NODE];
 
-/// Between whom packets go; the numbers are those of the limit programs.
+/// Sender and receiver of the packets; the numbers are those of the limit programs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     /// From a client to the frontend.
@@ -60,35 +60,35 @@ pub(super) struct Case {
     pub program: &'static str,
     /// The hooks that have this program.
     pub hooks: &'static [Hook],
-    /// Flows, or connections where they never end.
+    /// Flows, or connections if they never end.
     pub flows: u64,
     /// Packets of the flows in random order.
     pub random: bool,
     /// Bits of a flow's number that choose the client; the others choose the port.
     pub client_bits: u64,
-    /// Whose packets.
+    /// The service of the packets.
     pub service: Service,
-    /// Between whom they go.
+    /// Their sender and receiver.
     pub way: Way,
     /// TCP flags.
     pub tcp_flags: u64,
     /// Packets that fill the tables before anything is measured, one flow after another.
     pub fill: u32,
-    /// Packets right before each measurement, which are not measured: pins that another case has driven out come back.
+    /// Packets right before each measurement, which are not measured: they restore pins that another case has evicted.
     pub warm: u32,
-    /// Works on tables of its own, which are full.
+    /// Uses separate tables, which are full.
     pub full: bool,
-    /// What our program counts for each packet; none: the program is a limit.
+    /// The reason that our program counts for each packet; none: the program is a limit.
     pub reason: Option<Reason>,
-    /// Name of the case that this one is a multiple of.
+    /// Name of the case that this one is compared with.
     pub limit: &'static str,
 }
 
 const BOTH: &[Hook] = &[Hook::Xdp, Hook::Tc];
-/// Packets leave by TC alone.
+/// Packets leave only through TC.
 const EGRESS: &[Hook] = &[Hook::Tc];
 
-/// Our program at ingress, one flow.
+/// Our program on ingress, one flow.
 const HOT: Case = Case {
     name: "",
     program: "forward",
@@ -106,20 +106,20 @@ const HOT: Case = Case {
     limit: LEAST,
 };
 
-/// The limits of one flow, of ten thousand, of a hundred thousand, and of new ones.
+/// The limits for one flow, for ten thousand, for a hundred thousand, and for new ones.
 const LEAST: &str = "least work, 1 flow";
 const LEAST_TEN: &str = "least work, 10,000 flows";
 const LEAST_HUNDRED: &str = "least work, 100,000 flows";
 const LEAST_NEW: &str = "look up and insert, full";
 
 impl Case {
-    /// The same packets and a program that does nothing: subtracted.
+    /// The same packets with a program that does nothing: subtracted.
     pub(super) const fn wrapper(&self) -> Self {
         Self { program: "pass", reason: None, ..*self }
     }
 
-    /// What fills the tables: the same flows, one after another, each met in its middle: after a SYN
-    /// alone it would be half open, and every packet would be looked at for what it tells.
+    /// The packets that fill the tables: the same flows, one after another, each in the middle of a connection. After only a
+    /// SYN it would be half open, and every packet would be checked for a change of state.
     pub(super) fn filling(&self) -> Self {
         let program = if self.reason.is_some() { "forward" } else { "remember" };
         Self { program, way: Way::ToFrontend, random: false, tcp_flags: ACK, ..*self }
@@ -187,7 +187,7 @@ const fn reply(case: Case) -> Case {
     Case { service: ONE, way: Way::FromPod, reason: Some(Reason::Reply), ..leaving(case) }
 }
 
-/// Where packets leave the node.
+/// Packets that leave the node.
 const fn leaving(case: Case) -> Case {
     Case { program: "reverse", hooks: EGRESS, ..case }
 }

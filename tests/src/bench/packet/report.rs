@@ -36,7 +36,7 @@ struct Row {
     hook: &'static str,
     family: &'static str,
     case: &'static str,
-    /// What affinity counts for each packet; none: a limit.
+    /// The reason that affinity counts for each packet; none: a limit.
     reason: Option<&'static str>,
     /// Nanoseconds per packet, net of the wrapper.
     ns: Spread,

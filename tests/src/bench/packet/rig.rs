@@ -21,19 +21,18 @@ use clap::ValueEnum;
 use super::course::{Case, NODE_PORTS, SERVICES, Service};
 use crate::packet::Frame;
 
-/// Entries of the session table, and half of the flow table: room for 100,000 flows of each service, and soon full.
+/// Entries of the session table, and half of the flow table: room for 100,000 flows of each service, and quickly full.
 const ENTRIES: u32 = 1 << 18;
-/// Bytes of the event ring: what the agent makes it.
+/// Bytes of the event ring, as the agent sets it.
 const RING_BYTES: u32 = 1 << 20;
-/// Packets between two emptyings of the ring, at most: each may report an event, and all must find room, as they do where an
-/// agent runs.
+/// Packets before the ring must be emptied, at most: each may report an event, and all must fit, as they do if an agent runs.
 const PACKETS_PER_RING: u32 = RING_BYTES / RECORD as u32 - 1;
-/// A measurement is the mean of so many runs at least: the kernel says how long a run's packets took in whole nanoseconds.
+/// A measurement is the mean of at least this many runs: the kernel reports the time of a run's packets in whole nanoseconds.
 const RUNS: u32 = 20;
-/// At least so many packets of a hundred must have been what the case is about. Not all: a full table may drop a pin.
+/// At least this percentage of packets must have been those of the case. Not all: a full table may drop a pin.
 const EXPECTED_PERCENT: u64 = 99;
 
-/// The hook whose programs run.
+/// The hook of the programs.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
 pub(super) enum Hook {
     /// XDP.
@@ -43,7 +42,7 @@ pub(super) enum Hook {
 }
 
 impl Hook {
-    /// As in the programs' names.
+    /// As in the names of the programs.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Xdp => "xdp",
@@ -76,9 +75,9 @@ impl Family {
 /// Nanoseconds per packet.
 #[derive(Clone, Copy)]
 pub(super) struct Measured {
-    /// Of the program under test alone.
+    /// Of the program under test only.
     pub net_ns: f64,
-    /// Of what feeds it: subtracted already.
+    /// Of the wrapper: subtracted already.
     pub wrapper_ns: f64,
 }
 
@@ -102,7 +101,7 @@ impl Rig {
     /// Measures a case.
     ///
     /// # Errors
-    /// Where packets were not what the case is about, or an event found no room: the figure would be about something else.
+    /// If packets were not those of the case, or an event did not fit: the figure would be wrong.
     pub(super) fn measure(&mut self, case: &Case, packets: u32) -> Result<Measured> {
         let bench = self.bench(case);
         let wrapper_ns = bench.run(&case.wrapper(), packets)?;
@@ -134,7 +133,7 @@ struct Bench {
     ours: Ebpf,
     limits: Ebpf,
     frame: Vec<u8>,
-    /// Packets of endless courses so far: a client once seen is not "never seen" again.
+    /// Packets of endless courses so far: a client that was seen once is not "never seen" again.
     begun: u64,
 }
 
@@ -189,8 +188,8 @@ impl Bench {
         Ok(total_ns / f64::from(packets))
     }
 
-    /// Nanoseconds per packet as the kernel says: the time of the programs alone. By this process's clock a run of XDP also
-    /// takes the kernel's wait for readers before and after it, some milliseconds
+    /// Nanoseconds per packet as the kernel reports them: the time of the programs only. By this process's clock, a run of XDP
+    /// also contains the kernel's wait for readers before and after it, some milliseconds
     /// (<https://elixir.bootlin.com/linux/v6.12/source/net/bpf/test_run.c>, `bpf_prog_test_run_xdp`).
     fn run_once(&self, repeat: u32) -> Result<f64> {
         let options = TestRunOptions { data_in: Some(&self.frame), repeat, ..TestRunOptions::new() };
@@ -215,7 +214,7 @@ impl Bench {
     }
 }
 
-/// Our programs as the agent loads them: with the log off, and with its event ring.
+/// Our programs as the agent loads them: without log, and with its event ring.
 fn load_ours(family: Family) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
     let (sessions, flows) = match family {
@@ -224,7 +223,7 @@ fn load_ours(family: Family) -> Result<Ebpf> {
     };
     loader.map_max_entries(sessions, ENTRIES).map_max_entries(flows, 2 * ENTRIES);
     loader.map_max_entries(names::EVENTS, RING_BYTES);
-    // Any tick does: nothing expires while this runs.
+    // Any tick works: nothing expires while this runs.
     let config = Config {
         magic: CONFIG_MAGIC,
         tick_ns: 4_000_000,
@@ -302,7 +301,7 @@ fn publish<A: Published>(ebpf: &mut Ebpf) -> Result<()> {
     (0u32..).zip(SERVICES).try_for_each(|(number, service)| publish_service::<A>(ebpf, number, service))
 }
 
-/// A service with backends of its own: each backend has its own counter of ports.
+/// A service with separate backends: each backend has its own counter of ports.
 fn publish_service<A: Published>(ebpf: &mut Ebpf, number: u32, service: Service) -> Result<()> {
     let (scope, slot_first) = (1 + number, 8 * number);
     let target = Port::new(service.target);

@@ -1,4 +1,4 @@
-//! The cluster: its objects as an API server has them, with all that the agent has no use for.
+//! The cluster: its objects as an API server has them, including everything that the agent does not use.
 
 use std::net::Ipv4Addr;
 
@@ -16,7 +16,7 @@ const NAMESPACE: &str = "scale";
 /// First addresses of services and pods: ranges with room for the largest cluster.
 const SERVICES: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 const PODS: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
-/// Services that are changed one after another are so far apart: a prime.
+/// The distance between services that are changed one after another: a prime.
 const STRIDE: u32 = 7_919;
 
 /// Services, each with one slice.
@@ -30,7 +30,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// So many services, each with so many endpoints.
+    /// This many services, each with this many endpoints.
     #[must_use]
     pub fn new(services: u32, endpoints: u32) -> Self {
         let pods = (0..services).map(|service| (service * endpoints..(service + 1) * endpoints).collect());
@@ -45,10 +45,10 @@ impl Cluster {
         self.endpoints
     }
 
-    /// Tells the API of everything.
+    /// Sends all objects to the API.
     ///
     /// # Errors
-    /// What the API refused.
+    /// If the API rejects an object.
     pub fn fill(&self, api: &ApiServer) -> Result<()> {
         api.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME}}))?;
         (0..self.services()).try_for_each(|service| {
@@ -67,7 +67,7 @@ impl Cluster {
         nth(SERVICES, service)
     }
 
-    /// Puts a new pod in the place of one of a service's. Returns the slice as it is then, and the pod's address.
+    /// Replaces one pod of a service with a new one. Returns the new slice, and the pod's address.
     pub(super) fn replace(&mut self, service: u32, number: u32) -> (Value, Ipv4Addr) {
         let pod = self.next;
         self.next += 1;

@@ -16,7 +16,7 @@ pub(super) struct Report {
     pub(super) restart_s: f64,
     /// Resident memory of the agent.
     pub(super) memory_mib: u64,
-    /// The most that it ever had.
+    /// The peak.
     pub(super) memory_peak_mib: u64,
     pub(super) changes: u32,
     /// From an event to its effect; none without changes.
@@ -33,7 +33,7 @@ pub(super) struct Latency {
 }
 
 impl Latency {
-    /// Of all samples; none where there are none.
+    /// Of all samples; none if there are none.
     pub(super) fn of(mut samples: Vec<Duration>) -> Option<Self> {
         samples.sort_unstable();
         let last = samples.len().checked_sub(1)?;

@@ -1,4 +1,4 @@
-//! The story: each act shows something and says whether it held.
+//! The demo's acts: each shows something and reports whether it held.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,7 @@ pub(crate) struct Finding {
     pub(crate) evidence: String,
 }
 
-/// In the order in which they are told: each leaves the scene as the next one needs it.
+/// In the order in which they are shown: each leaves the scene as the next one needs it.
 pub(crate) const ACTS: &[Act] = &[
     Act { name: "spread", title: "Without affinity, one client's requests spread over the pods", tell: spread },
     Act { name: "sticky", title: "With affinity, they stay on one", tell: sticky },
@@ -44,25 +44,25 @@ pub(crate) const ACTS: &[Act] = &[
     Act { name: "refusal", title: "A service without endpoints says so at once", tell: refusal },
 ];
 
-/// The line of the YAML that it is all about; the timeout is three hours where it is not said.
+/// The line of the YAML that matters; the default timeout is three hours.
 const AFFINITY: &str = "  sessionAffinity: ClientIP\n";
-/// The client that most of the story is about.
+/// The client of most acts.
 const CLIENT: u32 = 1;
 /// Requests in a row.
 const REQUESTS: usize = 10;
 /// Clients that the listing of pins shows.
 const FEW: u32 = 5;
-/// Clients of the chart, and the number of the first.
+/// Number of clients in the chart, and the number of the first one.
 const MANY: u32 = 3_000;
 const FIRST_OF_MANY: u32 = 10_000;
 /// A share of the chart may differ from the mean by this part of it: more than seven standard deviations.
 const UNEVEN: f64 = 0.2;
-/// The short timeout, and a pause that is a little longer: the programs' clock is coarse.
+/// The short timeout, and a pause that is a little longer, because the programs' clock is coarse.
 const TIMEOUT_S: u64 = 2;
 const LONGER: Duration = Duration::from_millis(TIMEOUT_S * 1000 + 100);
-/// With three pods, as many new choices all fall on the old one once in 60,000 times.
+/// With three pods, this many new choices all select the old one once in 60,000 times.
 const TRIES: usize = 10;
-/// What a person takes for at once.
+/// What a person perceives as immediate.
 const AT_ONCE: Duration = Duration::from_millis(500);
 
 fn client() -> IpAddr {

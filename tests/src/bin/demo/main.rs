@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: what affinity does, shown with real packets in a lab of network namespaces, in under a minute.
 //!
-//! Each act of the story states what should hold, shows it, and judges what it saw. The last line says which acts held;
-//! the exit code is 0 only if all did. Whatever happens, the lab is gone when the program has ended.
+//! Each act states what should hold, shows it, and judges the result. The last line lists the acts that held; the exit code is
+//! 0 only if all did. In every case the lab is removed when the program ends.
 
 mod acts;
 mod scene;
@@ -54,13 +54,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// The whole evening; whether everything held.
+/// Runs the whole demo; returns whether everything held.
 fn perform(keep: bool) -> Result<bool> {
     ensure!(
         rustix::process::geteuid().is_root(),
         "the demo makes network namespaces and loads programs: run it as root"
     );
-    // Said before anything is built up, in one line.
+    // Reported before anything is set up, in one line.
     if let Some(refusal) = load::trial(&load::Options::default())?.first() {
         bail!("{refusal}; `affinity check` tells more");
     }

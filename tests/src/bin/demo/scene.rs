@@ -1,4 +1,4 @@
-//! Where the story happens: a lab with three pods, the agent on its node, and the YAML that it reads.
+//! The scene: a lab with three pods, the agent on its node, and the YAML that it reads.
 
 use std::{
     collections::BTreeSet,
@@ -13,9 +13,9 @@ use serde_json::Value;
 
 use crate::stage::Stage;
 
-/// The service of the story, and its slice.
+/// The service of the demo, and its slice.
 const WEB_YAML: &str = include_str!("../../../demo/web.yaml");
-/// A service that nobody serves.
+/// A service without endpoints.
 const EMPTY_YAML: &str = include_str!("../../../demo/empty.yaml");
 
 /// `metadata` of [`WEB_YAML`], as commands name it.
@@ -25,12 +25,12 @@ pub(crate) const HTTP: ([u8; 4], u16) = ([10, 96, 0, 10], 80);
 pub(crate) const HTTPS: ([u8; 4], u16) = ([10, 96, 0, 10], 443);
 pub(crate) const EMPTY: ([u8; 4], u16) = ([10, 96, 0, 11], 80);
 
-/// The pods, as the YAML has them.
+/// The pods in the YAML.
 pub(crate) const POD_COUNT: usize = 3;
 
-/// The agent's options beside its source.
+/// The agent's options in addition to its source.
 const RUN: [&str; 4] = ["--device", WIRE, "--xdp", "native"];
-/// How long a change of the YAML may take until packets meet it.
+/// How long a change of the YAML may take to be effective.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The agent ends before its lab does.
@@ -73,14 +73,14 @@ impl Scene {
         stage.output(log.iter().rfind(|line| line.starts_with("ready")).map_or("", String::as_str));
     }
 
-    /// Runs a command and shows it with what it wrote.
+    /// Runs a command and shows it with its output.
     pub(crate) fn show(&self, stage: &Stage, args: &[&str]) -> Result<()> {
         stage.command(&format!("affinity {}", args.join(" ")));
         stage.output(&self.lab.affinity(args)?);
         Ok(())
     }
 
-    /// Which pod answers each of so many requests, each on a new connection.
+    /// Which pod answers each of these requests, each on a new connection.
     pub(crate) fn ask(&self, from: IpAddr, to: ([u8; 4], u16), times: usize) -> Result<Vec<String>> {
         (0..times).map(|_| Ok(self.ask_once(from, to)?)).collect()
     }
@@ -104,12 +104,12 @@ impl Scene {
         serde_json::from_value(json.clone()).with_context(|| format!("sessions, not {json}"))
     }
 
-    /// What the next packet of this client would meet.
+    /// The verdict for this client's next packet.
     pub(crate) fn explain(&self, from: IpAddr, to: ([u8; 4], u16)) -> Result<Explanation> {
         self.lab.explain(Protocol::Tcp, from, SocketAddr::from(to))
     }
 
-    /// Changes the service's YAML as `kubectl edit` would, shows the change, and waits until packets meet it.
+    /// Changes the service's YAML as `kubectl edit` would, shows the change, and waits until it is effective.
     pub(crate) fn edit(
         &mut self,
         stage: &Stage,
@@ -122,12 +122,12 @@ impl Scene {
         self.publish(self.web.replace(old, new), met)
     }
 
-    /// The service's YAML as it is.
+    /// The current YAML of the service.
     pub(crate) fn web(&self) -> &str {
         &self.web
     }
 
-    /// Replaces the service's YAML, and waits until packets meet it.
+    /// Replaces the service's YAML, and waits until that is effective.
     pub(crate) fn publish(&mut self, web: String, met: impl Fn(&Self) -> Result<bool>) -> Result<()> {
         self.web = web;
         self.lab.publish_text("web.yaml", &self.web)?;
@@ -137,7 +137,7 @@ impl Scene {
         })
     }
 
-    /// The service as `affinity get services` has it.
+    /// The service as in `affinity get services`.
     pub(crate) fn service(&self) -> Result<Value> {
         let services = self.lab.affinity_json(&["get", "services", "--service", WEB])?;
         services.get(0).cloned().with_context(|| format!("{WEB} in {services}"))
@@ -149,7 +149,7 @@ impl Scene {
         Ok(said.candidates.into_iter().map(|pod| pod.name).collect())
     }
 
-    /// How to play on.
+    /// Shows how to continue by hand.
     pub(crate) fn invite(&self, stage: &Stage) {
         let node = self.lab.node().path();
         let client = self.lab.client_namespace().path();
@@ -171,12 +171,12 @@ impl Scene {
     }
 }
 
-/// How the agent is started: its log goes elsewhere, its readiness does not.
+/// How the agent is started: its log goes elsewhere, its readiness message does not.
 fn run_line(lab: &Lab) -> String {
     format!("affinity run --source {} {} 2>log &", lab.source().display(), RUN.join(" "))
 }
 
-/// A command as one would type it.
+/// A command as typed in a shell.
 fn shell_line(command: &std::process::Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")

@@ -1,4 +1,4 @@
-//! What the audience sees: numbered acts, commands and their output, verdicts. Colour on terminals alone.
+//! The demo's output: numbered acts, commands and their output, verdicts. Colours only on terminals.
 
 use std::{
     cell::Cell,
@@ -16,10 +16,10 @@ const DIM: &str = "2";
 const RED: &str = "31";
 const GREEN: &str = "32";
 const CYAN: &str = "36";
-/// Pods are told apart by colour too: blue, yellow, magenta.
+/// Pods have different colours: blue, yellow, magenta.
 const PODS: [&str; 3] = ["34", "33", "35"];
 
-/// The output, and what held so far.
+/// The output, and the acts that held so far.
 pub(crate) struct Stage {
     colour: bool,
     started: Instant,
@@ -54,13 +54,13 @@ impl Stage {
         self.line(&format!("   {sentence}"));
     }
 
-    /// A command, as one would type it.
+    /// A command, as typed in a shell.
     pub(crate) fn command(&self, line: &str) {
         self.gap();
         self.say(&self.paint(&format!("$ {line}"), CYAN));
     }
 
-    /// What a command wrote.
+    /// A command's output.
     pub(crate) fn output(&self, text: &str) {
         text.trim_end().lines().for_each(|line| self.say(line));
         self.gap();
@@ -83,7 +83,7 @@ impl Stage {
         self.gap();
     }
 
-    /// Who asked whom, and who answered.
+    /// The client, the frontend, and the pods that answered.
     pub(crate) fn answers(&self, from: &str, to: &str, pods: &[String]) {
         let pods: Vec<String> = pods.iter().map(|pod| self.pod(pod)).collect();
         self.say(&format!("{from} -> {to}   {}", pods.join(" ")));
@@ -100,19 +100,19 @@ impl Stage {
         self.gap();
     }
 
-    /// Ends an act with what it found.
+    /// Ends an act with its result.
     pub(crate) fn judge(&mut self, name: &'static str, holds: bool, evidence: &str) {
         let (mark, colour) = if holds { ("✓", GREEN) } else { ("✗", RED) };
         self.say(&format!("{} {evidence}", self.paint(mark, colour)));
         self.held.insert(name, holds);
     }
 
-    /// Ends an act that could not be told to its end.
+    /// Ends an act that failed with an error.
     pub(crate) fn trouble(&self, error: &anyhow::Error) {
         self.say(&format!("{} {error:#}", self.paint("✗", RED)));
     }
 
-    /// The last lines; whether every act held.
+    /// The last lines; returns whether every act held.
     pub(crate) fn close(&self, acts: impl Iterator<Item = &'static str>) -> bool {
         let (held, not_held): (Vec<_>, Vec<_>) = acts.partition(|name| self.held.get(name) == Some(&true));
         let seconds = self.started.elapsed().as_secs();
@@ -130,7 +130,7 @@ impl Stage {
         self.gap.set(line.is_empty());
     }
 
-    /// An empty line, where the last one was not.
+    /// An empty line, unless the last one was empty.
     fn gap(&self) {
         if !self.gap.get() {
             self.line("");
