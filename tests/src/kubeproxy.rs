@@ -5,8 +5,8 @@
 //! Both come from the same [`Service`] values that `affinity` gets as YAML, as input for `iptables-restore`,
 //! `ip6tables-restore` and `nft -f`.
 //!
-//! The modes differ where kube-proxy's do: in nftables mode the node's own packets to an ingress or external IP under the
-//! policy Local are dropped where no endpoint is local, and source ranges are looked at also where there is no endpoint.
+//! The modes differ where kube-proxy's modes do. In nftables mode, the node's own packets to an ingress or external IP under
+//! the policy Local are dropped if no endpoint is local, and source ranges are checked even if there is no endpoint.
 
 mod conntrack;
 mod iptables;
@@ -20,7 +20,7 @@ use anyhow::{Result, ensure};
 use crate::lab::{Family, Lab, Service, WIRE_CLIENT, feed};
 use service::ServicePort;
 
-/// Which of kube-proxy's modes.
+/// A mode of kube-proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Chains of the nat table, and `xt_recent` for affinity.
@@ -35,7 +35,7 @@ impl Mode {
         is_there(self.command(Family::V4)[0])
     }
 
-    /// Fails where the command for it is missing: a test that needs it must not pass without it.
+    /// Fails if the command for it is missing: a test that needs it must not pass without it.
     ///
     /// # Errors
     /// What to install.
@@ -61,10 +61,10 @@ impl Mode {
         }
     }
 
-    /// Puts the rules for these services in place on the lab's node A, instead of those of this mode that are there.
+    /// Installs the rules for these services on the lab's node A, instead of the current rules of this mode.
     ///
     /// # Errors
-    /// What the command says when it refuses them; what to install where it is missing.
+    /// The command's error if it rejects them; what to install if it is missing.
     pub fn install(self, lab: &Lab, services: &[Service]) -> Result<()> {
         Family::BOTH.into_iter().try_for_each(|family| self.install_one(family, lab, services))
     }
@@ -79,7 +79,7 @@ impl Mode {
         Family::BOTH.into_iter().try_for_each(|family| conntrack::delete_stale(family, lab, services))
     }
 
-    /// The same as [`Mode::install`], for one family alone.
+    /// The same as [`Mode::install`], for one family only.
     ///
     /// # Errors
     /// As [`Mode::install`].
@@ -88,7 +88,7 @@ impl Mode {
         let words = self.command(family);
         let mut command = lab.node().command(words[0]);
         feed(command.args(&words[1..]), &self.rules(family, services))?;
-        // The rules see a packet only if the node knows where it would go without them.
+        // The rules see a packet only if the node has a route for its original destination.
         lab.node().ip(&format!("route replace default via {}", WIRE_CLIENT[family as usize]))
     }
 }

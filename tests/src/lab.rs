@@ -8,13 +8,13 @@
 //!                "the wire"                  pod1 --------------------- eth0
 //! ```
 //!
-//! The client's end of the wire has `tx off`, so that packets cross it as they cross a real one, with their
-//! checksums filled in; and GRO on, because XDP can send back through a veth only if its peer polls.
-//! With [`Options::pods_of_b`] there is a second node with pods of its own, behind the first; its end of the wire between
-//! them, `wire1` on both, is like the client's. Nothing but routes is ever put on it: it is where other nodes' pods are.
+//! The client's end of the wire has `tx off`, so that packets have complete checksums, as on a real wire; and GRO on, because
+//! XDP can send back through a veth only if its peer polls. With [`Options::pods_of_b`] there is a second node with its own
+//! pods, behind the first one; its end of the wire between them, `wire1` on both, is like the client's. It gets
+//! nothing but routes: it stands for the other nodes with their pods.
 //!
-//! Clients reach pods, and the service range, by routes through the node. Nothing translates service addresses
-//! until a test puts something there: `affinity`, or the rules of [`crate::kubeproxy`].
+//! Clients reach pods, and the service range, by routes through the node. Nothing translates service addresses until a test
+//! starts a proxy: `affinity`, or the rules of [`crate::kubeproxy`].
 //!
 //! ```no_run
 //! use affinity_tests::lab::{Family, Lab, Service};
@@ -88,23 +88,22 @@ pub const NODE_NAME: &str = "node-a";
 /// The name of node B.
 pub const NODE_B_NAME: &str = "node-b";
 
-/// What a lab is to have.
+/// The parts of a lab.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How many pods on node A.
     pub pods: usize,
     /// How many pods on node B; none: there is no node B.
     pub pods_of_b: usize,
-    /// Let the node and the pods leave checksums to the device, as real ones do. Off: every frame has its
-    /// checksum filled in before it can be captured.
+    /// Let the node and the pods leave checksums to the device, as real ones do. Off: every frame has a complete checksum
+    /// before it can be captured.
     pub checksum_offload: bool,
-    /// Let one processor handle all packets of a flow to a pod, as the queues of a network card do. Off: each is handled by
-    /// the processor that sent it, and once in a hundred thousand connections the client's first data arrives while the
-    /// pod's kernel puts the connection in the request's place, finds neither, and is answered with a reset, whoever
-    /// routes it.
+    /// Let one processor handle all packets of a flow to a pod, as the queues of a network card do. Off: the processor that
+    /// sent a packet handles it. Then, once in a hundred thousand connections, the client's first data arrives while the pod's
+    /// kernel replaces the request by the connection, finds neither, and is answered with a reset, independent of the proxy.
     pub steering: bool,
-    /// Network cards in place of the wires: of node A and the clients, and where there is a second node, between node A and
-    /// node B. Names in the namespace of this process; they are there again when the lab has gone.
+    /// Network cards instead of the wires: of node A and the clients and, if there is a second node, between node A and node B.
+    /// Names in the namespace of this process; the cards are back there when the lab has gone.
     pub cards: Option<[String; 4]>,
 }
 
@@ -114,7 +113,7 @@ impl Default for Options {
     }
 }
 
-/// The cluster. Dropping it takes everything away: namespaces, what runs in them, pinned programs, files.
+/// The cluster. Dropping it removes everything: namespaces, their processes, pinned programs, files.
 pub struct Lab {
     directories: Directories,
     pods: Vec<Pod>,
@@ -126,7 +125,7 @@ pub struct Lab {
     keep: bool,
 }
 
-/// The second node, where there is one.
+/// The second node, if there is one.
 struct Second {
     pods: Vec<Pod>,
     node: Namespace,
@@ -138,12 +137,12 @@ impl Lab {
     /// Brings up a lab with this many pods.
     ///
     /// # Errors
-    /// When the caller is not root, or a tool is missing: the command that failed, and what it said.
+    /// When the caller is not root, or a tool is missing: the command that failed, and its output.
     pub fn with_pods(pods: usize) -> Result<Self> {
         Self::up(&Options { pods, ..Options::default() })
     }
 
-    /// Brings up a lab, after removing what dead processes left of theirs.
+    /// Brings up a lab, after removing the remains of dead processes' labs.
     ///
     /// # Errors
     /// As [`Lab::with_pods`].
@@ -160,8 +159,8 @@ impl Lab {
         if options.steering {
             steer(&node, WIRE)?;
         }
-        // A veth device sends what an XDP program turns back (`XDP_TX`), but tells its peer to look at it only where the
-        // peer runs a program too (`veth_xdp_flush`).
+        // A veth device sends frames that an XDP program returns (`XDP_TX`), but notifies its peer only if the peer runs a
+        // program too (`veth_xdp_flush`).
         let receiver = cards.is_none().then(|| pass_by_xdp(&client, "eth0")).transpose()?;
         let start = |index, node: &Namespace| Pod::start(index, format!("{name}-pod{index}"), node, options.clone());
         let pods = (0..options.pods).map(|index| start(index, &node)).collect::<Result<_>>()?;
@@ -179,7 +178,7 @@ impl Lab {
         Ok(Self { directories, pods, client, node, second, _receiver: receiver, keep: false })
     }
 
-    /// Removes what labs of processes that no longer live have left behind.
+    /// Removes the remains of labs of processes that no longer live.
     ///
     /// # Errors
     /// When what is there cannot be read.
@@ -187,8 +186,8 @@ impl Lab {
         sweep_stale()
     }
 
-    /// Leaves namespaces, programs and files in place when this value is dropped. The pods' servers end with
-    /// this process all the same, and then the next lab on this machine takes the rest away.
+    /// Leaves namespaces, programs and files in place when this value is dropped. The pods' servers still end with this
+    /// process, and then the next lab on this machine removes the rest.
     pub fn keep(&mut self) {
         self.keep = true;
         self.node.keep();
@@ -236,12 +235,12 @@ impl Lab {
         Client::new(self.node_b().door())
     }
 
-    /// The zone that a node with this name is in, once [`Lab::publish_zone`] has said so.
+    /// The zone of the node with this name, after [`Lab::publish_zone`].
     pub fn zone_of(node: &str) -> String {
         format!("zone-of-{node}")
     }
 
-    /// Says which zone node A is in.
+    /// Publishes the zone of node A.
     ///
     /// # Errors
     /// As [`Lab::publish_text`].
@@ -277,7 +276,7 @@ impl Lab {
         Client::new(self.pod(index).namespace().expect("the pod lives").door())
     }
 
-    /// Lets a pod answer SCTP.
+    /// Makes a pod answer SCTP.
     ///
     /// # Errors
     /// When it is dead, or gets no raw socket.
@@ -286,7 +285,7 @@ impl Lab {
         Ok(SctpServer::start(pod.namespace().context("the pod is dead")?.door(), &pod.name(), index)?)
     }
 
-    /// Takes a pod away as a power cut would: its address no longer answers, and nobody is told.
+    /// Removes a pod like a power cut: its address no longer answers, and nothing is notified.
     pub fn kill_pod(&mut self, index: usize) -> Result<()> {
         let (pod, node) = self.place(index);
         pod.kill(node)
@@ -298,7 +297,7 @@ impl Lab {
         pod.revive(node)
     }
 
-    /// A pod, and the node that it is on.
+    /// A pod, and its node.
     fn place(&mut self, index: usize) -> (&mut Pod, &Namespace) {
         match &mut self.second {
             Some(second) if index >= FIRST_OF_B => (&mut second.pods[index - FIRST_OF_B], &second.node),
@@ -306,12 +305,12 @@ impl Lab {
         }
     }
 
-    /// The directory that the agent takes its YAML from.
+    /// The directory with the agent's YAML.
     pub fn source(&self) -> &Path {
         &self.directories.source
     }
 
-    /// Where the dataplane of this lab is pinned.
+    /// The pin directory of this lab's dataplane.
     pub fn pin_dir(&self) -> &Path {
         &self.directories.pins
     }
@@ -334,7 +333,7 @@ impl Lab {
         fs::rename(&beside, self.source().join(file_name)).with_context(|| file_name.to_owned())
     }
 
-    /// Takes a service's YAML away.
+    /// Removes a service's YAML.
     pub fn withdraw(&self, service: &Service) -> Result<()> {
         Ok(fs::remove_file(self.source().join(format!("{}.yaml", service.name())))?)
     }
@@ -362,7 +361,7 @@ pub fn raise_file_limit() -> Result<()> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })?)
 }
 
-/// Waits until `holds` is true, asking again and again.
+/// Waits until `holds` is true, checking repeatedly.
 ///
 /// # Errors
 /// When it has not become true within `limit`, times the factor of [`mod@crate::patience`].

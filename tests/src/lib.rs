@@ -1,5 +1,5 @@
-//! The lab: real network namespaces with real clients and real pods, in which the dataplane is tested, shown
-//! and measured; and the packet builder for tests that need no wire.
+//! The lab: real network namespaces with real clients and real pods, in which the dataplane is tested, shown and measured; and
+//! the packet builder for tests that need no network.
 //!
 //! * [`apiserver`] is a double of a cluster's API.
 //! * [`mod@bench`] measures.

@@ -1,9 +1,8 @@
-//! Frames for tests: built field by field with right lengths and checksums, and checked again by a second
-//! reader of their bytes.
+//! Frames for tests: built field by field with valid lengths and checksums, and verified by a second, independent reader.
 //!
-//! A [`Frame`] is what a sender would put on the wire; a test that needs a wrong one builds a right one and then
-//! damages its bytes. [`verify_checksums`] knows nothing of how a frame came about, and shares no code with the
-//! dataplane: it adds everything up again.
+//! A [`Frame`] is what a sender would put on the wire. A test that needs an invalid one builds a valid one and then damages its
+//! bytes. [`verify_checksums`] does not know how a frame was built, and shares no code with the dataplane: it computes
+//! everything again.
 //!
 //! ```
 //! use affinity_tests::packet::{Frame, Verified, tcp_flags, verify_checksums};
@@ -23,7 +22,7 @@ pub use verify::{Verified, verify_checksums};
 
 /// Bits of TCP's flags byte.
 pub mod tcp_flags {
-    /// The sender has no more to say.
+    /// The sender has no more data.
     pub const FIN: u8 = 0x01;
     /// First packet of a direction.
     pub const SYN: u8 = 0x02;
@@ -31,7 +30,7 @@ pub mod tcp_flags {
     pub const RST: u8 = 0x04;
     /// Deliver now.
     pub const PSH: u8 = 0x08;
-    /// The acknowledgement number counts.
+    /// The acknowledgement number is valid.
     pub const ACK: u8 = 0x10;
 }
 
@@ -71,7 +70,7 @@ pub enum Extension {
         offset_units: u16,
         /// Others follow.
         more: bool,
-        /// Which packet it is of.
+        /// The packet that it belongs to.
         id: u32,
     },
 }
@@ -151,7 +150,7 @@ impl Frame {
         self
     }
 
-    /// With this TTL or hop limit; 64 if not said.
+    /// With this TTL or hop limit; 64 by default.
     pub fn hop_limit(self, hop_limit: u8) -> Self {
         Self { hop_limit, ..self }
     }
@@ -185,8 +184,8 @@ impl Frame {
         Self { ipv4_options: padded(options, 0, 4), ..self }
     }
 
-    /// As a piece of an IPv4 packet that begins at this offset, in units of eight bytes. The transport header is
-    /// there all the same, as the first piece has it.
+    /// As a fragment of an IPv4 packet that begins at this offset, in units of eight bytes. The transport header is always
+    /// included, as in the first fragment.
     pub fn ipv4_fragment(self, offset_units: u16, more: bool) -> Self {
         Self { ipv4_fragment: offset_units | u16::from(more) << 13, ..self }
     }
@@ -210,7 +209,7 @@ impl Frame {
         frame
     }
 
-    /// The bytes from the IP header on: what an ICMP error quotes.
+    /// The bytes from the IP header on: an ICMP error quotes these.
     pub fn packet(&self) -> Vec<u8> {
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => self.ipv4_packet(source.octets(), destination.octets()),

@@ -1,8 +1,8 @@
-//! How long tests wait: as long as they say, times a factor for machines that are slow.
+//! How long tests wait: the time in the test, times a factor for slow machines.
 //!
-//! What a test waits for must come within a time that its author knows from a machine of the usual speed. An emulated one takes
-//! several times as long, so whoever runs tests there says by [`VARIABLE`] how many. A service's timeout that must not pass
-//! while a test does something takes [`timeout_s`], and the test waits for its end by [`patience`] too.
+//! The time in a test is what its author knows from a machine of the usual speed. An emulated one takes several times as long,
+//! so [`VARIABLE`] sets a factor there. A service's timeout that must not pass while a test does something takes [`timeout_s`],
+//! and the test waits for its end with [`patience`] too.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -10,15 +10,15 @@ use std::time::Duration;
 /// The environment variable with the factor, a positive number; without it the factor is 1.
 pub const VARIABLE: &str = "AFFINITY_TEST_PATIENCE";
 
-/// The longest time to wait for what usually comes within `usual`.
+/// The longest time to wait for something that usually takes at most `usual`.
 ///
 /// # Panics
-/// When the variable holds something else than a positive number: a test that guesses would prove nothing.
+/// When the variable is not a positive number: a test that guesses would prove nothing.
 pub fn patience(usual: Duration) -> Duration {
     usual.mul_f64(factor())
 }
 
-/// A service's timeout, as `timeoutSeconds` has it: a test does within it what it usually does within `usual` seconds.
+/// A service's timeout, for `timeoutSeconds`: within it, a test can do what usually takes `usual` seconds.
 ///
 /// # Panics
 /// As [`patience`].

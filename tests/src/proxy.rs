@@ -1,4 +1,4 @@
-//! Whoever puts services into effect on node A of a lab of two nodes: the same story can be told of each.
+//! The service proxy on node A of a lab of two nodes: the same scenario can run with each.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,7 +12,7 @@ use crate::lab::{
 /// How many pods each node has.
 pub const PODS_OF_EACH: usize = 3;
 
-/// What a socket gets for a source that is connected to a pod of its own node, where no route says otherwise.
+/// The source address of a socket that connects to a pod of its own node, if no route sets another one.
 const POD_ROUTERS: [&str; 2] = ["169.254.1.1", "fe80::1"];
 
 /// A service proxy.
@@ -22,21 +22,21 @@ pub enum Proxy {
     Iptables,
     /// kube-proxy's rules in nftables mode.
     Nftables,
-    /// `affinity`, by TC on every device, and at the sockets of the node's own processes.
+    /// `affinity`, with TC on every device, and at the sockets of the node's own processes.
     Tc,
-    /// The same, past the node's stack.
+    /// The same, redirecting past the node's stack.
     TcRedirect,
-    /// As by TC, with XDP on the wires, by which it sends to node B itself.
+    /// As with TC, with XDP on the wires, which itself sends to node B.
     Xdp,
-    /// The same, and what XDP leaves to the node, past its stack.
+    /// The same, and TC redirects past the stack what XDP leaves to the node.
     XdpRedirect,
 }
 
-/// Puts a packet filter on node A that drops what conntrack marks as INVALID, as kube-proxy's rules and many
+/// Installs a packet filter on node A that drops packets that conntrack marks as INVALID, as the rules of kube-proxy and many
 /// others do.
 ///
 /// # Errors
-/// What `nft` says when it refuses it.
+/// The error of `nft` if it rejects it.
 pub fn drop_invalid(lab: &Lab) -> Result<()> {
     const STRICT: &str = "table inet strict { chain forward { \
         type filter hook forward priority 0; ct state invalid counter drop; }; }";
@@ -45,7 +45,7 @@ pub fn drop_invalid(lab: &Lab) -> Result<()> {
     feed(lab.node().command("nft").args(["-f", "-"]), STRICT)
 }
 
-/// Makes tests of stories: functions that take a [`Proxy`] and return a result. Each is a test of its own for each of
+/// Makes tests of scenarios: functions that take a [`Proxy`] and return a result. Each becomes a separate test for each of
 /// [`Proxy::OURS`].
 #[macro_export]
 macro_rules! in_every_way {
@@ -58,7 +58,7 @@ macro_rules! in_every_way {
 }
 
 impl Proxy {
-    /// The mode of kube-proxy, where it is that.
+    /// The mode of kube-proxy, if it is kube-proxy.
     fn mode(self) -> Option<Mode> {
         match self {
             Self::Iptables => Some(Mode::Iptables),
@@ -73,7 +73,7 @@ impl Proxy {
     /// Brings up a lab of two nodes, and puts these services into effect on node A.
     ///
     /// # Errors
-    /// When the lab does not come up, or the services are refused.
+    /// When the lab does not come up, or the services are rejected.
     pub fn start(self, services: &[Service]) -> Result<Scene> {
         let lab = Lab::up(&Options { pods: PODS_OF_EACH, pods_of_b: PODS_OF_EACH, ..Options::default() })?;
         let cgroup = Cgroup::create()?;
@@ -97,10 +97,10 @@ impl Proxy {
         lab.agent(&Lab::socket_args(cgroup, &[args.as_slice(), &devices, &self.hooks()].concat())?)
     }
 
-    /// What the agent is told of hooks, where it is one.
+    /// The agent's options for hooks, if it is an agent.
     pub fn hooks(self) -> Vec<&'static str> {
         const TC: [&str; 2] = ["--xdp", "off"];
-        // Devices are like those of a machine there.
+        // The devices are like those of a real machine there.
         const XDP: [&str; 3] = ["--xdp-device", WIRE, UNDERLAY_WIRE];
         const REDIRECT: [&str; 2] = ["--forwarding", "redirect"];
 
@@ -117,14 +117,14 @@ impl Proxy {
 /// A lab in which a [`Proxy`] works.
 pub struct Scene {
     proxy: Proxy,
-    /// What is in effect.
+    /// The services in effect.
     services: Vec<Service>,
     agent: Option<Agent>,
     cgroup: Cgroup,
     lab: Lab,
 }
 
-/// Whose address a pod saw.
+/// The kind of source address that a pod saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Seen {
     /// The client's own.
@@ -135,35 +135,35 @@ pub enum Seen {
     Stranger,
 }
 
-/// What a client met once: the index of the pod that answered and whose address that one saw, or how it failed.
+/// The result of one client's attempt: the index of the pod that answered and the kind of address that it saw, or the failure.
 pub type Met = Result<(usize, Seen), Failure>;
 
 /// How a client failed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Failure {
-    /// It was refused at once.
+    /// It was rejected at once.
     Refused,
-    /// Nobody answered.
+    /// There was no answer.
     Silence,
-    /// The kernel told the sender that its packet was kept back.
+    /// The kernel reported to the sender that its packet was blocked.
     KeptBack,
-    /// Something else, by the name of the error or by what was said.
+    /// Something else: the name of the error or the message.
     Other(String),
 }
 
-/// What is asked for.
+/// The path of requests.
 const PATH: &str = "/who";
 
 impl Scene {
-    /// What the agent wrote, where there is one.
+    /// The agent's output, if there is an agent.
     pub fn log(&self) -> String {
         self.agent.as_ref().map(|agent| agent.log().join("\n")).unwrap_or_default()
     }
 
-    /// Starts another agent in the place of this one.
+    /// Starts another agent instead of this one.
     ///
     /// # Errors
-    /// When one does not end, or the other does not start.
+    /// When this one does not end, or the other does not start.
     pub fn go_on_as(&mut self, proxy: Proxy) -> Result<()> {
         self.agent.take().map_or(Ok(()), Agent::terminate)?;
         self.agent = Some(proxy.agent(&self.lab, &self.cgroup)?);
@@ -171,10 +171,10 @@ impl Scene {
         Ok(())
     }
 
-    /// Puts these services into effect in place of those before, and waits until new connections meet them.
+    /// Puts these services into effect instead of the former ones, and waits until new connections meet them.
     ///
     /// # Errors
-    /// When they are refused, or do not come into effect.
+    /// When they are rejected, or do not come into effect.
     pub fn update(&mut self, services: &[Service]) -> Result<()> {
         let before = std::mem::replace(&mut self.services, services.to_vec());
         if let Some(mode) = self.proxy.mode() {
@@ -187,7 +187,7 @@ impl Scene {
         services.iter().try_for_each(|service| self.lab.publish_and_settle(service))
     }
 
-    /// Whether it is `affinity` that works here: then it can be asked what it would do.
+    /// Whether the proxy is `affinity`, which can explain its decisions.
     pub fn has_agent(&self) -> bool {
         self.agent.is_some()
     }
@@ -197,12 +197,12 @@ impl Scene {
         &self.lab
     }
 
-    /// The lab, for what its pods suffer.
+    /// The lab, to change its pods.
     pub fn lab_mut(&mut self) -> &mut Lab {
         &mut self.lab
     }
 
-    /// Starts a process on node A that is one of those that the proxy serves. `program` is the binary `socket_process`.
+    /// Starts a process on node A, one of those that the proxy serves. `program` is the binary `socket_process`.
     ///
     /// # Errors
     /// When it does not start.
@@ -219,14 +219,14 @@ impl Scene {
     }
 }
 
-/// What a client with that address meets, on a new connection from the namespace of the calling thread: inside
+/// The result of a client with that address, on a new connection from the namespace of the calling thread: inside
 /// [`Client::in_parallel`] the client's.
 pub fn meet(client: &Client, from: IpAddr, protocol: Protocol, to: SocketAddr) -> Met {
     let said = client.open(protocol, from, to).and_then(|mut open| open.ask_last(PATH));
     read(said.map_err(|error| format!("{:?}", error.kind())), Some(from))
 }
 
-/// What a process on the node meets, on a new connection. What a pod sees of it is one of the node's addresses in any case.
+/// The result of a process on the node, on a new connection. The pod sees one of the node's addresses in any case.
 ///
 /// # Errors
 /// When the process has ended.

@@ -1,4 +1,4 @@
-//! Scenes for tests: the same story is told for every hook that can translate, and for every family and protocol.
+//! Scenes for tests: the same scenario runs for every hook that can translate, and for every family and protocol.
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::lab::{Agent, Family, Lab, Options, Protocol, Service, WIRE};
 
-/// Where the packets of the external clients are translated.
+/// The hook that translates the packets of external clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     /// XDP in the driver.
@@ -31,7 +31,7 @@ impl Hook {
     }
 }
 
-/// Makes tests of stories: functions that take a [`Hook`] and return a result. Each is a test of its own for each hook.
+/// Makes tests of scenarios: functions that take a [`Hook`] and return a result. Each becomes a separate test for each hook.
 #[macro_export]
 macro_rules! on_every_hook {
     ($($story:ident),* $(,)?) => {
@@ -66,16 +66,16 @@ impl Route {
         ]
     }
 
-    /// The address of the client with this number. Routes of one family have clients of their own for each
-    /// protocol, since the protocols of a service share their pins.
+    /// The address of the client with this number. Routes of one family have separate clients for each protocol, because the
+    /// protocols of a service share their pins.
     pub fn client(&self, number: u32) -> IpAddr {
         self.family.client(number + self.first_client())
     }
 
-    /// Which pods answer a client that dials so many times, one connection after the other.
+    /// The pods that answer a client that connects this many times, one connection after another.
     ///
     /// # Errors
-    /// When one of them gets no answer.
+    /// When a connection gets no answer.
     pub fn dial(&self, lab: &Lab, client: u32, times: usize) -> Result<Vec<String>> {
         let from = self.client(client);
         (0..times)
@@ -83,10 +83,10 @@ impl Route {
             .collect()
     }
 
-    /// Which pod answers each of these clients.
+    /// The pod that answers each of these clients.
     ///
     /// # Errors
-    /// When one of them gets no answer.
+    /// When a client gets no answer.
     pub fn dial_all(&self, lab: &Lab, clients: Range<u32>) -> Result<Vec<String>> {
         let first = self.first_client();
         let clients = clients.start + first..clients.end + first;
@@ -106,10 +106,10 @@ pub fn web() -> Service {
     Service::new("web", 10).tcp("http", 80, 8080).tcp("https", 443, 8443).udp("dns", 53, 5353).on(0..3)
 }
 
-/// Tells a story in a lab of three pods where the agent runs and these services are in place.
+/// Runs a scenario in a lab of three pods with the agent and these services.
 ///
 /// # Errors
-/// The story's, with what the agent wrote.
+/// The scenario's error, with the agent's output.
 pub fn tell(hook: Hook, services: &[&Service], story: impl FnOnce(&mut Lab, &mut Agent) -> Result<()>) -> Result<()> {
     tell_in(&Options::default(), &hook.args(), services, story)
 }
@@ -137,9 +137,9 @@ pub fn tell_in(
     })
 }
 
-/// Writes a line for whoever runs the tests: a figure, or why there is nothing to compare with. It shows also where the
-/// test passes, when the harness keeps back what was printed.
+/// Writes a line for the person who runs the tests: a figure, or why there is nothing to compare with. It is shown even if the
+/// test passes and the harness hides its output.
 pub fn report(line: &str) {
-    // Nobody to read it: no reason to fail.
+    // If it cannot be written, that is no reason to fail.
     let _ = writeln!(io::stderr(), "{line}");
 }

@@ -1,6 +1,6 @@
-//! What kube-proxy does to connections that are open when endpoints change: it deletes the conntrack entries of datagrams
-//! that no serving endpoint answers, so that the next datagram meets the new rules. It leaves TCP alone.
-//! As in [`CleanStaleEntries`](https://github.com/kubernetes/kubernetes/blob/1601b9e27d8570364d9a1b94be16a0ca7b744a7e/pkg/proxy/conntrack/cleanup.go).
+//! How kube-proxy handles open connections when endpoints change: it deletes the conntrack entries of datagrams that no serving
+//! endpoint answers, so that the next datagram meets the new rules. It does not touch TCP. As in
+//! [`CleanStaleEntries`](https://github.com/kubernetes/kubernetes/blob/1601b9e27d8570364d9a1b94be16a0ca7b744a7e/pkg/proxy/conntrack/cleanup.go).
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +15,7 @@ pub(super) const COMMAND: &str = "conntrack";
 /// Deletes the entries of one family on node A that are stale under these services.
 pub(super) fn delete_stale(family: Family, lab: &Lab, services: &[Service]) -> Result<()> {
     let ip = if family == Family::V4 { "ipv4" } else { "ipv6" };
-    // It knows the options for ports only after the protocol.
+    // It accepts the options for ports only after the protocol.
     let run = |what, args: &[&str]| output(lab.node().command(COMMAND).args([what, "-f", ip, "-p", "udp"]).args(args));
     let entries = run("-L", &[])?.lines().map(Entry::read).collect::<Result<BTreeSet<_>>>()?;
     let ports: Vec<UdpPort> = services.iter().flat_map(|service| UdpPort::all_of(service, family)).collect();
@@ -26,12 +26,12 @@ pub(super) fn delete_stale(family: Family, lab: &Lab, services: &[Service]) -> R
     Ok(())
 }
 
-/// What kube-proxy looks at in an entry.
+/// The fields of an entry that kube-proxy reads.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Entry {
-    /// Where the client sends to.
+    /// The client's destination.
     to: SocketAddr,
-    /// Who answers.
+    /// The sender of replies.
     answered_by: IpAddr,
 }
 
@@ -61,7 +61,7 @@ impl UdpPort {
         ports.map(move |port| Self { port, serving: serving.clone() })
     }
 
-    /// Whether the entry is for this port, and somebody else should answer it.
+    /// Whether the entry is for this port, and another endpoint should answer it.
     fn is_stale(&self, entry: &Entry) -> bool {
         let ServicePort { cluster_ip, load_balancer, external_ip, node_port, .. } = &self.port;
         let addresses = [Some(*cluster_ip), *load_balancer, *external_ip];

@@ -1,5 +1,5 @@
-//! kube-proxy's iptables mode. Its chains are named by 16 characters of a hash; here those of services are numbered, in as
-//! many.
+//! kube-proxy's iptables mode. Its chain names contain 16 characters of a hash; here those of services contain a number of the
+//! same length.
 
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -28,7 +28,7 @@ pub(super) fn rules(family: Family, ports: &[ServicePort]) -> String {
     let Text { filter, chains, services, node_ports, details, .. } = text;
     let filter_base = FILTER.replace("%MARK%", MASQUERADE_MARK);
     let jumps = NAT_JUMPS.replace("%MARK%", MASQUERADE_MARK);
-    // As with `--localhost-nodeports=false`; by IPv6 there is no other way.
+    // As with `--localhost-nodeports=false`; for IPv6 this is the only way.
     let loopback = if family == Family::V4 { "127.0.0.0/8" } else { "::1/128" };
     let last = format!("-A KUBE-SERVICES -m addrtype --dst-type LOCAL ! -d {loopback} -j KUBE-NODEPORTS\n");
     format!("{filter_base}{filter}COMMIT\n{NAT_CHAINS}{chains}{jumps}{services}{last}{node_ports}{details}COMMIT\n")
@@ -80,8 +80,8 @@ impl Chains<'_> {
     }
 
     fn of_endpoint(&self, endpoint: usize) -> String {
-        // By the endpoint, not by its place: the list of recent clients with this name must not become another endpoint's
-        // when the set of endpoints changes.
+        // By the endpoint, not by its index: the list of recent clients with this name must not become another endpoint's when
+        // the set of endpoints changes.
         let mut hasher = DefaultHasher::new();
         (&self.0.name, self.0.protocol, self.0.endpoints[endpoint]).hash(&mut hasher);
         format!("KUBE-SEP-{:016X}", hasher.finish())
@@ -96,7 +96,7 @@ impl Chains<'_> {
         format!("-d {address} -p {protocol} -m {protocol} --dport {port}")
     }
 
-    /// Sends what is for a frontend to a chain of the service, or refuses it.
+    /// Sends packets for a frontend to a chain of the service, or rejects them.
     fn capture(&self, text: &mut Text) {
         let (port, comment) = (self.0, self.comment());
         let mut send = |to: IpAddr, chain: &str| {
@@ -131,7 +131,7 @@ impl Chains<'_> {
         }
     }
 
-    /// What comes from outside the pod networks to the ClusterIP may have to leave the node again: masqueraded.
+    /// Packets from outside the pod networks to the ClusterIP may have to leave the node again: masqueraded.
     fn internal(&self, text: &mut Text) {
         if self.0.refusal(self.0.internal).is_none() {
             let (chain, to) = (self.of_policy(self.0.internal), self.matches(self.0.cluster_ip));
@@ -160,7 +160,7 @@ impl Chains<'_> {
         }
     }
 
-    /// What is not in the source ranges is not translated, and dropped by the filter.
+    /// Packets from outside the source ranges are not translated, and the filter drops them.
     fn firewall(&self, text: &mut Text) {
         let Some(to) = self.0.load_balancer.filter(|_| !self.0.source_ranges.is_empty()) else { return };
         let chain = self.of_firewall();
@@ -172,7 +172,7 @@ impl Chains<'_> {
         text.refuse("KUBE-PROXY-FIREWALL", &what, Refusal::Drop);
     }
 
-    /// One rule for each endpoint's list of recent clients, then the dice.
+    /// One rule for each endpoint's list of recent clients, then random selection.
     fn service(&self, policy: Policy, text: &mut Text) {
         let (chain, pool) = (self.of_policy(policy), self.0.pool(policy));
         let _ = writeln!(text.chains, ":{chain} - [0:0]");
@@ -197,7 +197,7 @@ impl Chains<'_> {
         for (index, endpoint) in self.0.used_endpoints() {
             let chain = self.of_endpoint(index);
             let _ = writeln!(text.chains, ":{chain} - [0:0]");
-            // What comes back to where it was sent from would never meet the node again.
+            // Otherwise a reply to the endpoint itself would never pass the node again.
             let _ = writeln!(text.details, "-A {chain} -s {} -j KUBE-MARK-MASQ", endpoint.ip());
             let set = match self.0.affinity_timeout_s {
                 Some(_) => format!("-m recent --name {chain} --set "),

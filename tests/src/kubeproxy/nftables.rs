@@ -106,7 +106,7 @@ impl Chains<'_> {
         format!("{protocol} . {node_port} comment \"{name}\" : {verdict}")
     }
 
-    /// Sends what is for a frontend to a chain of the service, or refuses it.
+    /// Sends packets for a frontend to a chain of the service, or rejects them.
     fn capture(&self, text: &mut Text) {
         let port = self.0;
         text.cluster_ips.push(port.cluster_ip.to_string());
@@ -147,7 +147,7 @@ impl Chains<'_> {
         let _ = writeln!(chains, "}}");
     }
 
-    /// What is not in the source ranges is dropped before it is translated.
+    /// Packets from outside the source ranges are dropped before they are translated.
     fn firewall(&self, text: &mut Text) {
         let Some(to) = self.0.load_balancer.filter(|_| !self.0.source_ranges.is_empty()) else { return };
         let ranges = self.0.source_ranges.join(", ");
@@ -156,7 +156,8 @@ impl Chains<'_> {
         text.firewalls.push(self.entry(to, &format!("goto firewall-{}", self.0.number)));
     }
 
-    /// Without affinity one rule that chooses and translates. With it, each endpoint's set of clients, then the dice.
+    /// Without affinity, one rule that chooses and translates. With affinity, each endpoint's set of clients, then random
+    /// selection.
     fn service(&self, policy: Policy, text: &mut Text) {
         let ServicePort { protocol, cluster_ip, port, endpoints, affinity_timeout_s, .. } = self.0;
         let Text { ip, pods, chains, hairpins, .. } = text;

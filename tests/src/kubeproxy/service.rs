@@ -1,12 +1,12 @@
-//! What kube-proxy works out of a service port before it writes any rule.
+//! The properties of a service port that kube-proxy computes before it writes any rule.
 
 use std::net::{IpAddr, SocketAddr};
 
 use crate::lab::{EndpointState, FIRST_OF_B, Family, Hints, Lab, NODE_NAME, Policy, Protocol, Service};
 
-/// One port of a service in one family, as both rule sets want it.
+/// One port of a service in one family, for both rule sets.
 pub(super) struct ServicePort {
-    /// Its place among all ports of the family: what its chains are named by.
+    /// Its index among all ports of the family: part of its chains' names.
     pub(super) number: usize,
     /// `ns/name:port`, as in kube-proxy's comments and hashes.
     pub(super) name: String,
@@ -21,7 +21,7 @@ pub(super) struct ServicePort {
     pub(super) internal: Policy,
     pub(super) external: Policy,
     pub(super) source_ranges: Vec<String>,
-    /// Every endpoint that one of the pools has.
+    /// Every endpoint that is in one of the pools.
     pub(super) endpoints: Vec<SocketAddr>,
     /// Indices of `endpoints`: those for the policy Cluster.
     pub(super) cluster: Vec<usize>,
@@ -29,12 +29,12 @@ pub(super) struct ServicePort {
     pub(super) local: Vec<usize>,
 }
 
-/// What becomes of a packet that no endpoint takes.
+/// What happens to a packet if there is no endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// The client is told.
+    /// The client gets an error.
     Reject,
-    /// It is not.
+    /// The client gets none.
     Drop,
 }
 
@@ -77,7 +77,7 @@ impl ServicePort {
         service.ports_of(family).map(port).collect()
     }
 
-    /// Whether clients outside the cluster have an address to dial.
+    /// Whether the port has an address for external clients.
     pub(super) fn is_external(&self) -> bool {
         self.load_balancer.is_some() || self.external_ip.is_some() || self.node_port.is_some()
     }
@@ -94,8 +94,8 @@ impl ServicePort {
         }
     }
 
-    /// The policies whose chains are needed: an external frontend under Local needs both, as pods and the node itself are
-    /// not subject to it.
+    /// The policies that need chains: an external frontend under Local needs both, because the policy does not apply to pods
+    /// and the node itself.
     pub(super) fn policies(&self) -> Vec<Policy> {
         let is_used = |policy| match policy {
             Policy::Cluster => self.internal == policy || self.is_external(),
@@ -111,7 +111,7 @@ impl ServicePort {
         (0..self.endpoints.len()).filter(is_used).map(|index| (index, self.endpoints[index]))
     }
 
-    /// What to do with a packet for which this policy has no endpoint; None: it has.
+    /// What to do with a packet if this policy has no endpoint; None: it has one.
     pub(super) fn refusal(&self, policy: Policy) -> Option<Refusal> {
         match (self.pool(policy).is_empty(), self.has_endpoints()) {
             (false, _) => None,
@@ -126,8 +126,8 @@ impl ServicePort {
     }
 }
 
-/// The endpoints without those that are ready, and meant for other nodes: as `CategorizeEndpoints` reads hints, by node if
-/// all that are ready have such ones and one of them is for this node, else by zone if the same holds of zones.
+/// The endpoints without ready ones that are meant for other nodes. As `CategorizeEndpoints` reads hints: by node, if all ready
+/// endpoints have such hints and one is for this node; otherwise by zone, under the same condition.
 fn meant_for_us(service: &Service, listed: &[(usize, EndpointState)]) -> Vec<(usize, EndpointState)> {
     type Names = fn(&Hints) -> &[String];
     let by_node: (Names, String) = (|hints| &hints.nodes, NODE_NAME.to_owned());
@@ -144,7 +144,7 @@ fn meant_for_us(service: &Service, listed: &[(usize, EndpointState)]) -> Vec<(us
     listed.to_vec()
 }
 
-/// Those that are ready; if there are none, those that serve until they end.
+/// Those that are ready; if there are none, the terminating ones that still serve.
 fn usable(listed: &[(usize, EndpointState)], is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
     let of_state = |wanted| {
         let is_one = |(pod, state): &&(usize, EndpointState)| *state == wanted && is_meant(*pod);

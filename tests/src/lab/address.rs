@@ -1,4 +1,4 @@
-//! Who has which address in every lab. IPv4 and IPv6 side by side, so that a test is written once for both.
+//! The addresses of every lab. IPv4 and IPv6 side by side, so that a test is written once for both.
 //!
 //! | what | IPv4 | IPv6 |
 //! |---|---|---|
@@ -101,8 +101,8 @@ impl Family {
         }
     }
 
-    /// Node A's addresses: on the wire to the clients, and on the one between the nodes, which only a lab of two nodes
-    /// has.
+    /// Node A's addresses: on the wire to the clients, and on the one between the nodes, which exists only in a lab of two
+    /// nodes.
     pub fn node_addresses(self) -> [IpAddr; 2] {
         [NODE, UNDERLAY_A].map(|addresses| addresses[self as usize].parse().expect("an address"))
     }
@@ -112,7 +112,7 @@ impl Family {
         UNDERLAY_B[self as usize].parse().expect("an address")
     }
 
-    /// A node's, or a pod's, own address for itself.
+    /// The loopback address of a node or pod.
     pub fn loopback(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::LOCALHOST.into(),

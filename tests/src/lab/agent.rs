@@ -15,13 +15,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::netns::output;
 use super::{Lab, MemoryLimit, NODE_NAME, eventually};
 
-/// How long the agent may take from its start to its readiness, unless more is granted, and from SIGTERM to its end.
+/// How long the agent may take from its start to its readiness, by default, and from SIGTERM to its end.
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The capabilities that the agent needs, as a container's `securityContext` names them.
 pub const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];
 
-/// As a container runtime would confine it: only the directory of locks, and the BPF filesystem, can be written to.
+/// Confines it as a container runtime would: it can write only to the directory of locks and to the BPF filesystem.
 const CONFINE: &str = "mkdir -p /run/affinity && mount --bind /run/affinity /run/affinity && \
                        mount -o remount,bind,ro / && exec \"$@\"";
 
@@ -34,7 +34,7 @@ impl Lab {
         output(self.affinity_command()?.args(args))
     }
 
-    /// The same, where standard output is JSON.
+    /// The same, if standard output is JSON.
     ///
     /// # Errors
     /// When it fails, or does not write JSON.
@@ -53,12 +53,12 @@ impl Lab {
     /// Starts `affinity run` over [`Lab::source`] with these further arguments, and waits until it is ready.
     ///
     /// # Errors
-    /// When it ends, or is not ready in time: what it wrote.
+    /// When it ends, or is not ready in time: its output.
     pub fn agent(&self, args: &[&str]) -> Result<Agent> {
         let mut command = self.affinity_command()?;
         command.arg("run").arg("--source").arg(self.source()).args(args);
         if !args.contains(&"--socket") {
-            // Whatever `auto` finds here: the machine's own processes are no part of a lab.
+            // Independent of what `auto` finds here: the machine's own processes are not part of a lab.
             command.args(["--socket", "off"]);
         }
         Agent::start(command, AGENT_PATIENCE)
@@ -86,8 +86,7 @@ impl Lab {
         Agent::start(command, AGENT_PATIENCE)
     }
 
-    /// As [`Lab::agent`], confined as in a container: root with these capabilities and no way to others, on a root filesystem that
-    /// cannot be written to.
+    /// As [`Lab::agent`], confined as in a container: root with only these capabilities, on a read-only root filesystem.
     ///
     /// # Errors
     /// As [`Lab::agent`].
@@ -123,7 +122,7 @@ fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A running agent. Dropping it kills it (the dataplane stays), and shows what it wrote if a test fails.
+/// A running agent. Dropping it kills it (the dataplane stays), and shows its output if a test fails.
 #[derive(Debug)]
 pub struct Agent {
     command: Command,
@@ -134,10 +133,10 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts it, and waits until it is ready, as long as this.
+    /// Starts it, and waits until it is ready, at most this long.
     ///
     /// # Errors
-    /// When it ends, or is not ready in time: what it wrote.
+    /// When it ends, or is not ready in time: its output.
     pub fn start(command: Command, patience: Duration) -> Result<Self> {
         let mut agent = Self::spawn(command, patience)?;
         agent.until_ready()?;
@@ -151,7 +150,7 @@ impl Agent {
         Ok(Self { command, child, patience, log })
     }
 
-    /// Waits until it was ready for the first time.
+    /// Waits until it has been ready for the first time.
     ///
     /// # Errors
     /// As [`Lab::agent`].
@@ -164,7 +163,7 @@ impl Agent {
         self.child.id()
     }
 
-    /// Kills it with SIGKILL: it can tidy up nothing.
+    /// Kills it with SIGKILL: it cannot clean up anything.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
@@ -232,7 +231,7 @@ impl Agent {
         Ok(Memory { now: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
     }
 
-    /// Makes the peak of its memory what it has now: <https://docs.kernel.org/filesystems/proc.html> (`clear_refs`).
+    /// Resets the peak of its memory to the current value: <https://docs.kernel.org/filesystems/proc.html> (`clear_refs`).
     ///
     /// # Errors
     /// When it has ended.
@@ -240,12 +239,12 @@ impl Agent {
         Ok(std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
     }
 
-    /// What it wrote so far, standard output and standard error as they came.
+    /// Its output so far, standard output and standard error in order.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
 
-    /// Waits for the line that says so, behind the first `written` lines of its log.
+    /// Waits for the readiness line, after the first `written` lines of its log.
     fn wait_until_ready(&mut self, written: usize) -> Result<()> {
         let ready = eventually("the agent says that it is ready", self.patience, || {
             if self.log()[written..].iter().any(|line| is_ready(line)) {
@@ -260,7 +259,7 @@ impl Agent {
     }
 }
 
-/// What a process has in memory, in bytes.
+/// The memory of a process, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
     /// Now.

@@ -1,4 +1,4 @@
-//! What really went over a device: `tcpdump` writes it down, [`read_pcap`] reads it.
+//! Captures the frames of a device: `tcpdump` writes them, [`read_pcap`] reads them.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{eventually, netns::Namespace};
 
-/// Longer than it takes the kernel to hand over the last frames.
+/// Longer than the kernel takes to deliver the last frames.
 const LAST_FRAMES: Duration = Duration::from_millis(200);
 
 /// Longer than any frame of a lab: the kernel reserves that much for each.
@@ -34,7 +34,7 @@ pub enum Direction {
 pub struct Capture {
     tcpdump: Child,
     file: PathBuf,
-    /// Gathers what it says, since it says at its end how many frames it has missed.
+    /// Collects its messages: at its end it prints how many frames it has missed.
     words: Option<JoinHandle<String>>,
 }
 
@@ -42,7 +42,7 @@ impl Capture {
     /// Starts to capture in `file`, and returns when frames are being captured.
     ///
     /// # Errors
-    /// When tcpdump is missing, or says why it cannot.
+    /// When tcpdump is missing, or fails.
     pub fn start(namespace: &Namespace, device: &str, direction: Direction, file: &Path) -> Result<Self> {
         let direction = match direction {
             Direction::In => "in",
@@ -72,13 +72,13 @@ impl Capture {
         Ok(Self { tcpdump, file: file.to_owned(), words: Some(words) })
     }
 
-    /// Waits until a frame has been captured of which this holds.
+    /// Waits until a captured frame satisfies this condition.
     ///
     /// # Errors
     /// When none comes within the limit.
     pub fn until(&self, what: &str, limit: Duration, holds: impl Fn(&[u8]) -> bool) -> Result<()> {
         eventually(what, limit, || {
-            // The last frame may not have been written to its end.
+            // The last frame may not have been written completely.
             let frames = read_pcap(&fs::read(&self.file)?).unwrap_or_default();
             Ok(frames.iter().any(|frame| holds(frame)))
         })
@@ -87,7 +87,7 @@ impl Capture {
     /// Stops, and returns the frames.
     ///
     /// # Errors
-    /// When frames are missing, or what was written is not a capture.
+    /// When frames are missing, or the file is not a capture.
     pub fn stop(mut self) -> Result<Vec<Vec<u8>>> {
         thread::sleep(LAST_FRAMES);
         self.end()?;

@@ -1,7 +1,7 @@
-//! A cgroup of a lab's own, and a process in it that does with sockets what it is told.
+//! A lab's own cgroup, and a process in it that uses sockets on command.
 //!
-//! Programs for sockets see the processes of a cgroup, and which cgroup that is a socket remembers from its making. So
-//! a test's clients are another process, [`SocketProcess`], moved there before it makes any.
+//! Programs for sockets see the processes of a cgroup. A socket belongs to the cgroup in which it was created. So a test's
+//! clients are a separate process, [`SocketProcess`], which is moved there before it creates any.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -60,10 +60,10 @@ fn command_in(cgroup: &Path, namespace: &Namespace, program: impl AsRef<OsStr>) 
     command
 }
 
-/// Where version 1 limits memory.
+/// Where cgroup version 1 limits memory.
 pub(super) const MEMORY_V1: &str = "/sys/fs/cgroup/memory";
 
-/// A cgroup with a limit of memory, as a container has one, of whichever version limits memory on this machine.
+/// A cgroup with a memory limit, as a container has one, of the version that limits memory on this machine.
 #[derive(Debug)]
 pub struct MemoryLimit(PathBuf);
 
@@ -105,7 +105,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// Kills what is in a cgroup and removes it; best effort, since it is used to clean up.
+/// Kills the processes of a cgroup and removes it; best effort, because it is used to clean up.
 pub(super) fn remove(path: &Path) {
     let _ = fs::write(path.join("cgroup.kill"), "1");
     for _ in 0..100 {
@@ -124,7 +124,7 @@ impl Lab {
     }
 }
 
-/// A process whose sockets a test controls. Dropping it ends it, and its sockets with it.
+/// A process with sockets that a test controls. Dropping it ends it, and its sockets with it.
 #[derive(Debug)]
 pub struct SocketProcess {
     child: Child,
@@ -137,11 +137,11 @@ pub struct SocketProcess {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketNumber(usize);
 
-/// What the kernel answered: the text, or the name of the error.
+/// The kernel's answer: the text, or the name of the error.
 pub type Answer = Result<String, String>;
 
 impl SocketProcess {
-    /// A connected socket, and whom it says that it is connected to.
+    /// A connected socket, and its peer address according to `getpeername()`.
     ///
     /// # Errors
     /// When the process has ended.
@@ -182,7 +182,7 @@ impl SocketProcess {
         self.told(&format!("send {} {to} {path}", socket.0))
     }
 
-    /// Waits, for a second at most, until a connected socket has been closed by somebody else: the name of the error.
+    /// Waits, for a second at most, until the other side or the kernel has closed a connected socket: the name of the error.
     ///
     /// # Errors
     /// When the process has ended.
@@ -190,7 +190,7 @@ impl SocketProcess {
         self.told(&format!("wait {}", socket.0))
     }
 
-    /// Whom a socket says that it is connected to.
+    /// A socket's peer address according to `getpeername()`.
     ///
     /// # Errors
     /// When the process has ended.
@@ -206,10 +206,10 @@ impl SocketProcess {
         self.told(&format!("close {}", socket.0)).map(drop)
     }
 
-    /// Connects, asks for the pod's name, and closes; checks that the socket speaks to whom it asked for.
+    /// Connects, asks for the pod's name, and closes; checks that the peer address is the one that was asked for.
     ///
     /// # Errors
-    /// When it gets no answer, or is told of another peer.
+    /// When it gets no answer, or another peer address.
     pub fn dial(&mut self, protocol: Protocol, to: SocketAddr) -> Result<String> {
         let (socket, peer) = self.connect(protocol, to)?;
         let peer = peer.map_err(|error| anyhow::anyhow!("connect {protocol} {to}: {error}"))?;

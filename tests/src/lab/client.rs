@@ -20,7 +20,7 @@ use super::sctp::{self, Association};
 use super::server::DATAGRAM_MAX;
 use crate::patience::patience;
 
-/// How long a client waits for a connection, and for an answer, unless told otherwise. Long enough for a few retransmissions.
+/// How long a client waits for a connection, and for an answer, by default. Long enough for a few retransmissions.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Threads that share the work of many clients.
@@ -38,7 +38,7 @@ impl Client {
         Self { door: door.clone(), patience: patience(PATIENCE) }
     }
 
-    /// The same, that waits no longer than this for a connection, and for an answer.
+    /// The same, with this limit for a connection, and for an answer.
     pub fn with_patience(self, usual: Duration) -> Self {
         Self { patience: patience(usual), ..self }
     }
@@ -62,7 +62,7 @@ impl Client {
         self.door.run(|| self.open(protocol, from, to)?.ask_last("/"))?
     }
 
-    /// Begins an SCTP association from an address and a port: whom with. A pod answers after [`super::Lab::serve_sctp`].
+    /// Begins an SCTP association from an address and a port: returns its pod. A pod answers after [`super::Lab::serve_sctp`].
     pub fn associate(&self, from: SocketAddr, to: SocketAddr) -> io::Result<Association> {
         sctp::associate(&self.door, from, to, self.patience).map_err(timed_out)
     }
@@ -72,7 +72,7 @@ impl Client {
         self.door.run(|| self.open(protocol, from, to))?
     }
 
-    /// The same from a port of the caller's choice, which other connections may have, too.
+    /// The same from a port of the caller's choice, which other connections may use, too.
     pub fn connect_by(&self, protocol: Protocol, from: SocketAddr, to: SocketAddr) -> io::Result<Connection> {
         self.door.run(|| Connection::open(protocol, from, to, self.patience))?
     }
@@ -138,7 +138,7 @@ pub enum Connection {
     Http {
         /// Both ways.
         stream: BufReader<TcpStream>,
-        /// Whether the server has said that its answer was the last.
+        /// Whether the server has announced that its answer was the last.
         ended: bool,
     },
     /// Datagrams.
@@ -146,7 +146,7 @@ pub enum Connection {
 }
 
 impl Connection {
-    /// Opens one from `from`, any port where that is zero, in the namespace of the calling thread.
+    /// Opens one from `from`, from any port if that is zero, in the namespace of the calling thread.
     pub(super) fn open(protocol: Protocol, from: SocketAddr, to: SocketAddr, patience: Duration) -> io::Result<Self> {
         match protocol {
             Protocol::Tcp => {
@@ -168,10 +168,10 @@ impl Connection {
         self.exchange(path, "close")
     }
 
-    /// A datagram whose answer finds nobody.
+    /// Sends a datagram, and closes the socket before the answer arrives.
     ///
     /// # Errors
-    /// Also where this is no UDP socket.
+    /// Also if this is no UDP socket.
     pub fn ask_and_leave(self, path: &str) -> io::Result<()> {
         match self {
             Self::Http { .. } => Err(io::ErrorKind::Unsupported.into()),
@@ -179,7 +179,7 @@ impl Connection {
         }
     }
 
-    /// Whether the server has said, with its last answer, that it ends the connection.
+    /// Whether the server has announced, with its last answer, that it ends the connection.
     pub fn has_ended(&self) -> bool {
         match self {
             Self::Http { ended, .. } => *ended,
@@ -220,7 +220,7 @@ fn family_of(address: SocketAddr) -> Family {
 fn socket(kind: SocketType, from: SocketAddr, to: SocketAddr, patience: Duration) -> io::Result<OwnedFd> {
     let domain = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(domain, kind, SocketFlags::CLOEXEC, None)?;
-    // No interface has the client addresses: a local route for their prefix makes them ours.
+    // No interface has the client addresses: a local route for their prefix makes them local.
     if to.is_ipv4() {
         sockopt::set_ip_freebind(&socket, true)?;
     } else {
@@ -238,7 +238,7 @@ fn socket(kind: SocketType, from: SocketAddr, to: SocketAddr, patience: Duration
     Ok(socket)
 }
 
-/// A socket's timeout shows as EAGAIN, or EINPROGRESS where it was connecting: calls it by its name.
+/// A socket's timeout is reported as EAGAIN, or as EINPROGRESS if it was connecting: converts both to `TimedOut`.
 fn timed_out(error: io::Error) -> io::Error {
     match Errno::from_io_error(&error) {
         Some(Errno::AGAIN | Errno::INPROGRESS) => io::ErrorKind::TimedOut.into(),

@@ -1,4 +1,4 @@
-//! Ctrl-C, and its relatives, as something to ask for: so that the lab is taken away first.
+//! Ctrl-C and similar signals as a state to check, so that the lab is removed first.
 
 use std::{
     cell::Cell,
@@ -14,7 +14,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-/// Whether somebody wants the program to end.
+/// Whether a signal has asked the program to end.
 #[derive(Debug)]
 pub struct Interrupt {
     signals: Receiver<()>,
@@ -38,9 +38,9 @@ impl Interrupt {
             runtime.block_on(async {
                 select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hangup.recv() => {} }
             });
-            // Nobody listens any more: the program is about to end anyway.
+            // If there is no receiver any more, the program is about to end anyway.
             let _ = sender.send(());
-            // The handlers stay, so that a second signal does not cut the cleaning short.
+            // The handlers stay, so that a second signal does not interrupt the clean-up.
             runtime.block_on(std::future::pending::<()>());
         });
         Ok(Self { signals, came: Cell::new(false) })
@@ -51,7 +51,7 @@ impl Interrupt {
         self.pause(Duration::ZERO).is_err()
     }
 
-    /// Goes on only where no signal has come.
+    /// Succeeds only if no signal has come.
     ///
     /// # Errors
     /// When a signal has come.

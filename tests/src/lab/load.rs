@@ -1,9 +1,8 @@
-//! Clients that keep asking, in the background, until they are told to stop: what happened to them meanwhile
-//! is the test's result.
+//! Clients that send requests in the background until they are stopped. What happened to them meanwhile is the test's result.
 //!
-//! Each client asks on a new connection, and again on a connection that it keeps, in turn. So a report tells
-//! pins that moved (`moved`) from requests that failed (`failed`) and from connections that broke (`broken`). Where a pod
-//! ends a connection in order, the client opens another (`handed_over`).
+//! Each client alternates between a new connection and a connection that it keeps. So a report distinguishes pins that moved
+//! (`moved`), requests that failed (`failed`) and connections that broke (`broken`). If a pod ends a connection in order, the
+//! client opens another one (`handed_over`).
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -21,7 +20,7 @@ use crate::patience::patience;
 
 /// Threads that share the clients.
 const WORKERS: u32 = 4;
-/// A pause after each client's turn leaves the machine to what is tested.
+/// A pause after each client's turn leaves processor time to the system under test.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// What happened to the clients.
@@ -35,7 +34,7 @@ pub struct Report {
     pub moved: u64,
     /// Kept connections that broke: a request got no answer.
     pub broken: u64,
-    /// Kept connections that another pod answered on.
+    /// Answers of another pod on a kept connection.
     pub switched: u64,
     /// Kept connections that their pod ended with an answer.
     pub handed_over: u64,
@@ -46,20 +45,20 @@ pub struct Report {
 }
 
 impl Report {
-    /// Nothing failed, moved or broke, and something was asked.
+    /// Nothing failed, moved or broke, and there were requests.
     ///
     /// # Errors
-    /// What did, with the numbers.
+    /// What happened, with the numbers.
     pub fn undisturbed(&self) -> Result<()> {
         self.answered()?;
         ensure!(self.moved == 0 && self.switched == 0 && self.handed_over == 0, "{self:?}");
         Ok(())
     }
 
-    /// Every request got an answer, whoever gave it, and something was asked.
+    /// Every request got an answer, from any pod, and there were requests.
     ///
     /// # Errors
-    /// What did not, with the numbers.
+    /// What happened, with the numbers.
     pub fn answered(&self) -> Result<()> {
         ensure!(self.requests > 0, "no request was sent");
         ensure!(self.failed == 0 && self.broken == 0, "{self:?}");
@@ -99,7 +98,7 @@ struct Shared {
 }
 
 impl Load {
-    /// Sets these clients to work.
+    /// Starts these clients.
     pub fn start(client: &Client, protocol: Protocol, clients: Range<u32>, to: SocketAddr) -> Self {
         let shared = Arc::<Shared>::default();
         let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
@@ -129,7 +128,7 @@ impl Load {
     /// Waits until that many further requests have been answered or have failed.
     ///
     /// # Errors
-    /// When they take longer than a client that never gets an answer would have patience, several times.
+    /// When they take several times longer than the patience of a client that never gets an answer.
     pub fn wait_for(&self, requests: u64) -> Result<()> {
         let until = self.shared.requests.load(Ordering::Relaxed) + requests;
         let limit = 10 * patience(PATIENCE);
@@ -166,7 +165,7 @@ impl Drop for Load {
     }
 }
 
-/// One client: where it was served last, and the connection that it keeps with the pod at its other end.
+/// One client: the pod that served it last, and its kept connection with the pod at the other end.
 struct Caller {
     protocol: Protocol,
     from: IpAddr,

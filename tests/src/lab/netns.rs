@@ -1,8 +1,8 @@
-//! A network namespace with a name: made by `ip netns add`, gone when dropped.
+//! A named network namespace: created by `ip netns add`, removed when dropped.
 //!
-//! Sockets belong to the namespace they were made in, not to the thread that uses them. So [`Namespace::run`]
-//! enters on a thread of its own, and what the closure made there can be used from anywhere.
-//! A [`Door`] does the same and may outlive the name.
+//! Sockets belong to the namespace in which they were created, not to the thread that uses them. So [`Namespace::run`] enters
+//! on a separate thread, and the sockets that the closure creates there can be used anywhere. A [`Door`] does the same and may
+//! outlive the name.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -24,7 +24,7 @@ pub(super) const NETNS_DIR: &str = "/run/netns";
 pub struct Door(Arc<File>);
 
 impl Door {
-    /// The way into the namespace that a file stands for.
+    /// A handle for the namespace that a file refers to.
     ///
     /// # Errors
     /// When there is no such file.
@@ -32,15 +32,15 @@ impl Door {
         Ok(Self(Arc::new(File::open(path)?)))
     }
 
-    /// Moves the calling thread inside, for good.
+    /// Moves the calling thread inside, permanently.
     pub(super) fn enter(&self) -> io::Result<()> {
         Ok(move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 
-    /// Runs `work` inside, on a thread of its own, and waits for it.
+    /// Runs `work` inside, on a separate thread, and waits for it.
     ///
     /// # Errors
-    /// When the namespace cannot be entered. A panic of `work` goes on in the caller.
+    /// When the namespace cannot be entered. A panic of `work` continues in the caller.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         thread::scope(|scope| {
             let inside = scope.spawn(|| self.enter().map(|()| work()));
@@ -49,7 +49,7 @@ impl Door {
     }
 }
 
-/// A network namespace that this process made. Dropping it kills what runs in it and removes it.
+/// A network namespace that this process created. Dropping it kills its processes and removes it.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
@@ -58,7 +58,7 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// Makes a namespace; fails when the name is taken or the caller may not.
+    /// Creates a namespace; fails when the name is taken or the caller lacks permission.
     pub(super) fn create(name: String) -> Result<Self> {
         // `ip netns add` races with itself over the first mount of its directory.
         let _one_at_a_time = machine_lock()?;
@@ -72,7 +72,7 @@ impl Namespace {
         &self.name
     }
 
-    /// The file to enter it by, as `nsenter --net=` takes it.
+    /// The file to enter it with, as `nsenter --net=` takes it.
     pub fn path(&self) -> PathBuf {
         Path::new(NETNS_DIR).join(&self.name)
     }
@@ -82,12 +82,12 @@ impl Namespace {
         self.keep = true;
     }
 
-    /// A way in.
+    /// A handle to enter it.
     pub fn door(&self) -> &Door {
         &self.door
     }
 
-    /// Runs `work` inside, on a thread of its own, and waits for it: see [`Door::run`].
+    /// Runs `work` inside, on a separate thread, and waits for it: see [`Door::run`].
     ///
     /// # Errors
     /// When the namespace cannot be entered.
@@ -95,8 +95,8 @@ impl Namespace {
         self.door.run(work)
     }
 
-    /// A command that will run inside. By `nsenter`, because `ip netns exec` mounts another /sys, which hides
-    /// the pinned programs.
+    /// A command that will run inside. With `nsenter`, because `ip netns exec` mounts another /sys, which hides the pinned
+    /// programs.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
@@ -106,7 +106,7 @@ impl Namespace {
     /// Runs a few `ip` commands inside, one a line.
     ///
     /// # Errors
-    /// What `ip` says when it fails.
+    /// The error of `ip`.
     pub fn ip(&self, script: &str) -> Result<()> {
         let mut ip = Command::new("ip");
         ip.args(["-n", &self.name, "-batch", "-"]);
@@ -131,7 +131,7 @@ impl Drop for Namespace {
     }
 }
 
-/// Kills what runs in the namespace and takes its name away; best effort, since it is used to clean up.
+/// Kills the processes of the namespace and removes its name; best effort, because it is used to clean up.
 pub(super) fn delete(name: &str) {
     if let Ok(pids) = output(Command::new("ip").args(["netns", "pids", name])) {
         for pid in pids.lines().filter_map(|line| line.trim().parse().ok()).filter_map(Pid::from_raw) {
@@ -141,7 +141,7 @@ pub(super) fn delete(name: &str) {
     let _ = run(Command::new("ip").args(["netns", "del", name]));
 }
 
-/// Serialises, over all processes of the machine, what would race: released when the file is dropped.
+/// A lock for operations that would race, across all processes of the machine: released when the file is dropped.
 pub(super) fn machine_lock() -> Result<File> {
     let path = "/run/affinity-lab.lock";
     let file = File::create(path).with_context(|| format!("{path}: the lab needs root"))?;

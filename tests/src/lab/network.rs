@@ -29,17 +29,17 @@ pub(super) fn node_namespace(name: String) -> Result<Namespace> {
 /// Two network cards, each by its name in the namespace of this process.
 type Cards<'a> = [&'a String; 2];
 
-/// Joins two namespaces: by a pair of veth devices, or by cards that something outside joins.
+/// Connects two namespaces: with a pair of veth devices, or with cards that are connected outside.
 fn lay_wire(ends: [(&Namespace, &str); 2], cards: Option<Cards<'_>>) -> Result<()> {
     let Some(cards) = cards else {
         let [(here, name), (there, peer)] = ends;
         here.ip(&format!("link add {name} type veth peer name {peer} netns {}\n", there.name()))?;
-        // Packets cross it as they cross a real one.
+        // So that packets are as on a real wire.
         return ethtool(there, peer, &["tx", "off", "gro", "on"]);
     };
     for ((namespace, name), card) in ends.into_iter().zip(cards) {
         let mut ip = Command::new("ip");
-        // As it was before another lab had it.
+        // Its state before another lab used it.
         ip.args(["link", "set", card, "down", "mtu", "1500", "netns", namespace.name(), "name", name]);
         netns::run(&mut ip)?;
     }
@@ -75,7 +75,7 @@ pub(super) fn client_namespace(name: String, node: &Namespace, cards: Option<Car
     Ok(client)
 }
 
-/// Puts an XDP program that passes everything on a device, until what is returned is dropped.
+/// Attaches an XDP program that passes everything to a device, until the result is dropped.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -89,7 +89,7 @@ pub fn pass_by_xdp(namespace: &Namespace, device: &str) -> Result<Ebpf> {
     })?
 }
 
-/// Has a device send each frame with two VLAN tags, until what is returned is dropped.
+/// Makes a device send each frame with two VLAN tags, until the result is dropped.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -106,7 +106,7 @@ pub fn tag_twice(namespace: &Namespace, device: &str) -> Result<Ebpf> {
     })?
 }
 
-/// Spreads what a device receives over the processors by flow (`Documentation/networking/scaling.rst`, RPS).
+/// Distributes received packets of a device over the processors by flow (`Documentation/networking/scaling.rst`, RPS).
 pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
     // One word of the mask has 32 processors, and that is enough.
     let processors = available_parallelism()?.get().min(32);
@@ -116,8 +116,8 @@ pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
     netns::run(Command::new("ip").args(["netns", "exec", namespace.name(), "sh", "-c", &write]))
 }
 
-/// Whether this kernel attaches TC programs by tcx links (Linux 6.6). It is not asked as the agent asks it:
-/// <https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c>
+/// Whether this kernel attaches TC programs by tcx links (Linux 6.6). The agent finds out in another way, so that this is an
+/// independent check: <https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c>
 ///
 /// # Errors
 /// When the kernel's symbols cannot be read.
@@ -137,13 +137,13 @@ pub fn tc_hooks() -> Result<[&'static str; 2]> {
 /// Switches offloads of a device.
 ///
 /// # Errors
-/// What `ethtool` says when it fails.
+/// The error of `ethtool`.
 pub fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result<()> {
     netns::run(namespace.command("ethtool").args(["-K", device]).args(switches))
 }
 
-/// The wire between the nodes, and the routes over it. Whatever node A knows no better way to goes to the clients, so
-/// that the rules of a packet filter see what is for an address that nobody has.
+/// The wire between the nodes, and the routes over it. Node A's default route leads to the clients, so that the rules of a
+/// packet filter see packets for addresses that nobody has.
 pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace, cards: Option<Cards<'_>>) -> Result<()> {
     lay_wire([(node_a, UNDERLAY_WIRE), (node_b, UNDERLAY_WIRE)], cards)?;
     let [mut on_a, mut on_b, mut on_client] = [const { String::new() }; 3];
@@ -162,8 +162,8 @@ pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace, c
     node_a.ip(&on_a)?;
     node_b.ip(&on_b)?;
     client.ip(&on_client)?;
-    // One client may be refused more often than the kernel would tell it, and all together, too: on old kernels that is a setting
-    // of the machine, which is left alone.
+    // One client may be rejected more often than the kernel would send errors, and so may all clients together. On old kernels
+    // that is a setting of the machine, which is not changed.
     let _ = node_a.sysctl(&[("ipv4/icmp_msgs_per_sec", "1000000"), ("ipv4/icmp_msgs_burst", "1000000")]);
     node_a.sysctl(&[("ipv4/icmp_ratelimit", "0"), ("ipv6/icmp/ratelimit", "0")])
 }

@@ -1,4 +1,4 @@
-//! What the `affinity` command says of a lab, as values.
+//! The output of the `affinity` command in a lab, as values.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -13,10 +13,10 @@ use super::address::{CLIENT_COUNT, Family, Protocol};
 use super::yaml::{Service, pod_name};
 use super::{Lab, eventually};
 
-/// The last client whose packets are explained: they never dial, so no pin narrows what they could reach.
+/// The last client for which packets are explained: these never connect, so no pin restricts their candidates.
 const NEVER_DIALS: u32 = CLIENT_COUNT - 1;
 
-/// How long a change of the YAML may take until packets meet it.
+/// How long a change of the YAML may take to be effective.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A pin, as `affinity get sessions -o json` shows it.
@@ -27,7 +27,7 @@ pub struct Session {
     pub service: String,
     /// The client's address, or prefix.
     pub client: String,
-    /// Where it is pinned.
+    /// The backend that it is pinned to.
     pub backend: Backend,
     /// When it was pinned: RFC 3339.
     pub created: String,
@@ -48,7 +48,7 @@ pub struct Backend {
     pub name: String,
 }
 
-/// What `affinity explain -o json` says of the next packet.
+/// The output of `affinity explain -o json` for the next packet.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Explanation {
     /// forward, reject, drop or pass.
@@ -80,7 +80,7 @@ impl Lab {
     /// The pins of a service, of one client or of all.
     ///
     /// # Errors
-    /// When the command fails, or its JSON has not the documented fields.
+    /// When the command fails, or its JSON lacks the documented fields.
     pub fn sessions(&self, service: &Service, client: Option<IpAddr>) -> Result<Vec<Session>> {
         let (service, client) = (service.full_name(), client.map(|client| client.to_string()));
         let mut args = vec!["get", "sessions", "--service", &service];
@@ -102,8 +102,8 @@ impl Lab {
         row["packets"].as_u64().with_context(|| row.to_string())
     }
 
-    /// What the next packet of this client to this frontend would meet; or the next socket, where the client is named
-    /// `node`, or as a pod.
+    /// The verdict for the next packet of this client to this frontend; or for the next socket, if the client is `node` or a
+    /// pod's name.
     ///
     /// # Errors
     /// As [`Lab::sessions`].
@@ -111,7 +111,7 @@ impl Lab {
         self.explain_each(from, &[(protocol, to)])?.pop().context("one explanation")
     }
 
-    /// The same of several frontends, at one moment and in their order.
+    /// The same for several frontends, at one moment and in their order.
     ///
     /// # Errors
     /// As [`Lab::sessions`].
@@ -136,10 +136,10 @@ impl Lab {
         self.settle(service)
     }
 
-    /// Waits until a service that was withdrawn is served no longer.
+    /// Waits until a withdrawn service is no longer served.
     ///
     /// # Errors
-    /// When that does not come about.
+    /// When that does not happen in time.
     pub fn settle_deleted(&self, service: &Service) -> Result<()> {
         eventually(&format!("{} is deleted", service.full_name()), SYNC_PATIENCE, || {
             let to: Vec<_> = service.ports_of(Family::V4).map(|port| (port.protocol, port.cluster_ip)).collect();
@@ -148,11 +148,11 @@ impl Lab {
         })
     }
 
-    /// Waits until the ClusterIPs of a service have exactly its ready endpoints as candidates; under the internal policy
-    /// Local those on node A. A change of affinity alone cannot be seen so.
+    /// Waits until the candidates of a service's ClusterIPs are exactly its ready endpoints; under the internal policy Local,
+    /// those on node A. A change of affinity alone is not visible in this way.
     ///
     /// # Errors
-    /// When that does not come about.
+    /// When that does not happen in time.
     pub fn settle(&self, service: &Service) -> Result<()> {
         // Under `consistent`, a client has one candidate: several clients together have all of them.
         const PROBES: u32 = 5;

@@ -1,5 +1,5 @@
-//! A pod: a namespace joined to the node by a veth with host routes, as common network plugins do it, and the
-//! servers in it.
+//! A pod: a namespace that is connected to the node by a veth with host routes, as with common network plugins, and its
+//! servers.
 
 use anyhow::{Result, ensure};
 
@@ -18,37 +18,37 @@ pub struct Pod {
     life: Option<Life>,
 }
 
-/// What a living pod has. The sockets close before the namespace goes.
+/// The parts of a living pod. The sockets close before the namespace goes.
 struct Life {
     server: Server,
     namespace: Namespace,
 }
 
 impl Pod {
-    /// Makes the pod's namespace, joins it to the node and starts its servers.
+    /// Creates the pod's namespace, connects it to the node and starts its servers.
     pub(super) fn start(index: usize, namespace_name: String, node: &Namespace, options: Options) -> Result<Self> {
         let mut pod = Self { index, namespace_name, options, life: None };
         pod.revive(node)?;
         Ok(pod)
     }
 
-    /// The pod's name: what its servers answer.
+    /// The pod's name: its servers answer with it.
     pub fn name(&self) -> String {
         pod_name(self.index)
     }
 
-    /// The node's end of the pod's veth, on whichever node that is.
+    /// The node's end of the pod's veth, on the pod's node.
     pub fn device(&self) -> String {
         format!("pod{}", self.index)
     }
 
-    /// Where it lives, if it does.
+    /// Its namespace, if it is alive.
     pub fn namespace(&self) -> Option<&Namespace> {
         self.life.as_ref().map(|life| &life.namespace)
     }
 
-    /// Tells its servers to end, as a kubelet does by SIGTERM: they go on answering, and each answer over TCP says that it is
-    /// the last on its connection.
+    /// Tells its servers to end, as a kubelet does with SIGTERM: they continue to answer, and each answer over TCP announces
+    /// that it is the last on its connection.
     pub fn drain(&self) {
         if let Some(life) = &self.life {
             life.server.drain();
@@ -60,7 +60,7 @@ impl Pod {
         self.life.as_ref().map_or(0, |life| life.server.connections())
     }
 
-    /// The device goes first, so that no goodbye of the closing sockets gets out.
+    /// The device goes first, so that the closing sockets send no FIN or RST.
     pub(super) fn kill(&mut self, node: &Namespace) -> Result<()> {
         ensure!(self.life.is_some(), "{} is dead already", self.name());
         node.ip(&format!("link del {}", self.device()))?;
@@ -93,7 +93,7 @@ impl Pod {
             ethtool(&namespace, "eth0", &["tx", "off"])?;
         }
         if self.options.steering {
-            // Redirects take packets from the node's device straight into a pod.
+            // Redirects take packets from the node's device directly into a pod.
             steer(node, &device)?;
             steer(&namespace, "eth0")?;
         }

@@ -1,13 +1,13 @@
-//! What a terminal makes of the bytes that a command writes: text in cells, and the few control sequences that `affinity`
-//! uses. Colours are let by; what is not known panics, so that no test looks at a screen that real terminals would not show.
+//! How a terminal displays the bytes that a command writes: text in cells, and the few control sequences that `affinity` uses.
+//! Colours are ignored; an unknown sequence panics, so that no test checks a screen that real terminals would not show.
 
-/// Two screens of cells, of which one is seen.
+/// Two screens of cells, one of them visible.
 #[derive(Debug)]
 pub(super) struct Screen {
     columns: usize,
     rows: usize,
     cells: Vec<Vec<char>>,
-    /// What was on the main screen, while the alternate one is seen.
+    /// The contents of the main screen while the alternate one is visible.
     main: Option<Vec<Vec<char>>>,
     row: usize,
     column: usize,
@@ -48,7 +48,7 @@ impl Screen {
         }
     }
 
-    /// Takes one character or sequence; how long it is, or none while it is not complete.
+    /// Handles one character or sequence; returns its length, or none while it is incomplete.
     fn next(&mut self) -> Option<usize> {
         match *self.pending.first()? {
             b'\r' => self.column = 0,
@@ -109,7 +109,7 @@ impl Screen {
             (b'B', _) => self.row = (self.row + first).min(self.rows - 1),
             (b'G', _) => self.column = first.min(self.columns) - 1,
             (b'J', "2") => self.cells = blank(self.columns, self.rows),
-            // What has scrolled away: it is not kept here.
+            // Clears the scrollback, which is not kept here.
             (b'J', "3") => {}
             (b'J', "" | "0") => {
                 self.clear_line_from(self.column);

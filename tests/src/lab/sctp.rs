@@ -1,8 +1,8 @@
-//! SCTP without the kernel's help, which has none here: raw sockets, and packets of a common header and one chunk (RFC 9260)
+//! SCTP without kernel support, which is missing here: raw sockets, and packets of a common header and one chunk (RFC 9260)
 //! with their CRC32c.
 //!
-//! A pod answers INIT by INIT ACK, and COOKIE ECHO by COOKIE ACK. In the place of a cookie its chunks carry the pod's
-//! name and the address that it saw.
+//! A pod answers INIT with INIT ACK, and COOKIE ECHO with COOKIE ACK. Instead of a cookie, its chunks contain the pod's name
+//! and the address that it saw.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -23,11 +23,11 @@ const COOKIE_ECHO: u8 = 10;
 const COOKIE_ACK: u8 = 11;
 /// The common header: ports, verification tag, checksum.
 const HEADER: usize = 12;
-/// The verification tag that both ends choose. A node that tracks connections watches over it.
+/// The verification tag that both ends choose. A node that tracks connections checks it.
 const TAG: u32 = 1;
-/// What INIT and INIT ACK begin with: the tag, a window, streams in both directions, the first sequence number.
+/// The start of INIT and INIT ACK: the tag, a window, streams in both directions, the first sequence number.
 const PARAMETERS: [u8; 16] = [0, 0, 0, TAG as u8, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1];
-/// How long a pod looks away from whether it is to end.
+/// How often a pod checks whether it should end.
 const TICK: Duration = Duration::from_millis(100);
 
 /// A packet of one chunk.
@@ -42,7 +42,7 @@ struct Packet {
 impl Packet {
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = [self.source.to_be_bytes(), self.destination.to_be_bytes()].concat();
-        // The tag that the receiver has chosen: none that whoever begins knows.
+        // The receiver's tag. The sender of INIT does not know one yet.
         let tag = if self.chunk == INIT { 0 } else { TAG };
         bytes.extend(tag.to_be_bytes());
         bytes.extend([0; 4]);
@@ -57,7 +57,7 @@ impl Packet {
         bytes
     }
 
-    /// None: it is none, or its checksum is wrong.
+    /// None: it is not SCTP, or its checksum is wrong.
     fn read(bytes: &[u8]) -> Option<Self> {
         let mut bare = bytes.to_vec();
         bare.get_mut(8..HEADER)?.fill(0);
@@ -76,12 +76,12 @@ impl Packet {
     }
 }
 
-/// What a chunk begins with.
+/// The start of a chunk.
 fn parameters(chunk: u8) -> &'static [u8] {
     if matches!(chunk, INIT | INIT_ACK) { &PARAMETERS } else { &[] }
 }
 
-/// By the polynomial of Castagnoli, bit by bit.
+/// With the Castagnoli polynomial, bit by bit.
 fn crc32c(bytes: &[u8]) -> u32 {
     let bit = |crc: u32, _| if crc & 1 == 0 { crc >> 1 } else { crc >> 1 ^ 0x82f6_3b78 };
     !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), bit))
@@ -102,7 +102,7 @@ fn socket(at: IpAddr, patience: Duration) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// The next packet that is one, and who sent it. IPv4 brings the IP header along.
+/// The next valid packet, and its sender. With IPv4 the IP header is included.
 fn receive(socket: &UdpSocket) -> io::Result<(IpAddr, Packet)> {
     let mut bytes = [0; 2048];
     loop {
@@ -114,7 +114,7 @@ fn receive(socket: &UdpSocket) -> io::Result<(IpAddr, Packet)> {
     }
 }
 
-/// What a client was answered.
+/// The answer to a client.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Association {
     /// The pod's name.
@@ -147,7 +147,7 @@ pub(super) fn associate(door: &Door, from: SocketAddr, to: SocketAddr, patience:
     Ok(Association { pod: pod.to_owned(), client: client.parse().map_err(io::Error::other)? })
 }
 
-/// What answers in a pod, at both of its addresses and every port. Dropping it ends it.
+/// The SCTP server of a pod, at both of its addresses and every port. Dropping it ends it.
 #[derive(Debug)]
 pub struct SctpServer {
     is_over: Arc<AtomicBool>,
@@ -167,7 +167,7 @@ impl SctpServer {
                     let chunk = if asked.chunk == INIT { INIT_ACK } else { COOKIE_ACK };
                     let value = format!("{name} {from}").into_bytes();
                     let answer = Packet { source: asked.destination, destination: asked.source, chunk, value };
-                    // Whether anybody still waits for it is for the client to say.
+                    // The client decides whether it still waits for the answer.
                     let _ = socket.send_to(&answer.bytes(), SocketAddr::new(from, 0));
                 }
             }));

@@ -1,4 +1,4 @@
-//! What runs in a pod: HTTP/1.1 and UDP servers which answer their name.
+//! The servers of a pod: HTTP/1.1 and UDP servers that answer with the pod's name.
 //!
 //! | asked for | answer |
 //! |---|---|
@@ -33,9 +33,9 @@ pub const UDP_PORTS: [u16; 2] = [5353, 5354];
 
 /// A request's head may not be longer than this.
 const HEAD_MAX: usize = 8192;
-/// No datagram is longer.
+/// No datagram is longer than this.
 pub(super) const DATAGRAM_MAX: usize = 1 << 16;
-/// Connections that may wait for the server: more than a burst of clients brings at once.
+/// Connections that may wait for the server: more than a burst of clients opens at once.
 const BACKLOG: i32 = 4096;
 
 /// The servers of one pod. Dropping it closes every socket.
@@ -44,10 +44,10 @@ pub(super) struct Server {
     duty: Arc<Duty>,
 }
 
-/// What the tasks of a server have in common.
+/// The shared state of a server's tasks.
 struct Duty {
     name: String,
-    /// It is to end: every answer is the last on its connection.
+    /// The server is to end: every answer is the last on its connection.
     draining: AtomicBool,
     /// TCP connections that are open.
     connections: AtomicUsize,
@@ -76,7 +76,7 @@ impl Server {
         Ok(Self { runtime: Some(runtime), duty })
     }
 
-    /// From here on every answer over TCP is the last on its connection.
+    /// From now on every answer over TCP is the last on its connection.
     pub(super) fn drain(&self) {
         self.duty.draining.store(true, Ordering::Relaxed);
     }
@@ -113,12 +113,12 @@ fn listen_on(port: u16) -> io::Result<OwnedFd> {
 
 async fn accept(listener: TcpListener, duty: Arc<Duty>) {
     loop {
-        // A client that has gone before it was accepted is no concern of the others.
+        // A client that has gone before it was accepted does not affect the others.
         if let Ok((stream, peer)) = listener.accept().await {
             let duty = Arc::clone(&duty);
             tokio::spawn(async move {
                 duty.connections.fetch_add(1, Ordering::Relaxed);
-                // Whatever a client does is no failure of the server.
+                // No action of a client is a failure of the server.
                 let _ = converse(stream, peer, &duty).await;
                 duty.connections.fetch_sub(1, Ordering::Relaxed);
             });
@@ -126,7 +126,7 @@ async fn accept(listener: TcpListener, duty: Arc<Duty>) {
     }
 }
 
-/// Answers request after request on one connection, until the client closes it or asks for that.
+/// Answers requests on one connection, until the client closes it or asks the server to.
 async fn converse(mut stream: TcpStream, peer: SocketAddr, duty: &Duty) -> io::Result<()> {
     let port = stream.local_addr()?.port();
     stream.set_nodelay(true)?;
@@ -170,7 +170,7 @@ async fn read_head(stream: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<Op
 async fn echo(socket: UdpSocket, port: u16, duty: Arc<Duty>) {
     let mut datagram = vec![0; DATAGRAM_MAX];
     loop {
-        // Errors here tell of clients that no longer listen.
+        // Errors here are about clients that have closed their sockets.
         let Ok((length, peer)) = socket.recv_from(&mut datagram).await else { continue };
         let path = String::from_utf8_lossy(&datagram[..length]);
         if path == LATE {
@@ -181,7 +181,7 @@ async fn echo(socket: UdpSocket, port: u16, duty: Arc<Duty>) {
     }
 }
 
-/// A path that datagrams are answered on late.
+/// Datagrams with this path are answered late.
 const LATE: &str = "/late";
 const LATE_BY: Duration = Duration::from_millis(200);
 

@@ -1,5 +1,5 @@
-//! What a killed process leaves of its labs, and how it goes: everything of a lab has the maker's process id in
-//! its name, and what belongs to no living process is removed.
+//! Removes what a killed process leaves of its labs: everything of a lab has its creator's process id in its name, and is
+//! removed if no process with this id lives.
 
 use std::fs;
 use std::path::Path;
@@ -11,17 +11,17 @@ use rustix::mount::{MountFlags, mount};
 use super::cgroup;
 use super::netns::{NETNS_DIR, delete, machine_lock};
 
-/// How the names of all namespaces, pins and directories of labs begin; the process id follows.
+/// The prefix of the names of all namespaces, pins and directories of labs; the process id follows.
 pub(super) const PREFIX: &str = "affinity-lab-";
-/// Where the BPF file system is.
+/// The mount point of the BPF file system.
 pub(super) const BPFFS: &str = "/sys/fs/bpf";
-/// What `statfs` calls it: `BPF_FS_MAGIC` of the kernel's magic.h.
+/// Its `statfs` type: `BPF_FS_MAGIC` of the kernel's magic.h.
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
-/// Removes namespaces, cgroups, pins and files of labs whose process no longer lives.
+/// Removes namespaces, cgroups, pins and files of labs that belong to dead processes.
 ///
 /// # Errors
-/// When a directory that has them cannot be read.
+/// When a directory that contains them cannot be read.
 pub fn sweep_stale() -> Result<()> {
     for name in orphans(Path::new(NETNS_DIR))? {
         delete(&name);
@@ -33,14 +33,14 @@ pub fn sweep_stale() -> Result<()> {
     }
     for directory in [Path::new(BPFFS), &std::env::temp_dir()] {
         for name in orphans(directory)? {
-            // Another process may sweep at the same time.
+            // Another process may do the same at the same time.
             let _ = fs::remove_dir_all(directory.join(name));
         }
     }
     Ok(())
 }
 
-/// Mounts the BPF file system where everybody expects it, if it is not there.
+/// Mounts the BPF file system at the usual place, if it is not there.
 pub(super) fn mount_bpffs() -> Result<()> {
     let _one_at_a_time = machine_lock()?;
     if statfs(BPFFS).context(BPFFS)?.f_type != BPFFS_MAGIC {
@@ -49,7 +49,7 @@ pub(super) fn mount_bpffs() -> Result<()> {
     Ok(())
 }
 
-/// Names in the directory that belong to labs of processes that are gone.
+/// Names in the directory that belong to labs of dead processes.
 fn orphans(directory: &Path) -> Result<Vec<String>> {
     if !directory.exists() {
         return Ok(Vec::new());

@@ -1,4 +1,4 @@
-//! A terminal for one command: a pseudo-terminal, and as much of a screen behind it as our commands ask for.
+//! A terminal for one command: a pseudo-terminal, and a screen with the features that our commands use.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,10 +17,10 @@ use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use super::eventually;
 use super::screen::Screen;
 
-/// How long a change may take to be seen.
+/// How long a change may take to be visible.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The same command; what it has by way of environment included.
+/// The same command with default signal handlers, including its environment.
 fn with_default_signals(command: &Command) -> Command {
     let mut env = Command::new("env");
     env.arg("--default-signal").arg(command.get_program()).args(command.get_args());
@@ -33,19 +33,19 @@ fn with_default_signals(command: &Command) -> Command {
     env
 }
 
-/// A command with a terminal of its own. Dropping it kills the command.
+/// A command with its own terminal. Dropping it kills the command.
 pub struct Terminal {
     child: Child,
-    /// The end that people sit at.
+    /// The user's end.
     keyboard: File,
-    /// The end that the command sits at, kept open so that its settings can be read when the command has ended.
+    /// The command's end, kept open so that its settings can be read when the command has ended.
     line: OwnedFd,
     screen: Arc<Mutex<Screen>>,
 }
 
 impl Terminal {
-    /// Starts a command with this terminal as its standard input, output and error. Signals do to it what they do by default,
-    /// also where whoever runs the tests ignores them.
+    /// Starts a command with this terminal as its standard input, output and error. Signals have their default effect, even if
+    /// the parent of the tests ignores them.
     pub fn start(command: Command, columns: u16, rows: u16) -> Result<Self> {
         let mut command = with_default_signals(&command);
         let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
@@ -79,10 +79,10 @@ impl Terminal {
         lock(&self.screen).text()
     }
 
-    /// Waits until the screen is as `holds` says.
+    /// Waits until the screen satisfies `holds`.
     ///
     /// # Errors
-    /// Where it does not come about: what is on the screen instead.
+    /// If that does not happen in time: the current contents of the screen.
     pub fn wait_for(&self, what: &str, mut holds: impl FnMut(&str) -> bool) -> Result<()> {
         eventually(what, PATIENCE, || Ok(holds(&self.text()))).with_context(|| self.text())
     }
@@ -109,7 +109,7 @@ impl Terminal {
     /// Waits until the command has ended.
     ///
     /// # Errors
-    /// Where it does not.
+    /// If it does not end in time.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         let mut status = None;
         let ended = eventually("the command ends", PATIENCE, || {
@@ -120,11 +120,11 @@ impl Terminal {
         status.context("it has ended")
     }
 
-    /// Whether the terminal is as a shell expects it: lines are edited and echoed, the cursor is seen, and the screen is
-    /// the one with the history.
+    /// Whether the terminal is as a shell expects it: lines are edited and echoed, the cursor is visible, and the main screen
+    /// is shown.
     ///
     /// # Errors
-    /// Where it is not: what is different.
+    /// If it is not: the differences.
     pub fn is_given_back(&self) -> Result<()> {
         let modes = tcgetattr(&self.line)?.local_modes;
         ensure!(modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "still raw: {modes:?}");

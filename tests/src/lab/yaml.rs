@@ -1,4 +1,4 @@
-//! Services as their users write them: Kubernetes YAML, a Service and one EndpointSlice for each family.
+//! Services as users write them: Kubernetes YAML, a Service and one EndpointSlice for each family.
 
 mod exposure;
 
@@ -16,7 +16,7 @@ pub fn pod_name(index: usize) -> String {
     format!("pod-{index}")
 }
 
-/// The index of the pod with this name; None: it is none of a lab's pods.
+/// The index of the pod with this name; None: it is not a pod of a lab.
 pub fn pod_index(name: &str) -> Option<usize> {
     name.strip_prefix("pod-")?.parse().ok()
 }
@@ -26,12 +26,12 @@ pub fn node_of(index: usize) -> &'static str {
     if index < FIRST_OF_B { NODE_NAME } else { NODE_B_NAME }
 }
 
-/// What an EndpointSlice says of one endpoint.
+/// The state of an endpoint in an EndpointSlice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndpointState {
     /// It serves.
     Ready,
-    /// It runs, but is not to get traffic.
+    /// It runs, but must not get traffic.
     NotReady,
     /// It is being shut down and still serves.
     Terminating,
@@ -54,7 +54,7 @@ struct Endpoint {
     hints: Hints,
 }
 
-/// What an EndpointSlice says of whom an endpoint is meant for; empty: nothing.
+/// The hints of an endpoint in an EndpointSlice; empty: none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hints {
     /// Names of nodes.
@@ -153,19 +153,19 @@ impl Service {
         self
     }
 
-    /// With a load balancer whose ingress IPs the node takes packets for; `ipMode` is not said.
+    /// With a load balancer. The node handles packets for its ingress IPs; `ipMode` is not set.
     pub fn load_balancer(mut self) -> Self {
         self.exposure.load_balancer = Some(LoadBalancer::Unsaid);
         self
     }
 
-    /// The same, and `ipMode` is said to be `VIP`.
+    /// The same, with `ipMode: VIP`.
     pub fn load_balancer_vip(mut self) -> Self {
         self.exposure.load_balancer = Some(LoadBalancer::Vip);
         self
     }
 
-    /// With a load balancer that wants to see the packets for its ingress IPs: `ipMode: Proxy`.
+    /// With a load balancer that must get the packets for its ingress IPs itself: `ipMode: Proxy`.
     pub fn load_balancer_proxy(mut self) -> Self {
         self.exposure.load_balancer = Some(LoadBalancer::Proxy);
         self
@@ -201,7 +201,7 @@ impl Service {
         self
     }
 
-    /// With `sessionAffinity: ClientIP`, the timeout not said.
+    /// With `sessionAffinity: ClientIP`, without a timeout.
     pub fn client_ip(self) -> Self {
         Self { client_ip: true, timeout_s: None, ..self }
     }
@@ -281,7 +281,7 @@ impl Service {
         self.client_ip.then_some(self.timeout_s.unwrap_or(10_800))
     }
 
-    /// Where clients dial the port with this name.
+    /// The frontend of the port with this name.
     ///
     /// # Panics
     /// When the service has no such port.
@@ -291,7 +291,7 @@ impl Service {
         SocketAddr::new(family.cluster_ip(self.number), port.port)
     }
 
-    /// Where clients dial the first port of this protocol, by this kind of address; None: the service has no such one.
+    /// The frontend of the first port of this protocol, with this kind of address; None: the service has none.
     pub fn address(&self, frontend: Frontend, family: Family, protocol: Protocol) -> Option<SocketAddr> {
         let port = self.ports_of(family).find(|port| port.protocol == protocol)?;
         let [on_wire, inside] = family.node_addresses();
@@ -358,7 +358,7 @@ impl Service {
         self.endpoints.iter().map(|(pod, endpoint)| (*pod, endpoint.state))
     }
 
-    /// Whom the endpoint on a pod is meant for; None: it is no endpoint.
+    /// The hints of the endpoint on a pod; None: it is no endpoint.
     pub fn hints(&self, pod: usize) -> Option<&Hints> {
         self.endpoints.get(&pod).map(|endpoint| &endpoint.hints)
     }
@@ -368,7 +368,7 @@ impl Service {
         self.service_yaml() + &self.slices_yaml("slice")
     }
 
-    /// The EndpointSlices alone, one document for each family, with this in their names: a service may have others beside.
+    /// Only the EndpointSlices, one document for each family, with this in their names: a service may have further ones.
     pub fn slices_yaml(&self, name: &str) -> String {
         Family::BOTH.iter().map(|family| format!("---\n{}", self.slice_yaml(name, *family))).collect()
     }

@@ -1,21 +1,21 @@
-//! Checksums added up from the bytes alone, by RFC 1071, with no knowledge of who wrote them.
+//! Checksums computed only from the bytes, by RFC 1071, independent of their origin.
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::protocol;
 
-/// What could be verified of a frame.
+/// The parts of a frame that could be verified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verified {
     /// The transport checksum, and IPv4's header checksum.
     Transport,
-    /// The IP header alone: a fragment, a protocol without a checksum that we know, or UDP without one.
+    /// Only the IP header: a fragment, a protocol without a known checksum, or UDP without one.
     Network,
     /// Nothing: it is not IP.
     Nothing,
 }
 
-/// Adds up every checksum of the frame.
+/// Computes every checksum of the frame.
 ///
 /// # Errors
 /// When one is wrong, or the frame ends before its headers or lengths say.
@@ -70,7 +70,7 @@ fn verify_ipv6(packet: &[u8]) -> Result<Verified> {
     }
 }
 
-/// `addresses`: source and destination, as the IP header has them one behind the other.
+/// `addresses`: source and destination, adjacent as in the IP header.
 fn verify_segment(addresses: &[u8], number: u8, segment: &[u8]) -> Result<Verified> {
     let (name, header_length) = match number {
         protocol::TCP => ("TCP", 20),
@@ -94,7 +94,7 @@ fn verify_segment(addresses: &[u8], number: u8, segment: &[u8]) -> Result<Verifi
     Ok(Verified::Transport)
 }
 
-/// What the transport checksum covers beside the segment. ICMP of IPv4 has nothing of the kind.
+/// The pseudo-header: the transport checksum covers it in addition to the segment. ICMP of IPv4 has none.
 pub(super) fn pseudo_header(addresses: &[u8], number: u8, length: usize) -> Vec<u8> {
     if number == protocol::ICMP {
         return Vec::new();
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn a_known_ipv4_header_is_right() {
-        // The example of the encyclopedias: its checksum is b861.
+        // The example from encyclopedias: its checksum is b861.
         let header = [0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0xb8, 0x61, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7];
         assert_eq!(sum(&[&header]), 0xffff);
     }

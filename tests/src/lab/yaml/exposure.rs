@@ -10,7 +10,7 @@ pub enum Policy {
     /// All of the cluster.
     #[default]
     Cluster,
-    /// Those on the node that the traffic came to.
+    /// Those on the node that the traffic arrived on.
     Local,
 }
 
@@ -26,7 +26,7 @@ impl Policy {
     }
 }
 
-/// A kind of address that clients dial.
+/// A kind of address that clients connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Frontend {
     /// The ClusterIP.
@@ -46,17 +46,17 @@ pub enum Frontend {
 }
 
 impl Frontend {
-    /// All that a service has for everybody.
+    /// All that a service has for all clients.
     pub const ALL: [Self; 5] =
         [Self::ClusterIp, Self::NodePort, Self::NodePortInside, Self::LoadBalancer, Self::ExternalIp];
 
-    /// Whether it is for clients outside the cluster, so that the external policy holds.
+    /// Whether it is for external clients, so that the external policy applies.
     pub fn is_external(self) -> bool {
         self != Self::ClusterIp
     }
 }
 
-/// What a Service says beyond its ClusterIP.
+/// The fields of a Service in addition to its ClusterIP.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Exposure {
     pub(super) internal: Policy,
@@ -68,14 +68,14 @@ pub(super) struct Exposure {
     pub(super) health_check_node_port: Option<u16>,
 }
 
-/// What becomes of packets for the ingress IPs.
+/// How packets for the ingress IPs are handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LoadBalancer {
-    /// `ipMode` is not said.
+    /// `ipMode` is not set.
     Unsaid,
-    /// The node takes them.
+    /// The node handles them.
     Vip,
-    /// The node lets them go to the load balancer.
+    /// The node passes them to the load balancer.
     Proxy,
 }
 
@@ -89,7 +89,7 @@ impl Exposure {
         }
     }
 
-    /// The fields of `spec`, but for `type` and the ports'.
+    /// The fields of `spec`, except `type` and those of ports.
     pub(super) fn spec_yaml(&self, number: u16) -> String {
         let mut yaml = String::new();
         if self.internal == Policy::Local {
@@ -111,7 +111,7 @@ impl Exposure {
         yaml
     }
 
-    /// The `status`, where there is one.
+    /// The `status`, if there is one.
     pub(super) fn status_yaml(&self, number: u16) -> String {
         let Some(load_balancer) = self.load_balancer else { return String::new() };
         let mode = match load_balancer {
