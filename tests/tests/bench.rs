@@ -1,4 +1,4 @@
-//! `bench packet` measures what it says: it fails by itself where packets are not what a case is about.
+//! `bench packet` measures what its cases say: it fails by itself if the packets are not those of a case.
 
 use std::{collections::BTreeMap, process::Command};
 
@@ -32,7 +32,7 @@ fn packet_bench_measures_each_path_without_the_waits_of_the_kernel() -> Result<(
     assert_eq!(reasons(&rows["xdp"]), entering);
     assert_eq!(reasons(&rows["tc"]), [entering, leaving].concat());
     for row in rows.values().flatten() {
-        // By this process's clock a test run of XDP takes milliseconds more, which would be microseconds a packet here.
+        // By this process's clock, a test run of XDP takes milliseconds more, which would be microseconds a packet here.
         let wrapper_ns = row["wrapper_ns"]["median"].as_f64().context("no figure")?;
         assert!(wrapper_ns < 2_000.0, "{row}");
     }

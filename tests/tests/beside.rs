@@ -1,5 +1,5 @@
-//! Beside kube-proxy: its rules are on the node, and each proxy serves its own services. A service changes hands under
-//! load, and nobody's connection breaks.
+//! With kube-proxy: its rules are on the node, and each proxy serves its own services. A service changes from one proxy to the
+//! other under load, and no connection breaks.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ fn shop() -> Service {
     Service::new("shop", 11).tcp("http", 80, 8080).udp("dns", 53, 5353).on(0..3)
 }
 
-/// Tells a story on a node with kube-proxy's rules for these services, where affinity takes those with affinity.
+/// Runs a scenario on a node with kube-proxy's rules for these services, where affinity takes those with affinity.
 fn beside(
     hook: Hook,
     mode: Mode,
@@ -47,7 +47,7 @@ fn connect_all(client: &Client, clients: std::ops::Range<u32>, to: std::net::Soc
     clients.map(|number| Ok(client.connect(Protocol::Tcp, Family::V4.client(number), to)?)).collect()
 }
 
-/// Who answers on each of these connections.
+/// The pods that answer on each of these connections.
 fn ask_all(connections: &mut [Connection]) -> Result<Vec<String>> {
     let asked = connections.iter_mut().enumerate();
     asked.map(|(number, open)| open.ask("/").with_context(|| format!("connection {number}"))).collect()
@@ -90,7 +90,7 @@ fn a_service_changes_hands_and_no_connection_breaks() -> Result<()> {
             let at_first = ask_all(&mut before)?;
             ensure!(lab.count("established")? == 0, "kube-proxy's service went through affinity");
 
-            // Taken over: what is open stays where it is, what is new is pinned.
+            // Taken over: open connections stay where they are, new ones are pinned.
             let ours = web().client_ip();
             lab.publish_and_settle(&ours)?;
             ensure!(ask_all(&mut before)? == at_first, "an open connection moved");
@@ -100,7 +100,7 @@ fn a_service_changes_hands_and_no_connection_breaks() -> Result<()> {
             ensure!(lab.client().ask_all(Protocol::Tcp, 0..CLIENTS, to)? == pinned, "a pinned client moved");
             ensure!(lab.count("other-proxy")? > 0);
 
-            // Given back.
+            // Returned to kube-proxy.
             lab.publish(&theirs)?;
             eventually("the service is kube-proxy's again", PATIENCE, || Ok(!is_ours(lab, &ours)?))?;
             ensure!(ask_all(&mut between)? == pinned && ask_all(&mut before)? == at_first);
@@ -128,7 +128,7 @@ fn shadow_mode_decides_and_counts_and_changes_nothing() -> Result<()> {
             ensure!(sessions.as_array().context("an array")?.len() == 400, "each client is pinned in shadow");
             let services = lab.affinity_json(&["get", "services"])?;
             let row = &services[0];
-            // A datagram socket that happens to get the port of the client's last one goes on with its flow.
+            // A datagram socket that happens to get the port of the client's last one continues its flow.
             let pinned = row["connections"]["pinned"].as_u64().context("a number")?;
             ensure!(row["shadow"] == true && (398..=400).contains(&pinned), "{row}");
             for reason in ["established", "reply", "created", "pinned"] {

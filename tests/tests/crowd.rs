@@ -1,5 +1,5 @@
-//! Devices that come and go in crowds, which the agent keeps up with. A binary of its own, because it keeps the kernel's
-//! network configuration busy for all namespaces, and no other test is to run beside it.
+//! Many devices appear and disappear at once, and the agent keeps up. A separate binary, because it keeps the kernel's network
+//! configuration busy for all namespaces, so no other test may run at the same time.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -9,12 +9,12 @@ use affinity_tests::patience::patience;
 use affinity_tests::story::{Route, report, tell_in, web};
 use anyhow::{Result, ensure};
 
-/// Of devices that come and go at once.
+/// Number of devices that appear and disappear at once.
 const CROWD: usize = 1_100;
-/// The kernel waits for two grace periods at each device that is attached, one after the other.
+/// The kernel waits for two grace periods for each attached device, one after another.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// The number of pins of attachments: without asking the agent's program for it.
+/// The number of pins of attachments, counted without the agent's program.
 fn pins(lab: &Lab) -> Result<usize> {
     let versions = fs::read_dir(lab.pin_dir())?.collect::<Result<Vec<_>, _>>()?;
     versions.iter().try_fold(0, |sum, version| Ok(sum + fs::read_dir(version.path().join("links"))?.count()))

@@ -1,6 +1,6 @@
-//! The kernel half of user space against a real kernel: loading, pinning, carrying over, attaching, and the store.
+//! User space and a real kernel: loading, pinning, carrying over, attaching, and the store.
 //!
-//! Each test has a pin directory and, where it needs devices, a network namespace of its own; both are gone at its end.
+//! Each test has a separate pin directory and, if it needs devices, a separate network namespace. Both are removed at its end.
 
 use std::{
     collections::BTreeMap,
@@ -47,7 +47,7 @@ use anyhow::{Context, Result, ensure};
 use aya::programs::ProgramInfo;
 use bytemuck::Zeroable;
 
-/// What is the same in every test: small maps that are quick to make.
+/// Sizes for every test: small maps that are quick to create.
 const SIZES: Sizes = Sizes {
     sessions: 4096,
     flows: 8192,
@@ -60,7 +60,7 @@ const SIZES: Sizes = Sizes {
     events_bytes: 1 << 16,
 };
 
-/// A pin directory of its own.
+/// A separate pin directory.
 struct Pins(PinDir);
 
 impl Pins {
@@ -108,7 +108,7 @@ impl Wire {
         ip(&[&["-n", &self.namespace], args].concat())
     }
 
-    /// Runs `work` inside, on a thread of its own.
+    /// Runs `work` inside, on a separate thread.
     fn on_a_thread<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let path = PathBuf::from("/run/netns").join(&self.namespace);
         let enter = || -> Result<T> {
@@ -560,7 +560,7 @@ fn program_id(pins: &Pins, hook: Hook) -> Result<u32> {
 }
 
 impl Wire {
-    /// Whether any program is attached to `wire` or `peer`, by the kernel's own listing of devices and filters.
+    /// Whether any program is attached to `wire` or `peer`, according to the kernel's own listing of devices and filters.
     fn runs_a_program(&self) -> Result<bool> {
         let mut listing = Vec::new();
         for args in [["-d", "link", "show"].as_slice(), &["-d", "-s", "link", "show"]] {
@@ -651,7 +651,7 @@ fn lost_events(store: &KernelStore) -> Result<u64> {
     Ok(store.counter_sums()?[Reason::EventLost as usize])
 }
 
-/// Sweeps once through everything, without the pauses.
+/// Sweeps once through everything, without pauses.
 fn sweep(sweeper: &mut Sweeper) -> Totals {
     let passes = sweeper.totals().passes;
     while sweeper.totals().passes == passes {
@@ -696,7 +696,7 @@ fn the_sweep_removes_what_has_expired_and_says_so() -> Result<()> {
     }
     store.loads.store_u64(3, 1000);
     assert_eq!(sweep(&mut sweeper).expired, 1);
-    // An orphan stays for its time, however long ago it was used: its service may come back.
+    // An orphan stays for its time, independent of its last use, because its service may come back.
     for (key, stays) in [(fresh.0, true), (old.0, false), (orphan.0, true), (old_orphan.0, true), (of_the_dead.0, true)]
     {
         assert_eq!(store.v4.sessions.get(&key)?.is_some(), stays, "{key:?}");
@@ -709,12 +709,12 @@ fn the_sweep_removes_what_has_expired_and_says_so() -> Result<()> {
     Ok(())
 }
 
-/// What the agent judges by whether a pod that has left its service still answers.
+/// The agent's input for judging whether a pod that has left its service still answers.
 #[test]
 fn the_connections_of_a_backend_that_lingers_are_looked_at() -> Result<()> {
     let (_pins, mut store, mut sweeper) = swept(SIZES, frontend())?;
     let seen = |sweeper: &mut Sweeper| {
-        // Looks come a second apart; a pass that has met all flows brings the next one forward.
+        // Looks are a second apart; a pass that has seen all flows advances the next one.
         sweep(sweeper);
         sweeper.look();
         sweeper.traffic().get(&3).copied()
@@ -751,7 +751,7 @@ fn the_connections_of_a_backend_that_lingers_are_looked_at() -> Result<()> {
     Ok(())
 }
 
-/// The state of a connection that goes on.
+/// The state of an open connection.
 const OPEN: u8 = FLOW_ANSWERED | FLOW_OPEN;
 
 /// Both records of a flow of the pod.
@@ -866,7 +866,7 @@ fn a_full_table_never_loses_a_pin_in_silence() -> Result<()> {
     };
     (0..100).try_for_each(dial)?;
     assert_eq!(sweep(&mut sweeper).evicted, 0);
-    // One goes by an operator's hand: that is no eviction.
+    // An operator removes one: that is no eviction.
     let key = SessionKey::new(1, V4([198, 18, 0, 0]), 32);
     store.remove_session(&key, EventKind::Unpinned, Reason::OperatorPinned, monotonic_ns())?.context("was pinned")?;
     assert_eq!(sweep(&mut sweeper).evicted, 0);
@@ -1045,7 +1045,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
 }
 
 impl Wire {
-    /// Leads packets from the clients 198.18.0.0/24 at `peer` to the service by way of `wire`.
+    /// Routes packets from the clients 198.18.0.0/24 at `peer` to the service through `wire`.
     fn carry_clients(&self) -> Result<()> {
         self.ip(&["link", "set", "wire", "up", "address", "02:00:00:00:00:01"])?;
         self.ip(&["link", "set", "peer", "up"])?;
@@ -1056,7 +1056,7 @@ impl Wire {
     }
 }
 
-/// A datagram from a new port of a client to the service. The caller is in the wire's namespace.
+/// Sends a datagram from a new port of a client to the service. The caller is in the wire's namespace.
 fn say_hello(client: u8) -> Result<()> {
     UdpSocket::bind((Ipv4Addr::new(198, 18, 0, client), 0))?.send_to(b"hello", "10.96.0.10:80")?;
     Ok(())

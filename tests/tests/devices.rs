@@ -1,4 +1,4 @@
-//! Devices that nobody names: which are found and why.
+//! Devices that are not named in the options: which are found and why.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The attached devices of the lab's node, and what each leads to.
+/// The attached devices of the lab's node, and where each leads.
 fn attached(lab: &Lab) -> Result<BTreeMap<String, String>> {
     let devices = lab.affinity_json(&["get", "devices"])?;
     let field = |device: &serde_json::Value, name: &str| device[name].as_str().unwrap_or("-").to_owned();
@@ -74,7 +74,7 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
         for name in others {
             ensure!(!is_attached(name)?, "{name} is attached");
         }
-        // What makes it worth attaching may come later, and stays for as long as the device.
+        // The reason to attach it may appear later, and counts as long as the device exists.
         lab.node().ip("addr add 192.0.2.77/24 dev out\n")?;
         eventually_attached(lab, "out", "external")?;
         lab.node().ip("link set near up\nlink set beside up\nroute add default dev near\n")?;
@@ -85,7 +85,7 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
              link add link {WIRE} name last type macvlan\n\
              addr add 192.0.2.78/24 dev last\n"
         ))?;
-        // What was changed before it has been seen too.
+        // Earlier changes have been handled, too.
         eventually_attached(lab, "last", "external")?;
         ensure!(is_attached("near")?, "a default route that has gone took its device along");
 

@@ -1,5 +1,5 @@
-//! Frames as devices hand them over: checksums that the sender left to a device, VLAN tags that a card took out, frames to
-//! other hosts; and what is said where XDP cannot be had.
+//! Frames as devices deliver them: checksums that the sender left to a device, VLAN tags that a card removed, frames to other
+//! hosts; and the messages if XDP cannot be attached.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A pod that is no endpoint.
 const BYSTANDER: usize = 3;
 
-/// A service that refuses.
+/// A service that rejects.
 fn empty() -> Service {
     web().on([])
 }
@@ -38,7 +38,7 @@ fn said(log: &[String], parts: &[&str]) -> bool {
     log.iter().any(|line| parts.iter().all(|part| line.contains(part)))
 }
 
-/// The frames, all of which have right checksums, that have one of a transport.
+/// Checks that all frames have valid checksums; returns how many have one of a transport.
 fn right_sums(frames: &[Vec<u8>], what: &str) -> Result<usize> {
     let mut verified = 0;
     for frame in frames {
@@ -107,13 +107,13 @@ fn refusals_have_right_checksums_whatever_devices_compute() -> Result<()> {
     })
 }
 
-/// The kernel takes the outer tag out before TC, the inner one stays among the data. From a frame whose sender left the
-/// checksum to a device, an answer could not have a right one.
+/// The kernel removes the outer tag before TC; the inner one remains in the data. If the sender left the checksum to a device,
+/// an answer could not have a valid one.
 #[test]
 fn refusals_of_frames_with_two_tags_have_right_checksums_or_are_not_sent() -> Result<()> {
     let empty = empty();
     tell(Hook::Tc, &[&empty], |lab, _| {
-        // Nobody answers once there are tags, so that the node's link address has to stay known.
+        // There are no answers once there are tags, so the node's link address has to stay known.
         let stay_known = ["ipv4", "ipv6"].map(|family| format!("{family}/neigh/eth0/base_reachable_time_ms"));
         lab.client_namespace().sysctl(&stay_known.each_ref().map(|name| (name.as_str(), "3600000")))?;
         let ask = |route: Route, client, usual| {
@@ -135,7 +135,7 @@ fn refusals_of_frames_with_two_tags_have_right_checksums_or_are_not_sent() -> Re
                 let unanswered = lab.count("no-reply-built")?;
                 let answers = lab.scratch().join("answers.pcap");
                 let answers = Capture::start(lab.client_namespace(), "eth0", Direction::In, &answers)?;
-                // The client has no device for these tags, so that it never hears an answer.
+                // The client has no device for these tags, so it never receives an answer.
                 ask(route, 2, AT_ONCE);
                 let is_tagged = |frame: &[u8]| frame.get(12..14) == Some(&[0x88, 0xa8]);
                 if is_answered {
@@ -228,16 +228,16 @@ fn the_reason_for_tc_is_said_and_kept() -> Result<()> {
     }
     ensure!(field(&lab, WIRE, "note")? == "-");
     agent.terminate()?;
-    // It outlives the agent, and who insists on XDP gets one line.
+    // It outlives the agent, and a user who insists on XDP gets one line.
     ensure!(field(&lab, "plain", "note")?.contains("the driver has no XDP"));
     let source = lab.source().display().to_string();
     let insist = |device| lab.affinity(&["attach", "--source", &source, "--device", device, "--xdp", "native"]);
     let error = insist("plain").expect_err("it has no XDP").to_string();
     ensure!(error.contains("the driver has no XDP") && error.contains("--xdp auto"), "{error}");
-    // The other end of this pair does not poll, so that what XDP sends back is lost.
+    // The other end of this pair does not poll, so frames that XDP sends back are lost.
     insist("lone")?;
     let note = field(&lab, "lone", "note")?;
-    // Before Linux 6.3 the kernel does not tell which devices send out frames.
+    // Before Linux 6.3 the kernel does not report which devices can send frames.
     ensure!(note.contains("answers are lost") == xdp_features().is_ok(), "{note}");
     Ok(())
 }

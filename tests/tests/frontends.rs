@@ -1,6 +1,6 @@
-//! Client-IP affinity at node ports and load balancers, under both policies, with real sockets: Kubernetes' own tests of
-//! it. Each story holds for XDP in the driver and TC; for IPv4 and IPv6; for TCP and UDP. And where
-//! the node's own facts decide: its addresses, and which endpoints are on it.
+//! Client-IP affinity at node ports and load balancers, under both policies, with real sockets: Kubernetes' own tests of it.
+//! Each scenario holds for XDP in the driver and TC; for IPv4 and IPv6; for TCP and UDP. Also the cases that depend on the
+//! node: its addresses, and its local endpoints.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -20,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 const CONFIRMATIONS: usize = 15;
 /// How long a change of the YAML, or of the node, may take until new connections meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
-/// Where load balancers ask.
+/// The port for health checks of load balancers.
 const HEALTH_PORT: u16 = 32_000;
 
 on_every_hook! {
@@ -35,7 +35,7 @@ fn exposed(policy: Policy) -> Service {
     web().node_ports(30_080).load_balancer().external(policy)
 }
 
-/// Every way to a kind of frontend.
+/// All routes to a kind of frontend.
 fn routes(service: &Service, frontend: Frontend) -> Vec<Route> {
     let mut routes = Vec::new();
     for family in [Family::V4, Family::V6] {
@@ -47,7 +47,7 @@ fn routes(service: &Service, frontend: Frontend) -> Vec<Route> {
     routes
 }
 
-/// Every way to the frontends that a story is about.
+/// All routes to the frontends of a scenario.
 fn external(service: &Service) -> Vec<Route> {
     [Frontend::NodePort, Frontend::LoadBalancer].iter().flat_map(|frontend| routes(service, *frontend)).collect()
 }
@@ -142,7 +142,7 @@ fn all_frontends_of_a_service_share_the_pin(hook: Hook) -> Result<()> {
     })
 }
 
-/// Node ports are where the node's addresses are, also where these change.
+/// Node ports are on the node's addresses, even if these change.
 #[test]
 fn node_ports_follow_the_addresses_of_the_node() -> Result<()> {
     let service = exposed(Policy::Cluster);
@@ -186,7 +186,7 @@ fn node_ports_are_at_the_addresses_that_are_chosen() -> Result<()> {
     })
 }
 
-/// What a load balancer is told by a node: the status, and the rest.
+/// A node's answer to a load balancer: the status, and the rest.
 fn ask_health(lab: &Lab, to: SocketAddr) -> io::Result<String> {
     lab.client_namespace().run(|| {
         let mut stream = TcpStream::connect_timeout(&to, patience(Duration::from_secs(2)))?;
@@ -213,7 +213,7 @@ fn load_balancers_are_told_whether_endpoints_are_here() -> Result<()> {
             let body =
                 r#"{"service":{"namespace":"default","name":"web"},"localEndpoints":3,"serviceProxyHealthy":true}"#;
             assert!(answer.ends_with(body) && answer.contains("x-load-balancing-endpoint-weight: 3"), "{answer}");
-            // Those that only end their work do not count, nor do those of other nodes.
+            // Terminating endpoints do not count, and neither do those of other nodes.
             let leaving =
                 (0..3).fold(service.clone(), |service, pod| service.endpoint(pod, EndpointState::Terminating));
             lab.publish(&leaving)?;

@@ -1,6 +1,6 @@
-//! Whether a kernel can be used at all: every program loads, and each place where packets and connections are translated
-//! carries a connection of each family and protocol. `cargo xtask test` runs these in guests with other kernels too, and
-//! makes a table of the lines that they print.
+//! Whether a kernel can be used at all: every program loads, and each hook that translates packets or connections carries a
+//! connection of each family and protocol. `cargo xtask test` also runs these in guests with other kernels, and makes a table
+//! of the lines that they print.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +12,7 @@ const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 /// How many equal answers in a row confirm that a client is pinned.
 const CONFIRMATIONS: usize = 5;
 
-/// Says of a hook what became of it, for the table.
+/// Reports the result of a hook, for the table.
 fn say(hook: &str, result: &str) {
     report(&format!("hook: {hook}: {result}"));
 }
@@ -26,7 +26,8 @@ fn hooks_of(lab: &Lab, name: &str) -> Result<BTreeSet<String>> {
     Ok(ingress.iter().chain([&device["egress"]]).filter_map(|hook| hook.as_str().map(str::to_owned)).collect())
 }
 
-/// Runs the agent with these arguments, lets clients stay with their pods by every route, and returns the hooks of the wire.
+/// Runs the agent with these arguments, checks that clients stay with their pods on every route, and returns the hooks of the
+/// wire.
 fn clients_stay(args: &[&str]) -> Result<BTreeSet<String>> {
     let web = web().client_ip();
     let mut hooks = BTreeSet::new();
@@ -98,7 +99,7 @@ fn redirect_past_the_stack() -> Result<()> {
     let args = [args.as_slice(), &["--pod-cidr", pods_v4, "--pod-cidr", pods_v6]].concat();
     tell_in(&Options::default(), &args, &[&web], |lab, _| {
         for route in Route::all_to(&web) {
-            // The first packet finds the neighbour, by the stack.
+            // With the first packet, the stack finds the neighbour.
             route.dial(lab, 1, 1)?;
             let before = lab.count("redirected")?;
             route.dial(lab, 1, CONFIRMATIONS)?;

@@ -1,5 +1,5 @@
-//! Client-IP affinity with real sockets: Kubernetes' own tests of it, and what they do not test. Each story holds
-//! for XDP in the driver and for TC; for IPv4 and IPv6; for TCP and UDP.
+//! Client-IP affinity with real sockets: Kubernetes' own tests of it, and cases that they do not cover. Each scenario holds for
+//! XDP in the driver and for TC; for IPv4 and IPv6; for TCP and UDP.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -70,7 +70,7 @@ fn affinity_is_switched_on_a_live_service(hook: Hook) -> Result<()> {
                     Ok((pods.len() == 1) == wants_one)
                 })?;
                 if wants_one {
-                    // From a client that has dialled nothing before the switch, for the same reason.
+                    // From a client that has not connected before the switch, for the same reason.
                     let client = if route.protocol == Protocol::Udp { 10 } else { client };
                     let pods: BTreeSet<String> = route.dial(lab, client, 2 * CONFIRMATIONS)?.into_iter().collect();
                     assert_eq!(pods.len(), 1, "it holds: {pods:?} by {route:?}");
@@ -253,8 +253,8 @@ fn a_terminating_endpoint_keeps_its_connections_and_gets_no_new_ones(hook: Hook)
     })
 }
 
-/// Clients are busy for longer than the timeout, each on one connection; then each opens a new one. And clients
-/// that come again and again within the timeout, for longer than the timeout.
+/// Clients use one connection for longer than the timeout, and then each opens a new one. Other clients connect repeatedly
+/// within the timeout, for longer than the timeout.
 fn the_timer_restarts_as_the_policy_says(hook: Hook) -> Result<()> {
     const CLIENTS: u32 = 30;
     let services: Vec<(&str, Service)> = ["connection", "packet", "absolute", "alive"]
@@ -330,7 +330,7 @@ fn a_new_timeout_takes_effect_on_a_live_pin(hook: Hook) -> Result<()> {
     })
 }
 
-/// Requests and replies after their translation, refusals, and answers of many segments.
+/// Requests and replies after their translation, rejections, and answers of many segments.
 fn no_captured_frame_has_a_bad_checksum(hook: Hook) -> Result<()> {
     let (web, empty) = (web().client_ip(), Service::new("empty", 11).tcp("http", 80, 8080).udp("dns", 53, 5353));
     let options = Options { checksum_offload: false, ..Options::default() };
@@ -413,7 +413,7 @@ fn groups_and_prefixes_widen_a_pin(hook: Hook) -> Result<()> {
     })
 }
 
-/// Pods as clients: their packets enter by the node's end of their veth, with checksums left to the device.
+/// Pods as clients: their packets arrive on the node's end of their veth, with checksums left to the device.
 #[test]
 fn a_pod_as_a_client_is_pinned_by_tc_on_the_pods_devices() -> Result<()> {
     let web = web().client_ip();
@@ -436,12 +436,12 @@ fn a_pod_as_a_client_is_pinned_by_tc_on_the_pods_devices() -> Result<()> {
     })
 }
 
-/// A capture of what the node sends by this device, translated.
+/// A capture of the translated packets that the node sends on this device.
 fn capture(lab: &Lab, device: &str) -> Result<Capture> {
     Capture::start(lab.node(), device, Direction::Out, &lab.scratch().join(format!("{device}.pcap")))
 }
 
-/// Connections of that many clients, each with its client's address and the pod at its other end.
+/// Connections of this many clients, each with its client's address and the pod at its other end.
 fn keep_connections(
     lab: &Lab,
     family: Family,

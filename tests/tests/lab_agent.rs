@@ -1,4 +1,4 @@
-//! The agent's life: what it leaves in place when it ends, however it ends; and what it makes of its input.
+//! The agent's life cycle: what it leaves in place in each way to end, and how it handles its input.
 
 use std::fs;
 use std::io::Write as _;
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Clients on new and on kept connections by both families and protocols, while something happens to the agent.
+/// Clients on new and on kept connections over both families and protocols, while something happens to the agent.
 fn nobody_notices(hook: Hook, event: impl FnOnce(&mut Lab, &mut Agent) -> Result<()>) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &[&web], |lab, agent| {
@@ -141,7 +141,7 @@ fn bad_files_are_named_and_take_nothing_down() -> Result<()> {
     })
 }
 
-/// As `kubectl get ... > all.yaml`: the shell empties the file, and it is filled a moment later.
+/// As with `kubectl get ... > all.yaml`: the shell truncates the file, and it is filled a moment later.
 #[test]
 fn file_being_written_breaks_nothing() -> Result<()> {
     let web = web().client_ip();
@@ -183,7 +183,7 @@ fn every_line_of_a_json_log_is_an_object() -> Result<()> {
         })?;
         let mut lines = agent.log();
         ensure!(lines.iter().any(|line| line.contains(r#""state":"ready""#)), "{lines:?}");
-        // A second agent that has no dataplane of its own, and command lines that are wrong.
+        // A second agent without a dataplane, and wrong command lines.
         let source = lab.source().display().to_string();
         for args in [["--source", &source, "--device", "none"], ["--source", &source, "--no-such-option", "1"]] {
             let mut command = lab.affinity_command()?;
@@ -216,7 +216,7 @@ fn a_withdrawn_service_is_served_no_longer() -> Result<()> {
     })
 }
 
-/// The comparison that the README quotes: clients that stay on one pod in five rounds, over three pods.
+/// The comparison in the README: clients that stay on one pod in five rounds, over three pods.
 #[test]
 fn affinity_holds_where_xt_recent_has_forgotten() -> Result<()> {
     const ROUNDS: usize = 5;

@@ -1,4 +1,4 @@
-//! What the commands say about pins, and what they do to them, while traffic flows.
+//! The output of commands about pins, and their effect on pins, with traffic.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -85,7 +85,7 @@ fn pin_and_unpin_say_where_the_next_connection_goes() -> Result<()> {
     tell(Hook::Tc, &[&web], |lab, _| {
         let service = web.full_name();
         for route in Route::all_to(&web) {
-            // Datagrams of a port that is used again belong to the exchange of before, whatever the pin says now.
+            // Datagrams from a port that is used again belong to the earlier exchange, independent of the current pin.
             let number = |turn: u32| if route.protocol == Protocol::Udp { turn } else { 1 };
             for (turn, pod) in (1..).zip(["pod-2", "pod-0", "pod-1"]) {
                 let client = route.client(number(turn)).to_string();
@@ -180,7 +180,7 @@ fn events_tell_of_new_and_of_moved_pins() -> Result<()> {
     })
 }
 
-/// Makes pins, moves one, and looks for a line about each.
+/// Creates pins, moves one, and looks for a line about each.
 fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
     let web = web().client_ip();
     let route = Route::all_to(&web)[0];
@@ -196,7 +196,7 @@ fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
             seen.push(line);
         }
     };
-    // It takes a moment to begin to follow: clients come until one is seen.
+    // It takes a moment until the command follows events: clients connect until one is seen.
     let mut client = 100;
     eventually("events are followed", Duration::from_secs(5), || {
         client += 1;
@@ -211,7 +211,7 @@ fn expect_events(lab: &Lab, lines: &mpsc::Receiver<String>) -> Result<()> {
     line_about("moved", 1)
 }
 
-/// As `kubectl exec` without a terminal starts a command: in the container's environment, which is next to none.
+/// As `kubectl exec` without a terminal starts a command: in the container's environment, which is nearly empty.
 #[test]
 fn commands_need_neither_terminal_nor_environment() -> Result<()> {
     let web = web().client_ip();

@@ -1,5 +1,5 @@
-//! ICMP errors that the kernels of clients, nodes and pods send by themselves: they arrive across the translation, and
-//! who gets them understands them.
+//! ICMP errors that the kernels of clients, nodes and pods send by themselves: they are translated on their way, so that the
+//! receiver understands them.
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
@@ -8,7 +8,7 @@ use affinity_tests::lab::{Capture, Direction, Family, Lab, PATIENCE, Protocol, S
 use affinity_tests::story::{Hook, tell, web};
 use anyhow::{Context, Result, ensure};
 
-/// A service whose pods do not listen where it says.
+/// A service with a port that its pods do not listen on.
 fn closed() -> Service {
     Service::new("closed", 12).udp("dns", 53, 5999).client_ip().on(0..3)
 }
@@ -40,7 +40,7 @@ fn a_pod_learns_that_a_client_has_gone() -> Result<()> {
                 let pod = lab.pods().iter().find(|pod| pod.name() == name).context("one of the pods")?;
                 let namespace = pod.namespace().context("it lives")?;
                 let capture = Capture::start(namespace, "eth0", Direction::In, &lab.scratch().join("errors.pcap"))?;
-                // The answer comes late and finds the socket closed, and the client's kernel says so.
+                // The answer arrives late, when the socket is closed, and the client's kernel sends an error.
                 socket.ask_and_leave("/late")?;
                 capture.until("an error reaches the pod", PATIENCE, |frame| quoted_source(frame).is_some())?;
                 let frames = capture.stop()?;
@@ -78,11 +78,11 @@ fn pod_address(lab: &Lab, name: &str, family: Family) -> Result<IpAddr> {
 #[test]
 fn a_path_with_a_smaller_mtu_is_found_out() -> Result<()> {
     let web = web().client_ip();
-    // A number with many zeros in front: a request of several segments.
+    // A number with many leading zeros: a request of several segments.
     let long = format!("/bytes/{}7", "0".repeat(4000));
     for hook in Hook::ALL {
         tell(hook, &[&web], |lab, _| {
-            // Only the node's ends: the pods announce segments that do not fit.
+            // Only on the node's ends: the pods announce segments that do not fit.
             for pod in lab.pods() {
                 lab.node().command("ip").args(["link", "set", &pod.device(), "mtu", "1280"]).status()?;
             }

@@ -1,5 +1,5 @@
-//! The agent's own house: one agent a pin directory, no dataplane of another version beside it, pins that somebody removes,
-//! and who else is there.
+//! The agent's state on the node: one agent for each pin directory, no dataplane of another version at the same time, removed
+//! pins, and other proxies.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -24,7 +24,7 @@ use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 use serde_json::json;
 
-/// Something that somebody removed is back within this time.
+/// A removed attachment is back within this time.
 const REPAIR_PATIENCE: Duration = Duration::from_secs(10);
 
 const ADDRESS: &str = "127.0.0.1:9464";
@@ -78,7 +78,7 @@ fn an_agent_keeps_others_away_whatever_the_spelling_of_the_pin_directory() -> Re
     })
 }
 
-/// Makes the dataplane one of another version, as far as its place tells.
+/// Makes the dataplane look like another version, by its directory.
 fn age(lab: &Lab) -> Result<std::path::PathBuf> {
     age_to(lab, 0)
 }
@@ -115,7 +115,7 @@ fn a_dataplane_of_another_version_is_named_replaced_and_gone() -> Result<()> {
     Ok(())
 }
 
-/// As an upgrade from the layout before this one, whose records are the same.
+/// As in an upgrade from the layout before this one, with equal records.
 #[test]
 fn an_upgrade_keeps_pins_and_open_connections() -> Result<()> {
     for hook in Hook::ALL {
@@ -142,7 +142,7 @@ fn an_upgrade_keeps_pins_and_open_connections() -> Result<()> {
     Ok(())
 }
 
-/// The flows as layouts 3 and 4 had them, in a map like theirs: with the timeout in nanoseconds, and the service.
+/// The flows as in layouts 3 and 4, in a map like theirs: with the timeout in nanoseconds, and the service.
 fn age_flows(old: &Path, name: &str) -> Result<()> {
     const TIMES: usize = 16;
     const FLAGS: usize = 4;
@@ -165,7 +165,7 @@ fn age_flows(old: &Path, name: &str) -> Result<()> {
     Ok(sys::obj_pin(aged.as_fd(), &path)?)
 }
 
-/// The flows are listed before a packet could make them anew.
+/// The flows are listed before a packet could create them again.
 #[test]
 fn an_upgrade_converts_the_flows_of_layout_4() -> Result<()> {
     for hook in Hook::ALL {
@@ -195,7 +195,7 @@ fn an_upgrade_converts_the_flows_of_layout_4() -> Result<()> {
     Ok(())
 }
 
-/// Until the cluster answers, the old programs know more than the new ones would.
+/// Until the cluster answers, the old programs have more information than the new ones would.
 #[test]
 fn a_dataplane_of_another_version_serves_until_the_source_answers() -> Result<()> {
     let lab = Lab::with_pods(3)?;
@@ -291,7 +291,7 @@ fn pins_and_links_that_somebody_removes_are_made_again() -> Result<()> {
     Ok(())
 }
 
-/// A filter has no link: whoever removes the qdisc takes it off, and leaves the pin.
+/// A filter has no link: removing the qdisc detaches it, and leaves the pin.
 #[test]
 fn a_filter_that_somebody_removes_is_there_again() -> Result<()> {
     let args = [Hook::Tc.args().as_slice(), &["--no-tcx"]].concat();
@@ -359,7 +359,7 @@ fn a_sys_of_its_own_is_named_as_the_reason_why_nothing_is_seen() -> Result<()> {
     tell(Hook::Tc, &[&web()], |lab, _| {
         let given = lab.affinity_command()?;
         let mut command = Command::new("ip");
-        // Behind `nsenter --net=PATH --`.
+        // After `nsenter --net=PATH --`.
         command.args(["netns", "exec", lab.node().name()]).args(given.get_args().skip(2)).args(["get", "services"]);
         let output = command.output()?;
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -374,7 +374,7 @@ fn programs_of_others_and_kube_proxys_rules_are_named() -> Result<()> {
     let lab = Lab::with_pods(1)?;
     lab.publish(&web().on([0]))?;
     ensure!(!lab.affinity(&["check"])?.contains("others"), "nobody else is there");
-    // The client's end of the wire runs a program that lets all pass.
+    // The client's end of the wire runs a program that passes everything.
     let mut check = Command::new("nsenter");
     check.arg(format!("--net={}", lab.client_namespace().path().display()));
     check.args(lab.affinity_command()?.get_args().skip(1)).arg("check");

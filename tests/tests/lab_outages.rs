@@ -1,4 +1,4 @@
-//! What a node and its cluster go through: a reboot, and a control plane that is away.
+//! Events of a node and its cluster: a reboot, and a control plane outage.
 
 use std::fs;
 use std::time::Duration;
@@ -19,7 +19,7 @@ fn dial_all(lab: &Lab, service: &Service) -> Result<Vec<Vec<String>>> {
     Route::all_to(service).iter().map(|route| route.dial_all(lab, 0..CLIENTS)).collect()
 }
 
-/// Pins, links, programs and maps live in the kernel, and with it they go.
+/// Pins, links, programs and maps are in the kernel, and are lost with it.
 #[test]
 fn after_a_reboot_the_service_goes_on_with_new_pins() -> Result<()> {
     let web = web().client_ip();
@@ -30,7 +30,7 @@ fn after_a_reboot_the_service_goes_on_with_new_pins() -> Result<()> {
             let map = KernelStore::open(lab.pin_dir())?.events.info().id;
             agent.kill()?;
             fs::remove_dir_all(lab.pin_dir()).context("what a reboot takes away")?;
-            // The kernel lets go of links and programs a moment after their last name is gone, and of their maps then.
+            // The kernel frees links and programs a moment after their last name is gone, and then their maps.
             eventually("nothing is attached", PATIENCE, || Ok(!is_loaded(map)))?;
 
             agent.restart()?;
@@ -47,12 +47,12 @@ fn after_a_reboot_the_service_goes_on_with_new_pins() -> Result<()> {
     Ok(())
 }
 
-/// Whether the kernel still has the map of this id.
+/// Whether the kernel still has the map with this id.
 fn is_loaded(map: u32) -> bool {
     aya::maps::loaded_maps().any(|loaded| loaded.is_ok_and(|loaded| loaded.id() == map))
 }
 
-/// A lab whose agent follows a cluster's API with this service.
+/// A lab with an agent that follows a cluster's API with this service.
 fn with_cluster(
     hook: Hook,
     web: &Service,
@@ -80,7 +80,7 @@ fn while_the_api_is_away_the_dataplane_goes_on_and_then_catches_up() -> Result<(
             Load::start(&lab.client(), route.protocol, first..first + 20, route.to)
         });
         api.vanish();
-        // Changes that nobody hears of: a pod less, and another service.
+        // Changes that the agent does not see: one pod fewer, and another service.
         let (fewer, other) =
             (web.clone().on([0, 1]), Service::new("other", 12).tcp("http", 80, 8080).client_ip().on(0..3));
         api.apply(&fewer.to_yaml())?;
@@ -127,7 +127,7 @@ fn an_agent_that_starts_while_the_api_is_away_keeps_everything() -> Result<()> {
     })
 }
 
-/// Clients stay unless their pod is this one, and no client reaches it any more.
+/// Clients stay unless their pod is this one, which no client reaches any more.
 fn assert_moved_from_lost_pods_only(before: &[Vec<String>], after: &[Vec<String>], lost: &str) {
     let pairs = || before.iter().flatten().zip(after.iter().flatten());
     assert!(pairs().any(|(before, _)| before == lost), "nobody was on {lost}");

@@ -1,4 +1,4 @@
-//! The lab itself, without a dataplane: what the other tests take for granted.
+//! The lab itself, without a dataplane: the assumptions of the other tests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -74,7 +74,7 @@ fn a_closed_port_refuses_and_a_lost_pod_is_silent_until_it_returns() -> Result<(
         let mut kept = client.connect(Protocol::Tcp, from, to)?;
         assert_eq!(kept.ask("/")?, "pod-0");
         lab.kill_pod(0)?;
-        // The node knows no way there any more: silence for the connection, an error for a new one.
+        // The node has no route to it any more: silence for the connection, an error for a new one.
         assert!(kept.ask("/").is_err());
         assert!(client.http_get(from, to, "/").is_err());
         assert_eq!(client.http_get(from, SocketAddr::new(family.pod(1), HTTP_PORTS[0]), "/")?, "pod-1");
@@ -198,8 +198,8 @@ fn what_a_killed_process_left_is_swept_away() -> Result<()> {
     Ok(())
 }
 
-/// kube-proxy's rules balance and pin; and in their iptables mode, they forget clients beyond 100 for each
-/// endpoint. The figures are the comparison that the README quotes.
+/// kube-proxy's rules balance and pin; in iptables mode, they forget clients beyond 100 for each endpoint. The README quotes
+/// these figures.
 #[test]
 fn kube_proxys_rules_balance_and_pin() -> Result<()> {
     for mode in [Mode::Iptables, Mode::Nftables] {
@@ -216,7 +216,7 @@ fn kube_proxys_rules_balance_and_pin() -> Result<()> {
 
         mode.install(&lab, &[service.client_ip()])?;
         for clients in [100, 400] {
-            // Other clients each time, so that the lists start with nobody of theirs.
+            // Other clients each time, so that the lists start without any of them.
             let first = clients * 10;
             let stayed = clients_that_stay(&lab, first..first + clients, to)?;
             report(&format!("{mode:?}: {stayed} of {clients} clients stay on one pod"));

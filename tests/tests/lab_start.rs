@@ -1,4 +1,4 @@
-//! Starts that fail: one line says why, and nothing is attached or pinned that was not there before.
+//! Failed starts: one line says why, and nothing new is attached or pinned.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use affinity_user::objects::PROGRAMS;
 use anyhow::{Context, Result, ensure};
 use aya_obj::Object;
 
-/// A longer line is no line that people read.
+/// People do not read longer lines.
 const LINE_MOST: usize = 600;
 
 /// A device whose frames have no Ethernet header: it cannot be attached.
@@ -98,7 +98,7 @@ fn a_pin_directory_that_holds_something_else_stays_as_it_was() -> Result<()> {
     Ok(())
 }
 
-/// Sources of which nothing can be read.
+/// Sources that cannot be read.
 fn unreadable(lab: &Lab) -> Result<Vec<std::path::PathBuf>> {
     let bad = lab.scratch().join("bad");
     fs::create_dir_all(&bad)?;
@@ -150,7 +150,7 @@ fn a_source_that_cannot_be_read_leaves_a_running_dataplane_as_it_is() -> Result<
     agent.terminate()
 }
 
-/// The verifier takes less of who lacks this capability: programs that it refuses on this very kernel.
+/// The verifier accepts less from a process without this capability: programs that it rejects on this kernel.
 #[test]
 fn a_program_that_the_kernel_refuses_is_named_in_one_line() -> Result<()> {
     let lab = lab()?;
@@ -195,15 +195,15 @@ fn a_load_with_a_refused_program_pins_nothing_and_keeps_the_verifiers_log() -> R
     ensure!(refusal.to_string().lines().count() == 1, "{refusal}");
     let log = fs::read_to_string(refusal.log.as_ref().context("a log")?)?;
     ensure!(log.contains(&refusal.reason), "{refusal}, not in {log}");
-    // The same is seen beforehand, with nothing pinned.
+    // The same is detected beforehand, with nothing pinned.
     let refused = load::trial(&options)?;
     assert_eq!(refused.iter().map(|refusal| refusal.program).collect::<Vec<_>>(), [names::TC_REVERSE]);
     assert_eq!(load::trial(&Options::default())?, []);
     Ok(())
 }
 
-/// In a mount namespace of its own, where the kernel's setting reads as if the JIT was off. It is in no other network
-/// namespace than the machine's own, so the agent is told of a device that does not exist.
+/// In a separate mount namespace, where the kernel's setting reads as if the JIT were off. The setting exists only in the
+/// machine's own network namespace, so the agent gets a device name that does not exist.
 #[test]
 fn without_the_jit_nothing_starts_and_the_remedy_is_said() -> Result<()> {
     let lab = lab()?;
@@ -213,7 +213,7 @@ fn without_the_jit_nothing_starts_and_the_remedy_is_said() -> Result<()> {
         let script = format!("mount --bind {} /proc/sys/net/core/bpf_jit_enable && exec \"$@\"", off.display());
         let mut command = Command::new("unshare");
         command.args(["--mount", "--", "sh", "-c", &script, "sh", "timeout", "60"]);
-        // Behind `nsenter --net=PATH --`.
+        // After `nsenter --net=PATH --`.
         command.args(inner.get_args().skip(2));
         command
     };

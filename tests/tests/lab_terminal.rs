@@ -1,4 +1,4 @@
-//! What people see: `affinity top`, `get --watch` and progress, in a terminal, over a dataplane with real pins.
+//! The interactive output: `affinity top`, `get --watch` and progress, in a terminal, over a dataplane with real pins.
 
 use std::net::IpAddr;
 use std::process::Command;
@@ -10,7 +10,7 @@ use affinity_user::store::kernel::KernelStore;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
-/// The size of a terminal that nobody has made larger.
+/// The default size of a terminal.
 const SIZE: (u16, u16) = (80, 24);
 
 /// `affinity ARGS` in a terminal.
@@ -24,7 +24,7 @@ fn top(lab: &Lab) -> Result<Terminal> {
     terminal(lab, &["top", "--interval", "200ms"], SIZE)
 }
 
-/// Pins so many clients of IPv4.
+/// Pins this many IPv4 clients.
 fn pin(lab: &Lab, service: &Service, clients: u32) -> Result<Vec<IpAddr>> {
     let route = Route::all_to(service)[0];
     route.dial_all(lab, 0..clients)?;
@@ -81,14 +81,14 @@ fn rates_and_pins_follow_what_happens() -> Result<()> {
         })?;
         load.stop()?.undisturbed()?;
         top.shows(" 0 connections/s")?;
-        // The busiest is first, until another order is asked for.
+        // The busiest is first, until another order is selected.
         let first = |screen: &str| screen.lines().nth(2).is_some_and(|line| line.contains("default/web"));
         top.wait_for("default/web first", first)?;
         top.press("r")?;
         top.wait_for("default/idle first", |screen| !first(screen))?;
         top.press("/WEB")?;
         top.wait_for("the filter leaves one", |screen| !screen.contains("default/idle"))?;
-        // A signal to redraw comes with a terminal's session only; the next frame has the new size all the same.
+        // A signal to redraw comes only with a terminal's session; the next frame has the new size even without it.
         top.resize(40, 10)?;
         top.wait_for("a frame of the new size", |screen| {
             screen.contains("default/web") && !screen.contains("MOVED/S") && screen.lines().count() == 10
@@ -195,7 +195,7 @@ fn with_large_tables(service: &Service, story: impl FnOnce(&Lab) -> Result<()>) 
     tell_in(&Options::default(), &args, &[service], |lab, _| story(lab))
 }
 
-/// Fills the session table with pins, so many that no machine goes through them within a second.
+/// Fills the session table with so many pins that no machine lists them within a second.
 fn fill(lab: &Lab, service: &Service) -> Result<u32> {
     const PINS: u32 = 400_000;
     pin(lab, service, 1)?;
@@ -216,7 +216,7 @@ fn clients_of_a_large_table_come_in_slices() -> Result<()> {
         top.shows("1 service")?;
         top.press("\r")?;
         top.shows("there are more than the 1000 listed")?;
-        // Keys are answered while a pass goes on.
+        // Keys are handled during a pass.
         top.press("?")?;
         top.shows("this help")?;
         top.press("x/10.0.7.77\r")?;

@@ -1,4 +1,4 @@
-//! A connection lives as long as its pod may live, whatever becomes of the service; a pin survives a gap.
+//! A connection lives as long as its pod may live, independent of the service; a pin survives a gap.
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Write};
@@ -18,9 +18,9 @@ use anyhow::{Context, Result, bail, ensure};
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 /// "At once", for what must not wait for a time-out.
 const AT_ONCE: Duration = Duration::from_millis(900);
-/// In stories that look at what is left after the gap.
+/// For scenarios that check the state after the gap.
 const SHORT_GAP: Duration = Duration::from_secs(2);
-/// How long it takes at most until a pod that does not answer is noticed, by its clients too.
+/// The longest time until a pod that does not answer is noticed, also by its clients.
 const SILENCE_PATIENCE: Duration = Duration::from_secs(20);
 /// Clients of each family.
 const CLIENTS: u32 = 8;
@@ -35,7 +35,7 @@ on_every_hook! {
     an_agent_that_starts_again_keeps_connections_that_linger,
 }
 
-/// With a gap that a story can wait for.
+/// With a gap that a scenario can wait for.
 fn tell_with_short_gap(
     hook: Hook,
     first: &Service,
@@ -84,7 +84,7 @@ fn dial(lab: &Lab, service: &Service, from: IpAddr) -> Result<String> {
     lab.client().http_get(from, service.frontend(family, "http"), "/").with_context(|| format!("{from} dials"))
 }
 
-/// The backends that linger: the names of their pods, and how many connections are open to them in all.
+/// The lingering backends: the names of their pods, and the total number of open connections to them.
 fn lingering(lab: &Lab) -> Result<(BTreeSet<String>, u64)> {
     let backends = lab.affinity_json(&["get", "backends"])?;
     let backends = backends.as_array().context("a list")?.iter().filter(|backend| backend["state"] == "lingering");
@@ -113,7 +113,7 @@ fn connections_outlive_a_switch_of_the_selector(hook: Hook) -> Result<()> {
         })?;
         let dump = lab.affinity(&["dump", "backends"])?;
         ensure!(dump.lines().any(|line| line.contains("pod-0") && line.ends_with(" lingering")), "{dump}");
-        // They are new clients of the green pod now, and stay that.
+        // They are new clients of the green pod now, and stay there.
         lab.publish_and_settle(&web().client_ip())?;
         all_go_on(&mut lines, "when the pods are back")?;
         for line in &lines {
@@ -147,7 +147,7 @@ fn an_endpoint_that_comes_back_finds_its_connections_and_pins(hook: Hook) -> Res
     })
 }
 
-/// Whether the node does anything with packets to the service.
+/// Whether the node handles packets to the service.
 fn is_served(lab: &Lab, service: &Service) -> Result<bool> {
     let said = lab.explain(Protocol::Tcp, Family::V4.client(CLIENTS), service.frontend(Family::V4, "http"))?;
     Ok(said.verdict != "pass")
@@ -179,7 +179,7 @@ fn connections_of_a_deleted_service_end_by_themselves(hook: Hook) -> Result<()> 
         let mut lines = open_lines(lab, &web)?;
         lab.withdraw(&web)?;
         eventually("it is deleted", SYNC_PATIENCE, || Ok(!is_served(lab, &web)?))?;
-        // Longer than the gap, and than it takes the sweep to clear what nobody needs.
+        // Longer than the gap, and than the sweep takes to remove unused records.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(10) {
             all_go_on(&mut lines, &format!("{:?} after the end of the service", began.elapsed()))?;
@@ -228,7 +228,7 @@ fn a_pod_that_does_not_answer_is_told_of_within_seconds(hook: Hook) -> Result<()
         let line = lines.iter_mut().find(|line| line.pod == pod).context("a client of it")?;
         let Connection::Http { stream, .. } = &mut line.connection else { bail!("TCP") };
         let error = loop {
-            // A process that goes on asking.
+            // A process that continues to send requests.
             if let Err(error) = stream.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n") {
                 break error;
             }
@@ -256,7 +256,7 @@ fn an_agent_that_starts_again_keeps_connections_that_linger(hook: Hook) -> Resul
             sleep(Duration::from_millis(500));
         }
         eventually("they linger", SYNC_PATIENCE, || Ok(lingering(lab)?.1 == lines.len() as u64))?;
-        // What nobody uses ends.
+        // Unused backends end.
         let unused = [0, 1].map(pod_name).into_iter().filter(|pod| lines.iter().all(|line| line.pod != *pod));
         let shown = lingering(lab)?.0;
         ensure!(unused.into_iter().all(|pod| !shown.contains(&pod)), "{shown:?}");

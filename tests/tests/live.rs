@@ -1,6 +1,6 @@
-//! What changes of a live service do to its clients on a cluster of two nodes: to clients outside and pods, whose packets
-//! are translated, and to processes on the node, whose sockets are; by the ClusterIP, by the node port, where clients
-//! outside are masqueraded, and by the node port on loopback.
+//! The effect of changes of a live service on its clients, on a cluster of two nodes: on external clients and pods, which send
+//! packets that are translated, and on processes on the node, with translated sockets; through the ClusterIP, through the node
+//! port, which masquerades external clients, and through the node port on loopback.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -23,10 +23,10 @@ const BYSTANDER: usize = 2;
 const AT_ONCE: Duration = Duration::from_millis(900);
 /// How long a change of the YAML may take until new connections meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a client waits who may have to wait in vain.
+/// How long a client waits if there may be no answer.
 const SHORT_PATIENCE: Duration = Duration::from_millis(400);
 
-/// Every kind of client by every kind of way.
+/// Every kind of client with every kind of address.
 const WAYS: [(Who, Door); 7] = [
     (Who::Outside(1), Door::Of(Frontend::ClusterIp)),
     (Who::Outside(2), Door::Of(Frontend::NodePort)),
@@ -37,7 +37,7 @@ const WAYS: [(Who, Door); 7] = [
     (Who::Node, Door::Localhost),
 ];
 
-/// A service by its number, which the stories have one each of.
+/// A service by its number; each scenario has a separate one.
 fn web(number: u16) -> Service {
     Service::new(&format!("web-{number}"), number)
         .tcp("http", 80, 8080)
@@ -51,7 +51,7 @@ fn node_port(number: u16) -> u16 {
 
 in_every_way!(live_services_change_under_their_clients);
 
-/// Each with a service of its own, which goes with it: an endpoint is gone when no service lists it.
+/// Each with a separate service, which is removed with it: an endpoint is gone when no service lists it.
 fn live_services_change_under_their_clients(proxy: Proxy) -> Result<()> {
     let stories: [(&str, Story); 5] = [
         ("datagrams of an endpoint that has gone", datagrams_of_an_endpoint_that_has_gone_go_elsewhere_at_once),
@@ -63,7 +63,7 @@ fn live_services_change_under_their_clients(proxy: Proxy) -> Result<()> {
     tell(proxy, PROCESS, stories)
 }
 
-/// A connection of each way, and nobody else than this pod at its other end.
+/// A connection of each way, each with this pod at its other end.
 fn open_all(callers: &mut Callers<'_>, service: &Service, protocol: Protocol, pod: usize) -> Result<Vec<(Call, Line)>> {
     let mut lines = Vec::new();
     for call in Call::all(service, &WAYS, protocol) {
@@ -79,7 +79,7 @@ fn datagrams_of_an_endpoint_that_has_gone_go_elsewhere_at_once(lab: &Lab, caller
     let web = web(1).client_ip();
     lab.publish_and_settle(&web.clone().on([A]))?;
     let mut lines = open_all(callers, &web, Protocol::Udp, A)?;
-    // Removed, and then unready alone: what serves is on the other node, and on this one again.
+    // Removed, and then only unready: the serving endpoint is on the other node, and then on this one again.
     let terminating = web.clone().on([A]).endpoint(B, EndpointState::Terminating);
     for (service, pod) in [(web.clone().on([B]), B), (terminating, A)] {
         lab.publish_and_settle(&service)?;
@@ -140,7 +140,7 @@ fn a_changed_target_port_takes_effect(lab: &Lab, callers: &mut Callers<'_>) -> R
             ensure!(callers.dial(call, "/port")? == new, "{call:?} reaches {old} again");
         }
         let answer = callers.ask(line, "/port")?;
-        // A connection has somebody at its other end; datagrams have not.
+        // A connection stays with its peer; datagrams have no connection.
         let expected = if call.protocol == Protocol::Tcp { old } else { new };
         ensure!(answer == Ok(expected.to_owned()), "{call:?}, kept: {answer:?}");
     }
@@ -172,7 +172,7 @@ fn a_live_service_changes_its_type(lab: &Lab, callers: &mut Callers<'_>) -> Resu
     lab.withdraw(&web(4))
 }
 
-/// And TCP and UDP share a number.
+/// TCP and UDP share a number, too.
 fn slices_with_target_ports_of_their_own_make_one_service(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
     let bare = || Service::new("web-5", 5);
     let first = bare().tcp("http", 53, 8080).udp("dns", 53, 5353).node_ports(node_port(5)).on([A]);

@@ -1,5 +1,5 @@
-//! Connections that leave with the node's address, with real sockets: the node has only so many ports, and XDP, and TC
-//! where it redirects, send past its stack.
+//! Connections that leave with the node's address, with real sockets: the node has only a limited number of ports, and XDP, and
+//! TC if it redirects, bypass its stack.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -21,7 +21,7 @@ const PORTS: u32 = 16;
 const ARGS: [&str; 7] = ["--device", "wire0", "pod*", "--xdp", "off", "--masquerade-ports", "20000-20015"];
 /// "At once", for what must not wait for a time-out.
 const AT_ONCE: Duration = Duration::from_millis(900);
-/// How long a port may take to be free again, once its connection has been closed.
+/// How long a port may take to be free again after its connection has been closed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 #[test]
@@ -63,7 +63,7 @@ fn forwarded(lab: &Lab) -> Result<[u64; 2]> {
     })?
 }
 
-/// What becomes of connections over a frontend: how many packets were redirected, and how many the stack has forwarded.
+/// Runs requests over a frontend: returns how many packets were redirected, and how many the stack has forwarded.
 fn redirected_and_forwarded(lab: &Lab, family: Family, requests: impl FnOnce() -> Result<()>) -> Result<(u64, u64)> {
     let (sent_before, stack_before) = (lab.count("redirected")?, forwarded(lab)?[family as usize]);
     requests()?;
@@ -75,7 +75,7 @@ fn xdp_redirects() -> bool {
     xdp_features().is_ok()
 }
 
-/// Connections of a client outside to node ports of this pod, which sees the node under the policy Cluster, and the client
+/// Connections of an external client to node ports of this pod. The pod sees the node under the policy Cluster, and the client
 /// under Local.
 fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()> {
     const REQUESTS: u32 = 20;
@@ -98,7 +98,7 @@ fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()
                 ensure!(is_right, "under {policy:?} the pod sees {seen}");
                 Ok(())
             };
-            // The stack finds out the neighbours' link addresses.
+            // The stack resolves the neighbours' link addresses.
             request(0)?;
             let (sent, by_stack) = redirected_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
             let least = if protocol == Protocol::Tcp { 8 } else { 2 };
@@ -143,8 +143,8 @@ fn on_either_node() -> [Service; 2] {
 
 in_every_way!(no_neighbour_needs_to_be_known);
 
-/// A packet filter that drops what conntrack marks as INVALID drops no reply to a client whose link address the
-/// node does not know, while it knows the pod's.
+/// A packet filter that drops packets that conntrack marks as INVALID drops no reply to a client whose link address the node
+/// does not know, while it knows the pod's.
 fn no_neighbour_needs_to_be_known(proxy: Proxy) -> Result<()> {
     let services = on_either_node();
     let scene = proxy.start(&services)?;
@@ -166,7 +166,7 @@ fn no_neighbour_needs_to_be_known(proxy: Proxy) -> Result<()> {
     Ok(())
 }
 
-/// What a pod's port of the bridge sees is routed from the bridge: neither way is redirected.
+/// Packets on a pod's port of the bridge are routed from the bridge: neither direction is redirected.
 #[test]
 fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
     let lab = Lab::with_pods(2)?;
@@ -201,8 +201,8 @@ fn pods_on_a_bridge_go_through_the_stack() -> Result<()> {
     Ok(())
 }
 
-/// Connections that began in the stack go on past it, and the other way round. Those that have been in the stack, then past
-/// it, do not come back: its connection tracking has missed what was acknowledged meanwhile.
+/// Connections that began in the stack continue past it, and vice versa. Those that have been in the stack and then past it do
+/// not come back: conntrack has missed what was acknowledged meanwhile.
 #[test]
 fn connections_outlive_a_change_of_their_way() -> Result<()> {
     let services = on_either_node();
@@ -226,7 +226,7 @@ fn connections_outlive_a_change_of_their_way() -> Result<()> {
     Ok(())
 }
 
-/// A server at an address of the clients' namespace, which tells each client its address.
+/// A server at an address of the clients' namespace, which sends each client its address.
 fn echo_at(lab: &Lab, endpoint: &'static str) -> Result<()> {
     let listener = lab.client_namespace().run(|| TcpListener::bind((endpoint, 8080)))??;
     std::thread::spawn(move || {
@@ -235,7 +235,7 @@ fn echo_at(lab: &Lab, endpoint: &'static str) -> Result<()> {
             let Ok(peer) = stream.peer_addr() else { continue };
             let (body, mut request) = (peer.ip().to_string(), [0; 1024]);
             let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-            // A client that has gone sees to it by itself.
+            // A client that has gone is not the server's concern.
             let _ = stream.read(&mut request).and_then(|_| stream.write_all(answer.as_bytes()));
         }
     });
@@ -244,7 +244,7 @@ fn echo_at(lab: &Lab, endpoint: &'static str) -> Result<()> {
 
 #[test]
 fn xdp_sends_back_out_of_the_wire_that_a_frame_came_in_by() -> Result<()> {
-    // An endpoint that is no pod: it is where the clients are, and so are its replies.
+    // An endpoint that is no pod: it is in the clients' namespace, and so are its replies.
     const ENDPOINT: &str = "198.18.9.9";
     let yaml = format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: outside, namespace: default}}\n\

@@ -1,4 +1,4 @@
-//! Metrics and probes of a real agent, over real HTTP, held against what the commands say.
+//! Metrics and probes of a real agent, over real HTTP, compared with the output of commands.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -16,18 +16,18 @@ use anyhow::{Context, Result, ensure};
 const ADDRESS: &str = "127.0.0.1:9464";
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a scraper of today asks for.
+/// The `Accept` header of a current scraper.
 const OPENMETRICS: &str = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
 
 /// An answer to GET.
 struct Answer {
     status: u16,
-    /// In small letters.
+    /// In lower case.
     head: String,
     body: String,
 }
 
-/// Asks for something on the node that this thread is on; the answer is still to be read.
+/// Sends a request on the node that this thread is on; the answer is still to be read.
 fn ask(path: &str, accept: &str) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(ADDRESS)?;
     stream.set_read_timeout(Some(patience(PATIENCE)))?;
@@ -63,7 +63,7 @@ fn samples(text: &str) -> Result<BTreeMap<String, f64>> {
     })
 }
 
-/// The same of a text in the classic format.
+/// The same for a text in the classic format.
 fn classic_samples(text: &str) -> Result<BTreeMap<String, f64>> {
     samples_of(text, |name, types| {
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
@@ -125,7 +125,7 @@ fn metrics_say_what_the_commands_say() -> Result<()> {
         assert_eq!(service["sessions"].as_f64(), Some(sessions));
         for (reason, count) in service["connections"].as_object().context("connections")? {
             let series = format!("affinity_service_connections_total{{service=\"default/web\",reason=\"{reason}\"}}");
-            // A service with affinity gives no connection to a pod without a pin.
+            // A service with affinity selects no pod without a pin.
             let counted = if reason == "selected" { metrics.get(&series).copied() } else { Some(of(series)?) };
             assert_eq!(counted.unwrap_or(0.0), count.as_f64().context("a number")?, "{reason}");
         }
@@ -167,7 +167,7 @@ fn metrics_say_what_the_commands_say() -> Result<()> {
     })
 }
 
-/// It reads the classic format; of OpenMetrics it checks nothing.
+/// It reads the classic format; it checks nothing of OpenMetrics.
 #[test]
 #[ignore = "needs promtool"]
 fn promtool_finds_no_fault_with_the_metrics() -> Result<()> {
@@ -213,10 +213,10 @@ fn an_address_that_is_taken_is_an_error() -> Result<()> {
     Ok(())
 }
 
-/// Memory that scrapes may take beyond what an idle agent has.
+/// Additional memory that scrapes may take, compared with an idle agent.
 const SCRAPE_MEMORY: u64 = 64 << 20;
 
-/// Pods of a large cluster, scraped by many at once, and clients that never finish what they ask for.
+/// Pods of a large cluster, many parallel scrapers, and clients that never finish their requests.
 #[test]
 fn scrapes_in_parallel_and_half_sent_requests_cost_little() -> Result<()> {
     const SCRAPES: usize = 40;
@@ -253,7 +253,7 @@ fn scrapes_in_parallel_and_half_sent_requests_cost_little() -> Result<()> {
             agent.memory()?,
             idle >> 20
         ));
-        // Beyond what is kept for others who ask.
+        // Beyond the time that an answer is kept for other requests.
         std::thread::sleep(Duration::from_millis(1_100));
     }
     let half_sent = lab.node().run(|| -> Result<Vec<TcpStream>> {

@@ -1,7 +1,7 @@
-//! Network cards as the wires of a lab: clients, node A and node B are joined by cards that QEMU gives a guest, and frames
-//! come as the drivers hand them over. `cargo xtask test --nic MODEL` makes such a guest and runs these there.
+//! Network cards as the wires of a lab: cards that QEMU emulates for a guest connect clients, node A and node B, and frames
+//! arrive as the drivers deliver them. `cargo xtask test --nic MODEL` starts such a guest and runs these tests there.
 //!
-//! Each test fails where there are no such cards; ordinary runs do not include it.
+//! Each test fails if there are no such cards; ordinary runs do not include it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,28 +19,28 @@ use affinity_tests::story::{Route, report, tell_in, web};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::net::sockopt;
 
-/// Which cards there are: one of [`Cards::ALL`], by name.
+/// The model of the cards: one of [`Cards::ALL`], by name.
 const VARIABLE: &str = "AFFINITY_TEST_NIC";
 /// The address of the first card; the last byte of the others' counts up.
 const FIRST_ADDRESS: &str = "52:54:00:af:f1:00";
-/// How long the kernel may take to give a card back when a lab has gone.
+/// How long the kernel may take to return a card after a lab has gone.
 const RETURN_PATIENCE: Duration = Duration::from_secs(10);
-/// Within this a refusal is no time-out.
+/// A rejection within this time is no time-out.
 const AT_ONCE: Duration = Duration::from_millis(900);
-/// How much goes each way over a connection.
+/// How many bytes are sent in each direction of a connection.
 const STREAM_BYTES: usize = 16 << 20;
 const STREAM_PORT: u16 = 9000;
 
-/// A model of card, and what its driver can do.
+/// A model of card, and the features of its driver.
 #[derive(Clone, Copy, Debug)]
 struct Cards {
     name: &'static str,
     driver: &'static str,
     /// Whether XDP works in the driver.
     native: bool,
-    /// What is said where it does not.
+    /// The message if it does not.
     why_not: &'static str,
-    /// An MTU above the usual one that the emulated card carries. QEMU's vmxnet3 loses frames of several buffers.
+    /// An MTU above the usual one that the emulated card supports. QEMU's vmxnet3 loses frames of several buffers.
     large_mtu: u16,
 }
 
@@ -59,7 +59,7 @@ impl Cards {
         Self { name: "e1000e", driver: "e1000e", native: false, why_not: "the driver has no XDP", large_mtu: 9000 },
     ];
 
-    /// Those that this guest is said to have.
+    /// The cards of this guest, according to the variable.
     fn of_this_guest() -> Result<Self> {
         let name = std::env::var(VARIABLE)
             .with_context(|| format!("{VARIABLE} does not say which cards there are: run `cargo xtask test --nic`"))?;
@@ -86,7 +86,7 @@ impl Cards {
         Ok(Options { pods_of_b, cards: Some(cards), ..Options::default() })
     }
 
-    /// Fails unless a device has the best hook that its driver allows, and the agent says why where that is not XDP.
+    /// Fails unless a device has the best hook that its driver allows, and the agent gives the reason if that is not XDP.
     fn is_attached_right(self, lab: &Lab, agent: &Agent, device: &str) -> Result<()> {
         let hooks = ingress_hooks(lab, device)?;
         if self.native {
@@ -118,7 +118,7 @@ fn device_with(address: &str) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Where packets from clients are translated on a device.
+/// The ingress hooks of a device.
 fn ingress_hooks(lab: &Lab, name: &str) -> Result<Vec<String>> {
     let devices = lab.affinity_json(&["get", "devices"])?;
     let mut devices = devices.as_array().context("an array")?.iter();
@@ -127,7 +127,7 @@ fn ingress_hooks(lab: &Lab, name: &str) -> Result<Vec<String>> {
     Ok(hooks.iter().filter_map(|hook| hook.as_str().map(str::to_owned)).collect())
 }
 
-/// Both wires and the pods' devices, by the best hooks that they have.
+/// Both wires and the pods' devices, with the best hooks that they have.
 fn args() -> Vec<&'static str> {
     let [pods_v4, pods_v6] = PODS;
     vec!["--device", WIRE, UNDERLAY_WIRE, "pod*", "--services", "all", "--pod-cidr", pods_v4, "--pod-cidr", pods_v6]
@@ -157,7 +157,7 @@ fn a_service_without_endpoints_refuses_at_once() -> Result<()> {
     let empty = web().on([]);
     tell_in(&cards.lab(0)?, &["--device", WIRE], &[&empty], |lab, _| {
         for route in Route::all_to(&empty) {
-            // The first packet may have to wait until neighbours are found.
+            // The first packet may have to wait for neighbour resolution.
             lab.client().ask(route.protocol, route.client(1), route.to).expect_err("nobody serves");
             for number in 0..5 {
                 let started = Instant::now();
@@ -211,7 +211,7 @@ fn megabytes_arrive_as_they_were_sent_both_ways() -> Result<()> {
     })
 }
 
-/// Where each service's streams go to, and to which pod.
+/// The destination of each service's streams, and its pod.
 fn frontends(services: &[Service; 2]) -> Vec<(SocketAddr, usize)> {
     let of_family =
         |family| services.iter().map(move |service| service.frontend(family, "stream")).zip([0, FIRST_OF_B]);
@@ -250,12 +250,12 @@ fn large_frames_pass_by_native_xdp_or_by_tc() -> Result<()> {
     stream_to_each(&lab, &frontends(&services)).with_context(|| agent.log().join("\n"))
 }
 
-/// Sends a stream to each address, behind which this pod sends it back, and compares.
+/// Sends a stream to each address, where this pod echoes it, and compares.
 fn stream_to_each(lab: &Lab, ways: &[(SocketAddr, usize)]) -> Result<()> {
     for &(to, pod) in ways {
         let namespace = lab.pod(pod).namespace().context("it lives")?;
         let listener = namespace.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, STREAM_PORT)))??;
-        // A thread that waits for ever would keep the namespace, and with it the cards that the next test needs.
+        // A thread that waits forever would keep the namespace, and with it the cards that the next test needs.
         sockopt::set_socket_timeout(&listener, sockopt::Timeout::Recv, Some(stall()))?;
         let echo = thread::spawn(move || -> std::io::Result<()> {
             let (mut stream, _) = listener.accept()?;
@@ -273,7 +273,7 @@ fn stream_to_each(lab: &Lab, ways: &[(SocketAddr, usize)]) -> Result<()> {
     Ok(())
 }
 
-/// How long a stream may stand still.
+/// How long a stream may stall.
 fn stall() -> Duration {
     patience(Duration::from_secs(10))
 }
@@ -297,7 +297,7 @@ fn stream_there_and_back(stream: TcpStream, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Bytes without a pattern that would hide an exchange (xorshift, Marsaglia 2003).
+/// Bytes without a pattern that would hide a mix-up (xorshift, Marsaglia 2003).
 fn noise() -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let mut bytes = Vec::with_capacity(STREAM_BYTES);

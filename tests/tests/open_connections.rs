@@ -1,6 +1,6 @@
-//! Connections that are open when endpoints leave, by kube-proxy's rules in both modes and by `affinity`, side by side: what
-//! kube-proxy's rules keep, `affinity` keeps. Where it does something else on purpose, that is declared with the reason, and
-//! must happen.
+//! Connections that are open when endpoints leave, with kube-proxy's rules in both modes and with `affinity`, side by side:
+//! `affinity` keeps the connections that kube-proxy's rules keep. Intended differences are declared with the reason, and must
+//! occur.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -22,14 +22,14 @@ const LEAVERS: [usize; 2] = [0, FIRST_OF_B];
 const STAYERS: [usize; 2] = [1, FIRST_OF_B + 1];
 /// A pod that is a client.
 const CLIENT_POD: usize = 2;
-/// Clients outside of the cluster, of each frontend, family and protocol: those that connect when there are only leavers, and
-/// those that connect when there are all pods: so many that some reach a pod that stays.
+/// External clients, for each frontend, family and protocol: those that connect while there are only leavers, and those that
+/// connect while there are all pods. The latter are so many that some reach a pod that stays.
 const CLIENTS: [Range<u32>; 2] = [0..4, 4..16];
-/// How long a client waits for an answer before it calls its connection silent.
+/// How long a client waits for an answer before its connection counts as silent.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
-/// How long a change may take until every datagram meets it.
+/// How long a change may take to be effective for every datagram.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
-/// Longer than `affinity` remembers who left.
+/// Longer than `affinity` remembers endpoints that left.
 const GAP: Duration = Duration::from_secs(12);
 
 // The stories.
@@ -41,23 +41,23 @@ const DELETED: &str = "service deleted";
 const ROLLOUT: &str = "rollout";
 const DEAD: &str = "pod dead";
 
-/// All proxies: kube-proxy's rules come first, because they say what is to be kept.
+/// All proxies: kube-proxy's rules come first, because they determine what must be kept.
 const PROXIES: [Proxy; 4] = [Proxy::Iptables, Proxy::Nftables, Proxy::Tc, Proxy::Xdp];
 
-/// What became of a connection, or of an exchange of datagrams. The worst is last.
+/// The fate of a connection, or of an exchange of datagrams. The worst is last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fate {
     /// Its pod answered every time.
     Kept,
     /// Another pod answered.
     Moved,
-    /// The client was told at once that it has ended.
+    /// The client got an immediate error that it has ended.
     Reset,
-    /// Nobody answered.
+    /// There was no answer.
     Silent,
 }
 
-/// Connections that share a fate: by protocol, and whether their pod leaves.
+/// Connections that are counted together: by protocol, and whether their pod leaves.
 type Group = (Protocol, Side);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,7 +71,7 @@ enum Side {
 const TCP_OF_LEAVERS: Group = (Protocol::Tcp, Side::Leaver);
 const UDP_OF_LEAVERS: Group = (Protocol::Udp, Side::Leaver);
 
-/// What `affinity` does on purpose in a story where kube-proxy's rules do something else.
+/// An intended behaviour of `affinity` in a scenario where kube-proxy's rules differ.
 struct Difference {
     story: &'static str,
     group: Group,
@@ -79,7 +79,7 @@ struct Difference {
     reason: &'static str,
 }
 
-/// Every one that is known. Each must be met, so that none outlives its cause.
+/// All known differences. Each must occur, so that none outlives its cause.
 const DIFFERENCES: [Difference; 3] = [
     Difference {
         story: TERMINATING,
@@ -103,7 +103,7 @@ const DIFFERENCES: [Difference; 3] = [
     },
 ];
 
-/// An open connection, and what has become of it.
+/// An open connection, and its fate so far.
 struct Line {
     protocol: Protocol,
     from: IpAddr,
@@ -142,7 +142,7 @@ impl Line {
     }
 }
 
-/// Where a story is told: one proxy, and the connections that were opened before the story begins.
+/// One proxy, and the connections that were opened before the scenario begins.
 struct Stage {
     scene: Scene,
     proxy: Proxy,
@@ -167,7 +167,7 @@ fn without_leavers() -> Service {
 }
 
 impl Stage {
-    /// Opens connections while there are only leavers, and then as many while there are all pods.
+    /// Opens connections while there are only leavers, and then more while there are all pods.
     fn set(proxy: Proxy) -> Result<Self> {
         let mut stage = Self { scene: proxy.start(&[web().on(LEAVERS)])?, proxy, lines: Vec::new() };
         let [first, second] = CLIENTS;
@@ -194,7 +194,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Puts these in effect in place of what was, for datagrams of known clients, too.
+    /// Puts these into effect instead of the former ones, also for datagrams of known clients.
     fn publish(&mut self, services: &[Service]) -> Result<()> {
         self.scene.update(services)?;
         if !self.scene.has_agent() {
@@ -209,7 +209,7 @@ impl Stage {
         })
     }
 
-    /// Every connection is asked once more.
+    /// Sends one more request on every connection.
     fn ask(&mut self) {
         thread::scope(|scope| self.lines.iter_mut().for_each(|line| drop(scope.spawn(|| line.ask()))));
     }
@@ -224,7 +224,7 @@ impl Stage {
         fates
     }
 
-    /// One line: how many of those that were opened were kept, and what became of the others.
+    /// One line: how many of the opened connections were kept, and the fates of the others.
     fn report(&self, story: &str) {
         let of = |protocol| {
             let lines: Vec<&Line> = self.lines.iter().filter(|line| line.protocol == protocol).collect();
@@ -237,14 +237,14 @@ impl Stage {
         report(&format!("{story}, {:?}: {}; {}", self.proxy, of(Protocol::Tcp), of(Protocol::Udp)));
     }
 
-    /// Some of those of a group that did not keep their pod, for whoever looks for the cause.
+    /// Some connections of a group that did not keep their pod, to find the cause.
     fn lost(&self, group: Group) -> Vec<String> {
         let lost = self.lines.iter().filter(|line| line.group() == group && line.fate != Fate::Kept);
         lost.take(6).map(|line| format!("{} at {}: {:?}", line.from, line.pod, line.fate)).collect()
     }
 }
 
-/// Tells a story of every proxy, and holds `affinity` against kube-proxy's rules.
+/// Runs a scenario with every proxy, and compares `affinity` with kube-proxy's rules.
 fn side_by_side(story: &str, tell: impl Fn(&mut Stage) -> Result<()>) -> Result<()> {
     let mut oracle: Option<BTreeMap<Group, Fate>> = None;
     let mut wrong = Vec::new();
@@ -277,7 +277,7 @@ fn side_by_side(story: &str, tell: impl Fn(&mut Stage) -> Result<()>) -> Result<
     Ok(())
 }
 
-/// The service becomes another one, and stays so for longer than the gap.
+/// The service changes, and stays so for longer than the gap.
 fn endpoints_change(story: &'static str, service: impl Fn() -> Service) -> Result<()> {
     side_by_side(story, |stage| {
         stage.publish(&[service()])?;
@@ -326,7 +326,7 @@ fn a_service_is_deleted() -> Result<()> {
     })
 }
 
-/// New pods are ready, the old ones end their connections in order and go.
+/// New pods are ready; the old ones end their connections in order and go.
 #[test]
 fn pods_are_replaced() -> Result<()> {
     side_by_side(ROLLOUT, |stage| {
@@ -343,7 +343,7 @@ fn pods_are_replaced() -> Result<()> {
     })
 }
 
-/// As a rollout, but the pods are gone before their connections have ended.
+/// As in a rollout, but the pods are gone before their connections have ended.
 #[test]
 fn pods_are_gone_without_a_goodbye() -> Result<()> {
     side_by_side(DEAD, |stage| {

@@ -1,6 +1,6 @@
-//! What is not ours stays untouched, with real sockets: connections of the node from a port that is a node port, and
-//! connections straight to a pod from a port that has a connection to the service, too. Stories of held
-//! connections are told of kube-proxy's rules, too.
+//! Foreign connections are not changed, with real sockets: connections of the node from a port that is a node port, and direct
+//! connections to a pod from a port that also has a connection to the service. Scenarios of held connections also run with
+//! kube-proxy's rules.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -16,7 +16,7 @@ use affinity_tests::story::Hook;
 use anyhow::{Context, Result, ensure};
 
 const NODE_PORT: u16 = 30_080;
-/// A server outside, which listens there.
+/// The port of an external server.
 const OUTSIDE: u16 = 8080;
 
 fn web() -> Service {
@@ -28,14 +28,14 @@ fn routes() -> impl Iterator<Item = (Family, Protocol)> {
     Family::BOTH.into_iter().flat_map(|family| Protocol::BOTH.map(|protocol| (family, protocol)))
 }
 
-/// Where the pod of [`web`] listens.
+/// The address of the pod of [`web`].
 fn pod(family: Family, protocol: Protocol) -> SocketAddr {
     SocketAddr::new(family.pod(0), if protocol == Protocol::Tcp { 8080 } else { 5353 })
 }
 
 in_every_way!(one_port_to_a_service_and_straight_to_its_pod, the_nodes_own_connections_from_a_node_port);
 
-/// Whichever comes first, both go on.
+/// Whichever comes first, both continue.
 fn one_port_to_a_service_and_straight_to_its_pod(proxy: Proxy) -> Result<()> {
     let web = web();
     let scene = proxy.start(std::slice::from_ref(&web))?;
@@ -61,7 +61,7 @@ fn one_port_to_a_service_and_straight_to_its_pod(proxy: Proxy) -> Result<()> {
     Ok(())
 }
 
-/// What is sent back to them is no client's.
+/// The replies to them are not packets of a client.
 fn the_nodes_own_connections_from_a_node_port(proxy: Proxy) -> Result<()> {
     let web = web();
     let scene = proxy.start(std::slice::from_ref(&web))?;
@@ -111,7 +111,7 @@ fn serve_outside(lab: &Lab, protocol: Protocol, at: SocketAddr) -> Result<()> {
             thread::spawn(move || {
                 let mut request = [0; 1024];
                 while let Ok((_, from)) = socket.recv_from(&mut request) {
-                    // Whoever asked may be gone.
+                    // The client may be gone.
                     let _ = socket.send_to(b"outside\n", from);
                 }
             });
@@ -123,15 +123,15 @@ fn serve_outside(lab: &Lab, protocol: Protocol, at: SocketAddr) -> Result<()> {
 const HELD: u32 = 200;
 const REQUESTS: u32 = 3_000;
 
-/// Connections straight to the pod are held while as many requests come by the service, from the ports that the system gives
-/// to both: none is lost.
+/// Direct connections to the pod are held while as many requests go through the service, from ports that the system assigns to
+/// both: none is lost.
 fn direct_connections_are_held(proxy: Proxy) -> Result<()> {
     let web = web();
     let scene = proxy.start(std::slice::from_ref(&web))?;
     let client = scene.lab().client();
     let (family, protocol) = (Family::V4, Protocol::Tcp);
     let to = web.address(Frontend::ClusterIp, family, protocol).context("a cluster IP")?;
-    // Few ports, so that many are used by both.
+    // Few ports, so that both use many of the same ones.
     scene
         .lab()
         .client_namespace()
@@ -200,14 +200,14 @@ fn hold(client: &Client, from: std::net::IpAddr, to: SocketAddr) -> Result<Vec<C
     (0..HELD).map(open).collect()
 }
 
-/// All of them are there still.
+/// All of them still answer.
 fn go_on(held: &mut [Connection]) -> Result<()> {
     let broken = held.iter_mut().filter_map(|connection| connection.ask("/").err()).count();
     ensure!(broken == 0, "{broken} of {} connections are broken", held.len());
     Ok(())
 }
 
-/// Client addresses are on no device.
+/// No device has client addresses.
 fn listener(at: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = free_socket(at, rustix::net::SocketType::STREAM)?;
     rustix::net::listen(&socket, 16)?;
@@ -233,21 +233,21 @@ fn free_socket(at: SocketAddr, kind: rustix::net::SocketType) -> std::io::Result
 
 const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const RESERVED_PORTS: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
-/// What somebody else has reserved: more text than a first, short read returns.
+/// Ports that others have reserved: more text than a first, short read returns.
 const RESERVED_BY_OTHERS: &str = "8080,9148,10000-10100,11000,12000,13000,14000,15000";
 
 fn set(namespace: &Namespace, path: &str, value: &str) -> Result<()> {
     namespace.run(|| fs::write(path, value))?.with_context(|| path.to_owned())
 }
 
-/// In one read: the kernel gives the whole list only to the first.
+/// In one read: the kernel returns the whole list only to the first one.
 fn reserved(namespace: &Namespace) -> Result<String> {
     let mut text = vec![0; 1 << 16];
     let length = namespace.run(|| fs::File::open(RESERVED_PORTS)?.read(&mut text))??;
     Ok(String::from_utf8(text[..length].to_vec())?.trim().to_owned())
 }
 
-/// The source ports that Linux chooses for connections from here until it has no other.
+/// The source ports that Linux chooses for connections from here until it has no more.
 fn chosen(namespace: &Namespace, to: SocketAddr) -> Result<Vec<u16>> {
     let connections = namespace.run(|| {
         let mut connections = Vec::new();
@@ -265,7 +265,7 @@ fn chosen(namespace: &Namespace, to: SocketAddr) -> Result<Vec<u16>> {
     Ok(ports)
 }
 
-/// Linux gives the node's own connections six ports, and one of them is a node port.
+/// Linux assigns six ports to the node's own connections, and one of them is a node port.
 #[test]
 fn a_node_port_that_linux_gives_to_the_nodes_own_connections_is_said_and_reserved() -> Result<()> {
     let lab = Lab::with_pods(1)?;
@@ -274,7 +274,7 @@ fn a_node_port_that_linux_gives_to_the_nodes_own_connections_is_said_and_reserve
     let node = lab.node();
     set(node, PORT_RANGE, "30080 30085")?;
     set(node, RESERVED_PORTS, RESERVED_BY_OTHERS)?;
-    // A server for each time, so that no former connection is in the way.
+    // A separate server for each time, so that no former connection interferes.
     let outside = |time| SocketAddr::new(Family::V4.client(77), OUTSIDE + time);
     for time in 0..2 {
         serve_outside(&lab, Protocol::Tcp, outside(time))?;
@@ -309,7 +309,7 @@ fn a_node_port_that_linux_gives_to_the_nodes_own_connections_is_said_and_reserve
     eventually("a node port that is new is reserved", patience, || {
         Ok(reserved(node)? == format!("{RESERVED_BY_OTHERS},30080,30082"))
     })?;
-    // As `sysctl --system` does, which knows only what is in files.
+    // As `sysctl --system` does, which knows only the settings in files.
     set(node, RESERVED_PORTS, "8080")?;
     eventually("what somebody took away is reserved again", patience, || Ok(reserved(node)? == "8080,30080,30082"))?;
     // Not one more: then the node would have less than half of its ports.
@@ -323,7 +323,7 @@ fn a_node_port_that_linux_gives_to_the_nodes_own_connections_is_said_and_reserve
     Ok(())
 }
 
-/// As in a container without privileges: `attach` does all the rest, and says what is left to do on the node.
+/// As in a container without privileges: `attach` does everything else, and prints what is left to do on the node.
 #[test]
 fn ports_that_cannot_be_reserved_are_said_with_the_command_that_does() -> Result<()> {
     const OPTIONS: [&str; 6] = ["attach", "--reserve-ports", "--masquerade-ports", "30085-30099", "--socket", "off"];

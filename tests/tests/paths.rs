@@ -1,6 +1,6 @@
-//! Packets that do not fit, with real sockets on a cluster of two nodes: datagrams in fragments, and paths whose MTU is
-//! smaller than both ends believe. Who sends too much is told by an ICMP error of a node on the way, which names a packet as
-//! the node sees it, so it can only be understood when it has been translated back.
+//! Packets that do not fit, with real sockets on a cluster of two nodes: datagrams in fragments, and paths with an MTU that is
+//! smaller than both ends assume. A sender of too long packets gets an ICMP error from a node on the way. It quotes a packet as
+//! that node sees it, so the sender understands it only after it has been translated back.
 
 use std::fs;
 
@@ -18,16 +18,16 @@ const A: usize = 0;
 const B: usize = FIRST_OF_B;
 /// A pod of node A that is no endpoint.
 const BYSTANDER: usize = 1;
-/// The least that IPv6 allows. Whoever does not know of it sends 1500.
+/// The minimum of IPv6. A sender that does not know it sends 1500.
 const SMALL_MTU: &str = "1280";
 const USUAL_MTU: &str = "1500";
 /// More than two packets.
 const LONG: usize = 4000;
 
-/// One way to a service.
+/// One route to a service.
 #[derive(Clone, Copy, Debug)]
 struct Call {
-    /// None: a client outside.
+    /// None: an external client.
     pod: Option<usize>,
     family: Family,
     frontend: Frontend,
@@ -37,7 +37,7 @@ struct Call {
 }
 
 impl Call {
-    /// What comes from outside is masqueraded, but for the policy Local; pods keep their address at the cluster IP.
+    /// External clients are masqueraded, except under the policy Local; pods keep their address at the cluster IP.
     fn all() -> Vec<Self> {
         let mut calls = Vec::new();
         for family in Family::BOTH {
@@ -57,14 +57,14 @@ impl Call {
         service(self.to, self.policy)
     }
 
-    /// Asks for so many bytes by a request that is at least so long.
+    /// Asks for this many bytes with a request that is at least this long.
     fn ask(&self, lab: &Lab, protocol: Protocol, request: usize, answer: usize) -> Result<()> {
         let to = self.service().address(self.frontend, self.family, protocol).context("it has every frontend")?;
         let (client, from) = match self.pod {
             None => (lab.client(), self.family.client(1)),
             Some(pod) => (lab.pod_client(pod), self.family.pod(pod)),
         };
-        // A number with many zeros in front.
+        // A number with many leading zeros.
         let path = format!("/bytes/{}{answer}", "0".repeat(request));
         let mut connection = client.connect(protocol, from, to)?;
         let said = connection.ask(&path).with_context(|| format!("{self:?} {protocol}"))?;
@@ -110,11 +110,11 @@ fn set_mtu(node: &Namespace, devices: &[&str], mtu: &str) -> Result<()> {
     })
 }
 
-/// Lets whoever is there forget what he has learned of paths: what he would send, and would let others send.
+/// Makes this end forget learned path MTUs: those of its own packets, and those of packets that it forwards.
 fn forget_paths(end: &Namespace, family: Family) -> Result<()> {
     match family {
         Family::V4 => Ok(end.run(|| fs::write("/proc/sys/net/ipv4/route/flush", "1"))??),
-        // There, such a file is for what has expired.
+        // The corresponding IPv6 setting only removes expired entries.
         Family::V6 => {
             let status = end.command("ip").args(["-6", "route", "flush", "cache"]).status()?;
             ensure!(status.success(), "{status}");
@@ -123,7 +123,7 @@ fn forget_paths(end: &Namespace, family: Family) -> Result<()> {
     }
 }
 
-/// How many packets a node has said to be too big for where they were going.
+/// How many packets a node has reported as too big for their route.
 fn told(node: &Namespace, family: Family) -> Result<u64> {
     let read = |name: &str| node.run(|| fs::read_to_string(format!("/proc/thread-self/net/{name}")));
     let count = match family {
@@ -147,7 +147,7 @@ fn told(node: &Namespace, family: Family) -> Result<u64> {
     Ok(count.context("the kernel counts it")?.parse()?)
 }
 
-/// Every call gets its answer, and each time this node tells somebody that he sends too much.
+/// Every call gets its answer, and each time this node reports that a packet is too big.
 fn is_found_out<'a>(
     lab: &Lab,
     node: &Namespace,
@@ -200,7 +200,7 @@ fn a_small_path_to_a_client_is_found_out(lab: &Lab, calls: &[Call]) -> Result<()
     set_mtu(lab.node(), &devices, USUAL_MTU)
 }
 
-/// Node B tells whom it takes for the sender: node A, where that one masquerades.
+/// Node B sends the error to the apparent sender: to node A, if that masquerades.
 fn a_small_path_beyond_the_other_node_is_found_out(lab: &Lab, calls: &[Call]) -> Result<()> {
     let device = lab.pod(B).device();
     set_mtu(lab.node_b(), &[&device], SMALL_MTU)?;

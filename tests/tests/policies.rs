@@ -1,6 +1,6 @@
-//! Who reaches whom on a cluster of two nodes, and whose address a pod sees: traffic policies, masquerading, hairpins and
-//! source ranges, with real sockets, over every kind of frontend, both families and TCP and UDP. The stories are
-//! told of TC. That kube-proxy's rules do the same is for `differential` to show.
+//! Which clients reach which pods on a cluster of two nodes, and which address a pod sees: traffic policies, masquerading,
+//! hairpins and source ranges, with real sockets, over every kind of frontend, both families and TCP and UDP. The scenarios run
+//! with TC. `differential` shows that kube-proxy's rules behave the same.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -11,15 +11,15 @@ use affinity_tests::proxy::{Failure, Met, Proxy, Scene, Seen, meet, meet_from_no
 use anyhow::{Context, Result, ensure};
 
 const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
-/// How often everybody asks who should always meet the same.
+/// How often each client asks if the result should always be the same.
 const TIMES_ALONE: u32 = 4;
-/// How often everybody asks otherwise: with three pods, one of them stays unseen in one of 6,000 times.
+/// How often it asks otherwise: with three pods, one of them is missed once in 6,000 times.
 const TIMES: u32 = 24;
 /// How long a client waits.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long a client waits who expects no answer.
+/// How long a client waits if it expects no answer.
 const SHORT_PATIENCE: Duration = Duration::from_millis(400);
-/// All frontends that the external policy is for.
+/// All frontends that the external policy applies to.
 const EXTERNAL: [Frontend; 4] =
     [Frontend::NodePort, Frontend::NodePortInside, Frontend::LoadBalancer, Frontend::ExternalIp];
 /// An endpoint on node A.
@@ -29,10 +29,10 @@ const B: usize = FIRST_OF_B;
 /// A pod of node A that is no endpoint.
 const BYSTANDER: usize = 2;
 
-/// Who asks.
+/// The client.
 #[derive(Clone, Copy, Debug)]
 enum From {
-    /// Clients outside, by the number of the first.
+    /// External clients, by the number of the first.
     Outside(u32),
     /// The pod with this index.
     Pod(usize),
@@ -40,7 +40,7 @@ enum From {
     Node,
 }
 
-/// A service with every frontend, and everything else left to the story.
+/// A service with every frontend. The scenario chooses everything else.
 fn web(number: u16) -> Service {
     Service::new(&format!("web-{number}"), number)
         .tcp("http", 80, 8080)
@@ -50,14 +50,15 @@ fn web(number: u16) -> Service {
         .external_ips()
 }
 
-/// A cluster in which a proxy works, and a process on node A.
+/// A cluster with a working proxy, and a process on node A.
 struct Cluster<'a> {
     scene: &'a Scene,
     on_node: SocketProcess,
 }
 
 impl Cluster<'_> {
-    /// All that this source meets at a frontend of a service over one protocol, asking as often as what it expects wants.
+    /// All results of this source at a frontend of a service over one protocol; the expected results determine how often it
+    /// asks.
     fn meets(
         &mut self,
         who: From,
@@ -89,7 +90,7 @@ impl Cluster<'_> {
         Ok(met.with_context(|| format!("{who:?}"))?.into_iter().collect())
     }
 
-    /// Fails unless that is all that the source meets at these frontends, in both families and over both protocols.
+    /// Fails unless these are exactly the source's results at these frontends, in both families and over both protocols.
     fn expect(&mut self, who: From, service: &Service, frontends: &[Frontend], expected: &[Met]) -> Result<()> {
         let expected: BTreeSet<Met> = expected.iter().cloned().collect();
         let is_silent = expected.contains(&Err(Failure::Silence));
@@ -98,7 +99,7 @@ impl Cluster<'_> {
             {
                 let to = service.address(*frontend, family, protocol).context("it has every frontend")?;
                 let met = self.meets(who, to, protocol, &expected)?;
-                // A process on the node hears when it connects what others wait for.
+                // A process on the node gets an immediate error from `connect()` where others wait in vain.
                 let is_told = matches!(who, From::Node) && is_silent && met == BTreeSet::from(REFUSED);
                 ensure!(
                     met == expected || is_told,
@@ -110,7 +111,7 @@ impl Cluster<'_> {
     }
 }
 
-/// Tells a story with these services.
+/// Runs a scenario with these services.
 fn tell(services: &[&Service], story: impl Fn(&mut Cluster<'_>) -> Result<()>) -> Result<()> {
     let services: Vec<Service> = services.iter().map(|service| (*service).clone()).collect();
     let scene = Proxy::Tc.start(&services)?;
@@ -118,7 +119,7 @@ fn tell(services: &[&Service], story: impl Fn(&mut Cluster<'_>) -> Result<()>) -
     story(&mut Cluster { scene: &scene, on_node }).with_context(|| scene.log())
 }
 
-/// These pods, which all see that.
+/// These pods, which all see this kind of address.
 fn pods(indices: &[usize], seen: Seen) -> Vec<Met> {
     indices.iter().map(|pod| Ok((*pod, seen))).collect()
 }

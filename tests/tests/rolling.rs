@@ -1,5 +1,5 @@
-//! All pods of a service are replaced, one after another, under the load of clients with new connections, with kept ones,
-//! and with datagrams: no request is without an answer.
+//! All pods of a service are replaced, one after another, under the load of clients with new connections, with kept ones, and
+//! with datagrams: every request gets an answer.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,13 +14,13 @@ use anyhow::{Context, Result, ensure};
 const PODS: usize = 3;
 /// Clients of each route, for the load.
 const CLIENTS: u32 = 30;
-/// Clients that have a datagram socket and speak when they are asked to, beyond those of the load.
+/// Clients that have a datagram socket and send on request, in addition to those of the load.
 const WITNESSES: std::ops::Range<u32> = 200..240;
-/// A client that never dials, so that no pin narrows what it could reach.
+/// A client that never connects, so no pin restricts its candidates.
 const NEVER_DIALS: u32 = 30_000;
 /// How long a change of the YAML may take until new connections meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a pod's clients may take to leave it, when it has asked them to.
+/// How long a pod's clients may take to leave it after it has announced its end.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(20);
 
 /// A load of clients on each route.
@@ -30,7 +30,7 @@ struct Loads {
 }
 
 impl Loads {
-    /// One by each family and protocol, to this kind of address.
+    /// One for each family and protocol, to this kind of address.
     fn start(lab: &Lab, service: &Service, frontend: Frontend) -> Result<Self> {
         let mut routes = Vec::new();
         for family in Family::BOTH {
@@ -51,7 +51,7 @@ impl Loads {
         self.loads.iter().try_for_each(|load| load.wait_for(200))
     }
 
-    /// Publishes a change, and waits until each route leads to the ready pods alone.
+    /// Publishes a change, and waits until each route leads only to the ready pods.
     fn publish(&self, lab: &Lab, service: &Service) -> Result<()> {
         lab.publish_and_settle(service)?;
         let ready: BTreeSet<String> = service.ready_pods().map(pod_name).collect();
@@ -64,7 +64,7 @@ impl Loads {
                 Ok(said.into_iter().map(names).all(|names: BTreeSet<_>| names == ready))
             })
         })?;
-        // Members are demoted only after the slots have changed and all who read them before are done.
+        // Members are demoted only after the slots have changed and all readers of the old ones are done.
         eventually(&format!("{ready:?} alone are ready members"), SYNC_PATIENCE, || {
             let members = lab.affinity(&["dump", "members"])?;
             let is_right = |line: &str| ready.iter().any(|pod| line.contains(&format!("/{pod} ")));
@@ -73,7 +73,7 @@ impl Loads {
     }
 }
 
-/// As a Deployment does: the new pod is ready, the old one gets no new clients, then ends its connections and goes.
+/// As a Deployment does: the new pod is ready; the old one gets no new clients, then ends its connections and goes.
 fn replace(lab: &mut Lab, service: Service, old: usize, loads: &Loads) -> Result<Service> {
     let service = service.endpoint(old + PODS, EndpointState::Ready);
     loads.publish(lab, &service)?;

@@ -1,5 +1,5 @@
-//! SCTP on a cluster of two nodes, with packets by hand: associations with pods of both by every frontend, where no port
-//! changes. The addresses are translated, and the ports and the checksum stay as they are.
+//! SCTP on a cluster of two nodes, with hand-made packets: associations with pods of both nodes through every frontend that
+//! changes no port. The addresses are translated; the ports and the checksum do not change.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 const ENDPOINTS: [usize; 3] = [0, 1, FIRST_OF_B];
 /// A pod of node A that is no endpoint.
 const BYSTANDER: usize = 2;
-/// The port of pods, of their services, and of the nodes: it cannot be changed on the way.
+/// The port of pods, of their services, and of the nodes: it cannot be translated.
 const PORT: u16 = 30_132;
 /// Associations of one client, one after another.
 const TIMES: u16 = 5;
@@ -35,13 +35,13 @@ fn service(number: u16, port: u16, node_port: u16) -> Service {
         .on(ENDPOINTS)
 }
 
-/// The YAML knows SCTP, and the lab's services do not.
+/// The YAML supports SCTP; the lab's services do not.
 fn publish(scene: &Scene, service: &Service) -> Result<()> {
     let yaml = service.to_yaml().replace("protocol: UDP", "protocol: SCTP");
     scene.lab().publish_text(&format!("{}.yaml", service.name()), &yaml)
 }
 
-/// All associations of one client: each from a port of its own.
+/// All associations of one client: each from a separate port.
 fn associations(client: &Client, from: IpAddr, first_port: u16, to: SocketAddr) -> Result<BTreeSet<Association>> {
     let begin = |port| client.associate(SocketAddr::new(from, port), to).with_context(|| format!("{from} to {to}"));
     (first_port..first_port + TIMES).map(begin).collect()
@@ -79,13 +79,13 @@ fn clients_outside_are_pinned(scene: &Scene, wide: &Service, local: &Service) ->
         for family in Family::BOTH {
             let to = address(service, frontend, family)?;
             let quick = client.clone().with_patience(SHORT_PATIENCE);
-            // One port cannot be a client's to two frontends of one pod: replies would not tell them apart.
+            // A client cannot use one port for two frontends of one pod: the replies would be ambiguous.
             let probe = SocketAddr::new(family.client(1_000), 10_000 + first as u16);
             eventually(&format!("{to} is served"), SYNC_PATIENCE, || Ok(quick.associate(probe, to).is_ok()))?;
             let mut reached = BTreeSet::new();
             for number in first..first + CLIENTS {
                 let from = family.client(number);
-                // Masquerading keeps the port, so no two clients may have the same.
+                // Masquerading keeps the port, so no two clients may use the same one.
                 let met = associations(&client, from, 20_000 + TIMES * number as u16, to)?;
                 ensure!(met.len() == 1, "{from} reached {met:?} by {to}");
                 let is_masqueraded = service.name() == wide.name();
@@ -113,7 +113,7 @@ fn a_pod_is_pinned_and_seen(scene: &Scene, wide: &Service) -> Result<()> {
     Ok(())
 }
 
-/// And its owner is told.
+/// Also, the owner gets a message.
 fn where_a_port_would_change_nobody_is_served(scene: &Scene) -> Result<()> {
     let other = service(3, PORT + 10, PORT + 2);
     publish(scene, &other)?;

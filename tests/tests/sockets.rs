@@ -1,5 +1,5 @@
-//! Translation at `connect()`, with the sockets of processes in a cgroup: on the node and in a pod, of TCP and UDP,
-//! connected and not, IPv4, IPv6 and IPv4-mapped.
+//! Translation at `connect()`, with the sockets of processes in a cgroup: on the node and in a pod, TCP and UDP, connected and
+//! not, IPv4, IPv6 and IPv4-mapped.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -18,9 +18,9 @@ const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 const CONFIRMATIONS: usize = 15;
 /// How long a change of the YAML may take until new connections meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
-/// No device at all: what is translated is translated at the socket.
+/// No device at all: all translation happens at the socket.
 const NO_DEVICE: [&str; 2] = ["--device", "none*"];
-/// Every device on which the packets of pods and of the outside pass.
+/// Every device that carries packets of pods and of external clients.
 const ALL_DEVICES: [&str; 5] = ["--device", "wire0", "pod*", "--xdp", "off"];
 
 /// A lab with processes on the node and in the first pod.
@@ -42,14 +42,14 @@ fn tell(devices: &[&str], services: &[&Service], story: impl FnOnce(&mut Scene<'
     })
 }
 
-/// The frontend of a port as each kind of socket names it: IPv4, IPv6, and IPv4 in a socket of IPv6.
+/// The frontend of a port as each kind of socket names it: IPv4, IPv6, and IPv4-mapped.
 fn forms(service: &Service, port: &str) -> [SocketAddr; 3] {
     let [v4, v6] = Family::BOTH.map(|family| service.frontend(family, port));
     let IpAddr::V4(address) = v4.ip() else { panic!("{v4}") };
     [v4, v6, SocketAddr::new(address.to_ipv6_mapped().into(), v4.port())]
 }
 
-/// The pod that answers a datagram of a new socket that is not connected.
+/// The pod that answers a datagram of a new unconnected socket.
 fn ask_unconnected(process: &mut SocketProcess, to: SocketAddr) -> Result<String> {
     let socket = process.bind(to)?;
     let answer = process.ask_to(socket, to, "/")?.map_err(|error| anyhow!("{to}: {error}"))?;
@@ -255,7 +255,7 @@ fn under_alive_a_pin_lives_as_long_as_its_sockets() -> Result<()> {
             Ok(sessions[0]["connections"].clone())
         };
         assert_eq!(connections(scene.lab)?, 1);
-        // Longer than the timeout, and than a pass of the sweep, which corrects what is counted wrong.
+        // Longer than the timeout, and than a pass of the sweep, which corrects wrong counts.
         sleep(patience(Duration::from_secs(6)));
         assert_eq!(connections(scene.lab)?, 1);
         for _ in 0..CONFIRMATIONS {
@@ -296,7 +296,7 @@ fn nobody_notices_that_the_agent_is_killed_and_the_programs_are_put_in_place_aga
 
 #[test]
 fn beside_the_packet_programs_neither_does_the_others_work() -> Result<()> {
-    // Not on the client's own pod, which packets of its own do not reach.
+    // Not on the client's own pod, because the client's own packets do not reach it.
     let web = web().client_ip().on(1..3);
     tell(&ALL_DEVICES, &[&web], |scene| {
         let pod_0 = Family::BOTH.map(|family| family.pod(0));
@@ -360,7 +360,7 @@ fn sockets_of_a_backend_that_left_go_on_until_it_does_not_answer() -> Result<()>
         let pod = scene.node.ask(tcp, "/")?.map_err(|error| anyhow!(error))?;
         let index = scene.lab.pods().iter().position(|known| known.name() == pod).context("a pod of ours")?;
         scene.lab.publish_and_settle(&web.clone().without(index))?;
-        // Longer than the gap, and than any number of looks at it.
+        // Longer than the gap, and than any number of checks of it.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(14) {
             assert_eq!(scene.node.ask(tcp, "/")?, Ok(pod.clone()));
@@ -397,7 +397,7 @@ fn sockets_of_a_service_that_has_gone_go_on() -> Result<()> {
         ensure!(first.0.iter().all(Result::is_ok) && first.1.is_ok(), "{first:?}");
         scene.lab.withdraw(&web)?;
         scene.lab.settle_deleted(&web)?;
-        // Longer than the gap, and than any number of looks at what lingers.
+        // Longer than the gap, and than any number of checks of lingering backends.
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(14) {
             assert_eq!(ask()?, first, "after {:?}", began.elapsed());

@@ -1,6 +1,6 @@
 //! Client-IP affinity on a cluster of two nodes, with endpoints on both: Kubernetes' own tests of it, at node ports and load
-//! balancers under both policies and at the ClusterIP, for clients outside, for pods, and for processes on the node,
-//! which have the node port on loopback too.
+//! balancers under both policies and at the ClusterIP, for external clients, for pods, and for processes on the node, which
+//! also have the node port on loopback.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -24,13 +24,13 @@ const ENDPOINTS: [usize; 3] = [0, 1, FIRST_OF_B];
 const BYSTANDER: usize = 2;
 /// How many equal answers in a row confirm that a client is pinned.
 const CONFIRMATIONS: usize = 15;
-/// How many clients outside ask at each frontend.
+/// How many external clients ask at each frontend.
 const CLIENTS: u32 = 6;
 /// How long a change of the YAML may take until new connections meet it.
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Every kind of client by every way that it has. Each client outside has a frontend for itself; of the others there is
-/// one each, with one pin for each family.
+/// Every kind of client with every kind of address that it has. Each external client has a separate frontend. There is one
+/// client of each other kind, with one pin for each family.
 const WAYS: [(Who, Door); 9] = [
     (Who::Outside(1), Door::Of(Frontend::NodePort)),
     (Who::Outside(2), Door::Of(Frontend::LoadBalancer)),
@@ -43,7 +43,7 @@ const WAYS: [(Who, Door); 9] = [
     (Who::Node, Door::Localhost),
 ];
 
-/// A service with every frontend; the stories have one each for either policy.
+/// A service with every frontend; each scenario has a separate one for either policy.
 fn web(number: u16, policy: Policy) -> Service {
     Service::new(&format!("web-{number}"), number)
         .tcp("http", 80, 8080)
@@ -74,7 +74,7 @@ fn clients_of_every_kind_are_pinned(proxy: Proxy) -> Result<()> {
         ("localhost", the_node_port_on_loopback_is_the_nodes_own),
         ("hints", hints_narrow_what_connections_reach),
     ];
-    // What only waits is the same whoever translates.
+    // A scenario that only waits has the same result with every proxy.
     tell(proxy, PROCESS, stories.into_iter().filter(|(name, _)| proxy == Proxy::Tc || *name != "expired"))
 }
 
@@ -117,7 +117,7 @@ fn every_answer_is_one_pod(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Several clients outside, each with as many connections as confirm a pin: their pods.
+/// Several external clients, each with as many connections as confirm a pin: their pods.
 fn pods_of_clients(lab: &Lab, call: &Call, first: u32) -> Result<BTreeSet<String>> {
     let client = lab.client();
     let clients: Vec<u32> = (first..first + CLIENTS).collect();
@@ -181,7 +181,7 @@ fn the_node_port_on_loopback_is_the_nodes_own(lab: &Lab, callers: &mut Callers<'
         eventually(&format!("{call:?} reaches {all:?}"), SYNC_PATIENCE, || {
             Ok(reached(callers, &call, CONFIRMATIONS)? == all)
         })?;
-        // A pod's loopback is its own: nobody listens there.
+        // A pod's loopback is its own: there is no listener.
         let (socket, answer) = in_pod.connect(call.protocol, call.to)?;
         let answer = answer.and(in_pod.ask(socket, "/")?);
         ensure!(answer == Err("ConnectionRefused".to_owned()), "a pod reached its own {}: {answer:?}", call.to);
@@ -189,7 +189,7 @@ fn the_node_port_on_loopback_is_the_nodes_own(lab: &Lab, callers: &mut Callers<'
     Ok(())
 }
 
-/// Hints are what the control plane makes of `trafficDistribution`.
+/// Hints are the control plane's result of `trafficDistribution`.
 fn hints_narrow_what_connections_reach(lab: &Lab, callers: &mut Callers<'_>) -> Result<()> {
     let all = web(8, Policy::Cluster);
     let near = all

@@ -116,8 +116,8 @@ pub(super) fn steer(namespace: &Namespace, device: &str) -> Result<()> {
     netns::run(Command::new("ip").args(["netns", "exec", namespace.name(), "sh", "-c", &write]))
 }
 
-/// Whether this kernel attaches TC programs by tcx links (Linux 6.6). The agent finds out in another way, so that this is an
-/// independent check: <https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c>
+/// Whether this kernel attaches TC programs by tcx links (Linux 6.6). The agent detects it in another way:
+/// <https://elixir.bootlin.com/linux/v6.6/source/kernel/bpf/tcx.c>
 ///
 /// # Errors
 /// When the kernel's symbols cannot be read.

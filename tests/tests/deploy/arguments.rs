@@ -19,7 +19,7 @@ fn plain() -> Result<Vec<String>> {
     objects.container().args.clone().context("no arguments")
 }
 
-/// The arguments after the patches in place of a directory's kustomization, and of those below it.
+/// The arguments after the inline patches of a directory's kustomization, and of those below it.
 fn patched(directory: &str) -> Result<Vec<String>> {
     let kustomization = Kustomization::of(directory)?;
     let mut args = match kustomization.resources.as_slice() {
@@ -65,7 +65,7 @@ fn the_agent_understands_what_the_chart_can_say() -> Result<()> {
         let choices = match value.strip_prefix("{{ .Values.").and_then(|value| value.strip_suffix(" }}")) {
             // An address and a port, from two values.
             Some(_) | None if name == "metrics" => vec!["[::]:9977".to_owned(), "0.0.0.0:9977".to_owned()],
-            // A number may have its type behind it.
+            // A number may be followed by its type.
             Some(path) if path.ends_with("| int64") => vec!["1000".to_owned()],
             Some(path) => choices(&schema, path),
             None if value == "{{ . }}" => vec!["eth*".to_owned()],
@@ -84,7 +84,7 @@ fn the_agent_understands_what_the_chart_can_say() -> Result<()> {
     Ok(())
 }
 
-/// The values that the schema allows, or an example where it allows any.
+/// The values that the schema allows, or an example if it allows any.
 fn choices(schema: &Value, path: &str) -> Vec<String> {
     let allowed = schema.pointer(&format!("/properties/{path}")).and_then(|of| of["enum"].as_array());
     let allowed = allowed.map(|all| all.iter().filter_map(Value::as_str).map(str::to_owned).collect());

@@ -1,5 +1,5 @@
-//! The Helm chart: its values are documented, checked by their schema and used; and, where `helm` is there, it renders what
-//! the plain manifests say.
+//! The Helm chart: its values are documented, checked by their schema and used. If `helm` is installed: it renders the same
+//! objects as the plain manifests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ fn yaml(file: &str) -> Result<Value> {
     serde_saphyr::from_str(&text(&chart().join(file))?).with_context(|| file.to_owned())
 }
 
-/// All templates, one after the other.
+/// All templates, one after another.
 fn templates() -> Result<String> {
     let mut all = String::new();
     for entry in std::fs::read_dir(chart().join("templates"))? {
@@ -29,7 +29,7 @@ fn templates() -> Result<String> {
     Ok(all)
 }
 
-/// A value that whoever installs may set: what its comment in `values.yaml` says, and its default.
+/// A value that users may set: the text of its comment in `values.yaml`, and its default.
 #[derive(Debug)]
 struct Documented {
     description: String,
@@ -59,7 +59,7 @@ fn documented() -> Result<BTreeMap<String, Documented>> {
     Ok(found)
 }
 
-/// The paths of all values that are no objects, or of which a whole object is documented.
+/// The paths of all values that are no objects, or of objects that are documented as a whole.
 fn paths(value: &Value, path: &str, whole: &BTreeSet<String>, found: &mut BTreeSet<String>) {
     match value.as_object() {
         Some(map) if !whole.contains(path) => {
@@ -93,7 +93,7 @@ fn the_schema_knows_every_value_and_its_default() -> Result<()> {
     let schema: Value = serde_json::from_str(&text(&chart().join("values.schema.json"))?)?;
     let mut in_schema = BTreeSet::new();
     schema_paths(&schema, "", &mut in_schema);
-    // What Helm adds by itself.
+    // Helm adds this itself.
     assert!(in_schema.remove("/global"));
     let documented = documented()?;
     assert_eq!(in_schema, documented.keys().cloned().collect());
@@ -121,7 +121,7 @@ fn schema_paths(schema: &Value, path: &str, found: &mut BTreeSet<String>) {
     }
 }
 
-/// The name that JSON Schema has for a value's type.
+/// JSON Schema's name for a value's type.
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -145,7 +145,7 @@ fn the_templates_use_every_value_and_no_other() -> Result<()> {
     Ok(())
 }
 
-/// In the node's network the kubelet reaches loopback too, but asks the node's address unless it is told.
+/// In the node's network the kubelet reaches loopback too, but uses the node's address unless the probe sets another.
 #[test]
 fn every_probe_asks_where_the_agent_listens() -> Result<()> {
     let templates = templates()?;
@@ -185,7 +185,7 @@ fn the_chart_is_of_this_version_and_grants_the_same_capabilities() -> Result<()>
     Ok(())
 }
 
-/// What `helm template` makes of the chart with these settings.
+/// The output of `helm template` for the chart with these settings.
 fn rendered(settings: &[&str]) -> Result<Objects> {
     let mut helm = Command::new("helm");
     helm.args(["template", "affinity"]).arg(chart()).args(["--namespace", "affinity-system"]);
@@ -194,7 +194,7 @@ fn rendered(settings: &[&str]) -> Result<Objects> {
     });
     let output = helm.output().context("helm")?;
     ensure!(output.status.success(), "helm template: {}", String::from_utf8_lossy(&output.stderr));
-    // The namespace is made by whoever installs.
+    // The user creates the namespace.
     let namespace = "---\napiVersion: v1\nkind: Namespace\nmetadata:\n  name: affinity-system\n";
     Objects::of(&format!("{}\n{namespace}", str::from_utf8(&output.stdout)?))
 }
@@ -212,7 +212,7 @@ fn helm_renders_what_the_plain_manifests_say() -> Result<()> {
         let container = spec.template.spec.as_mut().and_then(|pod| pod.containers.first_mut());
         container.and_then(|container| container.args.take()).into_iter().flatten().collect()
     });
-    // The chart says some defaults aloud.
+    // The chart sets some defaults explicitly.
     assert!(args[0].is_superset(&args[1]), "{args:?}");
     assert_eq!(chart, plain);
     Ok(())

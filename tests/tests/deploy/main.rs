@@ -1,8 +1,8 @@
-//! What `deploy/` installs: every document is what the Kubernetes API takes it for, without unknown fields, and what
-//! they say of each other agrees.
+//! The objects that `deploy/` installs: every document is valid for the Kubernetes API, without unknown fields, and the
+//! documents are consistent with each other.
 //!
-//! Tests that need a tool which builds and tests do without are `ignored`, and say which tool it is. `cargo xtask test`
-//! runs them where the tool is there, and says so where it is not.
+//! Tests that need a tool which other builds and tests do not need are `ignored`, and name the tool. `cargo xtask test` runs
+//! them if the tool is installed, and reports it if not.
 
 mod arguments;
 mod chart;

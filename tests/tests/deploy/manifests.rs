@@ -105,7 +105,7 @@ fn every_volume_is_the_nodes_and_is_mounted_where_the_agent_looks() -> Result<()
     let cgroup = option(&objects, "--cgroup").context("no --cgroup")?;
     assert_eq!(mounted.get(cgroup), Some(&"/sys/fs/cgroup"));
     assert_eq!(mounted.get("/run/netns"), Some(&"/run/netns"));
-    // Where pins and locks are without options.
+    // The default paths of pins and locks.
     assert_eq!(mounted.get("/sys/fs/bpf"), Some(&"/sys/fs/bpf"));
     assert_eq!(mounted.get("/run/affinity"), Some(&"/run/affinity"));
     assert_eq!(option(&objects, "--pin-dir"), None);
@@ -123,7 +123,7 @@ fn probes_and_scrapes_meet_the_port_that_the_agent_listens_on() -> Result<()> {
     let container = objects.container();
     let [named] = container.ports.as_deref().unwrap_or_default() else { panic!("one port") };
     assert_eq!((named.name.as_deref(), named.container_port), (Some("metrics"), port));
-    // In the node's network the two are the same, and the API server fills in the second.
+    // In the node's network the two are equal, and the API server sets the second.
     assert_eq!(named.host_port, None);
 
     let path = |probe: &Option<Probe>| -> Result<String> {

@@ -1,4 +1,4 @@
-//! The documents of `deploy/` as the objects that an API server would take them for.
+//! The documents of `deploy/`, decoded as an API server would decode them.
 
 use std::fmt::Debug;
 use std::fs;
@@ -27,7 +27,7 @@ pub(crate) fn text(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| path.display().to_string())
 }
 
-/// Everything that is installed: one of each.
+/// All installed objects: one of each kind.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Objects {
     pub namespace: Namespace,
@@ -39,12 +39,12 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    /// What a file holds.
+    /// The objects in a file.
     pub(crate) fn of_file(path: &Path) -> Result<Self> {
         Self::of(&text(path)?).with_context(|| path.display().to_string())
     }
 
-    /// What a stream of YAML holds: each of the kinds once, and no other.
+    /// The objects in a stream of YAML: each of the kinds once, and no other.
     pub(crate) fn of(stream: &str) -> Result<Self> {
         let mut found = Found::default();
         let documents: Vec<Value> = serde_saphyr::from_multiple(stream)?;
@@ -52,7 +52,7 @@ impl Objects {
         found.all()
     }
 
-    /// The pods that it makes.
+    /// The pods that the DaemonSet creates.
     pub(crate) fn pod(&self) -> &PodSpec {
         pod(&self.daemonset)
     }
@@ -114,7 +114,7 @@ fn once<T: DeserializeOwned>(slot: &mut Option<T>, document: Value) -> Result<()
     Ok(())
 }
 
-/// Decodes, and refuses fields that the type does not know: the API server would drop them without a word.
+/// Decodes, and rejects fields that the type does not have: the API server would drop them silently.
 pub(crate) fn strict<T: DeserializeOwned>(document: Value) -> Result<T> {
     let mut unknown = Vec::new();
     let object = serde_ignored::deserialize(document, |path| unknown.push(path.to_string()))?;
@@ -122,7 +122,7 @@ pub(crate) fn strict<T: DeserializeOwned>(document: Value) -> Result<T> {
     Ok(object)
 }
 
-/// As much of a kustomization as `deploy/` uses.
+/// The fields of a kustomization that `deploy/` uses.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Kustomization {
@@ -133,7 +133,7 @@ pub(crate) struct Kustomization {
     pub patches: Vec<Patch>,
 }
 
-/// One change of an object, in a file or in place.
+/// One change of an object, in a file or inline.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Patch {
@@ -142,7 +142,7 @@ pub(crate) struct Patch {
     pub target: Option<Target>,
 }
 
-/// The object that a patch in place changes.
+/// The object that an inline patch changes.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Target {
@@ -151,7 +151,7 @@ pub(crate) struct Target {
 }
 
 impl Kustomization {
-    /// The one of a directory below `deploy/`.
+    /// The kustomization of a directory below `deploy/`.
     pub(crate) fn of(directory: &str) -> Result<Self> {
         let path = deploy().join(directory).join("kustomization.yaml");
         serde_saphyr::from_str(&text(&path)?).with_context(|| path.display().to_string())

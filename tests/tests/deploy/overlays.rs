@@ -1,4 +1,4 @@
-//! The variants of `deploy/overlays`: what their patches say, and, where `kubectl` is there, what becomes of them.
+//! The variants of `deploy/overlays`: the contents of their patches and, if `kubectl` is installed, the result.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -28,7 +28,7 @@ fn tight_patch() -> Result<DaemonSet> {
     strict(patch).context("the patch of the tight variant")
 }
 
-/// Takes away the items of lists that a patch deletes: their marker is no field of the API.
+/// Removes the list items that a patch deletes, because their marker is no field of the API.
 fn without_deletions(patch: &mut Value) {
     match patch {
         Value::Array(items) => {
@@ -128,14 +128,14 @@ fn the_tight_variant_has_the_capabilities_that_are_needed_and_nothing_else() -> 
     let context = container(&patch).security_context.as_ref().context("no security context")?;
     let capabilities = context.capabilities.as_ref().context("no capabilities")?;
     assert_eq!(capabilities.drop.as_deref(), Some(["ALL".to_owned()].as_slice()));
-    // `lab_deploy` runs the agent with these, and with one less.
+    // `lab_deploy` runs the agent with these, and with one fewer.
     assert_eq!(capabilities.add.as_deref().unwrap_or_default(), affinity_tests::lab::CAPABILITIES);
     assert_eq!(context.privileged, Some(false));
     assert_eq!(context.allow_privilege_escalation, Some(false));
     assert_eq!(context.read_only_root_filesystem, Some(true));
     let seccomp = context.seccomp_profile.as_ref().context("no seccomp profile")?;
     assert_eq!(seccomp.type_, "RuntimeDefault");
-    // The API server refuses Bidirectional in a container that is not privileged.
+    // The API server rejects Bidirectional in a container that is not privileged.
     for mount in container(&patch).volume_mounts.iter().flatten() {
         assert_eq!(mount.mount_propagation.as_deref(), Some("HostToContainer"), "{}", mount.name);
     }

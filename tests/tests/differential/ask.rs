@@ -1,4 +1,4 @@
-//! Asking: every question in the lab, from all sources at the same time.
+//! Every question in the lab, asked from all sources at the same time.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,17 +13,17 @@ use crate::oracle::Outcome;
 const PROCESS: &str = env!("CARGO_BIN_EXE_socket_process");
 /// Processes on the node that share its questions.
 const PROCESSES: usize = 6;
-/// How often a question is asked at least, so that a pod shows that should not answer.
+/// How often a question is asked at least, so that a pod that should not answer shows up.
 const ATTEMPTS_MIN: u32 = 16;
-/// Answers that a pinned client need not keep to: another question of its may be its first at the same moment, and
+/// Answers in which a pinned client may still change: another question of it may be its first at the same moment, and
 /// kube-proxy then has two pods for it.
 const SETTLING: u32 = 4;
-/// How long a client waits where it is to be answered or refused.
+/// How long a client waits if it should be answered or rejected.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long a client waits where nobody is to answer.
+/// How long a client waits if there should be no answer.
 const SHORT_PATIENCE: Duration = Duration::from_millis(400);
 
-/// A question, and what it should come to.
+/// A question, and its expected outcome.
 pub(crate) struct Question {
     pub(crate) case: Case,
     pub(crate) to: SocketAddr,
@@ -31,7 +31,7 @@ pub(crate) struct Question {
 }
 
 impl Question {
-    /// Asks until all is met that can be met.
+    /// Asks until everything has been met that can be met.
     fn ask(&self, mut once: impl FnMut(u32) -> Met) -> Outcome {
         let is_pinned = self.is_by_pinned_client();
         let mut met = Outcome::new();
@@ -51,8 +51,8 @@ impl Question {
         met
     }
 
-    /// Whether that is what it should come to. A client that is pinned meets one pod of those that it might. A process on
-    /// the node may be told by its own kernel of what others would not hear of.
+    /// Whether the outcome is the expected one. A pinned client meets one of its possible pods. A process on the node may get
+    /// an error from its own kernel where other clients would get silence.
     pub(crate) fn is_answered_by(&self, met: &Outcome) -> bool {
         if self.case.source == Source::Node && met.iter().eq([&Err(Failure::KeptBack)]) {
             let is_datagram = self.case.protocol == Protocol::Udp;
@@ -65,7 +65,7 @@ impl Question {
         if self.is_by_pinned_client() { met.len() == 1 && met.is_subset(&self.expected) } else { *met == self.expected }
     }
 
-    /// Whether one client asks, which stays where it came to.
+    /// Whether a single client asks, which stays with its pod.
     pub(crate) fn is_by_pinned_client(&self) -> bool {
         self.case.spec.has_affinity && !self.case.source.is_outside()
     }
@@ -75,10 +75,10 @@ impl Question {
     }
 }
 
-/// What is met at each of these questions, in their order.
+/// The outcomes of these questions, in their order.
 ///
 /// # Errors
-/// When somebody could not ask.
+/// When a client could not ask.
 pub(crate) fn ask_all(scene: &Scene, questions: &[Question]) -> Result<Vec<Outcome>> {
     let processes = (0..PROCESSES).map(|_| scene.process_on_node(PROCESS)).collect::<Result<Vec<_>>>()?;
     let lab = scene.lab();

@@ -1,4 +1,4 @@
-//! What is asked: services of every shape, and questions to them, chosen by a seed.
+//! The questions: services of every shape, and clients that connect to them, chosen by a seed.
 
 use affinity_tests::dice::Dice;
 use affinity_tests::lab::{
@@ -9,14 +9,14 @@ use EndpointState::{NotReady, Ready, Terminating};
 
 /// The pods that are endpoints, node A's and node B's. The first asks too.
 pub(crate) const ENDPOINTS: [[usize; 2]; 2] = [[0, 1], [FIRST_OF_B, FIRST_OF_B + 1]];
-/// A pod of node A that is nobody's endpoint.
+/// A pod of node A that is no endpoint.
 pub(crate) const BYSTANDER_A: usize = 2;
-/// A pod of node B that is nobody's endpoint.
+/// A pod of node B that is no endpoint.
 pub(crate) const BYSTANDER_B: usize = FIRST_OF_B + 2;
 /// Every pod that asks.
 pub(crate) const ASKING_PODS: [usize; 3] = [ENDPOINTS[0][0], BYSTANDER_A, BYSTANDER_B];
 
-/// How often a question is asked at most, each time by another client where there are several.
+/// How often a question is asked at most, each time by another client if there are several.
 pub(crate) const ATTEMPTS: u32 = 64;
 
 /// The states of a node's two endpoints; None: it is not one.
@@ -35,7 +35,7 @@ const QUESTIONS: usize = 8;
 /// The first client outside `Ranges::Outside`.
 pub(crate) const FIRST_STRANGER: u32 = 1 << 16;
 
-/// What is dialled: also what is for the node alone, and what nobody has.
+/// The frontends that clients connect to, including one only for the node, and one that does not exist.
 const DIALLED: [Frontend; 8] = [
     Frontend::ClusterIp,
     Frontend::ClusterIp,
@@ -47,18 +47,18 @@ const DIALLED: [Frontend; 8] = [
     Frontend::Unclaimed,
 ];
 
-/// Who asks.
+/// The source of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Source {
-    /// Clients outside the cluster.
+    /// External clients.
     Outside,
-    /// Such clients, elsewhere.
+    /// External clients in another network.
     Stranger,
     /// The pod with this index.
     Pod(usize),
     /// A process in node A's own network namespace.
     Node,
-    /// A process of node B, that has come this way.
+    /// A process of node B, which reaches node A over the wire between them.
     NodeB,
 }
 
@@ -78,10 +78,10 @@ impl Source {
     }
 }
 
-/// `loadBalancerSourceRanges`, by whom they let in.
+/// `loadBalancerSourceRanges`, by the clients that they allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ranges {
-    /// Everybody: there are none.
+    /// All: there are none.
     Unsaid,
     /// `Source::Outside`.
     Outside,
@@ -89,7 +89,7 @@ pub(crate) enum Ranges {
     Pods,
     /// The nodes.
     Nodes,
-    /// `Source::Outside` by IPv4, and everybody by IPv6.
+    /// `Source::Outside` for IPv4, and all for IPv6.
     OneFamily,
 }
 
@@ -121,7 +121,7 @@ impl Ranges {
     }
 }
 
-/// What the load balancer's status says of its ingress IPs.
+/// `ipMode` of the ingress IPs in the load balancer's status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IpMode {
     Unsaid,
@@ -129,26 +129,26 @@ pub(crate) enum IpMode {
     Proxy,
 }
 
-/// Whom the endpoints are meant for, as the control plane would write it for topology-aware routing and
-/// `trafficDistribution`, or seldom would.
+/// The hints of the endpoints, as the control plane would write them for topology-aware routing and `trafficDistribution`, and
+/// some that it would rarely write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Meant {
-    /// Nobody has said.
+    /// No hints.
     Unsaid,
     /// Each for its own node.
     ForNodes,
-    /// Each for its own zone, where its node is alone.
+    /// Each for its own zone; its node is the only one there.
     ForZones,
-    /// Node A's for the zone of node B, and the other way round.
+    /// Node A's for the zone of node B, and vice versa.
     Crossed,
-    /// Each for its own zone, but for the first one, of which nobody has said.
+    /// Each for its own zone, except the first one, which has no hint.
     Incomplete,
-    /// Each for its own zone, and for a node that is not there.
+    /// Each for its own zone, and for a node that does not exist.
     ForAnother,
 }
 
 impl Meant {
-    /// The service, with what is said of its endpoint on this pod.
+    /// The service, with the hint of its endpoint on this pod.
     fn say(self, service: Service, pod: usize, is_first: bool) -> Service {
         let own = node_of(pod);
         let other = if own == NODE_NAME { NODE_B_NAME } else { NODE_NAME };
@@ -163,7 +163,7 @@ impl Meant {
     }
 }
 
-/// A service, as it was chosen.
+/// The random choices for a service.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
     pub(crate) endpoints: Vec<(usize, EndpointState)>,
@@ -206,7 +206,7 @@ impl Spec {
         }
     }
 
-    /// The service of this number, with all that it can be dialled by.
+    /// The service with this number, with all its frontends.
     pub(crate) fn service(&self, number: u16) -> Service {
         let service = Service::new(&format!("service-{number}"), number)
             .tcp("http", 80, 8080)
@@ -231,13 +231,13 @@ impl Spec {
         })
     }
 
-    /// The port at which load balancers ask whether endpoints are here; None: they need not.
+    /// The port at which load balancers ask whether there are local endpoints; None: they need not ask.
     pub(crate) fn health_check(&self, number: u16) -> Option<u16> {
         (self.external == Policy::Local).then_some(31_000 + number)
     }
 }
 
-/// One question: can this source reach that frontend, and whom does it reach?
+/// One question: can this source reach that frontend, and which pods does it reach?
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
     /// The number of the service.
@@ -247,11 +247,11 @@ pub(crate) struct Case {
     pub(crate) family: Family,
     pub(crate) protocol: Protocol,
     pub(crate) source: Source,
-    /// The number of the first of its clients, where they are outside. Each question has its own.
+    /// The number of the first of its clients, if they are external. Each question has its own.
     pub(crate) first_client: u32,
 }
 
-/// The questions of this seed. `can_be_asked` says for which of them there is an answer.
+/// The questions of this seed. `can_be_asked` decides which of them have an answer.
 pub(crate) fn choose(seed: u64, can_be_asked: impl Fn(&Case) -> bool) -> Vec<Case> {
     let mut dice = Dice::new(seed);
     let mut cases = Vec::new();

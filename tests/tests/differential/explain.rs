@@ -1,5 +1,5 @@
-//! What `affinity explain` says must be what is met: whom a question may reach, whose address is seen there, whether it
-//! is refused or left without an answer, and why.
+//! The output of `affinity explain` must match the outcome: which pods a client may reach, which address they see, whether it
+//! is rejected or gets no answer, and why.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::ask::Question;
 use crate::cases::{Case, FIRST_STRANGER, IpMode, Source};
 use crate::oracle::{Outcome, usable};
 
-/// What is said of each of these questions, in their order; at one moment of all that one client asks.
+/// The explanation of each of these questions, in their order; those of one client all at one moment.
 ///
 /// # Errors
 /// When a command fails.
@@ -30,7 +30,7 @@ pub(crate) fn explain_all(lab: &Lab, questions: &[&Question]) -> Result<Vec<Expl
     Ok(explained.into_values().collect())
 }
 
-/// Who is said to ask: of the clients outside one that never does.
+/// The client to explain for: of the external ones, one that never connects.
 fn client(case: &Case) -> String {
     match case.source {
         Source::Outside => case.family.client(FIRST_STRANGER - 1).to_string(),
@@ -41,7 +41,7 @@ fn client(case: &Case) -> String {
     }
 }
 
-/// What is wrong with what is said of a question before anybody has asked; None: nothing.
+/// The error in the explanation of a question before any client has asked; None: there is none.
 pub(crate) fn objection(question: &Question, said: &Explanation) -> Option<String> {
     let is_as_expected = implied(question.case.source, said).is_ok_and(|implied| implied == question.expected);
     let (verdict, reason) = cause(question);
@@ -49,14 +49,14 @@ pub(crate) fn objection(question: &Question, said: &Explanation) -> Option<Strin
     (!is_so).then(|| format!("expected {verdict} ({reason}), said {said:?}"))
 }
 
-/// The same for a pinned client, once it has asked and met this.
+/// The same for a pinned client, after it has asked, with this outcome.
 pub(crate) fn objection_to_pinned(question: &Question, met: &Outcome, said: &Explanation) -> Option<String> {
     let is_as_met = implied(question.case.source, said).is_ok_and(|implied| implied == *met);
     let is_so = is_as_met && said.reason == "pinned" && said.pinned.is_some();
     (!is_so).then(|| format!("met {met:?}, said {said:?}"))
 }
 
-/// All that can be met if that is so.
+/// The outcome that the explanation implies.
 fn implied(source: Source, said: &Explanation) -> Result<Outcome> {
     let met = |candidate: &Candidate| {
         let pod = pod_index(&candidate.name).with_context(|| format!("{} is no pod", candidate.name))?;
@@ -69,24 +69,24 @@ fn implied(source: Source, said: &Explanation) -> Result<Outcome> {
     match (said.verdict.as_str(), said.candidates.as_slice()) {
         ("forward", candidates @ [_, ..]) => candidates.iter().map(met).collect(),
         ("reject", []) => Ok(Outcome::from([Err(Failure::Refused)])),
-        // Nobody but a service proxy knows what is at these addresses.
+        // Only a service proxy handles these addresses.
         ("drop" | "pass", []) => Ok(Outcome::from([Err(Failure::Silence)])),
         (verdict, _) => bail!("{verdict}, and such candidates"),
     }
 }
 
-/// The verdict, and the reason for it, by which a client without a pin meets what is expected.
+/// The verdict, and its reason, with which a client without a pin gets the expected outcome.
 fn cause(Question { case, expected, .. }: &Question) -> (&'static str, &'static str) {
     let Case { spec, frontend, family, source, .. } = case;
     let has_ranges = spec.ranges.all_of(*family).next().is_some();
     match (frontend, source) {
         (Frontend::Unclaimed, _) => ("pass", "not-frontend"),
         (Frontend::LoadBalancer, _) if spec.ip_mode == IpMode::Proxy => ("pass", "not-frontend"),
-        // The load balancer is left to look at them.
+        // Source ranges are left to the load balancer.
         (Frontend::LoadBalancer, Source::Node) if has_ranges => ("pass", "not-in-ranges"),
         (Frontend::LoadBalancer, _) if !spec.ranges.let_in(*source, *family) => ("drop", "not-in-ranges"),
         _ if expected.iter().any(Result::is_ok) => ("forward", if spec.has_affinity { "created" } else { "selected" }),
-        // A process on the node need not wait.
+        // A process on the node does not have to wait.
         (_, Source::Node) => ("reject", "no-endpoints"),
         _ if usable(spec, |_| true).is_empty() => ("reject", "no-endpoints"),
         _ => ("drop", "no-local-endpoints"),

@@ -1,5 +1,5 @@
-//! Load balancers ask each node whether it has endpoints of a service, on a port of their own. kube-proxy answers them
-//! itself and not by rules, so `affinity` alone is asked.
+//! Load balancers ask each node whether it has endpoints of a service, on a separate port. kube-proxy answers them itself and
+//! not by rules, so only `affinity` is tested.
 
 use std::net::SocketAddr;
 
@@ -10,10 +10,10 @@ use serde_json::Value;
 use crate::cases::Spec;
 use crate::oracle::local_ready;
 
-/// Asks about these services, by their numbers; answers how many answers there were.
+/// Asks about these services, by their numbers; returns how many answers there were.
 ///
 /// # Errors
-/// When an answer does not become what the endpoints on node A make of it.
+/// When an answer does not come to match the endpoints on node A.
 pub(crate) fn check_health<'a>(lab: &Lab, services: impl Iterator<Item = (u16, &'a Spec)>) -> Result<usize> {
     let mut asked = 0;
     for (number, spec) in services {

@@ -1,7 +1,7 @@
-//! The same questions to every proxy: kube-proxy's rules in both of its modes, and `affinity`. Whom a client reaches over
-//! any frontend, under all policies and with endpoints in every state on two nodes, meant for whomever, whether it is
-//! refused or left without an answer, and whose address the pod sees, must be what one function says of all of them; and
-//! what `affinity explain` says before.
+//! The same questions to every proxy: kube-proxy's rules in both modes, and `affinity`. One function computes the expected
+//! outcome for all of them: which pods a client reaches over any frontend, under all policies, with endpoints in every state on
+//! two nodes and with every kind of hint; whether it is rejected or gets no answer; and which address the pod sees. `affinity
+//! explain` must give the same result before.
 
 mod ask;
 mod cases;
@@ -23,7 +23,7 @@ use health::check_health;
 use oracle::{DIFFERENCES, Outcome, can_be_asked, outcome};
 
 const SEED: u64 = 6;
-/// How many answers that are wrong are shown.
+/// How many wrong answers are shown.
 const SHOWN: usize = 12;
 
 /// Every question, with the difference that is declared for it.
@@ -45,7 +45,7 @@ fn services(questions: &[Question]) -> BTreeMap<u16, &Spec> {
     questions.iter().map(|question| (question.case.service, &question.case.spec)).collect()
 }
 
-/// Asks everything of this proxy; and what it says itself of every question, where it does.
+/// Asks this proxy everything; and checks its own explanation of every question, if it has one.
 fn tell(proxy: Proxy) -> Result<()> {
     let (questions, known): (Vec<_>, Vec<_>) = questions(proxy)?.into_iter().unzip();
     report_differences(proxy, &known)?;
@@ -71,7 +71,7 @@ fn tell(proxy: Proxy) -> Result<()> {
     Ok(())
 }
 
-/// Each difference that is declared for a proxy must be met, by the reasons known for its answers.
+/// Each difference that is declared for a proxy must occur, according to the reasons known for its answers.
 fn report_differences(proxy: Proxy, known: &[Option<&'static str>]) -> Result<()> {
     for difference in DIFFERENCES.iter().filter(|difference| difference.of.contains(&proxy)) {
         let met = known.iter().filter(|reason| **reason == Some(difference.reason)).count();
@@ -81,7 +81,7 @@ fn report_differences(proxy: Proxy, known: &[Option<&'static str>]) -> Result<()
     Ok(())
 }
 
-/// What `affinity explain` says before anybody has asked anything.
+/// Checks the output of `affinity explain` before any client has asked.
 fn check_explained(scene: &Scene, questions: &[Question]) -> Result<()> {
     let explained = explain_all(scene.lab(), &questions.iter().collect::<Vec<_>>())?;
     let wrong = questions.iter().zip(&explained).filter_map(|(question, said)| objection(question, said));
@@ -91,7 +91,7 @@ fn check_explained(scene: &Scene, questions: &[Question]) -> Result<()> {
     Ok(())
 }
 
-/// What it says of those that ask again, and are pinned.
+/// Checks its output for clients that ask again, and are pinned.
 fn check_explained_to_pinned(scene: &Scene, questions: &[Question], outcomes: &[Outcome]) -> Result<()> {
     let is_pinned =
         |(question, met): &(&Question, &Outcome)| question.is_by_pinned_client() && met.iter().any(Result::is_ok);
@@ -106,7 +106,7 @@ fn check_explained_to_pinned(scene: &Scene, questions: &[Question], outcomes: &[
     Ok(())
 }
 
-/// How many of them are wrong, and the first few.
+/// The number of wrong ones, and the first few.
 fn shown(wrong: &[String], of: usize) -> String {
     let first = wrong.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("\n");
     format!("{} of {of} answers are wrong:\n{first}", wrong.len())

@@ -1,4 +1,4 @@
-//! kube-proxy's rules as a function, and where a proxy is known to differ from it.
+//! kube-proxy's rules as a function, and the known differences of each proxy.
 
 use std::collections::BTreeSet;
 
@@ -7,10 +7,10 @@ use affinity_tests::proxy::{Failure, Met, Proxy, Seen};
 
 use crate::cases::{Case, IpMode, Meant, Source, Spec};
 
-/// All that a client can meet at one frontend.
+/// All results that a client can get at one frontend.
 pub(crate) type Outcome = BTreeSet<Met>;
 
-/// What a client meets here.
+/// The expected outcome for a client.
 pub(crate) fn outcome(case: &Case) -> Outcome {
     let Case { spec, frontend, source, .. } = case;
     let inside = matches!(source, Source::Pod(_));
@@ -49,8 +49,8 @@ pub(crate) fn local_ready(spec: &Spec) -> usize {
     spec.endpoints.iter().filter(|(pod, state)| *pod < FIRST_OF_B && *state == EndpointState::Ready).count()
 }
 
-/// Whether an endpoint may be used on node A where there is a choice: what is said counts if it is said of every endpoint
-/// that is ready, and any of them is for node A. Those that are not ready are used only where there is no choice.
+/// Whether an endpoint may be used on node A if there is a choice: hints count if every ready endpoint has one, and any of them
+/// is for node A. Endpoints that are not ready are used only if there is no choice.
 fn is_meant_for_us(spec: &Spec, pod: usize) -> bool {
     let is_ready = |pod: usize| spec.endpoints.contains(&(pod, EndpointState::Ready));
     let ours = |is_ours: fn(usize) -> bool| {
@@ -66,7 +66,7 @@ fn is_meant_for_us(spec: &Spec, pod: usize) -> bool {
     }
 }
 
-/// Those that are ready; if none is, those that are shut down and still serve.
+/// The ready ones; if there are none, the terminating ones that still serve.
 pub(crate) fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize> {
     let in_state = |wanted| {
         let pods = spec.endpoints.iter().filter(|(pod, state)| *state == wanted && is_meant(*pod));
@@ -76,9 +76,8 @@ pub(crate) fn usable(spec: &Spec, is_meant: impl Fn(usize) -> bool) -> Vec<usize
     if ready.is_empty() { in_state(EndpointState::Terminating) } else { ready }
 }
 
-/// Whether there is an answer to expect: loopback is another node for everybody else; and where a pod of node B would
-/// reach another of node B through node A with its own address, the reply would take the short way, and node A would
-/// never see it.
+/// Whether there is an expected answer. For all other clients, loopback is another node. If a pod of node B reached another pod
+/// of node B through node A with its own address, the reply would go directly, and node A would never see it.
 pub(crate) fn can_be_asked(case: &Case) -> bool {
     let from_b = matches!(case.source, Source::Pod(pod) if pod >= FIRST_OF_B);
     let by_short_way = |met: &Met| matches!(met, Ok((pod, Seen::Client)) if *pod >= FIRST_OF_B);
@@ -87,16 +86,16 @@ pub(crate) fn can_be_asked(case: &Case) -> bool {
     !is_of_another_node && !goes_by_short_way()
 }
 
-/// A cause for which a proxy may do something else.
+/// A cause for which a proxy may behave differently.
 pub(crate) struct Difference {
     pub(crate) of: &'static [Proxy],
     pub(crate) reason: &'static str,
     pub(crate) applies: fn(&Case) -> bool,
-    /// What is met instead.
+    /// The result instead.
     pub(crate) instead: Met,
 }
 
-/// Every one that is known. Each must be met, so that none outlives its cause.
+/// All known differences. Each must occur, so that none outlives its cause.
 pub(crate) const DIFFERENCES: [Difference; 8] = [
     Difference {
         of: &[Proxy::Iptables],
@@ -165,7 +164,7 @@ fn is_only_elsewhere(case: &Case) -> bool {
     usable(&case.spec, |pod| pod < FIRST_OF_B).is_empty() && !usable(&case.spec, |_| true).is_empty()
 }
 
-/// Whether the frontend is an address that no node has.
+/// Whether the frontend is an address that belongs to no node.
 fn is_beyond(case: &Case) -> bool {
     let has_ingress = case.frontend == Frontend::LoadBalancer && case.spec.ip_mode != IpMode::Proxy;
     has_ingress || case.frontend == Frontend::ExternalIp

@@ -1,4 +1,4 @@
-//! The agent itself, with the kernel's maps, and an API that comes and goes.
+//! The real agent, with the kernel's maps, and an API that comes and goes.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -15,10 +15,10 @@ use crate::follower::{lingers, write_objects};
 use crate::objects::node;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// In place of another proxy, as files are taken.
+/// Instead of another proxy, as with files.
 const ARGS: [&str; 4] = ["--device", "wire0", "--services", "all"];
 
-/// A lab, and an API beside its agent.
+/// A lab, and an API for its agent.
 struct Scene {
     lab: Lab,
     api: ApiServer,
@@ -41,7 +41,7 @@ impl Scene {
         self.lab.agent_unready(&[&source, ARGS.as_slice(), args].concat())
     }
 
-    /// The maps come to be what files with the API's objects make.
+    /// Waits until the maps equal those that files with the API's objects produce.
     fn settle(&self) -> Result<()> {
         let directory = self.lab.scratch().join("objects");
         write_objects(&self.api, &directory)?;
@@ -64,7 +64,7 @@ impl Scene {
         Load::start(&self.lab.client(), Protocol::Tcp, 0..20, service.frontend(Family::V4, "http"))
     }
 
-    /// When the source's view was last known to be current, as `get services` has it.
+    /// When the source's view was last known to be current, from `get services`.
     fn as_of(&self) -> Result<String> {
         let services = self.lab.affinity_json(&["get", "services"])?;
         Ok(services[0]["asOf"].as_str().unwrap_or_default().to_owned())
@@ -160,7 +160,7 @@ fn a_fresh_node_waits_for_its_api() -> Result<()> {
     agent.terminate()
 }
 
-/// The status line of the node's answer at kube-proxy's port.
+/// The status line of the node's answer on kube-proxy's port.
 fn node_health(lab: &Lab, path: &str) -> Result<String> {
     lab.node().door().run(|| {
         let mut stream = TcpStream::connect(("127.0.0.1", 10_256))?;
@@ -217,7 +217,7 @@ fn an_owner_is_told_what_is_wrong_with_a_service() -> Result<()> {
     eventually("the log names what is wrong", PATIENCE, || {
         Ok(agent.log().iter().any(|line| line.contains("affinity.dev/timer")))
     })?;
-    // Another change takes its whole way behind it.
+    // Another change goes all the way after it.
     scene.api.apply(&Service::new("other", 11).tcp("http", 80, 8080).client_ip().on([0]).to_yaml())?;
     scene.settle()?;
     ensure!(scene.api.event_requests() == 0, "{:?}", scene.api.events());

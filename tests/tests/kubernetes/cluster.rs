@@ -1,4 +1,4 @@
-//! The same comparison against any cluster: `AFFINITY_TEST_KUBECONFIG=PATH cargo test ... -- --ignored`. It only reads.
+//! The same comparison with any cluster: `AFFINITY_TEST_KUBECONFIG=PATH cargo test ... -- --ignored`. It only reads.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ async fn a_real_cluster_makes_the_tables_that_its_objects_make_as_files() -> Res
     let mut feed = source.watch().await?;
     let watched = feed.snapshots.recv().await.context("the source has ended")?;
     ensure!(!listed.services.is_empty(), "even an empty cluster has the service of its API");
-    // The cluster goes on meanwhile; names of services rarely change.
+    // The cluster changes meanwhile; names of services rarely do.
     ensure!(listed.services.keys().eq(watched.services.keys()), "a list and a watch show different services");
     let files = snapshot_as_files(&watched)?;
     let (of_cluster, of_files) = (of_snapshot(&watched)?, of_files(files.path())?);

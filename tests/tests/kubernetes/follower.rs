@@ -1,5 +1,5 @@
-//! What follows a cluster as the agent does, with tables in memory; and what its tables should be in the end: those that
-//! the same objects make when they are read from files.
+//! Follows a cluster as the agent does, with tables in memory, and compares the result with the tables that the same objects
+//! produce when they are read from files.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,11 +18,11 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
 
-/// How long a change may take to arrive, on a machine that has other things to do.
+/// How long a change may take to arrive, on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 const NODE: &str = "node-a";
 
-/// What the source makes of the double, snapshot by snapshot.
+/// The source's view of the API double, snapshot by snapshot.
 pub(crate) struct Follower {
     pub(crate) feed: Feed,
     store: MemoryStore,
@@ -51,7 +51,7 @@ impl Follower {
         Ok(snapshot)
     }
 
-    /// Takes snapshots until the tables are those of the double's objects.
+    /// Takes snapshots until the tables equal those of the double's objects.
     pub(crate) async fn settle(&mut self, api: &ApiServer) -> Result<()> {
         let deadline = Instant::now() + patience(PATIENCE);
         let wanted = self.wanted(api)?;
@@ -66,7 +66,7 @@ impl Follower {
         }
     }
 
-    /// Nothing comes for a while.
+    /// Checks that no snapshot comes for a while.
     pub(crate) async fn quiet(&mut self, time: Duration) -> Result<()> {
         if let Ok(snapshot) = timeout(time, self.feed.snapshots.recv()).await {
             bail!("a snapshot came: {snapshot:?}");
@@ -74,12 +74,12 @@ impl Follower {
         Ok(())
     }
 
-    /// The tables as they are.
+    /// The current tables.
     pub(crate) fn dump(&self) -> Result<Vec<String>> {
         dump(&self.store)
     }
 
-    /// The tables that files with the double's objects make.
+    /// The tables that files with the double's objects produce.
     pub(crate) fn wanted(&self, api: &ApiServer) -> Result<Vec<String>> {
         let directory = self.scratch.0.join("objects");
         write_objects(api, &directory)?;
@@ -119,14 +119,14 @@ pub(crate) fn snapshot_as_files(snapshot: &Snapshot) -> Result<Scratch> {
     Ok(scratch)
 }
 
-/// The tables that the files of a directory make.
+/// The tables that the files of a directory produce.
 pub(crate) fn of_files(directory: &Path) -> Result<Vec<String>> {
     let snapshot = directory::read(directory, "");
     ensure!(snapshot.problems.is_empty(), "{:?}", snapshot.problems);
     of_snapshot(&snapshot)
 }
 
-/// The tables that a snapshot makes on an empty node.
+/// The tables that a snapshot produces on an empty node.
 pub(crate) fn of_snapshot(snapshot: &Snapshot) -> Result<Vec<String>> {
     let mut store = store();
     publish(&mut store, snapshot)?;
@@ -148,8 +148,8 @@ fn publish(store: &mut MemoryStore, snapshot: &Snapshot) -> Result<()> {
     Ok(())
 }
 
-/// What the tables mean: ids are given in the order of events, and do not count; nor do pods that have left and linger, of
-/// which objects tell nothing.
+/// The meaning of the tables: ids depend on the order of events and do not count. Neither do lingering pods that have left,
+/// because no object describes them.
 fn dump(store: &MemoryStore) -> Result<Vec<String>> {
     let catalog = Catalog::new(store.observe()?, Default::default(), Clock::now());
     let dump = Dump::new(&catalog, DumpOptions::default());

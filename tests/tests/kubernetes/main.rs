@@ -1,5 +1,5 @@
-//! `--source kubernetes`, against a double of a cluster's API: whatever happens on the way, in the end the tables are
-//! those that files with the same objects make.
+//! `--source kubernetes`, with a test double of a cluster's API: whatever happens on the way, in the end the tables equal those
+//! that files with the same objects produce.
 
 mod agent;
 mod cluster;
@@ -19,7 +19,7 @@ use serde_json::json;
 use follower::{Follower, PATIENCE};
 use objects::{cluster, node, service, slice};
 
-/// Long enough for what must not come to come.
+/// Long enough to show that something does not come.
 const A_WHILE: Duration = Duration::from_millis(400);
 
 /// Waits for something at the double.
@@ -70,7 +70,7 @@ async fn objects_come_change_and_go() -> Result<()> {
     api.delete(Kind::Services, "shop", "web-1")?;
     api.delete(Kind::Slices, "shop", "web-1-abcde")?;
     follower.settle(&api).await?;
-    // Whether it is there makes no difference to the tables: it may go later than its service.
+    // It makes no difference to the tables: it may go later than its service.
     while follower.last.slices.contains_key(&ObjectName::new("shop", "web-1-abcde")) {
         follower.take().await?;
     }
@@ -142,12 +142,12 @@ async fn what_did_not_change_is_the_same_allocation() -> Result<()> {
     let name = |number| ObjectName::new("shop", &format!("web-{number}-abcde"));
     assert!(!Arc::ptr_eq(&before.slices[&name(0)].object, &after.slices[&name(0)].object));
     assert!(Arc::ptr_eq(&before.slices[&name(1)].object, &after.slices[&name(1)].object));
-    // Nothing that counts: the time of the last change, and who made it.
+    // A change that does not matter: the time and the author of the last change.
     let mut touched = slice(1, 2);
     touched["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": "later"});
     api.put(touched.clone())?;
     follower.quiet(A_WHILE).await?;
-    // A list that is read again is as good as what it repeats.
+    // A list that is read again and repeats the old contents has no effect.
     api.end_watches(Kind::Slices);
     api.put(touched)?;
     api.compact(Gone::Http);
@@ -165,7 +165,7 @@ async fn a_watch_that_ends_goes_on_from_its_last_bookmark() -> Result<()> {
     let version = api.version().to_string();
     for round in 1..4u8 {
         Kind::ALL.iter().for_each(|kind| api.end_watches(*kind));
-        // What happens meanwhile is told afterwards.
+        // Changes meanwhile are reported afterwards.
         api.put(slice(1, 2 + round))?;
         api.delete(Kind::Services, "shop", &format!("web-{}", round - 1))?;
         follower.settle(&api).await?;
@@ -184,7 +184,7 @@ async fn a_version_that_is_gone_is_listed_anew() -> Result<()> {
         let api = cluster(0..6)?;
         let mut follower = following(&api).await?;
         let before = follower.dump()?;
-        // Everything is forgotten before anybody hears of it, and the new lists take their time.
+        // Everything is forgotten before any watch sees it, and the new lists take their time.
         api.misbehave(Kind::Services, Verb::List, [Answer::Late(A_WHILE)]);
         api.misbehave(Kind::Slices, Verb::List, [Answer::Status(500), Answer::Late(A_WHILE)]);
         Kind::ALL.iter().for_each(|kind| api.end_watches(*kind));
@@ -250,7 +250,7 @@ async fn events_that_come_twice_or_late_change_nothing() -> Result<()> {
         api.send(Kind::Slices, change, object);
     }
     follower.quiet(A_WHILE).await?;
-    // And what is new is seen nevertheless.
+    // And new objects are still seen.
     api.put(slice(2, 1))?;
     follower.settle(&api).await
 }
@@ -330,7 +330,7 @@ async fn the_view_is_as_old_as_its_oldest_part() -> Result<()> {
     ensure!(listed_ns < now_ns);
     api.bookmark(Kind::Services);
     api.bookmark(Kind::Nodes);
-    // What is told of services after the bookmark has arrived.
+    // An event after the bookmark shows that the bookmark has arrived.
     api.put(service(7))?;
     follower.settle(&api).await?;
     ensure!(follower.feed.view.current_ns().is_some_and(|current_ns| current_ns < now_ns), "slices told nothing");
@@ -416,7 +416,7 @@ async fn a_service_whose_conditions_have_null_times_is_read() -> Result<()> {
     api.put(with_null_time(1))?;
     let mut follower = following(&api).await?;
     ensure!(follower.last.problems.is_empty(), "{:?}", follower.last.problems);
-    // In events as in lists, and the watch goes on.
+    // In events as in lists, and the watch continues.
     api.put(with_null_time(7))?;
     api.put(slice(7, 2))?;
     follower.settle(&api).await?;

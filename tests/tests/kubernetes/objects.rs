@@ -4,7 +4,7 @@ use affinity_tests::apiserver::ApiServer;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-/// A service with affinity, under a number of its own.
+/// A service with affinity, by number.
 pub(crate) fn service(number: u32) -> Value {
     let [.., high, low] = number.to_be_bytes();
     json!({
@@ -21,7 +21,7 @@ pub(crate) fn service(number: u32) -> Value {
     })
 }
 
-/// The service's one slice, with so many ready endpoints.
+/// The service's only slice, with this many ready endpoints.
 pub(crate) fn slice(number: u32, endpoints: u8) -> Value {
     let [.., high, low] = number.to_be_bytes();
     let endpoint = |index: u8| {

@@ -1,5 +1,5 @@
-//! Many clients, full tables, floods, two processors at once, and the passing of time: under the kernel's own clock and
-//! chance, without a wire. No test waits: time passes by making the maps' entries older.
+//! Many clients, full tables, floods, two processors at once, and the passing of time: with the kernel's own clock and random
+//! numbers, without a network. No test waits: the entries of the maps are made older instead.
 
 mod ports;
 mod race;
@@ -44,7 +44,7 @@ fn sixty_five_thousand_clients_stay_where_they_are() -> Result<()> {
     Ok(())
 }
 
-/// What the kernel evicted is told by what is left; and under `consistent` those who lost their pins return.
+/// The remaining entries show what the kernel evicted; and under `consistent`, clients that lost their pins return.
 #[test]
 fn a_full_session_table_counts_its_losses_and_consistent_clients_return() -> Result<()> {
     const CLIENTS: u32 = 5_000;
@@ -68,7 +68,7 @@ fn a_full_session_table_counts_its_losses_and_consistent_clients_return() -> Res
         let evicted = created - live(&kernel)? as u64;
         println!("{family}: {created} pins made, {} live, {evicted} evicted", live(&kernel)?);
         ensure!(evicted >= u64::from(CLIENTS - ENTRIES), "{evicted} evicted");
-        // The programs know of no eviction: the agent takes it off these loads.
+        // The programs do not see evictions: the agent subtracts them from these loads.
         ensure!(state.loads.values().sum::<u64>() - loads_before == created, "{:?}", state.loads);
         ensure!(state.count(Reason::SessionNotStored) == 0 && state.count(Reason::FlowNotStored) == 0);
     }
@@ -96,9 +96,9 @@ fn a_flood_of_flows_evicts_no_session() -> Result<()> {
     Ok(())
 }
 
-/// SYNs with forged sources, three times as many as the table holds connections, to a service without affinity. Nobody uses
-/// their records, so those of connections with a packet now and then stay; and one whose records have gone, because it was
-/// idle for as long, finds the same pod.
+/// SYNs with forged sources, three times as many as the table holds connections, to a service without affinity. Their records
+/// are not used, so records of connections with an occasional packet stay. A connection that was idle for as long loses its
+/// records, and finds the same pod.
 #[test]
 fn a_flood_of_half_open_connections_ends_no_open_one() -> Result<()> {
     const OPEN: u32 = 1_000;
@@ -141,8 +141,8 @@ fn a_flood_of_half_open_connections_ends_no_open_one() -> Result<()> {
     Ok(())
 }
 
-/// One client with as many connections as it has ports floods the flows, and every packet of an old one still finds
-/// its pod: by the pin.
+/// One client with as many connections as it has ports floods the flows, and every packet of an old one still finds its pod, by
+/// the pin.
 #[test]
 fn connections_that_the_flow_table_forgot_go_on() -> Result<()> {
     let kernel = site(SIZES, |_| {})?;
@@ -170,7 +170,7 @@ fn timer_connection_is_restarted_by_connections_alone() -> Result<()> {
         ensure!(is_now(session(&kernel, client)?.last_used_ns));
     }
     age(&kernel, client, TIMEOUT_NS)?;
-    // The old connection goes on, beyond its pin's timeout, and does not bring the pin back.
+    // The old connection continues beyond its pin's timeout, and does not restore the pin.
     expect(&kernel, Reason::Established, || {
         send(&kernel, Hook::XdpForward, SocketAddr::new(client, 4), service(Family::V4), ACK)
     })?;
@@ -259,7 +259,7 @@ fn an_unlimited_pin_outlives_everything() -> Result<()> {
     Ok(())
 }
 
-/// Upstream's test of the timeout, which a pure hash would fail.
+/// Upstream's test of the timeout. A pure hash would fail it.
 #[test]
 fn single_requests_a_timeout_apart_reach_several_pods() -> Result<()> {
     let (kernel, client) = (site(SIZES, |_| {})?, Family::V4.client(6));
@@ -272,7 +272,7 @@ fn single_requests_a_timeout_apart_reach_several_pods() -> Result<()> {
     Ok(())
 }
 
-/// A change of the timeout is in force with the next connection.
+/// A change of the timeout applies from the next connection on.
 #[test]
 fn a_new_timeout_applies_to_live_pins() -> Result<()> {
     let (kernel, client) = (site(SIZES, |_| {})?, Family::V4.client(7));
@@ -295,7 +295,7 @@ fn a_new_timeout_applies_to_live_pins() -> Result<()> {
 
 // ---- helpers ----
 
-/// One new connection of each client; the pod that each reached.
+/// Opens one new connection of each client; returns the pod that each reached.
 fn round(kernel: &Kernel, hook: Hook, family: Family, clients: u32, port: u16) -> Result<BTreeMap<IpAddr, IpAddr>> {
     let connect = |number| {
         let from = SocketAddr::new(family.client(number), port);
@@ -304,12 +304,12 @@ fn round(kernel: &Kernel, hook: Hook, family: Family, clients: u32, port: u16) -
     (0..clients).map(connect).collect()
 }
 
-/// A client's new connection from a port; the pod that it reaches.
+/// Opens a client's connection from a port; returns the pod that it reaches.
 fn connect(kernel: &Kernel, client: IpAddr, port: u16) -> Result<IpAddr> {
     send(kernel, Hook::XdpForward, SocketAddr::new(client, port), service(Family::V4), SYN)
 }
 
-/// Does something that counts this reason and no other.
+/// Runs something that counts this reason and no other.
 fn expect<T>(kernel: &Kernel, reason: Reason, act: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut before = kernel.state()?.counters;
     let done = act()?;

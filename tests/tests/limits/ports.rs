@@ -22,7 +22,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::site::{SIZES, destination, service, site};
 
-/// How many ports the node has for this.
+/// How many ports the node has for masquerading.
 const PORTS: u16 = 65_000;
 const FIRST_PORT: u16 = 512;
 const NODE_V4: V4 = V4([192, 0, 2, 1]);
@@ -41,7 +41,7 @@ fn sixty_five_thousand_connections_get_the_nodes_address_and_one_more_is_refused
         ensure!(first.len() == usize::from(PORTS), "{} sources", first.len());
         ensure!(kernel.state()?.count(Reason::PortsExhausted) == 0);
 
-        // One more: refused at once, counted, and those that are there go on.
+        // One more: rejected at once and counted, and the existing ones continue.
         let surplus = Frame::tcp(client(family, 2, 1), service(family), SYN).build();
         let refused = kernel.run(hook, &surplus)?;
         ensure!(refused.verdict == Verdict::Answer, "{:?}", refused.verdict);
@@ -70,7 +70,7 @@ fn sixty_five_thousand_connections_get_the_nodes_address_and_one_more_is_refused
     Ok(())
 }
 
-/// One pod for everybody, and the node's address for all.
+/// One pod, and the node's address for all clients.
 fn masqueraded_to_one_pod(frontend: &mut Frontend) {
     frontend.slot_count = 1;
     frontend.flags |= MASQUERADE;
@@ -80,7 +80,7 @@ fn client(family: Family, number: u32, port: u16) -> SocketAddr {
     SocketAddr::new(family.client(number), port)
 }
 
-/// A connection from each port of a client: the sources that the pod sees.
+/// Opens a connection from each port of a client: returns the sources that the pod sees.
 fn open_all(kernel: &Kernel, hook: Hook, family: Family, number: u32) -> Result<BTreeSet<SocketAddr>> {
     (1..=PORTS)
         .map(|port| {
@@ -95,7 +95,7 @@ fn open_all(kernel: &Kernel, hook: Hook, family: Family, number: u32) -> Result<
         .collect()
 }
 
-/// A segment to the service, until it leaves towards the pod: the pod, and the source that it sees.
+/// Sends a segment to the service, until it leaves towards the pod: returns the pod, and the source that it sees.
 fn send(kernel: &Kernel, hook: Hook, from: SocketAddr, family: Family, flags: u8) -> Result<(SocketAddr, SocketAddr)> {
     let entered = kernel.run(hook, &Frame::tcp(from, service(family), flags).build())?;
     ensure!(entered.verdict == Verdict::Forward, "it enters: {:?}", entered.verdict);
@@ -108,7 +108,7 @@ fn send(kernel: &Kernel, hook: Hook, from: SocketAddr, family: Family, flags: u8
     Ok((pod, source))
 }
 
-/// Source and destination of a TCP frame without options of IP.
+/// Source and destination of a TCP frame without IP options.
 fn ends(frame: &[u8]) -> Result<(SocketAddr, SocketAddr)> {
     let is_v4 = frame.get(12..14) == Some(&[0x08, 0x00]);
     let (source, to, ports) = if is_v4 { (26..30, 30..34, 34) } else { (22..38, 38..54, 54) };

@@ -1,4 +1,4 @@
-//! Two processors that see one client's first packets at once agree on its pod, whatever became of its old pin.
+//! Two processors that see one client's first packets at once agree on its pod, whatever happened to its old pin.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -42,7 +42,7 @@ fn two_processors_agree_on_a_client_whose_pin_has_expired() -> Result<()> {
         let last_used_ns =
             monotonic_ns().checked_sub(TIMEOUT_NS + SECOND_NS).context("started too short a time ago")?;
         pin_all(&kernel, |session| session.last_used_ns = last_used_ns)?;
-        // Who comes between the steps of a move takes the pod for gone.
+        // A CPU that comes between the steps of a move sees the pod as gone.
         race(&kernel, None, &[Reason::Expired, Reason::BackendGone])?;
     }
     Ok(())
@@ -78,8 +78,7 @@ fn crowd_of(change: impl Fn(&mut Frontend)) -> Result<Kernel> {
     site(sizes, change)
 }
 
-/// Pins every client to the first pod, which is no more loaded than the others, with a session that is changed before it
-/// is stored.
+/// Pins every client to the first pod, which has no higher load than the others. The session is changed before it is stored.
 fn pin_all(kernel: &Kernel, change: impl Fn(&mut Session)) -> Result<()> {
     let now_ns = monotonic_ns();
     for client in 0..CLIENTS {
@@ -104,9 +103,9 @@ fn pin_all(kernel: &Kernel, change: impl Fn(&mut Session)) -> Result<()> {
     Ok(())
 }
 
-/// Each client connects from two ports on two processors at the same moment. Both connections must reach one pod, the
-/// pin must name it, and one of them makes or moves the pin, for one of these reasons; with none given, neither. (A move to
-/// the pod that it had may count twice.) The pin then has so many connections, where they are counted; those are in their
+/// Each client connects from two ports on two processors at the same moment. Both connections must reach one pod, and the pin
+/// must name it. One of them creates or moves the pin, for one of these reasons; if none is given, neither does. (A move to the
+/// pod that it had may count twice.) The pin then has this many connections, if they are counted. The connections are in their
 /// middle, because one that begins does not count yet.
 fn race(kernel: &Kernel, connections: Option<u32>, reasons: &[Reason]) -> Result<()> {
     let (cpus, arrived) = (two_cpus()?, AtomicUsize::new(0));
@@ -136,7 +135,8 @@ fn race(kernel: &Kernel, connections: Option<u32>, reasons: &[Reason]) -> Result
     Ok(())
 }
 
-/// Connects every client from a port, on one processor; the pods that they reach. Waits for the other runner before each.
+/// Connects every client from a port, on one processor; returns the pods that they reach. Waits for the other runner before
+/// each.
 fn connect_all(kernel: &Kernel, cpu: usize, (port, flags): (u16, u8), arrived: &AtomicUsize) -> Result<Vec<IpAddr>> {
     let mut only = CpuSet::new();
     only.set(cpu);
@@ -151,7 +151,7 @@ fn connect_all(kernel: &Kernel, cpu: usize, (port, flags): (u16, u8), arrived: &
     };
     let pinned_down = sched_setaffinity(None, &only);
     let frames: Vec<_> = (0..CLIENTS).map(frame).collect();
-    // Who fails goes on to meet the other, who would wait for ever.
+    // A runner that fails still meets the other one, which would otherwise wait forever.
     let pods: Vec<Result<IpAddr>> = (1..)
         .zip(&frames)
         .map(|(round, frame)| {
@@ -163,7 +163,7 @@ fn connect_all(kernel: &Kernel, cpu: usize, (port, flags): (u16, u8), arrived: &
     pods.into_iter().collect()
 }
 
-/// Waits until so many have arrived. Spins, because the moment counts; yields, because others may need the processor.
+/// Waits until this many have arrived. Spins, because the moment matters; yields, because others may need the processor.
 fn meet(arrived: &AtomicUsize, together: usize) {
     arrived.fetch_add(1, Ordering::AcqRel);
     let mut spins = 0;
@@ -176,7 +176,7 @@ fn meet(arrived: &AtomicUsize, together: usize) {
     }
 }
 
-/// Two processors that this process may use. On one, nothing would run at the same moment, and nothing would be tested.
+/// Two processors that this process may use. On one, nothing would run at the same moment, so nothing would be tested.
 fn two_cpus() -> Result<[usize; 2]> {
     two_of(&sched_getaffinity(None)?)
 }

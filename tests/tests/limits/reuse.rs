@@ -1,5 +1,5 @@
-//! Records that are replaced while packets read them. The kernel gives a hash element without preallocation to the next key
-//! at once, so that a pointer into one may show the record of another key:
+//! Records that are replaced while packets read them. The kernel gives a hash element without preallocation to the next key at
+//! once, so a pointer to one may show the record of another key:
 //! <https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/memalloc.c> (`unit_free`, `unit_alloc`).
 
 use std::{
@@ -23,10 +23,10 @@ use anyhow::{Context, Result, ensure};
 use crate::site::{GENERATION, SIZES, destination, plain_service, service, site};
 
 const CONNECTIONS: u32 = 200_000;
-/// Connections that may be dropped because a record changed at each try to read it.
+/// Connections that may be dropped because a record changed during each attempt to read it.
 const DROPPED_MOST: u64 = 20;
 
-/// A service with one pod. Everything that is different between the two must come from one record.
+/// A service with one pod. All fields that differ between the two must come from one record.
 struct Service {
     at: SocketAddr,
     pod: u32,
@@ -35,7 +35,7 @@ struct Service {
 }
 
 impl Service {
-    /// One of two, of which the records differ in every field.
+    /// One of two services with records that differ in every field.
     fn new(number: u32, at: SocketAddr, flags: u8) -> Self {
         const POOL: u32 = 20;
         const SLOT: u32 = 16;
@@ -71,8 +71,8 @@ impl Service {
     }
 }
 
-/// While the records of two services are replaced in turn, each connection goes to the pod and the port of its own service,
-/// and what is stored of it is of that service.
+/// While the records of two services are replaced in turn, each connection goes to the pod and the port of its own service, and
+/// its stored records are of that service.
 #[test]
 fn a_record_that_is_replaced_is_never_mistaken_for_another() -> Result<()> {
     for flags in [0, AFFINITY] {
@@ -116,7 +116,7 @@ fn connect_while_replaced(flags: u8, hook: Hook) -> Result<()> {
     Ok(())
 }
 
-/// Opens connections from the first processor; how many went astray, or left a record that is not their service's.
+/// Opens connections from the first processor; returns how many reached a wrong pod or left a record of another service.
 fn connect_all(kernel: &Kernel, hook: Hook, service: &Service) -> Result<u64> {
     let _first = OnProcessor::new(0)?.context("this test needs a processor")?;
     let expected = SocketAddr::new(Family::V4.pod(service.pod as usize), service.port);

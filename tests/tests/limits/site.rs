@@ -1,4 +1,4 @@
-//! A service of eight pods in the kernel's maps, under the kernel's own clock, and clients that connect to it by
+//! A service of eight pods in the kernel's maps, with the kernel's own clock, and clients that connect to it through
 //! `BPF_PROG_TEST_RUN`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -30,7 +30,7 @@ pub(crate) const PODS: u32 = 8;
 pub(crate) const GENERATION: u32 = 1;
 /// The scope of all pins.
 pub(crate) const GROUP: u32 = 100;
-/// Entries of the flow tables: few, so that tests about sessions flood them by the way.
+/// Entries of the flow tables: few, so that tests about sessions also flood them.
 pub(crate) const SIZES: Sizes = Sizes { flows: 1 << 14, ..SMALL };
 
 const PORT: u16 = 80;
@@ -46,7 +46,7 @@ pub(crate) fn plain_service(family: Family) -> SocketAddr {
     SocketAddr::new(family.cluster_ip(2), PORT)
 }
 
-/// Loads the programs and publishes the service, after a change of its frontend.
+/// Loads the programs and publishes the service, with a change of its frontend.
 pub(crate) fn site(sizes: Sizes, change: impl Fn(&mut Frontend)) -> Result<Kernel> {
     let mut model = empty_model(&sizes, Fixed { now_ns: 1, random: 0 });
     for (index, family) in (0..).zip(Family::BOTH.repeat(PODS as usize)) {
@@ -97,10 +97,10 @@ fn publish<A: ModelFamily>(model: &mut Model, family: Family, change: impl Fn(&m
     }
 }
 
-/// Sends a segment to a service; the pod that it goes to.
+/// Sends a segment to a service; returns the pod that it goes to.
 pub(crate) fn send(kernel: &Kernel, hook: Hook, from: SocketAddr, to: SocketAddr, flags: u8) -> Result<IpAddr> {
     let frame = Frame::tcp(from, to, flags);
-    // A reset has a number that the other side has acknowledged: what every other frame does.
+    // A reset has a number that the other side has acknowledged, as every other frame does.
     let frame = if flags & RST == 0 { frame } else { frame.numbers(2000, 0) }.build();
     let ran = kernel.run(hook, &frame)?;
     ensure!(ran.verdict == Verdict::Forward, "{from} to {to}: {:?}", ran.verdict);
@@ -136,7 +136,7 @@ pub(crate) fn session_key(client: IpAddr) -> SessionKey<V4> {
     SessionKey::new(GROUP, address(client), 32)
 }
 
-/// Lets so much time pass for an IPv4 client: its session and its flows become older by that.
+/// Simulates the passing of time for an IPv4 client: its session and its flows become this much older.
 pub(crate) fn age(kernel: &Kernel, client: IpAddr, by_ns: u64) -> Result<()> {
     let older = |time_ns: u64| time_ns.checked_sub(by_ns).context("this machine started too short a time ago");
     let session = session(kernel, client)?;
@@ -151,7 +151,7 @@ pub(crate) fn age(kernel: &Kernel, client: IpAddr, by_ns: u64) -> Result<()> {
     Ok(())
 }
 
-/// Whether a time is now, as precisely as the programs' clock is.
+/// Whether a time is now, to the precision of the programs' clock.
 pub(crate) fn is_now(time_ns: u64) -> bool {
     monotonic_ns().abs_diff(time_ns) < SECOND_NS
 }

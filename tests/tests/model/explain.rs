@@ -1,6 +1,6 @@
-//! What `affinity explain` says of a packet against what the kernel programs then do with it, over random states.
+//! `affinity explain` compared with the result of the kernel programs for the same packet, over random states.
 //!
-//! Each packet leaves a pin or a connection behind, and the next question is about the state with it.
+//! Each packet leaves a pin or a connection behind, and the next question is about the resulting state.
 
 use std::{
     collections::BTreeMap,
@@ -34,12 +34,12 @@ use crate::{over_states, world::World};
 
 const STATES_OF_EACH: usize = 20;
 const QUESTIONS_TO_A_STATE: usize = 150;
-/// What was met less often than this has not been tested.
+/// Something that occurred less often than this has not been tested.
 const OFTEN: u64 = 30;
-/// Of clients that are asked about without a port.
+/// The first port of clients that are asked about without a port.
 const FIRST_NEW_PORT: u16 = 50_000;
 
-/// How often it came to what.
+/// How often each result occurred.
 #[derive(Default)]
 struct Coverage {
     reasons: BTreeMap<Reason, u64>,
@@ -65,7 +65,7 @@ fn what_is_explained_is_what_the_kernel_does() -> Result<()> {
     Ok(())
 }
 
-/// What a question can come to.
+/// The possible results of a question.
 const EXPLAINED: [Reason; 15] = [
     Reason::NotFrontend,
     Reason::Established,
@@ -135,12 +135,12 @@ where
     Ok(())
 }
 
-/// What the kernel does with the packet.
+/// The result of the packet in the kernel.
 #[derive(Debug)]
 struct Met {
     verdict: &'static str,
     reason: Reason,
-    /// Where it goes to, where it is translated.
+    /// Its destination, if it is translated.
     to: SocketAddr,
     is_masqueraded: bool,
 }
@@ -186,12 +186,12 @@ impl Met {
         Ok(met)
     }
 
-    /// Whether that is what was said.
+    /// Whether that is what the explanation says.
     fn is_as_said(&self, said: &Explanation<'_>) -> bool {
         let is_told = |pod: &Candidate<'_>| {
             (pod.address, pod.port, pod.masquerade) == (self.to.ip(), self.to.port(), self.is_masqueraded)
         };
-        // What shadow mode would do is told too.
+        // The explanation also contains what shadow mode would do.
         let is_there = self.verdict != "forward" || said.candidates.iter().any(is_told);
         let is_for_all = said.candidates.iter().all(|pod| pod.masquerade) && !said.candidates.is_empty();
         (said.verdict, said.reason) == (self.verdict, self.reason.name()) && is_there && said.masquerade == is_for_all

@@ -1,4 +1,4 @@
-//! Random frames: of known connections, of new ones, of strangers; of every shape; then damaged or cut short.
+//! Random frames: of known connections, of new ones, of unrelated hosts; of every shape; then damaged or cut short.
 
 use std::net::SocketAddr;
 
@@ -15,7 +15,7 @@ use affinity_tests::{
 use crate::world::World;
 use affinity_tests::dice::Dice;
 
-/// A frame, and where it is met.
+/// A frame, and its hook.
 pub(crate) fn random(dice: &mut Dice, world: &World) -> (Hook, Vec<u8>) {
     let hook = dice.pick(&Hook::ALL);
     let (from, to, protocol) = if hook == Hook::TcReverse { reply(dice, world) } else { request(dice, world) };
@@ -43,7 +43,7 @@ fn request(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
     }
     if dice.percent(50) {
         let known = dice.pick(&world.connections);
-        // Straight to the pod, by a port that a connection to the service may have.
+        // Directly to the pod, from a port that a connection to the service may have.
         let to = if dice.percent(20) { known.pod } else { known.service };
         return (known.client, to, known.protocol);
     }
@@ -59,7 +59,7 @@ fn reply(dice: &mut Dice, world: &World) -> (SocketAddr, SocketAddr, u8) {
         return (known.pod, known.client, known.protocol);
     }
     if dice.percent(20) {
-        // Of others: from a frontend's address and port, or from the node's.
+        // Foreign connections: from a frontend's address and port, or from the node's.
         let known = dice.pick(&world.connections);
         let node = World::node(family(known.pod), dice.below(6));
         return dice.pick(&[(known.service, known.client, known.protocol), (node, known.pod, known.protocol)]);
@@ -127,7 +127,7 @@ fn shape(dice: &mut Dice, from: SocketAddr, to: SocketAddr, protocol: u8) -> Fra
     frame.payload(&dice.bytes(length)).hop_limit(dice.byte())
 }
 
-/// An ICMP error about a packet that went the other way.
+/// An ICMP error about a packet in the opposite direction.
 fn error(dice: &mut Dice, from: SocketAddr, to: SocketAddr, protocol: u8) -> Frame {
     let mut quote = shape(dice, to, from, protocol).packet();
     if dice.percent(50) {

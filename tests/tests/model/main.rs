@@ -1,7 +1,7 @@
-//! The kernel programs against the model: random frames over random states must come out alike, in verdict, bytes,
-//! counters, events and every table; and what is explained of a packet must be what then becomes of it.
+//! The kernel programs against the model: random frames over random states must have equal results: verdict, bytes, counters,
+//! events and every table. The explanation of a packet must match its result.
 //!
-//! `AFFINITY_SEED=N` runs another sequence than the usual one; a failure names the seed that repeats it.
+//! `AFFINITY_SEED=N` runs another sequence; a failure names the seed that repeats it.
 
 mod explain;
 mod frames;
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::world::World;
 use affinity_tests::dice::Dice;
 
-/// The usual sequence.
+/// The default sequence.
 const SEED: u64 = 20;
 /// Times and random numbers that the programs are loaded with: long after boot, and right after it.
 const FIXED: [Fixed; 5] = [
@@ -29,16 +29,16 @@ const FIXED: [Fixed; 5] = [
     Fixed { now_ns: 1, random: 0xc000_0000 },
     Fixed { now_ns: u64::MAX / 2, random: u32::MAX },
 ];
-/// So few that a state has more frames to reject, and so many that most are rejected.
+/// So few that a state has more frames to reject, and so many that most of these are rejected.
 const REJECTIONS_PER_SECOND: u32 = 1;
 const STATES_OF_EACH: usize = 80;
 const FRAMES_OF_A_STATE: usize = 480;
-/// A run in which something happened less often than this has not tested it.
+/// A run in which something occurred less often than this has not tested it.
 const OFTEN: u64 = 100;
-/// The same for what takes several frames that fit together.
+/// The same for cases that need several matching frames.
 const OFTEN_IN_A_ROW: u64 = 10;
 
-/// What happened in the whole run.
+/// The events of the whole run.
 #[derive(Default)]
 struct Coverage {
     frames: u64,
@@ -54,7 +54,7 @@ fn seed() -> Result<u64> {
     }
 }
 
-/// Loads the programs with each of [`FIXED`] and this limit, and lets a story happen over so many random states.
+/// Loads the programs with each of [`FIXED`] and this limit, and runs a scenario over this many random states.
 fn over_states(
     states_of_each: usize,
     rejections_per_second: u32,
@@ -92,8 +92,8 @@ fn random_frames_over_random_states_come_out_alike() -> Result<()> {
     check_coverage(&coverage)
 }
 
-/// Runs all frames through both and compares what each became; then the tables. Where those differ, runs the frames
-/// again and compares the tables after each.
+/// Runs all frames through both and compares each result; then the tables. If those differ, runs the frames again and compares
+/// the tables after each.
 fn run(kernel: &mut Kernel, before: &Model, frames: &[(Hook, Vec<u8>)], coverage: &mut Coverage) -> Result<()> {
     let model = before.clone();
     kernel.put(&model)?;
@@ -134,7 +134,7 @@ fn find_first(kernel: &mut Kernel, before: &Model, frames: &[(Hook, Vec<u8>)]) -
     bail!("the tables differed at the end, but not when the same frames ran again")
 }
 
-/// Every reason that a frame can meet was met often, at every hook where it can be.
+/// Every reason that a frame can have occurred often, at every hook where it can.
 fn check_coverage(coverage: &Coverage) -> Result<()> {
     let mut seldom = Vec::new();
     for &hook in &Hook::ALL {
@@ -161,7 +161,7 @@ fn check_coverage(coverage: &Coverage) -> Result<()> {
     Ok(())
 }
 
-/// Whether a frame can meet a reason in this test. A table is never out of room here, nor does another processor run.
+/// Whether a frame can have a reason in this test. Here no table is ever full, and no other processor runs.
 fn can_meet(hook: Hook, reason: Reason) -> bool {
     let is_forward = hook != Hook::TcReverse;
     match reason {
@@ -195,7 +195,7 @@ fn can_meet(hook: Hook, reason: Reason) -> bool {
         | Reason::NotOurs
         | Reason::PortChanged
         | Reason::Inconsistent => is_forward,
-        // A group of which both scopes are the same: the pin is neither usable nor absent.
+        // A group with equal scopes: the pin is neither usable nor absent.
         Reason::SessionNotStored => is_forward,
         Reason::NoReplyBuilt
         | Reason::NotRewritten

@@ -1,5 +1,5 @@
-//! Random states of the maps: few addresses, ports, pools and groups, so that whatever can meet does meet, and every
-//! time, generation and flag at its edge.
+//! Random states of the maps: few addresses, ports, pools and groups, so that all combinations occur, and every time,
+//! generation and flag at its boundary.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -23,7 +23,7 @@ use affinity_tests::dice::Dice;
 
 const SECOND_NS: u64 = 1_000_000_000;
 const TIMEOUTS_NS: [u64; 5] = [SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS, TIMEOUT_UNLIMITED, 0];
-/// Flags of frontends that no plain one has.
+/// Flags of frontends in addition to those of a plain one.
 const OF_A_PROXY: [u8; 8] = [0, 0, 0, MASQUERADE, MASQUERADE, SPLIT_SCOPE, RANGES, DROP_IF_NO_LOCAL];
 const PREFIXES: [u8; 8] = [32, 128, 128, 128, 24, 64, 0, 255];
 /// States that flows may have.
@@ -40,7 +40,7 @@ const STATES: [u8; 11] = [
     OPEN | FLOW_RESET,
     OPEN | FLOW_FIN_CLIENT | FLOW_FIN_SERVER,
 ];
-/// The state of a connection that goes on.
+/// The state of an open connection.
 const OPEN: u8 = FLOW_ANSWERED | FLOW_OPEN;
 const BACKENDS: u32 = 12;
 const POOLS: u32 = 4;
@@ -50,7 +50,7 @@ const FIRST_SCOPE: u32 = 100;
 const SCOPES: u32 = 6;
 /// The first source port of the node, and how many there are at most.
 const NODE_PORTS: (u16, usize) = (30_000, 6);
-/// By how much there are more where there is one for everybody.
+/// How many more there are if there is one for every connection.
 const NODE_PORTS_FOR_ALL: u16 = 1_000;
 
 /// A connection that the flow table may know.
@@ -62,7 +62,7 @@ pub(crate) struct Connection {
     pub(crate) protocol: u8,
 }
 
-/// A state, and what is worth sending into it.
+/// A state, and the frames worth sending.
 pub(crate) struct World {
     pub(crate) model: Model,
     pub(crate) frontends: Vec<(SocketAddr, u8)>,
@@ -100,9 +100,8 @@ impl World {
         world
     }
 
-    /// A state as publishing makes them: pools of one family, whose slots name ready members, and frontends of one pool
-    /// with the same slots; and with ports to masquerade with, if any, for everybody. Pins and connections are whatever
-    /// they are.
+    /// A state as publishing creates it: pools of one family with slots that name ready members, and frontends of one pool with
+    /// the same slots; and ports for masquerading, if any, for every connection. Pins and connections are arbitrary.
     pub(crate) fn published(dice: &mut Dice, fixed: Fixed) -> Self {
         let mut world = Self::new(dice, fixed);
         let model = &mut world.model;
@@ -134,7 +133,7 @@ impl World {
         SocketAddr::new(ip, NODE_PORTS.0 + (number % NODE_PORTS.1) as u16)
     }
 
-    /// The address of a client; few, of two networks, and seldom one that no host has.
+    /// The address of a client; few, in two networks, and rarely one that no host has.
     pub(crate) fn client(dice: &mut Dice, family: Family) -> IpAddr {
         if dice.percent(3) {
             return match family {
@@ -165,7 +164,7 @@ impl World {
         }
     }
 
-    /// Members, the groups' unions among them, and the pools' slots.
+    /// Members, including the groups' unions, and the pools' slots.
     fn add_pools(&mut self, dice: &mut Dice) {
         for pool in (0..POOLS).chain(FIRST_SCOPE..FIRST_SCOPE + SCOPES) {
             for backend in 0..BACKENDS {
@@ -198,7 +197,7 @@ impl World {
         }
     }
 
-    /// A backend's generation, or seldom one that it had or will have.
+    /// A backend's generation, or rarely a former or future one.
     fn generation(&self, dice: &mut Dice, backend: u32) -> u32 {
         let generation = self.model.backends[&backend].generation;
         if dice.percent(88) { generation } else { generation.wrapping_add(dice.pick(&[1, 2, u32::MAX])) }
@@ -211,7 +210,7 @@ impl World {
         dice.pick(&[0, u64::from_ne_bytes([a, b, c, d, e, f, g, h])])
     }
 
-    /// A time at the edge of every timeout.
+    /// A time at the boundary of every timeout.
     fn time_ns(&self, dice: &mut Dice) -> u64 {
         let edges = [0, SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS];
         let age_ns = dice.pick(&edges).saturating_add(dice.pick(&[0, 1, SECOND_NS / 2]));
@@ -375,7 +374,7 @@ impl World {
         self.connections.push(Connection { client, service, pod, protocol });
     }
 
-    /// A connection to no frontend, whose replies look like packets of another one, or have no flow.
+    /// A foreign connection with replies that look like packets of another one, or have no flow.
     fn add_foreign<A: ModelFamily>(&mut self, dice: &mut Dice, replies: FlowKey<A>) {
         let state = dice.pick(&STATES) & !FLOW_SHADOW;
         let foreign = Foreign { last_sent_ns: self.time_ns(dice), state: u32::from(state), pad: 0 };
@@ -386,7 +385,7 @@ impl World {
     }
 }
 
-/// Backends and pools belong to a family by turns.
+/// Backends and pools alternate between the families.
 fn family_of(number: u32) -> Family {
     Family::BOTH[number as usize % 2]
 }
