@@ -1,5 +1,5 @@
-//! A second reading of frames, to judge the pipeline by: slow, plain, and written from the RFCs rather than from the
-//! parser under test. Where both read a frame, they must read the same.
+//! A second reading of frames, to check the pipeline: slow, plain, and written from the RFCs instead of from the parser under
+//! test. If both read a frame, they must get the same result.
 
 /// IANA number of ICMP.
 pub const ICMP: u8 = 1;
@@ -14,9 +14,9 @@ pub const ICMPV6: u8 = 58;
 pub const FIN: u8 = 0x01;
 /// TCP flag: a connection begins.
 pub const SYN: u8 = 0x02;
-/// TCP flag: the connection is void.
+/// TCP flag: the connection is reset.
 pub const RST: u8 = 0x04;
-/// TCP flag: the acknowledgement number counts.
+/// TCP flag: the acknowledgement number is valid.
 pub const ACK: u8 = 0x10;
 
 /// With more extension headers a packet is not translated.
@@ -33,7 +33,7 @@ pub struct Reading {
     pub l4: usize,
     /// Offset behind the last byte of the packet that the frame holds.
     pub end: usize,
-    /// The packet ends where its IP header says: the frame is not cut short, and the header says something.
+    /// The packet ends where its IP header says: the frame is not cut short, and the header has a length.
     pub is_complete: bool,
     /// IANA protocol number.
     pub protocol: u8,
@@ -43,7 +43,7 @@ pub struct Reading {
     pub ports: [u16; 2],
 }
 
-/// Reads a frame; `None` where no packet with the header of a known transport is in it.
+/// Reads a frame; `None` if it contains no packet with the header of a known transport.
 pub fn read(frame: &[u8]) -> Option<Reading> {
     let l3 = network(frame)?;
     match word(frame, l3 - 2)? {
@@ -64,7 +64,7 @@ fn network(frame: &[u8]) -> Option<usize> {
     Some(l3)
 }
 
-/// Where an IP packet keeps its addresses, and the IPv4 header's checksum; whatever lies above that header.
+/// The ranges of an IP packet's addresses, and of the IPv4 header's checksum, for any transport.
 pub fn network_places(frame: &[u8]) -> Option<[std::ops::Range<usize>; 2]> {
     let l3 = network(frame)?;
     let places =
@@ -72,7 +72,7 @@ pub fn network_places(frame: &[u8]) -> Option<[std::ops::Range<usize>; 2]> {
     (frame.len() >= places[0].end).then_some(places)
 }
 
-/// What an IPv4 header's checksum is off by, in one's complement; zero for IPv6.
+/// The error of an IPv4 header's checksum, in one's complement; zero for IPv6.
 pub fn header_error(frame: &[u8]) -> u16 {
     let is_v4 = |l3: &usize| word(frame, l3 - 2) == Some(0x0800);
     network(frame).filter(is_v4).map_or(0, |l3| residue(sum(&frame[l3..l3 + usize::from(frame[l3] & 0xf) * 4])))
@@ -117,8 +117,8 @@ fn read_v6(frame: &[u8], l3: usize) -> Option<Reading> {
     with_ports(frame, Reading { is_v6: true, l3, l4, end, is_complete, protocol, addresses, ports: [0; 2] })
 }
 
-/// Where a packet ends, and whether that is where its header says. What is behind it is padding. A length field of zero
-/// leaves the length to the frame.
+/// The end of a packet, and whether that is where its header says. Bytes behind it are padding. With a length field of zero,
+/// the frame determines the length.
 fn end_of(frame: &[u8], start: usize, length_field: u16) -> (usize, bool) {
     let end = start + usize::from(length_field);
     if length_field == 0 || end > frame.len() { (frame.len(), false) } else { (end, true) }
@@ -157,13 +157,13 @@ impl Reading {
             }
     }
 
-    /// What the IPv4 header's checksum is off by, in one's complement; zero for a right one, and for IPv6.
+    /// The error of the IPv4 header's checksum, in one's complement; zero if it is valid, and for IPv6.
     pub fn network_error(&self, frame: &[u8]) -> u16 {
         if self.is_v6 { 0 } else { residue(sum(&frame[self.l3..self.l4])) }
     }
 
-    /// What the transport checksum is off by, in one's complement; zero for a right one. `length` is what the
-    /// pseudo-header says, which a cut frame cannot tell.
+    /// The error of the transport checksum, in one's complement; zero if it is valid. `length` is the length in the
+    /// pseudo-header, which a cut frame does not show.
     pub fn transport_error(&self, frame: &[u8], length: usize) -> u16 {
         let payload = sum(&frame[self.l4..self.end]);
         if self.protocol == ICMP {
@@ -173,14 +173,14 @@ impl Reading {
         residue(payload + sum(source) + sum(destination) + u64::from(self.protocol) + length as u64)
     }
 
-    /// Where the frame keeps its addresses and ports, as ranges: source address, destination address, ports.
+    /// The ranges of addresses and ports in the frame: source address, destination address, ports.
     pub fn places(&self) -> [std::ops::Range<usize>; 3] {
         let (first, len) = if self.is_v6 { (self.l3 + 8, 16) } else { (self.l3 + 12, 4) };
         [first..first + len, first + len..first + 2 * len, self.l4..self.l4 + 4]
     }
 }
 
-/// The frame as if it went the other way.
+/// The frame in the opposite direction.
 pub fn turned(frame: &[u8], reading: &Reading) -> Vec<u8> {
     let mut frame = frame.to_vec();
     let [source, destination, ports] = reading.places();
@@ -190,7 +190,7 @@ pub fn turned(frame: &[u8], reading: &Reading) -> Vec<u8> {
     frame
 }
 
-/// Where a packet's fragment field is: offset and "more fragments". None where the packet is whole.
+/// The offset of a packet's fragment field (offset and "more fragments"); `None` if the packet is not fragmented.
 pub fn fragment_field(frame: &[u8], reading: &Reading) -> Option<usize> {
     if !reading.is_v6 {
         let at = reading.l3 + 6;
@@ -206,16 +206,16 @@ pub fn fragment_field(frame: &[u8], reading: &Reading) -> Option<usize> {
     None
 }
 
-/// A later fragment of the packet whose first one this is: 64 bytes further on, where anything may be. A wrong checksum
-/// of the header is as wrong afterwards.
+/// A later fragment of the packet with this first fragment: at an offset of 64 bytes, with any contents. The error of the
+/// header's checksum stays the same.
 pub fn later_fragment(frame: &[u8], field: usize, is_v6: bool) -> Vec<u8> {
     let mut frame = frame.to_vec();
     frame[field + 1] |= if is_v6 { 64 } else { 8 };
     frame
 }
 
-/// An ICMP error about a packet, sent by whom that packet was for: "time exceeded", with wrong checksums, which a
-/// translator must neither mind nor mend.
+/// An ICMP error about a packet, from that packet's destination: "time exceeded", with wrong checksums, which the pipeline must
+/// neither reject nor correct.
 pub fn error(reading: &Reading, frame: &[u8], quote: &[u8]) -> Vec<u8> {
     let mut error = frame[..reading.l3 - 2].to_vec();
     let [source, destination] = &reading.addresses;
@@ -233,7 +233,7 @@ pub fn error(reading: &Reading, frame: &[u8], quote: &[u8]) -> Vec<u8> {
     error
 }
 
-/// What an error quotes, read as a packet.
+/// The packet that an error quotes.
 pub fn quoted(frame: &[u8]) -> Reading {
     let outer = read(frame).expect("the error is whole");
     let ethertype = if outer.is_v6 { [0x86, 0xdd] } else { [0x08, 0] };
@@ -245,7 +245,7 @@ fn sum(bytes: &[u8]) -> u64 {
     bytes.chunks(2).map(|pair| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0))).sum()
 }
 
-/// A sum as the error that it shows: both zeros of one's complement are none.
+/// The error that a sum shows: both zeros of one's complement mean none.
 fn residue(sum: u64) -> u16 {
     (sum % 0xffff) as u16
 }

@@ -1,12 +1,12 @@
-//! What must hold of every frame in every state, however hostile.
+//! The properties that hold for every frame in every state, even for hostile input.
 //!
-//! An input is twelve bytes that choose a [`state`], and a frame. The frame passes through the pipeline as a client's
-//! and as a pod's packet, with follow-ups made from it: its repetition, the reply, by way of the node's address where the
-//! source became that, later fragments, further connections of the same client, the same redirected past the node's stack,
-//! and itself once more after pods have gone or time has passed. Each passage is judged by a second, plain reading of the
-//! [`frame`].
+//! An input consists of [`state::HEAD`] bytes that choose a [`state`], and a frame. The frame passes through the pipeline as a
+//! client's and as a pod's packet. Follow-ups are made from it: its repetition; the reply, through the node's address if the
+//! source became that; later fragments; further connections of the same client; the same packets redirected past the node's
+//! stack; and itself once more after pods have gone or time has passed. A second, plain reading of the [`frame`] checks each
+//! passage.
 //!
-//! `cases` holds inputs that have told a wrong pipeline from a right one, named after what they show.
+//! `cases` contains inputs that have revealed an error in the pipeline, with names that say which.
 
 pub mod frame;
 mod passage;
@@ -32,10 +32,10 @@ use crate::{
     state::{PORTS, State, send_to},
 };
 
-/// Runs one input and returns the reasons that it met.
+/// Runs one input and returns its reasons.
 ///
 /// # Panics
-/// When something does not hold that must.
+/// When a property does not hold.
 pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     let Some((state, frame)) = State::split(input) else { return BTreeSet::new() };
     let frame = state.aimed(frame);
@@ -60,12 +60,12 @@ pub fn examine(input: &[u8]) -> BTreeSet<Reason> {
     met
 }
 
-/// A flow's next packet takes the same way.
+/// A flow's next packet has the same result.
 fn repeat(model: &Model, first: &Passage) {
     let reading = first.reading();
     let flags = if reading.protocol == TCP { first.before[reading.l4 + 13] } else { 0 };
     if flags & (SYN | ACK) == SYN && flags & (FIN | RST) != 0 {
-        // It opens and ends a connection, so the next one is another.
+        // It opens and ends a connection, so the next one is a new connection.
         return;
     }
     let again = Passage::new(model, Direction::Dnat, &first.before);
@@ -73,7 +73,7 @@ fn repeat(model: &Model, first: &Passage) {
     assert_eq!(again.after, first.after);
 }
 
-/// What the pod answers comes from whom the client asked.
+/// The pod's reply comes from the address that the client used.
 fn reply(model: &Model, first: &Passage) {
     let asked = first.reading();
     let frame = by_the_node(model, first).unwrap_or_else(|| {
@@ -90,7 +90,7 @@ fn reply(model: &Model, first: &Passage) {
     assert_eq!(reading.ports, [asked.ports[1], asked.ports[0]]);
 }
 
-/// What follows a first fragment goes the same way.
+/// Later fragments are translated like the first one.
 fn later_fragment(model: &Model, direction: Direction, first: &Passage) {
     let reading = first.reading();
     let Some(field) = fragment_field(&first.before, &reading) else { return };
@@ -101,7 +101,7 @@ fn later_fragment(model: &Model, direction: Direction, first: &Passage) {
     assert_eq!(passage.after[addresses.clone()], first.after[addresses]);
 }
 
-/// Errors about the translated packet reach the client, about what it sent; and its errors about replies reach the pod.
+/// Errors about the translated packet reach the client, and quote its packet; the client's errors about replies reach the pod.
 fn errors(model: &Model, first: &Passage) {
     let (sent, translated) = (first.reading(), read(&first.after).expect("a translated frame is as whole as before"));
     let [client, frontend] = &sent.addresses;
@@ -124,7 +124,7 @@ fn errors(model: &Model, first: &Passage) {
     assert_eq!(quoted.ports, [translated.ports[1], translated.ports[0]]);
 }
 
-/// The client's next connections, one to each port. A passage judges itself what becomes of the pins.
+/// The client's next connections, one to each port. Each passage itself checks the pins.
 fn further_connections(model: &Model, first: &Passage) {
     let reading = first.reading();
     for (port, _) in PORTS {
@@ -136,7 +136,8 @@ fn further_connections(model: &Model, first: &Passage) {
     }
 }
 
-/// The same datagram as an answer to one that has left from the frontend's address and port: that is another's, and passes.
+/// The same datagram as the answer to one that left from the frontend's address and port: it belongs to a foreign connection,
+/// and passes.
 fn answer_to_another(model: &Model, frame: &[u8]) -> Option<Reason> {
     let reading = read(frame).filter(|reading| reading.protocol == UDP && frontend_of(model, reading).is_some())?;
     let model = model.clone();
@@ -147,10 +148,10 @@ fn answer_to_another(model: &Model, frame: &[u8]) -> Option<Reason> {
     Some(answer.reason)
 }
 
-/// The client's connection to the same pod by the same port, past the service: it gets another port where the replies would be
-/// the other one's, and they come back to it.
+/// The client's connection directly to the same pod from the same port: it gets another port if its replies would match those
+/// of the first one, and its replies come back to it.
 fn straight_to_the_pod(model: &Model, first: &Passage) -> Reason {
-    // Apart: it would be in the way of later connections.
+    // On a copy, because it would interfere with later connections.
     let model = &model.clone();
     let straight = Passage::new(model, Direction::Dnat, &first.after);
     if straight.reason != Reason::PortChanged {
@@ -175,7 +176,7 @@ mod tests {
 
     use super::*;
 
-    /// The reasons that only the kernel can give, the agent, or a socket.
+    /// The reasons that only the kernel, the agent or a socket can give.
     const NOT_OF_THE_MODEL: [Reason; 9] = [
         Reason::NoReplyBuilt,
         Reason::NotRewritten,

@@ -1,4 +1,4 @@
-//! The fuzz target: libFuzzer calls [`affinity_fuzz::examine`] with input after input.
+//! The fuzz target: libFuzzer calls [`affinity_fuzz::examine`] with one input after another.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

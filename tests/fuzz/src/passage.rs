@@ -1,4 +1,4 @@
-//! One frame through the pipeline, and what must hold of any.
+//! One frame through the pipeline, and the properties of every passage.
 
 use affinity_common::{
     abi::{COEXIST, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, V4, V6},
@@ -11,7 +11,7 @@ use crate::{
     pins::Pins,
 };
 
-/// A frame before and after, and what became of it.
+/// A frame before and after, and the result.
 #[derive(Debug)]
 pub(crate) struct Passage {
     pub(crate) before: Vec<u8>,
@@ -21,7 +21,7 @@ pub(crate) struct Passage {
 }
 
 impl Passage {
-    /// Sends a frame through the pipeline, and judges what comes out.
+    /// Sends a frame through the pipeline, and checks the result.
     pub(crate) fn new(model: &Model, direction: Direction, frame: &[u8]) -> Self {
         let counters = model.counters.borrow().clone();
         let pins_before = pins_of(model, frame);
@@ -30,7 +30,7 @@ impl Passage {
             Direction::Dnat | Direction::RevSnat => pipeline::forward(&mut after, model),
             Direction::RevDnat | Direction::Snat => pipeline::reverse(&mut after, model),
         };
-        // No pod is on this node, and what a hook makes of that is not asked here.
+        // No pod is on this node, and the hook's action for that is not tested here.
         let verdict = if verdict == Verdict::Redirect { Verdict::Forward } else { verdict };
         let counted = model.counters.borrow();
         let grown: Vec<_> =
@@ -53,12 +53,12 @@ impl Passage {
         passage
     }
 
-    /// The frame's plain reading before its passage. Only packets with a transport header are ever touched here.
+    /// The frame's plain reading before its passage. Only packets with a transport header are ever translated here.
     pub(crate) fn reading(&self) -> Reading {
         read(&self.before).expect("only a whole packet is touched")
     }
 
-    /// Only addresses, ports and checksums have changed, and the checksums are as right, or as wrong, as before.
+    /// Only addresses, ports and checksums have changed, and the error of each checksum is the same as before.
     fn judge_translation(&self) {
         let before = self.reading();
         let after = read(&self.after).expect("a translated frame is as whole as before");
@@ -80,7 +80,7 @@ impl Passage {
         assert_eq!(restored, self.before, "nothing else changes");
     }
 
-    /// Only addresses have changed, and the IPv4 header's checksum is as right, or as wrong, as before.
+    /// Only addresses have changed, and the error of the IPv4 header's checksum is the same as before.
     fn judge_fragment(&self) {
         let places = network_places(&self.before).expect("only an IP packet is touched");
         assert_eq!(header_error(&self.after), header_error(&self.before), "network checksum");
@@ -91,8 +91,8 @@ impl Passage {
         assert_eq!(restored, self.before, "nothing else changes");
     }
 
-    /// Only addresses and checksums of the error have changed, and addresses, ports and checksums of what it quotes; the
-    /// error's checksums are as right, or as wrong, as before.
+    /// Only addresses and checksums of the error have changed, and addresses, ports and checksums of the quoted packet. Its checksums
+    /// are off by as much as before.
     fn judge_error(&self) {
         let before = self.reading();
         let after = read(&self.after).expect("a translated error is as whole as before");
@@ -119,7 +119,7 @@ impl Passage {
         assert!(span < 18 && differing.len() <= 6, "ports and a checksum of TCP or UDP, no more: {differing:?}");
     }
 
-    /// A refusal goes back where the frame came from, is whole and exact, and answers no refusal.
+    /// A rejection goes back where the frame came from, is complete and correct, and does not answer a rejection.
     fn judge_answer(&self) {
         let before = self.reading();
         let after = read(&self.after).expect("an answer is a whole packet");
@@ -141,7 +141,7 @@ impl Passage {
         }
     }
 
-    /// A reset as of RFC 9293, section 3.10.7.1.
+    /// A reset as in RFC 9293, section 3.10.7.1.
     fn judge_reset(&self, before: &Reading, l4: usize) {
         let number = |frame: &[u8], at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().expect("four bytes"));
         let flags = self.before[before.l4 + 13];
@@ -159,7 +159,7 @@ impl Passage {
         }
     }
 
-    /// Packets to frontends are touched, but for another proxy's, and no others. They reach pods that exist, and new
+    /// Only packets to frontends are touched, and all of them except those of another proxy. They reach existing pods, and new
     /// connections only ready ones.
     fn judge_destination(&self, model: &Model, pins_before: Option<Pins>) {
         let frontend = read(&self.before).and_then(|reading| frontend_of(model, &reading));
@@ -221,7 +221,7 @@ fn pins_of(model: &Model, frame: &[u8]) -> Option<Pins> {
     Pins::now(model, &reading, frontend_of(model, &reading)?)
 }
 
-/// The frontend that a packet is for.
+/// The frontend of a packet.
 pub(crate) fn frontend_of(model: &Model, reading: &Reading) -> Option<Frontend> {
     let address = reading.addresses[1].as_slice();
     let port = Port::new(reading.ports[1]);

@@ -1,4 +1,4 @@
-//! What a connection may do to a client's pins, judged from the tables before and after it.
+//! The allowed effects of a connection on a client's pins, checked with the tables before and after it.
 
 use affinity_common::{
     abi::{
@@ -10,20 +10,20 @@ use affinity_common::{
 
 use crate::{frame::Reading, state::GROUP};
 
-/// The pins of a client that a connection to one frontend can concern.
+/// The pins of a client that can matter for a connection to one frontend.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pins {
     frontend: Frontend,
     now_ns: u64,
     group: Option<Session>,
     own: Option<Session>,
-    /// What the group's pinned pod is to the frontend's pool, and to the group.
+    /// The group's pinned pod as a member of the frontend's pool, and of the group.
     in_pool: Option<Member>,
     in_group: Option<Member>,
 }
 
 impl Pins {
-    /// The pins as they are; `None` where the frontend pins nobody.
+    /// The current pins; `None` if the frontend has no affinity.
     pub(crate) fn now(model: &Model, reading: &Reading, frontend: Frontend) -> Option<Self> {
         if frontend.flags & AFFINITY == 0 {
             return None;
@@ -49,7 +49,7 @@ impl Pins {
         serves(&pin, self.in_pool).then_some(pin.backend)
     }
 
-    /// Judges what a new connection to `backend` has done.
+    /// Checks the effects of a new connection to `backend`.
     pub(crate) fn judge(&self, after: &Self, reason: Reason, backend: u32, generation: u32) {
         if let Some(expected) = self.must_reach() {
             assert_eq!((reason, backend), (Reason::Pinned, expected), "a pin is followed");

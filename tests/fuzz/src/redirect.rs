@@ -1,4 +1,4 @@
-//! The same packets, redirected by the hook that they came in by, without the node's network stack.
+//! The same packets, redirected by the hook that they arrived at, without the node's network stack.
 
 use affinity_common::{
     abi::Address,
@@ -12,7 +12,7 @@ use crate::frame::{ICMPV6, Reading, TCP, UDP, read};
 
 /// The link addresses for the next hop.
 const LINK: Link = [2, 0, 0, 0, 0, 3, 2, 0, 0, 0, 0, 4];
-/// What the hook returns for it.
+/// The hook's action for it.
 const ACTION: u32 = 7;
 /// IANA number of SCTP.
 const SCTP: u8 = 132;
@@ -26,7 +26,7 @@ impl NextHop for Hop {
     }
 }
 
-/// A frame whose hook knows one way for all packets.
+/// A frame of a hook with one next hop for all packets.
 struct Routed(Vec<u8>);
 
 impl Packet for Routed {
@@ -55,8 +55,8 @@ impl FibLookup for Routed {
     }
 }
 
-/// Sends a packet on that was translated where it came in, or a reply: what comes out is what the stack would forward, with
-/// what leaving by a device does to it. What is not plain goes to the stack as it is.
+/// Redirects a packet that was translated at ingress, or a reply. The result must be what the stack would forward, after egress
+/// processing. Packets that are not plain go to the stack unchanged.
 pub(crate) fn redirect(model: &Model, frame: &[u8]) {
     let mut wanted = frame.to_vec();
     pipeline::reverse(&mut wanted, &model.clone());
@@ -80,7 +80,7 @@ pub(crate) fn redirect(model: &Model, frame: &[u8]) {
     assert_eq!(after.network_error(&routed.0), reading.network_error(frame), "network checksum");
 }
 
-/// Without tags, options, extension headers or fragments, and with a hop left.
+/// Without tags, options, extension headers or fragments, and with a TTL above one.
 fn is_plain(frame: &[u8], reading: &Reading) -> bool {
     let Reading { is_v6, l3, .. } = *reading;
     let header = &frame[l3..];

@@ -1,4 +1,4 @@
-//! Inputs to start from: every shape of frame that the parser knows, in states that meet every reason.
+//! Initial inputs: every shape of frame that the parser knows, in states that produce every reason.
 
 use crate::{
     frame::{self, TCP, UDP},
@@ -8,7 +8,7 @@ use crate::{
     },
 };
 
-/// The states, by name; the fields of [`crate::state::State`] in their order.
+/// The states, by name; the fields of [`crate::state::State`] in order.
 const STATES: [(&str, [u8; HEAD]); 25] = [
     ("random", [0, 0, 128, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
     ("consistent", [0, 1, 24, 2, 0xaa, 0xaa, 0, 0, 0, 9, 1, 0, 0]),
@@ -37,7 +37,7 @@ const STATES: [(&str, [u8; HEAD]); 25] = [
     ("none here", [0, 0, 128, 2, 0, 0, 0, 0, 0, 9, 1, 0, NO_ANSWER]),
 ];
 
-/// What is above the network header: protocol and TCP flags, or whether there is a UDP checksum.
+/// The transport layer: protocol and TCP flags, or whether there is a UDP checksum.
 const TRANSPORTS: [(&str, u8, u8); 7] = [
     ("syn", TCP, 0x02),
     ("ack", TCP, 0x10),
@@ -48,7 +48,7 @@ const TRANSPORTS: [(&str, u8, u8); 7] = [
     ("udp-without-checksum", UDP, 0),
 ];
 
-/// Every seed, with a name that says what it is.
+/// Every seed, with a descriptive name.
 pub fn seeds() -> Vec<(String, Vec<u8>)> {
     let mut seeds = Vec::new();
     for (state, head) in STATES {
@@ -65,24 +65,24 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
     seeds
 }
 
-/// The frames of one transport: whole ones in every wrapping, and some that must pass.
+/// The frames of one transport: whole ones with every combination of headers, and some that must pass.
 fn shapes(is_v6: bool, protocol: u8, flags: u8) -> Vec<(&'static str, Vec<u8>)> {
     let plain = Shape { is_v6, protocol, flags, tags: &[], between: &[] };
     let between: &[u8] = if is_v6 {
-        // Hop-by-hop options, a routing header that is done, an atomic fragment, destination options.
+        // Hop-by-hop options, a routing header without segments left, an atomic fragment, destination options.
         &[43, 0, 1, 4, 0, 0, 0, 0, 44, 0, 4, 0, 0, 0, 0, 0, 60, 0, 0, 0, 1, 2, 3, 4, protocol, 0, 1, 4, 0, 0, 0, 0]
     } else {
-        // Options: three that do nothing, and the end.
+        // Options: three no-operations, and the end.
         &[1, 1, 1, 0]
     };
     let extended = Shape { between, ..plain }.frame();
-    // Further on in their packet; and with others to follow.
+    // A later fragment, and a first fragment.
     let (later, first) = if is_v6 {
         (with(&extended, 14 + 40 + 8 + 8 + 3, 8), with(&extended, 14 + 40 + 8 + 8 + 3, 1))
     } else {
         (with(&plain.frame(), 14 + 7, 9), with(&plain.frame(), 14 + 6, 0x20))
     };
-    // Where the headers keep the protocol, the low byte of the length, and the destination's last byte.
+    // Offsets of the protocol, the low byte of the length, and the destination's last byte in the headers.
     let (protocol_at, length_at, address_at) = if is_v6 { (20, 19, 53) } else { (23, 17, 33) };
     let l4 = address_at + 1;
     let mut shapes = vec![
@@ -125,7 +125,7 @@ struct Shape<'a> {
     flags: u8,
     /// VLAN tags.
     tags: &'a [u8],
-    /// IPv4 options, or IPv6 extension headers whose last names the transport.
+    /// IPv4 options, or IPv6 extension headers. The last one names the transport.
     between: &'a [u8],
 }
 

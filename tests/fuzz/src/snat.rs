@@ -1,4 +1,4 @@
-//! Connections whose source becomes the node's: out to the pod, and back by the node.
+//! Connections with the node's address as their source: to the pod, and back through the node.
 
 use affinity_common::{
     abi::{Address as _, Direction, MASQUERADE, PODS, RangeKey, Reason, SPLIT_SCOPE, V4, V6},
@@ -13,12 +13,12 @@ use crate::{
     state::{NODE_PORT, NODE_V4, NODE_V6},
 };
 
-/// Lets a translated packet leave for its pod. Where its source becomes the node's, returns what the pod's reply is once it
-/// has come back here: a packet from the pod to the client.
+/// Lets a translated packet leave for its pod. If its source becomes the node's, returns the pod's reply after it has come back
+/// here: a packet from the pod to the client.
 pub(crate) fn by_the_node(model: &Model, first: &Passage) -> Option<Vec<u8>> {
     let sent = read(&first.after).expect("a translated frame is as whole as before");
     if sent.addresses[0] == sent.addresses[1] && sent.ports[0] == sent.ports[1] {
-        // Its way there cannot be told from its way back.
+        // Its directions cannot be distinguished.
         return None;
     }
     let leaving = Passage::new(model, Direction::Snat, &first.after);
@@ -45,7 +45,7 @@ pub(crate) fn by_the_node(model: &Model, first: &Passage) -> Option<Vec<u8>> {
     Some(returned.after)
 }
 
-/// What the pod, or a router before it, says of the packet is about the client's, and for the client.
+/// An error of the pod, or of a router before it, quotes the client's packet, and goes to the client.
 fn error_by_the_pod(model: &Model, leaving: &Passage, sent: &Reading, left: &Reading) {
     let error = error(left, &leaving.after, &leaving.after[left.l3..]);
     let passage = Passage::new(model, Direction::RevSnat, &error);
@@ -56,8 +56,8 @@ fn error_by_the_pod(model: &Model, leaving: &Passage, sent: &Reading, left: &Rea
     assert_eq!((&quoted.addresses, quoted.ports), (&sent.addresses, sent.ports));
 }
 
-/// Whether the source of a client's new connection becomes the node's: that of a pod to itself, and where its frontend says
-/// so.
+/// Whether the source of a client's new connection becomes the node's: if a pod connects to itself, or if its frontend requires
+/// it.
 fn becomes_the_nodes(model: &Model, asked: &Reading, sent: &Reading) -> bool {
     let frontend = frontend_of(model, asked).expect("only packets to frontends are translated");
     let is_outside = frontend.flags & SPLIT_SCOPE != 0 && !is_of_a_pod(model, &asked.addresses[0]);

@@ -1,8 +1,8 @@
-//! What the first bytes of an input choose: the tables, and what becomes of them later.
+//! The choices of an input's first bytes: the tables, and their later changes.
 //!
-//! The tables are as the agent would publish them. There is one service on two ports, over TCP and UDP, IPv4 and IPv6.
-//! Each family has four pods; what they are to the two ports' pools is up to the input, and so are the policies, the
-//! clock, a pin that the client already has, who may come, and whose source becomes the node's.
+//! The tables are as the agent would publish them. There is one service on two ports, over TCP and UDP, IPv4 and IPv6. Each
+//! family has four pods. The input chooses their membership in the two ports' pools, the policies, the clock, a pin that the
+//! client already has, the allowed clients, and the connections that are masqueraded.
 
 use affinity_common::{
     abi::{
@@ -26,7 +26,7 @@ pub const GROUP: u32 = 10;
 const SERVICE: u32 = 1;
 /// Pods of each family.
 const PODS: u32 = 4;
-/// The ports that clients dial, each with the port that pods serve.
+/// The ports that clients connect to, each with the port that pods serve.
 pub const PORTS: [(u16, u16); 2] = [(80, 8080), (443, 8443)];
 /// The generation of every pod, until it is retired.
 const IN_USE: u32 = 3;
@@ -36,7 +36,7 @@ pub const NODE_V4: V4 = V4([192, 0, 2, 250]);
 pub const NODE_V6: V6 = V6([0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfa]);
 /// The first of the node's ports.
 pub const NODE_PORT: u16 = 30_000;
-/// Ports of a node that has enough of them.
+/// Number of ports of a node that has enough of them.
 const NODE_PORTS: u16 = 64;
 
 /// Clients of all frontends get the node's address: see [`State::exposure`].
@@ -45,7 +45,7 @@ pub const TO_NODE: u8 = 0x01;
 pub const IN_RANGES: u8 = 0x02;
 /// and the client is in one of them; and in the networks of pods.
 pub const WITHIN: u8 = 0x04;
-/// Where there is no usable member, nothing is answered.
+/// If there is no usable member, packets are dropped.
 pub const NO_ANSWER: u8 = 0x08;
 /// External clients have records of their own, and get the node's address.
 pub const EXTERNAL_CLIENTS: u8 = 0x10;
@@ -53,7 +53,7 @@ pub const EXTERNAL_CLIENTS: u8 = 0x10;
 pub const ONE_PORT: u8 = 0x20;
 /// Pods are on this node.
 pub const LOCAL: u8 = 0x40;
-/// The processor has rejected as many packets as it may.
+/// The CPU has rejected as many packets as it may.
 pub const REJECTED_ENOUGH: u8 = 0x80;
 
 /// The service's address.
@@ -82,7 +82,7 @@ pub struct State {
 }
 
 impl State {
-    /// Splits an input; `None` where it is too short to hold a frame.
+    /// Splits an input; `None` if it is too short to contain a frame.
     pub fn split(input: &[u8]) -> Option<(Self, &[u8])> {
         let (&head, frame) = input.split_first_chunk::<HEAD>()?;
         let [aim, policy, prefix, timeout, one, other, pin, pinned_pod, pin_age, clock, random, change, exposure] =
@@ -93,8 +93,8 @@ impl State {
         Some((state, frame))
     }
 
-    /// The frame, sent to a frontend unless the input says to leave it as it is. Its checksums go wrong by as much as
-    /// its addresses change, which the pipeline must neither mind nor mend.
+    /// The frame, sent to a frontend unless the input says to leave it unchanged. The error of its checksums changes by the
+    /// change of its addresses; the pipeline must neither reject nor correct that.
     pub fn aimed(&self, frame: &[u8]) -> Vec<u8> {
         let mut frame = frame.to_vec();
         if let (1.., Some(reading)) = (self.aim, frame::read(&frame)) {
@@ -104,7 +104,7 @@ impl State {
         frame
     }
 
-    /// The tables, with a pin for the client that sent the frame where the input wants one.
+    /// The tables, with a pin for the client that sent the frame if the input asks for one.
     pub fn tables(&self, client: Option<&Reading>) -> Model {
         let mut model = Model::new(64);
         model.now_ns.set(self.now_ns());
@@ -149,7 +149,7 @@ impl State {
         model
     }
 
-    /// Lets time pass, retires pods, or drains them: what may happen between two packets of one client.
+    /// Lets time pass, retires pods, or drains them: possible changes between two packets of one client.
     pub fn change(&self, model: &mut Model) {
         let passed_ns = [0, 1, REFRESH_NS, self.timeout_ns() / 2, self.timeout_ns()][usize::from(self.change >> 4) % 5];
         model.now_ns.set(model.now_ns.get().saturating_add(passed_ns));
@@ -212,7 +212,7 @@ impl State {
     }
 
     fn frontend(&self, pool: u32, slot_first: u32, slot_count: u32) -> Frontend {
-        // What the agent publishes has a slot for every ready member; a slot too many must still do no harm.
+        // The agent publishes a slot for every ready member; an extra slot must not do harm.
         let surplus = u32::from(self.policy & 0x40 != 0);
         let shared = if self.members[0] == self.members[1] { 0 } else { SHARED };
         let pinned = if self.policy & 0x80 == 0 { AFFINITY } else { 0 };
@@ -305,7 +305,7 @@ pub fn send_to(frame: &mut [u8], reading: &Reading, port: u16) {
     }
 }
 
-/// The scope of the pins that a frontend keeps where it cannot follow the group's.
+/// The scope of the pins that a frontend keeps if it cannot follow the group's.
 const fn own_scope(pool: u32) -> u32 {
     GROUP + pool
 }

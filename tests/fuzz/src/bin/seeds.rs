@@ -1,4 +1,4 @@
-//! Writes the seeds into the directory that it is given, one file each.
+//! Writes the seeds into the directory in its argument, one file each.
 
 use std::{env, fs, io, path::PathBuf};
 
