@@ -326,7 +326,7 @@ impl Lab {
     }
 
     /// Writes a file into [`Lab::source`] in one step, as `kubectl` users and configuration tools do: a new
-    /// file beside, then a rename.
+    /// file next to it, then a rename.
     pub fn publish_text(&self, file_name: &str, text: &str) -> Result<()> {
         let beside = self.directories.scratch.join(file_name);
         fs::write(&beside, text)?;

@@ -16,7 +16,7 @@ use aya_obj::Object;
 /// People do not read longer lines.
 const LINE_MOST: usize = 600;
 
-/// A device whose frames have no Ethernet header: it cannot be attached.
+/// A device with frames without an Ethernet header: it cannot be attached.
 const RAW: &str = "raw0";
 
 fn lab() -> Result<Lab> {

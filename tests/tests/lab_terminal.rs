@@ -189,7 +189,7 @@ fn what_takes_long_shows_progress_and_takes_it_back() -> Result<()> {
     })
 }
 
-/// A lab whose tables have room for [`fill`].
+/// A lab with tables that have room for [`fill`].
 fn with_large_tables(service: &Service, story: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     let args = [Hook::XdpNative.args().as_slice(), &["--max-sessions", "600000"]].concat();
     tell_in(&Options::default(), &args, &[service], |lab, _| story(lab))

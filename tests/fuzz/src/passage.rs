@@ -91,8 +91,8 @@ impl Passage {
         assert_eq!(restored, self.before, "nothing else changes");
     }
 
-    /// Only addresses and checksums of the error have changed, and addresses, ports and checksums of the quoted packet. Its checksums
-    /// are off by as much as before.
+    /// Only addresses and checksums of the error have changed, and addresses, ports and checksums of the quoted packet. The
+    /// checksums of the ICMP message are off by as much as before.
     fn judge_error(&self) {
         let before = self.reading();
         let after = read(&self.after).expect("a translated error is as whole as before");

@@ -105,7 +105,7 @@ impl Lab {
     }
 }
 
-/// The command to test: `$AFFINITY_BIN`, or the one built beside the running program.
+/// The command to test: `$AFFINITY_BIN`, or the one built next to the running program.
 fn binary() -> Result<PathBuf> {
     let path = match std::env::var_os("AFFINITY_BIN") {
         Some(path) => PathBuf::from(path),

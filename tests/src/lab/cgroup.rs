@@ -117,7 +117,7 @@ pub(super) fn remove(path: &Path) {
 }
 
 impl Lab {
-    /// Arguments of `affinity run` for a lab whose sockets are translated in this cgroup, with devices or without.
+    /// Arguments of `affinity run` for a lab that translates sockets in this cgroup, with devices or without.
     pub fn socket_args<'a>(cgroup: &'a Cgroup, devices: &[&'a str]) -> Result<Vec<&'a str>> {
         let path = cgroup.path().to_str().context("a path of UTF-8")?;
         Ok([devices, &["--socket", "on", "--cgroup", path]].concat())
