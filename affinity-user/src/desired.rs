@@ -314,7 +314,7 @@ pub struct HealthCheck {
 pub struct Desired {
     /// The frontends.
     pub frontends: BTreeMap<FrontendAddress, Frontend>,
-    /// The source ranges of services whose frontends admit only clients in ranges.
+    /// The source ranges of services with frontends that admit only clients in ranges.
     pub ranges: BTreeMap<ObjectName, BTreeSet<Network>>,
     /// The networks of pods.
     pub pod_networks: BTreeSet<Network>,

@@ -121,7 +121,7 @@ pub struct Sweeper {
     evictions: Evictions,
     /// Group -> what the agent and operators did to its pins since the sweep began.
     counts: BTreeMap<u32, Counts>,
-    /// Services whose pins were evicted since the last call.
+    /// Services that lost pins by eviction since the last call.
     evicted: BTreeSet<u32>,
     totals: Totals,
     census: Census,
@@ -375,7 +375,7 @@ impl Sweeper {
         Ok(())
     }
 
-    /// Stores the condition of services whose clients all look like nodes, for as many services as fit.
+    /// Stores the condition that all clients look like nodes, for as many services as fit.
     fn remark(&mut self) -> Result<(), StoreError> {
         let room = self.store.service_conditions.info().max_entries as usize;
         self.remarked = self.pass.clients.look_like_nodes(&self.nodes).into_iter().take(room).collect();
@@ -458,13 +458,13 @@ impl Sweeper {
         Ok(())
     }
 
-    /// The names, `namespace/name`, of services whose pins were evicted since the last call.
+    /// The names, `namespace/name`, of services that lost pins by eviction since the last call.
     pub fn take_evicted(&mut self) -> Vec<String> {
         let evicted = mem::take(&mut self.evicted);
         self.names(&evicted)
     }
 
-    /// The names of services whose clients all looked like nodes in the last complete pass.
+    /// The names of services for which all clients looked like nodes in the last complete pass.
     #[must_use]
     pub fn clients_are_nodes(&self) -> Vec<String> {
         self.names(&self.remarked)
@@ -602,7 +602,7 @@ impl Sweeper {
     }
 
     /// Corrects the number of connections of a pin under `alive`: a connection that ended without a packet (its flow was
-    /// removed or evicted) would keep the pin for ever. Corrects only pins that their connections have not touched since the
+    /// removed or evicted) would keep the pin forever. Corrects only pins that their connections have not touched since the
     /// pass began: for others, the flows were read at a different moment.
     fn correct_connections<A: Family>(
         &self,

@@ -30,7 +30,7 @@ pub(crate) struct SizeArgs {
 }
 
 impl SizeArgs {
-    /// The defaults for this machine, with what was asked for.
+    /// The defaults for this machine, with the given options applied.
     pub(crate) fn sizes(&self) -> Sizes {
         let default = Sizes::of_this_machine();
         Sizes {

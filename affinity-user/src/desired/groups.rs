@@ -1,11 +1,11 @@
-//! Groups: scopes whose pools share pins.
+//! Groups: scopes with pools that share pins.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{BackendName, Family, Pool, PoolName, Scope, service::ServiceSpec};
 use crate::source::ObjectName;
 
-/// The unions of the scopes whose pools do not all have the same ready members.
+/// The unions of scopes with pools that do not all have the same ready members.
 pub(crate) fn unions(pools: &BTreeMap<PoolName, Pool>) -> BTreeMap<Scope, BTreeMap<BackendName, bool>> {
     let mut scopes: BTreeMap<&Scope, Vec<(Family, &Pool)>> = BTreeMap::new();
     for (name, pool) in pools.iter().filter(|(_, pool)| pool.affinity.is_some()) {

@@ -36,7 +36,7 @@ pub struct Change {
     pub groups: BTreeSet<ObjectName>,
     /// Backends that are not desired any more.
     pub gone: BTreeSet<BackendName>,
-    /// The desired state of these services and groups. Its backends include all other backends whose place has changed.
+    /// The desired state of these services and groups. Its backends include all other backends that have moved.
     pub desired: Desired,
 }
 

@@ -1,5 +1,5 @@
-//! Detects services whose clients all look like nodes of the cluster: then something in front of them masquerades, and all
-//! clients that come through one node share a pin.
+//! Detects services for which all clients look like nodes of the cluster: then something in front of the service masquerades,
+//! and all clients that come through one node share a pin.
 //!
 //! Sockets of this machine and its own addresses are not counted as clients: it is known what they are.
 
@@ -31,7 +31,7 @@ pub(super) struct Clients {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Count {
     all: u64,
-    /// Pins whose client has the address of a node.
+    /// Pins of clients with the address of a node.
     of_nodes: u64,
 }
 
@@ -56,7 +56,7 @@ impl Clients {
         count.of_nodes += u64::from(self.nodes.as_ref().is_some_and(|nodes| nodes.contains(&client)));
     }
 
-    /// The services whose clients all look like nodes. The nodes' addresses are requested if they may matter.
+    /// The services for which all clients look like nodes. The nodes' addresses are requested if they may matter.
     pub(super) fn look_like_nodes(&self, nodes: &NodeAddresses) -> BTreeSet<u32> {
         let enough = || self.by_service.iter().filter(|(_, count)| count.all >= LEAST);
         if enough().next().is_some() {

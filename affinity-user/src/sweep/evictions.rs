@@ -27,7 +27,7 @@ pub(super) struct Found {
 
 #[derive(Clone, Copy, Debug)]
 struct Group {
-    /// Pins whose creation was not counted: those from before. The estimate is too low rather than too high.
+    /// Pins without a counted creation: those from before. The estimate is too low rather than too high.
     unseen: i128,
     created: u64,
     evicted: u64,

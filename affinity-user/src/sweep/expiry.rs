@@ -8,7 +8,7 @@ use affinity_common::{
     state::Phase,
 };
 
-/// A TCP connection whose handshake is not complete: as long as a client retries with default settings.
+/// A TCP connection with an incomplete handshake: as long as a client retries with default settings.
 pub const HALF_OPEN_FLOW: Duration = Duration::from_secs(60);
 /// A TCP connection that both ends have closed, or that one has reset: late packets may still arrive
 /// (`nf_conntrack_tcp_timeout_time_wait`).
@@ -21,7 +21,7 @@ pub const IDLE_TCP_FLOW: Duration = Duration::from_hours(24);
 pub const UNANSWERED_UDP_FLOW: Duration = Duration::from_secs(30);
 /// Datagrams in both directions.
 pub const IDLE_UDP_FLOW: Duration = Duration::from_secs(180);
-/// A flow whose backend has gone: its client was rejected, or was moved.
+/// A flow to a backend that has gone: its client was rejected, or was moved.
 pub const DEAD_FLOW: Duration = Duration::from_secs(60);
 /// Sessions that no frontend leads to: their service is gone or does not pin any more. If it comes back soon, its pins are
 /// valid again. At least as long as [`crate::linger::Limits::gap`].

@@ -10,7 +10,7 @@ use super::expiry::Policy;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Scopes {
     policies: BTreeMap<u32, Policy>,
-    /// Scope -> the service whose policy applies if the session's own service has gone.
+    /// Scope -> the service that gives the policy if the session's own service has gone.
     speakers: BTreeMap<u32, u32>,
     /// Scope (shared, or a frontend's own) -> group.
     groups: BTreeMap<u32, u32>,

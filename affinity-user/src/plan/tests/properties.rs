@@ -51,8 +51,8 @@ fn settle(store: &mut impl Store, world: &World) {
     panic!("plans go on for ever");
 }
 
-/// Slots name ready members of the frontend's pool, whose backends are in use under the same generation, and no two
-/// pools share a slot.
+/// Slots name ready members of the frontend's pool, their backends are in use with the same generation, and no two pools share
+/// a slot.
 fn assert_consistent(observed: &Observed) {
     let mut extents = BTreeSet::new();
     for frontend in observed.frontends_v4.values().chain(observed.frontends_v6.values()) {

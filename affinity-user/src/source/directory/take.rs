@@ -69,7 +69,7 @@ impl Writing {
     /// Processes a notification.
     pub(super) fn note(&mut self, event: &Event) {
         if event.need_rescan() {
-            // Notifications were lost, perhaps one for a closed file: no file may wait for it for ever.
+            // Notifications were lost, perhaps one for a closed file: no file may wait for it forever.
             self.0.clear();
         }
         for path in &event.paths {

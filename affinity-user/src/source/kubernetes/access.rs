@@ -34,7 +34,7 @@ pub(super) async fn config(kubeconfig: Option<&Path>) -> Result<Config, Error> {
     Config::from_custom_kubeconfig(read.map_err(failed)?, &KubeConfigOptions::default()).await.map_err(failed)
 }
 
-/// A client whose connections belong to the current runtime.
+/// A client with connections that belong to the current runtime.
 pub(super) fn client(mut config: Config) -> Result<Client, Error> {
     // The client's own retries continue for minutes without a log line.
     config.default_retry = false;

@@ -14,7 +14,7 @@ const MAX_LINKS: usize = 40;
 /// Directories and names. All paths are canonical except for their last component.
 #[derive(Debug, Default)]
 pub(super) struct Places {
-    /// The directory whose files count.
+    /// The directory with the files that count.
     whole: Option<PathBuf>,
     /// Links on the way to a file, files, and the path itself.
     names: BTreeSet<PathBuf>,
