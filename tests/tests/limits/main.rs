@@ -79,7 +79,8 @@ fn a_full_session_table_counts_its_losses_and_consistent_clients_return() -> Res
 fn a_flood_of_flows_evicts_no_session() -> Result<()> {
     const CLIENTS: u32 = 1_000;
     const FLOOD: u32 = 100_000;
-    let kernel = site(Sizes { sessions: 4_096, ..SIZES }, |_| {})?;
+    // However long the flood takes.
+    let kernel = site(Sizes { sessions: 4_096, ..SIZES }, |frontend| frontend.timeout_ns = TIMEOUT_UNLIMITED)?;
     let first = round(&kernel, Hook::XdpForward, Family::V4, CLIENTS, 40_000)?;
     let pins = kernel.state()?.sessions_v4;
     for number in 0..FLOOD {

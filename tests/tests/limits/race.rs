@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Frontend, Reason, Selection, Session, Timer},
+    abi::{Frontend, Reason, Selection, Session, TIMEOUT_UNLIMITED, Timer},
     pipeline::Verdict,
 };
 use affinity_tests::{
@@ -60,7 +60,7 @@ fn two_processors_agree_on_a_client_whose_pod_has_gone() -> Result<()> {
 
 #[test]
 fn two_processors_count_both_connections() -> Result<()> {
-    let kernel = crowd_of(|frontend| frontend.timer = Timer::Alive as u8)?;
+    let kernel = crowd_of(|frontend| (frontend.timeout_ns, frontend.timer) = (TIMEOUT_UNLIMITED, Timer::Alive as u8))?;
     pin_all(&kernel, |session| session.connections = 1)?;
     race(&kernel, Some(3), &[])?;
     let kernel = crowd_of(|frontend| frontend.timer = Timer::Alive as u8)?;
