@@ -9,6 +9,9 @@
 //!
 //! Connections are counted separately, as they open and end ([`add_connection`], [`end_connection`]), and never for
 //! another backend than theirs.
+//!
+//! Timer and timeout are in the frontend's record, not in the pin. So a change of either applies to existing pins, at the next
+//! connection of each client.
 
 #[cfg(test)]
 mod tests;
