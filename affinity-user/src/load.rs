@@ -253,11 +253,6 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded, LoadError> {
             roll_back(pins, &before);
         }
     })?;
-    if !before.has_maps()
-        && let Some(older) = pins.readable_layout()?
-    {
-        copy_older_flows(&older, pins)?;
-    }
     let maps = names::MAPS.iter().map(|&name| Ok((name, *Map::open(&pins.map(name))?.info())));
     let maps = maps.collect::<Result<_, SysError>>()?;
     let resized = dropped.keys().copied().collect();
@@ -276,20 +271,23 @@ struct Prepared {
 
 fn prepare(pins: &PinDir, before: &Pinned, options: &Options) -> Result<Prepared, LoadError> {
     pins.create()?;
-    if !before.has_maps() {
-        share_older_maps(pins, options)?;
+    let older = if before.has_maps() { None } else { pins.readable_layout()? };
+    if let Some(older) = &older {
+        share_maps(older, pins, options)?;
     }
     let plans = plan(pins, options)?;
     let ticks = measure_clock(options)?;
     let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
     let loaded = load_beside(pins, options, &plans, ticks)?;
+    if let Some(older) = &older {
+        copy_older_flows(older, pins)?;
+    }
     Ok(Prepared { plans, ticks, since_ns, loaded })
 }
 
 /// Pins the maps of an older dataplane here as well, if this version can use them, so that nothing is lost that the old
 /// programs write until they are replaced. Maps that the older layout does not have are created.
-fn share_older_maps(pins: &PinDir, options: &Options) -> Result<(), LoadError> {
-    let Some(older) = pins.readable_layout()? else { return Ok(()) };
+fn share_maps(older: &PinDir, pins: &PinDir, options: &Options) -> Result<(), LoadError> {
     for (name, needed) in needed_by(options.object(), &options.sizes)? {
         match Map::open(&older.map(name)) {
             Ok(map) if layout(map.info()) == layout(&needed) => sys::obj_pin(map.as_fd(), &pins.map(name))?,
