@@ -270,7 +270,7 @@ fn parse_pin_name(path: &Path) -> Option<(u32, Hook)> {
 pub fn hooks_in_use(pins: &PinDir) -> Result<(bool, bool), AttachError> {
     let links = pins.list_links()?;
     let is_xdp = |path: &PathBuf| parse_pin_name(path).is_some_and(|(_, hook)| hook.program() == names::XDP_FORWARD);
-    Ok((links.iter().any(is_xdp), links.iter().any(|path| parse_pin_name(path).is_none())))
+    Ok((links.iter().any(is_xdp), links.iter().any(|path| cgroup::is_pin(path))))
 }
 
 /// Whether the policy wants XDP on a device. [`XdpPolicy::Auto`] does not want it on devices that lead to pods.

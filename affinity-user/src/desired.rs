@@ -183,10 +183,16 @@ impl fmt::Display for PoolName {
 }
 
 impl PoolName {
+    /// The service, `namespace/name`, and the rest of a pool's name.
+    #[must_use]
+    pub fn split(text: &str) -> Option<(&str, &str)> {
+        text.split_once(':')
+    }
+
     /// The inverse of its `Display`.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let (service, rest) = text.split_once(':')?;
+        let (service, rest) = Self::split(text)?;
         let (namespace, name) = service.split_once('/')?;
         let mut parts = rest.split('/');
         let port = parts.next()?.to_owned();

@@ -195,6 +195,11 @@ fn pin(pins: &PinDir, program: &str) -> PathBuf {
     pins.links().join(format!("{PREFIX}{program}"))
 }
 
+/// Whether a pin is a link of a program for sockets.
+pub(super) fn is_pin(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX))
+}
+
 /// The links that are pinned.
 fn open_pins(pins: &PinDir) -> Result<Vec<(&'static str, PathBuf, OwnedFd)>, AttachError> {
     let mut open = Vec::new();

@@ -13,7 +13,11 @@ use affinity_common::abi::{
 };
 
 use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
-use crate::{desired::is_global, netns, store::Observed};
+use crate::{
+    desired::{PoolName, is_global},
+    netns,
+    store::Observed,
+};
 
 /// A frontend's record, of either family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,9 +71,9 @@ pub struct Policy {
     pub group: u32,
 }
 
-/// The service part of a pool's name.
+/// The service in the name of one of its pools.
 fn service_of(pool: &str) -> &str {
-    pool.split_once(':').map_or(pool, |(service, _)| service)
+    PoolName::split(pool).map_or(pool, |(service, _)| service)
 }
 
 /// The small tables, and what listings need for each service.
