@@ -19,7 +19,7 @@ use affinity_tests::story::{Hook, Route, tell, tell_in, web};
 use affinity_user::attach::attachments;
 use affinity_user::load::{self, Memory, PinDir, Sizes};
 use affinity_user::store::kernel::{KernelStore, Walk};
-use affinity_user::sys::{self, Map, MapInfo, Write as WriteEntry};
+use affinity_user::sys::{self, Map, MapInfo};
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 use serde_json::json;
@@ -159,7 +159,7 @@ fn age_flows(old: &Path, name: &str) -> Result<()> {
         let (rest, timeout_s) = rest.split_at(rest.len() - 4);
         let timeout_ns = u64::from(u32::from_ne_bytes(timeout_s.try_into()?)) * 1_000_000_000;
         let service = 1u32.to_ne_bytes();
-        aged.update(key, &[times, &timeout_ns.to_ne_bytes(), rest, &service, flags].concat(), WriteEntry::Any)?;
+        aged.update(key, &[times, &timeout_ns.to_ne_bytes(), rest, &service, flags].concat(), sys::Write::Any)?;
     }
     fs::remove_file(&path)?;
     Ok(sys::obj_pin(aged.as_fd(), &path)?)

@@ -75,6 +75,12 @@ fn xdp_redirects() -> bool {
     xdp_features().is_ok()
 }
 
+/// Whether at least so many packets were redirected, and none went through the stack; if the programs do not redirect: the
+/// opposite.
+fn is_past_the_stack((sent, by_stack): (u64, u64), redirects: bool, least: u64) -> bool {
+    if redirects { sent >= least && by_stack == 0 } else { sent == 0 && by_stack > 0 }
+}
+
 /// Connections of an external client to node ports of this pod. The pod sees the node under the policy Cluster, and the client
 /// under Local.
 fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()> {
@@ -103,11 +109,8 @@ fn go_past_the_stack(proxy: Proxy, pod: usize, policies: &[Policy]) -> Result<()
             let (sent, by_stack) = redirected_and_forwarded(lab, family, || (0..REQUESTS).try_for_each(request))?;
             let least = if protocol == Protocol::Tcp { 8 } else { 2 };
             let way = format!("{family:?} {protocol} under {policy:?}");
-            let is_as_expected = if proxy == Proxy::Xdp && !xdp_redirects() {
-                sent == 0 && by_stack > 0
-            } else {
-                sent >= u64::from(REQUESTS) * least && by_stack == 0
-            };
+            let redirects = proxy != Proxy::Xdp || xdp_redirects();
+            let is_as_expected = is_past_the_stack((sent, by_stack), redirects, u64::from(REQUESTS) * least);
             ensure!(is_as_expected, "{way}: {sent} were redirected, the stack has forwarded {by_stack}");
         }
     }
@@ -265,7 +268,7 @@ fn xdp_sends_back_out_of_the_wire_that_a_frame_came_in_by() -> Result<()> {
     };
     request(0)?;
     let (sent, by_stack) = redirected_and_forwarded(&lab, Family::V4, || (0..10).try_for_each(request))?;
-    let is_as_expected = if xdp_redirects() { sent >= 80 && by_stack == 0 } else { sent == 0 && by_stack > 0 };
+    let is_as_expected = is_past_the_stack((sent, by_stack), xdp_redirects(), 80);
     ensure!(is_as_expected, "{sent} were redirected, the stack has forwarded {by_stack}");
     Ok(())
 }
