@@ -8,7 +8,7 @@
 //!
 //! 1. records that nothing refers to yet: names, usage entries, ranges, what masquerading uses, filter bits, new backends, new
 //!    or better members;
-//! 2. `SHARED`, on frontends whose group's pools begin to differ: before any of them does;
+//! 2. `SHARED`, on frontends of a group with pools that begin to differ: before any of them does;
 //! 3. slots, into free extents;
 //! 4. frontends: published or switched, each in one atomic update, the record for external clients before the record for all
 //!    clients that refers to it; then withdrawn;
@@ -17,8 +17,8 @@
 //! 7. records that nothing refers to any more: members drain or leave, backends linger or are retired, ranges and usage entries
 //!    are removed.
 //!
-//! So after every prefix of a plan, each slot of a frontend holds a ready member of its pool, and a client whose pod is ready
-//! before and after the plan finds it ready throughout. A client that may use a frontend before and after may use it
+//! So after every prefix of a plan, each slot of a frontend holds a ready member of its pool, and a client with a pod that is
+//! ready before and after the plan finds it ready throughout. A client that may use a frontend before and after may use it
 //! throughout; a client that may use it neither before nor after never may.
 //!
 //! A plan that fails in the middle leaves such a state too: observe and plan again. (Wait a moment first: a failed plan did not

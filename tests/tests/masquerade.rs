@@ -146,8 +146,8 @@ fn on_either_node() -> [Service; 2] {
 
 in_every_way!(no_neighbour_needs_to_be_known);
 
-/// A packet filter that drops packets that conntrack marks as INVALID drops no reply to a client whose link address the node
-/// does not know, while it knows the pod's.
+/// A packet filter that drops packets that conntrack marks as INVALID drops no reply to a client, even if the node knows the
+/// pod's link address but not the client's.
 fn no_neighbour_needs_to_be_known(proxy: Proxy) -> Result<()> {
     let services = on_either_node();
     let scene = proxy.start(&services)?;

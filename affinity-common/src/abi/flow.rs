@@ -50,7 +50,7 @@ pub(super) struct KeyWords<A> {
 }
 
 impl<A: Address> FlowKey<A> {
-    /// The key of a packet whose transport header begins with these ports. The kernel loads words to hash a key, and a load of a
+    /// The key of a packet with these first four bytes of its transport header. The kernel loads words to hash a key, and a load of a
     /// word that was just stored in parts has to wait for the stores; so the ports are stored as one word, and the rest as another.
     #[inline(always)]
     #[must_use]

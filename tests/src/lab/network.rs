@@ -143,7 +143,7 @@ pub fn ethtool(namespace: &Namespace, device: &str, switches: &[&str]) -> Result
 }
 
 /// The wire between the nodes, and the routes over it. Node A's default route leads to the clients, so that the rules of a
-/// packet filter see packets for addresses that nobody has.
+/// packet filter see packets for addresses that no host has.
 pub(super) fn join(node_a: &Namespace, node_b: &Namespace, client: &Namespace, cards: Option<Cards<'_>>) -> Result<()> {
     lay_wire([(node_a, UNDERLAY_WIRE), (node_b, UNDERLAY_WIRE)], cards)?;
     let [mut on_a, mut on_b, mut on_client] = [const { String::new() }; 3];
