@@ -9,11 +9,13 @@ use anyhow::{Context, Result, ensure};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The attached devices of the lab's node, and where each leads.
+/// The attached devices of the lab's node, and where each leads. The program for replies is attached first, so a device counts
+/// once packets from clients are translated, too.
 fn attached(lab: &Lab) -> Result<BTreeMap<String, String>> {
     let devices = lab.affinity_json(&["get", "devices"])?;
     let field = |device: &serde_json::Value, name: &str| device[name].as_str().unwrap_or("-").to_owned();
-    let devices = devices.as_array().context("an array")?.iter();
+    let has_ingress = |device: &&serde_json::Value| device["ingress"].as_array().is_some_and(|hooks| !hooks.is_empty());
+    let devices = devices.as_array().context("an array")?.iter().filter(has_ingress);
     Ok(devices.map(|device| (field(device, "device"), field(device, "role"))).collect())
 }
 
