@@ -3,9 +3,12 @@
 //! Two CPUs may handle packets of one client at once, and must choose one backend. A new pin is inserted only if there is none
 //! (`BPF_NOEXIST`); the second CPU follows it. A stale pin moves in three steps: it is marked as moving (its backend with a
 //! generation that no backend in use has), then its times are written and its connections reset, then it gets the new backend.
-//! The first and the last step are compare-and-swap operations, so one mover succeeds and the others follow it. Only a move to
-//! the backend that the pin had before may happen, and be counted, twice. A snapshot of a pin that is not moving has the times
-//! of its backend.
+//! The first and the last step are compare-and-swap operations, so one mover succeeds and the others follow it. A snapshot of a
+//! pin that is not moving has the times of its backend.
+//!
+//! An expired pin that stays with its backend is only given new times, without the mark: connections to the backend may be
+//! counted meanwhile, and must not wait for a CPU that an interrupt holds up between two steps. Such a move may happen, and be
+//! counted, twice.
 //!
 //! Connections are counted separately, as they open and end ([`add_connection`], [`end_connection`]), and never for
 //! another backend than theirs.
@@ -327,15 +330,19 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     let mut chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
     let from = (seen.backend, seen.generation);
     let moving = moving(from);
-    if pin.cas_backend(from, moving) {
+    let stays = chosen.backend == seen.backend && chosen.member.generation == seen.generation;
+    if !stays && pin.cas_backend(from, moving) {
         if pin.snapshot().created_ns != seen.created_ns
             && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
         {
-            // Another CPU has just moved it to the backend that it had before: it stays there.
+            // Another CPU has just renewed it with the backend that it had before: it stays there.
             chosen = Chosen { backend: seen.backend, member };
         }
-    } else if pin.backend() != moving {
-        return Ok(follow_another(tables, opening, key, pin, chosen));
+    } else {
+        let now = pin.backend();
+        if now != moving && !(stays && now == from) {
+            return Ok(follow_another(tables, opening, key, pin, chosen));
+        }
     }
     pin.write(Session::CREATED_NS, opening.now_ns);
     pin.write(Session::LAST_USED_NS, opening.now_ns);
@@ -343,9 +350,11 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     pin.write(Session::USES, 1);
     pin.write(Session::REASON, reason as u8);
     pin.write(Session::DRAW, next_draw(seen.draw));
-    reset_connections(pin, moving, seen.connections);
-    if !pin.cas_backend(moving, (chosen.backend, chosen.member.generation)) {
-        return Ok(follow_another(tables, opening, key, pin, chosen));
+    if !stays || pin.backend() != from {
+        reset_connections(pin, moving, seen.connections);
+        if !pin.cas_backend(moving, (chosen.backend, chosen.member.generation)) {
+            return Ok(follow_another(tables, opening, key, pin, chosen));
+        }
     }
     tables.add_load(seen.backend, -1);
     tables.add_load(chosen.backend, 1);

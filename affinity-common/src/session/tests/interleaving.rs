@@ -24,25 +24,32 @@ struct Interrupted<'a> {
     cluster: &'a Cluster,
     /// The first CPU's own tables.
     own: Model,
-    /// Accesses until the other CPU runs.
-    left: Cell<u32>,
-    /// Whether the other CPU has run.
-    is_over: Cell<bool>,
-    /// The work of the other CPU.
-    other: &'a dyn Fn(&Cluster),
+    /// Its accesses so far.
+    accesses: Cell<u32>,
+    /// What the other CPU has done.
+    done: Cell<usize>,
+    /// The work of the other CPU: after how many accesses it does what.
+    others: &'a [(u32, &'a dyn Fn(&Cluster))],
 }
 
 impl<'a> Interrupted<'a> {
-    fn new(cluster: &'a Cluster, after: u32, other: &'a dyn Fn(&Cluster)) -> Self {
-        Self { cluster, own: Model::new(1), left: Cell::new(after), is_over: Cell::new(false), other }
+    fn new(cluster: &'a Cluster, others: &'a [(u32, &'a dyn Fn(&Cluster))]) -> Self {
+        Self { cluster, own: Model::new(1), accesses: Cell::new(0), done: Cell::new(0), others }
     }
 
     fn step(&self) {
-        match self.left.get().checked_sub(1) {
-            Some(left) => self.left.set(left),
-            None if !self.is_over.replace(true) => (self.other)(self.cluster),
-            None => {}
+        while let Some((after, other)) = self.others.get(self.done.get())
+            && *after <= self.accesses.get()
+        {
+            self.done.set(self.done.get() + 1);
+            other(self.cluster);
         }
+        self.accesses.set(self.accesses.get() + 1);
+    }
+
+    /// Whether the other CPU has done all its work.
+    fn is_over(&self) -> bool {
+        self.done.get() == self.others.len()
     }
 }
 
@@ -55,13 +62,39 @@ fn at_every_step(
 ) {
     for after in 0.. {
         let cluster = scene();
-        let tables = Interrupted::new(&cluster, after, &other);
+        let others: [(u32, &dyn Fn(&Cluster)); 1] = [(after, &other)];
+        let tables = Interrupted::new(&cluster, &others);
         packet(&tables);
-        if !tables.is_over.get() {
+        if !tables.is_over() {
             assert!(after > 3, "it was never interrupted");
             return;
         }
         check(&cluster, after);
+    }
+}
+
+/// The same with two interruptions, after each possible pair of numbers of accesses.
+fn at_every_two_steps(
+    scene: impl Fn() -> Cluster,
+    packet: impl Fn(&Interrupted<'_>),
+    (first, then): (impl Fn(&Cluster), impl Fn(&Cluster)),
+    check: impl Fn(&Cluster, [u32; 2]),
+) {
+    for after_first in 0.. {
+        for after_then in after_first.. {
+            let cluster = scene();
+            let others: [(u32, &dyn Fn(&Cluster)); 2] = [(after_first, &first), (after_then, &then)];
+            let tables = Interrupted::new(&cluster, &others);
+            packet(&tables);
+            if tables.is_over() {
+                check(&cluster, [after_first, after_then]);
+            } else if after_then > after_first {
+                break;
+            } else {
+                assert!(after_first > 3, "it was never interrupted");
+                return;
+            }
+        }
     }
 }
 
@@ -286,10 +319,11 @@ fn whenever_the_other_comes_both_agree() {
                         }
                         went.set(cluster.connect(CLIENT, OTHER_PORT));
                     };
-                    let tables = Interrupted::new(&cluster, after, &other);
+                    let others: [(u32, &dyn Fn(&Cluster)); 1] = [(after, &other)];
+                    let tables = Interrupted::new(&cluster, &others);
                     let mut frame = Shape::tcp(SYN).frame(&Ends { from: (CLIENT, 1), to: WEB });
                     assert_eq!(pipeline::forward(&mut frame, &&tables), Verdict::Forward);
-                    if !tables.is_over.get() {
+                    if !tables.is_over() {
                         break;
                     }
                     let other = went.get();
@@ -448,4 +482,22 @@ fn a_pin_that_stays_where_it_was_keeps_its_connections() {
         stayed += u32::from(cluster.segment(CLIENT, 1, ACK) == Ok(was));
     }
     assert!(stayed > 0, "no draw leaves the pin where it was");
+}
+
+/// The second CPU renews the expired pin, then counts its connection, while the first one is about to renew the pin, too, and
+/// stands still for as long as it likes.
+#[test]
+fn a_connection_counts_while_another_processor_renews_the_pin() {
+    for draw in 0..50u32 {
+        let scene = || scene(Selection::Random, draw.wrapping_mul(0x9e37_79b1), Before::Expired);
+        let pod = Cell::new(0);
+        let open = |cluster: &Cluster| pod.set(cluster.connect(CLIENT, OTHER_PORT));
+        let complete = |cluster: &Cluster| cluster.complete(pod.get(), CLIENT, OTHER_PORT);
+        at_every_two_steps(
+            scene,
+            |tables| segment(tables, ACK),
+            (open, complete),
+            |cluster, after| assert_eq!(live(cluster), 2, "draw {draw}, after {after:?} steps"),
+        );
+    }
 }
