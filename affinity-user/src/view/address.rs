@@ -1,4 +1,4 @@
-//! Addresses, ports and client keys in the form that users write.
+//! Addresses, ports and client keys in the form that users write, and the names of clients.
 
 use std::{
     fmt,
@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Port, V4, V6},
+    abi::{Address, Port, V4, V6, netns_of},
     parse,
 };
 use serde::{Serialize, Serializer};
@@ -97,6 +97,12 @@ impl Client {
         }
     }
 
+    /// The cookie of the network namespace that this client key means; `None` for addresses.
+    #[must_use]
+    pub fn netns(&self) -> Option<u64> {
+        self.is_address().then(|| netns_of(V6(mapped(self.address)))).flatten().map(|(cookie, _)| cookie)
+    }
+
     /// Whether this is one address and not a network.
     #[must_use]
     pub fn is_address(&self) -> bool {
@@ -150,8 +156,45 @@ impl FromStr for Client {
     }
 }
 
+/// The network namespace of this process. For the node's agent, it is the node's.
+pub const NODE: &str = "node";
+/// The prefix of the name of a namespace about which nothing else is known; its cookie follows.
+pub const NETNS: &str = "netns:";
+
+/// A client key with its name, if it has one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ClientRef<'a> {
+    /// The key.
+    pub key: Client,
+    /// For a network namespace: [`NODE`], or the pod's name.
+    pub name: Option<&'a str>,
+    /// For a network namespace: its known addresses.
+    pub addresses: &'a [IpAddr],
+}
+
+impl fmt::Display for ClientRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.name, self.key.netns()) {
+            (Some(name), _) => f.write_str(name),
+            (None, Some(cookie)) => match self.addresses.first() {
+                Some(address) => address.fmt(f),
+                None => write!(f, "{NETNS}{cookie}"),
+            },
+            (None, None) => self.key.fmt(f),
+        }
+    }
+}
+
+impl Serialize for ClientRef<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use affinity_common::abi::netns_client;
+
     use super::*;
 
     #[test]
@@ -189,5 +232,17 @@ mod tests {
         let mapped = V4([192, 0, 2, 1]).to_mapped();
         assert_eq!(from_mapped(mapped).to_string(), "192.0.2.1");
         assert_eq!(ip(V6(mapped)).to_string(), "::ffff:192.0.2.1");
+    }
+
+    #[test]
+    fn a_namespace_is_named_as_well_as_it_can_be() {
+        let key = Client::new(ip(netns_client(77, 4)), 128);
+        let text = |key, name, addresses| ClientRef { key, name, addresses }.to_string();
+        let addresses = ["10.244.0.7".parse().unwrap(), "fd00::7".parse().unwrap()];
+        assert_eq!(text(key, None, &[]), "netns:77");
+        assert_eq!(text(key, None, &addresses), "10.244.0.7");
+        assert_eq!(text(key, Some("default/web-0"), &addresses), "default/web-0");
+        let key: Client = "192.0.2.0/24".parse().unwrap();
+        assert_eq!((text(key, None, &[]), key.netns()), ("192.0.2.0/24".to_owned(), None));
     }
 }

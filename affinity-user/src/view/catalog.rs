@@ -16,8 +16,14 @@ use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, ad
 use crate::{
     desired::{PoolName, is_global},
     netns,
-    store::Observed,
+    store::{
+        Observed, Store, StoreError,
+        kernel::{Family, KernelStore},
+    },
 };
+
+/// If the agent never stops publishing, a possibly inconsistent reading is accepted after this many attempts.
+const MAX_READINGS: u32 = 10;
 
 /// A frontend's record, of either family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,6 +99,25 @@ pub struct Catalog {
 }
 
 impl Catalog {
+    /// A consistent reading of the small tables, as far as packets can tell. A concurrent plan switches frontends after it has
+    /// written the records that they refer to, and before it removes such records. So if the frontends are the same at the end
+    /// of the reading, these records existed the whole time.
+    ///
+    /// # Errors
+    /// [`StoreError`] if a map could not be read.
+    pub fn read(store: &KernelStore) -> Result<Self, StoreError> {
+        let mut observed = store.observe()?;
+        for _ in 0..MAX_READINGS {
+            if observed.frontends_v4 == frontends(store)? && observed.frontends_v6 == frontends(store)? {
+                break;
+            }
+            observed = store.observe()?;
+        }
+        let status = store.status.get(&0)?.unwrap_or_default();
+        let service_conditions = store.service_conditions.iter().collect::<Result<_, _>>()?;
+        Ok(Self::new(observed, store.usage_sums()?, Clock::now()).with_status(&status).with_remarks(service_conditions))
+    }
+
     /// From one reading of the maps; `usage` is summed over CPUs.
     #[must_use]
     pub fn new(observed: Observed, usage: BTreeMap<UsageKey, Usage>, clock: Clock) -> Self {
@@ -364,4 +389,8 @@ impl Catalog {
     fn known(&self, kind: NameKind, id: u32) -> Option<&str> {
         self.observed.names.get(&NameKey { kind: kind as u32, id }).map(String::as_str).filter(|name| !name.is_empty())
     }
+}
+
+fn frontends<A: Family>(store: &KernelStore) -> Result<BTreeMap<FrontendKey<A>, Frontend>, StoreError> {
+    store.family::<A>().frontends.iter().collect()
 }
