@@ -2,7 +2,6 @@
 //!
 //! A source never fails as a whole. What cannot be used becomes a [`Problem`]; everything else takes effect.
 
-mod address;
 pub mod annotations;
 pub mod api;
 pub mod directory;
@@ -10,16 +9,16 @@ mod documents;
 mod feed;
 pub mod kubernetes;
 mod nodes;
-mod notice;
 mod problem;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-pub(crate) use address::parse_address;
+use tokio::sync::mpsc::Sender;
+
+pub(crate) use api::parse_address;
 use api::{EndpointSlice, Node, Service};
 pub use feed::{Feed, Source, SourceError, View};
 pub use nodes::NodeAddresses;
-pub use notice::{Notice, Notices};
 pub use problem::{Object, Origin, Problem, Severity};
 
 /// Namespace and name of an object. Cheap to clone, because many records contain a service's name.
@@ -77,4 +76,32 @@ pub struct Snapshot {
     pub partial: bool,
     /// Why nothing was ever read from the source; `None` if something was, or if the source is empty.
     pub unreadable: Option<String>,
+}
+
+/// A message for the owner of a service.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Notice {
+    /// The service.
+    pub service: ObjectName,
+    /// What it is about, in one machine-readable word: `Misconfigured`.
+    pub reason: &'static str,
+    /// What is wrong and what to do, in one line.
+    pub message: String,
+}
+
+/// Accepts notices without blocking: notices that do not fit are lost.
+#[derive(Clone, Debug)]
+pub struct Notices(Sender<Notice>);
+
+impl Notices {
+    /// Writes into a queue.
+    #[must_use]
+    pub fn new(queue: Sender<Notice>) -> Self {
+        Self(queue)
+    }
+
+    /// Returns whether the queue had space.
+    pub fn send(&self, notice: Notice) -> bool {
+        self.0.try_send(notice).is_ok()
+    }
 }

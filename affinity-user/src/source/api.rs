@@ -6,7 +6,7 @@
 //!
 //! As in Go's decoder, null means a field's empty value, also as an element of a list.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{
@@ -380,6 +380,17 @@ impl<'de> Deserialize<'de> for UsedTexts {
 
         texts.deserialize_map(Texts)
     }
+}
+
+/// Reads an address as kube-proxy does: numbers may begin with zeros, and are still decimal in IPv4. API servers up to 1.35
+/// stored such addresses.
+pub(crate) fn parse_address(text: &str) -> Option<IpAddr> {
+    let zeros_off = |number: &str| match number.trim_start_matches('0') {
+        "" if !number.is_empty() => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    let groups = text.split(':').map(|group| group.split('.').map(zeros_off).collect::<Vec<_>>().join("."));
+    text.parse().ok().or_else(|| groups.collect::<Vec<_>>().join(":").parse().ok())
 }
 
 #[cfg(test)]

@@ -14,28 +14,41 @@
 //!
 //! The API itself leaves out headless services, as for kube-proxy.
 
-mod access;
 mod backoff;
 mod cluster;
 mod decode;
 mod events;
 mod object_cache;
-mod objects;
 mod reflector;
 
-use std::{io, path::PathBuf, thread, time::Duration};
+use std::{
+    env, io,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use kube::{
-    Client,
-    config::{InClusterError, KubeconfigError},
+    Client, Config,
+    client::{ClientBuilder, retry::RetryPolicy},
+    config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 use tokio::sync::{mpsc, oneshot};
+use tower::{buffer::BufferLayer, retry::RetryLayer};
 
 use self::{cluster::Cluster, events::Poster};
 use super::{Feed, NodeAddresses, Notice, Notices, Snapshot, View};
 
 /// How long to wait for further changes after a change.
 const SETTLE: Duration = Duration::from_millis(5);
+
+/// How many requests may wait for the connection.
+const REQUESTS: usize = 64;
+/// How often a request is repeated that the API rejects as overloaded. The first pause is the shorter time, the longest pause
+/// is the longer one, unless the API gives a time. [`backoff`] handles what still fails.
+const RETRIES: u32 = 3;
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+const RETRY_AT_MOST: Duration = Duration::from_secs(5);
 
 /// How to reach the API, and what to read from it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -78,7 +91,7 @@ pub enum Error {
 /// # Errors
 /// If the configuration cannot be used. An API that does not answer is no error.
 pub async fn watch(options: &Options) -> Result<Feed, Error> {
-    let config = access::config(options.kubeconfig.as_deref()).await?;
+    let config = config(options.kubeconfig.as_deref()).await?;
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
     let (queue, notices) = mpsc::channel(events::QUEUE);
@@ -92,7 +105,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
         };
         runtime.block_on(async {
             // Created here, because its connections belong to the runtime in which it is created.
-            match access::client(config) {
+            match client_of(config) {
                 Ok(client) => {
                     drop(started.send(Ok(())));
                     run(&client, &cluster, &sender, (&written, &told), notices).await;
@@ -141,6 +154,31 @@ async fn publish(cluster: &Cluster, snapshots: &mpsc::Sender<Snapshot>) {
 /// # Errors
 /// [`Error`], also if the API does not answer.
 pub async fn read(options: &Options) -> Result<Snapshot, Error> {
-    let client = access::client(access::config(options.kubeconfig.as_deref()).await?)?;
+    let client = client_of(config(options.kubeconfig.as_deref()).await?)?;
     Cluster::new(options.node_name.clone()).read(&client).await
+}
+
+/// The configuration from a kubeconfig, from `KUBECONFIG`, or from the cluster that this process is in.
+async fn config(kubeconfig: Option<&Path>) -> Result<Config, Error> {
+    let variable = env::var_os("KUBECONFIG").filter(|paths| !paths.is_empty());
+    let (name, read) = match (kubeconfig, variable) {
+        (Some(path), _) => (path.display().to_string(), Kubeconfig::read_from(path)),
+        (None, Some(paths)) => {
+            let read = Kubeconfig::from_env().and_then(|found| found.ok_or(KubeconfigError::FindPath));
+            (format!("KUBECONFIG={}", paths.display()), read)
+        }
+        (None, None) => return Config::incluster().map_err(Error::NotInCluster),
+    };
+    let failed = |error| Error::Kubeconfig(name.clone(), error);
+    Config::from_custom_kubeconfig(read.map_err(failed)?, &KubeConfigOptions::default()).await.map_err(failed)
+}
+
+/// A client with connections that belong to the current runtime.
+fn client_of(mut config: Config) -> Result<Client, Error> {
+    // The client's own retries continue for minutes without a log line.
+    config.default_retry = false;
+    let policy = RetryPolicy::new(RETRY_AFTER, RETRY_AT_MOST, RETRIES, true)
+        .map_err(|error| Error::Client(kube::Error::Service(error.into())))?;
+    let builder = ClientBuilder::try_from(config).map_err(Error::Client)?;
+    Ok(builder.with_layer(&BufferLayer::new(REQUESTS)).with_layer(&RetryLayer::new(policy)).build())
 }

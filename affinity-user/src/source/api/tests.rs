@@ -184,3 +184,24 @@ proptest! {
         each_reads_as(&objects, &full());
     }
 }
+
+#[test]
+fn numbers_may_begin_with_zeros() {
+    for (text, address) in [
+        ("10.96.0.10", "10.96.0.10"),
+        ("010.096.000.010", "10.96.0.10"),
+        ("192.0.02.08", "192.0.2.8"),
+        ("0.0.0.00", "0.0.0.0"),
+        ("fd00::00a", "fd00::a"),
+        ("fd00:0000:00001::0", "fd00:0:1::"),
+        ("::ffff:010.0.0.01", "::ffff:10.0.0.1"),
+        ("::", "::"),
+    ] {
+        assert_eq!(parse_address(text).map(|address| address.to_string()).as_deref(), Some(address), "{text}");
+    }
+    for bad in
+        ["", "10.96.0", "10.96.0.256", "010.96.0.0300", "0x10.0.0.1", "10..0.1", "fd00", "web", "10.0.0.1/8", " "]
+    {
+        assert_eq!(parse_address(bad), None, "{bad}");
+    }
+}

@@ -11,9 +11,8 @@ use tracing::warn;
 
 use super::{
     Error,
-    decode::Item,
+    decode::{Item, Watched},
     object_cache::ObjectCache,
-    objects::Watched,
     reflector::{self, Reflector},
 };
 use crate::{

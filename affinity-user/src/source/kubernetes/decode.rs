@@ -1,11 +1,72 @@
-//! Decodes what the API sends into objects, one by one: an object that is invalid does not affect others.
+//! The kinds that are watched, and their objects in what the API sends. They are decoded one by one: an object that is invalid
+//! does not affect others.
+
+use std::fmt::Debug;
 
 use kube::core::{ObjectList, TypeMeta};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::objects::Watched;
-use crate::source::{ObjectName, Problem, Severity};
+use crate::source::{
+    ObjectName, Problem, Severity,
+    api::{EndpointSlice, Metadata, Node, Service},
+};
+
+/// The label selector that kube-proxy uses.
+const NOT_HEADLESS: &str = "!service.kubernetes.io/headless";
+
+/// A kind that is watched.
+pub(super) trait Watched: DeserializeOwned + Clone + Debug + PartialEq + 'static {
+    /// Its name.
+    const KIND: &'static str;
+    /// The path of the list of all its objects.
+    const PATH: &'static str;
+    /// The label selector; empty: all objects.
+    const LABELS: &'static str;
+
+    /// The metadata of an object.
+    fn meta(&mut self) -> &mut Metadata;
+}
+
+impl Watched for Service {
+    const KIND: &'static str = "Service";
+    const PATH: &'static str = "/api/v1/services";
+    const LABELS: &'static str = NOT_HEADLESS;
+
+    fn meta(&mut self) -> &mut Metadata {
+        &mut self.metadata
+    }
+}
+
+impl Watched for EndpointSlice {
+    const KIND: &'static str = "EndpointSlice";
+    const PATH: &'static str = "/apis/discovery.k8s.io/v1/endpointslices";
+    const LABELS: &'static str = NOT_HEADLESS;
+
+    fn meta(&mut self) -> &mut Metadata {
+        &mut self.metadata
+    }
+}
+
+impl Watched for Node {
+    const KIND: &'static str = "Node";
+    const PATH: &'static str = "/api/v1/nodes";
+    const LABELS: &'static str = "";
+
+    fn meta(&mut self) -> &mut Metadata {
+        &mut self.metadata
+    }
+}
+
+/// The version of an object, a list or a bookmark. The API promises that they can be compared as numbers.
+pub(super) fn version(text: Option<&str>) -> Option<u64> {
+    text?.parse().ok()
+}
+
+/// The name of an object; nodes have no namespace.
+pub(super) fn name_of(meta: &Metadata) -> ObjectName {
+    ObjectName::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+}
 
 /// An object, or why it could not be decoded.
 pub(super) type Item<K> = Result<K, Undecodable>;
@@ -74,7 +135,6 @@ fn paged<T: Clone, K>(list: ObjectList<T>, item: impl FnMut(T) -> Item<K>) -> Pa
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::api::Service;
 
     #[test]
     fn one_bad_object_spoils_no_other() {

@@ -2,10 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{
-    decode::{Item, Undecodable},
-    objects::{Watched, name_of, version},
-};
+use super::decode::{Item, Undecodable, Watched, name_of, version};
 use crate::source::{ObjectName, Problem, Sourced};
 
 /// What is known about one kind.

@@ -14,9 +14,8 @@ use tracing::{debug, info, warn};
 
 use super::{
     backoff::Backoff,
-    decode::{self, Item},
+    decode::{self, Item, Watched},
     object_cache::ObjectCache,
-    objects::Watched,
 };
 use crate::load::monotonic_ns;
 
