@@ -16,10 +16,8 @@ mod logging;
 mod node;
 mod output;
 mod pin;
-mod progress;
 mod reading;
 mod rows;
-mod sizes;
 mod source;
 mod top;
 

@@ -19,8 +19,7 @@ use super::{
     Global,
     error::Error,
     logging::LogFormat,
-    node::NodeArgs,
-    sizes::SizeArgs,
+    node::{NodeArgs, SizeArgs},
     source::{ClusterArgs, SourceName},
 };
 use crate::{

@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use super::{
     error::Error,
+    node::SizeArgs,
     output::{Cell, Column, Format, Row, Tone, list, wants_colour},
-    sizes::SizeArgs,
 };
 
 /// Options of `affinity check`.

@@ -11,8 +11,7 @@ use clap::{Args, ValueEnum};
 
 use super::{
     error::Error,
-    output::{Format, Listing, Row, Tone, list, paint, wants_colour},
-    progress::Progress,
+    output::{Format, Listing, Progress, Row, Tone, list, paint, wants_colour},
     reading::{Filter, FilterArgs, Reading},
 };
 use crate::{

@@ -16,7 +16,7 @@ use clap::{ArgGroup, Args};
 use super::{
     client::ClientArg,
     error::Error,
-    progress::Progress,
+    output::Progress,
     reading::{Filter, FilterArgs, Reading},
 };
 use crate::{

@@ -12,7 +12,7 @@ use affinity_common::{
 };
 use clap::Args;
 
-use super::{client::ClientArg, error::Error, progress::Progress};
+use super::{client::ClientArg, error::Error, output::Progress};
 use crate::{
     store::kernel::{Family, KernelStore, PinKey},
     view::{Catalog, Client, ClientRef, FlowState, FlowView, LiveSessions, ServicePins, SessionView},
