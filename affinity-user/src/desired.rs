@@ -16,11 +16,9 @@
 mod endpoints;
 mod exposure;
 mod frontends;
-mod groups;
 mod hash;
 mod network;
 mod node;
-mod ownership;
 mod service;
 mod state;
 
@@ -35,14 +33,14 @@ use affinity_common::abi::{Selection, Timer};
 
 use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use node::Node;
-use ownership::is_ours;
+use service::is_ours;
 
-pub(crate) use groups::unions;
 pub(crate) use hash::{hash32, hash64};
 pub use network::{Network, NetworkError};
 pub(crate) use node::is_global;
 pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};
-pub use ownership::{DEFAULT_PROXY_NAME, Services, UnknownServices};
+pub use service::{DEFAULT_PROXY_NAME, Services, UnknownServices};
+pub(crate) use state::unions;
 pub use state::{Change, DesiredState};
 
 /// What depends on the node.
