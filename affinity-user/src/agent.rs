@@ -10,16 +10,12 @@ pub mod http;
 mod lock;
 mod node_health;
 mod notices;
-mod port_guard;
 mod problems;
 mod publish;
 mod server;
 mod sockets;
-mod status;
 mod sweeping;
-mod undo;
 mod upkeep;
-mod withdrawal;
 
 use std::{
     io::{self, Write},
@@ -48,13 +44,11 @@ use self::{
     attacher::{Attacher, DeviceSnapshot, Summary, Worker},
     health::HealthChecks,
     notices::{EventRecorder, LOOK_EVERY},
-    port_guard::PortGuard,
-    publish::{Publisher, count},
+    problems::PortGuard,
+    publish::{Publisher, StatusWriter, TELL_EVERY, count},
     sockets::Sockets,
-    status::{StatusWriter, TELL_EVERY},
     sweeping::{Findings, Sweeping},
-    undo::all_or_nothing,
-    upkeep::Upkeep,
+    upkeep::{Upkeep, all_or_nothing},
 };
 use crate::{
     attach::{self, AttachError, Attachment, Devices, cgroup::CgroupAttachment},

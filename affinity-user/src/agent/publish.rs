@@ -1,22 +1,30 @@
-//! From a snapshot of the source to the kernel's maps.
+//! From a snapshot of the source to the kernel's maps, and the agent's status record, which outlives the agent.
 
-use std::{collections::BTreeMap, mem, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    mem,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use affinity_common::abi::{MEMBER_READY, Member, NameKey, NameKind, UsageKey, UsageOf};
+use affinity_common::{
+    abi::{MEMBER_READY, Member, NameKey, NameKind, SourceKind, Status, UsageKey, UsageOf},
+    names,
+};
 use tracing::{debug, info};
 
-use super::{
-    problems::Problems,
-    withdrawal::{self, Given},
-};
+use super::problems::{Given, Problems, compare_with_former};
 use crate::{
     desired::{self, BackendName, Change, Desired, DesiredState, NodeFacts, Scope},
     linger::{Limits, Lingerer, Traffic},
-    load::monotonic_ns,
+    load::{PinDir, monotonic_ns},
     metrics::Vitals,
     plan::{StateIndex, retired},
-    source::{Problem, Snapshot, api::Node},
-    store::{Observed, Op, Store, StoreError, kernel::KernelStore},
+    source::{Problem, Snapshot, Source, View, api::Node},
+    store::{
+        Observed, Op, Store, StoreError,
+        kernel::{KernelStore, Table},
+    },
     sweep::{FilterPlans, Met},
 };
 
@@ -178,7 +186,7 @@ impl Publisher {
         };
         if !mem::replace(&mut self.has_compared, true) {
             let desired = self.state.desired();
-            withdrawal::compare_with_former(state_index.observed(), desired.frontends.len(), desired.known.is_some());
+            compare_with_former(state_index.observed(), desired.frontends.len(), desired.known.is_some());
         }
         let mut published = Published::default();
         for round in 1..=Self::PLANS {
@@ -338,4 +346,45 @@ fn wanted_names(desired: &Desired) -> impl Iterator<Item = (u32, String)> {
 /// "1 service", "2 services".
 pub(super) fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+/// How often the status record is written, at most.
+pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// Writes the status record, in the `status` map.
+pub(super) struct StatusWriter {
+    table: Table<u32, Status>,
+    view: View,
+    told: Status,
+}
+
+impl StatusWriter {
+    /// Takes over the record. What a former agent knew of the source stays until this one has newer data.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub(super) fn new(pins: &PinDir, source: &Source, view: View) -> Result<Self, StoreError> {
+        let table: Table<u32, Status> = Table::open(&pins.maps(), names::STATUS)?;
+        let former = table.get(&0)?.unwrap_or_default();
+        let kind = match source {
+            Source::Directory { .. } => SourceKind::Directory,
+            Source::Kubernetes(_) => SourceKind::Kubernetes,
+        };
+        let told = Status { started_ns: monotonic_ns(), source: kind as u32, ..former };
+        table.put(&0, &told)?;
+        Ok(Self { table, view, told })
+    }
+
+    /// Writes how current the view is. Call it only once a snapshot is published: before that, the tables do not have the view.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub(super) fn tell(&mut self) -> Result<(), StoreError> {
+        let status = Status { current_ns: self.view.current_ns().unwrap_or(self.told.current_ns), ..self.told };
+        if status != self.told {
+            self.table.put(&0, &status)?;
+            self.told = status;
+        }
+        Ok(())
+    }
 }

@@ -1,5 +1,6 @@
-//! Notices within seconds when a pin of this agent is removed or replaced, and restores it.
+//! What is pinned stays as it should be. A start that fails leaves nothing attached and nothing pinned that was not there before.
 //!
+//! While the agent runs, it notices within seconds when a pin of this agent is removed or replaced, and restores it.
 //! The agent holds every map and program open, so a removed pin can be restored without loss. A pin that leads to something
 //! else belongs to another dataplane. The agent cannot repair that; the probes report it.
 
@@ -10,10 +11,12 @@ use std::{
 };
 
 use affinity_common::names;
+use tracing::warn;
 
 use super::AgentError;
 use crate::{
-    load::PinDir,
+    attach,
+    load::{PinDir, Pinned},
     sys::{self, Map, SysError},
 };
 
@@ -88,4 +91,31 @@ fn id(fd: &OwnedFd, is_map: bool) -> Result<u32, SysError> {
         return Ok(Map::from_fd(copy, "pinned")?.info().id);
     }
     Ok(sys::prog_info(fd.as_fd())?.id)
+}
+
+/// Runs a start. If it fails, what it has attached and pinned is removed again.
+///
+/// # Errors
+/// The error of the start.
+pub(super) async fn all_or_nothing<T>(
+    pins: &PinDir,
+    start: impl Future<Output = Result<T, AgentError>>,
+) -> Result<T, AgentError> {
+    let before = pins.pinned()?;
+    let outcome = start.await;
+    if outcome.is_err()
+        && let Err(error) = undo(pins, &before)
+    {
+        warn!("{error}: something that this start has attached may still be there; `affinity detach` takes it away");
+    }
+    outcome
+}
+
+/// A dataplane that existed before keeps its maps, and the programs that are now in its links: they are newer, or the same.
+fn undo(pins: &PinDir, before: &Pinned) -> Result<(), AgentError> {
+    attach::detach_new(pins, before)?;
+    if !before.has_maps() {
+        pins.roll_back(before)?;
+    }
+    Ok(())
 }
