@@ -3,12 +3,11 @@
 //! Most are read from the maps at each scrape. Sessions and flows are not walked for that: the sweep has counted them.
 
 mod format;
-mod series;
 mod tables;
 mod vitals;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex},
     time::UNIX_EPOCH,
@@ -25,11 +24,61 @@ use prometheus_client::{
 use self::tables::{Counted, Counts};
 pub use self::{
     format::{Format, classic},
-    series::{Admitted, OTHER},
     tables::{SEVERAL, Tables},
     vitals::{STUCK_AFTER, Vitals},
 };
 use crate::sweep::{Census, Totals};
+
+/// The label value of all that have no series of their own.
+pub const OTHER: &str = "other";
+
+/// The names that have their own series. A name keeps its series while it exists, so that a series does not change its meaning
+/// from one scrape to the next.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Admitted {
+    limit: usize,
+    names: BTreeSet<String>,
+}
+
+impl Admitted {
+    /// No names yet, and at most `limit`.
+    #[must_use]
+    pub const fn new(limit: usize) -> Self {
+        Self { limit, names: BTreeSet::new() }
+    }
+
+    /// Removes names that no longer exist, and admits others in their order, as far as there is room.
+    pub fn update<'n>(&mut self, present: impl IntoIterator<Item = &'n str>) {
+        let present: BTreeSet<&str> = present.into_iter().collect();
+        self.names.retain(|name| present.contains(name.as_str()));
+        for name in present {
+            if self.names.len() >= self.limit {
+                break;
+            }
+            self.names.insert(name.to_owned());
+        }
+    }
+
+    /// The label value of a name.
+    #[must_use]
+    pub fn label<'n>(&self, name: &'n str) -> &'n str {
+        if self.names.contains(name) { name } else { OTHER }
+    }
+
+    /// Values by label: those without their own series are summed.
+    #[must_use]
+    pub fn sum<'n, const N: usize>(
+        &self,
+        values: impl IntoIterator<Item = (&'n str, [u64; N])>,
+    ) -> BTreeMap<&'n str, [u64; N]> {
+        let mut sums = BTreeMap::new();
+        for (name, values) in values {
+            let sum = sums.entry(self.label(name)).or_insert([0; N]);
+            sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+        sums
+    }
+}
 
 /// Which services and backends have their own series.
 #[derive(Debug)]

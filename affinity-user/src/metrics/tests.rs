@@ -1,4 +1,4 @@
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
 use affinity_common::{
     abi::{Frontend, Member, MemberKey, NameKey, NameKind, Port, Usage, UsageKey, UsageOf},
@@ -253,4 +253,16 @@ fn before_the_dataplane_is_there_the_agent_tells_of_itself() {
     let text = exposition(Arc::default(), None, &Mutex::new(Bounds::new(1))).unwrap();
     assert!(text.contains("affinity_build_info{version="), "{text}");
     assert!(!text.contains("affinity_packets"), "{text}");
+}
+
+#[test]
+fn who_came_first_stays_and_the_rest_is_summed() {
+    let mut admitted = Admitted::new(2);
+    admitted.update(["b", "c", "d"]);
+    let sums = admitted.sum([("b", [1, 10]), ("c", [2, 20]), ("d", [4, 40]), ("e", [8, 80])]);
+    assert_eq!(sums, BTreeMap::from([("b", [1, 10]), ("c", [2, 20]), (OTHER, [12, 120])]));
+    admitted.update(["a", "b", "c", "d"]);
+    assert_eq!((admitted.label("a"), admitted.label("c")), (OTHER, "c"), "c keeps its series");
+    admitted.update(["a", "b", "d"]);
+    assert_eq!((admitted.label("a"), admitted.label("d")), ("a", OTHER), "a has the place of c");
 }

@@ -1,6 +1,5 @@
 //! Draws a state into cells. Pure functions, used for the terminal, for `--once`, and for the tests.
 
-mod overlay;
 mod service;
 mod services;
 mod table;
@@ -10,15 +9,18 @@ use ratatui::{
     buffer::Buffer,
     layout::Rect,
     style::{Color, Modifier, Style},
+    widgets::{Block, Clear, Padding, Paragraph, Widget},
 };
 
 use super::{
-    input::Mode,
+    input::{HELP, Mode},
+    rows::{HOT_DEVIATIONS, HOT_FACTOR},
     sample::EventSample,
-    state::{Pane, Screen, State},
+    state::{Overlay, Pane, Screen, State},
+    unpin::Target,
 };
 use crate::view::short_duration;
-use text::{cut, number_of, rate};
+use text::{cut, number_of, rate, wrap};
 
 /// A terminal smaller than this shows only a message about its size.
 const LEAST: (u16, u16) = (24, 6);
@@ -26,6 +28,9 @@ const LEAST: (u16, u16) = (24, 6);
 const EVENTS_FROM: u16 = 16;
 /// The maximum height of the events, including their title.
 const EVENTS_MOST: u16 = 11;
+
+/// The width of the keys in the help.
+const KEYS_WIDTH: usize = 14;
 
 /// The positions of the parts of the screen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,7 +73,7 @@ pub fn draw(state: &State, area: Rect, buffer: &mut Buffer) {
     events(state, areas.events, buffer);
     footer(state, areas.footer, buffer);
     if let Some(overlay) = &state.overlay {
-        overlay::draw(overlay, area, buffer);
+        draw_overlay(overlay, area, buffer);
     }
 }
 
@@ -198,4 +203,46 @@ pub fn full_height(state: &State) -> u16 {
         }
     };
     main.saturating_add(1 + EVENTS_MOST)
+}
+
+/// Draws the help or a question, on top of the lists.
+fn draw_overlay(overlay: &Overlay, area: Rect, buffer: &mut Buffer) {
+    /// A wider box would not be easier to read.
+    const WIDTH: u16 = 76;
+    let width = area.width.saturating_sub(2).min(WIDTH);
+    let inside = usize::from(width.saturating_sub(4));
+    let (title, lines) = match overlay {
+        Overlay::Help => (" help ", help(inside)),
+        Overlay::Question(target) => (" unpin ", question(target, inside)),
+    };
+    let height = u16::try_from(lines.len() + 2).unwrap_or(u16::MAX).min(area.height);
+    let (x, y) = (area.x + (area.width - width) / 2, area.y + (area.height - height) / 2);
+    let frame = Rect { x, y, width, height };
+    let block = Block::bordered().title(title).title_style(Style::new().add_modifier(Modifier::BOLD));
+    let text = block.padding(Padding::horizontal(1));
+    Clear.render(frame, buffer);
+    Paragraph::new(lines.join("\n")).block(text).render(frame, buffer);
+}
+
+fn help(width: usize) -> Vec<String> {
+    let keys = HELP.iter().flat_map(|(keys, what)| wrap(&format!("{keys:<KEYS_WIDTH$}{what}"), width, KEYS_WIDTH));
+    let words = format!(
+        "PINS are live pins by pod; a pod counts in each of its services. A HOT SPOT has more than {HOT_FACTOR} times the \
+         mean of its service's ready pods, and exceeds it by more than {HOT_DEVIATIONS} standard deviations of a fair \
+         draw. PINNED are new pins, MOVED are pins whose pod could not be used."
+    );
+    keys.chain([String::new()]).chain(wrap(&words, width, 0)).collect()
+}
+
+fn question(target: &Target, width: usize) -> Vec<String> {
+    let (what, whose) = match target {
+        Target::Client { client, service, .. } => (format!("Unpin {client} from its pod of {service}?"), "Its"),
+        Target::Service { service, group: None, .. } => (format!("Unpin all clients of {service}?"), "Their"),
+        Target::Service { service, group: Some(group), .. } => {
+            (format!("Unpin all clients of {service}, and of all services in the group {group}?"), "Their")
+        }
+    };
+    let mut lines = wrap(&format!("{what} {whose} next connection selects again; open connections stay."), width, 0);
+    lines.extend([String::new(), "y  yes    any other key  no".to_owned()]);
+    lines
 }
