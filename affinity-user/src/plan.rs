@@ -25,7 +25,6 @@
 //! reach its grace period.) If space was short, the next plan may use what this one freed: plan until no steps are left.
 
 mod backends;
-mod extents;
 mod ids;
 mod keep;
 mod maglev;

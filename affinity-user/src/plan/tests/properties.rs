@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     net::{IpAddr, Ipv6Addr},
 };
 
@@ -21,7 +22,7 @@ use crate::{
     desired::{Desired, DesiredState, options, snapshots},
     plan::{StateIndex, backends::identity, plan, retired},
     source::Snapshot,
-    store::{Capacity, Observed, Op, Store, faulty::FaultyStore, memory::MemoryStore},
+    store::{Capacity, Observed, Op, Store, StoreError, memory::MemoryStore},
 };
 
 const ROOMY: Capacity = Capacity { backends: 64, slots: 65_536, ranges: 64 };
@@ -30,6 +31,42 @@ const CLIENTS: u8 = 6;
 /// Source port of the residents' connections, and of all later ones.
 const OLD_PORT: u16 = 1_000;
 const NEW_PORT: u16 = 20_000;
+
+/// Passes steps to another store, except the chosen ones, which fail: the state after a failure must be a valid start for the
+/// next plan.
+#[derive(Debug, Clone)]
+struct FaultyStore<S> {
+    inner: S,
+    failing: BTreeSet<usize>,
+    applied: usize,
+}
+
+impl<S: Store> FaultyStore<S> {
+    /// Fails the steps with these numbers, counted from 0 over the lifetime of the store.
+    fn new(inner: S, failing: impl IntoIterator<Item = usize>) -> Self {
+        Self { inner, failing: failing.into_iter().collect(), applied: 0 }
+    }
+}
+
+impl<S: Store> Store for FaultyStore<S> {
+    fn apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        let number = self.applied;
+        self.applied += 1;
+        if self.failing.contains(&number) {
+            let source = io::Error::new(io::ErrorKind::StorageFull, "chosen to fail");
+            return Err(StoreError { map: "faulty", action: format!("step {number}, {op:?}"), source });
+        }
+        self.inner.apply(op)
+    }
+
+    fn observe(&self) -> Result<Observed, StoreError> {
+        self.inner.observe()
+    }
+
+    fn capacity(&self) -> Capacity {
+        self.inner.capacity()
+    }
+}
 
 fn store(capacity: Capacity) -> MemoryStore {
     MemoryStore::new(capacity, 65_536)
