@@ -12,7 +12,6 @@ pub mod load;
 mod local_ports;
 pub mod metrics;
 pub mod netns;
-pub mod objects;
 pub mod plan;
 pub mod sockets;
 pub mod source;
@@ -21,3 +20,12 @@ pub mod sweep;
 pub mod sys;
 pub mod top;
 pub mod view;
+
+/// The objects that `build.rs` has built; empty if it was told to skip them.
+pub mod objects {
+    /// The programs and maps of the dataplane.
+    pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/affinity"));
+
+    /// The limit programs that `cargo xtask bench packet` compares the dataplane with.
+    pub static LIMITS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/limits"));
+}

@@ -8,8 +8,6 @@
 
 mod carry;
 mod clock;
-mod convert;
-mod creation;
 mod limit;
 mod machine;
 mod pins;
@@ -43,14 +41,13 @@ use tracing::warn;
 pub use self::{
     carry::CarryError,
     clock::{ClockError, Ticks},
-    creation::CreationError,
     limit::Memory,
     machine::{Kernel, Unsuitable},
     pins::{PinDir, PinError, Pinned},
-    refusal::Refusal,
+    refusal::{CreationError, Refusal},
     sizes::{MAX_RANGES, Sizes, cost, mib},
 };
-pub(crate) use self::{convert::copy_older_flows, pins::hidden, refusal::JIT_ADVICE};
+pub(crate) use self::{carry::copy_older_flows, pins::hidden, refusal::JIT_ADVICE};
 use crate::{
     attach::{self, AttachError},
     netns,
@@ -474,7 +471,7 @@ fn load_beside(
             },
         );
     }
-    let mut ebpf = loader.load(options.object()).map_err(|error| creation::failed(error, &options.sizes))?;
+    let mut ebpf = loader.load(options.object()).map_err(|error| refusal::creation_failed(error, &options.sizes))?;
     let unused = options.unused.but_attached(pins)?;
     let for_packets: Vec<_> = PACKET_PROGRAMS.into_iter().filter(|name| unused.needs(name, options.redirect)).collect();
     let for_sockets = if unused.sockets { &[][..] } else { &names::SOCKET_PROGRAMS };
