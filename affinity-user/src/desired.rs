@@ -16,7 +16,6 @@
 mod endpoints;
 mod exposure;
 mod frontends;
-mod hash;
 mod network;
 mod node;
 mod service;
@@ -35,7 +34,6 @@ use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use node::Node;
 use service::is_ours;
 
-pub(crate) use hash::{hash32, hash64};
 pub use network::{Network, NetworkError};
 pub(crate) use node::is_global;
 pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};

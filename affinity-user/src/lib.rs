@@ -7,6 +7,7 @@ pub mod attach;
 pub mod cli;
 pub mod desired;
 pub mod events;
+mod hash;
 pub mod linger;
 pub mod load;
 mod local_ports;

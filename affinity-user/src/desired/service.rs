@@ -10,12 +10,15 @@ use std::{
 
 use affinity_common::abi::Selection;
 
-use super::{Affinity, BackendName, Family, Member, Network, Options, Pool, Protocol, Report, Scope, exposure, hash32};
-use crate::source::{
-    ObjectName,
-    annotations::{self, Annotations, PREFIX, SECOND_NS, is_dns_label},
-    api::{Service, ServicePort, ServiceSpec as ApiSpec, label},
-    parse_address,
+use super::{Affinity, BackendName, Family, Member, Network, Options, Pool, Protocol, Report, Scope, exposure};
+use crate::{
+    hash::hash32,
+    source::{
+        ObjectName,
+        annotations::{self, Annotations, PREFIX, SECOND_NS, is_dns_label},
+        api::{Service, ServicePort, ServiceSpec as ApiSpec, label},
+        parse_address,
+    },
 };
 
 /// `timeoutSeconds` if the service gives none.

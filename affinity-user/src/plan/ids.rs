@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use affinity_common::abi::{NODE, NameKey, NameKind, PODS};
 
 use super::state_index::discount;
-use crate::desired::hash32;
+use crate::hash::hash32;
 
 /// The ids in use, and their uses. An id is in use if a name or a record refers to it.
 #[derive(Clone, PartialEq, Debug)]

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use crate::desired::hash64;
+use crate::hash::hash64;
 
 /// Sizes of tables: primes, far apart, because a change of size moves every client.
 const SIZES: [usize; 3] = [1_021, 16_381, 65_537];

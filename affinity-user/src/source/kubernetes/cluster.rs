@@ -16,7 +16,7 @@ use super::{
     reflector::{self, Reflector},
 };
 use crate::{
-    desired::hash32,
+    hash::hash32,
     load::monotonic_ns,
     source::{
         NodeAddresses, ObjectName, Problem, Severity, Snapshot, View,

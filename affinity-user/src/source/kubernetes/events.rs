@@ -19,7 +19,7 @@ use tracing::{debug, warn};
 
 use super::{backoff::Backoff, cluster::Cluster};
 use crate::{
-    desired::{hash32, hash64},
+    hash::{hash32, hash64},
     source::Notice,
 };
 
