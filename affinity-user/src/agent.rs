@@ -55,7 +55,7 @@ use crate::{
     desired::{self, NodeFacts},
     events::Consumer,
     linger::Limits,
-    load::{self, LoadError, Loaded, Memory, PinDir, PinError, mib, monotonic_ns},
+    load::{self, LoadError, Loaded, Memory, PinDir, PinError, mib},
     metrics::Vitals,
     sockets::SocketDestroyer,
     source::{Feed, ObjectName, Snapshot, Source, SourceError, View},
@@ -64,7 +64,7 @@ use crate::{
         kernel::{KernelStore, OpenError},
     },
     sweep::{self, FilterPlans, Sweeper},
-    sys::SysError,
+    sys::{SysError, monotonic_ns},
 };
 
 /// The agent cannot start or continue, or `attach` or `detach` failed.

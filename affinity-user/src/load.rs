@@ -35,7 +35,6 @@ use aya::{
 };
 use aya_log::Level;
 use aya_obj::Object;
-use rustix::time::{ClockId, clock_gettime};
 use tracing::warn;
 
 pub use self::{
@@ -274,7 +273,7 @@ fn prepare(pins: &PinDir, before: &Pinned, options: &Options) -> Result<Prepared
     }
     let plans = plan(pins, options)?;
     let ticks = measure_clock(options)?;
-    let since_ns = monotonic_ns().saturating_sub(REFRESH_NS);
+    let since_ns = sys::monotonic_ns().saturating_sub(REFRESH_NS);
     let loaded = load_beside(pins, options, &plans, ticks)?;
     if let Some(older) = &older {
         copy_older_flows(older, pins)?;
@@ -582,13 +581,6 @@ fn set_stages(pins: &PinDir, programs: &Programs) -> Result<(), LoadError> {
         };
     }
     Ok(())
-}
-
-/// `CLOCK_MONOTONIC` in nanoseconds: the clock of every time in the maps.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 impl std::fmt::Debug for Loaded {

@@ -54,13 +54,12 @@ use self::{
 use crate::{
     events::EventReader,
     linger::Traffic,
-    load::monotonic_ns,
     source::NodeAddresses,
     store::{
         StoreError,
         kernel::{Family, KernelStore, Walk},
     },
-    sys::SysError,
+    sys::{SysError, monotonic_ns},
 };
 
 /// The pause between two slices; a slice is one batch of entries.

@@ -10,6 +10,8 @@ mod program;
 
 use std::io;
 
+use rustix::time::{ClockId, clock_gettime};
+
 pub use self::{
     bpf::{obj_get, obj_pin},
     map::{Batch, Map, MapInfo, Write, possible_cpus, synchronize},
@@ -48,3 +50,10 @@ impl SysError {
 
 /// What the functions of this module return.
 pub type Result<T> = std::result::Result<T, SysError>;
+
+/// `CLOCK_MONOTONIC` in nanoseconds: the clock of every time in the maps.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

@@ -34,14 +34,14 @@ use affinity_user::{
     desired::{DEFAULT_PROXY_NAME, NodeFacts, Services},
     events::{Consumer, EventReader},
     linger::Limits,
-    load::{self, Loaded, Options, PinDir, Sizes, Unused, monotonic_ns},
+    load::{self, Loaded, Options, PinDir, Sizes, Unused},
     source::{NodeAddresses, Source},
     store::{
         Op, Store,
         kernel::{KernelStore, OpenError},
     },
     sweep::{FilterPlans, LOOK_EVERY, Sweeper, Totals},
-    sys::{self, Map, MapInfo, Write},
+    sys::{self, Map, MapInfo, Write, monotonic_ns},
 };
 use anyhow::{Context, Result, ensure};
 use aya::programs::ProgramInfo;

@@ -28,9 +28,9 @@ use super::{
 };
 use crate::{
     desired::{Desired, Family, HealthCheck},
-    load::monotonic_ns,
     metrics::Vitals,
     source::ObjectName,
+    sys::monotonic_ns,
 };
 
 /// How many connections to one address and port may be open. There is one such pair for each service and address of the node.

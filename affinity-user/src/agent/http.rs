@@ -37,13 +37,13 @@ use tracing::info;
 use super::server::{self, Limits};
 use crate::{
     attach,
-    load::{PinDir, monotonic_ns},
+    load::PinDir,
     metrics::{Bounds, Format, Tables, Vitals, classic, exposition},
     store::{
         StoreError,
         kernel::{PerCpu, Table},
     },
-    sys::Map,
+    sys::{Map, monotonic_ns},
     view::{Clock, StatusView},
 };
 

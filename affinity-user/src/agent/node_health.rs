@@ -24,7 +24,7 @@ use jiff::Timestamp;
 use tracing::{info, warn};
 
 use super::server::{self, Limits, TRY_AGAIN};
-use crate::{load::monotonic_ns, metrics::Vitals};
+use crate::{metrics::Vitals, sys::monotonic_ns};
 
 /// kube-proxy's port.
 const PORT: u16 = 10_256;

@@ -17,7 +17,7 @@ use super::problems::{Given, Problems, compare_with_former};
 use crate::{
     desired::{self, BackendName, Change, Desired, DesiredState, NodeFacts, Scope},
     linger::{Limits, Lingerer, Traffic},
-    load::{PinDir, monotonic_ns},
+    load::PinDir,
     metrics::Vitals,
     plan::{StateIndex, retired},
     source::{Problem, Snapshot, Source, View, api::Node},
@@ -26,6 +26,7 @@ use crate::{
         kernel::{KernelStore, Table},
     },
     sweep::{FilterPlans, Met},
+    sys::monotonic_ns,
 };
 
 /// Brings the maps in step with the last snapshot.

@@ -21,7 +21,8 @@ use super::{
 };
 use crate::{
     store::kernel::Family,
-    view::{Catalog, Client, Clock, Policy, ip, mapped},
+    sys::monotonic_ns,
+    view::{Catalog, Client, Policy, ip, mapped},
 };
 
 /// Options of `affinity unpin`.
@@ -54,7 +55,7 @@ impl UnpinArgs {
         let mut progress = Progress::new("unpinning");
         let mut unpinned = BTreeSet::new();
         reading.sessions(&filter, &mut |key, _| {
-            if reading.store.unpin(&key, Clock::now().now_ns)? {
+            if reading.store.unpin(&key, monotonic_ns())? {
                 unpinned.insert(key);
             }
             progress.step();
@@ -187,7 +188,7 @@ impl PinArgs {
         let generation = reading.catalog.generation(backend).unwrap_or(0);
         let old = reading.store.family::<A>().sessions.get(&key)?;
         let same = old.filter(|old| (old.backend, old.generation) == (backend, generation));
-        let now_ns = Clock::now().now_ns;
+        let now_ns = monotonic_ns();
         let session = Session {
             created_ns: now_ns,
             last_used_ns: now_ns,

@@ -11,8 +11,8 @@ use std::{
 use prometheus_client::metrics::histogram::Histogram;
 
 use crate::{
-    load::monotonic_ns,
     sweep::{Census, Totals},
+    sys::monotonic_ns,
 };
 
 /// A loop that has not run for this long is stuck.

@@ -18,12 +18,12 @@ use tracing::debug;
 
 use crate::{
     linger::Traffic,
-    load::monotonic_ns,
     sockets,
     store::{
         StoreError,
         kernel::{Family, KernelStore},
     },
+    sys::monotonic_ns,
 };
 
 /// The shortest interval between checks. If a check takes long, the interval is a multiple of that time.

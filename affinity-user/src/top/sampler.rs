@@ -16,11 +16,7 @@ use super::{
     sample::Sample,
     unpin::{Target, Unpin},
 };
-use crate::{
-    events::EventReader,
-    store::kernel::KernelStore,
-    view::{Catalog, Clock},
-};
+use crate::{events::EventReader, store::kernel::KernelStore, sys::monotonic_ns, view::Catalog};
 
 /// The number of events that are kept.
 const EVENTS: usize = 256;
@@ -157,7 +153,7 @@ impl Sampler {
         let Dataplane { store, catalog, .. } = &self.dataplane;
         match target {
             Target::Client { key, client, service } => {
-                let removed = store.unpin(key, Clock::now().now_ns)?;
+                let removed = store.unpin(key, monotonic_ns())?;
                 store.forget_datagrams(&[*key].into())?;
                 self.scan_due = Instant::now();
                 let what = if removed { "unpinned" } else { "was not pinned any more:" };

@@ -9,7 +9,8 @@ use crate::{
         StoreError,
         kernel::{Family, KernelStore, PinKey, Table, Walk},
     },
-    view::{Catalog, Clock, ServicePins},
+    sys::monotonic_ns,
+    view::{Catalog, ServicePins},
 };
 
 /// The number of session batches in one slice.
@@ -80,7 +81,7 @@ impl Unpin {
     {
         let Some(batch) = sessions.next_batch(walk)? else { return Ok(false) };
         for (key, session) in batch {
-            if self.pins.contain(key.scope, &session) && store.unpin(&key.into(), Clock::now().now_ns)? {
+            if self.pins.contain(key.scope, &session) && store.unpin(&key.into(), monotonic_ns())? {
                 self.unpinned.insert(key.into());
             }
         }

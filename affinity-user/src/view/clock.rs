@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Serialize, Serializer};
+
+use crate::sys::monotonic_ns;
 
 /// One reading of both clocks, to convert monotonic to wall-clock times.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,10 +20,7 @@ impl Clock {
     /// Reads both clocks.
     #[must_use]
     pub fn now() -> Self {
-        let monotonic = clock_gettime(ClockId::Monotonic);
-        let seconds = u64::try_from(monotonic.tv_sec).unwrap_or(0);
-        let nanoseconds = u64::try_from(monotonic.tv_nsec).unwrap_or(0);
-        Self { now_ns: seconds * 1_000_000_000 + nanoseconds, wall: Timestamp::now() }
+        Self { now_ns: monotonic_ns(), wall: Timestamp::now() }
     }
 
     /// The wall-clock time of a monotonic time. Times that the programs wrote after this reading count as now.

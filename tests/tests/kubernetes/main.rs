@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use affinity_tests::apiserver::{Answer, ApiServer, Change, Gone, Kind, Request, Verb};
 use affinity_tests::patience::patience;
-use affinity_user::load::monotonic_ns;
-use affinity_user::source::{Notice, ObjectName, Snapshot};
+use affinity_user::{
+    source::{Notice, ObjectName, Snapshot},
+    sys::monotonic_ns,
+};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 

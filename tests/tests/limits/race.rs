@@ -18,7 +18,7 @@ use affinity_tests::{
         tcp_flags::{ACK, SYN},
     },
 };
-use affinity_user::load::{Sizes, monotonic_ns};
+use affinity_user::{load::Sizes, sys::monotonic_ns};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 

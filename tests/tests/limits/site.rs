@@ -17,7 +17,7 @@ use affinity_tests::{
     lab::Family,
     packet::{Frame, tcp_flags::RST},
 };
-use affinity_user::load::{Sizes, monotonic_ns};
+use affinity_user::{load::Sizes, sys::monotonic_ns};
 use anyhow::{Context, Result, ensure};
 
 /// One second.

@@ -29,8 +29,8 @@ use super::{
     take::{self, Writing},
 };
 use crate::{
-    load::monotonic_ns,
     source::{Feed, NodeAddresses, Snapshot, View},
+    sys::monotonic_ns,
 };
 
 /// A change is read once nothing has changed for this long,

@@ -17,12 +17,12 @@ use super::{
 };
 use crate::{
     hash::hash32,
-    load::monotonic_ns,
     source::{
         NodeAddresses, ObjectName, Problem, Severity, Snapshot, View,
         api::{EndpointSlice, Node, Service},
         nodes::addresses_of,
     },
+    sys::monotonic_ns,
 };
 
 /// How often the addresses of all nodes are read, on average, if they are requested.

@@ -17,7 +17,7 @@ use super::{
     decode::{self, Item, Watched},
     object_cache::ObjectCache,
 };
-use crate::load::monotonic_ns;
+use crate::sys::monotonic_ns;
 
 /// The number of objects in one page of a list.
 const PAGE: u32 = 500;
