@@ -55,8 +55,9 @@ use crate::{
     desired::{self, NodeFacts},
     events::Consumer,
     linger::Limits,
-    load::{self, LoadError, Loaded, Memory, PinDir, PinError, mib},
+    load::{self, LoadError, Loaded, Memory, mib},
     metrics::Vitals,
+    pins::{PinDir, PinError},
     sockets::SocketDestroyer,
     source::{Feed, ObjectName, Snapshot, Source, SourceError, View},
     store::{

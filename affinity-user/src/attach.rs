@@ -36,7 +36,8 @@ pub use self::{
     netdev::{XdpFeatures, xdp_features},
 };
 use crate::{
-    load::{PinDir, PinError, Pinned, copy_older_flows},
+    load::copy_older_flows,
+    pins::{PinDir, PinError, Pinned},
     store::StoreError,
     sys::{self, SysError},
 };

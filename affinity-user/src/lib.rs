@@ -13,6 +13,7 @@ pub mod load;
 mod local_ports;
 pub mod metrics;
 pub mod netns;
+pub mod pins;
 pub mod plan;
 pub mod sockets;
 pub mod source;

@@ -10,7 +10,6 @@ mod carry;
 mod clock;
 mod limit;
 mod machine;
-mod pins;
 mod refusal;
 pub mod sizes;
 
@@ -42,15 +41,15 @@ pub use self::{
     clock::{ClockError, Ticks},
     limit::Memory,
     machine::{Kernel, Unsuitable},
-    pins::{PinDir, PinError, Pinned},
     refusal::{CreationError, Refusal},
     sizes::{MAX_RANGES, Sizes, cost, mib},
 };
-pub(crate) use self::{carry::copy_older_flows, pins::hidden, refusal::JIT_ADVICE};
+pub(crate) use self::{carry::copy_older_flows, refusal::JIT_ADVICE};
 use crate::{
     attach::{self, AttachError},
     netns,
     objects::PROGRAMS,
+    pins::{PinDir, PinError, Pinned},
     sys::{self, Map, MapInfo, SysError, Write},
 };
 

@@ -24,7 +24,8 @@ use affinity_common::{
     reject::{Bucket, rejection_interval_ns},
 };
 use affinity_user::{
-    load::{self, Options, PinDir, Sizes},
+    load::{self, Options, Sizes},
+    pins::PinDir,
     store::kernel::{Family as StoreFamily, KernelStore, PerCpu, Table, filter_word},
     sys::{self, Ring, RingConsumer},
 };

@@ -34,7 +34,8 @@ use affinity_user::{
     desired::{DEFAULT_PROXY_NAME, NodeFacts, Services},
     events::{Consumer, EventReader},
     linger::Limits,
-    load::{self, Loaded, Options, PinDir, Sizes, Unused},
+    load::{self, Loaded, Options, Sizes, Unused},
+    pins::PinDir,
     source::{NodeAddresses, Source},
     store::{
         Op, Store,

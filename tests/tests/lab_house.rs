@@ -16,10 +16,13 @@ use affinity_tests::kubeproxy::Mode;
 use affinity_tests::lab::{Family, Lab, NODE_NAME, Protocol, WIRE, eventually};
 use affinity_tests::patience::patience;
 use affinity_tests::story::{Hook, Route, tell, tell_in, web};
-use affinity_user::attach::attachments;
-use affinity_user::load::{self, Memory, PinDir, Sizes};
-use affinity_user::store::kernel::{KernelStore, Walk};
-use affinity_user::sys::{self, Map, MapInfo};
+use affinity_user::{
+    attach::attachments,
+    load::{self, Memory, Sizes},
+    pins::PinDir,
+    store::kernel::{KernelStore, Walk},
+    sys::{self, Map, MapInfo},
+};
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 use serde_json::json;

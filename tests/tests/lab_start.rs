@@ -8,8 +8,11 @@ use std::time::Duration;
 use affinity_common::names;
 use affinity_tests::lab::{Family, Lab, WIRE, eventually};
 use affinity_tests::story::{Hook, Route, web};
-use affinity_user::load::{self, LoadError, Options, PinDir};
-use affinity_user::objects::PROGRAMS;
+use affinity_user::{
+    load::{self, LoadError, Options},
+    objects::PROGRAMS,
+    pins::PinDir,
+};
 use anyhow::{Context, Result, ensure};
 use aya_obj::Object;
 

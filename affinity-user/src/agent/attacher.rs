@@ -25,7 +25,7 @@ use crate::{
         device_flags::AttachedDevice, device_name, roles,
     },
     desired::Services,
-    load::PinDir,
+    pins::PinDir,
 };
 
 /// A pattern of `--device` or `--xdp-device` is invalid.

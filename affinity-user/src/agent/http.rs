@@ -37,8 +37,8 @@ use tracing::info;
 use super::server::{self, Limits};
 use crate::{
     attach,
-    load::PinDir,
     metrics::{Bounds, Format, Tables, Vitals, classic, exposition},
+    pins::PinDir,
     store::{
         StoreError,
         kernel::{PerCpu, Table},

@@ -17,8 +17,8 @@ use super::problems::{Given, Problems, compare_with_former};
 use crate::{
     desired::{self, BackendName, Change, Desired, DesiredState, NodeFacts, Scope},
     linger::{Limits, Lingerer, Traffic},
-    load::PinDir,
     metrics::Vitals,
+    pins::PinDir,
     plan::{StateIndex, retired},
     source::{Problem, Snapshot, Source, View, api::Node},
     store::{

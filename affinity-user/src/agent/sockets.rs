@@ -11,7 +11,8 @@ use crate::{
         AttachError,
         cgroup::{self, SocketPolicy},
     },
-    load::{Loaded, PinDir},
+    load::Loaded,
+    pins::PinDir,
     store::kernel::KernelStore,
 };
 

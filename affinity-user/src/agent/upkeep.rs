@@ -16,7 +16,7 @@ use tracing::warn;
 use super::AgentError;
 use crate::{
     attach,
-    load::{PinDir, Pinned},
+    pins::{PinDir, Pinned},
     sys::{self, Map, SysError},
 };
 

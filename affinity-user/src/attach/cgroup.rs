@@ -22,7 +22,7 @@ use aya_obj::generated::bpf_attach_type::{
 
 use super::AttachError;
 use crate::{
-    load::{PinDir, Pinned},
+    pins::{PinDir, Pinned},
     sys::{self, SysError},
 };
 

@@ -16,7 +16,7 @@ use tracing::debug;
 
 use super::{Hook, Note, netdev::xdp_features};
 use crate::{
-    load::PinDir,
+    pins::PinDir,
     store::{StoreError, kernel::Table},
 };
 

@@ -21,7 +21,7 @@ use rtnetlink::{
 };
 
 use super::{CLSACT_HANDLE, Hook, attachments};
-use crate::{load::PinDir, netns, sys};
+use crate::{netns, pins::PinDir, sys};
 
 /// The device that kube-proxy creates in its IPVS mode.
 const IPVS_DEVICE: &str = "kube-ipvs0";

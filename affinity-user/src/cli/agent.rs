@@ -27,7 +27,8 @@ use crate::{
     attach::{self, XdpPolicy, cgroup::SocketPolicy},
     desired::{DEFAULT_PROXY_NAME, Services},
     linger::Limits,
-    load::{self, PinDir, Unused},
+    load::{self, Unused},
+    pins::PinDir,
     source::Source,
 };
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     events::EventReader,
-    load::PinDir,
+    pins::PinDir,
     sys::{Map, SysError},
     view::{Catalog, EventView},
 };

@@ -25,8 +25,8 @@ use super::{
 };
 use crate::{
     attach::{self, Device, cgroup},
-    load::PinDir,
     netns::Namespace,
+    pins::PinDir,
     store::kernel::Family,
     view::{
         Catalog, Client, Endpoint, Explanation, FrontendTables, KnownNamespace, NODE, Question, Situation, Step,

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     agent::CLIENTS_ARE_NODES,
     attach::{self, device_name},
-    load::PinDir,
+    pins::PinDir,
     view::{
         BackendView, Catalog, CounterView, DeviceView, FlowView, ServiceView, SessionView, StatusView, short_duration,
     },

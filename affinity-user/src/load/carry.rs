@@ -10,8 +10,8 @@ use affinity_common::{
 };
 use aya_obj::generated::bpf_map_type;
 
-use super::PinDir;
 use crate::{
+    pins::PinDir,
     store::kernel::Walk,
     sys::{Map, SysError, Write},
 };

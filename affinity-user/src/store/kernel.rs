@@ -29,7 +29,7 @@ pub use self::pin::PinKey;
 pub use self::table::{BATCH, Bytes, Entries, PerCpu, Table, Walk};
 use super::{Capacity, Observed, Op, Store, StoreError};
 use crate::{
-    load::{self, PinDir},
+    pins::{self, PinDir},
     sys::{self, MapInfo, Words},
 };
 
@@ -60,7 +60,7 @@ impl OpenError {
     /// The reason why there is no dataplane.
     fn none(pins: &PinDir) -> Self {
         let dir = pins.root().display().to_string();
-        if let Some(why) = load::hidden() {
+        if let Some(why) = pins::hidden() {
             return Self::Hidden(dir, why);
         }
         match pins.other_layouts().unwrap_or_default().first() {

@@ -11,9 +11,10 @@ use aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
 use super::{Finding, State};
 use crate::{
     attach::{self, Device, XdpFeatures, xdp_features},
-    load::{self, JIT_ADVICE, Kernel, Memory, PinDir, Refusal, Sizes, cost, mib},
+    load::{self, JIT_ADVICE, Kernel, Memory, Refusal, Sizes, cost, mib},
     local_ports::{LocalPorts, UsedPorts},
     objects::PROGRAMS,
+    pins::{self, PinDir},
     store::kernel::{Family, KernelStore},
     sys, view,
 };
@@ -350,7 +351,7 @@ pub(super) fn clock() -> Finding {
 
 /// There may be one that is not visible from here, or one of another version.
 fn no_dataplane(pins: &PinDir) -> Finding {
-    if let Some(why) = load::hidden() {
+    if let Some(why) = pins::hidden() {
         return Finding::limited("dataplane", "cannot be seen from here", why);
     }
     let others: Vec<_> = pins.other_layouts().unwrap_or_default().iter().map(PinDir::layout).collect();

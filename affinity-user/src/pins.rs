@@ -116,7 +116,7 @@ impl PinDir {
     }
 
     /// The path of a map that is about to replace [`PinDir::map`].
-    pub(super) fn next_map(&self, name: &str) -> PathBuf {
+    pub(crate) fn next_map(&self, name: &str) -> PathBuf {
         self.maps().join(format!("{name}{NEXT}"))
     }
 
