@@ -36,9 +36,8 @@ pub use self::{
     netdev::{XdpFeatures, xdp_features},
 };
 use crate::{
-    load::copy_older_flows,
     pins::{PinDir, PinError, Pinned},
-    store::StoreError,
+    store::{StoreError, kernel::copy_older_flows},
     sys::{self, SysError},
 };
 

@@ -6,7 +6,6 @@
 //! old programs are replaced; flows, which have changed records, are converted. A load that fails leaves the running dataplane
 //! as it was.
 
-mod carry;
 mod clock;
 mod limit;
 mod machine;
@@ -36,20 +35,20 @@ use aya_log::Level;
 use aya_obj::Object;
 use tracing::warn;
 
+pub(crate) use self::refusal::JIT_ADVICE;
 pub use self::{
-    carry::CarryError,
     clock::{ClockError, Ticks},
     limit::Memory,
     machine::{Kernel, Unsuitable},
     refusal::{CreationError, Refusal},
     sizes::{MAX_RANGES, Sizes, cost, mib},
 };
-pub(crate) use self::{carry::copy_older_flows, refusal::JIT_ADVICE};
 use crate::{
     attach::{self, AttachError},
     netns,
     objects::PROGRAMS,
     pins::{PinDir, PinError, Pinned},
+    store::kernel::{CarryError, carry, carry_late, copy_older_flows},
     sys::{self, Map, MapInfo, SysError, Write},
 };
 
@@ -485,7 +484,7 @@ fn load_beside(
     let mut dropped = BTreeMap::new();
     for (&name, plan) in plans {
         if let Plan::Replace(old) = plan {
-            dropped.insert(name, carry::carry(old, &Map::open(&pins.next_map(name))?)?);
+            dropped.insert(name, carry(old, &Map::open(&pins.next_map(name))?)?);
         }
     }
     Ok(Beside { ebpf, programs, without_sockets, dropped })
@@ -563,7 +562,7 @@ fn switch(
         let Plan::Replace(old) = plan else { continue };
         let next = pins.next_map(name);
         if CARRIED_LATE.contains(&name) {
-            carry::carry_late(old, &Map::open(&next)?, since_ns)?;
+            carry_late(old, &Map::open(&next)?, since_ns)?;
         }
         pins.rename(&next, &pins.map(name))?;
     }

@@ -4,6 +4,7 @@
 //! through bpf(2). The store has no state of its own, so any number of stores may be open at the same time: the agent's, and
 //! one in each CLI command. Only the agent applies plans.
 
+mod carry;
 mod pin;
 mod table;
 
@@ -25,6 +26,8 @@ use affinity_common::{
 };
 use bytemuck::Pod;
 
+pub use self::carry::CarryError;
+pub(crate) use self::carry::{carry, carry_late, copy_older_flows};
 pub use self::pin::PinKey;
 pub use self::table::{BATCH, Bytes, Entries, PerCpu, Table, Walk};
 use super::{Capacity, Observed, Op, Store, StoreError};

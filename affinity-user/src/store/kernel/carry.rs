@@ -10,9 +10,9 @@ use affinity_common::{
 };
 use aya_obj::generated::bpf_map_type;
 
+use super::Walk;
 use crate::{
     pins::PinDir,
-    store::kernel::Walk,
     sys::{Map, SysError, Write},
 };
 
@@ -40,7 +40,7 @@ const ARRAYS: [u32; 2] = [bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, bpf_map_type:
 ///
 /// # Errors
 /// [`CarryError::Full`] if a hash or an array is too small for its entries.
-pub(super) fn carry(old: &Map, new: &Map) -> Result<u64, CarryError> {
+pub(crate) fn carry(old: &Map, new: &Map) -> Result<u64, CarryError> {
     if old.info().kind == bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32 {
         return Ok(0);
     }
@@ -103,7 +103,7 @@ const _: () = assert!(
 ///
 /// # Errors
 /// [`SysError`].
-pub(super) fn carry_late(old: &Map, new: &Map, since_ns: u64) -> Result<(), SysError> {
+pub(crate) fn carry_late(old: &Map, new: &Map, since_ns: u64) -> Result<(), SysError> {
     let mut current = vec![0; new.value_len()];
     let mut walk = Walk::new(old);
     while let Some(entry) = walk.next(old) {
