@@ -41,7 +41,7 @@ pub use self::{
     sockets::SocketOptions,
 };
 use self::{
-    attacher::{Attacher, DeviceSnapshot, Summary, Worker},
+    attacher::{Attacher, Attaching, DeviceSnapshot, Summary},
     health::HealthChecks,
     notices::{EventRecorder, LOOK_EVERY},
     problems::PortGuard,
@@ -357,7 +357,7 @@ fn say(word: &str, json: bool, publisher: &Publisher, devices: &Summary, pins: &
 struct Agent {
     pins: PinDir,
     devices: Devices,
-    attaching: Worker,
+    attaching: Attaching,
     upkeep: Upkeep,
     sockets: Sockets,
     publisher: Publisher,
@@ -472,7 +472,7 @@ impl Agent {
             feed,
             is_ready: false,
             is_held_back,
-            attaching: Worker::start(attacher).map_err(|error| AgentError::System("thread", error))?,
+            attaching: Attaching::start(attacher).map_err(|error| AgentError::System("thread", error))?,
             vitals,
             pins,
             devices,

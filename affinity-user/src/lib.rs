@@ -20,6 +20,7 @@ pub mod source;
 pub mod store;
 pub mod sweep;
 pub mod sys;
+mod threads;
 pub mod top;
 pub mod view;
 

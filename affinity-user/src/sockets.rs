@@ -15,7 +15,6 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::Path,
     sync::mpsc::{Receiver, Sender, channel},
-    thread,
     time::Duration,
 };
 
@@ -40,6 +39,7 @@ use crate::{
         StoreError,
         kernel::{KernelStore, OpenError},
     },
+    threads,
 };
 
 /// Sockets cannot be closed.
@@ -65,7 +65,7 @@ impl SocketDestroyer {
     pub fn start(pin_dir: &Path) -> io::Result<Self> {
         let (sender, receiver) = channel();
         let pin_dir = pin_dir.to_owned();
-        thread::Builder::new().name("sockets".to_owned()).spawn(move || follow(&pin_dir, &receiver))?;
+        threads::spawn("sockets", move || follow(&pin_dir, &receiver))?;
         let socket_destroyer = Self(sender);
         socket_destroyer.backends_left();
         Ok(socket_destroyer)

@@ -10,9 +10,8 @@ use std::{
     io,
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{self, Receiver, Sender, TryRecvError},
+        mpsc::{Receiver, TryRecvError},
     },
-    thread::{self, JoinHandle},
 };
 
 use glob::Pattern;
@@ -26,6 +25,7 @@ use crate::{
     },
     desired::Services,
     pins::PinDir,
+    threads::Worker,
 };
 
 /// A pattern of `--device` or `--xdp-device` is invalid.
@@ -357,29 +357,25 @@ pub(super) struct Summary {
 /// How many devices a summary names.
 const NAMED: usize = 8;
 
-/// An attacher on its own thread, so that nothing else waits for the kernel. The thread ends when this is dropped.
-pub(super) struct Worker {
-    /// `None` in the channel: check the attachments again, with the last snapshot.
-    snapshots: Option<Sender<Option<DeviceSnapshot>>>,
-    thread: Option<JoinHandle<()>>,
+/// An attacher on its own thread, so that nothing else waits for the kernel.
+pub(super) struct Attaching {
+    /// A request without a snapshot: check the attachments again, with the last snapshot.
+    worker: Worker<Option<DeviceSnapshot>>,
     needs_roles: bool,
     summary: Arc<Mutex<Summary>>,
 }
 
-impl Worker {
+impl Attaching {
     /// Moves `attacher` to its own thread.
     ///
     /// # Errors
     /// The system's error if no thread can be started.
     pub(super) fn start(mut attacher: Attacher) -> io::Result<Self> {
-        let (snapshots, given) = mpsc::channel();
         let needs_roles = attacher.needs_roles();
         let summary = Arc::new(Mutex::new(attacher.summary()));
         let shared = Arc::clone(&summary);
-        // A thread inherits the network namespace of the thread that started it.
-        let thread =
-            thread::Builder::new().name("attacher".to_owned()).spawn(move || attacher.follow(&given, &shared))?;
-        Ok(Self { snapshots: Some(snapshots), thread: Some(thread), needs_roles, summary })
+        let worker = Worker::start("attacher", move |snapshots| attacher.follow(snapshots, &shared))?;
+        Ok(Self { worker, needs_roles, summary })
     }
 
     /// The devices that are attached, as of the last change.
@@ -393,7 +389,7 @@ impl Worker {
     /// The system's error if they cannot be listed.
     pub(super) async fn keep_up(&self, devices: &mut Devices) -> io::Result<()> {
         let snapshot = DeviceSnapshot::at(devices, self.needs_roles).await?;
-        self.send(Some(snapshot))
+        self.worker.send(Some(snapshot))
     }
 
     /// Makes the thread restore removed attachments. It uses the last snapshot, because listing devices with their routes may
@@ -402,30 +398,12 @@ impl Worker {
     /// # Errors
     /// If the thread has ended.
     pub(super) fn repair(&self) -> io::Result<()> {
-        self.send(None)
+        self.worker.send(None)
     }
 
-    fn send(&self, snapshot: Option<DeviceSnapshot>) -> io::Result<()> {
-        match &self.snapshots {
-            Some(snapshots) => snapshots.send(snapshot).map_err(|_| io::Error::other("the attacher has ended")),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Worker {
     /// Ends the thread, after its current round.
     pub(super) fn stop(&mut self) {
-        self.snapshots = None;
-        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
-            error!("the attacher has panicked");
-        }
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.stop();
+        self.worker.stop();
     }
 }
 

@@ -10,7 +10,6 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
-    thread,
 };
 
 use axum::{
@@ -31,6 +30,7 @@ use crate::{
     metrics::Vitals,
     source::ObjectName,
     sys::monotonic_ns,
+    threads,
 };
 
 /// How many connections to one address and port may be open. There is one such pair for each service and address of the node.
@@ -59,7 +59,7 @@ impl HealthChecks {
         let (answers, told) = watch::channel(Answers::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let servers = Servers { current: Arc::default(), vitals, running: BTreeMap::new(), taken: Arc::default() };
-        thread::Builder::new().name("health".to_owned()).spawn(move || {
+        threads::spawn("health", move || {
             runtime.block_on(async {
                 node_health::serve(node, &servers.vitals);
                 servers.follow(told).await;
@@ -176,6 +176,7 @@ pub(super) mod tests {
     use std::{
         io::{Read, Write},
         net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream},
+        thread,
         time::{Duration, Instant},
     };
 

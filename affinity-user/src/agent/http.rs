@@ -11,7 +11,6 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -44,6 +43,7 @@ use crate::{
         kernel::{PerCpu, Table},
     },
     sys::{Map, monotonic_ns},
+    threads,
     view::{Clock, StatusView},
 };
 
@@ -111,9 +111,7 @@ pub(super) fn serve(options: &Options, pin_dir: &Path, vitals: Arc<Vitals>) -> i
         let _context = runtime.enter();
         tokio::net::TcpListener::from_std(listener)?
     };
-    thread::Builder::new()
-        .name("http".to_owned())
-        .spawn(move || runtime.block_on(server::serve(listener, router, Limits::default())))?;
+    threads::spawn("http", move || runtime.block_on(server::serve(listener, router, Limits::default())))?;
     Ok(())
 }
 

@@ -5,24 +5,21 @@ use std::{
     io, mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{Receiver, RecvTimeoutError},
     },
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
-
-use tracing::error;
 
 use crate::{
     linger::Traffic,
     metrics::Vitals,
     sweep::{LOOK_EVERY, Met, Sweeper},
+    threads::Worker,
 };
 
-/// A running sweeper. Its thread ends when this is dropped.
+/// A running sweeper. Its thread ends when this is dropped, after its current slice.
 pub(super) struct Sweeping {
-    stop: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    worker: Worker<()>,
     findings: Arc<Shared>,
 }
 
@@ -60,13 +57,10 @@ impl Sweeping {
     /// # Errors
     /// The system's error if no thread can be started.
     pub(super) fn start(sweeper: Sweeper, vitals: Arc<Vitals>) -> io::Result<Self> {
-        let (stop, stopped) = mpsc::channel();
         let findings = Arc::new(Shared::default());
         let shared = Arc::clone(&findings);
-        let thread = thread::Builder::new()
-            .name("sweep".to_owned())
-            .spawn(move || follow(sweeper, &stopped, &vitals, &shared))?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), findings })
+        let worker = Worker::start("sweep", move |stopped| follow(sweeper, stopped, &vitals, &shared))?;
+        Ok(Self { worker, findings })
     }
 
     /// What was found since the last call.
@@ -81,17 +75,7 @@ impl Sweeping {
 
     /// Whether the thread has ended: only a bug causes that.
     pub(super) fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-}
-
-impl Drop for Sweeping {
-    /// Ends the thread, after its current slice.
-    fn drop(&mut self) {
-        self.stop = None;
-        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
-            error!("the sweep has panicked");
-        }
+        self.worker.has_ended()
     }
 }
 

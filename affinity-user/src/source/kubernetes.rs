@@ -24,7 +24,6 @@ mod reflector;
 use std::{
     env, io,
     path::{Path, PathBuf},
-    thread,
     time::Duration,
 };
 
@@ -38,6 +37,7 @@ use tower::{buffer::BufferLayer, retry::RetryLayer};
 
 use self::{cluster::Cluster, events::Poster};
 use super::{Feed, NodeAddresses, Notice, Notices, Snapshot, View};
+use crate::threads;
 
 /// How long to wait for further changes after a change.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -98,7 +98,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     let nodes = NodeAddresses::default();
     let (cluster, written, told) = (Cluster::new(options.node_name.clone()), view.clone(), nodes.clone());
     let (started, outcome) = oneshot::channel();
-    thread::Builder::new().name("source".to_owned()).spawn(move || {
+    threads::spawn("source", move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => return drop(started.send(Err(error.into()))),

@@ -31,6 +31,7 @@ use super::{
 use crate::{
     source::{Feed, NodeAddresses, Snapshot, View},
     sys::monotonic_ns,
+    threads,
 };
 
 /// A change is read once nothing has changed for this long,
@@ -54,7 +55,7 @@ pub fn watch(path: &Path, node_name: &str) -> io::Result<Feed> {
     let nodes = NodeAddresses::default();
     let (path, written, told) = (path.to_owned(), view.clone(), nodes.clone());
     let reader = Reader::new(&path, node_name);
-    thread::Builder::new().name("source".to_owned()).spawn(move || run(&path, reader, &sender, &written, &told))?;
+    threads::spawn("source", move || run(&path, reader, &sender, &written, &told))?;
     Ok(Feed { snapshots, view, nodes, notices: None })
 }
 
