@@ -25,13 +25,12 @@ use affinity_common::{
 use aya_ebpf::{EbpfContext, helpers, maps::ProgramArray};
 
 pub use self::{
-    bytes::Bytes,
     copy::{read_copy, stable_copy},
     fib::FibResult,
     map::{MapValue, with_percpu},
-    skb::{BPF_F_IPV6, SkBuff},
+    skb::{BPF_F_IPV6, SkBuff, Skb},
     socket::{Release, SockAddr, fail_with},
-    xdp::{Xdp, redirect},
+    xdp::{XdpFrame, redirect},
 };
 
 /// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.

@@ -3,5 +3,4 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(internal_features, reason = "the target has no atomic types with fetch_add, but the instruction")]
 
-pub mod frame;
 pub mod kernel;

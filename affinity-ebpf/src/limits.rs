@@ -15,10 +15,7 @@ use affinity_common::{
     rewrite,
     tables::Entry,
 };
-use affinity_ebpf::{
-    frame::{Skb, XdpFrame},
-    kernel::{self, MapValue, SkBuff},
-};
+use affinity_ebpf::kernel::{self, MapValue, SkBuff, Skb, XdpFrame};
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     macros::{classifier, map, xdp},

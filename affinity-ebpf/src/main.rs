@@ -30,10 +30,7 @@ use crate::{
     maps::{DEVICE_MACS, DEVICES, TC_TAIL_CALLS, XDP_TAIL_CALLS},
     tables::Maps,
 };
-use affinity_ebpf::{
-    frame::{Skb, XdpFrame},
-    kernel::{self, FibResult},
-};
+use affinity_ebpf::kernel::{self, FibResult, Skb, XdpFrame};
 
 /// Forward translation for frames of clients that arrive at the node, before a socket buffer exists.
 #[xdp(frags)]

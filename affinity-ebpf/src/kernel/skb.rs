@@ -1,19 +1,29 @@
 //! A socket buffer. Making it linear, resizing it, tagging it or replacing a checksum invalidates [`Bytes`] that were taken before;
 //! the verifier rejects their use.
 
-use affinity_common::{abi::Address, redirect::FibKey};
+use affinity_common::{
+    abi::{Address, Edit, V6},
+    packet::Packet,
+    parse::{Headers, SCTP, TCP, UDP},
+    redirect::{FibKey, FibLookup},
+    rewrite::{self, ForPorts},
+};
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_CSUM_LEVEL_QUERY, bpf_adj_room_mode},
+    bindings::{__sk_buff, BPF_CSUM_LEVEL_QUERY, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode},
     helpers,
     maps::ProgramArray,
     programs::TcContext,
 };
+use network_types::{eth::EthHdr, udp::UdpHdr};
 
-use super::{bytes::Bytes, fib::FibResult, tail_call};
+use super::{bytes::Bytes, fib::FibResult, tail_call, takes_ipv6_flag};
 
 /// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel 6.16;
 /// older ones reject it).
 pub const BPF_F_IPV6: u64 = 1 << 7;
+
+/// Bytes of headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
+const LINEAR: usize = 192;
 
 /// The mark of [`SkBuff::mark_final`]. A random number, so that other programs do not use it.
 const FINAL: u32 = 0xa4f1;
@@ -149,5 +159,193 @@ impl SkBuff {
     pub fn send_back(self) -> i32 {
         // SAFETY: as above.
         unsafe { helpers::bpf_redirect(self.ifindex(), 0) as i32 }
+    }
+}
+
+/// A socket buffer: its checksum may be complete, partial, or verified by the device.
+pub struct Skb<'a> {
+    skb: SkBuff,
+    bytes: Bytes,
+    _ctx: core::marker::PhantomData<&'a TcContext>,
+}
+
+/// Whether the linear part already contains all headers that are read: TCP or UDP directly behind an IP header without options,
+/// which is nearly always so. Making more of the frame linear may copy the head.
+#[inline(always)]
+fn has_plain_headers(bytes: &Bytes) -> bool {
+    const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
+    const IPV6: [u8; 2] = [0x86, 0xdd];
+    const ENDS: [usize; 2] = [14 + 20 + 20, 14 + 40 + 20];
+
+    let Some([a, b, c, _, _, _, _, _, in_ipv6, _, _, in_ipv4]) = bytes.read(12) else { return false };
+    let (end, protocol) = match [a, b, c] {
+        IPV4 => (ENDS[0], in_ipv4),
+        [a, b, _] if [a, b] == IPV6 => (ENDS[1], in_ipv6),
+        _ => return false,
+    };
+    matches!(protocol, TCP | UDP) && bytes.size() >= end
+}
+
+impl<'a> Skb<'a> {
+    /// The frame of a program's own context, with linear headers.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(ctx: &'a TcContext) -> Self {
+        let skb = SkBuff::new(ctx.skb.skb);
+        let mut bytes = skb.bytes();
+        if bytes.size() < LINEAR && skb.size() > bytes.size() && !has_plain_headers(&bytes) {
+            skb.pull(skb.size().min(LINEAR));
+            bytes = skb.bytes();
+        }
+        Self { skb, bytes, _ctx: core::marker::PhantomData }
+    }
+
+    /// Whether an earlier program has marked the frame as final.
+    #[inline(always)]
+    pub fn is_final(&self) -> bool {
+        self.skb.is_final()
+    }
+
+    /// The metadata that XDP stored.
+    #[inline(always)]
+    pub fn xdp_metadata(&self) -> Option<u32> {
+        self.skb.xdp_metadata()
+    }
+
+    /// Tail-calls another program; returns only if there is none at `index`.
+    #[inline(always)]
+    pub fn tail_call(&self, programs: &ProgramArray, index: u32) {
+        self.skb.tail_call(programs, index);
+    }
+
+    /// Sends the frame out of the device that it arrived on. Returns the action.
+    #[inline(always)]
+    pub fn send_back(&self) -> i32 {
+        self.skb.send_back()
+    }
+
+    /// Whether the kernel knows [`BPF_F_IPV6`]. To find out, it changes a checksum by zero.
+    #[inline(always)]
+    pub fn takes_ipv6_flag(&self) -> bool {
+        const ANYWHERE: usize = 32;
+        self.skb.replace_l4_checksum(ANYWHERE, 0, u64::from(BPF_F_PSEUDO_HDR) | BPF_F_IPV6)
+    }
+
+    /// Length of the longest packet that the frame will be sent as, from the IP header on; `None` if it is unknown.
+    #[inline(always)]
+    fn longest<A: Address>(&self, key: &FibKey<A>) -> Option<u16> {
+        const TCP_WORDS: usize = 12;
+
+        let Some(segment) = self.skb.segment_size() else { return Some(key.len) };
+        let transport = match key.protocol {
+            TCP => {
+                let [words]: [u8; 1] = self.read(key.transport() + TCP_WORDS)?;
+                usize::from(words >> 4) * 4
+            }
+            UDP => UdpHdr::LEN,
+            _ => return None,
+        };
+        segment.checked_add((key.transport() - EthHdr::LEN + transport) as u16)
+    }
+
+    /// Updates the transport checksum. Each call of the helper costs as much as a lookup of a flow, so it is called at most
+    /// once, except for deltas of zero:
+    ///
+    /// * A sum that the device has verified is complete, and nothing else in the socket buffer depends on it: no call.
+    /// * The helper updates the sum for the addresses: it knows how far the sum has been computed, and keeps the sum of the
+    ///   whole packet consistent (`CHECKSUM_COMPLETE`).
+    /// * The sum for the ports is written here. A partial sum does not cover the ports. A complete one does, and so does the
+    ///   sum of the whole packet, which the ports and the field change by opposite amounts.
+    #[inline(always)]
+    fn replace_checksum<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        let offset = rewrite::l4_checksum_offset(headers);
+        if self.skb.is_verified() {
+            return self.bytes.write(offset, rewrite::l4_checksum(headers, edit));
+        }
+        let zero_is_none = if headers.key.protocol == UDP { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        let of_ipv6 = if A::BITS == V6::BITS && takes_ipv6_flag() { BPF_F_IPV6 } else { 0 };
+        let pseudo = zero_is_none | u64::from(BPF_F_PSEUDO_HDR) | of_ipv6;
+        if !self.skb.replace_l4_checksum(offset, u64::from(edit.addr_delta), pseudo) {
+            return false;
+        }
+        self.bytes = self.skb.bytes();
+        let Some(field) = self.bytes.read(offset) else { return false };
+        match rewrite::for_ports(headers, edit, field) {
+            ForPorts::Field(complete) => self.bytes.write(offset, complete),
+            ForPorts::Nothing => true,
+            ForPorts::Unknown => self.skb.replace_l4_checksum(offset, u64::from(edit.port_delta), zero_is_none),
+        }
+    }
+}
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.skb.ifindex()
+    }
+
+    #[inline(always)]
+    fn mark_final(&mut self) {
+        self.skb.mark_final();
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.read(offset)
+    }
+
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        self.bytes.write(offset, bytes)
+    }
+
+    /// Writes addresses and ports directly, then the transport checksum, because its helper invalidates the pointers.
+    #[inline(always)]
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        let Edit { saddr, daddr, addr_delta, .. } = *edit;
+        rewrite::write_addresses(self, headers.l3(), headers.l3_checksum.to_ne_bytes(), addr_delta, saddr, daddr)
+            && (headers.key.protocol == SCTP
+                || rewrite::write_ports(self, headers, edit) && self.replace_checksum(headers, edit))
+    }
+
+    /// If the sender left the checksum to a device (`CHECKSUM_PARTIAL`), the socket buffer says where to start summing, and a
+    /// new length does not change that: a device would sum a complete checksum again. The kernel drops the request once that
+    /// place is before the start of the frame. So the frame is first resized to `len` and that many bytes more, and then loses
+    /// its first bytes, up to behind that place.
+    ///
+    /// The kernel does not cut a frame with a VLAN tag in its data (the inner one of two tags, because the first one is removed
+    /// before TC). Such a frame is first shortened so that it ends before its transport checksum, and then gets its length. The
+    /// kernel does not shorten a frame with a partial checksum that far, so such a frame is not answered.
+    ///
+    /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`),
+    /// <https://elixir.bootlin.com/linux/v6.18/source/net/core/filter.c> (`bpf_skb_adjust_room`, `__bpf_skb_min_len`)
+    #[inline(always)]
+    fn resize(&mut self, len: usize, l4: usize) -> bool {
+        let behind = l4 + 2;
+        let done = if self.skb.is_verified() {
+            self.skb.resize(len)
+        } else {
+            self.skb.resize(len + behind) && self.skb.cut(behind) || self.skb.resize(behind) && self.skb.resize(len)
+        };
+        self.skb.pull(len);
+        self.bytes = self.skb.bytes();
+        done
+    }
+}
+
+impl FibLookup for Skb<'_> {
+    type Hop = FibResult;
+
+    /// A frame that is sent to another host or has a VLAN tag in the socket buffer belongs to another device. It is not
+    /// redirected.
+    #[inline(always)]
+    fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
+        let mut hop = FibResult::unknown();
+        if let Some(len) = self.longest(key)
+            && self.skb.is_for_this_device()
+        {
+            self.skb.fib_lookup(&FibKey { len, ..*key }, &mut hop);
+        }
+        hop
     }
 }
