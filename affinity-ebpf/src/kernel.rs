@@ -18,19 +18,16 @@ use core::{
     ptr,
 };
 
-use affinity_common::{
-    abi::{CONFIG_MAGIC, Config, Correction, Event},
-    packet::Packet,
-};
+use affinity_common::abi::{CONFIG_MAGIC, Config};
 use aya_ebpf::{EbpfContext, helpers, maps::ProgramArray};
 
 pub use self::{
     copy::{read_copy, stable_copy},
-    fib::FibResult,
+    fib::{FibResult, redirect},
     map::{MapValue, with_percpu},
-    skb::{BPF_F_IPV6, SkBuff, Skb},
+    skb::{BPF_F_IPV6, Skb},
     socket::{Release, SockAddr, fail_with},
-    xdp::{XdpFrame, redirect},
+    xdp::XdpFrame,
 };
 
 /// "Dual MIT/GPL" lets the programs use the kernel's GPL-only helpers.
@@ -141,23 +138,4 @@ pub fn random() -> u32 {
 pub fn tail_call<C: EbpfContext>(programs: &ProgramArray, ctx: &C, index: u32) {
     // SAFETY: the loader puts only programs of the caller's type into the array; the kernel checks it too.
     unsafe { programs.tail_call(ctx, index) };
-}
-
-/// Offset at which the agent writes into its packets: behind the room for a link header.
-const BEHIND_LINK_HEADER: usize = 14;
-
-/// The event that the agent wrote into a packet.
-#[inline(always)]
-pub fn event_of(packet: &impl Packet) -> Option<Event> {
-    let bytes: [u8; size_of::<Event>()] = packet.read(BEHIND_LINK_HEADER)?;
-    // SAFETY: an event is plain data of this size, for which every bit pattern is valid.
-    Some(unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) })
-}
-
-/// The correction that the agent wrote into a packet.
-#[inline(always)]
-pub fn correction_of(packet: &impl Packet) -> Option<Correction> {
-    let bytes: [u8; size_of::<Correction>()] = packet.read(BEHIND_LINK_HEADER)?;
-    // SAFETY: as for events.
-    Some(unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) })
 }

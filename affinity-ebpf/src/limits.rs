@@ -15,7 +15,7 @@ use affinity_common::{
     rewrite,
     tables::Entry,
 };
-use affinity_ebpf::kernel::{self, MapValue, SkBuff, Skb, XdpFrame};
+use affinity_ebpf::kernel::{self, MapValue, Skb, XdpFrame};
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     macros::{classifier, map, xdp},
@@ -299,8 +299,8 @@ pub fn tc_tag_twice(ctx: TcContext) -> i32 {
     const VLAN: u16 = 0x8100;
     const VLAN_OUTER: u16 = 0x88a8;
 
-    let skb = SkBuff::new(ctx.skb.skb);
-    if skb.tag(VLAN, 7) && skb.tag(VLAN_OUTER, 8) { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
+    let mut skb = Skb::new(&ctx);
+    if skb.push_vlan(VLAN, 7) && skb.push_vlan(VLAN_OUTER, 8) { TC_ACT_UNSPEC } else { TC_ACT_SHOT }
 }
 
 #[xdp(frags)]

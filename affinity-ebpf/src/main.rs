@@ -11,8 +11,8 @@ mod tables;
 
 use affinity_common::{
     abi::{
-        DEVICE_POD, DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DeviceMac, Reason, TAIL_TC_REDIRECT, TAIL_TC_REPLY,
-        TAIL_XDP_REDIRECT, V4, V6, XDP_META_PASSED, XDP_META_TRANSLATED,
+        Correction, DEVICE_POD, DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DeviceMac, Event, Reason, TAIL_TC_REDIRECT,
+        TAIL_TC_REPLY, TAIL_XDP_REDIRECT, V4, V6, XDP_META_PASSED, XDP_META_TRANSLATED,
     },
     packet::Packet,
     pipeline::{self, Verdict},
@@ -25,6 +25,8 @@ use aya_ebpf::{
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
+use bytemuck::must_cast;
+use network_types::eth::EthHdr;
 
 use crate::{
     maps::{DEVICE_MACS, DEVICES, TC_TAIL_CALLS, XDP_TAIL_CALLS},
@@ -103,9 +105,9 @@ pub fn tc_forward(ctx: TcContext) -> i32 {
     };
     if kernel::redirects() {
         match verdict {
-            Verdict::Pass => skb.tail_call(&TC_TAIL_CALLS, TAIL_TC_REPLY),
+            Verdict::Pass => kernel::tail_call(&TC_TAIL_CALLS, &ctx, TAIL_TC_REPLY),
             Verdict::Forward | Verdict::Redirect if may_redirect(&skb) => {
-                skb.tail_call(&TC_TAIL_CALLS, TAIL_TC_REDIRECT)
+                kernel::tail_call(&TC_TAIL_CALLS, &ctx, TAIL_TC_REDIRECT)
             }
             Verdict::Forward | Verdict::Redirect | Verdict::Answer | Verdict::Drop => {}
         }
@@ -134,14 +136,14 @@ pub fn tc_redirect(ctx: TcContext) -> i32 {
 pub fn tc_reply(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if redirect::is_reply(&skb, &Maps) && may_redirect(&skb) {
-        skb.tail_call(&TC_TAIL_CALLS, TAIL_TC_REDIRECT);
+        kernel::tail_call(&TC_TAIL_CALLS, &ctx, TAIL_TC_REDIRECT);
     }
     TC_ACT_UNSPEC
 }
 
 /// Whether TC redirects frames that arrive on this device.
 #[inline(always)]
-fn may_redirect(skb: &Skb<'_>) -> bool {
+fn may_redirect(skb: &Skb) -> bool {
     device_flags(skb.ifindex()) & DEVICE_REDIRECT_TC != 0
 }
 
@@ -164,18 +166,22 @@ pub fn tc_reverse(ctx: TcContext) -> i32 {
 
 /// Never `TC_ACT_OK` for a frame that continues: other programs on the device must run too.
 #[inline(always)]
-fn tc_action(skb: &Skb<'_>, verdict: Verdict) -> i32 {
+fn tc_action(skb: &Skb, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass | Verdict::Forward | Verdict::Redirect => TC_ACT_UNSPEC,
-        Verdict::Answer => skb.send_back(),
+        Verdict::Answer => kernel::redirect(skb.ifindex()) as i32,
         Verdict::Drop => TC_ACT_SHOT,
     }
 }
 
+/// Offset at which the agent writes into its packets: behind the room for a link header.
+const BEHIND_LINK_HEADER: usize = EthHdr::LEN;
+
 /// Run only by the agent: puts the event in its packet into the ring, so that all readers see one sequence of events.
 #[classifier]
 pub fn report(ctx: TcContext) -> i32 {
-    match kernel::event_of(&Skb::new(&ctx)) {
+    let event: Option<Event> = Skb::new(&ctx).read::<{ size_of::<Event>() }>(BEHIND_LINK_HEADER).map(must_cast);
+    match event {
         Some(event) => {
             Maps.report(|| event);
             0
@@ -187,7 +193,9 @@ pub fn report(ctx: TcContext) -> i32 {
 /// Run only by the agent: corrects a pin's number of connections atomically, which user space itself cannot do.
 #[classifier]
 pub fn correct(ctx: TcContext) -> i32 {
-    match kernel::correction_of(&Skb::new(&ctx)) {
+    let correction: Option<Correction> =
+        Skb::new(&ctx).read::<{ size_of::<Correction>() }>(BEHIND_LINK_HEADER).map(must_cast);
+    match correction {
         Some(correction) if correction.is_v6 == 0 => session::correct_connections::<V4, Maps>(&Maps, &correction),
         Some(correction) => session::correct_connections::<V6, Maps>(&Maps, &correction),
         None => {}
@@ -199,9 +207,8 @@ pub fn correct(ctx: TcContext) -> i32 {
 /// [`kernel::BPF_F_IPV6`].
 #[classifier]
 pub fn clock(ctx: TcContext) -> i32 {
-    // First, because it invalidates the pointers.
-    let takes_ipv6_flag = u64::from(Skb::new(&ctx).takes_ipv6_flag());
     let mut skb = Skb::new(&ctx);
+    let takes_ipv6_flag = u64::from(skb.takes_ipv6_flag());
     let written = skb.write(0, kernel::jiffies().to_ne_bytes())
         && skb.write(8, kernel::monotonic_ns().to_ne_bytes())
         && skb.write(16, takes_ipv6_flag.to_ne_bytes());

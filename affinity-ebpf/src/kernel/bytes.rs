@@ -42,7 +42,7 @@ pub(super) fn chunk<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 
 /// The memory of a frame between two pointers that the kernel gave.
 #[derive(Clone, Copy)]
-pub struct Bytes {
+pub(super) struct Bytes {
     pub(super) start: usize,
     pub(super) end: usize,
 }
@@ -50,7 +50,7 @@ pub struct Bytes {
 impl Bytes {
     /// Copies `N` bytes at `offset`.
     #[inline(always)]
-    pub fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+    pub(super) fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let place = self.place::<N>(offset)?;
         let mut bytes = [0; N];
         let mut at = 0;
@@ -74,7 +74,7 @@ impl Bytes {
 
     /// Overwrites `N` bytes at `offset`.
     #[inline(always)]
-    pub fn write<const N: usize>(&self, offset: usize, bytes: [u8; N]) -> bool {
+    pub(super) fn write<const N: usize>(&self, offset: usize, bytes: [u8; N]) -> bool {
         let Some(place) = self.place::<N>(offset) else { return false };
         let mut at = 0;
         while at + 8 <= N {
@@ -97,7 +97,7 @@ impl Bytes {
 
     /// Bytes between the two pointers.
     #[inline(always)]
-    pub fn size(&self) -> usize {
+    pub(super) fn size(&self) -> usize {
         self.end - self.start
     }
 

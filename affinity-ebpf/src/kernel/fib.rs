@@ -103,6 +103,13 @@ impl NextHop for FibResult {
     }
 }
 
+/// Redirects the frame to another device, with the link addresses that it has. Returns the action, the same number for XDP and TC.
+#[inline(always)]
+pub fn redirect(ifindex: u32) -> u32 {
+    // SAFETY: the kernel checks the device.
+    unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
+}
+
 /// Writes an address into the lookup, IPv4 into the first word. IPv6 as bytes: the compiler would assemble words byte by byte,
 /// on the stack.
 #[inline(always)]

@@ -1,5 +1,5 @@
-//! A socket buffer. Making it linear, resizing it, tagging it or replacing a checksum invalidates [`Bytes`] that were taken before;
-//! the verifier rejects their use.
+//! A socket buffer. Reads and writes reach its linear part, also after a change that invalidates pointers into it: making more of it
+//! linear, resizing it, adding a tag, or replacing a checksum.
 
 use affinity_common::{
     abi::{Address, Edit, V6},
@@ -11,12 +11,11 @@ use affinity_common::{
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_CSUM_LEVEL_QUERY, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode},
     helpers,
-    maps::ProgramArray,
     programs::TcContext,
 };
 use network_types::{eth::EthHdr, udp::UdpHdr};
 
-use super::{bytes::Bytes, fib::FibResult, tail_call, takes_ipv6_flag};
+use super::{bytes::Bytes, fib::FibResult, takes_ipv6_flag};
 
 /// Flag of `bpf_l4_csum_replace`: the header has no checksum of its own that would balance a full packet sum (kernel 6.16;
 /// older ones reject it).
@@ -25,148 +24,20 @@ pub const BPF_F_IPV6: u64 = 1 << 7;
 /// Bytes of headers that are made linear in a socket buffer, at most: link and IPv6 headers, and room for extensions.
 const LINEAR: usize = 192;
 
-/// The mark of [`SkBuff::mark_final`]. A random number, so that other programs do not use it.
+/// The mark of [`Skb::mark_final`]. A random number, so that other programs do not use it.
 const FINAL: u32 = 0xa4f1;
 
-/// The context of a TC program.
-#[derive(Clone, Copy)]
-pub struct SkBuff(*mut __sk_buff);
-
-impl SkBuff {
-    /// `ctx` is the program's own context.
-    #[inline(always)]
-    pub fn new(ctx: *mut __sk_buff) -> Self {
-        Self(ctx)
-    }
-
-    /// The linear part of the frame, valid until it is resized or a checksum is replaced.
-    #[inline(always)]
-    pub fn bytes(self) -> Bytes {
-        // SAFETY: the kernel gave the context; it lives as long as the program runs.
-        unsafe { Bytes { start: (*self.0).data as usize, end: (*self.0).data_end as usize } }
-    }
-
-    /// The frame's length in bytes.
-    #[inline(always)]
-    pub fn size(self) -> usize {
-        // SAFETY: as above.
-        unsafe { (*self.0).len as usize }
-    }
-
-    /// Makes the first `len` bytes linear.
-    #[inline(always)]
-    pub fn pull(self, len: usize) {
-        // SAFETY: as above. If it fails, the frame is unchanged, and reads beyond its linear part fail.
-        unsafe { helpers::bpf_skb_pull_data(self.0, len as u32) };
-    }
-
-    /// Cuts or grows the frame at its end.
-    #[inline(always)]
-    pub fn resize(self, len: usize) -> bool {
-        // SAFETY: as above; the helper checks the length.
-        unsafe { helpers::bpf_skb_change_tail(self.0, len as u32, 0) == 0 }
-    }
-
-    /// Removes `len` bytes behind the link header. False, and no change, if the frame is not IP or is too short.
-    #[inline(always)]
-    pub fn cut(self, len: usize) -> bool {
-        // SAFETY: as above; the helper checks the length.
-        unsafe { helpers::bpf_skb_adjust_room(self.0, -(len as i32), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0) == 0 }
-    }
-
-    /// Adds an outer VLAN tag to the frame; false if there is no memory.
-    #[inline(always)]
-    pub fn tag(self, protocol: u16, id: u16) -> bool {
-        // SAFETY: as above.
-        unsafe { helpers::bpf_skb_vlan_push(self.0, protocol.to_be(), id) == 0 }
-    }
-
-    /// Whether a device has verified the transport checksum (`CHECKSUM_UNNECESSARY`).
-    #[inline(always)]
-    pub fn is_verified(self) -> bool {
-        // SAFETY: as above.
-        unsafe { helpers::bpf_csum_level(self.0, u64::from(BPF_CSUM_LEVEL_QUERY)) >= 0 }
-    }
-
-    /// Updates the transport checksum at `offset`, however far it has been computed.
-    #[inline(always)]
-    pub fn replace_l4_checksum(self, offset: usize, difference: u64, flags: u64) -> bool {
-        // SAFETY: as above; the helper checks the offset.
-        unsafe { helpers::bpf_l4_csum_replace(self.0, offset as u32, 0, difference, flags) == 0 }
-    }
-
-    /// The device that the frame arrived on.
-    #[inline(always)]
-    pub fn ifindex(self) -> u32 {
-        // SAFETY: as above.
-        unsafe { (*self.0).ifindex }
-    }
-
-    /// Marks the frame for later programs of this node, in its traffic control index. Nothing else uses that field except
-    /// `tcindex` classifiers and the `dsmark` qdisc, both removed in Linux 6.3
-    /// (<https://elixir.bootlin.com/linux/v6.3/A/ident/tc_index>).
-    #[inline(always)]
-    pub fn mark_final(self) {
-        // SAFETY: as above; TC programs may write this field.
-        unsafe { (*self.0).tc_index = FINAL };
-    }
-
-    /// Whether the frame has the mark.
-    #[inline(always)]
-    pub fn is_final(self) -> bool {
-        // SAFETY: as above.
-        unsafe { (*self.0).tc_index == FINAL }
-    }
-
-    /// The metadata that XDP stored.
-    #[inline(always)]
-    pub fn xdp_metadata(self) -> Option<u32> {
-        // SAFETY: as above.
-        let left = unsafe { Bytes { start: (*self.0).data_meta as usize, end: (*self.0).data as usize } };
-        left.read(0).map(u32::from_ne_bytes)
-    }
-
-    /// Whether the frame was sent to the device that it arrived on, and has no VLAN tag outside its data.
-    #[inline(always)]
-    pub fn is_for_this_device(self) -> bool {
-        const PACKET_HOST: u32 = 0;
-        // SAFETY: as above.
-        unsafe { (*self.0).pkt_type == PACKET_HOST && (*self.0).vlan_present == 0 }
-    }
-
-    /// Bytes of data in each packet that the frame will be cut into (GSO); `None` if it will not be cut.
-    #[inline(always)]
-    pub fn segment_size(self) -> Option<u16> {
-        // SAFETY: as above. The kernel's field has 16 bits.
-        let size = unsafe { (*self.0).gso_size };
-        if size == 0 { None } else { Some(size as u16) }
-    }
-
-    /// Looks up the next hop of the packet.
-    #[inline(always)]
-    pub fn fib_lookup<A: Address>(self, key: &FibKey<A>, hop: &mut FibResult) {
-        hop.look_up(self.0.cast(), self.ifindex(), key);
-    }
-
-    /// Tail-calls another program; returns only if there is none at `index`.
-    #[inline(always)]
-    pub fn tail_call(self, programs: &ProgramArray, index: u32) {
-        tail_call(programs, &TcContext::new(self.0), index);
-    }
-
-    /// Sends the frame out of the device that it arrived on. Returns the action.
-    #[inline(always)]
-    pub fn send_back(self) -> i32 {
-        // SAFETY: as above.
-        unsafe { helpers::bpf_redirect(self.ifindex(), 0) as i32 }
-    }
+/// A socket buffer: its checksum may be complete, partial, or verified by the device.
+pub struct Skb {
+    ctx: *mut __sk_buff,
+    bytes: Bytes,
 }
 
-/// A socket buffer: its checksum may be complete, partial, or verified by the device.
-pub struct Skb<'a> {
-    skb: SkBuff,
-    bytes: Bytes,
-    _ctx: core::marker::PhantomData<&'a TcContext>,
+/// The linear part, valid until a helper changes the socket buffer.
+#[inline(always)]
+fn linear_part(ctx: *mut __sk_buff) -> Bytes {
+    // SAFETY: the kernel gave the context; it lives as long as the program runs.
+    unsafe { Bytes { start: (*ctx).data as usize, end: (*ctx).data_end as usize } }
 }
 
 /// Whether the linear part already contains all headers that are read: TCP or UDP directly behind an IP header without options,
@@ -186,57 +57,104 @@ fn has_plain_headers(bytes: &Bytes) -> bool {
     matches!(protocol, TCP | UDP) && bytes.size() >= end
 }
 
-impl<'a> Skb<'a> {
+impl Skb {
     /// The frame of a program's own context, with linear headers.
     #[inline(always)]
     #[must_use]
-    pub fn new(ctx: &'a TcContext) -> Self {
-        let skb = SkBuff::new(ctx.skb.skb);
-        let mut bytes = skb.bytes();
-        if bytes.size() < LINEAR && skb.size() > bytes.size() && !has_plain_headers(&bytes) {
-            skb.pull(skb.size().min(LINEAR));
-            bytes = skb.bytes();
+    pub fn new(ctx: &TcContext) -> Self {
+        let ctx = ctx.skb.skb;
+        let mut skb = Self { ctx, bytes: linear_part(ctx) };
+        let (linear, len) = (skb.bytes.size(), skb.len());
+        if linear < LINEAR && len > linear && !has_plain_headers(&skb.bytes) {
+            skb.pull(len.min(LINEAR));
         }
-        Self { skb, bytes, _ctx: core::marker::PhantomData }
+        skb
+    }
+
+    /// The frame's length in bytes.
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // SAFETY: as for `linear_part`.
+        unsafe { (*self.ctx).len as usize }
+    }
+
+    /// Makes the first `len` bytes linear. If it fails, the frame is unchanged, and reads beyond its linear part fail.
+    #[inline(always)]
+    fn pull(&mut self, len: usize) {
+        // SAFETY: the context is the program's own.
+        unsafe { helpers::bpf_skb_pull_data(self.ctx, len as u32) };
+        self.bytes = linear_part(self.ctx);
     }
 
     /// Whether an earlier program has marked the frame as final.
     #[inline(always)]
     pub fn is_final(&self) -> bool {
-        self.skb.is_final()
+        // SAFETY: as for `linear_part`.
+        unsafe { (*self.ctx).tc_index == FINAL }
     }
 
     /// The metadata that XDP stored.
     #[inline(always)]
     pub fn xdp_metadata(&self) -> Option<u32> {
-        self.skb.xdp_metadata()
-    }
-
-    /// Tail-calls another program; returns only if there is none at `index`.
-    #[inline(always)]
-    pub fn tail_call(&self, programs: &ProgramArray, index: u32) {
-        self.skb.tail_call(programs, index);
-    }
-
-    /// Sends the frame out of the device that it arrived on. Returns the action.
-    #[inline(always)]
-    pub fn send_back(&self) -> i32 {
-        self.skb.send_back()
+        // SAFETY: as for `linear_part`.
+        let stored = unsafe { Bytes { start: (*self.ctx).data_meta as usize, end: (*self.ctx).data as usize } };
+        stored.read(0).map(u32::from_ne_bytes)
     }
 
     /// Whether the kernel knows [`BPF_F_IPV6`]. To find out, it changes a checksum by zero.
     #[inline(always)]
-    pub fn takes_ipv6_flag(&self) -> bool {
+    pub fn takes_ipv6_flag(&mut self) -> bool {
         const ANYWHERE: usize = 32;
-        self.skb.replace_l4_checksum(ANYWHERE, 0, u64::from(BPF_F_PSEUDO_HDR) | BPF_F_IPV6)
+        self.replace_l4_checksum(ANYWHERE, 0, u64::from(BPF_F_PSEUDO_HDR) | BPF_F_IPV6)
+    }
+
+    /// Adds an outer VLAN tag to the frame; false if there is no memory.
+    #[inline(always)]
+    pub fn push_vlan(&mut self, protocol: u16, id: u16) -> bool {
+        // SAFETY: the context is the program's own.
+        let is_done = unsafe { helpers::bpf_skb_vlan_push(self.ctx, protocol.to_be(), id) == 0 };
+        self.bytes = linear_part(self.ctx);
+        is_done
+    }
+
+    /// Whether the frame was sent to the device that it arrived on, and has no VLAN tag outside its data.
+    #[inline(always)]
+    fn is_for_this_device(&self) -> bool {
+        const PACKET_HOST: u32 = 0;
+        // SAFETY: as for `linear_part`.
+        unsafe { (*self.ctx).pkt_type == PACKET_HOST && (*self.ctx).vlan_present == 0 }
+    }
+
+    /// Bytes of data in each packet that the frame will be cut into (GSO); `None` if it will not be cut.
+    #[inline(always)]
+    fn segment_size(&self) -> Option<u16> {
+        // SAFETY: as for `linear_part`. The kernel's field has 16 bits.
+        let size = unsafe { (*self.ctx).gso_size };
+        if size == 0 { None } else { Some(size as u16) }
+    }
+
+    /// Whether a device has verified the transport checksum (`CHECKSUM_UNNECESSARY`).
+    #[inline(always)]
+    fn has_verified_checksum(&self) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { helpers::bpf_csum_level(self.ctx, u64::from(BPF_CSUM_LEVEL_QUERY)) >= 0 }
+    }
+
+    /// Updates the transport checksum at `offset`, however far it has been computed.
+    #[inline(always)]
+    fn replace_l4_checksum(&mut self, offset: usize, difference: u64, flags: u64) -> bool {
+        // SAFETY: the context is the program's own; the helper checks the offset.
+        let is_done = unsafe { helpers::bpf_l4_csum_replace(self.ctx, offset as u32, 0, difference, flags) == 0 };
+        self.bytes = linear_part(self.ctx);
+        is_done
     }
 
     /// Length of the longest packet that the frame will be sent as, from the IP header on; `None` if it is unknown.
     #[inline(always)]
-    fn longest<A: Address>(&self, key: &FibKey<A>) -> Option<u16> {
+    fn longest_packet<A: Address>(&self, key: &FibKey<A>) -> Option<u16> {
         const TCP_WORDS: usize = 12;
 
-        let Some(segment) = self.skb.segment_size() else { return Some(key.len) };
+        let Some(segment) = self.segment_size() else { return Some(key.len) };
         let transport = match key.protocol {
             TCP => {
                 let [words]: [u8; 1] = self.read(key.transport() + TCP_WORDS)?;
@@ -259,34 +177,52 @@ impl<'a> Skb<'a> {
     #[inline(always)]
     fn replace_checksum<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let offset = rewrite::l4_checksum_offset(headers);
-        if self.skb.is_verified() {
+        if self.has_verified_checksum() {
             return self.bytes.write(offset, rewrite::l4_checksum(headers, edit));
         }
         let zero_is_none = if headers.key.protocol == UDP { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
         let of_ipv6 = if A::BITS == V6::BITS && takes_ipv6_flag() { BPF_F_IPV6 } else { 0 };
         let pseudo = zero_is_none | u64::from(BPF_F_PSEUDO_HDR) | of_ipv6;
-        if !self.skb.replace_l4_checksum(offset, u64::from(edit.addr_delta), pseudo) {
+        if !self.replace_l4_checksum(offset, u64::from(edit.addr_delta), pseudo) {
             return false;
         }
-        self.bytes = self.skb.bytes();
         let Some(field) = self.bytes.read(offset) else { return false };
         match rewrite::for_ports(headers, edit, field) {
             ForPorts::Field(complete) => self.bytes.write(offset, complete),
             ForPorts::Nothing => true,
-            ForPorts::Unknown => self.skb.replace_l4_checksum(offset, u64::from(edit.port_delta), zero_is_none),
+            ForPorts::Unknown => self.replace_l4_checksum(offset, u64::from(edit.port_delta), zero_is_none),
         }
+    }
+
+    /// Cuts or grows the frame at its end. The caller then calls [`Skb::pull`].
+    #[inline(always)]
+    fn change_tail(&self, len: usize) -> bool {
+        // SAFETY: the context is the program's own; the helper checks the length.
+        unsafe { helpers::bpf_skb_change_tail(self.ctx, len as u32, 0) == 0 }
+    }
+
+    /// Removes `len` bytes behind the link header. False, and no change, if the frame is not IP or is too short. The caller then
+    /// calls [`Skb::pull`].
+    #[inline(always)]
+    fn cut_behind_link_header(&self, len: usize) -> bool {
+        // SAFETY: the context is the program's own; the helper checks the length.
+        unsafe { helpers::bpf_skb_adjust_room(self.ctx, -(len as i32), bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, 0) == 0 }
     }
 }
 
-impl Packet for Skb<'_> {
+impl Packet for Skb {
     #[inline(always)]
     fn ifindex(&self) -> u32 {
-        self.skb.ifindex()
+        // SAFETY: as for `linear_part`.
+        unsafe { (*self.ctx).ifindex }
     }
 
+    /// In its traffic control index. Nothing else uses that field except `tcindex` classifiers and the `dsmark` qdisc, both removed
+    /// in Linux 6.3 (<https://elixir.bootlin.com/linux/v6.3/A/ident/tc_index>).
     #[inline(always)]
     fn mark_final(&mut self) {
-        self.skb.mark_final();
+        // SAFETY: as for `linear_part`; TC programs may write this field.
+        unsafe { (*self.ctx).tc_index = FINAL };
     }
 
     #[inline(always)]
@@ -299,7 +235,7 @@ impl Packet for Skb<'_> {
         self.bytes.write(offset, bytes)
     }
 
-    /// Writes addresses and ports directly, then the transport checksum, because its helper invalidates the pointers.
+    /// Writes addresses and ports directly. The transport checksum may need a helper.
     #[inline(always)]
     fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
         let Edit { saddr, daddr, addr_delta, .. } = *edit;
@@ -322,18 +258,18 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn resize(&mut self, len: usize, l4: usize) -> bool {
         let behind = l4 + 2;
-        let done = if self.skb.is_verified() {
-            self.skb.resize(len)
+        let is_done = if self.has_verified_checksum() {
+            self.change_tail(len)
         } else {
-            self.skb.resize(len + behind) && self.skb.cut(behind) || self.skb.resize(behind) && self.skb.resize(len)
+            self.change_tail(len + behind) && self.cut_behind_link_header(behind)
+                || self.change_tail(behind) && self.change_tail(len)
         };
-        self.skb.pull(len);
-        self.bytes = self.skb.bytes();
-        done
+        self.pull(len);
+        is_done
     }
 }
 
-impl FibLookup for Skb<'_> {
+impl FibLookup for Skb {
     type Hop = FibResult;
 
     /// A frame that is sent to another host or has a VLAN tag in the socket buffer belongs to another device. It is not
@@ -341,10 +277,10 @@ impl FibLookup for Skb<'_> {
     #[inline(always)]
     fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
         let mut hop = FibResult::unknown();
-        if let Some(len) = self.longest(key)
-            && self.skb.is_for_this_device()
+        if let Some(len) = self.longest_packet(key)
+            && self.is_for_this_device()
         {
-            self.skb.fib_lookup(&FibKey { len, ..*key }, &mut hop);
+            hop.look_up(self.ctx.cast(), self.ifindex(), &FibKey { len, ..*key });
         }
         hop
     }
