@@ -88,28 +88,24 @@ pub fn takes_ipv6_flag() -> bool {
     CONFIG.word(offset_of!(Config, takes_ipv6_flag)) != 0
 }
 
-/// A global function: the verifier checks it once, apart from its callers, because it is exported by name
-/// (<https://docs.kernel.org/bpf/verifier.html>). The body gets the argument that the caller passed by reference.
+/// Calls a block as a global function, with the caller's variable that is named: the verifier checks the function once, apart from
+/// its callers, because it is exported by its name (<https://docs.kernel.org/bpf/verifier.html>). The result is the block's, or
+/// `u64::MAX` for a null pointer: no caller passes one, but the verifier requires the check.
 #[macro_export]
 macro_rules! global_func {
-    ($(#[$about:meta])* fn $name:ident($argument:ident: $of:ty) -> u64 $body:block) => {
-        $(#[$about])*
-        #[expect(unsafe_code, reason = "the name is unique")]
+    ($name:ident($argument:ident: &$of:ty) $body:block) => {{
+        #[expect(unsafe_code, reason = "the name is unique, and the argument a reference")]
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $name($argument: *const $of) -> u64 {
-            let $argument = $crate::kernel::argument(Some($argument));
-            $body
+        extern "C" fn $name(pointer: *const $of) -> u64 {
+            // SAFETY: the verifier makes callers pass memory of this size. It is not changed or freed meanwhile.
+            match unsafe { pointer.as_ref() } {
+                Some($argument) => $body,
+                None => u64::MAX,
+            }
         }
-    };
-}
-
-/// The argument of a global function. It is a pointer, because the verifier derives the size of the memory from its type,
-/// and it may be null as far as the verifier knows.
-#[inline(always)]
-pub fn argument<'a, V>(pointer: Option<*const V>) -> Option<&'a V> {
-    // SAFETY: the verifier makes every caller pass memory of this size, which is not changed or freed meanwhile.
-    pointer.and_then(|pointer| unsafe { pointer.as_ref() })
+        $name($argument)
+    }};
 }
 
 /// Jiffies: the verifier inlines the call to a load (kernel 5.6).

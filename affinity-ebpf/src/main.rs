@@ -5,7 +5,6 @@
 #![no_main]
 
 mod maps;
-mod open;
 mod sock;
 mod tables;
 

@@ -8,23 +8,25 @@ use affinity_common::{
         FragmentKey, Frontend, FrontendKey, Member, MemberKey, Node, Port, Reason, Session, SessionKey, Socket,
         SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
     },
+    flow, foreign,
     parse::Headers,
-    pipeline::Opened,
+    pipeline::{self, Opened},
+    snat,
     tables::{Entry, FamilyTables, NotStored, SocketTables, Tables, Unstable},
 };
 use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key};
 use aya_log_ebpf::{debug, trace};
 use bytemuck::Pod;
 
-use crate::{
-    maps::{
-        BACKENDS, COUNTERS, DEVICES, EVENTS, FILTER, FLOW_SCRATCH_V4, FLOW_SCRATCH_V6, FLOWS_V4, FLOWS_V6, FOREIGN_V4,
-        FOREIGN_V6, FRAGMENTS_V4, FRAGMENTS_V6, FRONTEND_SCRATCH, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE,
-        RANGES_V4, RANGES_V6, REJECTIONS, Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SNAT_PORT_CURSOR, SOCKETS, USAGE,
-    },
-    open,
+use crate::maps::{
+    BACKENDS, COUNTERS, DEVICES, EVENTS, FILTER, FLOW_SCRATCH_V4, FLOW_SCRATCH_V6, FLOWS_V4, FLOWS_V6, FOREIGN_V4,
+    FOREIGN_V6, FRAGMENTS_V4, FRAGMENTS_V6, FRONTEND_SCRATCH, FRONTENDS_V4, FRONTENDS_V6, LOADS, MEMBERS, NODE,
+    RANGES_V4, RANGES_V6, REJECTIONS, Ranged, SESSIONS_V4, SESSIONS_V6, SLOTS, SNAT_PORT_CURSOR, SOCKETS, USAGE,
 };
-use affinity_ebpf::kernel::{self, CONFIG, MapValue};
+use affinity_ebpf::{
+    global_func,
+    kernel::{self, CONFIG, MapValue},
+};
 
 /// Readers poll: waking one for every event would cost more than the event.
 const BPF_RB_NO_WAKEUP: u64 = 1;
@@ -214,22 +216,30 @@ macro_rules! family {
         impl FamilyTables<$address> for Maps {
             #[inline(always)]
             fn open(&self, headers: &Headers<$address>) -> Opened {
-                Opened::from_bits(open::$open(headers))
+                Opened::from_bits(global_func!($open(headers: &Headers<$address>) {
+                    pipeline::open(&Maps, headers).to_bits()
+                }))
             }
 
             #[inline(always)]
             fn note_change(&self, headers: &Headers<$address>) {
-                open::$note_change(headers);
+                global_func!($note_change(headers: &Headers<$address>) {
+                    flow::note_change(&Maps, headers);
+                    0
+                });
             }
 
             #[inline(always)]
             fn note_leaving(&self, headers: &Headers<$address>) {
-                open::$note_leaving(headers);
+                global_func!($note_leaving(headers: &Headers<$address>) {
+                    foreign::note_leaving(&Maps, headers);
+                    0
+                });
             }
 
             #[inline(always)]
             fn is_free(&self, replies: &FlowKey<$address>) -> bool {
-                open::$is_free(replies) != 0
+                global_func!($is_free(replies: &FlowKey<$address>) { snat::is_free(&Maps, replies).into() }) == 1
             }
 
             #[inline(always)]
