@@ -1,6 +1,6 @@
 //! `cargo xtask check`: errors that can be found without running tests.
 
-mod code;
+mod files;
 mod named;
 mod rules;
 
@@ -22,8 +22,9 @@ const RUSTDOCFLAGS: &str = "-Dwarnings -Arustdoc::private-intra-doc-links";
 /// Checks formatting, the rules of the source tree, lints and documentation, cheapest first.
 pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     steps.step("format", || run_command(&mut cargo(["fmt", "--all", "--check"])))?;
-    steps.step("source rules", rules::check)?;
-    steps.step("tests that are named", named::check)?;
+    let files = files::read()?;
+    steps.step("source rules", || rules::check(&files))?;
+    steps.step("tests that are named", || named::check(&files))?;
     steps.step("lints", || {
         run_command(
             cargo(["clippy", "--workspace", "--exclude", "affinity-ebpf", "--all-targets"])
