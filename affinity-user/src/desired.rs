@@ -16,7 +16,7 @@
 mod endpoints;
 mod exposure;
 mod frontends;
-mod network;
+
 mod node;
 mod service;
 mod state;
@@ -29,12 +29,13 @@ use std::{
 };
 
 use affinity_common::abi::{Selection, Timer};
+use ipnet::IpNet;
 
 use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use node::Node;
 use service::is_ours;
 
-pub use network::{Network, NetworkError};
+
 pub(crate) use node::is_global;
 pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};
 pub use service::{DEFAULT_PROXY_NAME, Services, UnknownServices};
@@ -317,9 +318,9 @@ pub struct Desired {
     /// The frontends.
     pub frontends: BTreeMap<FrontendAddress, Frontend>,
     /// The source ranges of services with frontends that admit only clients in ranges.
-    pub ranges: BTreeMap<ObjectName, BTreeSet<Network>>,
+    pub ranges: BTreeMap<ObjectName, BTreeSet<IpNet>>,
     /// The networks of pods.
-    pub pod_networks: BTreeSet<Network>,
+    pub pod_networks: BTreeSet<IpNet>,
     /// The addresses of this node; its own connections have them as source.
     pub node_addresses: BTreeSet<IpAddr>,
     /// What masquerading uses; `None`: unchanged.

@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use tokio::sync::mpsc::Sender;
 
-pub(crate) use api::parse_address;
+pub(crate) use api::{parse_address, parse_network};
 use api::{EndpointSlice, Node, Service};
 pub use feed::{Feed, Source, SourceError, View};
 pub use nodes::NodeAddresses;

@@ -77,7 +77,7 @@ fn cookies_at(client: &Client, catalog: &Catalog) -> Vec<u64> {
     if let Some(cookie) = client.netns() {
         return vec![cookie];
     }
-    let has_address = |known: &KnownNamespace| client.is_address() && known.addresses.contains(&client.address);
+    let has_address = |known: &KnownNamespace| client.is_address() && known.addresses.contains(&client.address());
     catalog.namespaces().iter().filter(|(_, known)| has_address(known)).map(|(cookie, _)| *cookie).collect()
 }
 

@@ -3,11 +3,13 @@
 use std::{net::IpAddr, ops::RangeInclusive};
 
 use clap::Args;
+use ipnet::IpNet;
 
 use super::{Global, error::Error};
 use crate::{
-    desired::{Family, MASQUERADE_PORTS, Network, NodeFacts},
+    desired::{Family, MASQUERADE_PORTS, NodeFacts},
     load::Sizes,
+    source::parse_network,
 };
 
 /// Facts of the node that decide about frontends and masquerading.
@@ -15,12 +17,12 @@ use crate::{
 pub(crate) struct NodeArgs {
     /// Node ports and health checks are served at the node's addresses in these networks. Without it, node ports at all
     /// addresses of the node except link-local ones
-    #[arg(long = "nodeport-addresses", value_name = "CIDR", value_delimiter = ',')]
-    node_port_networks: Vec<Network>,
+    #[arg(long = "nodeport-addresses", value_name = "CIDR", value_delimiter = ',', value_parser = parse_network)]
+    node_port_networks: Vec<IpNet>,
     /// A network of pods; once for each. Clients outside of these networks are external. Without it, the podCIDRs of the
     /// node's Node object
-    #[arg(long = "pod-cidr", value_name = "CIDR")]
-    pod_networks: Vec<Network>,
+    #[arg(long = "pod-cidr", value_name = "CIDR", value_parser = parse_network)]
+    pod_networks: Vec<IpNet>,
     /// The source address of masqueraded connections, once for each family. Without it, the InternalIP of the node's Node
     /// object; else the first global address of a device with a default route; else the first global address
     #[arg(long = "node-address", value_name = "IP")]

@@ -110,12 +110,12 @@ impl PinArgs {
         }
         let mut told = BTreeSet::new();
         for (key, backend) in members.into_iter().filter_map(|(key, member)| Some((key, member.ok()?))) {
-            if key.client.address.is_ipv4() {
+            if key.client.address().is_ipv4() {
                 self.put::<V4>(&reading, id, policy, key.client, backend)?;
             } else {
                 self.put::<V6>(&reading, id, policy, key.client, backend)?;
             }
-            let client = reading.catalog.client(key.client.address, id);
+            let client = reading.catalog.client(key.client.address(), id);
             let pod = reading.catalog.backend_now(backend);
             told.insert(format!("pinned {client} to {pod} for {}", self.service));
         }
@@ -138,7 +138,7 @@ impl PinArgs {
         if address.is_none() && !keys.is_empty() {
             return Ok(keys);
         }
-        let Some(Client { address, .. }) = address else {
+        let Some(address) = address.map(|client| client.address()) else {
             return Err(Error::Usage("--client: a pin is one client's: give an address, not a network".to_owned()));
         };
         let (prefix, family) = match address {
@@ -168,7 +168,7 @@ impl PinArgs {
             .peekable();
         if candidates.peek().is_none() {
             let (backend, service) = (&self.backend, &self.service);
-            let client = catalog.client(key.client.address, 0);
+            let client = catalog.client(key.client.address(), 0);
             return Err(Error::Usage(format!("{backend} is no endpoint of {service} for clients like {client}")));
         }
         candidates.find(|(_, member)| member.state == MEMBER_READY).map(|(backend, _)| backend).ok_or_else(|| {
@@ -184,7 +184,7 @@ impl PinArgs {
         client: Client,
         backend: u32,
     ) -> Result<(), Error> {
-        let key = SessionKey::new(policy.group, A::from_mapped(mapped(client.address)), client.prefix);
+        let key = SessionKey::new(policy.group, A::from_mapped(mapped(client.address())), client.prefix());
         let generation = reading.catalog.generation(backend).unwrap_or(0);
         let old = reading.store.family::<A>().sessions.get(&key)?;
         let same = old.filter(|old| (old.backend, old.generation) == (backend, generation));

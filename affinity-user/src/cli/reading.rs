@@ -105,7 +105,7 @@ impl Reading {
     pub(crate) fn sessions(&self, filter: &Filter, visit: VisitSession<'_>) -> Result<(), Error> {
         match filter.client.as_ref().and_then(ClientArg::address) {
             Some(client) => {
-                match client.address {
+                match client.address() {
                     IpAddr::V4(_) => self.sessions_of::<V4>(filter, client, visit)?,
                     IpAddr::V6(_) => self.sessions_of::<V6>(filter, client, visit)?,
                 }
@@ -139,8 +139,8 @@ impl Reading {
     where
         PinKey: From<SessionKey<A>>,
     {
-        let address = A::from_mapped(crate::view::mapped(client.address));
-        let frontends = self.catalog.frontend_records(client.address.is_ipv4());
+        let address = A::from_mapped(crate::view::mapped(client.address()));
+        let frontends = self.catalog.frontend_records(client.address().is_ipv4());
         let key = |scope, frontend: &Frontend| SessionKey::new(scope, address, frontend.prefix);
         let keys: BTreeSet<_> =
             frontends.flat_map(|frontend| [key(frontend.group, frontend), key(frontend.own, frontend)]).collect();

@@ -3,10 +3,13 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
-    Family, Network, Report,
+    Family, Report,
     service::{Exposure, parse_addresses},
 };
-use crate::source::api::{ServiceSpec as ApiSpec, ServiceStatus};
+use crate::source::{
+    api::{ServiceSpec as ApiSpec, ServiceStatus},
+    parse_network,
+};
 
 /// Reads the part of a service that concerns external clients.
 pub(super) fn read(
@@ -105,10 +108,10 @@ fn of_its_families(
 fn read_ranges(spec: &ApiSpec, exposure: &mut Exposure, report: &mut Report<'_>) {
     let mut open = BTreeSet::new();
     for (index, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
-        match text.parse::<Network>() {
-            Ok(range) if range.prefix() == 0 => _ = open.insert(range.family()),
+        match parse_network(text) {
+            Ok(range) if range.prefix_len() == 0 => _ = open.insert(Family::of(range.addr())),
             Ok(range) => {
-                exposure.restricted.insert(range.family());
+                exposure.restricted.insert(Family::of(range.addr()));
                 exposure.ranges.insert(range);
             }
             Err(error) => {
@@ -118,7 +121,7 @@ fn read_ranges(spec: &ApiSpec, exposure: &mut Exposure, report: &mut Report<'_>)
         }
     }
     exposure.restricted.retain(|family| !open.contains(family));
-    exposure.ranges.retain(|range| !open.contains(&range.family()));
+    exposure.ranges.retain(|range| !open.contains(&Family::of(range.addr())));
 }
 
 fn health_check(spec: &ApiSpec, report: &mut Report<'_>) -> Option<u16> {

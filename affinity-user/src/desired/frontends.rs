@@ -16,8 +16,10 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use super::{
-    Family, Frontend, FrontendAddress, HealthCheck, Network, Node, Pool, PoolName, Protocol, Reach, Report, Route,
+    Family, Frontend, FrontendAddress, HealthCheck, Node, Pool, PoolName, Protocol, Reach, Report, Route,
     endpoints::{self, Listed, Slice},
     service::{Port, ServiceSpec},
 };
@@ -76,7 +78,7 @@ pub(super) fn claims<'a>(spec: &'a ServiceSpec, node: &'a Node) -> impl Iterator
 pub(super) struct Outcome {
     pub(super) frontends: BTreeMap<FrontendAddress, Frontend>,
     pub(super) pools: BTreeMap<PoolName, Pool>,
-    pub(super) ranges: BTreeSet<Network>,
+    pub(super) ranges: BTreeSet<IpNet>,
     pub(super) health_check: Option<HealthCheck>,
 }
 

@@ -9,10 +9,12 @@ use std::{
     ops::RangeInclusive,
 };
 
-use super::{Family, Network};
+use ipnet::IpNet;
+
+use super::Family;
 use crate::source::{
     api::{self, label},
-    parse_address,
+    parse_address, parse_network,
 };
 
 /// The default source ports of masqueraded connections: below the ports that Linux gives to sockets, and below node ports.
@@ -27,9 +29,9 @@ pub struct NodeFacts {
     pub addresses: Vec<IpAddr>,
     /// The networks of the addresses that serve node ports; empty: all addresses except loopback and link-local ones, and
     /// loopback.
-    pub node_port_networks: Vec<Network>,
+    pub node_port_networks: Vec<IpNet>,
     /// Pod networks; empty: those of the API.
-    pub pod_networks: Vec<Network>,
+    pub pod_networks: Vec<IpNet>,
     /// The addresses for masquerading, one for each family. Without one: the node's internal address in the API, else the first
     /// of `addresses`.
     pub masquerade_addresses: Vec<IpAddr>,
@@ -62,7 +64,7 @@ pub(super) struct Node {
     pub(super) node_port_addresses: BTreeSet<IpAddr>,
     /// The addresses at which load balancers ask for services; the unspecified addresses mean all.
     pub(super) health_addresses: BTreeSet<IpAddr>,
-    pub(super) pod_networks: BTreeSet<Network>,
+    pub(super) pod_networks: BTreeSet<IpNet>,
     pub(super) masquerade: Masquerade,
 }
 
@@ -112,16 +114,16 @@ impl Node {
 
     /// Whether the pod networks of a family are known.
     pub(super) fn knows_pods(&self, family: Family) -> bool {
-        self.pod_networks.iter().any(|network| network.family() == family)
+        self.pod_networks.iter().any(|network| Family::of(network.addr()) == family)
     }
 }
 
-fn node_port_addresses(own: &[IpAddr], networks: &[Network]) -> BTreeSet<IpAddr> {
+fn node_port_addresses(own: &[IpAddr], networks: &[IpNet]) -> BTreeSet<IpAddr> {
     let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
     if networks.is_empty() {
         return own.iter().copied().filter(|ip| is_global(*ip)).chain(loopback).collect();
     }
-    let is_chosen = |ip: &IpAddr| networks.iter().any(|network| network.contains(*ip));
+    let is_chosen = |ip: &IpAddr| networks.iter().any(|network| network.contains(ip));
     own.iter().copied().chain(loopback).filter(is_chosen).collect()
 }
 
@@ -156,10 +158,10 @@ fn internal_addresses(told: Option<&api::Node>) -> Vec<IpAddr> {
     internal.filter_map(|address| parse_address(&address.address)).collect()
 }
 
-fn told_networks(told: Option<&api::Node>) -> BTreeSet<Network> {
+fn told_networks(told: Option<&api::Node>) -> BTreeSet<IpNet> {
     let Some(spec) = told.and_then(|node| node.spec.as_ref()) else { return BTreeSet::new() };
     let listed = spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr);
-    listed.filter_map(|network| network.parse().ok()).collect()
+    listed.filter_map(|network| parse_network(network).ok()).collect()
 }
 
 #[cfg(test)]
@@ -181,7 +183,7 @@ mod tests {
         texts.iter().map(|text| text.parse().expect("an address")).collect()
     }
 
-    fn networks(texts: &[&str]) -> Vec<Network> {
+    fn networks(texts: &[&str]) -> Vec<IpNet> {
         texts.iter().map(|text| text.parse().expect("a network")).collect()
     }
 

@@ -9,8 +9,9 @@ use std::{
 };
 
 use affinity_common::abi::Selection;
+use ipnet::IpNet;
 
-use super::{Affinity, BackendName, Family, Member, Network, Options, Pool, Protocol, Report, Scope, exposure};
+use super::{Affinity, BackendName, Family, Member, Options, Pool, Protocol, Report, Scope, exposure};
 use crate::{
     hash::hash32,
     source::{
@@ -71,7 +72,7 @@ pub(super) struct Exposure {
     /// The families in which only clients in the ranges may use the load balancer.
     pub(super) restricted: BTreeSet<Family>,
     /// These ranges.
-    pub(super) ranges: BTreeSet<Network>,
+    pub(super) ranges: BTreeSet<IpNet>,
     /// The port at which load balancers ask whether this node has endpoints.
     pub(super) health_check: Option<u16>,
 }

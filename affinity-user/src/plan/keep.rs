@@ -14,9 +14,9 @@ use affinity_common::abi::{
     MEMBER_READY, MemberKey, NameKey, NameKind, RANGES, SCOPE_EXTERNAL, Selection, Timer,
 };
 
-use super::backends::identity;
+use super::{backends::identity, state_index::network};
 use crate::{
-    desired::{self, Affinity, Desired, FrontendAddress, Known, Member, Network, Pool, PoolName, Route, Scope, unions},
+    desired::{self, Affinity, Desired, FrontendAddress, Known, Member, Pool, PoolName, Route, Scope, unions},
     source::ObjectName,
     store::Observed,
 };
@@ -89,12 +89,10 @@ impl Keeper<'_> {
 
     fn ranges(&mut self) {
         let Observed { ranges_v4, ranges_v6, .. } = self.observed;
-        let v4 = ranges_v4.iter().map(|key| (key.scope, IpAddr::V4(key.address.0.into()), key.prefix_len));
-        let v6 = ranges_v6.iter().map(|key| (key.scope, IpAddr::V6(key.address.0.into()), key.prefix_len));
-        for (scope, address, prefix_len) in v4.chain(v6) {
+        let v4 = ranges_v4.iter().map(|key| (key.scope, network(key.address.0, key.prefix_len)));
+        let v6 = ranges_v6.iter().map(|key| (key.scope, network(key.address.0, key.prefix_len)));
+        for (scope, network) in v4.chain(v6) {
             let name = self.name(NameKind::Service, scope).and_then(|name| name.split_once('/'));
-            let prefix = prefix_len.checked_sub(32).and_then(|prefix| u8::try_from(prefix).ok());
-            let network = prefix.and_then(|prefix| Network::of(address, prefix));
             let (Some((namespace, name)), Some(network)) = (name, network) else { continue };
             let service = ObjectName::new(namespace, name);
             if !self.known.services.contains(&service) {

@@ -12,13 +12,14 @@ use affinity_common::abi::{
     Address, Backend, Frontend, FrontendKey, MemberKey, NameKey, NameKind, PODS, Port, RangeKey, UsageKey, UsageOf, V4,
     V6,
 };
+use ipnet::IpNet;
 
 use super::{
     backends::{BackendAllocator, identity},
     ids::Ids,
 };
 use crate::{
-    desired::{BackendName, Change, Network},
+    desired::{BackendName, Change},
     store::{Capacity, Observed, Op},
 };
 
@@ -97,18 +98,9 @@ impl StateIndex {
 
     /// Whether an address is in a pod network.
     pub(super) fn is_in_pod_network(&self, address: IpAddr) -> bool {
-        fn contains<A: Address>(key: &RangeKey<A>, network: IpAddr, address: IpAddr) -> bool {
-            let prefix = key.prefix_len.checked_sub(32).and_then(|prefix| u8::try_from(prefix).ok());
-            prefix.and_then(|prefix| Network::of(network, prefix)).is_some_and(|network| network.contains(address))
-        }
-        match address {
-            IpAddr::V4(_) => {
-                ranges(&self.ranges_v4, PODS).any(|key| contains(&key, IpAddr::from(key.address.0), address))
-            }
-            IpAddr::V6(_) => {
-                ranges(&self.ranges_v6, PODS).any(|key| contains(&key, IpAddr::from(key.address.0), address))
-            }
-        }
+        let v4 = ranges(&self.ranges_v4, PODS).map(|key| network(key.address.0, key.prefix_len));
+        let v6 = ranges(&self.ranges_v6, PODS).map(|key| network(key.address.0, key.prefix_len));
+        v4.chain(v6).flatten().any(|network| network.contains(&address))
     }
 
     /// Applies a step that was carried out.
@@ -283,6 +275,11 @@ fn keys<A: Address>(
 fn ranges<A: Address>(ranges: &BTreeSet<(u32, RangeKey<A>)>, scope: u32) -> impl Iterator<Item = RangeKey<A>> + '_ {
     let least = RangeKey { prefix_len: 0, scope: 0, address: A::from_mapped([0; 16]) };
     ranges.range((scope, least)..).take_while(move |(of, _)| *of == scope).map(|(_, key)| *key)
+}
+
+/// The network of a [`RangeKey`]; `None` if its length is none of its family: no agent wrote it.
+pub(super) fn network(address: impl Into<IpAddr>, prefix_len: u32) -> Option<IpNet> {
+    IpNet::new(address.into(), u8::try_from(prefix_len.checked_sub(u32::BITS)?).ok()?).ok()
 }
 
 fn enter_range<A: Address>(ranges: &mut BTreeSet<(u32, RangeKey<A>)>, ids: &mut Ids, key: &RangeKey<A>) {

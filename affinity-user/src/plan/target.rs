@@ -14,6 +14,7 @@ use affinity_common::abi::{
     MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NODE, NameKey, NameKind, Node, PODS, Port, RANGES, RangeKey,
     SHADOW, SHARED, SPLIT_SCOPE, Selection, UsageKey, UsageOf, V4, V6,
 };
+use ipnet::IpNet;
 
 use super::{
     backends::{Claims, Leaving, identity},
@@ -22,7 +23,7 @@ use super::{
     state_index::StateIndex,
 };
 use crate::{
-    desired::{self, BackendName, Desired, FrontendAddress, Masquerade, Network, Pool, PoolName, Route, Scope},
+    desired::{self, BackendName, Desired, FrontendAddress, Masquerade, Pool, PoolName, Route, Scope},
     source::{ObjectName, Problem, Severity},
     store::Observed,
 };
@@ -249,7 +250,7 @@ impl<'a> Numbering<'a> {
     /// The addresses of this node, the pod networks, and the ranges of services.
     fn ranges(&mut self) {
         let Desired { node_addresses, pod_networks, ranges, .. } = self.desired;
-        let left_out = node_addresses.iter().filter(|address| !self.range(NODE, &Network::host(**address))).count();
+        let left_out = node_addresses.iter().filter(|address| !self.range(NODE, &IpNet::from(**address))).count();
         if left_out > 0 {
             let message = format!("no room for {left_out} of {} addresses of this node", node_addresses.len());
             self.problems.push(Problem::new(Severity::Error, None, message));
@@ -272,16 +273,16 @@ impl<'a> Numbering<'a> {
     }
 
     /// Adds a range; false if there is no space for it in addition to all existing ones, wanted or not.
-    fn range(&mut self, scope: u32, network: &Network) -> bool {
+    fn range(&mut self, scope: u32, network: &IpNet) -> bool {
         let StateIndex { observed, capacity, .. } = self.state_index;
         let Observed { ranges_v4, ranges_v6, .. } = &mut self.target;
-        match network.address() {
-            IpAddr::V4(ip) => {
-                let key = RangeKey::new(scope, V4(ip.octets()), network.prefix());
+        match network {
+            IpNet::V4(network) => {
+                let key = RangeKey::new(scope, V4(network.addr().octets()), network.prefix_len());
                 add_range(ranges_v4, &observed.ranges_v4, &mut self.new_ranges.0, capacity.ranges, key)
             }
-            IpAddr::V6(ip) => {
-                let key = RangeKey::new(scope, V6(ip.octets()), network.prefix());
+            IpNet::V6(network) => {
+                let key = RangeKey::new(scope, V6(network.addr().octets()), network.prefix_len());
                 add_range(ranges_v6, &observed.ranges_v6, &mut self.new_ranges.1, capacity.ranges, key)
             }
         }
@@ -337,7 +338,7 @@ fn is_replaced(state_index: &StateIndex, part: &Observed, desired: &Desired, nam
     let mut untouched = state_index.backends.at(name.address).filter(|(_, index)| is_untouched(*index));
     name.pod.contains('/')
         && (desired_there.any(is_another) || untouched.any(|(other, _)| is_another(other)))
-        && (desired.pod_networks.iter().any(|network| network.contains(name.address))
+        && (desired.pod_networks.iter().any(|network| network.contains(&name.address))
             || state_index.is_in_pod_network(name.address))
 }
 

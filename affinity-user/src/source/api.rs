@@ -8,6 +8,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
+use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -391,6 +392,23 @@ pub(crate) fn parse_address(text: &str) -> Option<IpAddr> {
     };
     let groups = text.split(':').map(|group| group.split('.').map(zeros_off).collect::<Vec<_>>().join("."));
     text.parse().ok().or_else(|| groups.collect::<Vec<_>>().join(":").parse().ok())
+}
+
+/// Text that is not a network.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0:?} is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8")]
+pub(crate) struct NetworkError(String);
+
+/// Reads a network as Kubernetes does: bits after the prefix may be set and are cleared here, numbers may begin with zeros, and
+/// surrounding white space is ignored.
+pub(crate) fn parse_network(text: &str) -> Result<IpNet, NetworkError> {
+    let network = || {
+        let (address, prefix) = text.trim().split_once('/')?;
+        let is_number = prefix.bytes().all(|byte| byte.is_ascii_digit());
+        let network = IpNet::new(parse_address(address)?, is_number.then(|| prefix.parse().ok())??).ok()?;
+        Some(network.trunc())
+    };
+    network().ok_or_else(|| NetworkError(text.to_owned()))
 }
 
 #[cfg(test)]

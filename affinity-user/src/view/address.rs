@@ -10,6 +10,7 @@ use affinity_common::{
     abi::{Address, Port, V4, V6, netns_of},
     parse,
 };
+use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
 /// From the common form of both families in `backends` and in events: IPv6, or IPv4-mapped.
@@ -27,21 +28,6 @@ pub(crate) fn mapped(address: IpAddr) -> [u8; 16] {
     match address {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
         IpAddr::V6(address) => address.octets(),
-    }
-}
-
-/// An address in the family of a map.
-pub(crate) enum Family {
-    V4(V4),
-    V6(V6),
-}
-
-impl From<IpAddr> for Family {
-    fn from(address: IpAddr) -> Self {
-        match address {
-            IpAddr::V4(address) => Self::V4(V4(address.octets())),
-            IpAddr::V6(address) => Self::V6(V6(address.octets())),
-        }
     }
 }
 
@@ -80,48 +66,49 @@ impl fmt::Display for Endpoint {
 
 /// A client key: an address, or a network with a common pin, as CIDR.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Client {
-    /// The address, or the first one of the network.
-    pub address: IpAddr,
-    /// Prefix length: 32 or 128 for one address.
-    pub prefix: u8,
-}
+pub struct Client(IpNet);
 
 impl Client {
     /// The client key of `address` with a prefix length, limited to the family's longest.
     #[must_use]
     pub fn new(address: IpAddr, prefix: u8) -> Self {
-        match address.into() {
-            Family::V4(v4) => Self { address: ip(v4.masked(prefix)), prefix: prefix.min(V4::BITS) },
-            Family::V6(v6) => Self { address: ip(v6.masked(prefix)), prefix: prefix.min(V6::BITS) },
-        }
+        Self(IpNet::new(address, prefix).unwrap_or(address.into()).trunc())
+    }
+
+    /// The address, or the first one of the network.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        self.0.addr()
+    }
+
+    /// The prefix length: 32 or 128 for one address.
+    #[must_use]
+    pub fn prefix(&self) -> u8 {
+        self.0.prefix_len()
     }
 
     /// The cookie of the network namespace that this client key means; `None` for addresses.
     #[must_use]
     pub fn netns(&self) -> Option<u64> {
-        self.is_address().then(|| netns_of(V6(mapped(self.address)))).flatten().map(|(cookie, _)| cookie)
+        self.is_address().then(|| netns_of(V6(mapped(self.address())))).flatten().map(|(cookie, _)| cookie)
     }
 
     /// Whether this is one address and not a network.
     #[must_use]
     pub fn is_address(&self) -> bool {
-        self.prefix == if self.address.is_ipv4() { V4::BITS } else { V6::BITS }
+        self.0.prefix_len() == self.0.max_prefix_len()
     }
 
     /// Whether it contains `other`.
     #[must_use]
     pub fn contains(&self, other: &Self) -> bool {
-        self.address.is_ipv4() == other.address.is_ipv4()
-            && self.prefix <= other.prefix
-            && Self::new(other.address, self.prefix) == *self
+        self.0.contains(&other.0)
     }
 }
 
 impl fmt::Display for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.address.fmt(f)?;
-        if self.is_address() { Ok(()) } else { write!(f, "/{}", self.prefix) }
+        if self.is_address() { self.address().fmt(f) } else { self.0.fmt(f) }
     }
 }
 

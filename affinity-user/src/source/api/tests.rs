@@ -205,3 +205,22 @@ fn numbers_may_begin_with_zeros() {
         assert_eq!(parse_address(bad), None, "{bad}");
     }
 }
+
+#[test]
+fn networks_may_have_host_bits_and_zeros() {
+    for (text, network) in [
+        ("10.1.2.3/8", "10.0.0.0/8"),
+        ("192.0.2.7/32", "192.0.2.7/32"),
+        ("1.2.3.4/0", "0.0.0.0/0"),
+        (" fd00:1::5/32 ", "fd00:1::/32"),
+        ("fd00::/0", "::/0"),
+        ("fd00::1/128", "fd00::1/128"),
+        ("010.001.0.0/016", "10.1.0.0/16"),
+        ("::ffff:10.1.2.3/104", "::ffff:10.0.0.0/104"),
+    ] {
+        assert_eq!(parse_network(text).map(|network| network.to_string()).as_deref(), Ok(network), "{text}");
+    }
+    for bad in ["", "10.0.0.0", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/+8", "fd00::/129", "web/8", "10.0.0/8"] {
+        assert_eq!(parse_network(bad), Err(NetworkError(bad.to_owned())));
+    }
+}
