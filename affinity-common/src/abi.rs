@@ -26,7 +26,8 @@ use core::fmt::Debug;
 use bytemuck::{Pod, Zeroable};
 
 pub use backend::{
-    BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, Backend, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey,
+    BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, Backend, BackendRef, MEMBER_DRAINING, MEMBER_READY, Member,
+    MemberKey,
 };
 pub use config::{CONFIG_MAGIC, Config};
 pub use event::{Event, EventKind};

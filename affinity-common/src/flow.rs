@@ -2,8 +2,8 @@
 
 use crate::{
     abi::{
-        Address, BACKEND_LOCAL, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW, Flow,
-        FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW,
+        Address, BACKEND_LOCAL, BackendRef, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW,
+        Flow, FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW,
         SessionKey, Timer,
     },
     frontend,
@@ -266,10 +266,10 @@ fn state_and_flags<A: Address>(flow: &impl Entry<Flow<A>>) -> [u8; 2] {
     [state, flags]
 }
 
-/// The flow's backend and its generation.
+/// The flow's backend.
 #[inline(always)]
-fn backend_of<A: Address>(flow: &impl Entry<Flow<A>>) -> (u32, u32) {
-    (flow.read(Flow::BACKEND), flow.read(Flow::GENERATION))
+fn backend_of<A: Address>(flow: &impl Entry<Flow<A>>) -> BackendRef {
+    BackendRef { index: flow.read(Flow::BACKEND), generation: flow.read(Flow::GENERATION) }
 }
 
 /// The key of the flow's pin, from a packet of either direction.
@@ -303,7 +303,7 @@ pub fn begin<A: Address, T: FamilyTables<A>>(
     let is_shadow = frontend.flags & SHADOW != 0;
     let stored = tables.flow_scratch(|scratch| {
         scratch.flow.created_ns = now_ns;
-        fill_backend(tables, scratch, resolved.chosen.backend)?;
+        fill_backend(tables, scratch, resolved.chosen.backend.index)?;
         fill_flow(scratch, headers, frontend, resolved);
         if !is_shadow {
             snat::reserve_reply(tables, scratch)?;
@@ -327,7 +327,7 @@ fn count_open<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &FlowScratch<
     let FlowScratch { key, flow, .. } = scratch;
     if is_counted(key.protocol, flow.timer, flow.scope) && state::is_live(flow.state) {
         let pin = SessionKey::new(flow.scope, key.saddr, flow.prefix);
-        session::add_connection(tables, &pin, (flow.backend, flow.generation));
+        session::add_connection(tables, &pin, flow.backend);
     }
 }
 
@@ -359,9 +359,8 @@ fn fill_flow<A: Address>(scratch: &mut FlowScratch<A>, headers: &Headers<A>, fro
         created_ns: now_ns,
         last_used_ns: now_ns,
         segment: headers.segment,
-        edit: rewrite::edit(key, key.saddr, scratch.flow.edit.daddr, key.sport, chosen.member.port),
+        edit: rewrite::edit(key, key.saddr, scratch.flow.edit.daddr, key.sport, chosen.port),
         backend: chosen.backend,
-        generation: chosen.member.generation,
         pool: frontend.pool,
         scope: resolved.scope,
         timeout_s: Flow::<A>::seconds(frontend.timeout_ns),

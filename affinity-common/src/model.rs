@@ -13,9 +13,9 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend,
-        FrontendKey, Member, MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey, UsageKey,
-        UsageOf, V4, V6,
+        Address, Backend, BackendRef, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey,
+        Frontend, FrontendKey, Member, MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey,
+        UsageKey, UsageOf, V4, V6,
     },
     flow, foreign,
     packet::Packet,
@@ -123,17 +123,17 @@ impl Pin for Shared<Session> {
         Session { service: 0, uses: 0, reason: 0, ..self.get() }
     }
 
-    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+    fn cas_backend(&self, from: BackendRef, to: BackendRef) -> bool {
         let is_there = self.backend() == from;
         if is_there {
-            self.write(Session::BACKEND, to.0);
-            self.write(Session::GENERATION, to.1);
+            self.write(Session::BACKEND, to.index);
+            self.write(Session::GENERATION, to.generation);
         }
         is_there
     }
 
-    fn backend(&self) -> (u32, u32) {
-        (self.read(Session::BACKEND), self.read(Session::GENERATION))
+    fn backend(&self) -> BackendRef {
+        self.get().backend
     }
 
     fn connections(&self) -> u32 {

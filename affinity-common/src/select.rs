@@ -1,17 +1,25 @@
 //! Choosing a member for a connection without a usable pin.
 
 use crate::{
-    abi::{Address, Frontend, MEMBER_READY, Member, MemberKey, Port, Selection},
+    abi::{Address, BackendRef, Frontend, MEMBER_READY, Member, MemberKey, Port, Selection},
     tables::Tables,
 };
 
 /// A member chosen for a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Chosen {
-    /// Index in `backends`.
-    pub backend: u32,
-    /// The member's record in the frontend's pool.
-    pub member: Member,
+    /// The backend.
+    pub backend: BackendRef,
+    /// The port that it serves in the frontend's pool.
+    pub port: Port,
+}
+
+impl Chosen {
+    /// The backend with an index, by its record in the pool.
+    #[inline(always)]
+    pub(crate) const fn new(index: u32, member: &Member) -> Self {
+        Self { backend: BackendRef { index, generation: member.generation }, port: member.port }
+    }
 }
 
 /// Chooses a ready member of the frontend's pool; `None` if a slot has none, which the agent's order of publishing prevents.
@@ -31,7 +39,7 @@ pub fn select<A: Address, T: Tables>(tables: &T, frontend: &Frontend, client: A,
         }
     };
     let member = tables.member(&MemberKey { pool: frontend.pool, backend })?;
-    (member.state == MEMBER_READY).then_some(Chosen { backend, member })
+    (member.state == MEMBER_READY).then(|| Chosen::new(backend, &member))
 }
 
 /// The random number after `draw`: a permutation of 32 bits (Marsaglia's xorshift behind a Weyl step).

@@ -21,7 +21,7 @@ mod tests;
 
 use crate::{
     abi::{
-        AFFINITY, Address, Correction, Event, EventKind, FlowKey, Frontend, MEMBER_READY, MOVES, Member, MemberKey,
+        AFFINITY, Address, BackendRef, Correction, Event, EventKind, FlowKey, Frontend, MEMBER_READY, MOVES, MemberKey,
         Port, Reason, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
     },
     parse::Headers,
@@ -82,7 +82,7 @@ pub struct Resolved {
 impl Resolved {
     /// Nothing yet.
     pub const NOTHING: Self = Self {
-        chosen: Chosen { backend: 0, member: Member { generation: 0, port: Port::new(0), state: 0, pad: 0 } },
+        chosen: Chosen { backend: BackendRef { index: 0, generation: 0 }, port: Port::new(0) },
         reason: Reason::Inconsistent,
         scope: 0,
     };
@@ -101,8 +101,8 @@ enum Found<P> {
 /// A flow or socket of datagrams, which keeps its backend without a lookup of the frontend, but follows its pin.
 #[derive(Clone, Copy)]
 pub struct Follower {
-    /// The backend and its generation.
-    pub to: (u32, u32),
+    /// The backend.
+    pub to: BackendRef,
     /// The pin's timer when it began.
     pub timer: Timer,
     /// The pin's timeout when it began.
@@ -139,7 +139,7 @@ pub fn renew<A: Address, T: FamilyTables<A>>(
     now_ns: u64,
 ) {
     if let Some(pin) = tables.session(key)
-        && pin.backend().0 == backend
+        && pin.backend().index == backend
         && is_fresh(&pin.snapshot(), timer, timeout_ns, now_ns)
     {
         pin.write(Session::LAST_USED_NS, now_ns);
@@ -148,7 +148,7 @@ pub fn renew<A: Address, T: FamilyTables<A>>(
 
 /// Counts an open connection for the pin to its backend. Under `alive` the pin stays fresh until [`end_connection`].
 #[inline(always)]
-pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32)) {
+pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: BackendRef) {
     if let Some(pin) = tables.session(key) {
         change_connections(&pin, to, |live| if live < MOVES - 1 { live + 1 } else { live });
     }
@@ -156,7 +156,7 @@ pub fn add_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionK
 
 /// Uncounts a connection. Under `alive` its end restarts the timeout of the pin to its backend.
 #[inline(always)]
-pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: (u32, u32), now_ns: u64) {
+pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionKey<A>, to: BackendRef, now_ns: u64) {
     if let Some(pin) = tables.session(key)
         && pin.backend() == to
     {
@@ -169,11 +169,11 @@ pub fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, key: &SessionK
 /// has moved since.
 #[inline(always)]
 pub fn correct_connections<A: Address, T: FamilyTables<A>>(tables: &T, correction: &Correction) {
-    let Correction { scope, backend, generation, connections, live, .. } = *correction;
+    let Correction { scope, backend, connections, live, .. } = *correction;
     let key = SessionKey::new(scope, A::from_mapped(correction.client), A::BITS);
     if let Some(pin) = tables.session(&key)
         && pin.connections() == connections
-        && pin.backend() == (backend, generation)
+        && pin.backend() == backend
     {
         pin.swap_connections(connections, connections - connections % MOVES + live % MOVES);
     }
@@ -186,7 +186,7 @@ const TRIES: u32 = 8;
 /// between changes the number ([`reset_connections`]), so that the compare-and-swap fails. A pin that is marked as moving may get
 /// its backend back.
 #[inline(always)]
-fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u32) {
+fn change_connections(pin: &impl Pin, to: BackendRef, change: impl Fn(u32) -> u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
         let backend = pin.backend();
@@ -206,7 +206,7 @@ fn change_connections(pin: &impl Pin, to: (u32, u32), change: impl Fn(u32) -> u3
 /// Resets the connections of a pin that is marked as moving, and counts the move. Of several CPUs that move it, one succeeds, so
 /// that no connection is lost that is counted after the move.
 #[inline(always)]
-fn reset_connections(pin: &impl Pin, moving: (u32, u32), seen: u32) {
+fn reset_connections(pin: &impl Pin, moving: BackendRef, seen: u32) {
     for _ in 0..TRIES {
         let before = pin.connections();
         if before / MOVES != seen / MOVES || pin.backend() != moving {
@@ -220,8 +220,8 @@ fn reset_connections(pin: &impl Pin, moving: (u32, u32), seen: u32) {
 
 /// The mark of a pin that moves away from this backend: a generation that no backend in use has.
 #[inline(always)]
-const fn moving((backend, generation): (u32, u32)) -> (u32, u32) {
-    (backend, generation & !1)
+const fn moving(BackendRef { index, generation }: BackendRef) -> BackendRef {
+    BackendRef { index, generation: generation & !1 }
 }
 
 /// Finds the member for a new connection, writes it to `resolved`, and counts it for the service and the backend. The result fits
@@ -244,7 +244,7 @@ pub fn open<A: Address, T: FamilyTables<A>>(
     let is_pinned = frontend.flags & AFFINITY != 0;
     *resolved = if is_pinned { follow_or_pin(tables, opening) } else { choose(tables, opening) }?;
     tables.count_usage(UsageOf::Service, frontend.service, resolved.reason);
-    tables.count_usage(UsageOf::Backend, resolved.chosen.backend, resolved.reason);
+    tables.count_usage(UsageOf::Backend, resolved.chosen.backend.index, resolved.reason);
     Ok(())
 }
 
@@ -281,13 +281,13 @@ fn find<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>, ke
     if !is_fresh(&seen, Timer::from_byte(frontend.timer), frontend.timeout_ns, opening.now_ns) {
         return Found::Stale(pin, seen, Reason::Expired);
     }
-    match usable(tables, frontend.pool, seen.backend, seen.generation) {
-        Ok(member) => Found::Usable(pin, Chosen { backend: seen.backend, member }),
+    match usable(tables, frontend.pool, seen.backend) {
+        Ok(chosen) => Found::Usable(pin, chosen),
         Err(reason)
             if reason != Reason::BackendGone
                 && frontend.flags & SHARED != 0
                 && key.scope == frontend.group
-                && usable(tables, frontend.group, seen.backend, seen.generation).is_ok() =>
+                && usable(tables, frontend.group, seen.backend).is_ok() =>
         {
             Found::Elsewhere
         }
@@ -295,18 +295,18 @@ fn find<A: Address, T: FamilyTables<A>>(tables: &T, opening: &Opening<'_, A>, ke
     }
 }
 
-/// The member record of the pinned backend in `pool`, or the reason why it cannot take a connection.
+/// The pinned backend as a member of `pool`, or the reason why it cannot take a connection.
 #[inline(always)]
-fn usable<T: Tables>(tables: &T, pool: u32, backend: u32, generation: u32) -> Result<Member, Reason> {
-    match tables.member(&MemberKey { pool, backend }) {
-        Some(member) if member.generation == generation => {
+fn usable<T: Tables>(tables: &T, pool: u32, backend: BackendRef) -> Result<Chosen, Reason> {
+    match tables.member(&MemberKey { pool, backend: backend.index }) {
+        Some(member) if member.generation == backend.generation => {
             if member.state == MEMBER_READY {
-                Ok(member)
+                Ok(Chosen { backend, port: member.port })
             } else {
                 Err(Reason::NotReady)
             }
         }
-        _ if tables.has_backend((backend, generation)) => Err(Reason::NotMember),
+        _ if tables.has_backend(backend) => Err(Reason::NotMember),
         _ => Err(Reason::BackendGone),
     }
 }
@@ -328,15 +328,15 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     reason: Reason,
 ) -> Result<Resolved, Reason> {
     let mut chosen = select(tables, opening.frontend, key.client, seen.draw).ok_or(Reason::Inconsistent)?;
-    let from = (seen.backend, seen.generation);
+    let from = seen.backend;
     let moving = moving(from);
-    let stays = chosen.backend == seen.backend && chosen.member.generation == seen.generation;
+    let stays = chosen.backend == from;
     if !stays && pin.cas_backend(from, moving) {
         if pin.snapshot().created_ns != seen.created_ns
-            && let Ok(member) = usable(tables, opening.frontend.pool, seen.backend, seen.generation)
+            && let Ok(former) = usable(tables, opening.frontend.pool, from)
         {
             // Another CPU has just renewed it with the backend that it had before: it stays there.
-            chosen = Chosen { backend: seen.backend, member };
+            chosen = former;
         }
     } else {
         let now = pin.backend();
@@ -352,14 +352,14 @@ fn move_pin<A: Address, T: FamilyTables<A>>(
     pin.write(Session::DRAW, next_draw(seen.draw));
     if !stays || pin.backend() != from {
         reset_connections(pin, moving, seen.connections);
-        if !pin.cas_backend(moving, (chosen.backend, chosen.member.generation)) {
+        if !pin.cas_backend(moving, chosen.backend) {
             return Ok(follow_another(tables, opening, key, pin, chosen));
         }
     }
-    tables.add_load(seen.backend, -1);
-    tables.add_load(chosen.backend, 1);
+    tables.add_load(from.index, -1);
+    tables.add_load(chosen.backend.index, 1);
     let kind = if reason == Reason::Expired { EventKind::Expired } else { EventKind::Moved };
-    report(tables, opening, key, from, &chosen, (kind, reason));
+    report(tables, opening, key, from, chosen.backend, (kind, reason));
     Ok(Resolved { chosen, reason, scope: key.scope })
 }
 
@@ -372,9 +372,8 @@ fn follow_another<A: Address, T: FamilyTables<A>>(
     pin: &T::Pin,
     chosen: Chosen,
 ) -> Resolved {
-    let (backend, generation) = pin.backend();
-    match usable(tables, opening.frontend.pool, backend, generation) {
-        Ok(member) => follow(opening, pin, key.scope, Chosen { backend, member }),
+    match usable(tables, opening.frontend.pool, pin.backend()) {
+        Ok(chosen) => follow(opening, pin, key.scope, chosen),
         Err(_) => unpinned(tables, chosen),
     }
 }
@@ -402,8 +401,8 @@ fn add_pin<A: Address, T: FamilyTables<A>>(
             Found::Absent | Found::Stale(..) | Found::Elsewhere => unpinned(tables, chosen),
         });
     }
-    tables.add_load(chosen.backend, 1);
-    report(tables, opening, key, (0, 0), &chosen, (EventKind::Created, Reason::Created));
+    tables.add_load(chosen.backend.index, 1);
+    report(tables, opening, key, BackendRef::default(), chosen.backend, (EventKind::Created, Reason::Created));
     Ok(Resolved { chosen, reason: Reason::Created, scope: key.scope })
 }
 
@@ -413,7 +412,6 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32)
         created_ns: opening.now_ns,
         last_used_ns: opening.now_ns,
         backend: chosen.backend,
-        generation: chosen.member.generation,
         service: opening.frontend.service,
         draw,
         connections: 0,
@@ -423,14 +421,14 @@ fn new_session<A: Address>(opening: &Opening<'_, A>, chosen: &Chosen, draw: u32)
     }
 }
 
-/// Reports an event of a pin; `from` is its backend and generation before.
+/// Reports an event of a pin; `from` is its backend before.
 #[inline(always)]
 fn report<A: Address, T: Tables>(
     tables: &T,
     opening: &Opening<'_, A>,
     key: &SessionKey<A>,
-    from: (u32, u32),
-    to: &Chosen,
+    from: BackendRef,
+    to: BackendRef,
     (kind, reason): (EventKind, Reason),
 ) {
     tables.report(|| Event {
@@ -438,10 +436,8 @@ fn report<A: Address, T: Tables>(
         client: key.client.to_mapped(),
         service: opening.frontend.service,
         scope: key.scope,
-        from_backend: from.0,
-        from_generation: from.1,
-        to_backend: to.backend,
-        to_generation: to.member.generation,
+        from,
+        to,
         kind: kind as u8,
         reason: reason as u8,
         pad: [0; 6],

@@ -12,8 +12,8 @@
 
 use crate::{
     abi::{
-        Address, Direction, FLOW_FOREIGN, Flow, FlowKey, FlowScratch, Foreign, NO_BACKEND, Node, Port, Reason, V4,
-        filter_bit,
+        Address, BackendRef, Direction, FLOW_FOREIGN, Flow, FlowKey, FlowScratch, Foreign, NO_BACKEND, Node, Port,
+        Reason, V4, filter_bit,
     },
     foreign,
     parse::{Headers, SCTP, UDP},
@@ -179,8 +179,7 @@ fn fill_foreign_flow<A: Address>(scratch: &mut FlowScratch<A>) {
         last_used_ns: now_ns,
         segment: 0,
         edit: rewrite::edit(&scratch.key, saddr, daddr, sport, dport),
-        backend: NO_BACKEND,
-        generation: 0,
+        backend: BackendRef { index: NO_BACKEND, generation: 0 },
         pool: 0,
         scope: 0,
         timeout_s: 0,
@@ -242,7 +241,7 @@ fn find_snat_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut Flow
     }
     let Some(node) = tables.node() else { return false };
     for _ in 0..TRIES {
-        scratch.reply_key.dport = node.snat_port(tables.next_snat_port(scratch.flow.backend));
+        scratch.reply_key.dport = node.snat_port(tables.next_snat_port(scratch.flow.backend.index));
         if tables.is_free(&scratch.reply_key) {
             return true;
         }
@@ -259,8 +258,8 @@ fn reuse_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScra
     let Some(back) = tables.flow(&scratch.reply_key) else { return false };
     for record in [known, back] {
         record.write(Flow::LAST_USED_NS, scratch.flow.last_used_ns);
-        record.write(Flow::BACKEND, scratch.flow.backend);
-        record.write(Flow::GENERATION, scratch.flow.generation);
+        record.write(Flow::BACKEND, scratch.flow.backend.index);
+        record.write(Flow::GENERATION, scratch.flow.backend.generation);
         record.write(Flow::SEGMENT, 0);
         record.write(Flow::STATE, scratch.snat.state);
     }

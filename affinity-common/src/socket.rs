@@ -21,8 +21,8 @@ use bytemuck::Zeroable;
 
 use crate::{
     abi::{
-        Address, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port, RANGES, Reason, SHADOW,
-        SessionKey, Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
+        Address, BackendRef, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port, RANGES, Reason,
+        SHADOW, SessionKey, Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
     },
     flow::REFRESH_NS,
     frontend,
@@ -185,10 +185,10 @@ fn pin_key(entry: &impl Entry<Socket>) -> SessionKey<V6> {
     SessionKey::new(entry.read(Socket::SCOPE), entry.read(Socket::CLIENT), V6::BITS)
 }
 
-/// The socket's backend and its generation.
+/// The socket's backend.
 #[inline(always)]
-fn backend_of(entry: &impl Entry<Socket>) -> (u32, u32) {
-    (entry.read(Socket::BACKEND), entry.read(Socket::GENERATION))
+fn backend_of(entry: &impl Entry<Socket>) -> BackendRef {
+    BackendRef { index: entry.read(Socket::BACKEND), generation: entry.read(Socket::GENERATION) }
 }
 
 #[inline(always)]
@@ -216,8 +216,8 @@ fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &P
 /// Whether a datagram may go to the same backend as the one before it: see [`crate::flow`].
 #[inline(always)]
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
-    let (backend, generation) = backend_of(entry);
-    let key = MemberKey { pool: entry.read(Socket::POOL), backend };
+    let BackendRef { index, generation } = backend_of(entry);
+    let key = MemberKey { pool: entry.read(Socket::POOL), backend: index };
     let ready = Member { generation, port: entry.read(Socket::PEER_PORT), state: MEMBER_READY, pad: 0 };
     tables.is_member(&key, &ready) && (entry.read(Socket::SCOPE) == 0 || follows_pin(tables, entry))
 }
@@ -322,8 +322,8 @@ fn open<T: SocketTables>(tables: &T, caller: &Caller, frontend: &Frontend, opene
     let opening = Opening { client, frontend, now_ns, draw: tables.random() };
     session::open(tables, &opening, &mut opened.resolved)?;
     let chosen = &opened.resolved.chosen;
-    let backend = tables.backend(chosen.backend).ok_or(Reason::Inconsistent)?;
-    opened.peer = Peer { address: V6(backend.address), port: chosen.member.port };
+    let backend = tables.backend(chosen.backend.index).ok_or(Reason::Inconsistent)?;
+    opened.peer = Peer { address: V6(backend.address), port: chosen.port };
     Ok(())
 }
 
@@ -348,7 +348,6 @@ fn remember<T: SocketTables>(
         frontend_port: asked.port,
         peer_port: peer.port,
         backend: chosen.backend,
-        generation: chosen.member.generation,
         pool: frontend.pool,
         scope: *scope,
         service: frontend.service,
@@ -358,11 +357,7 @@ fn remember<T: SocketTables>(
     let stored = if role == SocketRole::Connected {
         if socket.timer == Timer::Alive as u8 && socket.scope != 0 {
             // Before the entry is stored, and so before the connection can end.
-            session::add_connection(
-                tables,
-                &SessionKey::new(socket.scope, socket.client, V6::BITS),
-                (socket.backend, socket.generation),
-            );
+            session::add_connection(tables, &SessionKey::new(socket.scope, socket.client, V6::BITS), socket.backend);
         }
         tables.put_socket(&caller.connection(), &socket)
     } else {

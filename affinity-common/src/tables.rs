@@ -5,8 +5,9 @@ use bytemuck::Pod;
 
 use crate::{
     abi::{
-        Address, Backend, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend,
-        FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
+        Address, Backend, BackendRef, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey,
+        Frontend, FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4,
+        V6,
     },
     parse::Headers,
     pipeline::Opened,
@@ -28,13 +29,13 @@ pub trait Entry<V: Pod> {
 
 /// A pin inside a table, which another CPU may be moving concurrently: see [`crate::session`].
 pub trait Pin: Entry<Session> {
-    /// A consistent copy of the fields that decide about the pin: the backend and its generation, the times, the connections and
-    /// the next random number. The other fields are zero.
+    /// A consistent copy of the fields that decide about the pin: the backend, the times, the connections and the next random
+    /// number. The other fields are zero.
     fn snapshot(&self) -> Session;
-    /// Replaces the backend and its generation atomically; false, and no change, if they are not `from`.
-    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool;
-    /// The backend and its generation.
-    fn backend(&self) -> (u32, u32);
+    /// Replaces the backend atomically; false, and no change, if it is not `from`.
+    fn cas_backend(&self, from: BackendRef, to: BackendRef) -> bool;
+    /// The backend.
+    fn backend(&self) -> BackendRef;
     /// [`Session::connections`]. A later [`Pin::backend`] returns no older value.
     fn connections(&self) -> u32;
     /// Replaces [`Session::connections`] atomically; false, and no change, if it is not `from`.
@@ -66,9 +67,9 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<u32>;
     /// A backend's record.
     fn backend(&self, index: u32) -> Option<Backend>;
-    /// Whether a backend still has this generation.
-    fn has_backend(&self, (index, generation): (u32, u32)) -> bool {
-        self.backend(index).is_some_and(|backend| backend.generation == generation)
+    /// Whether a backend still has its generation.
+    fn has_backend(&self, of: BackendRef) -> bool {
+        self.backend(of.index).is_some_and(|backend| backend.generation == of.generation)
     }
     /// A member's record.
     fn member(&self, key: &MemberKey) -> Option<Member>;

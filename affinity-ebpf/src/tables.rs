@@ -4,9 +4,9 @@ use core::mem::offset_of;
 
 use affinity_common::{
     abi::{
-        Address, Backend, Config, DEVICE_UPPER, Direction, Event, FILTER_BITS, Flow, FlowKey, FlowScratch, Foreign,
-        FragmentKey, Frontend, FrontendKey, Member, MemberKey, Node, Port, Reason, Session, SessionKey, Socket,
-        SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
+        Address, Backend, BackendRef, Config, DEVICE_UPPER, Direction, Event, FILTER_BITS, Flow, FlowKey, FlowScratch,
+        Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Node, Port, Reason, Session, SessionKey,
+        Socket, SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
     },
     flow, foreign,
     parse::Headers,
@@ -104,8 +104,9 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn has_backend(&self, (index, generation): (u32, u32)) -> bool {
-        BACKENDS.get_ptr_mut(index).is_some_and(|record| MapValue::new(record).read(Backend::GENERATION) == generation)
+    fn has_backend(&self, of: BackendRef) -> bool {
+        let record = BACKENDS.get_ptr_mut(of.index);
+        record.is_some_and(|record| MapValue::new(record).read(Backend::GENERATION) == of.generation)
     }
 
     #[inline(always)]

@@ -131,13 +131,13 @@ fn lost(store: &KernelStore) -> Result<Noted, StoreError> {
 }
 
 fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool, StoreError> {
-    let &Socket { pool, backend, generation, frontend, frontend_port, .. } = socket;
+    let &Socket { pool, backend, frontend, frontend_port, .. } = socket;
     if key.protocol != UDP || !store.has_frontend(frontend, frontend_port, UDP)? {
-        return Ok(store.is_alive(backend, generation));
+        return Ok(store.is_alive(backend));
     }
-    let member = store.members.get(&MemberKey { pool, backend })?;
+    let member = store.members.get(&MemberKey { pool, backend: backend.index })?;
     Ok(member.is_some_and(|member| {
-        let is_there = member.generation == generation && member.port == socket.peer_port;
+        let is_there = member.generation == backend.generation && member.port == socket.peer_port;
         is_there && member.state == MEMBER_READY
     }))
 }

@@ -29,8 +29,8 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Address, CLIENTS_ARE_NODES, Correction, Direction, Event, EventKind, FLOW_FOREIGN, Flow, FlowKey, FrontendKey,
-        NameKey, NameKind, Reason, Session, SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
+        Address, BackendRef, CLIENTS_ARE_NODES, Correction, Direction, Event, EventKind, FLOW_FOREIGN, Flow, FlowKey,
+        FrontendKey, NameKey, NameKind, Reason, Session, SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
     },
     parse::TCP,
     state,
@@ -174,13 +174,13 @@ struct Pass {
 }
 
 impl Pass {
-    fn lives(&self, backend: u32, generation: u32) -> bool {
-        self.generations.get(backend as usize) == Some(&generation)
+    fn lives(&self, BackendRef { index, generation }: BackendRef) -> bool {
+        self.generations.get(index as usize) == Some(&generation)
     }
 }
 
-/// Open connections of sessions under the timer `alive`: client, scope, and the backend with its generation.
-type Connections = BTreeMap<([u8; 16], u32, u32, u32), u32>;
+/// Open connections of sessions under the timer `alive`: client, scope, and backend.
+type Connections = BTreeMap<([u8; 16], u32, BackendRef), u32>;
 
 impl Sweeper {
     /// The sweeper of a dataplane. The publisher uses `plans` to announce when it sets bits of the filter.
@@ -448,7 +448,7 @@ impl Sweeper {
                 time_ns: now_ns,
                 service,
                 scope: group,
-                from_backend: u32::try_from(evicted).unwrap_or(u32::MAX),
+                from: BackendRef { index: u32::try_from(evicted).unwrap_or(u32::MAX), generation: 0 },
                 kind: EventKind::Evicted as u8,
                 reason: Reason::TableFull as u8,
                 ..Event::zeroed()
@@ -482,7 +482,7 @@ impl Sweeper {
         for event in self.operators.by_ref() {
             let counts = self.counts.entry(self.pass.scopes.group(event.scope)).or_default();
             match EventKind::from_byte(event.kind) {
-                Some(EventKind::Pinned) if event.from_generation == 0 => counts.created += 1,
+                Some(EventKind::Pinned) if event.from.generation == 0 => counts.created += 1,
                 Some(EventKind::Unpinned) => counts.removed += 1,
                 Some(
                     EventKind::Pinned | EventKind::Created | EventKind::Moved | EventKind::Expired | EventKind::Evicted,
@@ -517,7 +517,7 @@ impl Sweeper {
 
     /// Whether both directions of a flow are over. The packets of each direction renew only their own record.
     fn is_over<A: Family>(&self, key: &FlowKey<A>, flow: &Flow<A>, now_ns: u64) -> Result<bool, StoreError> {
-        let lives = flow.flags & FLOW_FOREIGN != 0 || self.pass.lives(flow.backend, flow.generation);
+        let lives = flow.flags & FLOW_FOREIGN != 0 || self.pass.lives(flow.backend);
         let over =
             |flow: &Flow<A>| flow_is_over(key.protocol, flow.state, now_ns.saturating_sub(flow.last_used_ns), lives);
         if !over(flow) {
@@ -525,7 +525,8 @@ impl Sweeper {
         }
         let other = self.store.family::<A>().flows.get(&key.opposite(&flow.edit))?;
         // The same key may belong to another flow by now, with another backend.
-        let other = other.filter(|other| (other.backend, other.generation) == (flow.backend, flow.generation));
+        let other =
+            other.filter(|other| (other.backend, other.backend.generation) == (flow.backend, flow.backend.generation));
         Ok(other.is_none_or(|other| over(&other)))
     }
 
@@ -553,7 +554,7 @@ impl Sweeper {
         let is_live = key.protocol == TCP && state::is_live(flow.state);
         if is_live && flow.scope != 0 && flow.timer == Timer::Alive as u8 {
             let client = key.saddr.masked(flow.prefix).to_mapped();
-            let session = (client, flow.scope, flow.backend, flow.generation);
+            let session = (client, flow.scope, flow.backend);
             *self.pass.connections.entry(session).or_default() += 1;
         }
     }
@@ -578,9 +579,9 @@ impl Sweeper {
             *self.pass.live.entry(group).or_default() += 1;
             *self.pass.entries.entry(A::SESSIONS).or_default() += 1;
             self.pass.met.extend([session.service, key.scope]);
-            if self.pass.lives(session.backend, session.generation) {
+            if self.pass.lives(session.backend) {
                 *self.pass.by_service.entry(session.service).or_default() += 1;
-                *self.pass.loads.entry(session.backend).or_default() += 1;
+                *self.pass.loads.entry(session.backend.index).or_default() += 1;
                 self.pass.clients.note(session.service, key.client);
             }
         }
@@ -613,7 +614,7 @@ impl Sweeper {
             return Ok(session);
         }
         let client = key.client.to_mapped();
-        let of_session = (client, key.scope, session.backend, session.generation);
+        let of_session = (client, key.scope, session.backend);
         let connections = self.pass.connections.get(&of_session).copied().unwrap_or(0);
         if connections == session.live_connections() {
             return Ok(session);
@@ -623,7 +624,6 @@ impl Sweeper {
             scope: key.scope,
             is_v6: u32::from(A::BITS == V6::BITS),
             backend: session.backend,
-            generation: session.generation,
             connections: session.connections,
             live: connections,
         })?;

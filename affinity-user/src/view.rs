@@ -29,7 +29,7 @@ use serde::Serialize;
 
 pub use address::{Client, ClientRef, Endpoint, NETNS, NODE, protocol_name};
 pub(crate) use address::{from_mapped, ip, mapped};
-pub use backend::{BackendRef, BackendState, BackendView};
+pub use backend::{BackendState, BackendView, PodRef};
 pub(crate) use catalog::KnownNamespace;
 pub use catalog::{Catalog, Policy};
 pub use clock::{Clock, Moment, short_duration};

@@ -3,7 +3,7 @@
 //! Each test has a separate pin directory and, if it needs devices, a separate network namespace. Both are removed at its end.
 
 use std::{
-    collections::BTreeMap,
+    collections::BTreeSet,
     fs,
     net::{Ipv4Addr, UdpSocket},
     os::fd::AsFd,
@@ -19,9 +19,9 @@ use std::{
 
 use affinity_common::{
     abi::{
-        BACKEND_LINGERING, Backend, Direction, Edit, Event, EventKind, FILTER_BITS, FLOW_ANSWERED, FLOW_OPEN,
-        FLOW_RESET, Flow, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Port,
-        Reason, Session, SessionKey, Timer, UsageKey, UsageOf, V4, V6, filter_bit,
+        BACKEND_LINGERING, Backend, BackendRef, Direction, Edit, Event, EventKind, FILTER_BITS, FLOW_ANSWERED,
+        FLOW_OPEN, FLOW_RESET, Flow, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey,
+        NameKind, Port, Reason, Session, SessionKey, Timer, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     names,
 };
@@ -144,7 +144,13 @@ fn session_key(client: u32) -> SessionKey<V4> {
 }
 
 fn session(client: u32) -> Session {
-    Session { created_ns: 5, last_used_ns: 6, backend: client % 3, generation: 1, uses: client, ..Zeroable::zeroed() }
+    Session {
+        created_ns: 5,
+        last_used_ns: 6,
+        backend: BackendRef { index: client % 3, generation: 1 },
+        uses: client,
+        ..Zeroable::zeroed()
+    }
 }
 
 fn put_sessions(store: &KernelStore, clients: std::ops::Range<u32>) -> Result<()> {
@@ -165,6 +171,8 @@ fn clients(store: &KernelStore) -> Result<Vec<u32>> {
 
 const SERVICE: V4 = V4([10, 96, 0, 10]);
 const POD: V4 = V4([10, 244, 0, 10]);
+/// The backend of [`POD`] in tests with open connections.
+const POD_3: BackendRef = BackendRef { index: 3, generation: 1 };
 const HTTP: Port = Port::new(80);
 const SERVED: Port = Port::new(8080);
 const TCP: u8 = 6;
@@ -274,7 +282,7 @@ fn a_loaded_dataplane_is_pinned_in_full_and_translates_by_the_kernels_own_clock(
     let session = store.v4.sessions.get(&key)?.context("the client was pinned")?;
     let age = Duration::from_nanos(monotonic_ns() - session.created_ns);
     assert!(age < patience(Duration::from_secs(2)), "never early, and late by two ticks at most: {age:?}");
-    assert_eq!((session.backend, session.uses, store.loads.load_u64(3)), (3, 1, 1));
+    assert_eq!((session.backend, session.uses, store.loads.load_u64(3)), (POD_3, 1, 1));
     Ok(())
 }
 
@@ -680,7 +688,7 @@ fn swept_beside(sizes: Sizes, frontend: Frontend, plans: Arc<FilterPlans>) -> Re
 
 fn pin_of(scope: u32, client: u8, used_ago_s: u64) -> (SessionKey<V4>, Session) {
     let last_used_ns = monotonic_ns() - used_ago_s * SECOND;
-    let session = Session { last_used_ns, backend: 3, generation: 1, service: scope, ..Zeroable::zeroed() };
+    let session = Session { last_used_ns, backend: POD_3, service: scope, ..Zeroable::zeroed() };
     (SessionKey::new(scope, V4([198, 18, 0, client]), 32), session)
 }
 
@@ -691,7 +699,7 @@ fn the_sweep_removes_what_has_expired_and_says_so() -> Result<()> {
     let (fresh, old) = (pin_of(1, 1, 20), pin_of(1, 2, 40));
     let (orphan, old_orphan) = (pin_of(77, 3, 50), pin_of(77, 4, 70));
     let mut of_the_dead = pin_of(1, 5, 20);
-    of_the_dead.1.generation = 99;
+    of_the_dead.1.backend.generation = 99;
     for (key, session) in [&fresh, &old, &orphan, &old_orphan, &of_the_dead] {
         store.v4.sessions.put(key, session)?;
     }
@@ -703,7 +711,7 @@ fn the_sweep_removes_what_has_expired_and_says_so() -> Result<()> {
         assert_eq!(store.v4.sessions.get(&key)?.is_some(), stays, "{key:?}");
     }
     assert_eq!(store.loads.load_u64(3), 3, "the live sessions of a live backend");
-    let expired: Vec<_> = events.by_ref().map(|event| (event.kind, event.client, event.from_backend)).collect();
+    let expired: Vec<_> = events.by_ref().map(|event| (event.kind, event.client, event.from.index)).collect();
     let mapped = |key: SessionKey<V4>| affinity_common::abi::Address::to_mapped(key.client);
     assert_eq!(expired, [(EventKind::Expired as u8, mapped(old.0), 3)]);
     assert_eq!(sweep(&mut sweeper).expired, 1, "once is enough");
@@ -723,14 +731,14 @@ fn the_connections_of_a_backend_that_lingers_are_looked_at() -> Result<()> {
     let open = flow_of(1, OPEN, [2, 40]);
     let closed = flow_of(2, OPEN | FLOW_RESET, [5, 5]);
     let mut of_another = flow_of(3, OPEN, [0, 0]);
-    of_another.iter_mut().for_each(|(_, flow)| flow.generation = 9);
+    of_another.iter_mut().for_each(|(_, flow)| flow.backend.generation = 9);
     for (key, flow) in open.iter().chain(&closed).chain(&of_another) {
         store.v4.flows.put(key, flow)?;
     }
     assert_eq!(seen(&mut sweeper), None, "it does not linger");
     let record = store.backends.get(&3)?.context("a backend")?;
     store.apply(&Op::PutBackend(3, Backend { flags: record.flags | BACKEND_LINGERING, ..record }))?;
-    assert_eq!(store.lingering(), BTreeMap::from([(3, 1)]));
+    assert_eq!(store.lingering(), BTreeSet::from([POD_3]));
     let traffic = seen(&mut sweeper).context("it lingers")?;
     assert!(!sweeper.is_behind());
     assert_eq!((traffic.generation, traffic.connections, traffic.open), (1, 2, 1));
@@ -771,7 +779,7 @@ fn flow_of(client: u8, state: u8, used_ago_s: [u64; 2]) -> [(FlowKey<V4>, Flow<V
     let reverse = forward.opposite(&edit);
     let back = Edit { saddr: SERVICE, daddr: client, sport: HTTP, dport: forward.sport, addr_delta: 0, port_delta: 0 };
     let used = |ago_s: u64| monotonic_ns() - ago_s * SECOND;
-    let flow = Flow { edit, state, backend: 3, generation: 1, scope: 1, prefix: 32, timer: 3, ..Zeroable::zeroed() };
+    let flow = Flow { edit, state, backend: POD_3, scope: 1, prefix: 32, timer: 3, ..Zeroable::zeroed() };
     [
         (forward, Flow { last_used_ns: used(used_ago_s[0]), ..flow }),
         (reverse, Flow { last_used_ns: used(used_ago_s[1]), edit: back, ..flow }),
@@ -787,7 +795,11 @@ fn a_flow_goes_when_both_of_its_directions_are_idle() -> Result<()> {
         (flow_of(3, OPEN | FLOW_RESET, [5, 121]), true),
         (flow_of(4, OPEN, [600, 600]), true),
         (flow_of(6, FLOW_ANSWERED, [61, 61]), false),
-        (flow_of(5, OPEN, [61, 61]).map(|(key, flow)| (key, Flow { generation: 99, ..flow })), false),
+        (
+            flow_of(5, OPEN, [61, 61])
+                .map(|(key, flow)| (key, Flow { backend: BackendRef { generation: 99, ..POD_3 }, ..flow })),
+            false,
+        ),
     ];
     for (key, flow) in cases.iter().flat_map(|(records, _)| records) {
         store.v4.flows.put(key, flow)?;
@@ -877,7 +889,7 @@ fn a_full_table_never_loses_a_pin_in_silence() -> Result<()> {
     assert_eq!(evicted, 1999 - live, "created, less removed, less live");
     let told: Vec<_> = events.by_ref().filter(|event| event.kind == EventKind::Evicted as u8).collect();
     assert!(told.iter().all(|event| event.reason == Reason::TableFull as u8));
-    assert_eq!(told.iter().map(|event| u64::from(event.from_backend)).sum::<u64>(), evicted);
+    assert_eq!(told.iter().map(|event| u64::from(event.from.index)).sum::<u64>(), evicted);
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use affinity_common::abi::{OLDEST_READABLE, Session, SessionKey, V4};
+use affinity_common::abi::{BackendRef, OLDEST_READABLE, Session, SessionKey, V4};
 use affinity_common::names;
 use affinity_tests::apiserver::ApiServer;
 use affinity_tests::kubeproxy::Mode;
@@ -343,7 +343,12 @@ fn a_smaller_table_says_how_many_entries_it_drops() -> Result<()> {
     let told = (|| -> Result<_> {
         ensure!(small(4096)?.dropped.is_empty());
         let store = KernelStore::open(pins.root())?;
-        let session = Session { created_ns: 1, last_used_ns: 1, generation: 1, ..Zeroable::zeroed() };
+        let session = Session {
+            created_ns: 1,
+            last_used_ns: 1,
+            backend: BackendRef { index: 0, generation: 1 },
+            ..Zeroable::zeroed()
+        };
         for client in 0..MANY {
             store.v4.sessions.put(&SessionKey::new(7, V4(client.to_be_bytes()), 32), &session)?;
         }

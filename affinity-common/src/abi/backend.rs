@@ -4,6 +4,16 @@ use bytemuck::{Pod, Zeroable};
 
 use super::Port;
 
+/// A backend, as records name it: its index in `backends`, and the generation that it had then. All zero: none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct BackendRef {
+    /// Index in `backends`.
+    pub index: u32,
+    /// The backend's generation.
+    pub generation: u32,
+}
+
 /// Value of `backends`, an array: a pod's address under a generation.
 ///
 /// A record is in use while its generation is odd. Retiring a backend and reusing its index each add one, so a session or flow

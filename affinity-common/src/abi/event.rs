@@ -2,6 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::BackendRef;
+
 /// A record of the `events` ring buffer. With the ring's own header of eight bytes it is 64 bytes long, so records never
 /// straddle the ring's end and a reader may walk back from the newest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
@@ -16,13 +18,9 @@ pub struct Event {
     /// The session's scope.
     pub scope: u32,
     /// The backend it was pinned to; meaningful for `moved`, `expired` and `evicted`.
-    pub from_backend: u32,
-    /// The generation of `from_backend`; zero: none.
-    pub from_generation: u32,
+    pub from: BackendRef,
     /// The backend it is pinned to now; meaningful for `created`, `moved` and `expired` seen by a packet.
-    pub to_backend: u32,
-    /// The generation of `to_backend`; zero: none.
-    pub to_generation: u32,
+    pub to: BackendRef,
     /// An [`EventKind`].
     pub kind: u8,
     /// Why: a [`super::Reason`].
@@ -41,7 +39,7 @@ pub enum EventKind {
     Moved = 2,
     /// A pin's timeout had passed.
     Expired = 3,
-    /// The table was full and the kernel dropped pins; `from_backend` is the number, reported by the agent.
+    /// The table was full and the kernel dropped pins; the index of `from` is the number, reported by the agent.
     Evicted = 4,
     /// An operator removed a pin.
     Unpinned = 5,

@@ -2,7 +2,7 @@
 
 use bytemuck::Zeroable;
 
-use super::{Address, Port};
+use super::{Address, BackendRef, Port};
 
 /// The translation that a record of a flow describes. A connection has the first two, and the last two if its source is
 /// masqueraded as well.
@@ -140,10 +140,8 @@ pub struct Flow<A> {
     pub segment: u64,
     /// The translation.
     pub edit: Edit<A>,
-    /// Index in `backends`.
-    pub backend: u32,
-    /// The backend's generation.
-    pub generation: u32,
+    /// The backend.
+    pub backend: BackendRef,
     /// The pool that the backend was chosen from.
     pub pool: u32,
     /// Scope of the pin that this flow belongs to; zero: none.

@@ -2,7 +2,7 @@
 
 use bytemuck::Zeroable;
 
-use super::Address;
+use super::{Address, BackendRef};
 
 /// Key of `sessions_v4` and `sessions_v6`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -33,10 +33,8 @@ pub struct Session {
     pub created_ns: u64,
     /// When the timer was last restarted, monotonic nanoseconds.
     pub last_used_ns: u64,
-    /// Index in `backends`.
-    pub backend: u32,
-    /// The backend's generation when pinned.
-    pub generation: u32,
+    /// The backend.
+    pub backend: BackendRef,
     /// The service of the connection that made the pin: listings show its timeout.
     pub service: u32,
     /// The next random number for this pin. Each pin has its own, so that CPUs that re-pin one client at once mostly choose the
@@ -68,9 +66,7 @@ pub struct Correction {
     /// 0: the pin is in `sessions_v4`; 1: in `sessions_v6`.
     pub is_v6: u32,
     /// The backend that the pin points to.
-    pub backend: u32,
-    /// The backend's generation.
-    pub generation: u32,
+    pub backend: BackendRef,
     /// [`Session::connections`] when it was read.
     pub connections: u32,
     /// How many live connections there are.

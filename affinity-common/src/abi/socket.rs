@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Port, V6};
+use super::{BackendRef, Port, V6};
 
 /// The role of an entry of `sockets`, which determines its key.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -54,10 +54,8 @@ pub struct Socket {
     pub frontend_port: Port,
     /// The port of `peer`.
     pub peer_port: Port,
-    /// Index in `backends`.
-    pub backend: u32,
-    /// The backend's generation.
-    pub generation: u32,
+    /// The backend.
+    pub backend: BackendRef,
     /// The pool that the backend was chosen from.
     pub pool: u32,
     /// Scope of the pin; zero: none.

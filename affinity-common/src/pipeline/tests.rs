@@ -8,8 +8,8 @@ use bytemuck::Pod;
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, Event, FlowScratch, Foreign, FragmentKey, FrontendKey, MEMBER_READY, Member,
-        MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
+        AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Event, FlowScratch, Foreign, FragmentKey, FrontendKey,
+        MEMBER_READY, Member, MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     model::Model,
     parse::{ACK, SYN, TCP},
@@ -148,7 +148,8 @@ where
         match self.sessions {
             Sessions::Taken => self.model.add_session(key, session),
             Sessions::NoRoom => Err(NotStored),
-            Sessions::Overtaken(backend) => {
+            Sessions::Overtaken(index) => {
+                let backend = BackendRef { index, ..session.backend };
                 self.model.add_session(key, &Session { backend, ..*session })?;
                 Err(NotStored)
             }

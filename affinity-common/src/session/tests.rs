@@ -6,9 +6,9 @@ use std::{collections::BTreeSet, vec::Vec};
 
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, Direction, Event, EventKind, Frontend, FrontendKey, MEMBER_DRAINING,
-        MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey, TIMEOUT_UNLIMITED,
-        Timer, UsageKey, UsageOf, V4, filter_bit,
+        AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Direction, Event, EventKind, Frontend, FrontendKey,
+        MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey,
+        TIMEOUT_UNLIMITED, Timer, UsageKey, UsageOf, V4, filter_bit,
     },
     model::Model,
     parse::{ACK, FIN, RST, SYN, TCP, UDP},
@@ -398,8 +398,8 @@ fn a_pin_fails_over_at_once_and_says_so_once() {
     let events = cluster.events();
     let kinds: Vec<u8> = events.iter().map(|event| event.kind).collect();
     assert_eq!(kinds, [EventKind::Created as u8, EventKind::Moved as u8]);
-    assert_eq!((events[1].from_backend, events[1].to_backend), (pod, next));
-    assert_eq!((events[1].from_generation, events[1].reason), (1, Reason::BackendGone as u8));
+    assert_eq!((events[1].from.index, events[1].to.index), (pod, next));
+    assert_eq!((events[1].from.generation, events[1].reason), (1, Reason::BackendGone as u8));
     let loads = cluster.0.loads.borrow();
     assert_eq!((loads[&pod], loads[&next]), (0, 1));
 }
@@ -469,7 +469,7 @@ fn datagrams_follow_the_pin_of_their_client() {
         let mut sessions = cluster.0.sessions_v4.borrow_mut();
         let key = SessionKey::new(GROUP, CLIENT, 32);
         let pin = sessions.get(&key).expect("a pin");
-        sessions.insert(key, Session { backend: pod, ..pin });
+        sessions.insert(key, Session { backend: BackendRef { index: pod, ..pin.backend }, ..pin });
     };
     let pod = ask(&cluster);
     assert_eq!(cluster.connect(CLIENT, 1), pod, "one pin for datagrams and connections");
@@ -564,7 +564,7 @@ fn a_group_shares_pins_as_far_as_it_shares_pods() {
             assert_eq!(cluster.connect(client(number), port), web);
             assert_eq!(api(number, port), first);
         }
-        assert_eq!(cluster.session(GROUP, client(number)).unwrap().backend, web);
+        assert_eq!(cluster.session(GROUP, client(number)).unwrap().backend.index, web);
         assert_eq!(cluster.session(OWN + 2, client(number)).is_some(), web < PODS / 2);
     }
     assert_eq!(cluster.count(Reason::NotMember) + cluster.count(Reason::Expired), 0);
@@ -575,14 +575,14 @@ fn a_groups_pin_moves_when_its_pod_has_gone_for_all() {
     let mut cluster = group_of_two(|_| {});
     let number = (0..).find(|number| cluster.connect(client(*number), 1) < PODS / 2).unwrap();
     let own = cluster.send(&Shape::tcp(SYN), (client(number), 1), API).unwrap();
-    let web = cluster.session(GROUP, client(number)).unwrap().backend;
+    let web = cluster.session(GROUP, client(number)).unwrap().backend.index;
     cluster.stop(web);
     let moved = cluster.send(&Shape::tcp(SYN), (client(number), 2), API).unwrap();
     assert_eq!(cluster.count(Reason::BackendGone), 1);
-    assert_eq!(cluster.session(GROUP, client(number)).unwrap().backend, moved, "now the group leads here");
+    assert_eq!(cluster.session(GROUP, client(number)).unwrap().backend.index, moved, "now the group leads here");
     let web = cluster.connect(client(number), 3);
     assert_eq!(web == moved, moved < PODS, "where it can be followed it is");
-    assert_eq!(cluster.session(OWN + 2, client(number)).unwrap().backend, own);
+    assert_eq!(cluster.session(OWN + 2, client(number)).unwrap().backend.index, own);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use core::{
 };
 
 use affinity_common::{
-    abi::{Address, Field, Flow, FlowScratch, Session, Usage},
+    abi::{Address, BackendRef, Field, Flow, FlowScratch, Session, Usage},
     tables::{Entry, Pin},
 };
 use bytemuck::Pod;
@@ -60,11 +60,8 @@ impl<V: Pod> MapValue<V> {
 }
 
 impl MapValue<Session> {
-    /// The backend and its generation as one word. Other processors change both at once.
-    const PINNED: Field<Session, u64> = {
-        assert!(offset_of!(Session, generation) == offset_of!(Session, backend) + 4);
-        Field::new(offset_of!(Session, backend))
-    };
+    /// The backend as one word: other processors change its index and generation at once.
+    const PINNED: Field<Session, u64> = Field::new(offset_of!(Session, backend));
 }
 
 impl<A: Address> MapValue<FlowScratch<A>> {
@@ -77,23 +74,9 @@ impl<A: Address> MapValue<FlowScratch<A>> {
     }
 }
 
-/// Two adjacent fields as one word, as the machine loads them.
-#[inline(always)]
-fn pair((first, second): (u32, u32)) -> u64 {
-    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-/// The inverse of [`pair`].
-#[inline(always)]
-fn unpaired(pair: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = pair.to_ne_bytes();
-    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
-}
-
 impl Pin for MapValue<Session> {
-    /// The backend is read first and last. A mover writes the times while the pin is marked as moving, so if both readings are
-    /// equal, the times belong to that backend. If they differ, the times are read again.
+    /// The backend is read first and last. The times of another backend are written while the pin is marked as moving, so if
+    /// both readings are equal, the times belong to that backend. If they differ, the times are read again.
     #[inline(always)]
     fn snapshot(&self) -> Session {
         let read = || {
@@ -109,12 +92,10 @@ impl Pin for MapValue<Session> {
             rest = read();
         }
         let (draw, created_ns, last_used_ns, connections) = rest;
-        let (backend, generation) = unpaired(pinned);
         Session {
             created_ns,
             last_used_ns,
-            backend,
-            generation,
+            backend: bytemuck::must_cast(pinned),
             draw,
             connections,
             service: 0,
@@ -125,18 +106,19 @@ impl Pin for MapValue<Session> {
     }
 
     #[inline(always)]
-    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+    fn cas_backend(&self, from: BackendRef, to: BackendRef) -> bool {
+        let (from, to) = (bytemuck::must_cast(from), bytemuck::must_cast(to));
         // SAFETY: see `copy::copy_aligned`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
             let word = self.place(Self::PINNED);
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, pair(from), pair(to))
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
         };
         is_done
     }
 
     #[inline(always)]
-    fn backend(&self) -> (u32, u32) {
-        unpaired(self.read(Self::PINNED))
+    fn backend(&self) -> BackendRef {
+        bytemuck::must_cast(self.read(Self::PINNED))
     }
 
     #[inline(always)]

@@ -168,5 +168,5 @@ impl Source {
 
 fn knows(catalog: &Catalog, event: &Event) -> bool {
     let known = |backend, generation| generation == 0 || catalog.generation(backend) == Some(generation);
-    (event.service == 0 || catalog.policy(event.service).is_some()) && known(event.to_backend, event.to_generation)
+    (event.service == 0 || catalog.policy(event.service).is_some()) && known(event.to.index, event.to.generation)
 }

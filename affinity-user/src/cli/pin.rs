@@ -8,7 +8,9 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, MEMBER_READY, MOVES, MemberKey, Reason, Session, SessionKey, Timer, V4, V6, netns_client},
+    abi::{
+        Address, BackendRef, MEMBER_READY, MOVES, MemberKey, Reason, Session, SessionKey, Timer, V4, V6, netns_client,
+    },
     select::next_draw,
 };
 use clap::{ArgGroup, Args};
@@ -185,15 +187,14 @@ impl PinArgs {
         backend: u32,
     ) -> Result<(), Error> {
         let key = SessionKey::new(policy.group, A::from_mapped(mapped(client.address())), client.prefix());
-        let generation = reading.catalog.generation(backend).unwrap_or(0);
+        let backend = BackendRef { index: backend, generation: reading.catalog.generation(backend).unwrap_or(0) };
         let old = reading.store.family::<A>().sessions.get(&key)?;
-        let same = old.filter(|old| (old.backend, old.generation) == (backend, generation));
+        let same = old.filter(|old| old.backend == backend);
         let now_ns = monotonic_ns();
         let session = Session {
             created_ns: now_ns,
             last_used_ns: now_ns,
             backend,
-            generation,
             service,
             draw: next_draw(now_ns as u32),
             // With `alive`, continuing connections are still counted if they are to this pod.

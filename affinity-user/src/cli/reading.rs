@@ -7,7 +7,9 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Direction, Flow, FlowKey, Frontend, Session, SessionKey, SocketRole, V4, V6, netns_client},
+    abi::{
+        Address, BackendRef, Direction, Flow, FlowKey, Frontend, Session, SessionKey, SocketRole, V4, V6, netns_client,
+    },
     parse::UDP,
 };
 use clap::Args;
@@ -62,13 +64,14 @@ impl Filter {
     }
 
     fn takes_session(&self, scope: u32, session: &Session) -> bool {
-        self.service.as_ref().is_none_or(|pins| pins.contain(scope, session)) && self.takes_backend(session.backend)
+        self.service.as_ref().is_none_or(|pins| pins.contain(scope, session))
+            && self.takes_backend(session.backend.index)
     }
 
     fn takes_flow<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
         let client = || ClientRef { key: Client::new(crate::view::ip(key.saddr), A::BITS), name: None, addresses: &[] };
         self.pools.as_ref().is_none_or(|pools| pools.contains(&flow.pool))
-            && self.takes_backend(flow.backend)
+            && self.takes_backend(flow.backend.index)
             && self.client.as_ref().is_none_or(|wanted| wanted.takes(&client()))
     }
 
@@ -208,8 +211,8 @@ impl Reading {
         self.count_open::<V6>(&lingering, &mut open)?;
         for entry in &self.store.sockets {
             let (key, socket) = entry?;
-            if key.role == SocketRole::Connected as u8 && lingering.get(&socket.backend) == Some(&socket.generation) {
-                *open.entry(socket.backend).or_default() += 1;
+            if key.role == SocketRole::Connected as u8 && lingering.contains(&socket.backend) {
+                *open.entry(socket.backend.index).or_default() += 1;
             }
         }
         Ok(open)
@@ -217,15 +220,15 @@ impl Reading {
 
     fn count_open<A: Family>(
         &self,
-        lingering: &BTreeMap<u32, u32>,
+        lingering: &BTreeSet<BackendRef>,
         open: &mut BTreeMap<u32, u64>,
     ) -> Result<(), Error> {
         for entry in self.store.family::<A>().flows.iter() {
             let (key, flow) = entry?;
-            let is_its_own = lingering.get(&flow.backend) == Some(&flow.generation);
+            let is_its_own = lingering.contains(&flow.backend);
             let is_open = matches!(FlowState::new(key.protocol, flow.state), FlowState::Open | FlowState::Closing);
             if is_its_own && is_open && key.direction == Direction::Dnat as u8 && key.protocol != UDP {
-                *open.entry(flow.backend).or_default() += 1;
+                *open.entry(flow.backend.index).or_default() += 1;
             }
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::output::{Cell, Column, Row, Tone};
 use crate::view::{
-    BackendRef, BackendState, BackendView, CounterView, DeviceView, EventView, FlowState, FlowView, ServiceView,
+    BackendState, BackendView, CounterView, DeviceView, EventView, FlowState, FlowView, PodRef, ServiceView,
     SessionView, short_duration,
 };
 
@@ -16,7 +16,7 @@ fn optional(text: Option<impl ToString>) -> Cell {
     text.map_or_else(|| Cell::toned("-", Tone::Faint), |text| Cell::new(text.to_string()))
 }
 
-fn pod(backend: &BackendRef<'_>) -> Cell {
+fn pod(backend: &PodRef<'_>) -> Cell {
     match (backend.name, backend.address) {
         (Some(name), _) => Cell::new(name),
         (None, Some(_)) => Cell::toned("-", Tone::Faint),

@@ -10,7 +10,7 @@ use affinity_common::abi::{
     UsageKey, UsageOf,
 };
 
-use crate::view::{BackendRef, from_mapped};
+use crate::view::{PodRef, from_mapped};
 
 /// A backend with more services than this does not name them in its series, which says [`SEVERAL`] instead.
 const SERVICES_NAMED: usize = 4;
@@ -168,7 +168,7 @@ impl Tables {
     /// `namespace/pod`, otherwise its address.
     fn backend_name(&self, index: u32, backend: &Backend) -> String {
         let name = self.known(NameKind::Backend, index).unwrap_or_default();
-        BackendRef::new(Some(from_mapped(backend.address)), name).full_name()
+        PodRef::new(Some(from_mapped(backend.address)), name).full_name()
     }
 
     fn counts(&self, of: UsageOf, id: u32) -> Counts {

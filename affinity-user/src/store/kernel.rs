@@ -18,9 +18,9 @@ use std::{
 
 use affinity_common::{
     abi::{
-        Address, BACKEND_LINGERING, Backend, Correction, Direction, Event, EventKind, FILTER_BITS, Flow, FlowKey,
-        Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, Port, RangeKey, Reason,
-        Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
+        Address, BACKEND_LINGERING, Backend, BackendRef, Correction, Direction, Event, EventKind, FILTER_BITS, Flow,
+        FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, Port, RangeKey,
+        Reason, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
     },
     names,
 };
@@ -276,10 +276,10 @@ impl KernelStore {
         self.usage.iter().map(|entry| entry.map(|(key, counts)| (key, sum(&counts)))).collect()
     }
 
-    /// Whether a backend's index still belongs to the pod that it belonged to with `generation`.
+    /// Whether a backend's index still belongs to the pod that it belonged to with this generation.
     #[must_use]
-    pub fn is_alive(&self, backend: u32, generation: u32) -> bool {
-        backend < self.generations.len() && self.generations.load_u32(backend) == generation
+    pub fn is_alive(&self, BackendRef { index, generation }: BackendRef) -> bool {
+        index < self.generations.len() && self.generations.load_u32(index) == generation
     }
 
     /// Whether an address, IPv6 or IPv4-mapped, has a frontend at a port.
@@ -295,20 +295,16 @@ impl KernelStore {
         })
     }
 
-    /// The backends that have left every pool and still have their index, with their generations.
+    /// The backends that have left every pool and still have their index.
     #[must_use]
-    pub fn lingering(&self) -> BTreeMap<u32, u32> {
-        let record = |index| {
+    pub fn lingering(&self) -> BTreeSet<BackendRef> {
+        let lingering = |index| {
             // The generation comes first, then the flags.
-            let [a, b, c, d, e, f, g, h] = self.generations.load_u64(index).to_ne_bytes();
-            (index, u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
+            let [generation, flags]: [u32; 2] = bytemuck::must_cast(self.generations.load_u64(index));
+            let lingers = generation % 2 == 1 && flags & BACKEND_LINGERING != 0;
+            lingers.then_some(BackendRef { index, generation })
         };
-        let lingers = |(_, generation, flags): &(u32, u32, u32)| generation % 2 == 1 && flags & BACKEND_LINGERING != 0;
-        (0..self.generations.len())
-            .map(record)
-            .filter(lingers)
-            .map(|(index, generation, _)| (index, generation))
-            .collect()
+        (0..self.generations.len()).filter_map(lingering).collect()
     }
 
     /// Removes all socket entries.
@@ -359,10 +355,8 @@ impl KernelStore {
             client: key.client.to_mapped(),
             service: session.service,
             scope: key.scope,
-            from_backend: session.backend,
-            from_generation: session.generation,
-            to_backend: 0,
-            to_generation: 0,
+            from: session.backend,
+            to: BackendRef::default(),
             kind: kind as u8,
             reason: reason as u8,
             pad: [0; 6],
@@ -387,10 +381,8 @@ impl KernelStore {
             client: key.client.to_mapped(),
             service: session.service,
             scope: key.scope,
-            from_backend: old.map_or(0, |old| old.backend),
-            from_generation: old.map_or(0, |old| old.generation),
-            to_backend: session.backend,
-            to_generation: session.generation,
+            from: old.map_or(BackendRef::default(), |old| old.backend),
+            to: session.backend,
             kind: EventKind::Pinned as u8,
             reason: session.reason,
             pad: [0; 6],
@@ -400,8 +392,8 @@ impl KernelStore {
     /// Adds a number of sessions to the load of a session's backend, unless that backend has gone: the index may belong to
     /// another one.
     fn add_load(&self, session: &Session, sessions: i64) -> Result<(), StoreError> {
-        if session.backend < self.loads.len() && self.is_alive(session.backend, session.generation) {
-            self.loads.add_u64(session.backend, sessions);
+        if session.backend.index < self.loads.len() && self.is_alive(session.backend) {
+            self.loads.add_u64(session.backend.index, sessions);
         }
         Ok(())
     }

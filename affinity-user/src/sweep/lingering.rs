@@ -10,7 +10,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Address, Direction, FLOW_SHADOW, Flow, FlowKey, Port, Socket, SocketKey, V4, V6},
+    abi::{Address, BackendRef, Direction, FLOW_SHADOW, Flow, FlowKey, Port, Socket, SocketKey, V4, V6},
     parse::UDP,
     state,
 };
@@ -65,7 +65,6 @@ impl ClientKey {
 /// The connections of one backend.
 #[derive(Clone, Debug, Default)]
 struct Connections {
-    generation: u32,
     flows: Vec<ClientKey>,
     sockets: Vec<SocketKey>,
 }
@@ -74,9 +73,9 @@ struct Connections {
 #[derive(Debug)]
 pub(super) struct Watch {
     /// Connections of the backends that lingered when the current pass began.
-    found: BTreeMap<u32, Connections>,
+    found: BTreeMap<BackendRef, Connections>,
     /// Connections of the backends that lingered when the last complete pass began.
-    known: BTreeMap<u32, Connections>,
+    known: BTreeMap<BackendRef, Connections>,
     /// Whether a lingering backend is missing from `known`.
     is_behind: bool,
     due: Instant,
@@ -104,10 +103,7 @@ impl Watch {
 
     /// Begins a pass.
     pub(super) fn begin(&mut self, store: &KernelStore) {
-        let lingering = store.lingering().into_iter();
-        self.found = lingering
-            .map(|(index, generation)| (index, Connections { generation, ..Connections::default() }))
-            .collect();
+        self.found = store.lingering().into_iter().map(|backend| (backend, Connections::default())).collect();
     }
 
     /// The pass has met all flows and sockets.
@@ -126,7 +122,7 @@ impl Watch {
         flow: &Flow<A>,
     ) -> Result<(), StoreError> {
         let counts = key.direction == Direction::Dnat as u8 && flow.state & FLOW_SHADOW == 0;
-        let of = self.found.get_mut(&flow.backend).filter(|of| counts && of.generation == flow.generation);
+        let of = self.found.get_mut(&flow.backend).filter(|_| counts);
         let Some(of) = of else { return Ok(()) };
         if key.protocol != UDP || !store.has_frontend(V6(key.daddr.to_mapped()), key.dport, UDP)? {
             of.flows.push(ClientKey::new(key));
@@ -141,8 +137,7 @@ impl Watch {
         key: &SocketKey,
         socket: &Socket,
     ) -> Result<(), StoreError> {
-        let of = self.found.get_mut(&socket.backend).filter(|of| of.generation == socket.generation);
-        let Some(of) = of else { return Ok(()) };
+        let Some(of) = self.found.get_mut(&socket.backend) else { return Ok(()) };
         if key.protocol != UDP || !store.has_frontend(socket.frontend, socket.frontend_port, UDP)? {
             of.sockets.push(*key);
         }
@@ -166,13 +161,13 @@ impl Watch {
             return Ok(());
         }
         let lingering = store.lingering();
-        self.known.retain(|index, of| lingering.get(index) == Some(&of.generation));
-        self.is_behind = lingering.keys().any(|index| !self.known.contains_key(index));
+        self.known.retain(|backend, _| lingering.contains(backend));
+        self.is_behind = lingering.iter().any(|backend| !self.known.contains_key(backend));
         self.traffic.clear();
         self.ask_sockets(store)?;
         let Self { known, unanswered, answered_ns, traffic, .. } = self;
-        for (index, of) in known {
-            traffic.insert(*index, of.look(store, *index, unanswered, answered_ns)?);
+        for (backend, of) in known {
+            traffic.insert(backend.index, of.look(store, *backend, unanswered, answered_ns)?);
         }
         self.due = began + LOOK_EVERY.max(began.elapsed() * REST_FACTOR);
         Ok(())
@@ -210,17 +205,17 @@ impl Connections {
     fn look(
         &mut self,
         store: &KernelStore,
-        index: u32,
+        backend: BackendRef,
         unanswered: &BTreeSet<u64>,
         answered_ns: &BTreeMap<u64, u64>,
     ) -> Result<Traffic, StoreError> {
-        let mut traffic = Traffic { generation: self.generation, ..Traffic::default() };
+        let mut traffic = Traffic { generation: backend.generation, ..Traffic::default() };
         let mut flows = Vec::with_capacity(self.flows.len());
         for key in &self.flows {
             let is_there = if key.is_v4 {
-                look_up::<V4>(store, &key.key(), (index, self.generation), &mut traffic)?
+                look_up::<V4>(store, &key.key(), backend, &mut traffic)?
             } else {
-                look_up::<V6>(store, &key.key(), (index, self.generation), &mut traffic)?
+                look_up::<V6>(store, &key.key(), backend, &mut traffic)?
             };
             flows.extend(is_there.then_some(*key));
         }
@@ -228,7 +223,7 @@ impl Connections {
         let mut sockets = Vec::with_capacity(self.sockets.len());
         for key in &self.sockets {
             let socket = store.sockets.get(key)?;
-            if socket.is_none_or(|socket| (socket.backend, socket.generation) != (index, self.generation)) {
+            if socket.is_none_or(|socket| socket.backend != backend) {
                 continue;
             }
             traffic.connections += 1;
@@ -246,11 +241,11 @@ impl Connections {
 fn look_up<A: Family>(
     store: &KernelStore,
     key: &FlowKey<A>,
-    backend: (u32, u32),
+    backend: BackendRef,
     traffic: &mut Traffic,
 ) -> Result<bool, StoreError> {
     let flows = &store.family::<A>().flows;
-    let is_its_own = |flow: &Flow<A>| (flow.backend, flow.generation) == backend;
+    let is_its_own = |flow: &Flow<A>| flow.backend == backend;
     let Some(flow) = flows.get(key)?.filter(is_its_own) else { return Ok(false) };
     let reply = flows.get(&key.opposite(&flow.edit))?.filter(is_its_own);
     traffic.connections += 1;

@@ -26,7 +26,7 @@ impl Sweeper {
             }
             let counts = socket.timer == Timer::Alive as u8 && socket.scope != 0;
             if counts && key.role == SocketRole::Connected as u8 {
-                let session = (socket.client.0, socket.scope, socket.backend, socket.generation);
+                let session = (socket.client.0, socket.scope, socket.backend);
                 *self.pass.connections.entry(session).or_default() += 1;
             }
         }
@@ -35,7 +35,7 @@ impl Sweeper {
 
     /// Whether a socket has sent and received no datagram for long: each direction renews only its own entry.
     fn is_silent(&self, key: &SocketKey, socket: &Socket, now_ns: u64) -> Result<bool, StoreError> {
-        let lives = self.pass.lives(socket.backend, socket.generation);
+        let lives = self.pass.lives(socket.backend);
         // It is unknown whether there was an answer. It is assumed, because most senders wait for one.
         let over =
             |socket: &Socket| flow_is_over(UDP, FLOW_ANSWERED, now_ns.saturating_sub(socket.last_used_ns), lives);
@@ -45,7 +45,8 @@ impl Sweeper {
             return Ok(false);
         }
         let other = self.store.sockets.get(&other_way(key, socket))?;
-        let other = other.filter(|other| (other.backend, other.generation) == (socket.backend, socket.generation));
+        let other = other
+            .filter(|other| (other.backend, other.backend.generation) == (socket.backend, socket.backend.generation));
         Ok(other.is_none_or(|other| over(&other)))
     }
 }

@@ -8,7 +8,7 @@ use std::{
     net::IpAddr,
 };
 
-use affinity_common::abi::{AFFINITY, Event, SHADOW, UsageKey, UsageOf};
+use affinity_common::abi::{AFFINITY, BackendRef, Event, SHADOW, UsageKey, UsageOf};
 
 use crate::view::{Catalog, EventView, StatusView, policy_text, short_duration};
 
@@ -142,7 +142,7 @@ fn backends(catalog: &Catalog, pins: impl Fn(u32) -> u64) -> BTreeMap<u32, Backe
     let in_use = catalog.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
     in_use
         .map(|(&index, record)| {
-            let backend = catalog.backend(index, record.generation);
+            let backend = catalog.backend(BackendRef { index, generation: record.generation });
             let sample = BackendSample {
                 name: backend.to_string(),
                 pod: backend.full_name(),

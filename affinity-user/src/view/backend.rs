@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr};
 
-use affinity_common::abi::{BACKEND_LINGERING, BACKEND_LOCAL, UsageKey, UsageOf};
+use affinity_common::abi::{BACKEND_LINGERING, BACKEND_LOCAL, BackendRef, UsageKey, UsageOf};
 use serde::Serialize;
 
 use super::{Catalog, LiveSessions};
 
 /// A pod, as other views refer to it. All fields are empty if nothing is known about it any more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize)]
-pub struct BackendRef<'a> {
+pub struct PodRef<'a> {
     /// Its address.
     pub address: Option<IpAddr>,
     /// The pod's name, if the source gave one.
@@ -18,7 +18,7 @@ pub struct BackendRef<'a> {
     pub namespace: Option<&'a str>,
 }
 
-impl<'a> BackendRef<'a> {
+impl<'a> PodRef<'a> {
     /// `full_name` is `namespace/pod`, or empty.
     pub(crate) fn new(address: Option<IpAddr>, full_name: &'a str) -> Self {
         match full_name.split_once('/') {
@@ -49,7 +49,7 @@ impl<'a> BackendRef<'a> {
 }
 
 /// The name, else the address, else `(gone)`.
-impl fmt::Display for BackendRef<'_> {
+impl fmt::Display for PodRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.name, self.address) {
             (Some(name), _) => f.write_str(name),
@@ -91,7 +91,7 @@ impl BackendState {
 pub struct BackendView<'a> {
     /// Address and name.
     #[serde(flatten)]
-    pub backend: BackendRef<'a>,
+    pub backend: PodRef<'a>,
     /// The services that it serves, by name.
     pub services: Vec<String>,
     /// Whether it takes connections.
@@ -133,7 +133,7 @@ impl<'a> BackendView<'a> {
                 };
                 let usage = catalog.usage.get(&UsageKey { of: UsageOf::Backend as u32, id: index });
                 Self {
-                    backend: catalog.backend(index, record.generation),
+                    backend: catalog.backend(BackendRef { index, generation: record.generation }),
                     services,
                     state,
                     local: record.flags & BACKEND_LOCAL != 0,
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_pod_answers_to_its_address_its_name_and_its_full_name() {
-        let pod = BackendRef::new(Some("10.1.0.1".parse().unwrap()), "default/web-0");
+        let pod = PodRef::new(Some("10.1.0.1".parse().unwrap()), "default/web-0");
         for wanted in ["10.1.0.1", "web-0", "default/web-0"] {
             assert!(pod.is_called(wanted), "{wanted}");
         }
@@ -176,7 +176,7 @@ mod tests {
             assert!(!pod.is_called(wanted), "{wanted}");
         }
         assert_eq!(pod.to_string(), "web-0");
-        assert_eq!(BackendRef::new(pod.address, "").to_string(), "10.1.0.1");
-        assert_eq!(BackendRef::default().to_string(), "(gone)");
+        assert_eq!(PodRef::new(pod.address, "").to_string(), "10.1.0.1");
+        assert_eq!(PodRef::default().to_string(), "(gone)");
     }
 }

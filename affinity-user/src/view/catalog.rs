@@ -8,11 +8,11 @@ use std::{
 };
 
 use affinity_common::abi::{
-    AFFINITY, Address, CLIENTS_ARE_NODES, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey, NameKind,
-    SCOPE_EXTERNAL, SHADOW, Selection, Status, Timer, Usage, UsageKey,
+    AFFINITY, Address, BackendRef, CLIENTS_ARE_NODES, Frontend, FrontendKey, MEMBER_READY, MemberKey, NameKey,
+    NameKind, SCOPE_EXTERNAL, SHADOW, Selection, Status, Timer, Usage, UsageKey,
 };
 
-use super::{BackendRef, Client, ClientRef, Clock, Endpoint, NODE, StatusView, address::from_mapped, protocol_name};
+use super::{Client, ClientRef, Clock, Endpoint, NODE, PodRef, StatusView, address::from_mapped, protocol_name};
 use crate::{
     desired::{PoolName, is_global},
     netns,
@@ -284,23 +284,23 @@ impl Catalog {
 
     /// The backend with a generation. A pod that has gone keeps its address and name until its index is used again.
     #[must_use]
-    pub fn backend(&self, index: u32, generation: u32) -> BackendRef<'_> {
+    pub fn backend(&self, BackendRef { index, generation }: BackendRef) -> PodRef<'_> {
         let record = self.observed.backends.get(&index).filter(|record| {
             let retired = generation.wrapping_add(1);
             record.generation == generation || record.generation == retired && retired.is_multiple_of(2)
         });
-        let Some(record) = record else { return BackendRef::default() };
+        let Some(record) = record else { return PodRef::default() };
         let address = Some(from_mapped(record.address)).filter(|address| !address.is_unspecified());
-        BackendRef::new(address, self.known(NameKind::Backend, index).unwrap_or(""))
+        PodRef::new(address, self.known(NameKind::Backend, index).unwrap_or(""))
     }
 
     /// The backend in the current record.
     #[must_use]
-    pub fn backend_now(&self, index: u32) -> BackendRef<'_> {
+    pub fn backend_now(&self, index: u32) -> PodRef<'_> {
         self.observed
             .backends
             .get(&index)
-            .map_or_else(BackendRef::default, |record| self.backend(index, record.generation))
+            .map_or_else(PodRef::default, |record| self.backend(BackendRef { index, generation: record.generation }))
     }
 
     /// The generation of a backend's index, if it is in use.
@@ -377,7 +377,8 @@ impl Catalog {
     /// The name of the pod that has one of these addresses.
     fn pod_at(&self, addresses: &BTreeSet<IpAddr>) -> Option<String> {
         let indices = self.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
-        let mut pods = indices.map(|(&index, record)| self.backend(index, record.generation));
+        let mut pods =
+            indices.map(|(&index, record)| self.backend(BackendRef { index, generation: record.generation }));
         let pod = pods.find(|pod| pod.name.is_some() && pod.address.is_some_and(|at| addresses.contains(&at)))?;
         Some(pod.full_name())
     }

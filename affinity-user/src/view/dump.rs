@@ -10,7 +10,7 @@ use std::{
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, COEXIST, DEVICE_POD,
+        AFFINITY, Address, BACKEND_LINGERING, BACKEND_LOCAL, BACKEND_TERMINATING, BackendRef, COEXIST, DEVICE_POD,
         DEVICE_REDIRECT_TC, DEVICE_REDIRECT_XDP, DEVICE_UPPER, DROP_IF_NO_LOCAL, Event, FILTER_BITS, Flow, FlowKey,
         Foreign, FragmentKey, Frontend, MASQUERADE, MEMBER_READY, MemberKey, NODE, NameKind, Node, PODS, Port, RANGES,
         REASONS, RangeKey, SHADOW, SHARED, SPLIT_SCOPE, Session, SessionKey, Socket, SocketKey, USAGES, UsageOf, V4,
@@ -163,7 +163,8 @@ impl<'a> Dump<'a> {
                 let state = if member.state == MEMBER_READY { "ready" } else { "draining" };
                 let current = self.catalog.observed.backends.get(&backend).map(|backend| backend.generation);
                 let stale = if current == Some(member.generation) { "" } else { " stale" };
-                let backend = self.catalog.backend(backend, member.generation).full_name();
+                let backend =
+                    self.catalog.backend(BackendRef { index: backend, generation: member.generation }).full_name();
                 format!("{} {scope} {backend} -> port={} state={state}{stale}", names::MEMBERS, member.port.get())
             })
             .collect();
@@ -179,7 +180,7 @@ impl<'a> Dump<'a> {
         let in_use = self.catalog.observed.backends.iter().filter(|(_, record)| record.generation % 2 == 1);
         let lines: BTreeMap<_, _> = in_use
             .map(|(&index, record)| {
-                let backend = self.catalog.backend(index, record.generation);
+                let backend = self.catalog.backend(BackendRef { index, generation: record.generation });
                 let address = backend.address.map_or_else(|| "(none)".to_owned(), |address| address.to_string());
                 let local = if record.flags & BACKEND_LOCAL == 0 { "" } else { " local" };
                 let lingering = if record.flags & BACKEND_LINGERING == 0 { "" } else { " lingering" };
@@ -285,7 +286,7 @@ impl<'a> Dump<'a> {
                     flow_text(&key),
                     Endpoint::new(edit.saddr, edit.sport),
                     Endpoint::new(edit.daddr, edit.dport),
-                    self.catalog.backend(flow.backend, flow.generation).full_name(),
+                    self.catalog.backend(flow.backend).full_name(),
                     self.catalog.service_of_pool(flow.pool),
                     FlowState::new(key.protocol, flow.state).name()
                 );
@@ -396,7 +397,7 @@ impl<'a> Dump<'a> {
                     protocol_name(key.protocol),
                     endpoint(socket.frontend, socket.frontend_port),
                     endpoint(socket.peer, socket.peer_port),
-                    self.catalog.backend(socket.backend, socket.generation).full_name(),
+                    self.catalog.backend(socket.backend).full_name(),
                     self.catalog.service_name(socket.service),
                 );
                 if self.options.times {

@@ -2,10 +2,10 @@
 
 use std::borrow::Cow;
 
-use affinity_common::abi::{Event, EventKind, Reason};
+use affinity_common::abi::{BackendRef, Event, EventKind, Reason};
 use serde::Serialize;
 
-use super::{BackendRef, Catalog, ClientRef, Moment, address::from_mapped};
+use super::{Catalog, ClientRef, Moment, PodRef, address::from_mapped};
 
 /// A change of a pin.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -19,9 +19,9 @@ pub struct EventView<'a> {
     /// The client; null if it concerns many.
     pub client: Option<ClientRef<'a>>,
     /// The pod before; null: none.
-    pub from: Option<BackendRef<'a>>,
+    pub from: Option<PodRef<'a>>,
     /// The pod after; null: none.
-    pub to: Option<BackendRef<'a>>,
+    pub to: Option<PodRef<'a>>,
     /// The name of a [`Reason`].
     pub reason: Option<&'static str>,
     /// Pins dropped because the table was full; null for other kinds.
@@ -37,7 +37,7 @@ impl<'a> EventView<'a> {
         let service = Some(catalog.service_name(event.service)).filter(|_| event.service != 0);
         let reason = Reason::from_byte(event.reason).map(Reason::name);
         if kind == EventKind::Evicted {
-            let evicted = Some(event.from_backend);
+            let evicted = Some(event.from.index);
             return Some(Self {
                 time,
                 kind: kind.name(),
@@ -49,14 +49,14 @@ impl<'a> EventView<'a> {
                 evicted,
             });
         }
-        let backend = |index, generation| (generation != 0).then(|| catalog.backend(index, generation));
+        let pod = |of: BackendRef| (of.generation != 0).then(|| catalog.backend(of));
         Some(Self {
             time,
             kind: kind.name(),
             service,
             client: Some(catalog.client(from_mapped(event.client), event.service)),
-            from: backend(event.from_backend, event.from_generation),
-            to: backend(event.to_backend, event.to_generation),
+            from: pod(event.from),
+            to: pod(event.to),
             reason,
             evicted: None,
         })

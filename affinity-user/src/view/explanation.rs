@@ -16,8 +16,8 @@ use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason, SHADOW,
-        Selection, filter_bit,
+        AFFINITY, Address, BackendRef, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason,
+        SHADOW, Selection, filter_bit,
     },
     model::Model,
     parse::{ACK, Headers, SYN, UDP},
@@ -255,16 +255,16 @@ where
             let is_by_port =
                 frontend.flags & AFFINITY == 0 && self.question.from_port.is_some() && !self.question.is_socket();
             let chances = match Selection::from_byte(frontend.select) {
-                Selection::Random if is_by_port => BTreeMap::from([(flow.backend, 1.0)]),
+                Selection::Random if is_by_port => BTreeMap::from([(flow.backend.index, 1.0)]),
                 Selection::Random => self.uniform(&frontend),
                 Selection::Least => self.two_choices(&frontend),
-                Selection::Consistent => BTreeMap::from([(flow.backend, 1.0)]),
+                Selection::Consistent => BTreeMap::from([(flow.backend.index, 1.0)]),
             };
             let candidates = chances.into_iter().filter(|&(_, probability)| probability > 0.0);
             return candidates.filter_map(|(index, chance)| self.candidate(&frontend, index, chance)).collect();
         }
         // An existing connection, a pin, or a pin's own next draw: the pod is determined.
-        let pod = self.catalog.backend(flow.backend, flow.generation);
+        let pod = self.catalog.backend(flow.backend);
         let Endpoint { address, port } = destination(flow);
         let (name, namespace) = (pod.name, pod.namespace);
         let masquerade = if reason == Reason::Established {
@@ -277,7 +277,7 @@ where
 
     fn candidate(&self, frontend: &Frontend, backend: u32, probability: f64) -> Option<Candidate<'a>> {
         let member = self.catalog.observed.members.get(&MemberKey { pool: frontend.pool, backend })?;
-        let pod = self.catalog.backend(backend, member.generation);
+        let pod = self.catalog.backend(BackendRef { index: backend, generation: member.generation });
         let (address, port) = (pod.address?, member.port.get());
         let masquerade = self.is_masqueraded(A::from_mapped(mapped(address)));
         Some(Candidate { address, port, name: pod.name, namespace: pod.namespace, probability, masquerade })

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, Backend, DROP_IF_NO_LOCAL, Event, EventKind, FLOW_FIN_CLIENT, Flow, FlowKey, Frontend,
-        FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Node, PODS, Port,
-        RANGES, RangeKey, Reason, SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, Usage, UsageKey, UsageOf, V4,
-        V6,
+        AFFINITY, Address, Backend, BackendRef, DROP_IF_NO_LOCAL, Event, EventKind, FLOW_FIN_CLIENT, Flow, FlowKey,
+        Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, NameKey, NameKind, Node,
+        PODS, Port, RANGES, RangeKey, Reason, SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, Usage, UsageKey,
+        UsageOf, V4, V6,
     },
     rewrite,
 };
@@ -24,8 +24,7 @@ pub(crate) fn session(created_s: u64, last_used_s: u64, backend: u32) -> Session
     Session {
         created_ns: created_s * SECOND,
         last_used_ns: last_used_s * SECOND,
-        backend,
-        generation: 1,
+        backend: BackendRef { index: backend, generation: 1 },
         service: 1,
         draw: 0,
         connections: 0,
@@ -134,7 +133,10 @@ pub(crate) fn sessions_v4() -> Vec<(SessionKey<V4>, Session)> {
         (SessionKey::new(1, V4([192, 0, 2, 1]), 32), session(9_000, 9_990, 1)),
         (SessionKey::new(1, V4([192, 0, 2, 20]), 32), Session { reason: 13, ..session(9_955, 9_955, 2) }),
         (SessionKey::new(1, V4([198, 51, 100, 7]), 32), session(100, 150, 4)),
-        (SessionKey::new(1, V4([198, 51, 100, 8]), 32), Session { generation: 7, ..session(9_000, 9_001, 1) }),
+        (
+            SessionKey::new(1, V4([198, 51, 100, 8]), 32),
+            Session { backend: BackendRef { index: 1, generation: 7 }, ..session(9_000, 9_001, 1) },
+        ),
         (SessionKey::new(9, V4([203, 0, 113, 0]), 24), alive),
         (SessionKey::new(77, V4([203, 0, 113, 9]), 32), Session { service: 77, ..session(1, 1, 2) }),
     ]
@@ -163,8 +165,7 @@ pub(crate) fn flow() -> (FlowKey<V4>, Flow<V4>) {
         last_used_ns: 9_999 * SECOND,
         segment: 0,
         edit,
-        backend: 1,
-        generation: 1,
+        backend: BackendRef { index: 1, generation: 1 },
         pool: 1,
         scope: 1,
         timeout_s: 10_800,
@@ -183,10 +184,8 @@ pub(crate) fn events() -> Vec<Event> {
         client: V4([192, 0, 2, 1]).to_mapped(),
         service: 1,
         scope: 1,
-        from_backend: from,
-        from_generation: u32::from(from > 0),
-        to_backend: to,
-        to_generation: u32::from(to > 0),
+        from: BackendRef { index: from, generation: u32::from(from > 0) },
+        to: BackendRef { index: to, generation: u32::from(to > 0) },
         kind: kind as u8,
         reason: reason as u8,
         pad: [0; 6],
@@ -198,6 +197,6 @@ pub(crate) fn events() -> Vec<Event> {
         event(9_200, EventKind::Expired, Reason::Expired, 2, 1),
         event(9_300, EventKind::Unpinned, Reason::OperatorPinned, 1, 0),
         event(9_400, EventKind::Pinned, Reason::OperatorPinned, 0, 2),
-        Event { from_backend: 42, service: 0, client: [0; 16], ..evicted },
+        Event { from: BackendRef { index: 42, generation: 0 }, service: 0, client: [0; 16], ..evicted },
     ]
 }

@@ -8,7 +8,7 @@ use affinity_common::{
 };
 use serde::Serialize;
 
-use super::{BackendRef, Catalog, Endpoint, Moment, protocol_name};
+use super::{Catalog, Endpoint, Moment, PodRef, protocol_name};
 
 /// The state of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
@@ -80,7 +80,7 @@ pub struct FlowView<'a> {
     /// The frontend that the client connected to.
     pub frontend: Endpoint,
     /// The pod.
-    pub backend: BackendRef<'a>,
+    pub backend: PodRef<'a>,
     /// The pod's address and port.
     pub translated: Endpoint,
     /// Its state.
@@ -101,7 +101,7 @@ impl<'a> FlowView<'a> {
             protocol: protocol_name(key.protocol),
             client: Endpoint::new(key.saddr, key.sport),
             frontend: Endpoint::new(key.daddr, key.dport),
-            backend: catalog.backend(flow.backend, flow.generation),
+            backend: catalog.backend(flow.backend),
             translated: Endpoint::new(flow.edit.daddr, flow.edit.dport),
             state: FlowState::new(key.protocol, flow.state),
             created: catalog.clock.moment(flow.created_ns),

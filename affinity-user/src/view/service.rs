@@ -20,11 +20,11 @@ impl LiveSessions {
     /// Counts a pin, unless it has expired or its pod is gone.
     pub fn add(&mut self, catalog: &Catalog, session: &Session) {
         let Some(policy) = catalog.policy(session.service) else { return };
-        let backend = catalog.observed.backends.get(&session.backend);
-        let there = backend.is_some_and(|backend| backend.generation == session.generation);
+        let backend = catalog.observed.backends.get(&session.backend.index);
+        let there = backend.is_some_and(|backend| backend.generation == session.backend.generation);
         if there && expires_in_s(session, policy.timer, policy.timeout_ns, catalog.clock.now_ns) != Some(0) {
             *self.by_service.entry(session.service).or_default() += 1;
-            *self.by_backend.entry(session.backend).or_default() += 1;
+            *self.by_backend.entry(session.backend.index).or_default() += 1;
         }
     }
 

@@ -8,7 +8,7 @@ use affinity_common::{
 };
 use serde::Serialize;
 
-use super::{BackendRef, Catalog, ClientRef, Moment, address::ip};
+use super::{Catalog, ClientRef, Moment, PodRef, address::ip};
 
 /// A pin: the pod that a client's new connections go to.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -19,7 +19,7 @@ pub struct SessionView<'a> {
     /// The client: an address, the network that shares the pin, or a network namespace of this machine.
     pub client: ClientRef<'a>,
     /// The pod.
-    pub backend: BackendRef<'a>,
+    pub backend: PodRef<'a>,
     /// When the client was pinned to this pod.
     pub created: Moment,
     /// When the timeout was last restarted.
@@ -45,7 +45,7 @@ impl<'a> SessionView<'a> {
         Self {
             service: catalog.service_name(session.service),
             client: catalog.client(ip(key.client), session.service),
-            backend: catalog.backend(session.backend, session.generation),
+            backend: catalog.backend(session.backend),
             created: catalog.clock.moment(session.created_ns),
             last_used: catalog.clock.moment(session.last_used_ns),
             expires_in_seconds: match policy {

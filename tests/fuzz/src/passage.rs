@@ -1,7 +1,9 @@
 //! One frame through the pipeline, and the properties of every passage.
 
 use affinity_common::{
-    abi::{COEXIST, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, V4, V6},
+    abi::{
+        BackendRef, COEXIST, Direction, Frontend, FrontendKey, MEMBER_READY, MemberKey, Port, Reason, SHADOW, V4, V6,
+    },
     model::Model,
     pipeline::{self, Verdict},
 };
@@ -196,7 +198,7 @@ impl Passage {
                 return;
             }
         } else if let (Some(pins), Some(after)) = (pins_before, pins_of(model, &self.before)) {
-            pins.judge(&after, self.reason, *index, backend.generation);
+            pins.judge(&after, self.reason, BackendRef { index: *index, generation: backend.generation });
         }
         let member = model.members.get(&MemberKey { pool: frontend.pool, backend: *index });
         let member = member.expect("a connection goes to a member");

@@ -2,8 +2,8 @@
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address as _, Frontend, MEMBER_READY, Member, MemberKey, Reason, SHARED, Session, SessionKey,
-        TIMEOUT_UNLIMITED, Timer, V4, V6,
+        AFFINITY, Address as _, BackendRef, Frontend, MEMBER_READY, Member, MemberKey, Reason, SHARED, Session,
+        SessionKey, TIMEOUT_UNLIMITED, Timer, V4, V6,
     },
     model::Model,
 };
@@ -30,7 +30,7 @@ impl Pins {
         }
         let group = pin(model, reading, GROUP, frontend.prefix);
         let member = |pool: u32| {
-            let key = MemberKey { pool, backend: group?.backend };
+            let key = MemberKey { pool, backend: group?.backend.index };
             model.members.get(&key).copied()
         };
         Some(Self {
@@ -46,15 +46,15 @@ impl Pins {
     /// The backend that a new connection must reach: the one of the group's pin, if it may be followed here.
     pub(crate) fn must_reach(&self) -> Option<u32> {
         let pin = self.group.filter(|pin| self.is_fresh(pin))?;
-        serves(&pin, self.in_pool).then_some(pin.backend)
+        serves(&pin, self.in_pool).then_some(pin.backend.index)
     }
 
     /// Checks the effects of a new connection to `backend`.
-    pub(crate) fn judge(&self, after: &Self, reason: Reason, backend: u32, generation: u32) {
+    pub(crate) fn judge(&self, after: &Self, reason: Reason, backend: BackendRef) {
         if let Some(expected) = self.must_reach() {
-            assert_eq!((reason, backend), (Reason::Pinned, expected), "a pin is followed");
+            assert_eq!((reason, backend.index), (Reason::Pinned, expected), "a pin is followed");
         }
-        let kept = |pin: &&Session| pin.backend == backend && pin.generation == generation;
+        let kept = |pin: &&Session| pin.backend == backend;
         let made = [after.group, after.own];
         let made = made.iter().flatten().find(kept).expect("the connection's backend is pinned");
         assert_eq!(made.last_used_ns, self.now_ns, "a connection restarts the timer");
@@ -92,7 +92,7 @@ impl Pins {
 }
 
 fn serves(pin: &Session, member: Option<Member>) -> bool {
-    member.is_some_and(|member| member.state == MEMBER_READY && member.generation == pin.generation)
+    member.is_some_and(|member| member.state == MEMBER_READY && member.generation == pin.backend.generation)
 }
 
 fn pin(model: &Model, reading: &Reading, scope: u32, prefix: u8) -> Option<Session> {

@@ -6,9 +6,10 @@
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, Backend, COEXIST, DROP_IF_NO_LOCAL, Direction, Frontend, FrontendKey,
-        MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS as POD_NETWORKS, Port, RANGES,
-        RangeKey, Reason, SHADOW, SHARED, SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6, filter_bit,
+        AFFINITY, Address, BACKEND_LOCAL, Backend, BackendRef, COEXIST, DROP_IF_NO_LOCAL, Direction, Frontend,
+        FrontendKey, MASQUERADE, MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Node, PODS as POD_NETWORKS, Port,
+        RANGES, RangeKey, Reason, SHADOW, SHARED, SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, V4, V6,
+        filter_bit,
     },
     flow::REFRESH_NS,
     model::Model,
@@ -254,8 +255,10 @@ impl State {
             created_ns: last_used_ns.saturating_sub(u64::from(self.pin_age >> 4)),
             last_used_ns,
             // Sometimes a backend that does not exist.
-            backend: first_pod + u32::from(self.pinned_pod) % (PODS + 1),
-            generation: if self.pin & 0x10 == 0 { IN_USE } else { IN_USE - 2 },
+            backend: BackendRef {
+                index: first_pod + u32::from(self.pinned_pod) % (PODS + 1),
+                generation: if self.pin & 0x10 == 0 { IN_USE } else { IN_USE - 2 },
+            },
             service: SERVICE,
             draw: u32::from(self.random),
             connections: u32::from(self.pin >> 5 & 1),

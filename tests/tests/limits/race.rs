@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{Frontend, Reason, Selection, Session, TIMEOUT_UNLIMITED, Timer},
+    abi::{BackendRef, Frontend, Reason, Selection, Session, TIMEOUT_UNLIMITED, Timer},
     pipeline::Verdict,
 };
 use affinity_tests::{
@@ -52,7 +52,7 @@ fn two_processors_agree_on_a_client_whose_pin_has_expired() -> Result<()> {
 fn two_processors_agree_on_a_client_whose_pod_has_gone() -> Result<()> {
     for select in [Selection::Random, Selection::Consistent, Selection::Least] {
         let kernel = crowd(select)?;
-        pin_all(&kernel, |session| session.generation = GENERATION + 2)?;
+        pin_all(&kernel, |session| session.backend.generation = GENERATION + 2)?;
         race(&kernel, None, &[Reason::BackendGone])?;
     }
     Ok(())
@@ -85,8 +85,7 @@ fn pin_all(kernel: &Kernel, change: impl Fn(&mut Session)) -> Result<()> {
         let mut session = Session {
             created_ns: now_ns - SECOND_NS,
             last_used_ns: now_ns - SECOND_NS,
-            backend: 0,
-            generation: GENERATION,
+            backend: BackendRef { index: 0, generation: GENERATION },
             service: 1,
             draw: client.wrapping_mul(0x9e37_79b1),
             connections: 0,
@@ -122,7 +121,7 @@ fn race(kernel: &Kernel, connections: Option<u32>, reasons: &[Reason]) -> Result
     let (mut misplaced, mut miscounted) = (0, 0);
     for (client, pod) in (0..).zip(&one) {
         let session = kernel.store.v4.sessions.get(&session_key(Family::V4.client(client)))?.context("no session")?;
-        misplaced += usize::from(Family::V4.pod(session.backend as usize) != *pod);
+        misplaced += usize::from(Family::V4.pod(session.backend.index as usize) != *pod);
         miscounted += usize::from(connections.is_some_and(|expected| session.live_connections() != expected));
     }
     let state = kernel.state()?;

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use affinity_common::{
     abi::{
-        Backend, DROP_IF_NO_LOCAL, Direction, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN,
-        FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
+        Backend, BackendRef, DROP_IF_NO_LOCAL, Direction, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER,
+        FLOW_OPEN, FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
         MEMBER_READY, MOVES, Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SPLIT_SCOPE, Session,
         SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
     },
@@ -272,8 +272,7 @@ impl World {
         Session {
             created_ns: self.time_ns(dice),
             last_used_ns: self.time_ns(dice),
-            backend,
-            generation: self.generation(dice, backend),
+            backend: BackendRef { index: backend, generation: self.generation(dice, backend) },
             service: dice.below(SERVICES as usize) as u32,
             draw: dice.number() as u32,
             connections: dice.pick(&[0, 0, 0, 1, 2, 7 * MOVES, 255 * MOVES + 1]),
@@ -346,8 +345,7 @@ impl World {
             last_used_ns: self.time_ns(dice),
             segment: self.segment(dice),
             edit,
-            backend,
-            generation: self.generation(dice, backend),
+            backend: BackendRef { index: backend, generation: self.generation(dice, backend) },
             pool: frontend.pool,
             scope: dice.pick(&[0, frontend.group, frontend.group, frontend.own]),
             timeout_s: Flow::<A>::seconds(frontend.timeout_ns),

@@ -7,7 +7,7 @@ use bytemuck::Pod;
 
 use super::*;
 use crate::{
-    abi::{Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Node},
+    abi::{BackendRef, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Node},
     flow, foreign,
     model::Shared,
     parse::Headers,
@@ -125,11 +125,11 @@ impl Pin for Stepwise<'_, '_, Session> {
         self.1.step();
         self.0.snapshot()
     }
-    fn cas_backend(&self, from: (u32, u32), to: (u32, u32)) -> bool {
+    fn cas_backend(&self, from: BackendRef, to: BackendRef) -> bool {
         self.1.step();
         self.0.cas_backend(from, to)
     }
-    fn backend(&self) -> (u32, u32) {
+    fn backend(&self) -> BackendRef {
         self.1.step();
         self.0.backend()
     }
@@ -333,8 +333,8 @@ fn whenever_the_other_comes_both_agree() {
                         cluster.complete(other, CLIENT, port);
                     }
                     let pin = cluster.session(GROUP, CLIENT).expect("a pin");
-                    assert_eq!((pin.backend, pin.live_connections()), (other, 2), "{what}");
-                    assert_eq!(pin.generation, 1, "{what}");
+                    assert_eq!((pin.backend.index, pin.live_connections()), (other, 2), "{what}");
+                    assert_eq!(pin.backend.generation, 1, "{what}");
                     let new = u64::from(matches!(before, Before::None)) + u64::from(STRANGERS);
                     assert_eq!(cluster.0.loads.borrow().values().sum::<u64>(), loads + new, "{what}");
                     assert_eq!(cluster.count(Reason::SessionNotStored), 0, "{what}");
@@ -479,7 +479,7 @@ fn a_pin_that_stays_where_it_was_keeps_its_connections() {
             |cluster, after| assert_eq!(live(cluster), 2, "draw {draw}, after {after} steps"),
         );
         let cluster = scene();
-        stayed += u32::from(cluster.segment(CLIENT, 1, ACK) == Ok(was));
+        stayed += u32::from(cluster.segment(CLIENT, 1, ACK) == Ok(was.index));
     }
     assert!(stayed > 0, "no draw leaves the pin where it was");
 }

@@ -321,7 +321,7 @@ where
     let (backend, record) = model.backends.iter().find(in_pool).expect("a member has this address");
     let group = SessionKey::new(frontend.group, A::client(client), frontend.prefix);
     let shared = frontend.flags & AFFINITY != 0
-        && FamilyTables::<A>::session(model, &group).is_some_and(|pin| pin.get().backend == *backend);
+        && FamilyTables::<A>::session(model, &group).is_some_and(|pin| pin.get().backend.index == *backend);
     Some(Pin { to, backend: *backend, generation: record.generation, shared })
 }
 

@@ -2,8 +2,8 @@
 
 use affinity_common::{
     abi::{
-        FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, FrontendKey, MASQUERADE, MEMBER_DRAINING, PODS, Port, RANGES, RangeKey,
-        SPLIT_SCOPE, Selection, Session, SessionKey, V4, V6, netns_client,
+        BackendRef, FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, FrontendKey, MASQUERADE, MEMBER_DRAINING, PODS, Port, RANGES,
+        RangeKey, SPLIT_SCOPE, Selection, Session, SessionKey, V4, V6, netns_client,
     },
     parse::TCP,
 };
@@ -323,7 +323,7 @@ fn a_connection_whose_pod_has_gone_is_told_by_its_next_packet() {
     let (mut question, mut situation) = ask(&catalog, "192.0.2.1", "10.96.0.10:80", &[]);
     question.from_port = Some(key.sport.get());
     let mut meets = |state| {
-        situation.flow = Some(Flow { state, generation: 99, ..flow });
+        situation.flow = Some(Flow { state, backend: BackendRef { generation: 99, ..flow.backend }, ..flow });
         let answer = explain(&catalog, &question, &situation);
         (answer.verdict, answer.reason)
     };
@@ -343,7 +343,7 @@ fn a_datagram_whose_frontend_has_gone_keeps_to_its_pod_while_that_lives() {
     assert_eq!(meets(&catalog), "established", "its frontend has gone, its pool has not");
     catalog.observed.members.retain(|key, _| key.pool != flow.pool);
     assert_eq!(meets(&catalog), "established", "its pool has gone, its pod has not");
-    catalog.observed.backends.get_mut(&flow.backend).unwrap().generation += 1;
+    catalog.observed.backends.get_mut(&flow.backend.index).unwrap().generation += 1;
     assert_eq!(meets(&catalog), "not-frontend");
 }
 
