@@ -633,7 +633,13 @@ fn set_filter(pins: &PinDir, device: &str, hook: Hook, new: bool) -> Result<(), 
             added => added.map_err(|error| failed(error.into()))?,
         }
         let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
-        program.attach_with_options(device, clsact_side(hook), TcAttachOptions::Netlink(options))
+        match program.attach_with_options(device, clsact_side(hook), TcAttachOptions::Netlink(options)) {
+            // Of a dataplane that has lost its pins: nobody else uses this handle.
+            Err(ProgramError::TcError(TcError::NetlinkError(error))) if error.raw_os_error() == Some(libc::EEXIST) => {
+                program.attach_to_link(filter(device, hook)?)
+            }
+            attached => attached,
+        }
     } else {
         program.attach_to_link(filter(device, hook)?)
     };

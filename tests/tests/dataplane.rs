@@ -541,6 +541,24 @@ fn an_upgrade_reaches_every_hook_and_detach_every_program() -> Result<()> {
 }
 
 #[test]
+fn filters_that_have_lost_their_pins_are_replaced() -> Result<()> {
+    let (pins, wire) = (Pins::new(), Wire::new()?);
+    let options = attach::Options { xdp: XdpPolicy::Off, tcx: false, ..attach::Options::default() };
+    wire.inside(async || {
+        let device = device("wire").await?;
+        pins.load(SIZES)?;
+        attach::attach(&pins.0, &device, options)?;
+        fs::remove_dir_all(pins.0.root())?;
+        pins.load(SIZES)?;
+        attach::attach(&pins.0, &device, options)?;
+        assert_eq!(attach::detach(&pins.0, None)?.len(), 2);
+        Ok(())
+    })?;
+    assert!(!wire.runs_a_program()?);
+    Ok(())
+}
+
+#[test]
 fn programs_are_loaded_where_they_are_used() -> Result<()> {
     const ALWAYS: [&str; 4] = [names::CORRECT, names::REPORT, names::TC_FORWARD, names::TC_REVERSE];
     let (pins, wire) = (Pins::new(), Wire::new()?);
