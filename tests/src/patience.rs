@@ -29,6 +29,17 @@ pub fn timeout_s(usual: u32) -> u32 {
     seconds.max(1)
 }
 
+/// A number of things that usually take a known time: fewer on a slow machine.
+///
+/// # Panics
+/// As [`patience`].
+pub fn fewer(usual: u32) -> u32 {
+    // A float that is too large becomes the largest integer.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a number, and not negative")]
+    let number = (f64::from(usual) / factor()).ceil() as u32;
+    number
+}
+
 fn factor() -> f64 {
     static FACTOR: OnceLock<f64> = OnceLock::new();
     *FACTOR.get_or_init(|| match std::env::var(VARIABLE) {
