@@ -7,7 +7,8 @@ use crate::{
         SessionKey, Timer,
     },
     frontend,
-    parse::{FIN, Headers, RST, TCP, UDP},
+    global::GlobalFunctions,
+    headers::{FIN, Headers, RST, TCP, UDP},
     rewrite,
     session::{self, Follower, Resolved},
     snat, state,
@@ -107,7 +108,7 @@ fn admit_shadow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>
 
 /// Notes a packet: the sequence numbers of its sender, and a change of state or time, if there is one.
 #[inline(always)]
-pub fn note_packet<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
+pub fn note_packet<A: Address, T: GlobalFunctions<A>>(tables: &T, headers: &Headers<A>, entry: &T::Entry<Flow<A>>) {
     let [state, flags] = state_and_flags(entry);
     if tells(headers, state) || renews(headers, flags) || is_due(entry, tables.now_ns()) {
         tables.note_change(headers);
@@ -292,7 +293,7 @@ fn end_connection<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<
 /// [`Reason::FlowNotStored`] if the kernel has no room; [`Reason::PortsExhausted`] if its source has to change and no port is
 /// free; [`Reason::Inconsistent`] if the backend has no record.
 #[inline(never)]
-pub fn begin<A: Address, T: FamilyTables<A>>(
+pub fn begin<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     headers: &Headers<A>,
     frontend: &Frontend,

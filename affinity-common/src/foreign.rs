@@ -21,7 +21,7 @@ mod tests;
 
 use crate::{
     abi::{Address, Direction, FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, FlowKey, Foreign, Port, filter_bit},
-    parse::{FIN, Headers, RST, SYN, UDP},
+    headers::{FIN, Headers, RST, SYN, UDP},
     state::{self, Phase},
     tables::{Entry, FamilyTables},
 };

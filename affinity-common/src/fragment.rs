@@ -5,8 +5,9 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::{
     abi::{Address, Edit, FLOW_SHADOW, Flow, FragmentKey, Reason, V4},
+    headers::Headers,
     packet::Packet,
-    parse::{Headers, fragment_id},
+    parse::fragment_id,
     rewrite::{IPV4_CHECKSUM, write_addresses},
     tables::{Entry, FamilyTables},
 };

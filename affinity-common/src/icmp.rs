@@ -10,8 +10,9 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use crate::{
     abi::{Address, Direction, Edit, FLOW_SHADOW, Flow, FlowKey, Port, Reason, V4, V6, filter_bit},
     checksum,
+    headers::{SCTP, TCP, UDP},
     packet::Packet,
-    parse::{SCTP, TCP, UDP, Upper, skip_extensions},
+    parse::{Upper, skip_extensions},
     rewrite::{TCP_CHECKSUM, UDP_CHECKSUM, write_addresses},
     tables::{Entry, FamilyTables},
 };

@@ -11,6 +11,8 @@ pub mod flow;
 pub mod foreign;
 pub mod fragment;
 pub mod frontend;
+pub mod global;
+pub mod headers;
 pub mod icmp;
 #[cfg(any(test, feature = "model"))]
 pub mod model;

@@ -13,16 +13,17 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     abi::{
-        Address, Backend, BackendRef, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey,
+        Address, Backend, BackendRef, Direction, Edit, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey,
         Frontend, FrontendKey, Member, MemberKey, Node, RangeKey, Reason, Session, SessionKey, Socket, SocketKey,
         UsageKey, UsageOf, V4, V6,
     },
     flow, foreign,
+    global::{GlobalFunctions, Opened},
+    headers::Headers,
     packet::Packet,
-    parse::Headers,
-    pipeline::{self, Opened},
+    pipeline,
     reject::Bucket,
-    snat,
+    rewrite, snat,
     tables::{Entry, FamilyTables, NotStored, Pin, SocketTables, Tables, Unstable},
 };
 
@@ -347,8 +348,8 @@ impl Tables for Model {
 
 macro_rules! family {
     ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $flow_scratch:ident) => {
-        impl FamilyTables<$address> for Model {
-            fn open(&self, headers: &Headers<$address>) -> Opened {
+        impl GlobalFunctions<$address> for Model {
+            fn open_connection(&self, headers: &Headers<$address>) -> Opened {
                 pipeline::open(self, headers)
             }
 
@@ -363,7 +364,9 @@ macro_rules! family {
             fn is_free(&self, replies: &FlowKey<$address>) -> bool {
                 snat::is_free(self, replies)
             }
+        }
 
+        impl FamilyTables<$address> for Model {
             fn frontend(&self, key: &FrontendKey<$address>) -> Result<Option<Frontend>, Unstable> {
                 Ok(self.$frontends.get(key).copied())
             }
@@ -466,6 +469,10 @@ impl Packet for Vec<u8> {
             }
             None => false,
         }
+    }
+
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        rewrite::in_place(self, headers, edit)
     }
 
     fn resize(&mut self, len: usize, _l4: usize) -> bool {

@@ -2,8 +2,7 @@
 
 use crate::{
     abi::{Address, Edit},
-    parse::Headers,
-    rewrite,
+    headers::Headers,
 };
 
 /// A frame, from its Ethernet header on. Offsets are in bytes.
@@ -17,13 +16,9 @@ pub trait Packet {
     /// Index of the device that the frame arrived on.
     fn ifindex(&self) -> u32;
 
-    /// Rewrites addresses, ports and checksums; false on failure.
-    ///
-    /// A frame with a partial checksum, which the device completes later, needs its own implementation.
-    #[inline(always)]
-    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
-        rewrite::in_place(self, headers, edit)
-    }
+    /// Rewrites addresses, ports and checksums, as [`crate::rewrite::in_place`] does for a frame with complete checksums; false
+    /// on failure.
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool;
 
     /// Marks the frame for later programs on this node: they must not translate it. No effect if there are none.
     #[inline(always)]

@@ -13,13 +13,16 @@ use crate::{
         RANGES, Reason, SHADOW, V4, V6, filter_bit,
     },
     flow::{self, Admission},
-    foreign, fragment, frontend, icmp,
+    foreign, fragment, frontend,
+    global::{GlobalFunctions, Opened},
+    headers::{Headers, UDP},
+    icmp,
     packet::Packet,
-    parse::{self, Headers, Network, UDP},
+    parse::{self, Network},
     reject,
     session::{self, Opening, Resolved},
     snat,
-    tables::{Entry, FamilyTables, Tables},
+    tables::{Entry, Tables},
 };
 
 /// What happens to a packet. `F` is its flow.
@@ -67,7 +70,7 @@ pub enum Verdict {
 
 /// Handles a packet that arrives on a device: it may be a client's, to a frontend, or a reply to the node's address.
 #[inline(always)]
-pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
+pub fn forward<P: Packet, T: GlobalFunctions<V4> + GlobalFunctions<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::Dnat) {
             Ok(headers) => enter(packet, tables, headers),
@@ -83,7 +86,7 @@ pub fn forward<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
 
 /// Handles a packet that leaves a device: it may be a reply of a backend, or a client's that gets the node's address.
 #[inline(always)]
-pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P, tables: &T) -> Verdict {
+pub fn reverse<P: Packet, T: GlobalFunctions<V4> + GlobalFunctions<V6>>(packet: &mut P, tables: &T) -> Verdict {
     match parse::network(packet) {
         Ok(Network::V4(l3)) => match parse::ipv4(packet, l3, Direction::RevDnat) {
             Ok(headers) => leave(packet, tables, headers),
@@ -99,7 +102,7 @@ pub fn reverse<P: Packet, T: FamilyTables<V4> + FamilyTables<V6>>(packet: &mut P
 
 /// Frontends on loopback addresses are for the node's own sockets. The stack drops packets to them that arrive on a device.
 #[inline(always)]
-fn enter<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
+fn enter<A: Address, P: Packet, T: GlobalFunctions<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
     if headers.key.daddr.is_loopback() {
         return pass(tables, Reason::NotFrontend);
     }
@@ -108,14 +111,14 @@ fn enter<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, 
 }
 
 #[inline(always)]
-fn leave<A: Address, P: Packet, T: FamilyTables<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
+fn leave<A: Address, P: Packet, T: GlobalFunctions<A>>(packet: &mut P, tables: &T, mut headers: Headers<A>) -> Verdict {
     let outcome = from_backend(tables, &mut headers);
     carry_out(packet, tables, &headers, &outcome)
 }
 
 /// Handles a packet without ports: ICMP errors about a flow, and later fragments, are translated with it; all others pass.
 #[inline(always)]
-fn icmp_or_fragment<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6> + FamilyTables<A>>(
+fn icmp_or_fragment<A: Address, P: Packet, T: GlobalFunctions<V4> + GlobalFunctions<V6> + GlobalFunctions<A>>(
     packet: &mut P,
     tables: &T,
     l3: usize,
@@ -143,7 +146,7 @@ fn icmp_or_fragment<A: Address, P: Packet, T: FamilyTables<V4> + FamilyTables<V6
 
 /// Decides about a packet that arrives on a device: the filter, then the flow, otherwise it may open a new flow.
 #[inline(always)]
-pub fn to_frontend<A: Address, T: FamilyTables<A>>(
+pub fn to_frontend<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     headers: &mut Headers<A>,
     ifindex: impl FnOnce() -> u32,
@@ -177,7 +180,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
     if tables.is_above_another(ifindex()) {
         headers.set_seen_below();
     }
-    match tables.open(headers) {
+    match tables.open_connection(headers) {
         Opened::As(reason) => match tables.opened_flow() {
             Some(flow) => Outcome::new(Decision::Forward(flow), reason),
             None => Outcome::new(Decision::Drop, Reason::Inconsistent),
@@ -190,7 +193,7 @@ pub fn to_frontend<A: Address, T: FamilyTables<A>>(
 
 /// The SNAT record of a packet: see [`crate::snat`].
 #[inline(always)]
-fn snat_flow<A: Address, T: FamilyTables<A>>(
+fn snat_flow<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     headers: &mut Headers<A>,
     direction: Direction,
@@ -201,50 +204,9 @@ fn snat_flow<A: Address, T: FamilyTables<A>>(
     Some(flow)
 }
 
-/// The result of opening a connection.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Opened {
-    /// It has a flow now.
-    As(Reason),
-    /// The packet does not belong to a frontend.
-    NotOurs(Reason),
-    /// The sender gets an RST or ICMP error.
-    Rejected(Reason),
-    /// The packet is dropped.
-    Failed(Reason),
-}
-
-impl Opened {
-    /// As a number: a global function returns one.
-    #[inline(always)]
-    #[must_use]
-    pub const fn to_bits(self) -> u64 {
-        let (kind, reason) = match self {
-            Self::As(reason) => (0, reason),
-            Self::NotOurs(reason) => (1, reason),
-            Self::Rejected(reason) => (2, reason),
-            Self::Failed(reason) => (3, reason),
-        };
-        kind << 8 | reason as u64
-    }
-
-    /// The inverse of [`Opened::to_bits`].
-    #[inline(always)]
-    #[must_use]
-    pub const fn from_bits(bits: u64) -> Self {
-        let Some(reason) = Reason::from_byte(bits as u8) else { return Self::Failed(Reason::Inconsistent) };
-        match bits >> 8 {
-            0 => Self::As(reason),
-            1 => Self::NotOurs(reason),
-            2 => Self::Rejected(reason),
-            _ => Self::Failed(reason),
-        }
-    }
-}
-
 /// Opens a new connection: finds the frontend, then the pinned or a selected backend, and stores the flow.
 #[inline(always)]
-pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
+pub fn open<A: Address, T: GlobalFunctions<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let opened = tables.frontend_scratch(|record| match frontend::copy_for_client(tables, &headers.key, record) {
         Ok(()) => open_at(tables, headers, record),
         Err(Reason::NotFrontend) => to_no_frontend(tables, headers),
@@ -254,7 +216,7 @@ pub fn open<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) ->
 }
 
 #[inline(always)]
-fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, frontend: &Frontend) -> Opened {
+fn open_at<A: Address, T: GlobalFunctions<A>>(tables: &T, headers: &Headers<A>, frontend: &Frontend) -> Opened {
     if is_anothers(tables, headers) {
         return Opened::NotOurs(Reason::NotOurs);
     }
@@ -275,7 +237,7 @@ fn open_at<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, fro
 /// Handles a packet to no frontend. If it goes directly to a member, its replies must be told apart from those of flows. A packet
 /// that arrives on an upper device may be translated already.
 #[inline(always)]
-fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> Opened {
+fn to_no_frontend<A: Address, T: GlobalFunctions<A>>(tables: &T, headers: &Headers<A>) -> Opened {
     let FlowKey { daddr, dport, protocol, .. } = headers.key;
     let is_to_member = tables.filter(Direction::RevDnat, filter_bit(daddr, dport, protocol));
     if is_to_member && !headers.is_seen_below() && snat::handle_direct(tables, headers) {
@@ -290,7 +252,7 @@ fn to_no_frontend<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<
 /// leave from the address and port of a frontend are noted. Connections to an address that only a service has may have begun
 /// before the programs were attached.
 #[inline(never)]
-fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
+fn is_anothers<A: Address, T: GlobalFunctions<A>>(tables: &T, headers: &Headers<A>) -> bool {
     if headers.key.protocol == UDP {
         // A copy of the key: before Linux 6.2 a map key must not be an argument of a global function.
         tables.flow_scratch(|scratch| {
@@ -305,7 +267,7 @@ fn is_anothers<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>)
 /// Finds the member for a new connection. Out of line: its stack frame is released before [`flow::begin`] runs (512-byte BPF
 /// stack).
 #[inline(never)]
-fn member_for<A: Address, T: FamilyTables<A>>(
+fn member_for<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     headers: &Headers<A>,
     frontend: &Frontend,
@@ -329,7 +291,7 @@ fn is_of_another_proxy<A: Address>(headers: &Headers<A>, frontend: &Frontend) ->
 /// Decides about a packet that leaves a device: the filter, then the flow. It is translated as long as its flow exists, even if
 /// its pod has gone, because the client expects it from the frontend.
 #[inline(always)]
-pub fn from_backend<A: Address, T: FamilyTables<A>>(
+pub fn from_backend<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     headers: &mut Headers<A>,
 ) -> Outcome<T::Entry<Flow<A>>> {
@@ -363,7 +325,7 @@ fn rejected<A: Address, F>(headers: &Headers<A>, reason: Reason) -> Outcome<F> {
 
 /// Carries out the decision, and counts the reason.
 #[inline(always)]
-fn carry_out<A: Address, P: Packet, T: FamilyTables<A>>(
+fn carry_out<A: Address, P: Packet, T: GlobalFunctions<A>>(
     packet: &mut P,
     tables: &T,
     headers: &Headers<A>,

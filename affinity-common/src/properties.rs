@@ -7,9 +7,10 @@ use crate::{
     abi::{
         AFFINITY, Address, BACKEND_LOCAL, Backend, Direction, Frontend, FrontendKey, Port, Reason, V4, V6, filter_bit,
     },
+    headers::{ACK, FIN, Headers, RST, SYN, TCP, UDP},
     model::Model,
     packet::Packet,
-    parse::{self, ACK, FIN, Headers, Network, RST, SYN, TCP, UDP},
+    parse::{self, Network},
     pipeline::{self, Verdict},
     reject, rewrite,
     testing::{Ends, Shape, ends_v4, ends_v6, octets, pseudo_header, shapes, sum},

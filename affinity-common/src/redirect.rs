@@ -17,9 +17,11 @@ use network_types::{
 use crate::{
     abi::{Address, Direction, Port, Reason, V4, V6, filter_bit},
     checksum,
+    global::GlobalFunctions,
+    headers::{Headers, SCTP, TCP, UDP},
     icmp::ICMPV6,
     packet::Packet,
-    parse::{self, Headers, Network, SCTP, TCP, UDP},
+    parse::{self, Network},
     pipeline::{self, Verdict},
     tables::FamilyTables,
 };
@@ -98,7 +100,7 @@ fn has_flow<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) ->
 /// # Errors
 /// The verdict for a packet that is not redirected: [`Verdict::Forward`], unchanged, for the stack; or [`Verdict::Drop`].
 #[inline(always)]
-pub fn redirect<P: FibLookup, T: FamilyTables<V4> + FamilyTables<V6>>(
+pub fn redirect<P: FibLookup, T: GlobalFunctions<V4> + GlobalFunctions<V6>>(
     packet: &mut P,
     tables: &T,
     take: impl FnOnce(&P::Hop) -> Option<u32>,

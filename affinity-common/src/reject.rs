@@ -9,8 +9,8 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     abi::{Address, V4, V6},
     checksum,
+    headers::{ACK, FIN, Headers, RST, SYN, TCP},
     packet::Packet,
-    parse::{ACK, FIN, Headers, RST, SYN, TCP},
 };
 
 const HOP_LIMIT: u8 = 64;

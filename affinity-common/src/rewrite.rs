@@ -3,8 +3,8 @@
 use crate::{
     abi::{Address, Edit, FlowKey, Port, V4},
     checksum,
+    headers::{Headers, SCTP, TCP},
     packet::Packet,
-    parse::{Headers, SCTP, TCP},
 };
 
 /// Offset of the checksum in a TCP header (RFC 9293).
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
     use crate::{
         abi::{Direction, V6},
-        parse::UDP,
+        headers::UDP,
     };
 
     /// The field after `bpf_l4_csum_replace` with a delta of the pseudo-header, as Linux computes it.

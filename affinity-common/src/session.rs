@@ -24,7 +24,7 @@ use crate::{
         AFFINITY, Address, BackendRef, Correction, Event, EventKind, FlowKey, Frontend, MEMBER_READY, MOVES, MemberKey,
         Port, Reason, SHARED, Session, SessionKey, TIMEOUT_UNLIMITED, Timer, UsageOf,
     },
-    parse::Headers,
+    headers::Headers,
     select::{Chosen, connection_hash, next_draw, select},
     tables::{Entry, FamilyTables, NotStored, Pin, Tables},
 };

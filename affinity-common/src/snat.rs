@@ -16,7 +16,8 @@ use crate::{
         Reason, V4, filter_bit,
     },
     foreign,
-    parse::{Headers, SCTP, UDP},
+    global::GlobalFunctions,
+    headers::{Headers, SCTP, UDP},
     rewrite,
     select::next_draw,
     state,
@@ -63,7 +64,10 @@ impl Node {
 /// # Errors
 /// [`Reason::FlowNotStored`], [`Reason::PortsExhausted`].
 #[inline(never)]
-pub fn reserve_reply<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> Result<(), Reason> {
+pub fn reserve_reply<A: Address, T: GlobalFunctions<A>>(
+    tables: &T,
+    scratch: &mut FlowScratch<A>,
+) -> Result<(), Reason> {
     if reserve_reply_of_port(tables, scratch)? {
         return Ok(());
     }
@@ -73,7 +77,7 @@ pub fn reserve_reply<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut F
 
 /// The same with the given source port; false if the key of the replies belongs to another connection.
 #[inline(never)]
-fn reserve_reply_of_port<A: Address, T: FamilyTables<A>>(
+fn reserve_reply_of_port<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     scratch: &mut FlowScratch<A>,
 ) -> Result<bool, Reason> {
@@ -111,7 +115,7 @@ fn fill_direct_keys<A: Address>(scratch: &mut FlowScratch<A>, headers: &Headers<
 
 /// Finds a source port whose reply key is free.
 #[inline(never)]
-fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
+fn find_source_port<A: Address, T: GlobalFunctions<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
     let mut draw = tables.random();
     for _ in 0..TRIES_COLLIDING {
         // Not a port of a system service. The checksum of SCTP cannot be updated incrementally.
@@ -128,7 +132,7 @@ fn find_source_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut Fl
 /// Handles a packet from a client directly to a pod that is a member. If its replies would match a flow, the connection becomes
 /// a flow with another source port: true. Otherwise, or if no port is free, it is noted and passes unchanged: false.
 #[inline(never)]
-pub fn handle_direct<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>) -> bool {
+pub fn handle_direct<A: Address, T: GlobalFunctions<A>>(tables: &T, headers: &Headers<A>) -> bool {
     let is_datagram = headers.key.protocol == UDP;
     if !is_datagram && !headers.is_opening() {
         foreign::note_end(tables, headers, headers.key.direction ^ 1, false);
@@ -160,7 +164,7 @@ fn pass_straight<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowS
 
 /// Gives the connection another source port.
 #[inline(always)]
-fn change_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
+fn change_port<A: Address, T: GlobalFunctions<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
     fill_foreign_flow(scratch);
     if reserve_reply(tables, scratch).is_err() || tables.put_flow(&scratch.key, &scratch.flow).is_err() {
         return false;
@@ -195,7 +199,7 @@ fn fill_foreign_flow<A: Address>(scratch: &mut FlowScratch<A>) {
 /// # Errors
 /// [`Reason::FlowNotStored`], [`Reason::PortsExhausted`].
 #[inline(never)]
-pub fn assign_node_source<A: Address, T: FamilyTables<A>>(
+pub fn assign_node_source<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     protocol: u8,
     scratch: &mut FlowScratch<A>,
@@ -235,7 +239,7 @@ pub fn remove_stale<A: Address, T: FamilyTables<A>>(tables: &T, protocol: u8, sc
 /// Finds a free port of the node. SCTP keeps the client's port, because its checksum (CRC-32c) covers the ports and cannot be
 /// updated incrementally.
 #[inline(never)]
-fn find_snat_port<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
+fn find_snat_port<A: Address, T: GlobalFunctions<A>>(tables: &T, scratch: &mut FlowScratch<A>) -> bool {
     if scratch.reply_key.protocol == SCTP {
         return tables.is_free(&scratch.reply_key);
     }
@@ -319,7 +323,7 @@ fn delete_conflict<A: Address, T: FamilyTables<A>>(tables: &T, scratch: &mut Flo
 /// Stores the record for replies, unless an unfinished flow has their key. `is_first`: the DNAT record, which replaces one with
 /// the same translation. Otherwise: the SNAT record.
 #[inline(always)]
-fn reserve_key<A: Address, T: FamilyTables<A>>(
+fn reserve_key<A: Address, T: GlobalFunctions<A>>(
     tables: &T,
     scratch: &mut FlowScratch<A>,
     is_first: bool,

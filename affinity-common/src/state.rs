@@ -17,7 +17,8 @@
 
 use crate::{
     abi::{FLOW_ANSWERED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN, FLOW_RESET, FLOW_SHADOW},
-    parse::{ACK, FIN, RST, SYN, UDP},
+    headers::Segment,
+    headers::{ACK, FIN, RST, SYN, UDP},
 };
 
 /// The phase of a flow. The agent's sweep decides how long a flow may be idle in each.
@@ -124,9 +125,6 @@ pub const fn first(protocol: u8, flags: u8) -> u8 {
     }
 }
 
-/// Sequence and acknowledgment number of a TCP segment, as in its header (RFC 9293, section 3.1).
-pub type Segment = u64;
-
 /// The sequence number.
 #[inline(always)]
 const fn sequence(segment: Segment) -> u32 {
@@ -168,7 +166,7 @@ pub const fn accepts_reset(reset: Segment, sender: Segment, receiver: Segment) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parse::TCP;
+    use crate::headers::TCP;
 
     const CLIENT: bool = true;
     const SERVER: bool = false;

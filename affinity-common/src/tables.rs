@@ -3,14 +3,9 @@
 
 use bytemuck::Pod;
 
-use crate::{
-    abi::{
-        Address, Backend, BackendRef, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey,
-        Frontend, FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4,
-        V6,
-    },
-    parse::Headers,
-    pipeline::Opened,
+use crate::abi::{
+    Address, Backend, BackendRef, Direction, Event, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Frontend,
+    FrontendKey, Member, MemberKey, Node, Reason, Session, SessionKey, Socket, SocketKey, UsageOf, V4, V6,
 };
 
 /// A record inside a table, found by a lookup. Other CPUs read and write it concurrently, so it is accessed field by field, as
@@ -102,14 +97,6 @@ pub trait Tables {
 
 /// The tables of one family.
 pub trait FamilyTables<A: Address>: Tables {
-    /// Opens a new connection: [`crate::pipeline::open`], as a global function of the kernel programs.
-    fn open(&self, headers: &Headers<A>) -> Opened;
-    /// Updates a flow: [`crate::flow::note_change`], as a global function of the kernel programs.
-    fn note_change(&self, headers: &Headers<A>);
-    /// Notes a packet of a foreign connection: [`crate::foreign::note_leaving`], as a global function.
-    fn note_leaving(&self, headers: &Headers<A>);
-    /// Whether a reply key is free: [`crate::snat::is_free`], as a global function.
-    fn is_free(&self, replies: &FlowKey<A>) -> bool;
     /// A consistent copy of a frontend's record.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use crate::{
     abi::{Address, V4, V6},
-    parse::{TCP, UDP},
+    headers::{TCP, UDP},
 };
 
 /// The part of a frame that translation changes.

@@ -10,8 +10,9 @@
 use affinity_common::{
     abi::{Address, Direction, FlowKey, Port, V4, V6},
     checksum, fields,
+    headers::Headers,
     packet::Packet,
-    parse::{self, Headers, Network},
+    parse::{self, Network},
     rewrite,
     tables::Entry,
 };

@@ -9,9 +9,9 @@ use affinity_common::{
         Socket, SocketKey, UsageKey, UsageOf, V4, V6, usage_index,
     },
     flow, foreign,
-    parse::Headers,
-    pipeline::{self, Opened},
-    snat,
+    global::{GlobalFunctions, Opened},
+    headers::Headers,
+    pipeline, snat,
     tables::{Entry, FamilyTables, NotStored, SocketTables, Tables, Unstable},
 };
 use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key};
@@ -214,9 +214,9 @@ fn filter_word(direction: Direction, bit: u32) -> u32 {
 macro_rules! family {
     ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $flow_scratch:ident,
      $open:ident, $note_change:ident, $note_leaving:ident, $is_free:ident) => {
-        impl FamilyTables<$address> for Maps {
+        impl GlobalFunctions<$address> for Maps {
             #[inline(always)]
-            fn open(&self, headers: &Headers<$address>) -> Opened {
+            fn open_connection(&self, headers: &Headers<$address>) -> Opened {
                 Opened::from_bits(global_func!($open(headers: &Headers<$address>) {
                     pipeline::open(&Maps, headers).to_bits()
                 }))
@@ -242,7 +242,9 @@ macro_rules! family {
             fn is_free(&self, replies: &FlowKey<$address>) -> bool {
                 global_func!($is_free(replies: &FlowKey<$address>) { snat::is_free(&Maps, replies).into() }) == 1
             }
+        }
 
+        impl FamilyTables<$address> for Maps {
             #[inline(always)]
             fn frontend(&self, key: &FrontendKey<$address>) -> Result<Option<Frontend>, Unstable> {
                 kernel::stable_copy(|| $frontends.get_ptr(key))

@@ -35,7 +35,6 @@ use crate::source::{ObjectName, Origin, Problem, Severity, Snapshot, Sourced};
 use node::Node;
 use service::is_ours;
 
-
 pub(crate) use node::is_global;
 pub use node::{MASQUERADE_PORTS, Masquerade, NodeFacts};
 pub use service::{DEFAULT_PROXY_NAME, Services, UnknownServices};

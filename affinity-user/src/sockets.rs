@@ -20,7 +20,7 @@ use std::{
 
 use affinity_common::{
     abi::{MEMBER_READY, MemberKey, Socket, SocketKey, SocketRole},
-    parse::{TCP, UDP},
+    headers::{TCP, UDP},
 };
 use netlink_packet_sock_diag::{
     SockDiagDestroy, SockDiagMessage,

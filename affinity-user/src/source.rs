@@ -15,8 +15,8 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use tokio::sync::mpsc::Sender;
 
-pub(crate) use api::{parse_address, parse_network};
 use api::{EndpointSlice, Node, Service};
+pub(crate) use api::{parse_address, parse_network};
 pub use feed::{Feed, Source, SourceError, View};
 pub use nodes::NodeAddresses;
 pub use problem::{Object, Origin, Problem, Severity};

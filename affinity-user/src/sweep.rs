@@ -32,7 +32,7 @@ use affinity_common::{
         Address, BackendRef, CLIENTS_ARE_NODES, Correction, Direction, Event, EventKind, FLOW_FOREIGN, Flow, FlowKey,
         FrontendKey, NameKey, NameKind, Reason, Session, SessionKey, Timer, USAGES, UsageKey, UsageOf, V4, V6,
     },
-    parse::TCP,
+    headers::TCP,
     state,
 };
 use bytemuck::Zeroable;

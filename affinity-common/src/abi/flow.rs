@@ -135,7 +135,7 @@ pub struct Flow<A> {
     pub created_ns: u64,
     /// When a packet last passed, monotonic nanoseconds, to within [`crate::flow::REFRESH_NS`].
     pub last_used_ns: u64,
-    /// Sequence and acknowledgment number of the last TCP segment of this direction: a [`crate::state::Segment`]; zero: none
+    /// Sequence and acknowledgment number of the last TCP segment of this direction: a [`crate::headers::Segment`]; zero: none
     /// was seen.
     pub segment: u64,
     /// The translation.

@@ -5,12 +5,13 @@ use std::vec::Vec;
 
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, Direction, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member,
-        MemberKey, NODE, Node, Port, RangeKey, Reason, V4, filter_bit,
+        AFFINITY, Address, BACKEND_LOCAL, Backend, Direction, Edit, Frontend, FrontendKey, MASQUERADE, MEMBER_READY,
+        Member, MemberKey, NODE, Node, Port, RangeKey, Reason, V4, filter_bit,
     },
+    headers::{ACK, FIN, Headers, RST, SYN, TCP, UDP},
     model::Model,
-    parse::{ACK, FIN, RST, SYN, TCP, UDP},
     pipeline::{self, Verdict},
+    rewrite,
     snat::EXCHANGE_SILENT_NS,
     tables::Tables,
     testing::{Ends, Shape},
@@ -229,6 +230,9 @@ impl crate::packet::Packet for Seen {
     }
     fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
         self.0.write(offset, bytes)
+    }
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        rewrite::in_place(self, headers, edit)
     }
     fn resize(&mut self, _len: usize, _l4: usize) -> bool {
         false

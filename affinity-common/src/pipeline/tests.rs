@@ -11,10 +11,10 @@ use crate::{
         AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Event, FlowScratch, Foreign, FragmentKey, FrontendKey,
         MEMBER_READY, Member, MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
+    headers::{ACK, SYN, TCP},
     model::Model,
-    parse::{ACK, SYN, TCP},
     rewrite,
-    tables::{NotStored, Unstable},
+    tables::{FamilyTables, NotStored, Unstable},
     testing::{Ends, Shape},
 };
 
@@ -94,11 +94,11 @@ impl Tables for Failing {
     }
 }
 
-impl<A: Address> FamilyTables<A> for Failing
+impl<A: Address> GlobalFunctions<A> for Failing
 where
     Model: FamilyTables<A>,
 {
-    fn open(&self, headers: &Headers<A>) -> Opened {
+    fn open_connection(&self, headers: &Headers<A>) -> Opened {
         open(self, headers)
     }
     fn note_change(&self, headers: &Headers<A>) {
@@ -110,6 +110,12 @@ where
     fn is_free(&self, replies: &FlowKey<A>) -> bool {
         snat::is_free(self, replies)
     }
+}
+
+impl<A: Address> FamilyTables<A> for Failing
+where
+    Model: FamilyTables<A>,
+{
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
         self.model.foreign(replies)
     }

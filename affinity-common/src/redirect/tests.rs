@@ -10,9 +10,9 @@ use crate::{
         Backend, Direction, Edit, FLOW_ANSWERED, FLOW_OPEN, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member,
         MemberKey, Node, Port, filter_bit,
     },
+    headers::{ACK, FIN, Headers, SYN, TCP},
     model::Model,
     packet::Packet,
-    parse::{ACK, FIN, Headers, SYN, TCP},
     rewrite,
     testing::{Ends, Shape},
 };

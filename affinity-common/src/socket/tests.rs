@@ -5,8 +5,8 @@ use std::vec::Vec;
 use super::*;
 use crate::{
     abi::{AFFINITY, Backend, Member, Selection, Session, UsageKey, UsageOf},
+    headers::{TCP, UDP},
     model::Model,
-    parse::{TCP, UDP},
 };
 
 const SECOND_NS: u64 = 1_000_000_000;

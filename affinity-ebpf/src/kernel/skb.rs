@@ -3,8 +3,8 @@
 
 use affinity_common::{
     abi::{Address, Edit, V6},
+    headers::{Headers, SCTP, TCP, UDP},
     packet::Packet,
-    parse::{Headers, SCTP, TCP, UDP},
     redirect::{FibKey, FibLookup},
     rewrite::{self, ForPorts},
 };

@@ -5,7 +5,7 @@ use core::{arch::asm, mem::offset_of};
 
 use affinity_common::{
     abi::{Address, Port, V4, V6},
-    parse::{TCP, UDP},
+    headers::{TCP, UDP},
     socket::{Caller, Peer},
 };
 use aya_ebpf::{

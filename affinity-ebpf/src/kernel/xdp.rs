@@ -1,10 +1,11 @@
 //! A frame before a socket buffer exists. Reads and writes reach its first buffer, also after it was resized.
 
 use affinity_common::{
-    abi::Address,
+    abi::{Address, Edit},
+    headers::{ACK, Headers, SYN, TCP},
     packet::Packet,
-    parse::{ACK, SYN, TCP},
     redirect::{FibKey, FibLookup, NextHop},
+    rewrite,
 };
 use aya_ebpf::{bindings::xdp_md, helpers, programs::XdpContext};
 
@@ -92,6 +93,11 @@ impl Packet for XdpFrame {
     #[inline(always)]
     fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
         self.bytes.write(offset, bytes)
+    }
+
+    #[inline(always)]
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        rewrite::in_place(self, headers, edit)
     }
 
     /// Cuts the frame at its end, or grows it at its start: every driver leaves room there, not all do at the end.

@@ -10,7 +10,7 @@ use affinity_common::{
     abi::{
         Address, BackendRef, Direction, Flow, FlowKey, Frontend, Session, SessionKey, SocketRole, V4, V6, netns_client,
     },
-    parse::UDP,
+    headers::UDP,
 };
 use clap::Args;
 

@@ -77,7 +77,7 @@ const fn nanoseconds(duration: Duration) -> u64 {
 mod tests {
     use affinity_common::{
         abi::{FLOW_ANSWERED, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_OPEN, FLOW_RESET, TIMEOUT_UNLIMITED},
-        parse::{TCP, UDP},
+        headers::{TCP, UDP},
     };
     use bytemuck::Zeroable;
 

@@ -11,7 +11,7 @@ use std::{
 
 use affinity_common::{
     abi::{Address, BackendRef, Direction, FLOW_SHADOW, Flow, FlowKey, Port, Socket, SocketKey, V4, V6},
-    parse::UDP,
+    headers::UDP,
     state,
 };
 use tracing::debug;

@@ -2,7 +2,7 @@
 
 use affinity_common::{
     abi::{Address, FLOW_ANSWERED, FrontendKey, Port, Socket, SocketKey, SocketRole, Timer, V4, V6},
-    parse::UDP,
+    headers::UDP,
 };
 
 use super::{Sweeper, expiry::flow_is_over, filter::FilterUse};

@@ -8,7 +8,7 @@ use std::{
 
 use affinity_common::{
     abi::{Address, Port, V4, V6, netns_of},
-    parse,
+    headers::{SCTP, TCP, UDP},
 };
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
@@ -35,9 +35,9 @@ pub(crate) fn mapped(address: IpAddr) -> [u8; 16] {
 #[must_use]
 pub fn protocol_name(protocol: u8) -> &'static str {
     match protocol {
-        parse::TCP => "TCP",
-        parse::UDP => "UDP",
-        132 => "SCTP",
+        TCP => "TCP",
+        UDP => "UDP",
+        SCTP => "SCTP",
         _ => "?",
     }
 }

@@ -19,8 +19,9 @@ use affinity_common::{
         AFFINITY, Address, BackendRef, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason,
         SHADOW, Selection, filter_bit,
     },
+    global::GlobalFunctions,
+    headers::{ACK, Headers, SYN, UDP},
     model::Model,
-    parse::{ACK, Headers, SYN, UDP},
     pipeline::{self, Decision},
     state,
     tables::{Entry, FamilyTables},
@@ -107,7 +108,7 @@ pub fn explain<'a, A: FrontendTables>(
     situation: &Situation<A>,
 ) -> Explanation<'a>
 where
-    Model: FamilyTables<A>,
+    Model: GlobalFunctions<A>,
 {
     Case { catalog, question, situation, frontend: question.frontend::<A>(catalog) }.explain()
 }
@@ -124,7 +125,7 @@ struct Case<'a, 'q, A: Address> {
 
 impl<'a, A: FrontendTables> Case<'a, '_, A>
 where
-    Model: FamilyTables<A>,
+    Model: GlobalFunctions<A>,
 {
     fn explain(&self) -> Explanation<'a> {
         let (would, decided, flow) = self.decide();

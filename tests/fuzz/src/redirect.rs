@@ -1,7 +1,8 @@
 //! The same packets, redirected by the hook that they arrived at, without the node's network stack.
 
 use affinity_common::{
-    abi::Address,
+    abi::{Address, Edit},
+    headers::Headers,
     model::Model,
     packet::Packet,
     pipeline::{self, Verdict},
@@ -40,6 +41,10 @@ impl Packet for Routed {
 
     fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
         self.0.write(offset, bytes)
+    }
+
+    fn rewrite<A: Address>(&mut self, headers: &Headers<A>, edit: &Edit<A>) -> bool {
+        self.0.rewrite(headers, edit)
     }
 
     fn resize(&mut self, len: usize, l4: usize) -> bool {

@@ -12,8 +12,8 @@ use affinity_common::{
         filter_bit,
     },
     flow::REFRESH_NS,
+    headers::{TCP, UDP},
     model::Model,
-    parse::{TCP, UDP},
 };
 
 use crate::frame::{self, Reading};

@@ -10,7 +10,7 @@ use std::{
 
 use affinity_common::{
     abi::{AFFINITY, Flow, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port, Reason, V4},
-    parse::TCP,
+    headers::TCP,
     pipeline::Verdict,
 };
 use affinity_tests::{

@@ -8,8 +8,8 @@ use affinity_common::{
         AFFINITY, Backend, Direction, Flow, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port,
         Selection, Session, SessionKey, Timer, V4, V6, filter_bit,
     },
+    headers::TCP,
     model::Model,
-    parse::TCP,
     pipeline::Verdict,
 };
 use affinity_tests::{

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use affinity_common::parse::TCP;
+use affinity_common::headers::TCP;
 use affinity_tests::{
     kernel::Hook,
     lab::Family,

@@ -10,8 +10,8 @@ use affinity_common::{
         MEMBER_READY, MOVES, Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SPLIT_SCOPE, Session,
         SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
     },
+    headers::{TCP, UDP},
     model::Model,
-    parse::{TCP, UDP},
     rewrite,
 };
 use affinity_tests::{

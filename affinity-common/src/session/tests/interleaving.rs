@@ -9,15 +9,18 @@ use super::*;
 use crate::{
     abi::{BackendRef, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Node},
     flow, foreign,
+    global::{GlobalFunctions, Opened},
+    headers::Headers,
     model::Shared,
-    parse::Headers,
-    pipeline::{self, Opened},
-    snat,
+    pipeline, snat,
     tables::{Entry, FamilyTables, NotStored, Pin, Unstable},
 };
 
 const OTHER_PORT: u16 = 2;
 const STRANGERS: u16 = 3;
+
+/// After how many accesses of the first CPU the other one does what.
+type Work<'a> = (u32, &'a dyn Fn(&Cluster));
 
 /// The tables as the first CPU sees them.
 struct Interrupted<'a> {
@@ -28,12 +31,12 @@ struct Interrupted<'a> {
     accesses: Cell<u32>,
     /// What the other CPU has done.
     done: Cell<usize>,
-    /// The work of the other CPU: after how many accesses it does what.
-    others: &'a [(u32, &'a dyn Fn(&Cluster))],
+    /// The work of the other CPU.
+    others: &'a [Work<'a>],
 }
 
 impl<'a> Interrupted<'a> {
-    fn new(cluster: &'a Cluster, others: &'a [(u32, &'a dyn Fn(&Cluster))]) -> Self {
+    fn new(cluster: &'a Cluster, others: &'a [Work<'a>]) -> Self {
         Self { cluster, own: Model::new(1), accesses: Cell::new(0), done: Cell::new(0), others }
     }
 
@@ -62,7 +65,7 @@ fn at_every_step(
 ) {
     for after in 0.. {
         let cluster = scene();
-        let others: [(u32, &dyn Fn(&Cluster)); 1] = [(after, &other)];
+        let others: [Work<'_>; 1] = [(after, &other)];
         let tables = Interrupted::new(&cluster, &others);
         packet(&tables);
         if !tables.is_over() {
@@ -83,7 +86,7 @@ fn at_every_two_steps(
     for after_first in 0.. {
         for after_then in after_first.. {
             let cluster = scene();
-            let others: [(u32, &dyn Fn(&Cluster)); 2] = [(after_first, &first), (after_then, &then)];
+            let others: [Work<'_>; 2] = [(after_first, &first), (after_then, &then)];
             let tables = Interrupted::new(&cluster, &others);
             packet(&tables);
             if tables.is_over() {
@@ -203,11 +206,11 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
     }
 }
 
-impl<A: crate::abi::Address> FamilyTables<A> for &Interrupted<'_>
+impl<A: crate::abi::Address> GlobalFunctions<A> for &Interrupted<'_>
 where
     Model: FamilyTables<A>,
 {
-    fn open(&self, headers: &Headers<A>) -> Opened {
+    fn open_connection(&self, headers: &Headers<A>) -> Opened {
         pipeline::open(self, headers)
     }
     fn note_change(&self, headers: &Headers<A>) {
@@ -219,6 +222,12 @@ where
     fn is_free(&self, replies: &FlowKey<A>) -> bool {
         snat::is_free(self, replies)
     }
+}
+
+impl<A: crate::abi::Address> FamilyTables<A> for &Interrupted<'_>
+where
+    Model: FamilyTables<A>,
+{
     fn foreign(&self, replies: &FlowKey<A>) -> Option<Self::Entry<Foreign>> {
         self.cluster.0.foreign(replies).map(|known| Stepwise(known, self))
     }
@@ -319,7 +328,7 @@ fn whenever_the_other_comes_both_agree() {
                         }
                         went.set(cluster.connect(CLIENT, OTHER_PORT));
                     };
-                    let others: [(u32, &dyn Fn(&Cluster)); 1] = [(after, &other)];
+                    let others: [Work<'_>; 1] = [(after, &other)];
                     let tables = Interrupted::new(&cluster, &others);
                     let mut frame = Shape::tcp(SYN).frame(&Ends { from: (CLIENT, 1), to: WEB });
                     assert_eq!(pipeline::forward(&mut frame, &&tables), Verdict::Forward);

@@ -8,8 +8,9 @@ use std::{
 
 use affinity_common::{
     abi::{Address, Direction, Flow, FlowKey, Frontend, FrontendKey, Port, RangeKey, Reason},
+    global::GlobalFunctions,
+    headers::Headers,
     model::Model,
-    parse::Headers,
     pipeline::{Decision, from_backend, to_frontend},
     tables::{Entry, FamilyTables},
 };
@@ -305,7 +306,7 @@ pub(super) struct Fate {
 /// Sends a packet of `client` to a frontend. A reply, if one is possible, must be translated back.
 pub(super) fn send<A: TestAddress>(model: &Model, frontend: &FrontendKey<A>, client: u8, sport: u16, flags: u8) -> Fate
 where
-    Model: FamilyTables<A>,
+    Model: GlobalFunctions<A>,
 {
     let mut headers = headers(frontend, client, sport, flags);
     let outcome = to_frontend(model, &mut headers, || 0);
@@ -333,6 +334,6 @@ fn headers<A: TestAddress>(frontend: &FrontendKey<A>, client: u8, sport: u16, fl
         direction: Direction::Dnat as u8,
         pad: [0; 2],
     };
-    let flags = if frontend.protocol == affinity_common::parse::TCP { flags } else { 0 };
+    let flags = if frontend.protocol == affinity_common::headers::TCP { flags } else { 0 };
     Headers::new(key, flags)
 }

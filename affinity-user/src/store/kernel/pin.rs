@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use affinity_common::{
     abi::{Address, Direction, EventKind, Reason, SessionKey, SocketRole, V4, V6},
-    parse::UDP,
+    headers::UDP,
 };
 
 use super::{Family, KernelStore};

@@ -5,7 +5,7 @@ use affinity_common::{
         BackendRef, FLOW_ANSWERED, FLOW_OPEN, FLOW_RESET, FrontendKey, MASQUERADE, MEMBER_DRAINING, PODS, Port, RANGES,
         RangeKey, SPLIT_SCOPE, Selection, Session, SessionKey, V4, V6, netns_client,
     },
-    parse::TCP,
+    headers::TCP,
 };
 
 use super::*;

@@ -5,8 +5,8 @@ use affinity_common::{
         AFFINITY, Address, BACKEND_LOCAL, Backend, CONFIG_MAGIC, Config, Direction, Frontend, FrontendKey,
         MEMBER_READY, Member, MemberKey, Node, Port, Reason, V4, V6, filter_bit,
     },
+    headers::{ACK, TCP},
     names,
-    parse::{ACK, TCP},
 };
 use affinity_user::{events::RECORD, store::kernel::filter_word};
 use anyhow::{Context as _, Result, ensure};
