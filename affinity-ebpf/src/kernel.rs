@@ -26,7 +26,7 @@ pub use self::{
     fib::{FibResult, redirect},
     map::{MapValue, with_percpu},
     skb::{BPF_F_IPV6, Skb},
-    socket::{Release, SockAddr, fail_with},
+    socket::{ReleasedSocket, SocketCall, set_errno},
     xdp::XdpFrame,
 };
 
@@ -35,7 +35,7 @@ pub use self::{
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// No code here can panic in the kernel: the verifier would have to accept this loop, and does not.
+/// Never called: the verifier rejects a program that could reach this loop.
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}

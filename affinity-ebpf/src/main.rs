@@ -61,11 +61,11 @@ pub fn xdp_forward(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 pub fn xdp_redirect(ctx: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(&ctx);
-    let came_by = frame.ifindex();
+    let ingress = frame.ifindex();
     let take = |hop: &FibResult| {
         let ifindex =
             hop.device().filter(|ifindex| hop.link().is_some() && device_flags(*ifindex) & DEVICE_REDIRECT_XDP != 0)?;
-        Some(if ifindex == came_by { xdp_action::XDP_TX } else { kernel::redirect(ifindex) })
+        Some(if ifindex == ingress { xdp_action::XDP_TX } else { kernel::redirect(ifindex) })
     };
     match redirect::redirect(&mut frame, &Maps, take) {
         Ok(action) => action,
@@ -85,9 +85,9 @@ fn may_be_ours(frame: &XdpFrame) -> bool {
 
 /// Passes the frame to TC and the stack. If TC redirects, it finds the verdict in the metadata.
 #[inline(always)]
-fn pass(frame: &XdpFrame, seen: u32) -> u32 {
+fn pass(frame: &XdpFrame, metadata: u32) -> u32 {
     if kernel::redirects() {
-        frame.set_xdp_metadata(seen);
+        frame.set_xdp_metadata(metadata);
     }
     xdp_action::XDP_PASS
 }
@@ -96,8 +96,8 @@ fn pass(frame: &XdpFrame, seen: u32) -> u32 {
 #[classifier]
 pub fn tc_forward(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let seen = if kernel::redirects() { skb.xdp_metadata() } else { None };
-    let verdict = match seen {
+    let metadata = if kernel::redirects() { skb.xdp_metadata() } else { None };
+    let verdict = match metadata {
         Some(XDP_META_PASSED) => Verdict::Pass,
         Some(XDP_META_TRANSLATED) => Verdict::Forward,
         _ => pipeline::forward(&mut skb, &Maps),

@@ -90,7 +90,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn next_snat_port(&self, backend: u32) -> u64 {
-        SNAT_PORT_CURSOR.get_ptr_mut(backend).map_or(0, |cursor| MapValue::new(cursor).count_up())
+        SNAT_PORT_CURSOR.get_ptr_mut(backend).map_or(0, |cursor| MapValue::new(cursor).fetch_increment())
     }
 
     #[inline(always)]
@@ -158,7 +158,7 @@ impl Tables for Maps {
     #[inline(always)]
     fn count(&self, reason: Reason) {
         if let Some(count) = COUNTERS.get_ptr_mut(reason as u32) {
-            MapValue::new(count).count_own();
+            MapValue::new(count).increment_own();
         }
     }
 
@@ -177,9 +177,9 @@ impl Tables for Maps {
     fn count_usage(&self, of: UsageOf, id: u32, reason: Reason) {
         if let Some(usage) = USAGE.get_ptr_mut(UsageKey { of: of as u32, id })
             && let Some(index) = usage_index(reason)
-            && let Some(count) = MapValue::new(usage).count(index)
+            && let Some(count) = MapValue::new(usage).counter(index)
         {
-            count.count_own();
+            count.increment_own();
         }
     }
 

@@ -6,14 +6,14 @@ use core::arch::asm;
 /// The verifier follows offsets into a frame up to this bound.
 const MAX_OFFSET: usize = 0x3fff;
 
-/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte. If told not to, it
-/// would also write to the stack unaligned, which the verifier rejects.
+/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte. If it were allowed to use
+/// unaligned access, it would use it on the stack too, where the verifier rejects it.
 macro_rules! load {
-    ($width:literal, $place:expr) => {{
+    ($width:literal, $address:expr) => {{
         let value: u64;
         // SAFETY: the caller has checked that the bytes are in the frame, and the verifier checks it too.
         unsafe {
-            asm!(concat!("{value} = *(", $width, " *)({place} + 0)"), place = in(reg) $place, value = lateout(reg) value,
+            asm!(concat!("{value} = *(", $width, " *)({address} + 0)"), address = in(reg) $address, value = lateout(reg) value,
                 options(pure, readonly, nostack, preserves_flags));
         }
         value
@@ -22,11 +22,11 @@ macro_rules! load {
 
 /// Stores to a frame; see [`load`].
 macro_rules! store {
-    ($width:literal, $place:expr, $value:expr) => {{
-        let (place, value): (usize, u64) = ($place, $value);
+    ($width:literal, $address:expr, $value:expr) => {{
+        let (address, value): (usize, u64) = ($address, $value);
         // SAFETY: as for `load`; only this program uses the frame.
         unsafe {
-            asm!(concat!("*(", $width, " *)({place} + 0) = {value}"), place = in(reg) place, value = in(reg) value,
+            asm!(concat!("*(", $width, " *)({address} + 0) = {value}"), address = in(reg) address, value = in(reg) value,
                 options(nostack, preserves_flags));
         }
     }};
@@ -51,23 +51,23 @@ impl Bytes {
     /// Copies `N` bytes at `offset`.
     #[inline(always)]
     pub(super) fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let place = self.place::<N>(offset)?;
+        let address = self.address::<N>(offset)?;
         let mut bytes = [0; N];
         let mut at = 0;
         while at + 8 <= N {
-            bytes[at..at + 8].copy_from_slice(&load!("u64", place + at).to_ne_bytes());
+            bytes[at..at + 8].copy_from_slice(&load!("u64", address + at).to_ne_bytes());
             at += 8;
         }
         if at + 4 <= N {
-            bytes[at..at + 4].copy_from_slice(&(load!("u32", place + at) as u32).to_ne_bytes());
+            bytes[at..at + 4].copy_from_slice(&(load!("u32", address + at) as u32).to_ne_bytes());
             at += 4;
         }
         if at + 2 <= N {
-            bytes[at..at + 2].copy_from_slice(&(load!("u16", place + at) as u16).to_ne_bytes());
+            bytes[at..at + 2].copy_from_slice(&(load!("u16", address + at) as u16).to_ne_bytes());
             at += 2;
         }
         if at < N {
-            bytes[at] = load!("u8", place + at) as u8;
+            bytes[at] = load!("u8", address + at) as u8;
         }
         Some(bytes)
     }
@@ -75,22 +75,22 @@ impl Bytes {
     /// Overwrites `N` bytes at `offset`.
     #[inline(always)]
     pub(super) fn write<const N: usize>(&self, offset: usize, bytes: [u8; N]) -> bool {
-        let Some(place) = self.place::<N>(offset) else { return false };
+        let Some(address) = self.address::<N>(offset) else { return false };
         let mut at = 0;
         while at + 8 <= N {
-            store!("u64", place + at, u64::from_ne_bytes(chunk(&bytes, at)));
+            store!("u64", address + at, u64::from_ne_bytes(chunk(&bytes, at)));
             at += 8;
         }
         if at + 4 <= N {
-            store!("u32", place + at, u64::from(u32::from_ne_bytes(chunk(&bytes, at))));
+            store!("u32", address + at, u64::from(u32::from_ne_bytes(chunk(&bytes, at))));
             at += 4;
         }
         if at + 2 <= N {
-            store!("u16", place + at, u64::from(u16::from_ne_bytes(chunk(&bytes, at))));
+            store!("u16", address + at, u64::from(u16::from_ne_bytes(chunk(&bytes, at))));
             at += 2;
         }
         if at < N {
-            store!("u8", place + at, u64::from(bytes[at]));
+            store!("u8", address + at, u64::from(bytes[at]));
         }
         true
     }
@@ -102,7 +102,7 @@ impl Bytes {
     }
 
     #[inline(always)]
-    fn place<const N: usize>(&self, offset: usize) -> Option<usize> {
+    fn address<const N: usize>(&self, offset: usize) -> Option<usize> {
         if offset > MAX_OFFSET {
             return None;
         }
@@ -112,7 +112,7 @@ impl Bytes {
         unsafe {
             asm!("{offset} &= {mask}", offset = inout(reg) bounded, mask = const MAX_OFFSET, options(pure, nomem, nostack))
         };
-        let place = self.start + bounded;
-        (place + N <= self.end).then_some(place)
+        let address = self.start + bounded;
+        (address + N <= self.end).then_some(address)
     }
 }

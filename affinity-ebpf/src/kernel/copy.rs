@@ -12,11 +12,11 @@ pub fn read_copy<V: Copy>(pointer: Option<*const V>) -> Option<V> {
     pointer.map(|pointer| copy_words(pointer, 0))
 }
 
-/// How often a record is read if it is replaced during each reading.
-const READINGS: u32 = 4;
+/// Attempts to read a record, if it is replaced during each of them.
+const MAX_READS: u32 = 4;
 
 /// A copy of a record of a hash map in which other processors replace, remove and add elements. The copy is whole, and belongs
-/// to the key that `lookup` looks up. `Err` if the record was replaced during each of [`READINGS`].
+/// to the key that `lookup` looks up. `Err` if the record was replaced during each of [`MAX_READS`].
 ///
 /// RCU does not guarantee that. The kernel frees an element without preallocation to a list of the processor. The next
 /// insertion there takes it at once, with another key and value, while a program that has found it may still read it:
@@ -42,7 +42,7 @@ const READINGS: u32 = 4;
 /// `lookup_nulls_elem_raw`, `htab_map_update_elem`).
 #[inline(always)]
 pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, Unstable> {
-    for _ in 0..READINGS {
+    for _ in 0..MAX_READS {
         let Some(first) = lookup().or_else(&lookup) else { return Ok(None) };
         let copy = copy_aligned(first, 0);
         if lookup() == Some(first) && has_words(first, &copy) {

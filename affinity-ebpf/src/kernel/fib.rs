@@ -19,21 +19,21 @@ use aya_ebpf::{
 #[repr(C, align(8))]
 pub struct FibResult {
     lookup: bpf_fib_lookup,
-    answer: u32,
+    status: u32,
 }
 
 impl FibResult {
     /// The state before a lookup: no route.
     #[inline(always)]
-    pub fn unknown() -> Self {
+    pub fn no_route() -> Self {
         // SAFETY: all zeroes are a valid lookup.
-        Self { lookup: unsafe { MaybeUninit::zeroed().assume_init() }, answer: BPF_FIB_LKUP_RET_NOT_FWDED }
+        Self { lookup: unsafe { MaybeUninit::zeroed().assume_init() }, status: BPF_FIB_LKUP_RET_NOT_FWDED }
     }
 
-    /// Drops the result.
+    /// Resets the result to no route.
     #[inline(always)]
-    pub fn forget(&mut self) {
-        self.answer = BPF_FIB_LKUP_RET_NOT_FWDED;
+    pub fn clear(&mut self) {
+        self.status = BPF_FIB_LKUP_RET_NOT_FWDED;
     }
 
     /// Looks up the next hop of a packet that arrived on the device `ifindex`. In place, because a copy of the lookup would
@@ -59,17 +59,17 @@ impl FibResult {
         // SAFETY: all fields of these unions are words.
         let (source, destination) =
             unsafe { (&mut lookup.__bindgen_anon_3.ipv6_src, &mut lookup.__bindgen_anon_4.ipv6_dst) };
-        put_address(source, key.saddr);
-        put_address(destination, key.daddr);
+        write_address(source, key.saddr);
+        write_address(destination, key.daddr);
         // SAFETY: the context is the program's own, and the helper reads and writes as many bytes as its argument says; the
         // lookup has no padding.
-        self.answer = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
+        self.status = unsafe { helpers::bpf_fib_lookup(ctx, &raw mut *lookup, LOOKUP, 0) as u32 };
     }
 
     /// The device of the route, if the stack would forward the packet.
     #[inline(always)]
     pub fn device(&self) -> Option<u32> {
-        matches!(self.answer, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH).then_some(self.lookup.ifindex)
+        matches!(self.status, BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH).then_some(self.lookup.ifindex)
     }
 
     /// Redirects the frame of a TC program with `bpf_redirect_neigh`, which resolves the link address. Returns the action.
@@ -99,7 +99,7 @@ impl NextHop for FibResult {
     #[inline(always)]
     fn link(&self) -> Option<Link> {
         let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (self.lookup.dmac, self.lookup.smac);
-        (self.answer == BPF_FIB_LKUP_RET_SUCCESS).then_some([a, b, c, d, e, f, g, h, i, j, k, l])
+        (self.status == BPF_FIB_LKUP_RET_SUCCESS).then_some([a, b, c, d, e, f, g, h, i, j, k, l])
     }
 }
 
@@ -113,7 +113,7 @@ pub fn redirect(ifindex: u32) -> u32 {
 /// Writes an address into the lookup, IPv4 into the first word. IPv6 as bytes: the compiler would assemble words byte by byte,
 /// on the stack.
 #[inline(always)]
-fn put_address<A: Address>(place: &mut [u32; 4], address: A) {
+fn write_address<A: Address>(place: &mut [u32; 4], address: A) {
     let mapped = address.to_mapped();
     if A::BITS == V4::BITS {
         let V4(address) = V4::from_mapped(mapped);

@@ -35,25 +35,25 @@ impl<V: Pod> Entry<V> for MapValue<V> {
 
     #[inline(always)]
     fn read<F: Pod>(&self, field: Field<V, F>) -> F {
-        copy_words(self.place(field), field.offset())
+        copy_words(self.field_ptr(field), field.offset())
     }
 
     #[inline(always)]
     fn write<F: Pod>(&self, field: Field<V, F>, value: F) {
-        store_words(self.place(field), field.offset(), value);
+        store_words(self.field_ptr(field), field.offset(), value);
     }
 
     #[inline(always)]
     fn add_bits(&self, field: Field<V, u32>, bits: u32) -> u32 {
         // SAFETY: see `copy::copy_aligned`.
-        unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(self.place(field), bits) }
+        unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(self.field_ptr(field), bits) }
     }
 }
 
 impl<V: Pod> MapValue<V> {
-    /// The address of a field.
+    /// A pointer to a field.
     #[inline(always)]
-    fn place<F: Pod>(self, field: Field<V, F>) -> *mut F {
+    fn field_ptr<F: Pod>(self, field: Field<V, F>) -> *mut F {
         // SAFETY: a field lies within its record.
         unsafe { self.0.byte_add(field.offset()).cast() }
     }
@@ -130,7 +130,7 @@ impl Pin for MapValue<Session> {
     fn swap_connections(&self, from: u32, to: u32) -> bool {
         // SAFETY: see `copy::copy_aligned`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
-            let word = self.place(Session::CONNECTIONS);
+            let word = self.field_ptr(Session::CONNECTIONS);
             atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
         };
         is_done
@@ -141,7 +141,7 @@ impl MapValue<u64> {
     /// Adds one to a word that belongs to this processor. A program on a cgroup may lose counts, because a packet can interrupt
     /// it between the load and the store.
     #[inline(always)]
-    pub fn count_own(self) {
+    pub fn increment_own(self) {
         let count: u64 = copy_words(self.0, 0);
         store_words(self.0, 0, count.wrapping_add(1));
     }
@@ -155,7 +155,7 @@ impl MapValue<u64> {
 
     /// Adds one, and returns the previous value.
     #[inline(always)]
-    pub fn count_up(self) -> u64 {
+    pub fn fetch_increment(self) -> u64 {
         // SAFETY: as above. Not relaxed, because the compiler drops the result of a relaxed addition.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(self.0, 1) }
     }
@@ -171,7 +171,7 @@ impl MapValue<u64> {
 impl MapValue<Usage> {
     /// One of the counts; `None` for an index beyond them.
     #[inline(always)]
-    pub fn count(self, index: usize) -> Option<MapValue<u64>> {
+    pub fn counter(self, index: usize) -> Option<MapValue<u64>> {
         const COUNTS: usize = size_of::<Usage>() / size_of::<u64>();
         const { assert!(offset_of!(Usage, counts) == 0) };
         let index = barrier_var(index);

@@ -276,7 +276,7 @@ impl FibLookup for Skb {
     /// redirected.
     #[inline(always)]
     fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
-        let mut hop = FibResult::unknown();
+        let mut hop = FibResult::no_route();
         if let Some(len) = self.longest_packet(key)
             && self.is_for_this_device()
         {

@@ -42,11 +42,11 @@ macro_rules! set_context_word {
 
 /// The context of a program that runs for a call on a socket, with the peer address of the call.
 #[derive(Clone, Copy)]
-pub struct SockAddr(*mut bpf_sock_addr);
+pub struct SocketCall(*mut bpf_sock_addr);
 
 const USER_IP6: usize = offset_of!(bpf_sock_addr, user_ip6);
 
-impl SockAddr {
+impl SocketCall {
     /// From the program's own context.
     #[inline(always)]
     pub fn new(ctx: &SockAddrContext) -> Self {
@@ -56,7 +56,7 @@ impl SockAddr {
     /// The socket; `None` if its protocol is neither TCP nor UDP.
     #[inline(always)]
     pub fn caller(self) -> Option<Caller> {
-        let protocol = spoken(context_word!(self.0, offset_of!(bpf_sock_addr, protocol)))?;
+        let protocol = translated_protocol(context_word!(self.0, offset_of!(bpf_sock_addr, protocol)))?;
         // SAFETY: the helpers take the program's own context.
         let (cookie, netns) =
             unsafe { (helpers::bpf_get_socket_cookie(self.0.cast()), helpers::bpf_get_netns_cookie(self.0.cast())) };
@@ -120,9 +120,9 @@ impl SockAddr {
 
 /// The context of a program that runs when a socket is closed.
 #[derive(Clone, Copy)]
-pub struct Release(*mut bpf_sock);
+pub struct ReleasedSocket(*mut bpf_sock);
 
-impl Release {
+impl ReleasedSocket {
     /// From the program's own context.
     #[inline(always)]
     pub fn new(ctx: &SockContext) -> Self {
@@ -132,16 +132,16 @@ impl Release {
     /// The socket; `None` if its protocol was neither TCP nor UDP. Its namespace no longer matters.
     #[inline(always)]
     pub fn caller(self) -> Option<Caller> {
-        let protocol = spoken(context_word!(self.0, offset_of!(bpf_sock, protocol)))?;
+        let protocol = translated_protocol(context_word!(self.0, offset_of!(bpf_sock, protocol)))?;
         // SAFETY: the helper takes the program's own context.
         let cookie = unsafe { helpers::bpf_get_socket_cookie(self.0.cast()) };
         Some(Caller { cookie, netns: 0, protocol })
     }
 }
 
-/// A protocol that is translated.
+/// The protocol, if sockets of it are translated.
 #[inline(always)]
-fn spoken(protocol: u32) -> Option<u8> {
+fn translated_protocol(protocol: u32) -> Option<u8> {
     if protocol == u32::from(TCP) {
         Some(TCP)
     } else if protocol == u32::from(UDP) {
@@ -151,9 +151,9 @@ fn spoken(protocol: u32) -> Option<u8> {
     }
 }
 
-/// The call that this program fails returns this error number instead of `EPERM`, if the kernel has the helper.
+/// Sets the error number that a rejected call returns instead of `EPERM`. Only for kernels with this helper.
 #[inline(always)]
-pub fn fail_with(errno: i32) {
+pub fn set_errno(errno: i32) {
     // SAFETY: no pointers.
     unsafe { helpers::bpf_set_retval(-errno) };
 }

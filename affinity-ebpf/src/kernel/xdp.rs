@@ -125,12 +125,12 @@ impl FibLookup for XdpFrame {
     /// INVALID.
     #[inline(always)]
     fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {
-        let mut hop = FibResult::unknown();
+        let mut hop = FibResult::no_route();
         if self.is_linear() {
             if !self.is_opening(key) || self.can_redirect_reply(key, &mut hop) {
                 self.look_up(key, &mut hop);
             } else {
-                hop.forget();
+                hop.clear();
             }
         }
         hop
