@@ -1,8 +1,8 @@
-//! The kernel's memory and helpers, behind safe functions: the only module of this crate with `unsafe` code. Each file below has
-//! one kind of access. Here are the configuration, the clock, and what concerns a program as a whole.
+//! The kernel's memory and helpers, behind safe functions: the only module of this crate with `unsafe` code. Each file below
+//! has one kind of access. Here are the configuration, the clock, and what concerns a program as a whole.
 //!
-//! Pointers that a caller passes come from the program's own context or from a lookup in a map. What is made of them may be used
-//! until the program ends.
+//! Pointers that a caller passes come from the program's own context or from a lookup in a map. What is made of them may be
+//! used until the program ends.
 #![expect(unsafe_code, reason = "packets, map values and helpers are pointers; each block says why its use holds")]
 
 mod bytes;
@@ -88,9 +88,9 @@ pub fn takes_ipv6_flag() -> bool {
     CONFIG.word(offset_of!(Config, takes_ipv6_flag)) != 0
 }
 
-/// Calls a block as a global function, with the caller's variable that is named: the verifier checks the function once, apart from
-/// its callers, because it is exported by its name (<https://docs.kernel.org/bpf/verifier.html>). The result is the block's, or
-/// `u64::MAX` for a null pointer: no caller passes one, but the verifier requires the check.
+/// Calls a block as a global function, with the caller's variable that is named: the verifier checks the function once, apart
+/// from its callers, because it is exported by its name (<https://docs.kernel.org/bpf/verifier.html>). The result is the
+/// block's, or `u64::MAX` for a null pointer: no caller passes one, but the verifier requires the check.
 #[macro_export]
 macro_rules! global_func {
     ($name:ident($argument:ident: &$of:ty) $body:block) => {{

@@ -1,13 +1,13 @@
-//! The memory of a frame, at any alignment. Each access is checked against the end of the frame, in a form that the verifier can
-//! follow: beyond it, a read returns nothing and a write changes nothing.
+//! The memory of a frame, at any alignment. Each access is checked against the end of the frame, in a form that the verifier
+//! can follow: beyond it, a read returns nothing and a write changes nothing.
 
 use core::arch::asm;
 
 /// The verifier follows offsets into a frame up to this bound.
 const MAX_OFFSET: usize = 0x3fff;
 
-/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte. If it were allowed to use
-/// unaligned access, it would use it on the stack too, where the verifier rejects it.
+/// Loads from a frame. In assembler, because headers are not aligned: the compiler would load byte by byte. If it were allowed
+/// to use unaligned access, it would use it on the stack too, where the verifier rejects it.
 macro_rules! load {
     ($width:literal, $address:expr) => {{
         let value: u64;

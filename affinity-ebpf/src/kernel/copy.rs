@@ -1,5 +1,5 @@
-//! Copies of values in maps that other processors change meanwhile. Each word is one load or one store. [`read_copy`] returns words
-//! that are each old or new; [`stable_copy`] returns a whole record of its key.
+//! Copies of values in maps that other processors change meanwhile, word by word. In a result of [`read_copy`], each word is
+//! the old or the new one. A result of [`stable_copy`] is one whole record of its key.
 
 use core::{mem::MaybeUninit, ptr};
 
@@ -37,9 +37,9 @@ const MAX_READS: u32 = 4;
 ///   helper.
 ///
 /// If there is no record, the key is looked up again, because a lookup can miss a record that is being replaced: the kernel
-/// puts the new element at the head of the bucket before it removes the old one. A search that has passed the head by then, and
-/// has not reached the old element yet, finds neither (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c>,
-/// `lookup_nulls_elem_raw`, `htab_map_update_elem`).
+/// puts the new element at the head of the bucket before it removes the old one. A search that has passed the head by then,
+/// and has not reached the old element yet, finds neither
+/// (<https://elixir.bootlin.com/linux/v6.1/source/kernel/bpf/hashtab.c>, `lookup_nulls_elem_raw`, `htab_map_update_elem`).
 #[inline(always)]
 pub fn stable_copy<V: Copy>(lookup: impl Fn() -> Option<*const V>) -> Result<Option<V>, Unstable> {
     for _ in 0..MAX_READS {
@@ -107,8 +107,8 @@ pub(super) fn copy_words<V: Copy>(place: *const V, offset: usize) -> V {
 #[inline(always)]
 fn copy_aligned<V: Copy>(place: *const V, offset: usize) -> Aligned<V> {
     let mut copy = Aligned(MaybeUninit::<V>::uninit());
-    // SAFETY: a lookup gave the pointer and the program has not ended since, so the memory is the map's and is not freed (RCU),
-    // and it is aligned, see `word_len`. The words are all of the value. Volatile, because other CPUs write it.
+    // SAFETY: a lookup gave the pointer and the program has not ended since, so the memory is the map's and is not freed
+    // (RCU), and it is aligned, see `word_len`. The words are all of the value. Volatile, because other CPUs write it.
     unsafe {
         for_each_word!(V, offset, |at, Word| {
             let word = ptr::read_volatile(place.cast::<Word>().add(at));

@@ -76,8 +76,8 @@ impl FibResult {
     #[inline(always)]
     pub fn redirect_neigh(&self) -> i32 {
         const NEIGHBOUR: i32 = size_of::<bpf_redir_neigh>() as i32;
-        // SAFETY: the helper reads as many bytes as its argument says, and the kernel checks the device. A packet of one family
-        // may have a neighbour of the other (RFC 5549).
+        // SAFETY: the helper reads as many bytes as its argument says, and the kernel checks the device. A packet of one
+        // family may have a neighbour of the other (RFC 5549).
         unsafe {
             let mut neighbour: bpf_redir_neigh = MaybeUninit::zeroed().assume_init();
             neighbour.nh_family = u32::from(self.lookup.family);
@@ -103,7 +103,7 @@ impl NextHop for FibResult {
     }
 }
 
-/// Redirects the frame to another device, with the link addresses that it has. Returns the action, the same number for XDP and TC.
+/// Redirects the frame out of a device, with the link addresses that it has. Returns the action of the program's hook.
 #[inline(always)]
 pub fn redirect(ifindex: u32) -> u32 {
     // SAFETY: the kernel checks the device.

@@ -1,5 +1,5 @@
-//! Values that stay in their map, found by a lookup. Other processors use them at the same time: each access to a field is one load,
-//! one store or one atomic operation. Only values of per-CPU maps may be borrowed: see [`with_percpu`].
+//! Values that stay in their map, found by a lookup. Other processors use them at the same time, so each access to a field is
+//! one load, one store or one atomic operation. Only values of per-CPU maps may be borrowed: see [`with_percpu`].
 
 use core::{
     arch::asm,
@@ -138,8 +138,8 @@ impl Pin for MapValue<Session> {
 }
 
 impl MapValue<u64> {
-    /// Adds one to a word that belongs to this processor. A program on a cgroup may lose counts, because a packet can interrupt
-    /// it between the load and the store.
+    /// Adds one to a word that belongs to this processor. A program on a cgroup may lose counts, because a packet can
+    /// interrupt it between the load and the store.
     #[inline(always)]
     pub fn increment_own(self) {
         let count: u64 = copy_words(self.0, 0);

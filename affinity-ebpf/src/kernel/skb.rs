@@ -1,5 +1,5 @@
-//! A socket buffer. Reads and writes reach its linear part, also after a change that invalidates pointers into it: making more of it
-//! linear, resizing it, adding a tag, or replacing a checksum.
+//! A socket buffer. Reads and writes reach its linear part, also after a change that invalidates pointers into it: making more
+//! of it linear, resizing it, adding a tag, or replacing a checksum.
 
 use affinity_common::{
     abi::{Address, Edit, V6},
@@ -40,8 +40,8 @@ fn linear_part(ctx: *mut __sk_buff) -> Bytes {
     unsafe { Bytes { start: (*ctx).data as usize, end: (*ctx).data_end as usize } }
 }
 
-/// Whether the linear part already contains all headers that are read: TCP or UDP directly behind an IP header without options,
-/// which is nearly always so. Making more of the frame linear may copy the head.
+/// Whether the linear part already contains all headers that are read: TCP or UDP directly behind an IP header without
+/// options, which is nearly always so. Making more of the frame linear may copy the head.
 #[inline(always)]
 fn has_plain_headers(bytes: &Bytes) -> bool {
     const IPV4: [u8; 3] = [0x08, 0x00, 0x45];
@@ -201,8 +201,8 @@ impl Skb {
         unsafe { helpers::bpf_skb_change_tail(self.ctx, len as u32, 0) == 0 }
     }
 
-    /// Removes `len` bytes behind the link header. False, and no change, if the frame is not IP or is too short. The caller then
-    /// calls [`Skb::pull`].
+    /// Removes `len` bytes behind the link header. False, and no change, if the frame is not IP or is too short. The caller
+    /// then calls [`Skb::pull`].
     #[inline(always)]
     fn cut_behind_link_header(&self, len: usize) -> bool {
         // SAFETY: the context is the program's own; the helper checks the length.
@@ -217,8 +217,8 @@ impl Packet for Skb {
         unsafe { (*self.ctx).ifindex }
     }
 
-    /// In its traffic control index. Nothing else uses that field except `tcindex` classifiers and the `dsmark` qdisc, both removed
-    /// in Linux 6.3 (<https://elixir.bootlin.com/linux/v6.3/A/ident/tc_index>).
+    /// In its traffic control index. Nothing else uses that field except `tcindex` classifiers and the `dsmark` qdisc, both
+    /// removed in Linux 6.3 (<https://elixir.bootlin.com/linux/v6.3/A/ident/tc_index>).
     #[inline(always)]
     fn mark_final(&mut self) {
         // SAFETY: as for `linear_part`; TC programs may write this field.
@@ -249,9 +249,9 @@ impl Packet for Skb {
     /// place is before the start of the frame. So the frame is first resized to `len` and that many bytes more, and then loses
     /// its first bytes, up to behind that place.
     ///
-    /// The kernel does not cut a frame with a VLAN tag in its data (the inner one of two tags, because the first one is removed
-    /// before TC). Such a frame is first shortened so that it ends before its transport checksum, and then gets its length. The
-    /// kernel does not shorten a frame with a partial checksum that far, so such a frame is not answered.
+    /// The kernel does not cut a frame with a VLAN tag in its data (the inner one of two tags, because the first one is
+    /// removed before TC). Such a frame is first shortened so that it ends before its transport checksum, and then gets its
+    /// length. The kernel does not shorten a frame with a partial checksum that far, so such a frame is not answered.
     ///
     /// <https://elixir.bootlin.com/linux/v6.18/source/include/linux/skbuff.h> (`__skb_postpull_rcsum`),
     /// <https://elixir.bootlin.com/linux/v6.18/source/net/core/filter.c> (`bpf_skb_adjust_room`, `__bpf_skb_min_len`)

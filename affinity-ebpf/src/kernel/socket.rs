@@ -1,5 +1,5 @@
-//! The socket calls that programs on a cgroup run for. Fields of a context are accessed as the verifier requires it: each by one load
-//! or store of a word.
+//! The socket calls that programs on a cgroup run for. They read and replace the peer of the call; the kernel checks which
+//! fields a program may change.
 
 use core::{arch::asm, mem::offset_of};
 
