@@ -62,7 +62,7 @@ pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
     {
         call.set_peer_v4(&frontend);
     }
-    GO_ON
+    PROCEED
 }
 
 /// The kernel reports the sender of a datagram to an IPv6 socket.
@@ -74,7 +74,7 @@ pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
     {
         call.set_peer_v6(&frontend);
     }
-    GO_ON
+    PROCEED
 }
 
 /// `getpeername()` on an IPv4 socket.
@@ -86,7 +86,7 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     {
         call.set_peer_v4(&frontend);
     }
-    GO_ON
+    PROCEED
 }
 
 /// `getpeername()` on an IPv6 socket.
@@ -98,7 +98,7 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     {
         call.set_peer_v6(&frontend);
     }
-    GO_ON
+    PROCEED
 }
 
 /// A socket is closed.

@@ -19,8 +19,8 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{MEMBER_READY, MemberKey, Socket, SocketKey, SocketRole},
-    headers::{TCP, UDP},
+    abi::{MEMBER_READY, Member, MemberKey, Socket, SocketKey, SocketRole},
+    headers::TCP,
 };
 use netlink_packet_sock_diag::{
     SockDiagDestroy, SockDiagMessage,
@@ -132,14 +132,11 @@ fn lost(store: &KernelStore) -> Result<Noted, StoreError> {
 
 fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool, StoreError> {
     let &Socket { pool, backend, frontend, frontend_port, .. } = socket;
-    if key.protocol != UDP || !store.has_frontend(frontend, frontend_port, UDP)? {
+    if !store.follows_pool(key.protocol, frontend, frontend_port)? {
         return Ok(store.is_alive(backend));
     }
-    let member = store.members.get(&MemberKey { pool, backend: backend.index })?;
-    Ok(member.is_some_and(|member| {
-        let is_there = member.generation == backend.generation && member.port == socket.peer_port;
-        is_there && member.state == MEMBER_READY
-    }))
+    let ready = Member { generation: backend.generation, port: socket.peer_port, state: MEMBER_READY, pad: 0 };
+    Ok(store.members.get(&MemberKey { pool, backend: backend.index })? == Some(ready))
 }
 
 /// The state of a TCP socket's connection, as its kernel sees it.

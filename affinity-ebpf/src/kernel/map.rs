@@ -61,7 +61,7 @@ impl<V: Pod> MapValue<V> {
 
 impl MapValue<Session> {
     /// The backend as one word: other processors change its index and generation at once.
-    const PINNED: Field<Session, u64> = Field::new(offset_of!(Session, backend));
+    const BACKEND: Field<Session, u64> = Field::new(offset_of!(Session, backend));
 }
 
 impl<A: Address> MapValue<FlowScratch<A>> {
@@ -87,7 +87,7 @@ impl Pin for MapValue<Session> {
                 self.read(Session::CONNECTIONS),
             )
         };
-        let (first, mut rest, pinned) = (self.read(Self::PINNED), read(), self.read(Self::PINNED));
+        let (first, mut rest, pinned) = (self.read(Self::BACKEND), read(), self.read(Self::BACKEND));
         if first != pinned {
             rest = read();
         }
@@ -110,7 +110,7 @@ impl Pin for MapValue<Session> {
         let (from, to) = (bytemuck::must_cast(from), bytemuck::must_cast(to));
         // SAFETY: see `copy::copy_aligned`; every change of this word is such an exchange.
         let (_, is_done) = unsafe {
-            let word = self.place(Self::PINNED);
+            let word = self.field_ptr(Self::BACKEND);
             atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, from, to)
         };
         is_done
@@ -118,7 +118,7 @@ impl Pin for MapValue<Session> {
 
     #[inline(always)]
     fn backend(&self) -> BackendRef {
-        bytemuck::must_cast(self.read(Self::PINNED))
+        bytemuck::must_cast(self.read(Self::BACKEND))
     }
 
     #[inline(always)]

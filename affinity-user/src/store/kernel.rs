@@ -22,6 +22,7 @@ use affinity_common::{
         FlowKey, Foreign, FragmentKey, Frontend, FrontendKey, Member, MemberKey, Name, NameKey, Node, Port, RangeKey,
         Reason, Session, SessionKey, Socket, SocketKey, Status, Usage, UsageKey, V4, V6,
     },
+    headers::UDP,
     names,
 };
 use bytemuck::Pod;
@@ -282,16 +283,20 @@ impl KernelStore {
         index < self.generations.len() && self.generations.load_u32(index) == generation
     }
 
-    /// Whether an address, IPv6 or IPv4-mapped, has a frontend at a port.
+    /// Whether a connection to a frontend follows its pool: a connection of datagrams does while the frontend exists, because
+    /// there is nothing to lose. All others go on while their backend lives. `address` is IPv6 or IPv4-mapped.
     ///
     /// # Errors
     /// [`StoreError`] if the map cannot be read.
-    pub fn has_frontend(&self, address: V6, port: Port, protocol: u8) -> Result<bool, StoreError> {
+    pub fn follows_pool(&self, protocol: u8, address: V6, port: Port) -> Result<bool, StoreError> {
+        if protocol != UDP {
+            return Ok(false);
+        }
         let v4 = V4::from_mapped(address.0);
         Ok(if v4.to_mapped() == address.0 {
-            self.v4.frontends.get(&FrontendKey::new(v4, port, protocol))?.is_some()
+            self.v4.frontends.get(&FrontendKey::new(v4, port, UDP))?.is_some()
         } else {
-            self.v6.frontends.get(&FrontendKey::new(address, port, protocol))?.is_some()
+            self.v6.frontends.get(&FrontendKey::new(address, port, UDP))?.is_some()
         })
     }
 

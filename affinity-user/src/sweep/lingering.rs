@@ -124,7 +124,7 @@ impl Watch {
         let counts = key.direction == Direction::Dnat as u8 && flow.state & FLOW_SHADOW == 0;
         let of = self.found.get_mut(&flow.backend).filter(|_| counts);
         let Some(of) = of else { return Ok(()) };
-        if key.protocol != UDP || !store.has_frontend(V6(key.daddr.to_mapped()), key.dport, UDP)? {
+        if !store.follows_pool(key.protocol, V6(key.daddr.to_mapped()), key.dport)? {
             of.flows.push(ClientKey::new(key));
         }
         Ok(())
@@ -138,7 +138,7 @@ impl Watch {
         socket: &Socket,
     ) -> Result<(), StoreError> {
         let Some(of) = self.found.get_mut(&socket.backend) else { return Ok(()) };
-        if key.protocol != UDP || !store.has_frontend(socket.frontend, socket.frontend_port, UDP)? {
+        if !store.follows_pool(key.protocol, socket.frontend, socket.frontend_port)? {
             of.sockets.push(*key);
         }
         Ok(())
