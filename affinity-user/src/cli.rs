@@ -23,7 +23,7 @@ mod top;
 
 use std::{
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
@@ -191,6 +191,14 @@ Examples:
         /// The shell
         shell: Shell,
     },
+    /// Write the manual pages, one for each command
+    #[command(after_help = "\
+Example:
+  affinity man /usr/local/share/man/man1")]
+    Man {
+        /// A directory that exists
+        directory: PathBuf,
+    },
 }
 
 /// The command line's definition, with its help.
@@ -232,6 +240,7 @@ fn run(cli: &Cli) -> Result<(), Error> {
         Command::Dump(args) => args.run(global),
         Command::Check(args) => args.run(pin_dir),
         Command::Completions { shell } => completions(*shell),
+        Command::Man { directory } => manual(directory),
     }
 }
 
@@ -240,6 +249,12 @@ fn completions(shell: Shell) -> Result<(), Error> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "affinity", &mut script);
     Ok(io::stdout().write_all(&script)?)
+}
+
+fn manual(directory: &Path) -> Result<(), Error> {
+    clap_mangen::generate_to(Cli::command(), directory).map_err(|error| {
+        Error::Failed(format!("{}: {error}: name a directory for the manual pages", directory.display()))
+    })
 }
 
 #[cfg(test)]

@@ -216,6 +216,15 @@ fn completions_know_the_commands() {
 }
 
 #[test]
+fn each_command_has_a_manual_page() {
+    let directory = Directory::new(&[]);
+    out(&["man", directory.path()]);
+    let page = |name| std::fs::read_to_string(directory.0.join(name)).unwrap();
+    assert!(page("affinity.1").contains(r"affinity\-explain(1)"));
+    assert!(page("affinity-explain.1").contains("10.96.0.10:80"), "the examples are there");
+}
+
+#[test]
 fn check_tells_the_same_in_every_form() {
     // Whether affinity can run here is not this test's business: code 0 or 1.
     let output = run(&["check", "-o", "json"]);

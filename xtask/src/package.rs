@@ -51,13 +51,16 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
     if stage.exists() {
         fs::remove_dir_all(stage).with_context(|| stage.display().to_string())?;
     }
-    let completions = stage.join("completions");
-    fs::create_dir_all(&completions).with_context(|| completions.display().to_string())?;
+    let (completions, manual) = (stage.join("completions"), stage.join("man"));
+    for directory in [&completions, &manual] {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    }
     fs::copy(binary, stage.join("affinity")).context("the binary")?;
     run_command(command("cp").arg("--recursive").args(DOCUMENTS).arg(stage))?;
     for (shell, file) in COMPLETIONS {
         let script = output(command(binary).args(["completions", shell]))?;
         fs::write(completions.join(file), script).with_context(|| file.to_owned())?;
     }
+    run_command(command(binary).arg("man").arg(manual))?;
     fs::write(stage.join("THIRD-PARTY"), binary::crates()?).context("THIRD-PARTY")
 }
