@@ -7,6 +7,7 @@
 mod binary;
 mod image;
 mod tarball;
+mod third_party;
 
 use std::{
     env, fs,
@@ -62,5 +63,5 @@ fn fill(stage: &Path, binary: &Path) -> Result<()> {
         fs::write(completions.join(file), script).with_context(|| file.to_owned())?;
     }
     run_command(command(binary).arg("man").arg(manual))?;
-    fs::write(stage.join("THIRD-PARTY"), binary::crates()?).context("THIRD-PARTY")
+    fs::write(stage.join("THIRD-PARTY"), third_party::render()?).context("THIRD-PARTY")
 }

@@ -1,7 +1,6 @@
 //! The static binary.
 
 use std::{
-    collections::BTreeSet,
     env, fs,
     path::{Path, PathBuf},
 };
@@ -73,28 +72,6 @@ fn is_static(elf: &[u8]) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// The crates that are linked into it, one a line: name, version, licence.
-pub(super) fn crates() -> Result<String> {
-    let tree = output(
-        cargo(["tree", "--package", "affinity-user", "--edges", "normal", "--prefix", "none", "--locked"]).args([
-            "--target",
-            PACKAGE_TARGET,
-            "--format",
-            "{p}\t{l}",
-        ]),
-    )?;
-    let mut crates = BTreeSet::new();
-    for line in tree.lines() {
-        let (package, licence) = line.split_once('\t').with_context(|| line.to_owned())?;
-        // Crates of the workspace are listed with their path.
-        if !package.contains(" (/") {
-            crates.insert(format!("{}\t{}\n", package.trim_end_matches(" (*)"), licence.trim_end_matches(" (*)")));
-        }
-    }
-    ensure!(!crates.is_empty(), "cargo names no crate");
-    Ok(crates.into_iter().collect())
 }
 
 #[cfg(test)]
