@@ -4,6 +4,9 @@
 //! bytes. [`verify_checksums`] does not know how a frame was built, and shares no code with the dataplane: it computes
 //! everything again.
 //!
+//! etherparse writes and reads the headers. Its `PacketBuilder` has at most two VLAN tags, and each IPv6 extension header once,
+//! in a fixed order; tests need more, so the headers are put together here.
+//!
 //! ```
 //! use affinity_tests::packet::{Frame, Verified, tcp_flags, verify_checksums};
 //! let (client, service) = ("198.18.0.1:40000".parse()?, "10.96.0.10:80".parse()?);
@@ -17,6 +20,11 @@
 mod verify;
 
 use std::net::{IpAddr, SocketAddr};
+
+use etherparse::{
+    Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpFragOffset, IpNumber, Ipv4Header, Ipv6FragmentHeader,
+    Ipv6Header, Ipv6RawExtHeader, TcpHeader, TcpOptions, TransportHeader, UdpHeader, ether_type, ip_number,
+};
 
 pub use verify::{Verified, verify_checksums};
 
@@ -32,24 +40,16 @@ pub mod tcp_flags {
     pub const PSH: u8 = 0x08;
     /// The acknowledgement number is valid.
     pub const ACK: u8 = 0x10;
+    /// The urgent pointer is valid.
+    pub const URG: u8 = 0x20;
+    /// The sender was told of congestion.
+    pub const ECE: u8 = 0x40;
+    /// The sender has reduced its congestion window.
+    pub const CWR: u8 = 0x80;
 }
 
-/// IP protocol numbers, as far as tests need them.
-pub mod protocol {
-    /// ICMP of IPv4.
-    pub const ICMP: u8 = 1;
-    /// TCP.
-    pub const TCP: u8 = 6;
-    /// UDP.
-    pub const UDP: u8 = 17;
-    /// ICMP of IPv6.
-    pub const ICMPV6: u8 = 58;
-}
-
-/// Ethernet's type of an 802.1Q tag.
-const VLAN: u16 = 0x8100;
-/// Ethernet's type of the outer tag of two, by 802.1ad.
-const VLAN_OUTER: u16 = 0x88a8;
+/// What a frame of a test does.
+const FITS: &str = "a packet that fits its length fields";
 /// The MAC address that every frame is sent from.
 pub const SOURCE_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 /// The MAC address that every frame is sent to.
@@ -75,26 +75,23 @@ pub enum Extension {
     },
 }
 
+/// The IP header, without lengths and checksum; IPv6 with the number of the transport, as if no extension header came between.
 #[derive(Clone, Debug)]
-enum Transport {
-    Tcp { flags: u8, sequence: u32, acknowledgement: u32, options: Vec<u8> },
-    Udp { checksum: bool },
-    Icmp { kind: u8, code: u8, rest: [u8; 4] },
-    Other(u8),
+enum Ip {
+    V4(Ipv4Header),
+    V6(Ipv6Header),
 }
 
 /// A frame to be built.
 #[derive(Clone, Debug)]
 pub struct Frame {
-    source: SocketAddr,
-    destination: SocketAddr,
-    transport: Transport,
-    payload: Vec<u8>,
     vlans: Vec<u16>,
-    hop_limit: u8,
-    ipv4_options: Vec<u8>,
-    ipv4_fragment: u16,
+    ip: Ip,
     extensions: Vec<Extension>,
+    /// Without one, the payload is all that follows the IP header.
+    transport: Option<TransportHeader>,
+    has_checksum: bool,
+    payload: Vec<u8>,
 }
 
 impl Frame {
@@ -103,40 +100,68 @@ impl Frame {
     /// # Panics
     /// As all constructors, when the two addresses are of different families.
     pub fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
-        let transport = Transport::Tcp { flags, sequence: 1000, acknowledgement: 2000, options: Vec::new() };
-        Self::new(source, destination, transport)
+        let has = |flag| flags & flag != 0;
+        let header = TcpHeader {
+            acknowledgment_number: 2000,
+            fin: has(tcp_flags::FIN),
+            syn: has(tcp_flags::SYN),
+            rst: has(tcp_flags::RST),
+            psh: has(tcp_flags::PSH),
+            ack: has(tcp_flags::ACK),
+            urg: has(tcp_flags::URG),
+            ece: has(tcp_flags::ECE),
+            cwr: has(tcp_flags::CWR),
+            ..TcpHeader::new(source.port(), destination.port(), 1000, 0xffff)
+        };
+        Self::new(source.ip(), destination.ip(), ip_number::TCP, Some(TransportHeader::Tcp(header)))
     }
 
     /// A UDP datagram.
     pub fn udp(source: SocketAddr, destination: SocketAddr) -> Self {
-        Self::new(source, destination, Transport::Udp { checksum: true })
+        let ports =
+            UdpHeader { source_port: source.port(), destination_port: destination.port(), ..UdpHeader::default() };
+        Self::new(source.ip(), destination.ip(), ip_number::UDP, Some(TransportHeader::Udp(ports)))
     }
 
     /// An ICMP or ICMPv6 message, by the family of the addresses; `rest` is the second word of its header.
     pub fn icmp(source: IpAddr, destination: IpAddr, kind: u8, code: u8, rest: [u8; 4]) -> Self {
-        let (source, destination) = (SocketAddr::new(source, 0), SocketAddr::new(destination, 0));
-        Self::new(source, destination, Transport::Icmp { kind, code, rest })
+        let (type_u8, code_u8, bytes5to8) = (kind, code, rest);
+        let (number, header) = if source.is_ipv4() {
+            let message = Icmpv4Type::Unknown { type_u8, code_u8, bytes5to8 };
+            (ip_number::ICMP, TransportHeader::Icmpv4(Icmpv4Header::new(message)))
+        } else {
+            let message = Icmpv6Type::Unknown { type_u8, code_u8, bytes5to8 };
+            (ip_number::IPV6_ICMP, TransportHeader::Icmpv6(Icmpv6Header::new(message)))
+        };
+        Self::new(source, destination, number, Some(header))
     }
 
     /// A packet of another protocol: its payload is all there is.
     pub fn other(source: IpAddr, destination: IpAddr, protocol: u8) -> Self {
-        let (source, destination) = (SocketAddr::new(source, 0), SocketAddr::new(destination, 0));
-        Self::new(source, destination, Transport::Other(protocol))
+        Self::new(source, destination, IpNumber(protocol), None)
     }
 
-    fn new(source: SocketAddr, destination: SocketAddr, transport: Transport) -> Self {
-        assert_eq!(source.is_ipv4(), destination.is_ipv4(), "{source} and {destination}");
-        Self {
-            source,
-            destination,
-            transport,
-            payload: Vec::new(),
-            vlans: Vec::new(),
-            hop_limit: 64,
-            ipv4_options: Vec::new(),
-            ipv4_fragment: 0,
-            extensions: Vec::new(),
-        }
+    fn new(source: IpAddr, destination: IpAddr, number: IpNumber, transport: Option<TransportHeader>) -> Self {
+        let ip = match (source, destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => Ip::V4(Ipv4Header {
+                identification: 1,
+                dont_fragment: false,
+                time_to_live: 64,
+                protocol: number,
+                source: source.octets(),
+                destination: destination.octets(),
+                ..Ipv4Header::default()
+            }),
+            (IpAddr::V6(source), IpAddr::V6(destination)) => Ip::V6(Ipv6Header {
+                next_header: number,
+                hop_limit: 64,
+                source: source.octets(),
+                destination: destination.octets(),
+                ..Ipv6Header::default()
+            }),
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => panic!("{source} and {destination}"),
+        };
+        Self { vlans: Vec::new(), ip, extensions: Vec::new(), transport, has_checksum: true, payload: Vec::new() }
     }
 
     /// With this payload.
@@ -145,52 +170,61 @@ impl Frame {
     }
 
     /// With a VLAN tag inside the tags that it has.
-    pub fn vlan(mut self, id: u16) -> Self {
-        self.vlans.push(id);
+    pub fn vlan(mut self, tag: u16) -> Self {
+        self.vlans.push(tag);
         self
     }
 
     /// With this TTL or hop limit; 64 by default.
-    pub fn hop_limit(self, hop_limit: u8) -> Self {
-        Self { hop_limit, ..self }
+    pub fn hop_limit(mut self, hop_limit: u8) -> Self {
+        match &mut self.ip {
+            Ip::V4(header) => header.time_to_live = hop_limit,
+            Ip::V6(header) => header.hop_limit = hop_limit,
+        }
+        self
     }
 
     /// With these sequence and acknowledgement numbers, if it is TCP.
-    pub fn numbers(mut self, new_sequence: u32, new_acknowledgement: u32) -> Self {
-        if let Transport::Tcp { sequence, acknowledgement, .. } = &mut self.transport {
-            (*sequence, *acknowledgement) = (new_sequence, new_acknowledgement);
+    pub fn numbers(mut self, sequence: u32, acknowledgement: u32) -> Self {
+        if let Some(TransportHeader::Tcp(header)) = &mut self.transport {
+            (header.sequence_number, header.acknowledgment_number) = (sequence, acknowledgement);
         }
         self
     }
 
     /// With these TCP options, padded to the unit of four, if it is TCP.
-    pub fn tcp_options(mut self, new_options: &[u8]) -> Self {
-        if let Transport::Tcp { options, .. } = &mut self.transport {
-            *options = padded(new_options, 0, 4);
+    pub fn tcp_options(mut self, options: &[u8]) -> Self {
+        if let Some(TransportHeader::Tcp(header)) = &mut self.transport {
+            header.options = TcpOptions::try_from_slice(options).expect("at most 40 bytes");
         }
         self
     }
 
     /// Without a checksum, if it is UDP (which IPv4 allows).
     pub fn without_udp_checksum(mut self) -> Self {
-        if let Transport::Udp { checksum } = &mut self.transport {
-            *checksum = false;
+        self.has_checksum = !matches!(self.transport, Some(TransportHeader::Udp(_)));
+        self
+    }
+
+    /// With these IPv4 options, padded to the unit of four, if it is IPv4.
+    pub fn ipv4_options(mut self, options: &[u8]) -> Self {
+        if let Ip::V4(header) = &mut self.ip {
+            let padded = padded(options, options.len().next_multiple_of(4));
+            header.options = padded.as_slice().try_into().expect("at most 40 bytes");
         }
         self
     }
 
-    /// With these IPv4 options, padded to the unit of four.
-    pub fn ipv4_options(self, options: &[u8]) -> Self {
-        Self { ipv4_options: padded(options, 0, 4), ..self }
+    /// As a fragment of an IPv4 packet that begins at this offset, in units of eight bytes, if it is IPv4. The transport header
+    /// is always included, as in the first fragment.
+    pub fn ipv4_fragment(mut self, offset_units: u16, more: bool) -> Self {
+        if let Ip::V4(header) = &mut self.ip {
+            (header.fragment_offset, header.more_fragments) = (fragment_offset(offset_units), more);
+        }
+        self
     }
 
-    /// As a fragment of an IPv4 packet that begins at this offset, in units of eight bytes. The transport header is always
-    /// included, as in the first fragment.
-    pub fn ipv4_fragment(self, offset_units: u16, more: bool) -> Self {
-        Self { ipv4_fragment: offset_units | u16::from(more) << 13, ..self }
-    }
-
-    /// With this IPv6 extension header behind those that it has.
+    /// With this IPv6 extension header behind those that it has, if it is IPv6.
     pub fn extension(mut self, extension: Extension) -> Self {
         self.extensions.push(extension);
         self
@@ -199,142 +233,91 @@ impl Frame {
     /// The bytes, from the Ethernet header on.
     pub fn build(&self) -> Vec<u8> {
         let mut frame = [DESTINATION_MAC, SOURCE_MAC].concat();
-        for (index, id) in self.vlans.iter().enumerate() {
+        for (index, tag) in self.vlans.iter().enumerate() {
             let outer = index + 1 < self.vlans.len();
-            frame.extend(if outer { VLAN_OUTER } else { VLAN }.to_be_bytes());
-            frame.extend(id.to_be_bytes());
+            let kind = if outer { ether_type::PROVIDER_BRIDGING } else { ether_type::VLAN_TAGGED_FRAME };
+            frame.extend(kind.0.to_be_bytes());
+            frame.extend(tag.to_be_bytes());
         }
-        frame.extend(if self.source.is_ipv4() { 0x0800_u16 } else { 0x86dd }.to_be_bytes());
+        let kind = match self.ip {
+            Ip::V4(_) => ether_type::IPV4,
+            Ip::V6(_) => ether_type::IPV6,
+        };
+        frame.extend(kind.0.to_be_bytes());
         frame.extend(self.packet());
         frame
     }
 
     /// The bytes from the IP header on: an ICMP error quotes these.
     pub fn packet(&self) -> Vec<u8> {
-        match (self.source.ip(), self.destination.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => self.ipv4_packet(source.octets(), destination.octets()),
-            (IpAddr::V6(source), IpAddr::V6(destination)) => self.ipv6_packet(source.octets(), destination.octets()),
-            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
-                unreachable!("the constructors refuse this")
+        match &self.ip {
+            Ip::V4(header) => {
+                let segment =
+                    self.segment(|transport| transport.update_checksum_ipv4(header, &self.payload).expect(FITS));
+                let mut header = header.clone();
+                header.set_payload_len(segment.len()).expect(FITS);
+                header.header_checksum = header.calc_header_checksum();
+                [header.to_bytes().as_slice(), &segment].concat()
+            }
+            Ip::V6(header) => {
+                let mut body =
+                    self.segment(|transport| transport.update_checksum_ipv6(header, &self.payload).expect(FITS));
+                let mut header = header.clone();
+                for extension in self.extensions.iter().rev() {
+                    let (number, bytes) = extension.header(header.next_header);
+                    body = [bytes, body].concat();
+                    header.next_header = number;
+                }
+                header.set_payload_length(body.len()).expect(FITS);
+                [header.to_bytes().as_slice(), &body].concat()
             }
         }
     }
 
-    fn ipv4_packet(&self, source: [u8; 4], destination: [u8; 4]) -> Vec<u8> {
-        let segment = self.segment(&[source, destination].concat());
-        let header_length = 20 + self.ipv4_options.len();
-        let mut header = vec![0x40 | length_u8(header_length / 4), 0];
-        header.extend(length_u16(header_length + segment.len()).to_be_bytes());
-        header.extend([0, 1]); // identification
-        header.extend(self.ipv4_fragment.to_be_bytes());
-        header.extend([self.hop_limit, self.protocol(), 0, 0]);
-        header.extend(source);
-        header.extend(destination);
-        header.extend(&self.ipv4_options);
-        let checksum = !verify::sum(&[&header]);
-        header[10..12].copy_from_slice(&checksum.to_be_bytes());
-        [header, segment].concat()
-    }
-
-    fn ipv6_packet(&self, source: [u8; 16], destination: [u8; 16]) -> Vec<u8> {
-        let mut body = self.segment(&[source, destination].concat());
-        let mut next = self.protocol();
-        for extension in self.extensions.iter().rev() {
-            let (number, header) = extension.header(next);
-            body = [header, body].concat();
-            next = number;
-        }
-        let mut packet = vec![0x60, 0, 0, 0];
-        packet.extend(length_u16(body.len()).to_be_bytes());
-        packet.extend([next, self.hop_limit]);
-        packet.extend(source);
-        packet.extend(destination);
-        packet.extend(body);
-        packet
-    }
-
-    fn protocol(&self) -> u8 {
-        match self.transport {
-            Transport::Tcp { .. } => protocol::TCP,
-            Transport::Udp { .. } => protocol::UDP,
-            Transport::Icmp { .. } if self.source.is_ipv4() => protocol::ICMP,
-            Transport::Icmp { .. } => protocol::ICMPV6,
-            Transport::Other(number) => number,
-        }
-    }
-
-    /// Transport header and payload; `addresses` are those of the pseudo header.
-    fn segment(&self, addresses: &[u8]) -> Vec<u8> {
+    /// Transport header and payload.
+    fn segment(&self, update_checksum: impl Fn(&mut TransportHeader)) -> Vec<u8> {
         let mut segment = Vec::new();
-        segment.extend(self.source.port().to_be_bytes());
-        segment.extend(self.destination.port().to_be_bytes());
-        let checksum_at = match &self.transport {
-            Transport::Tcp { flags, sequence, acknowledgement, options } => {
-                segment.extend(sequence.to_be_bytes());
-                segment.extend(acknowledgement.to_be_bytes());
-                segment.extend([length_u8((20 + options.len()) / 4) << 4, *flags]);
-                segment.extend([0xff, 0xff, 0, 0, 0, 0]); // window, checksum, urgent pointer
-                segment.extend(options);
-                16
+        if let Some(mut header) = self.transport.clone() {
+            if let TransportHeader::Udp(udp) = &mut header {
+                udp.length = u16::try_from(UdpHeader::LEN + self.payload.len()).expect(FITS);
             }
-            Transport::Udp { checksum } => {
-                segment.extend(length_u16(8 + self.payload.len()).to_be_bytes());
-                segment.extend([0, 0]);
-                if *checksum { 6 } else { return [segment, self.payload.clone()].concat() }
+            if self.has_checksum {
+                update_checksum(&mut header);
             }
-            Transport::Icmp { kind, code, rest } => {
-                segment = vec![*kind, *code, 0, 0];
-                segment.extend(rest);
-                2
-            }
-            Transport::Other(_) => return self.payload.clone(),
-        };
-        segment.extend(&self.payload);
-        let pseudo = verify::pseudo_header(addresses, self.protocol(), segment.len());
-        let mut checksum = !verify::sum(&[&pseudo, &segment]);
-        if checksum == 0 && self.protocol() == protocol::UDP {
-            checksum = 0xffff; // zero would say that there is none
+            header.write(&mut segment).expect("a vector grows");
         }
-        segment[checksum_at..checksum_at + 2].copy_from_slice(&checksum.to_be_bytes());
+        segment.extend(&self.payload);
         segment
     }
 }
 
 impl Extension {
     /// Its number, and its bytes when the header numbered `next` follows.
-    fn header(&self, next: u8) -> (u8, Vec<u8>) {
-        let sized = |number, body: &[u8]| {
-            let body = padded(body, 2, 8);
-            let units = length_u8((2 + body.len()) / 8 - 1);
-            (number, [vec![next, units], body].concat())
+    fn header(&self, next: IpNumber) -> (IpNumber, Vec<u8>) {
+        let raw = |body: &[u8]| {
+            // A multiple of eight, with the two bytes in front of the body.
+            let length = (2 + body.len()).next_multiple_of(8) - 2;
+            Ipv6RawExtHeader::new_raw(next, &padded(body, length)).expect("a valid length").to_bytes().to_vec()
         };
         match self {
-            Self::HopByHop(options) => sized(0, options),
-            Self::Routing(data) => sized(43, data),
-            Self::DestinationOptions(options) => sized(60, options),
+            Self::HopByHop(options) => (ip_number::IPV6_HOP_BY_HOP, raw(options)),
+            Self::Routing(data) => (ip_number::IPV6_ROUTE, raw(data)),
+            Self::DestinationOptions(options) => (ip_number::IPV6_DEST_OPTIONS, raw(options)),
             Self::Fragment { offset_units, more, id } => {
-                let mut header = vec![next, 0];
-                header.extend((offset_units << 3 | u16::from(*more)).to_be_bytes());
-                header.extend(id.to_be_bytes());
-                (44, header)
+                let header = Ipv6FragmentHeader::new(next, fragment_offset(*offset_units), *more, *id);
+                (ip_number::IPV6_FRAG, header.to_bytes().to_vec())
             }
         }
     }
 }
 
-/// The bytes, with zeros (which are the padding options of IPv4, IPv6 and TCP) up to the unit, where `before`
-/// bytes come before them.
-fn padded(bytes: &[u8], before: usize, unit: usize) -> Vec<u8> {
+fn fragment_offset(units: u16) -> IpFragOffset {
+    IpFragOffset::try_new(units).expect("an offset of 13 bits")
+}
+
+/// The bytes, and zeros, which are the padding options of IPv4, IPv6 and TCP.
+fn padded(bytes: &[u8], length: usize) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
-    let length = (before + bytes.len()).max(if before > 0 { unit } else { 0 }).next_multiple_of(unit);
-    bytes.resize(length - before, 0);
+    bytes.resize(length, 0);
     bytes
-}
-
-fn length_u8(length: usize) -> u8 {
-    u8::try_from(length).expect("a header that fits its length field")
-}
-
-fn length_u16(length: usize) -> u16 {
-    u16::try_from(length).expect("a packet that fits its length field")
 }
