@@ -40,7 +40,6 @@ mod netns;
 mod network;
 mod observe;
 mod pod;
-mod screen;
 mod sctp;
 mod server;
 mod sweep;

@@ -1,4 +1,4 @@
-//! A terminal for one command: a pseudo-terminal, and a screen with the features that our commands use.
+//! A terminal for one command: a pseudo-terminal, and the screen of an xterm (vt100).
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,9 +13,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use vt100::Parser;
 
 use super::eventually;
-use super::screen::Screen;
 
 /// How long a change may take to be visible.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -40,7 +40,7 @@ pub struct Terminal {
     keyboard: File,
     /// The command's end, kept open so that its settings can be read when the command has ended.
     line: OwnedFd,
-    screen: Arc<Mutex<Screen>>,
+    screen: Arc<Mutex<Parser>>,
 }
 
 impl Terminal {
@@ -58,12 +58,12 @@ impl Terminal {
         command.stdin(end()?).stdout(end()?).stderr(end()?).env("TERM", "xterm-256color").env_remove("NO_COLOR");
         let child = command.spawn().with_context(|| format!("start {command:?}"))?;
         let keyboard = File::from(keyboard);
-        let screen = Arc::new(Mutex::new(Screen::new(columns, rows)));
+        let screen = Arc::new(Mutex::new(Parser::new(rows, columns, 0)));
         let (mut written, seen) = (keyboard.try_clone()?, Arc::clone(&screen));
         thread::spawn(move || {
             let mut bytes = [0; 4096];
             while let Ok(count @ 1..) = written.read(&mut bytes) {
-                lock(&seen).write(&bytes[..count]);
+                lock(&seen).process(&bytes[..count]);
             }
         });
         Ok(Self { child, keyboard, line, screen })
@@ -76,7 +76,10 @@ impl Terminal {
 
     /// What is on the screen: its lines, without blanks at their ends.
     pub fn text(&self) -> String {
-        lock(&self.screen).text()
+        let parser = lock(&self.screen);
+        let (_, columns) = parser.screen().size();
+        let lines: Vec<_> = parser.screen().rows(0, columns).map(|line| line.trim_end().to_owned()).collect();
+        lines.join("\n")
     }
 
     /// Waits until the screen satisfies `holds`.
@@ -97,7 +100,11 @@ impl Terminal {
 
     /// Gives the terminal another size.
     pub fn resize(&mut self, columns: u16, rows: u16) -> Result<()> {
-        lock(&self.screen).resize(columns, rows);
+        let mut parser = lock(&self.screen);
+        parser.screen_mut().set_size(rows, columns);
+        // So that all that is shown afterwards was drawn for the new size.
+        parser.process(b"\x1b[2J");
+        drop(parser);
         set_size(&self.line, columns, rows)
     }
 
@@ -129,8 +136,8 @@ impl Terminal {
         let modes = tcgetattr(&self.line)?.local_modes;
         ensure!(modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG), "still raw: {modes:?}");
         eventually("the cursor, and the main screen", PATIENCE, || {
-            let screen = lock(&self.screen);
-            Ok(screen.cursor_is_shown() && !screen.is_alternate())
+            let parser = lock(&self.screen);
+            Ok(!parser.screen().hide_cursor() && !parser.screen().alternate_screen())
         })
     }
 }
@@ -146,6 +153,6 @@ fn set_size(line: impl AsFd, columns: u16, rows: u16) -> Result<()> {
     Ok(tcsetwinsize(line, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?)
 }
 
-fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
+fn lock(screen: &Mutex<Parser>) -> MutexGuard<'_, Parser> {
     screen.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
