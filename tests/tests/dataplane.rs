@@ -25,7 +25,7 @@ use affinity_common::{
     },
     names,
 };
-use affinity_tests::lab::has_tcx;
+use affinity_tests::lab::{eventually, has_tcx};
 use affinity_tests::packet::{Frame, tcp_flags};
 use affinity_tests::patience::patience;
 use affinity_user::{
@@ -625,11 +625,9 @@ fn a_frame_that_crosses_an_attached_device_is_translated() -> Result<()> {
             attach::attach(&pins.0, &device, attach::Options { xdp, tcx, ..attach::Options::default() })?;
             say_hello(client)?;
             let key = SessionKey::new(1, V4([198, 18, 0, client]), 32);
-            let deadline = Instant::now() + patience(Duration::from_secs(5));
-            while store.v4.sessions.get(&key)?.is_none() {
-                ensure!(Instant::now() < deadline, "no pin by {xdp}, tcx: {tcx}");
-                thread::sleep(Duration::from_millis(5));
-            }
+            eventually(&format!("a pin by {xdp}, tcx: {tcx}"), Duration::from_secs(5), || {
+                Ok(store.v4.sessions.get(&key)?.is_some())
+            })?;
         }
         Ok(())
     })
@@ -766,16 +764,18 @@ fn the_connections_of_a_backend_that_lingers_are_looked_at() -> Result<()> {
     // The pod answers, and one connection is gone.
     store.v4.flows.put(&open[1].0, &Flow { last_used_ns: monotonic_ns(), ..open[1].1 })?;
     store.v4.flows.remove(&closed[0].0)?;
-    thread::sleep(LOOK_EVERY + Duration::from_millis(100));
-    sweeper.look();
+    eventually("one connection", 10 * LOOK_EVERY, || {
+        sweeper.look();
+        Ok(sweeper.traffic()[&3].connections == 1)
+    })?;
     let traffic = sweeper.traffic()[&3];
-    assert_eq!((traffic.connections, traffic.open, ago_s(traffic.answered_ns)), (1, 1, 1));
+    assert!(traffic.open == 1 && ago_s(traffic.answered_ns) < 5, "it has answered again");
 
     store.apply(&Op::PutBackend(3, Backend { generation: 2, ..record }))?;
-    thread::sleep(LOOK_EVERY + Duration::from_millis(100));
-    sweeper.look();
-    assert!(sweeper.traffic().is_empty(), "it is retired");
-    Ok(())
+    eventually("it is retired", 10 * LOOK_EVERY, || {
+        sweeper.look();
+        Ok(sweeper.traffic().is_empty())
+    })
 }
 
 /// The state of an open connection.

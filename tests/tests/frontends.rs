@@ -106,6 +106,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere(hook: Hook) -> Result<
                 assert_eq!(reached.len(), 1, "sticky at first, by {route:?} under {policy:?}");
             }
             for _ in 0..15 {
+                // The timeout must pass without a connection.
                 sleep(patience(Duration::from_millis(1150)));
                 for ((client, route), reached) in (1..).zip(&routes).zip(&mut reached) {
                     reached.extend(route.dial(lab, client, 1)?);

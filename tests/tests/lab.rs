@@ -90,6 +90,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere(hook: Hook) -> Result<
             assert_eq!(reached.len(), 1, "sticky at first, by {route:?}");
         }
         for _ in 0..15 {
+            // The timeout must pass without a connection.
             sleep(patience(Duration::from_millis(1150)));
             for (route, reached) in routes.iter().zip(&mut reached) {
                 reached.extend(route.dial(lab, 1, 1)?);
@@ -287,6 +288,7 @@ fn the_timer_restarts_as_the_policy_says(hook: Hook) -> Result<()> {
                     let again = lab.client().ask_all(Protocol::Tcp, 100..100 + CLIENTS, *to)?;
                     moved.extend((0..again.len()).filter(|client| again[*client] != first[*client]));
                 }
+                // A pause between requests that is shorter than the timeouts.
                 sleep(Duration::from_millis(200));
             }
             for (timer, to, kept) in &busy {

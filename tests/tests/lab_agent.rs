@@ -31,6 +31,7 @@ fn nobody_notices_that_the_agent_is_killed_and_started_again() -> Result<()> {
     for hook in Hook::ALL {
         nobody_notices(hook, |_, agent| {
             agent.kill()?;
+            // Time in which clients are served without an agent.
             std::thread::sleep(Duration::from_millis(500));
             agent.restart()
         })?;

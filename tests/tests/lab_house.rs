@@ -219,6 +219,7 @@ fn a_dataplane_of_another_version_serves_until_the_source_answers() -> Result<()
     eventually("the new agent waits", Duration::from_secs(30), || {
         Ok(second.log().iter().any(|line| line.contains("until it answers, the dataplane stays as it is")))
     })?;
+    // Time in which nothing may happen.
     std::thread::sleep(Duration::from_secs(2));
     ensure!(is_served(&lab) && old.exists(), "the old dataplane is gone before there is another");
 

@@ -106,6 +106,7 @@ fn connections_outlive_a_switch_of_the_selector(hook: Hook) -> Result<()> {
             ensure!(dial(lab, &green, line.from)? == pod_name(2), "a new connection goes where new ones go");
         }
         let pods: BTreeSet<String> = lines.iter().map(|line| line.pod.clone()).collect();
+        // The gap must end.
         sleep(2 * SHORT_GAP);
         all_go_on(&mut lines, "after the gap")?;
         eventually("what lingers is shown, with its connections", SYNC_PATIENCE, || {
@@ -162,6 +163,7 @@ fn a_service_that_is_made_again_finds_its_connections_and_pins(hook: Hook) -> Re
         lab.withdraw(&web)?;
         eventually("it is deleted", SYNC_PATIENCE, || Ok(!is_served(lab, &web)?))?;
         all_go_on(&mut lines, "while the service is deleted")?;
+        // Time for the sweep, which must leave the pins of a deleted service.
         sleep(Duration::from_secs(3));
         lab.publish_and_settle(&web)?;
         all_go_on(&mut lines, "when it is there again")?;

@@ -159,6 +159,7 @@ fn a_pin_expires_and_the_next_connection_may_go_elsewhere(lab: &Lab, callers: &m
         met.push((call, BTreeSet::new()));
     }
     for _ in 0..20 {
+        // The timeout must pass without a connection.
         sleep(patience(Duration::from_millis(1150)));
         for (call, pods) in &mut met {
             pods.insert(callers.dial(call, "/")?);

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{eventually, netns::Namespace};
 
-/// Longer than the kernel takes to deliver the last frames.
+/// Longer than the kernel takes to deliver the last frames. No event tells that they have been captured.
 const LAST_FRAMES: Duration = Duration::from_millis(200);
 
 /// Longer than any frame of a lab: the kernel reserves that much for each.

@@ -9,13 +9,14 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use affinity_user::attach::cgroup::root;
 use anyhow::{Context, Result, bail};
 
 use super::address::Protocol;
 use super::netns::Namespace;
-use super::{Lab, unique_name};
+use super::{Lab, eventually, unique_name};
 
 /// A cgroup of version 2 without any limit. Dropping it kills what is in it.
 #[derive(Debug)]
@@ -108,12 +109,9 @@ impl Drop for Cgroup {
 /// Kills the processes of a cgroup and removes it; best effort, because it is used to clean up.
 pub(super) fn remove(path: &Path) {
     let _ = fs::write(path.join("cgroup.kill"), "1");
-    for _ in 0..100 {
-        if fs::remove_dir(path).is_ok() || !path.exists() {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let _ = eventually("its processes have ended", Duration::from_secs(1), || {
+        Ok(fs::remove_dir(path).is_ok() || !path.exists())
+    });
 }
 
 impl Lab {

@@ -10,12 +10,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
 use super::address::{Family, Protocol};
 use super::client::{Client, Connection, PATIENCE};
+use super::eventually;
 use crate::patience::patience;
 
 /// Threads that share the clients.
@@ -131,15 +132,9 @@ impl Load {
     /// When they take several times longer than the patience of a client that never gets an answer.
     pub fn wait_for(&self, requests: u64) -> Result<()> {
         let until = self.shared.requests.load(Ordering::Relaxed) + requests;
-        let limit = 10 * patience(PATIENCE);
-        let deadline = Instant::now() + limit;
-        while self.shared.requests.load(Ordering::Relaxed) < until {
-            if Instant::now() > deadline {
-                bail!("the clients have not made {requests} requests in {limit:?}");
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        eventually(&format!("{requests} requests of the clients"), 10 * PATIENCE, || {
+            Ok(self.shared.requests.load(Ordering::Relaxed) >= until)
+        })
     }
 
     /// Lets each client finish its turn, and adds up.
