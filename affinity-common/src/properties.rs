@@ -216,7 +216,7 @@ proptest! {
 
     /// A damaged frame to the service is answered, dropped or passed unchanged; it is never forwarded, and nothing panics.
     #[test]
-    fn a_damaged_frame_to_the_service_is_survived(
+    fn damaged_frames_to_the_service_are_not_forwarded(
         shape in shapes(),
         from in any::<([u8; 4], u16)>(),
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn none_a_second_is_no_limit() {
+    fn a_rate_of_zero_is_no_limit() {
         assert_eq!(rejection_interval_ns(0), 0);
         assert_eq!(rejection_interval_ns(100), 10_000_000);
     }

@@ -101,7 +101,7 @@ mod tests {
     use crate::abi::{V4, V6};
 
     #[test]
-    fn the_other_choice_is_another() {
+    fn the_second_choice_differs_from_the_first() {
         for count in 2..9 {
             for one in 0..count {
                 let mut seen: Vec<u32> = (0..count - 1).map(|pick| other_than(one, pick, count)).collect();

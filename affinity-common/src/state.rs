@@ -239,7 +239,7 @@ mod tests {
 
     /// Two CPUs may add what they see in any order: the result is the same.
     #[test]
-    fn bits_commute() {
+    fn the_order_of_added_state_bits_is_irrelevant() {
         for state in 0..=u8::MAX {
             for (one, other) in [(FIN | ACK, FIN | ACK), (ACK, FIN | ACK), (FIN | ACK, ACK)] {
                 let (client, server) = (added(state, CLIENT, TCP, one), added(state, SERVER, TCP, other));

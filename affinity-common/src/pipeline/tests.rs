@@ -223,7 +223,7 @@ fn without_room_for_a_pin_the_connection_goes_on_unpinned() {
 }
 
 #[test]
-fn who_comes_second_follows_the_pin_of_who_came_first() {
+fn the_second_cpu_follows_the_pin_of_the_first() {
     let tables = failing(Sessions::Overtaken(1), 2);
     let mut frame = first_frame();
     assert_eq!(forward(&mut frame, &tables), Verdict::Forward);

@@ -217,7 +217,7 @@ fn what_is_not_plain_is_left_to_the_stack() {
 }
 
 #[test]
-fn without_a_way_out_it_is_left_to_the_stack() {
+fn packets_without_a_route_are_left_to_the_stack() {
     let shape = Shape::tcp(SYN);
     for (hop, is_wire) in [(None, true), (Some(WIRE), false)] {
         leaves_to_the_stack::<V4>(&shape, hop, is_wire);

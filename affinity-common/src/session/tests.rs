@@ -405,7 +405,7 @@ fn a_pin_fails_over_at_once_and_says_so_once() {
 }
 
 #[test]
-fn a_pod_in_the_place_of_another_inherits_nobody() {
+fn a_pod_with_a_reused_index_inherits_no_clients() {
     let mut cluster = Cluster::new(|_| {});
     let pod = cluster.connect(CLIENT, 1);
     cluster.stop(pod);

@@ -199,7 +199,7 @@ fn shadow_mode_leaves_the_decision_to_the_packets() {
 }
 
 #[test]
-fn nobody_there_is_refused_and_counted() {
+fn sockets_without_endpoints_are_rejected_and_counted() {
     let node = Node::new(|frontend| frontend.slot_count = 0);
     assert_eq!(connect(&node.0, &tcp(1), &WEB_V6), Answer::Reject);
     assert_eq!(send(&node.0, &udp(1), &WEB_V4), Answer::Reject);
@@ -251,7 +251,7 @@ fn a_connected_socket_that_asks_who_sent_is_told_the_frontend() {
 }
 
 #[test]
-fn what_replies_need_comes_back_after_an_eviction() {
+fn evicted_records_of_replies_are_restored() {
     let node = Node::new(|_| {});
     let peer = node.send(&udp(1), &WEB_V4);
     node.0.sockets.borrow_mut().remove(&udp(1).key(SocketRole::Receiving, &peer));

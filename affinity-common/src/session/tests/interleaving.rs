@@ -312,7 +312,7 @@ fn scene(select: Selection, draw: u32, before: Before) -> Cluster {
 
 /// Both packets reach one pod. The pin names it and, once both connections are open, counts both. The loads count the pin once.
 #[test]
-fn whenever_the_other_comes_both_agree() {
+fn two_cpus_agree_at_every_interleaving() {
     let mut moves_in_the_middle = 0;
     for select in [Selection::Random, Selection::Consistent, Selection::Least] {
         for before in [Before::None, Before::Fresh, Before::Expired, Before::Gone, Before::Draining] {
@@ -357,7 +357,7 @@ fn whenever_the_other_comes_both_agree() {
 
 /// Without an interruption, a CPU never follows another one; the test above would detect it.
 #[test]
-fn alone_a_processor_makes_the_move_itself() {
+fn an_uninterrupted_cpu_moves_the_pin_itself() {
     let moves: Vec<Reason> = [Before::None, Before::Fresh, Before::Expired, Before::Gone, Before::Draining]
         .into_iter()
         .map(|before| {
@@ -412,7 +412,7 @@ fn both_ends_at_once_are_one_end() {
 
 /// The end of a connection is never counted for a connection to another pod, even if the pin has moved meanwhile.
 #[test]
-fn an_end_is_counted_off_where_the_connection_was_counted() {
+fn an_end_is_subtracted_from_the_pod_that_counted_the_connection() {
     let scene = || {
         let (mut cluster, pod) = alive();
         cluster.drain(1, pod);
