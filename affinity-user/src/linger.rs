@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn with_connections_it_lingers_as_long_as_it_answers_and_some_time_more() {
+    fn with_connections_it_lingers_until_they_are_idle() {
         let mut lingerer = lingerer();
         assert_eq!(look(&mut lingerer, &traffic(-50.0, -50.0), 599), None);
         assert_eq!(look(&mut lingerer, &traffic(599.0, 598.0), 700), None);
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_asked_again_and_again_and_does_not_answer_is_silent() {
+    fn a_backend_that_answers_no_repeated_request_is_silent() {
         // A request after a long rest, and its retransmissions by the client's kernel.
         let mut lingerer = lingerer();
         assert_eq!(look(&mut lingerer, &traffic(20.0, -300.0), 21), None);
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn one_packet_without_an_answer_is_no_silence() {
+    fn one_unanswered_packet_is_not_silence() {
         let mut lingerer = lingerer();
         for at_s in 21..60 {
             assert_eq!(look(&mut lingerer, &traffic(20.0, -300.0), at_s), None);
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn records_that_differ_by_their_renewal_are_no_silence() {
+    fn delayed_updates_of_records_are_not_silence() {
         let mut lingerer = lingerer();
         for at_s in 1..100 {
             assert_eq!(look(&mut lingerer, &traffic(at_s as f64, at_s as f64 - 1.2), at_s), None);
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_of_before_it_left_say_nothing() {
+    fn packets_from_before_it_left_are_ignored() {
         let mut lingerer = lingerer();
         for at_s in 1..100 {
             assert_eq!(look(&mut lingerer, &traffic(-1.0, -30.0), at_s), None);
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn whom_a_slice_lists_is_not_judged() {
+    fn backends_listed_in_a_slice_are_not_checked() {
         let mut lingerer = lingerer();
         for at_s in 0..1_000 {
             let now_ns = (START_S + at_s) * SECOND;
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_gets_no_answer_is_believed_unless_others_do() {
+    fn an_unanswered_socket_counts_unless_others_are_answered() {
         let mut lingerer = lingerer();
         let unanswered = Traffic { unanswered_sockets: 1, ..traffic(-1.0, -1.0) };
         assert_eq!(look(&mut lingerer, &unanswered, 4), None);

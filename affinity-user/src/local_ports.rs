@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_the_range_is_left() {
+    fn reserving_leaves_half_of_the_range() {
         let can_spare = |range: &str, reserved: &str, masquerade| {
             let local = local(range, reserved);
             local.can_spare(&local.overlap(&used("", masquerade)).expect("an overlap"))

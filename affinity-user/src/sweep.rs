@@ -643,7 +643,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_or_went_during_a_pass_is_not_taken_for_wrong() {
+    fn changes_during_a_pass_are_not_corrected() {
         assert_eq!(correction([5, 5], 5), 0);
         // Five pins were created behind the walk, or three removed.
         assert_eq!(correction([0, 5], 0), 0);

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_that_nobody_wrote_tells_nothing() {
+    fn an_unwritten_status_record_has_no_view() {
         let clock = Clock { now_ns: 10_000_000_000, wall: "2026-01-02T03:04:05Z".parse().unwrap() };
         assert_eq!(StatusView::new(&Status::default(), &clock), None);
         let status = Status { started_ns: 1_000_000_000, source: SourceKind::Kubernetes as u32, ..Status::default() };

@@ -200,7 +200,7 @@ endpoints: [{addresses: [10.244.0.1]}]
     }
 
     #[test]
-    fn a_full_queue_blocks_nobody_and_loses_nothing_that_still_holds() {
+    fn a_full_queue_does_not_block_and_loses_no_current_problem() {
         let (sender, mut queue) = mpsc::channel(1);
         let mut event_recorder = EventRecorder::new(Notices::new(sender));
         let problem = |name| Problem::new(Severity::Error, None, "bad").of("Service", &ObjectName::new("shop", name));

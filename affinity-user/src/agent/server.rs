@@ -268,7 +268,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn half_sent_requests_keep_nobody_from_being_answered() {
+    fn half_sent_requests_do_not_block_others() {
         let at = started(Limits { connections: 8, ..Limits::default() });
         let answered_first = send(at, LONG);
         let half: Vec<_> = (0..100).map(|_| send(at, HALF)).collect();
@@ -300,7 +300,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_answer_that_was_begun_is_given_to_an_old_connection() {
+    fn an_old_connection_gets_the_answer_in_progress() {
         let at = started(Limits { age: Duration::from_millis(200), ..Limits::default() });
         assert!(rest(send(at, LONG)).ends_with("long\n"));
     }

@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn notes_lead_back() {
+    fn notes_round_trip() {
         for note in Note::PLAIN.into_iter().chain([Note::Refused(1), Note::Refused(4095)]) {
             assert_eq!(Note::from_bits(note.to_bits() | 7), Some(note));
             assert_eq!(note.to_bits() & ((1 << DEVICE_NOTE_SHIFT) - 1), 0, "the programs' bits are untouched");

@@ -310,7 +310,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_back() {
+    fn names_round_trip() {
         for policy in SocketPolicy::ALL {
             assert_eq!(policy.name().parse::<SocketPolicy>().unwrap(), policy);
         }

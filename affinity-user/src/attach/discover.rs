@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_ends_in_one_namespace_one_at_most() {
+    fn at_most_one_end_of_a_pair_in_this_namespace_is_used() {
         let (first, second) = (|| case(5, "veth").end(OtherEnd::Here(6)), || case(6, "veth").end(OtherEnd::Here(5)));
         let (both_here, address) =
             ("-: its other end is in this network namespace, too", "external: carries the address 192.0.2.1");

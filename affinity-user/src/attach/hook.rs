@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_back() {
+    fn names_round_trip() {
         for hook in Hook::ALL {
             assert_eq!(hook.name().parse::<Hook>().unwrap(), hook);
         }

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_seen_what_the_api_says_and_what_is_given() {
+    fn facts_of_a_node_are_merged() {
         let seen = ips(&["192.0.2.1", "fe80::1", "2001:db8::1", "127.0.0.1", "169.254.0.1", "10.0.0.1"]);
         let seen = NodeFacts { addresses: seen, ..NodeFacts::default() };
         insta::assert_snapshot!(text(&Node::new(&NodeFacts::default(), None)), @"zone -; node ports at 127.0.0.1 ::1; pods ; masquerade - - 1024..=29999");

@@ -258,7 +258,7 @@ fn conditions_decide_who_is_ready() {
 }
 
 #[test]
-fn an_endpoint_in_two_slices_counts_once_as_its_better_self() {
+fn an_endpoint_in_two_slices_counts_once_in_its_better_state() {
     let yaml = service("web", "10.0.0.1", "ports: [{port: 80}]")
         + &slice("a", "web", &[":80"], &["10.1.0.1=!ready,!serving", "10.1.0.2"])
         + &slice("b", "web", &[":80"], &["10.1.0.1"])
@@ -694,7 +694,7 @@ fn traffic_distribution_comes_as_hints_and_falls_back() {
 }
 
 #[test]
-fn where_no_pods_are_known_nobody_is_outside_of_a_cluster_ip() {
+fn without_pod_networks_no_client_of_a_cluster_ip_is_external() {
     let unknown = NodeFacts { pod_networks: Vec::new(), ..here() };
     let yaml = exposed("externalTrafficPolicy: Local") + &placed("web", &["10.1.0.1@here"]);
     insta::assert_snapshot!(lines(&case_at(unknown, None, &yaml), ":80/TCP ->"), @r"
@@ -754,7 +754,7 @@ fn a_node_port_goes_to_the_older_service() {
 }
 
 #[test]
-fn ranges_are_of_one_family_each_and_bad_ones_let_nobody_in() {
+fn ranges_have_one_family_each_and_invalid_ones_admit_no_client() {
     let of = |ranges: &str| {
         let yaml = exposed("").replace("[198.51.100.0/24, 198.51.100.7/24]", ranges);
         let text = case_at(here(), None, &yaml);

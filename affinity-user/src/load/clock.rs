@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_machine_reads_its_clock_too() {
+    fn the_clock_is_measured_on_a_busy_machine() {
         // Another program runs before every third reading.
         let mut read = kernel(250, 100_000);
         let mut readings = 0;

@@ -249,7 +249,7 @@ fn the_classic_format_has_the_same_samples() {
 }
 
 #[test]
-fn before_the_dataplane_is_there_the_agent_tells_of_itself() {
+fn metrics_of_the_agent_need_no_dataplane() {
     let text = exposition(Arc::default(), None, &Mutex::new(Bounds::new(1))).unwrap();
     assert!(text.contains("affinity_build_info{version="), "{text}");
     assert!(!text.contains("affinity_packets"), "{text}");

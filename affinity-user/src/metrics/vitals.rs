@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_loop_that_has_not_come_round_is_not_healthy() {
+    fn a_stuck_loop_is_not_healthy() {
         let vitals = Vitals::default();
         let later = |seconds: u64| monotonic_ns() + seconds * 1_000_000_000;
         assert_eq!(vitals.is_healthy(later(100)), Ok(()), "it has not begun");

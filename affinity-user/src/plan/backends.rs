@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn where_room_is_short_who_has_lingered_makes_room() {
+    fn lingering_backends_are_retired_when_indices_run_out() {
         let mut observed = Observed::default();
         publish(&mut observed, 3, &[1, 2, 3], ALIVE);
         publish(&mut observed, 3, &[1, 2], ALIVE);

@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_says_what_would_be() {
+    fn invalid_annotations_name_the_valid_values() {
         insta::assert_snapshot!(
             [
                 one("timer", "conection"),
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn annotations_of_others_are_none_of_our_business() {
+    fn annotations_of_other_prefixes_are_ignored() {
         let others = BTreeMap::from([("affinity.example/timer".to_owned(), "never".to_owned())]);
         assert_eq!(parse(&others), (Annotations::default(), Vec::new()));
     }

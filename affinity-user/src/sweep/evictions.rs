@@ -107,7 +107,7 @@ mod tests {
         /// Whatever happens during a pass, it never reports more evictions than there were. Once nothing changes any more, it
         /// has reported all except those of the first pass.
         #[test]
-        fn never_too_many(steps in vec(prop_oneof![Just(Step::Create), Just(Step::Remove), Just(Step::Evict),
+        fn evictions_are_never_overreported(steps in vec(prop_oneof![Just(Step::Create), Just(Step::Remove), Just(Step::Evict),
                 Just(Step::Begin), Just(Step::End)], 0..200), seen in any::<u64>()) {
             let (mut counts, mut live, mut evicted, mut told) = (Counts::default(), 0u64, 0u64, 0);
             let mut evictions = Evictions::default();

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_yes_is_a_yes() {
+    fn only_y_confirms() {
         assert_eq!(press(Mode::Question, KeyCode::Char('y')), Some(Action::Yes));
         for code in [KeyCode::Enter, KeyCode::Char('n'), KeyCode::Char(' '), KeyCode::Esc, KeyCode::Char('u')] {
             assert_eq!(press(Mode::Question, code), Some(Action::No));

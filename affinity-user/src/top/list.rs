@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn where_its_row_goes_the_cursor_takes_the_next() {
+    fn the_cursor_takes_the_next_row_when_its_row_is_removed() {
         let mut list = list(&["a", "b", "c"]);
         list.move_to(1);
         list.set_rows(["a", "c"].into_iter().map(Word).collect());

@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_went_down_has_begun_anew() {
+    fn a_count_that_decreased_was_reset() {
         let rates = Rates::new(&[0, 4, 0, 0, 0, 0, 0, 0], &[0, 1_000, 0, 0, 0, 0, 0, 0], 1_000_000_000);
         assert_eq!(rates.accepted, 4.0);
     }

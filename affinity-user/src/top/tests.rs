@@ -217,7 +217,7 @@ fn a_service_that_goes_leaves_its_screen() {
 }
 
 #[test]
-fn the_beginning_of_a_pass_does_not_take_the_last_answer_away() {
+fn a_new_pass_keeps_the_last_answer() {
     let scene = Scene::shop();
     let mut state = scene.state();
     press(&mut state, "<enter>");

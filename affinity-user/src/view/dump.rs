@@ -591,7 +591,7 @@ mod tests {
     }
 
     #[test]
-    fn times_and_slots_are_there_for_the_asking() {
+    fn times_and_slots_are_printed_on_request() {
         let plain = dump(DumpOptions::default());
         let detailed = dump(DumpOptions { times: true, slots: true });
         let lines: Vec<_> = detailed.lines().filter(|line| !plain.lines().any(|plain| plain == *line)).collect();

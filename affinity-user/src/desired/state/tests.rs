@@ -248,7 +248,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn history_makes_no_difference(snapshots in snapshots(12)) {
+    fn kept_state_equals_a_full_computation(snapshots in snapshots(12)) {
         let mut state = DesiredState::new(options());
         for (number, snapshot) in snapshots.iter().enumerate() {
             let before = state.desired().clone();

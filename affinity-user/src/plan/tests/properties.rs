@@ -519,7 +519,7 @@ proptest! {
     }
 
     #[test]
-    fn who_leaves_every_pool_lingers(worlds in prop::collection::vec((world(3), any::<u64>()), 1..8)) {
+    fn a_backend_that_leaves_all_pools_lingers(worlds in prop::collection::vec((world(3), any::<u64>()), 1..8)) {
         check_lingering(&worlds);
     }
 
@@ -529,7 +529,7 @@ proptest! {
     }
 
     #[test]
-    fn a_failed_step_is_made_good(
+    fn a_failed_step_is_repaired_by_the_next_plan(
         worlds in prop::collection::vec(world(3), 1..5),
         failing in prop::collection::btree_set(0usize..120, 0..8),
     ) {
@@ -553,7 +553,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 20, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_prefix_of_a_plan_loses_or_re_homes_a_client(worlds in prop::collection::vec(inner_world(2), 2..5)) {
+    fn no_prefix_of_a_plan_loses_or_moves_a_client(worlds in prop::collection::vec(inner_world(2), 2..5)) {
         check_prefixes(&worlds);
     }
 }
@@ -563,7 +563,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 4, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn nor_where_services_are_reached_from_outside(worlds in prop::collection::vec(world(2), 2..4)) {
+    fn no_prefix_of_a_plan_of_exposed_services_loses_or_moves_a_client(worlds in prop::collection::vec(world(2), 2..4)) {
         check_prefixes(&worlds);
     }
 }

@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_do_not_come_back_together() {
+    fn nodes_reconnect_at_different_times() {
         let first = |seed| Backoff::new(seed).next(None);
         assert!(first(0) < first(100) && first(100) < first(255) && first(255) < FIRST * 3 / 2);
     }

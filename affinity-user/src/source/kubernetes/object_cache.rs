@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn events_that_were_overtaken_or_come_twice_change_nothing() {
+    fn outdated_and_repeated_events_are_ignored() {
         let mut cache = cache(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
         assert!(!cache.put(Ok(service("x", 9, "9")), 2), "older than the list");
         assert!(cache.put(Ok(service("x", 12, "2")), 2));

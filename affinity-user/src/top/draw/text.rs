@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_take_little_room() {
+    fn numbers_are_abbreviated() {
         let counts = [0, 99_999, 100_000, 999_999, 1_250_000, 99_999_999, 250_000_000];
         assert_eq!(counts.map(count), ["0", "99999", "100k", "999k", "1.2M", "100.0M", "250M"]);
         let rates = [0.0, 0.04, 1.0, 99.94, 99.96, 123_456.7].map(|it| rate(Some(it)));

@@ -594,7 +594,7 @@ fn questions() {
 }
 
 #[test]
-fn what_went_wrong_and_a_pause() {
+fn an_error_while_paused() {
     let mut state = busy_shop().1;
     press(&mut state, "p");
     state.say("no dataplane at /sys/fs/bpf/affinity: run `affinity run` or `affinity attach`", true);

@@ -317,7 +317,7 @@ fn a_pod_that_may_reach_itself_is_masqueraded_where_it_does() {
 }
 
 #[test]
-fn a_connection_whose_pod_has_gone_is_told_by_its_next_packet() {
+fn a_connection_without_its_pod_is_rejected_on_its_next_packet() {
     let catalog = fixture::catalog();
     let (key, flow) = fixture::flow();
     let (mut question, mut situation) = ask(&catalog, "192.0.2.1", "10.96.0.10:80", &[]);
