@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_rule_finds_its_breach() {
+    fn each_rule_finds_its_violation() {
         let opts_out = format!("//! A module.\n#![expect({UNSAFE_LINT}, reason = \"speed\")]\n");
         let later = format!("a\nb {}: c\n", POSTPONED[0]);
         for (path, content, breach) in [
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn what_keeps_the_rules_is_left_alone() {
+    fn code_that_keeps_the_rules_passes() {
         let opts_out = format!("#![expect({UNSAFE_LINT}, reason = \"system calls\")]");
         let denies = format!("{UNSAFE_LINT} = \"deny\"");
         for (path, content) in [

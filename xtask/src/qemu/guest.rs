@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_is_unwell_is_noticed() {
+    fn faults_on_a_console_are_found() {
         let console = "[ 0.1] ..MP-BIOS bug: 8254 timer\n[ 3.0] Out of memory: Killed process 7 (lab)\n[ 3.1] more\n";
         assert_eq!(fault_on(console), Some("[ 3.0] Out of memory: Killed process 7 (lab)"));
         assert_eq!(fault_on("[ 0.1] ..MP-BIOS bug: 8254 timer\n"), None);

@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_what_the_tests_said() {
+    fn a_row_is_read_from_the_output_of_tests() {
         let output = "\nrunning 2 tests\ntest xdp_native ... hook: xdp-native: works\nok\n\
                       hook: tcx: none in this kernel: clsact is used\ntest tcx ... ok\n\
                       test result: FAILED. 2 passed; 1 failed; 0 ignored\n";
