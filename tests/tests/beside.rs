@@ -81,7 +81,7 @@ fn each_proxy_serves_its_own() -> Result<()> {
 }
 
 #[test]
-fn a_service_changes_hands_and_no_connection_breaks() -> Result<()> {
+fn connections_survive_a_change_of_the_proxy() -> Result<()> {
     everywhere(|hook, mode| {
         let theirs = web();
         beside(hook, mode, &[&theirs], &[], |lab| {

@@ -883,7 +883,7 @@ fn filter_bits_go_when_neither_frontend_nor_member_nor_flow_needs_them() -> Resu
 }
 
 #[test]
-fn a_full_table_never_loses_a_pin_in_silence() -> Result<()> {
+fn a_full_table_counts_every_lost_pin() -> Result<()> {
     let (pins, store, mut sweeper) = swept(Sizes { sessions: 512, events_bytes: 1 << 18, ..SIZES }, frontend())?;
     let mut events = EventReader::from_now(&store.events)?;
     assert_eq!(sweep(&mut sweeper).evicted, 0);
@@ -929,7 +929,7 @@ ports: [{name: '', port: 8080, protocol: TCP}]
 ";
 
 #[test]
-fn attach_brings_everything_up_and_detach_takes_everything_away() -> Result<()> {
+fn attach_loads_and_pins_everything_and_detach_removes_it() -> Result<()> {
     let (pins, wire) = (Pins::new(), Wire::new()?);
     let source = std::env::temp_dir().join(format!("affinity-dp-{}.yaml", std::process::id()));
     fs::write(&source, YAML)?;
@@ -996,7 +996,7 @@ fn devices_without_an_ethernet_header_are_refused_by_name() -> Result<()> {
 }
 
 #[test]
-fn a_device_that_changes_wakes_whoever_waits_and_leaves_no_pin_behind() -> Result<()> {
+fn a_changed_device_wakes_waiters_and_leaves_no_pin() -> Result<()> {
     let (pins, wire) = (Pins::new(), Wire::new()?);
     pins.load(SIZES)?;
     wire.inside(async || {

@@ -208,7 +208,7 @@ fn frames_to_another_host_pass_xdp_untouched() -> Result<()> {
 }
 
 #[test]
-fn the_reason_for_tc_is_said_and_kept() -> Result<()> {
+fn the_reason_for_tc_is_logged_and_kept() -> Result<()> {
     let web = web();
     let args = ["--device", WIRE, "plain", "taken", "lone", "--xdp-device", "plain", "taken"];
     let lab = Lab::with_pods(3)?;

@@ -29,10 +29,10 @@ on_every_hook! {
     a_pin_expires_and_the_next_connection_may_go_elsewhere,
     all_ports_of_a_service_share_the_pin,
     no_client_of_ten_thousand_moves,
-    a_lost_endpoint_fails_over_at_once_and_its_return_moves_nobody,
+    a_lost_endpoint_fails_over_at_once_and_its_return_moves_no_client,
     under_consistent_selection_a_returned_endpoint_regains_its_clients,
     a_service_without_endpoints_refuses_at_once,
-    a_flow_whose_backend_has_gone_is_not_left_hanging,
+    connections_to_a_removed_backend_are_reset,
     a_terminating_endpoint_keeps_its_connections_and_gets_no_new_ones,
     the_timer_restarts_as_the_policy_says,
     a_new_timeout_takes_effect_on_a_live_pin,
@@ -145,7 +145,7 @@ fn no_client_of_ten_thousand_moves(hook: Hook) -> Result<()> {
     })
 }
 
-fn a_lost_endpoint_fails_over_at_once_and_its_return_moves_nobody(hook: Hook) -> Result<()> {
+fn a_lost_endpoint_fails_over_at_once_and_its_return_moves_no_client(hook: Hook) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &[&web], |lab, _| {
         for route in Route::all_to(&web) {
@@ -199,7 +199,7 @@ fn a_service_without_endpoints_refuses_at_once(hook: Hook) -> Result<()> {
     })
 }
 
-fn a_flow_whose_backend_has_gone_is_not_left_hanging(hook: Hook) -> Result<()> {
+fn connections_to_a_removed_backend_are_reset(hook: Hook) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &[&web], |lab, _| {
         let mut kept = Vec::new();

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Clients on new and on kept connections over both families and protocols, while something happens to the agent.
-fn nobody_notices(hook: Hook, event: impl FnOnce(&mut Lab, &mut Agent) -> Result<()>) -> Result<()> {
+fn traffic_survives(hook: Hook, event: impl FnOnce(&mut Lab, &mut Agent) -> Result<()>) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &[&web], |lab, agent| {
         let loads = Route::all_to(&web).map(|route| {
@@ -27,9 +27,9 @@ fn nobody_notices(hook: Hook, event: impl FnOnce(&mut Lab, &mut Agent) -> Result
 }
 
 #[test]
-fn nobody_notices_that_the_agent_is_killed_and_started_again() -> Result<()> {
+fn traffic_survives_agent_restart() -> Result<()> {
     for hook in Hook::ALL {
-        nobody_notices(hook, |_, agent| {
+        traffic_survives(hook, |_, agent| {
             agent.kill()?;
             // Time in which clients are served without an agent.
             std::thread::sleep(Duration::from_millis(500));
@@ -40,9 +40,9 @@ fn nobody_notices_that_the_agent_is_killed_and_started_again() -> Result<()> {
 }
 
 #[test]
-fn nobody_notices_that_the_programs_are_put_in_place_again() -> Result<()> {
+fn traffic_survives_repeated_attach() -> Result<()> {
     for hook in Hook::ALL {
-        nobody_notices(hook, |lab, agent| {
+        traffic_survives(hook, |lab, agent| {
             agent.kill()?;
             let source = lab.source().display().to_string();
             for _ in 0..3 {
@@ -71,7 +71,7 @@ fn pins_and_their_ids_outlive_the_agent() -> Result<()> {
 }
 
 #[test]
-fn on_sigterm_the_dataplane_stays_and_detach_takes_it_away() -> Result<()> {
+fn sigterm_keeps_the_dataplane_and_detach_removes_it() -> Result<()> {
     let (lab, web) = (Lab::with_pods(3)?, web().client_ip());
     lab.publish(&web)?;
     lab.agent(&Hook::XdpNative.args())?.terminate()?;

@@ -139,7 +139,7 @@ fn node(address: IpAddr) -> String {
 }
 
 #[test]
-fn clients_that_all_look_like_nodes_are_told_of() -> Result<()> {
+fn warns_when_all_clients_have_node_addresses() -> Result<()> {
     let web = web().client_ip();
     tell(Hook::Tc, &[&web], |lab, _| {
         let routes = Route::all_to(&web);

@@ -233,7 +233,7 @@ fn a_dataplane_of_another_version_serves_until_the_source_answers() -> Result<()
 }
 
 #[test]
-fn detach_takes_a_dataplane_of_another_version_away() -> Result<()> {
+fn detach_removes_a_dataplane_of_another_version() -> Result<()> {
     for hook in Hook::ALL {
         let lab = Lab::with_pods(3)?;
         lab.publish(&web())?;
@@ -261,7 +261,7 @@ fn get(lab: &Lab, path: &str) -> Result<(u16, String)> {
 }
 
 #[test]
-fn pins_and_links_that_somebody_removes_are_made_again() -> Result<()> {
+fn removed_pins_and_links_are_restored() -> Result<()> {
     for hook in [Hook::XdpNative, Hook::Tc] {
         tell_in(&Default::default(), &hook.args(), &[&web().client_ip()], |lab, agent| {
             let pins = PinDir::new(lab.pin_dir());
@@ -297,7 +297,7 @@ fn pins_and_links_that_somebody_removes_are_made_again() -> Result<()> {
 
 /// A filter has no link: removing the qdisc detaches it, and leaves the pin.
 #[test]
-fn a_filter_that_somebody_removes_is_there_again() -> Result<()> {
+fn a_removed_filter_is_restored() -> Result<()> {
     let args = [Hook::Tc.args().as_slice(), &["--no-tcx"]].concat();
     tell_in(&Default::default(), &args, &[&web()], |lab, agent| {
         let removed = lab.node().command("tc").args(["qdisc", "del", "dev", WIRE, "clsact"]).status()?;
@@ -364,7 +364,7 @@ fn a_smaller_table_says_how_many_entries_it_drops() -> Result<()> {
 }
 
 #[test]
-fn a_sys_of_its_own_is_named_as_the_reason_why_nothing_is_seen() -> Result<()> {
+fn a_separate_sys_mount_is_named_as_the_cause() -> Result<()> {
     tell(Hook::Tc, &[&web()], |lab, _| {
         let given = lab.affinity_command()?;
         let mut command = Command::new("ip");

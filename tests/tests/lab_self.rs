@@ -135,7 +135,7 @@ fn without_offload_every_captured_frame_has_its_checksum() -> Result<()> {
 }
 
 #[test]
-fn with_two_nodes_everybody_reaches_every_pod() -> Result<()> {
+fn with_two_nodes_all_clients_reach_all_pods() -> Result<()> {
     let lab = Lab::up(&Options { pods: 2, pods_of_b: 2, ..Options::default() })?;
     let all = [0, 1, FIRST_OF_B, FIRST_OF_B + 1];
     for family in Family::BOTH {
@@ -153,7 +153,7 @@ fn with_two_nodes_everybody_reaches_every_pod() -> Result<()> {
 }
 
 #[test]
-fn nothing_stays_behind() -> Result<()> {
+fn a_dropped_lab_leaves_nothing() -> Result<()> {
     let (name, pins, scratch) = {
         let lab = Lab::with_pods(2)?;
         fs::create_dir_all(lab.pin_dir().join("below"))?;
@@ -185,7 +185,7 @@ fn a_panic_leaves_nothing_behind_either() -> Result<()> {
 }
 
 #[test]
-fn what_a_killed_process_left_is_swept_away() -> Result<()> {
+fn remains_of_a_killed_process_are_removed() -> Result<()> {
     let dead = process_that_has_ended()?;
     let orphan = format!("affinity-lab-{dead}-0-node");
     let made = Command::new("ip").args(["netns", "add", &orphan]).status()?;

@@ -35,7 +35,7 @@ fn pin(lab: &Lab, service: &Service, clients: u32) -> Result<Vec<IpAddr>> {
 }
 
 #[test]
-fn keys_lead_to_a_client_and_unpin_it() -> Result<()> {
+fn keys_select_a_client_and_unpin_it() -> Result<()> {
     let web = web().client_ip();
     tell(Hook::XdpNative, &[&web], |lab, _| {
         let clients = pin(lab, &web, 12)?;
@@ -104,7 +104,7 @@ fn rates_and_pins_follow_what_happens() -> Result<()> {
 }
 
 #[test]
-fn the_terminal_is_given_back_however_it_ends() -> Result<()> {
+fn the_terminal_is_restored_on_every_exit() -> Result<()> {
     let web = web().client_ip();
     tell(Hook::Tc, &[&web], |lab, agent| {
         for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
@@ -129,7 +129,7 @@ fn the_terminal_is_given_back_however_it_ends() -> Result<()> {
 }
 
 #[test]
-fn a_panic_gives_the_terminal_back_before_it_is_told() -> Result<()> {
+fn the_terminal_is_restored_before_a_panic_is_printed() -> Result<()> {
     let mut terminal = Terminal::start(Command::new(env!("CARGO_BIN_EXE_panic_on_screen")), SIZE.0, SIZE.1)?;
     ensure!(!terminal.wait()?.success());
     terminal.is_given_back()?;
@@ -137,7 +137,7 @@ fn a_panic_gives_the_terminal_back_before_it_is_told() -> Result<()> {
 }
 
 #[test]
-fn once_is_for_scripts() -> Result<()> {
+fn top_once_prints_plain_text() -> Result<()> {
     let web = web().client_ip();
     tell(Hook::XdpNative, &[&web], |lab, _| {
         let clients = pin(lab, &web, 5)?;
@@ -179,7 +179,7 @@ fn watching_repaints_in_place() -> Result<()> {
 }
 
 #[test]
-fn what_takes_long_shows_progress_and_takes_it_back() -> Result<()> {
+fn long_commands_show_progress_and_clear_it() -> Result<()> {
     let web = web().client_ip();
     with_large_tables(&web, |lab| {
         let pinned = fill(lab, &web)?;

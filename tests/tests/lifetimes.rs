@@ -27,11 +27,11 @@ const CLIENTS: u32 = 8;
 
 on_every_hook! {
     connections_outlive_a_switch_of_the_selector,
-    an_endpoint_that_comes_back_finds_its_connections_and_pins,
-    a_service_that_is_made_again_finds_its_connections_and_pins,
+    a_returned_endpoint_keeps_its_connections_and_pins,
+    a_recreated_service_keeps_its_connections_and_pins,
     connections_of_a_deleted_service_end_by_themselves,
-    a_pod_that_terminated_and_is_gone_is_told_of_at_once,
-    a_pod_that_does_not_answer_is_told_of_within_seconds,
+    connections_to_a_removed_terminating_pod_are_reset_at_once,
+    connections_to_a_silent_pod_are_reset_within_seconds,
     an_agent_that_starts_again_keeps_connections_that_linger,
 }
 
@@ -124,7 +124,7 @@ fn connections_outlive_a_switch_of_the_selector(hook: Hook) -> Result<()> {
     })
 }
 
-fn an_endpoint_that_comes_back_finds_its_connections_and_pins(hook: Hook) -> Result<()> {
+fn a_returned_endpoint_keeps_its_connections_and_pins(hook: Hook) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &web, |lab, _| {
         let mut lines = open_lines(lab, &web)?;
@@ -154,7 +154,7 @@ fn is_served(lab: &Lab, service: &Service) -> Result<bool> {
     Ok(said.verdict != "pass")
 }
 
-fn a_service_that_is_made_again_finds_its_connections_and_pins(hook: Hook) -> Result<()> {
+fn a_recreated_service_keeps_its_connections_and_pins(hook: Hook) -> Result<()> {
     let web = web().client_ip().annotated("group", "pets");
     tell(hook, &web, |lab, _| {
         let mut lines = open_lines(lab, &web)?;
@@ -195,7 +195,7 @@ fn connections_of_a_deleted_service_end_by_themselves(hook: Hook) -> Result<()> 
     })
 }
 
-fn a_pod_that_terminated_and_is_gone_is_told_of_at_once(hook: Hook) -> Result<()> {
+fn connections_to_a_removed_terminating_pod_are_reset_at_once(hook: Hook) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &web, |lab, _| {
         let mut lines = open_lines(lab, &web)?;
@@ -217,7 +217,7 @@ fn a_pod_that_terminated_and_is_gone_is_told_of_at_once(hook: Hook) -> Result<()
     })
 }
 
-fn a_pod_that_does_not_answer_is_told_of_within_seconds(hook: Hook) -> Result<()> {
+fn connections_to_a_silent_pod_are_reset_within_seconds(hook: Hook) -> Result<()> {
     let web = web().client_ip();
     tell(hook, &web, |lab, _| {
         let mut lines = open_lines(lab, &web)?;

@@ -345,7 +345,7 @@ fn pods_are_replaced() -> Result<()> {
 
 /// As in a rollout, but the pods are gone before their connections have ended.
 #[test]
-fn pods_are_gone_without_a_goodbye() -> Result<()> {
+fn pods_die_with_open_connections() -> Result<()> {
     side_by_side(DEAD, |stage| {
         stage.publish(&[with_leavers(EndpointState::Terminating)])?;
         LEAVERS.into_iter().try_for_each(|leaver| stage.scene.lab_mut().kill_pod(leaver))?;

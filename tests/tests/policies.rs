@@ -137,7 +137,7 @@ fn under_cluster_external_traffic_is_masqueraded_to_local_and_remote_pods() -> R
 }
 
 #[test]
-fn a_cluster_ip_keeps_the_address_of_pods_alone() -> Result<()> {
+fn a_cluster_ip_keeps_the_source_of_pods_only() -> Result<()> {
     let web = web(1).on([A, B]);
     tell(&[&web], |cluster| {
         let frontend = [Frontend::ClusterIp];

@@ -274,7 +274,7 @@ fn under_alive_a_pin_lives_as_long_as_its_sockets() -> Result<()> {
 }
 
 #[test]
-fn nobody_notices_that_the_agent_is_killed_and_the_programs_are_put_in_place_again() -> Result<()> {
+fn sockets_survive_agent_restart_and_repeated_attach() -> Result<()> {
     let web = web().client_ip();
     tell(&NO_DEVICE, &[&web], |scene| {
         let to = web.frontend(Family::V6, "http");
@@ -297,7 +297,7 @@ fn nobody_notices_that_the_agent_is_killed_and_the_programs_are_put_in_place_aga
 }
 
 #[test]
-fn beside_the_packet_programs_neither_does_the_others_work() -> Result<()> {
+fn sockets_and_packet_programs_do_not_translate_twice() -> Result<()> {
     // Not on the client's own pod, because the client's own packets do not reach it.
     let web = web().client_ip().on(1..3);
     tell(&ALL_DEVICES, &[&web], |scene| {

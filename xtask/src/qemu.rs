@@ -37,7 +37,7 @@ const BRIEF: [(&str, &[&str]); 3] =
 const VLAN_SUITE: &str = "frames";
 
 const BRIEF_STORIES: [&str; 2] =
-    ["a_service_without_endpoints_refuses_at_once", "a_flow_whose_backend_has_gone_is_not_left_hanging"];
+    ["a_service_without_endpoints_refuses_at_once", "connections_to_a_removed_backend_are_reset"];
 
 /// The demonstration, as a suite.
 const DEMO: &str = "demo";

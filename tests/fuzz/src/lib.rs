@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cases_stay_solved() {
+    fn recorded_cases_pass() {
         let mut replayed = 0;
         for case in
             fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cases")).expect("the cases are in the repository")

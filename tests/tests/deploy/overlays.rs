@@ -107,7 +107,7 @@ fn overlays_change_the_base_and_nothing_beside_it() -> Result<()> {
 }
 
 #[test]
-fn what_differs_in_an_argument_differs_in_nothing_else() -> Result<()> {
+fn overlays_that_change_an_argument_change_nothing_else() -> Result<()> {
     let args = "/spec/template/spec/containers/0/args";
     let add = |value: &str| json!([{"op": "add", "path": format!("{args}/-"), "value": value}]);
     let services = |op: &str, value: &str| json!({"op": op, "path": format!("{args}/2"), "value": value});

@@ -209,7 +209,7 @@ fn attach_takes_a_cluster_once() -> Result<()> {
 }
 
 #[test]
-fn an_owner_is_told_what_is_wrong_with_a_service() -> Result<()> {
+fn problems_of_a_service_are_published_as_events() -> Result<()> {
     let odd = web().client_ip().annotated("timer", "sometimes");
     let scene = Scene::new(&[&odd])?;
     let mut agent = scene.agent(&["--no-kubernetes-events"])?;
