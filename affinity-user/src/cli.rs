@@ -34,10 +34,10 @@ use logging::LogFormat;
 
 const AFTER_HELP: &str = "\
 Exit codes:
-  0  done, also if the reader of the output went away
-  1  failed: one line on standard error says what, and what to do
+  0  success, also if the reader closes the output early
+  1  failure: one line on standard error says what failed and what to do
   2  usage error
-  3  a service, pod, client or device that the command line names does not exist
+  3  not found: a service, pod, client or device on the command line does not exist
 
 Examples:
   affinity run --source ./services --device eth0
@@ -58,16 +58,16 @@ pub(crate) struct Cli {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
-    /// Where programs and maps are pinned: a directory on a BPF filesystem
+    /// Directory on a BPF filesystem where programs and maps are pinned
     #[arg(long, global = true, value_name = "DIR", env = "AFFINITY_PIN_DIR", default_value = "/sys/fs/bpf/affinity")]
     pub(crate) pin_dir: PathBuf,
-    /// This node's name in Kubernetes; without it, the host name
+    /// Name of this node in Kubernetes [default: the host name]
     #[arg(long, global = true, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
-    /// Form of the log on standard error
+    /// Log format on standard error
     #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
     pub(crate) log_format: LogFormat,
-    /// More log; -vv and -vvv for still more
+    /// Log more: -v debug messages of affinity, -vv of all libraries, -vvv trace messages. RUST_LOG overrides it
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 }
@@ -82,7 +82,7 @@ impl Global {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Attach to devices and follow a source until SIGTERM or SIGINT; the dataplane stays in place
+    /// Run the agent: attach to devices and follow a source until SIGTERM or SIGINT; the dataplane stays attached
     #[command(after_help = "\
 Examples:
   affinity run --source ./services --device eth0
@@ -90,17 +90,17 @@ Examples:
   affinity run --source kubernetes --device eth0
   affinity run --source web.yaml --device eth0 --max-sessions 1000000 --log-format json
 
-Prints a line that begins with `ready` once packets are handled as the source says. Until a source answers, the
-dataplane stays as it is. Devices that appear later and match are attached too.
-Bad YAML is reported in the log and does not affect what runs.")]
+Prints a line that begins with `ready` once the services of the source are published and devices are attached. Until
+the source answers, the dataplane does not change. Matching devices that appear later are attached as well.
+Errors in YAML are logged, and the last valid contents stay in use.")]
     Run(agent::RunArgs),
-    /// Attach to devices, read a source once, and leave the dataplane in place
+    /// Attach to devices, publish a source once, and exit; the dataplane stays attached
     #[command(after_help = "\
 Examples:
   affinity attach --source ./services --device eth0
   affinity attach --source web.yaml --device eth0 eth1 --xdp off")]
     Attach(agent::AttachArgs),
-    /// Remove the programs from one device; or everything, with all pins and connections
+    /// Detach one device, or remove the whole dataplane with all pins and connections
     #[command(after_help = "\
 Examples:
   affinity detach --device eth0
@@ -115,18 +115,18 @@ Examples:
   affinity get backends --service default/web --watch
   affinity get sessions -o json | jq -r '.[] | select(.expiresInSeconds == null) | .client'
 
-JSON is an array with one object a line. Sessions and flows are streamed in the kernel's order.")]
+JSON output is an array with one object per line. Sessions and flows are not sorted.")]
     Get(get::GetArgs),
-    /// Say what the next packet of a client would get, step by step; changes nothing
+    /// Show step by step how the next packet of a client would be handled; changes nothing
     #[command(after_help = "\
 Examples:
   affinity explain --from 192.0.2.1 --to 10.96.0.10:80
   affinity explain --from 192.0.2.1:40000 --to 10.96.0.10:53/udp
   affinity explain --from 2001:db8::1 --to '[2001:db8:1::10]:80' --source ./services -o json
 
-JSON has `frontend`, `verdict` (forward, reject, drop, pass), `reason`, `pinned` (the session that is followed, or null),
-`candidates` (address, port, name, namespace, probability, masquerade), `masquerade`, `flow` and `steps`; it is an array
-if there are several `--to`.")]
+JSON output has `frontend`, `verdict` (forward, reject, drop, pass), `reason`, `pinned` (the pin that is used, or null),
+`candidates` (address, port, name, namespace, probability, masquerade), `masquerade`, `flow` and `steps`. With several
+`--to` it is an array.")]
     Explain(explain::ExplainArgs),
     /// Pin a client to a pod
     #[command(after_help = "\
@@ -134,7 +134,7 @@ Examples:
   affinity pin --service default/web --client 192.0.2.1 --backend web-0
   affinity pin --service default/web --client 2001:db8::1 --backend fd00:10:244::5
 
-The client's next connection goes there. Its open connections stay where they are.")]
+The client's next connection goes to this pod. Its open connections keep their pods.")]
     Pin(pin::PinArgs),
     /// Remove pins: the clients' next connections select a pod again
     #[command(after_help = "\
@@ -143,18 +143,18 @@ Examples:
   affinity unpin --service default/web --backend web-0
   affinity unpin --service default/web --all
 
-Open connections of the clients stay where they are.")]
+Open connections of the clients keep their pods.")]
     Unpin(pin::UnpinArgs),
-    /// List what happened to pins: created, moved, expired, evicted, pinned and unpinned by operators
+    /// List the history of pins: created, moved, expired, evicted, and pinned or unpinned by operators
     #[command(after_help = "\
 Examples:
   affinity events
   affinity events --follow --service default/web
   affinity events --follow -o json | jq -r 'select(.kind == \"moved\") | .client'
 
-The kernel keeps the last 16,384 events. JSON is one object a line.")]
+The kernel keeps the last 16,384 events. JSON output is one object per line.")]
     Events(events::EventsArgs),
-    /// Watch services, pods and clients live in the terminal: rates, pins as bars, hot spots, events
+    /// Show services, pods and clients live in the terminal: rates, pins, hot spots and events
     #[command(after_help = "\
 Examples:
   affinity top
@@ -171,17 +171,17 @@ Examples:
   affinity dump slots --slots
   affinity dump --source ./services
 
-Each entry is one line, `map key -> value`. Without --times two dumps of the same state are equal.")]
+Each entry is one line: `map key -> value`. Without --times, two dumps of the same state are equal.")]
     Dump(dump::DumpArgs),
-    /// Say whether affinity can run here, what it would use, and what is missing
+    /// Check whether affinity can run on this machine, what it would use, and what is missing
     #[command(after_help = "\
 Examples:
   affinity check
   affinity check --device eth0 --max-sessions 1000000
 
-Exits with 1 if affinity cannot run here.")]
+Exits with code 1 if affinity cannot run on this machine.")]
     Check(check::CheckArgs),
-    /// Write a completion script for a shell
+    /// Print a completion script for a shell
     #[command(after_help = "\
 Examples:
   affinity completions bash > /etc/bash_completion.d/affinity
