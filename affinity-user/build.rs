@@ -86,7 +86,7 @@ fn build(root: &Path, target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     for line in String::from_utf8_lossy(&output.stderr).lines() {
         println!("cargo::warning={line}");
     }
-    Err(format!("the kernel programs do not build ({SKIP}=1 goes on without them)").into())
+    Err(format!("the kernel programs do not compile (set {SKIP}=1 to build without them)").into())
 }
 
 /// The flags that shape the objects.

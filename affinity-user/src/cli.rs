@@ -90,8 +90,8 @@ Examples:
   affinity run --source kubernetes --device eth0
   affinity run --source web.yaml --device eth0 --max-sessions 1000000 --log-format json
 
-Prints a line that begins with `ready` once the services of the source are published and devices are attached. Until
-the source answers, the dataplane does not change. Matching devices that appear later are attached as well.
+Prints a line that begins with `ready` once the services of the source are published. Until the source answers, the
+dataplane does not change. Matching devices that appear later are attached as well.
 Errors in YAML are logged, and the last valid contents stay in use.")]
     Run(agent::RunArgs),
     /// Attach to devices, publish a source once, and exit; the dataplane stays attached

@@ -35,62 +35,63 @@ use crate::{
 /// What `affinity run` and `affinity attach` have in common.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct AttachArgs {
-    /// Where Services, EndpointSlices and Nodes come from: `kubernetes`, a cluster's API; or a file of Kubernetes YAML; or
-    /// a directory of such files
+    /// Source of Services, EndpointSlices and Nodes: `kubernetes` (a cluster's API), a file of Kubernetes YAML, or a
+    /// directory of such files
     #[arg(long, value_name = "kubernetes|PATH")]
     source: SourceName,
     #[command(flatten)]
     cluster: ClusterArgs,
-    /// Which services are handled: those with ClientIP affinity, those labelled
-    /// service.kubernetes.io/service-proxy-name for this proxy, or all. Those labelled for this proxy always are, those
-    /// labelled for another proxy never [default: affinity with --source kubernetes, all with files]
+    /// Services to handle. affinity: those with sessionAffinity: ClientIP. labelled: those with this proxy's name in the
+    /// label service.kubernetes.io/service-proxy-name. all: all but headless ones. Services labelled for this proxy are
+    /// always handled, those labelled for another proxy never [default: affinity with --source kubernetes, all with files]
     #[arg(long, value_name = "WHICH", value_parser = services())]
     services: Option<Services>,
-    /// This proxy's name in that label
+    /// Name of this proxy in the label service.kubernetes.io/service-proxy-name
     #[arg(long, value_name = "NAME", default_value = DEFAULT_PROXY_NAME)]
     service_proxy_name: String,
-    /// Decide, pin and count, but change no packet
+    /// Shadow mode: decide, pin and count, but change no packet
     #[arg(long)]
     shadow: bool,
-    /// Network devices that clients' packets enter by: names, or patterns such as 'eth*'. Without it they are found: those
-    /// with a default route or an address of the node, and those that lead to pods
+    /// Network devices that receive clients' packets: names, or patterns such as 'eth*' [default: devices with a default
+    /// route or an address of the node, and devices of pods]
     #[arg(long = "device", value_name = "NAME|GLOB", num_args = 1..)]
     devices: Vec<String>,
-    /// Use of XDP: auto tries native, then TC, and uses TC for devices that lead to pods; native insists; off uses TC, and so
-    /// does generic
+    /// XDP mode. auto: native XDP, or TC if the driver has none; always TC on devices of pods. native: native XDP, or an
+    /// error. off, generic: TC
     #[arg(long, value_name = "MODE", default_value_t = XdpPolicy::Auto, value_parser = xdp_policy())]
     xdp: XdpPolicy,
-    /// Use XDP on these devices, whatever their kind, and TC on the others. Without it, the kind of a device decides
+    /// Use XDP on these devices and TC on all others [default: depends on the kind of the device]
     #[arg(long = "xdp-device", value_name = "NAME|GLOB", num_args = 1..)]
     xdp_devices: Vec<String>,
-    /// Where translated packets and their replies go: through the node's stack, with its packet filter and connection
-    /// tracking; or redirected by TC between attached devices, without the stack, which is faster
+    /// Path of translated packets and their replies. stack: through the node's network stack, with its packet filter and
+    /// connection tracking. redirect: TC redirects them between attached devices and bypasses the stack, which is faster
     #[arg(long, value_name = "WAY", value_enum, default_value_t = Forwarding::Stack)]
     forwarding: Forwarding,
-    /// How many packets each processor may reject with an RST or an ICMP error: so many a second, after ten times as many
-    /// at once. More are dropped. 0: no limit
+    /// Maximum number of rejections (RST or ICMP error) per second on each CPU; a burst may be ten times as large. Packets
+    /// above the limit are dropped. 0: no limit
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     rejections_per_second: u32,
-    /// Translate at connect() for the node's own processes and pods: auto does if this is the node's own network namespace
+    /// Translate connections of the node's own processes and pods at connect(). auto: if this is the node's own network
+    /// namespace and cgroup version 2 is mounted. on: always, or an error. off: never
     #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
     socket: SocketPolicy,
-    /// The cgroup (version 2): sockets of the processes below it are translated. Without it, the root: all processes
+    /// Cgroup (version 2) whose processes get their sockets translated [default: the root cgroup, all processes]
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
-    /// Use clsact filters even if the kernel has tcx links
+    /// Attach TC programs as clsact filters even if the kernel has tcx links
     #[arg(long)]
     no_tcx: bool,
-    /// Log messages of the kernel programs, for debugging. Without it, they log nothing
+    /// Log level of the kernel programs, for debugging [default: they log nothing]
     #[arg(long, value_name = "LEVEL", value_enum)]
     programs_log: Option<ProgramsLog>,
-    /// Keep Linux from giving node ports and masquerade ports to the node's own connections: add those that it could give to
-    /// net.ipv4.ip_local_reserved_ports. They stay there
+    /// Keep Linux from assigning node ports and masquerade ports to the node's own connections: add them to
+    /// net.ipv4.ip_local_reserved_ports. They stay there after the agent exits
     #[arg(long)]
     reserve_ports: bool,
-    /// How long an endpoint, a slice or a whole Service may be away, and find its pins when it comes back
+    /// An endpoint, a slice or a whole Service that is absent for less than this keeps its pins; at most 24h
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     gap: Duration,
-    /// How long connections to a pod that has left its service are kept although it sends nothing; while it sends, they go on
+    /// Open connections to a pod that has left all services end when the pod has sent nothing for this time; at most 24h
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
     linger: Duration,
     #[command(flatten)]
@@ -199,21 +200,21 @@ impl AttachArgs {
 /// Options of `affinity run`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RunArgs {
-    /// At the end remove the dataplane, with all pins and connections
+    /// On exit, remove the dataplane with all pins and connections
     #[arg(long)]
     detach_on_exit: bool,
-    /// With --source kubernetes: post no Kubernetes Events about Services
+    /// With --source kubernetes: do not post Kubernetes Events about Services
     #[arg(long)]
     no_kubernetes_events: bool,
-    /// Serve /metrics, /healthz and /readyz over HTTP here
+    /// Serve /metrics, /healthz and /readyz over HTTP at this address
     #[arg(long, value_name = "ADDR:PORT")]
     metrics: Option<SocketAddr>,
-    /// How many services, and how many backends, have series of their own; the others are summed up as `other`
+    /// Maximum number of services, and of backends, with their own series; all others are summed up as `other`
     #[arg(long, value_name = "N", default_value_t = 1000, requires = "metrics")]
     metrics_max_series: usize,
-    /// Answer as kube-proxy does at /healthz whether this node should have traffic, for load balancers: not while it is
-    /// about to be taken away, or is out of step with the source [default: off; with --services all: port 10256 at all
-    /// addresses]
+    /// Serve the node's health for load balancers at this address, as kube-proxy does: /healthz returns 503 while the node
+    /// is being removed or the agent cannot apply a change of its source [default: off; with --services all: port 10256 at
+    /// all addresses]
     #[arg(long, value_name = "ADDR:PORT|off", value_parser = node_health)]
     node_health: Option<NodeHealthArg>,
     #[command(flatten)]
@@ -252,7 +253,7 @@ impl RunArgs {
 /// Options of `affinity detach`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct DetachArgs {
-    /// Only from this device; everything else stays in place
+    /// Detach only this device; everything else stays attached
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
 }
@@ -263,7 +264,7 @@ impl DetachArgs {
         let is_there =
             !matches!(pins.exists(), Ok(false)) || pins.other_layouts().is_ok_and(|others| !others.is_empty());
         if !is_there {
-            eprintln!("no dataplane at {}: nothing to take away", pin_dir.display());
+            eprintln!("no dataplane at {}: nothing to remove", pin_dir.display());
             return Ok(());
         }
         let mut hooks: BTreeMap<String, Vec<&str>> = BTreeMap::new();

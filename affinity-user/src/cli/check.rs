@@ -19,10 +19,10 @@ use super::{
 /// Options of `affinity check`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct CheckArgs {
-    /// Also look at this device; may be repeated
+    /// Also check XDP on this device; may be repeated
     #[arg(long = "device", value_name = "NAME")]
     devices: Vec<String>,
-    /// Form of the output
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
     #[command(flatten)]
@@ -58,7 +58,7 @@ impl CheckArgs {
         if missing.is_empty() {
             return Ok(());
         }
-        Err(Error::Failed(format!("affinity cannot run here: see {}", missing.join(", "))))
+        Err(Error::Failed(format!("affinity cannot run on this machine: see {}", missing.join(", "))))
     }
 }
 

@@ -58,7 +58,7 @@ impl ClientArg {
             (None, _) => Err(Error::no_namespace(name)),
             (Some((_, cookies)), None) => Ok(cookies),
             (Some((first, _)), Some((second, _))) => Err(Error::Usage(format!(
-                "{name} may be {first} or {second}: name the namespace too, or {NETNS}COOKIE"
+                "{name} is ambiguous, {first} or {second}: give the namespace, or {NETNS}COOKIE"
             ))),
         }
     }

@@ -25,16 +25,17 @@ use crate::{
 /// Options of `affinity dump`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct DumpArgs {
-    /// One map. Without it, all maps
+    /// The map to print [default: all maps]
     #[arg(value_parser = PossibleValuesParser::new(names::MAPS))]
     map: Option<String>,
-    /// Also the ages of sessions, flows and events, which differ from one dump to the next
+    /// Print the ages of sessions, flows and events, which differ between dumps
     #[arg(long)]
     times: bool,
-    /// Every slot of a pool, and not only how many each pod has
+    /// Print every slot of a pool instead of the number of slots of each pod
     #[arg(long)]
     slots: bool,
-    /// What this YAML, or a cluster, would publish on an empty node, instead of what the kernel has: needs no root
+    /// Print what this YAML, or a cluster's API, would publish on an empty node, instead of the kernel's maps: needs no
+    /// root
     #[arg(long, value_name = "PATH|kubernetes")]
     source: Option<SourceName>,
     #[command(flatten)]

@@ -111,7 +111,7 @@ impl Error {
     }
 
     pub(crate) fn no_namespace(name: &str) -> Self {
-        let hint = "only `node`, netns:COOKIE, and pods of this node that are endpoints have a name; name others by their address";
+        let hint = "known names are `node`, netns:COOKIE, and pods of this node that are endpoints; give others by their address";
         Self::NotFound { what: format!("client {name}"), hint }
     }
 

@@ -30,12 +30,12 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Options of `affinity events`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct EventsArgs {
-    /// Go on with new events, until interrupted
+    /// Keep printing new events, until interrupted
     #[arg(short, long)]
     follow: bool,
     #[command(flatten)]
     filter: FilterArgs,
-    /// Form of the output; JSON is one object a line
+    /// Output format; JSON is one object per line
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -145,7 +145,7 @@ impl Source {
     fn tell_missed(&mut self) {
         let missed = self.events.missed();
         if missed > self.told_missed {
-            eprintln!("warning: {} events came too fast to be read", missed - self.told_missed);
+            eprintln!("warning: {} events were overwritten before they could be read", missed - self.told_missed);
             self.told_missed = missed;
         }
     }

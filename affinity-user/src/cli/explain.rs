@@ -40,22 +40,22 @@ const NODE_OF_SOURCE: u64 = 1;
 /// Options of `affinity explain`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct ExplainArgs {
-    /// The client; with a port, that connection of the client. By name, a socket of the node itself (`node`), of a pod on
-    /// it, or of a network namespace (`netns:COOKIE`). Without --source, an address of this node is the node itself; with
-    /// it, of the names only `node` is known
+    /// The client. With a port: this connection of the client. By name: a socket of the node itself (`node`), of a pod on
+    /// it, or of a network namespace (`netns:COOKIE`). Without --source, an address of this node means the node itself.
+    /// With --source, `node` is the only known name
     #[arg(long, value_name = "IP[:PORT]|NAME", value_parser = parse_from)]
     from: From,
-    /// What the client dials: TCP, unless `/udp` or `/sctp` follows. May be repeated: each is answered, in this order
+    /// The destination: TCP, unless `/udp` or `/sctp` follows. May be repeated; answers are in the same order
     #[arg(long, value_name = "IP:PORT[/udp|/sctp]", value_parser = parse_to, required = true)]
     to: Vec<To>,
-    /// Ask this YAML, or the API of a cluster, instead of the kernel: needs no root and knows no pins
+    /// Use this YAML, or a cluster's API, instead of the kernel's maps: needs no root and knows no pins
     #[arg(long, value_name = "PATH|kubernetes")]
     source: Option<SourceName>,
     #[command(flatten)]
     cluster: ClusterArgs,
     #[command(flatten)]
     node: NodeArgs,
-    /// Form of the output
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
 }
@@ -249,7 +249,9 @@ impl From {
         };
         for question in &questions {
             if question.is_socket() && protocol == SCTP {
-                return Err(Error::Usage("sockets of SCTP are not translated: ask by the client's address".to_owned()));
+                return Err(Error::Usage(
+                    "SCTP sockets are not translated at connect(): give the client's address as --from".to_owned(),
+                ));
             }
             if !question.is_socket() && question.from.is_ipv4() != endpoint.address.is_ipv4() {
                 return Err(Error::Usage("--from and --to must both be IPv4, or both IPv6".to_owned()));
@@ -262,7 +264,7 @@ impl From {
 /// Whether packets from an address come from this node's own sockets, and enter no device.
 fn is_of_this_node(address: IpAddr) -> Result<bool, Error> {
     let own = Namespace::own().and_then(|own| own.addresses());
-    let own = own.map_err(|error| Error::Failed(format!("the addresses of this node: {error}")))?;
+    let own = own.map_err(|error| Error::Failed(format!("cannot read the addresses of this node: {error}")))?;
     Ok(address.is_loopback() || own.contains(&address))
 }
 
@@ -280,8 +282,8 @@ fn are_sockets_translated(global: &Global) -> Result<bool, Error> {
 /// Fails if no process has translated sockets.
 fn ensure_sockets(global: &Global) -> Result<(), Error> {
     if !are_sockets_translated(global)? {
-        let why = "no socket is translated here (--socket off), and what the node's own processes send enters no device; \
-                   of pods ask by their address";
+        let why = "sockets are not translated here (--socket off), and packets of the node's own processes enter by no \
+                   device. For a pod, give its address as --from";
         return Err(Error::Failed(why.to_owned()));
     }
     Ok(())

@@ -29,22 +29,22 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// What to list.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum Resource {
-    /// Addresses that clients dial, endpoints, and how pins are kept
+    /// Services: frontends, endpoints and affinity policy
     #[value(alias = "service")]
     Services,
-    /// Pods, and how many clients and connections each has
+    /// Pods, with the number of pinned clients and of connections
     #[value(alias = "backend")]
     Backends,
-    /// Pins: which client's connections go to which pod, and for how long
+    /// Pins: which client is pinned to which pod, and for how long
     #[value(alias = "session")]
     Sessions,
-    /// Connections that are being translated
+    /// Translated connections
     #[value(alias = "flow")]
     Flows,
-    /// Network devices that the programs are attached to
+    /// Network devices and cgroups with attached programs
     #[value(alias = "device")]
     Devices,
-    /// How many packets got each verdict, and why
+    /// Number of packets by reason
     #[value(alias = "counter")]
     Counters,
 }
@@ -67,12 +67,12 @@ impl Resource {
 pub(crate) struct GetArgs {
     /// What to list
     resource: Resource,
-    /// Form of the output
+    /// Output format
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
     #[command(flatten)]
     filter: FilterArgs,
-    /// List again every second, until interrupted
+    /// Repeat the list every second, until interrupted
     #[arg(short, long)]
     watch: bool,
 }

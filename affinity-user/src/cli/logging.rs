@@ -13,10 +13,10 @@ use super::error::Exit;
 /// The form of the log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub(crate) enum LogFormat {
-    /// One line of text an entry.
+    /// One line of text per entry.
     #[default]
     Text,
-    /// One JSON object an entry.
+    /// One JSON object per entry.
     Json,
 }
 

@@ -45,7 +45,9 @@ impl NodeArgs {
         for family in [Family::V4, Family::V6] {
             let given: Vec<_> = self.addresses.iter().filter(|ip| Family::of(**ip) == family).collect();
             if let [first, second, ..] = given[..] {
-                return Err(Error::Usage(format!("--node-address {first} and {second}: one for each family")));
+                return Err(Error::Usage(format!(
+                    "--node-address {first} and {second}: give at most one address for each IP family"
+                )));
             }
         }
         Ok(NodeFacts {
@@ -66,25 +68,25 @@ impl NodeArgs {
 
 /// Sizes that differ from the defaults for this machine.
 #[derive(Args, Clone, Copy, PartialEq, Eq, Debug, Default)]
-#[command(next_help_heading = "Sizes (defaults follow this machine's memory: see `affinity check`)")]
+#[command(next_help_heading = "Table sizes (defaults depend on this machine's memory: see `affinity check`)")]
 pub(crate) struct SizeArgs {
-    /// Pins of each IP family
+    /// Maximum number of pins for each IP family
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_sessions: Option<u32>,
-    /// Flow records of each IP family: two for each connection
+    /// Maximum number of flow records for each IP family; a connection has two
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     max_flows: Option<u32>,
-    /// Frontends of each IP family: addresses and ports that clients dial
+    /// Maximum number of frontends (address, port and protocol) for each IP family
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_frontends: Option<u32>,
-    /// Addresses of pods: a pod of both families has two
+    /// Maximum number of pod addresses; a dual-stack pod has two
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_backends: Option<u32>,
-    /// Endpoints, once for each port of each service
+    /// Maximum number of endpoints, counted once for each port of each service
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_members: Option<u32>,
-    /// Slots of all selection tables: one for each ready endpoint; with `consistent` 1,021 for up to 10 endpoints, 16,381
-    /// for up to 163, and 65,537 beyond
+    /// Maximum number of slots of all selection tables: one for each ready endpoint; with `consistent` 1,021 for up to 10
+    /// endpoints, 16,381 for up to 163, and 65,537 beyond
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_slots: Option<u32>,
 }

@@ -31,9 +31,9 @@ pub(crate) enum Format {
     Table,
     /// A table with more columns.
     Wide,
-    /// A JSON array, or one object where there is one.
+    /// JSON.
     Json,
-    /// The same as YAML.
+    /// YAML.
     Yaml,
 }
 

@@ -34,13 +34,14 @@ pub(crate) struct UnpinArgs {
     /// The service; pins that it shares with a group are removed for the whole group
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: String,
-    /// The pin of this client; or of all clients in a network, of sockets of the node itself (`node`), or of a pod on it
+    /// Remove the pins of this client: an address, a network, or by name the sockets of the node itself (`node`) or of a
+    /// pod on it
     #[arg(long, value_name = "IP[/PREFIX]|NAME")]
     client: Option<ClientArg>,
-    /// All pins to this pod
+    /// Remove all pins to this pod
     #[arg(long, value_name = "IP|NAME")]
     backend: Option<String>,
-    /// All pins of the service
+    /// Remove all pins of the service
     #[arg(long)]
     all: bool,
 }
@@ -78,8 +79,8 @@ pub(crate) struct PinArgs {
     /// The service; a pin that it shares with a group is set for the whole group
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: String,
-    /// The client. If the service keys its pins by prefix, this is the pin of the client's network. By name, the sockets of
-    /// the node itself (`node`) or of a pod on it
+    /// The client: an address, or by name the sockets of the node itself (`node`) or of a pod on it. If the service pins
+    /// networks (annotation client-prefix), the network of the address is pinned
     #[arg(long, value_name = "IP|NAME")]
     client: ClientArg,
     /// The pod: a ready endpoint of the service
@@ -102,7 +103,9 @@ impl PinArgs {
         let policy = reading.catalog.policy(id).ok_or_else(|| Error::no_service(&self.service))?;
         if !policy.affinity {
             let service = &self.service;
-            return Err(Error::Usage(format!("{service} keeps no pins: its sessionAffinity is None, not ClientIP")));
+            return Err(Error::Usage(format!(
+                "service {service} has no pins: its sessionAffinity is None, not ClientIP"
+            )));
         }
         let keys = self.keys(&reading.catalog, policy)?;
         // A namespace connects to frontends of both families, and is pinned in the families in which the pod serves.
@@ -141,14 +144,14 @@ impl PinArgs {
             return Ok(keys);
         }
         let Some(address) = address.map(|client| client.address()) else {
-            return Err(Error::Usage("--client: a pin is one client's: give an address, not a network".to_owned()));
+            return Err(Error::Usage("--client: `pin` takes one client: give an address, not a network".to_owned()));
         };
         let (prefix, family) = match address {
             IpAddr::V4(_) => (policy.prefix_v4, "IPv4"),
             IpAddr::V6(_) => (policy.prefix_v6, "IPv6"),
         };
         let prefix = prefix.ok_or_else(|| {
-            Error::Usage(format!("{} has no {family} address that {address} could dial", self.service))
+            Error::Usage(format!("service {} has no {family} frontend for client {address}", self.service))
         })?;
         keys.push(key(Client::new(address, prefix), address.is_ipv4()));
         Ok(keys)
@@ -171,10 +174,13 @@ impl PinArgs {
         if candidates.peek().is_none() {
             let (backend, service) = (&self.backend, &self.service);
             let client = catalog.client(key.client.address(), 0);
-            return Err(Error::Usage(format!("{backend} is no endpoint of {service} for clients like {client}")));
+            return Err(Error::Usage(format!("{backend} is not an endpoint of {service} for client {client}")));
         }
         candidates.find(|(_, member)| member.state == MEMBER_READY).map(|(backend, _)| backend).ok_or_else(|| {
-            Error::Usage(format!("{} is draining: it takes no new connections of {}", self.backend, self.service))
+            Error::Usage(format!(
+                "{} is draining and takes no new connections of {}: choose a ready pod",
+                self.backend, self.service
+            ))
         })
     }
 

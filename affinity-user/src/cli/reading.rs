@@ -23,13 +23,13 @@ use crate::{
 /// Which objects to list.
 #[derive(Args, Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct FilterArgs {
-    /// Only of this service
+    /// Only this service
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub(crate) service: Option<String>,
-    /// Only of this client, of all clients in a network, or of sockets of the node itself (`node`) or of a pod on it
+    /// Only this client: an address, a network, or by name the sockets of the node itself (`node`) or of a pod on it
     #[arg(long, value_name = "IP[/PREFIX]|NAME")]
     pub(crate) client: Option<ClientArg>,
-    /// Only to this pod
+    /// Only this pod
     #[arg(long, value_name = "IP|NAME")]
     pub(crate) backend: Option<String>,
 }

@@ -34,7 +34,7 @@ impl FromStr for SourceName {
 /// How a cluster is reached.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct ClusterArgs {
-    /// With --source kubernetes: how to reach the API. Without it, KUBECONFIG, else the cluster that this runs in
+    /// With --source kubernetes: kubeconfig file for the API [default: KUBECONFIG, else the pod's service account]
     #[arg(long, value_name = "PATH")]
     kubeconfig: Option<PathBuf>,
 }

@@ -15,13 +15,13 @@ use crate::top;
 /// Options of `affinity top`.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct TopArgs {
-    /// How often to look: from 100ms to 1h
+    /// Refresh interval, from 100ms to 1h
     #[arg(short, long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
     interval: Duration,
-    /// Begin with this service
+    /// Open this service at the start
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: Option<String>,
-    /// Print what the screen shows after one interval, as text, and end
+    /// Wait for one interval, print the screen as text, and exit
     #[arg(long)]
     once: bool,
 }
@@ -29,7 +29,9 @@ pub(crate) struct TopArgs {
 fn interval(text: &str) -> Result<Duration, String> {
     const BOUNDS: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
     let parsed = text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
-    parsed.filter(|duration| BOUNDS.contains(duration)).ok_or_else(|| "not from 100ms to 1h".to_owned())
+    parsed
+        .filter(|duration| BOUNDS.contains(duration))
+        .ok_or_else(|| "expected a duration from 100ms to 1h, such as 500ms".to_owned())
 }
 
 impl TopArgs {
@@ -41,7 +43,9 @@ impl TopArgs {
             return Ok(());
         }
         if !io::stdout().is_terminal() {
-            return Err(Error::Usage("standard output is no terminal: `affinity top --once` prints text".to_owned()));
+            return Err(Error::Usage(
+                "standard output is not a terminal: use `affinity top --once`, which prints text".to_owned(),
+            ));
         }
         Ok(top::run(&options)?)
     }
