@@ -88,7 +88,7 @@ fn explain_from_yaml_in_words() {
     insta::assert_snapshot!(explain("10.96.0.10:81"), @r"
     packet    TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:81
     filter    no frontend has this address and port: not looked at any further
-    verdict   pass (not-frontend): the destination is no frontend.
+    verdict   pass (not-frontend): the destination is not a frontend.
     ");
 }
 

@@ -505,17 +505,17 @@ mod tests {
         insta::assert_snapshot!(print(&counters[..8], Format::Table), @r"
         REASON           PACKETS   MEANING
         not-ip                 0   Passed: neither IPv4 nor IPv6.
-        truncated              0   Passed: the frame ends before its headers do.
-        malformed              0   Passed: a header contradicts itself.
-        fragment               0   Passed: a fragment of an IP packet.
+        truncated              0   Passed: the frame is shorter than its headers.
+        malformed              0   Passed: a header is invalid, for example its length.
+        fragment               0   Passed: an IP fragment whose first fragment was not translated, or has not arrived yet.
         other-protocol         0   Passed: not TCP, UDP or SCTP, and not an ICMP error about a known flow.
-        not-frontend     1234567   Passed: the destination is no frontend.
-        not-reply              0   Passed: no flow that this packet would answer.
+        not-frontend     1234567   Passed: the destination is not a frontend.
+        not-reply              0   Passed: not a reply of a known flow.
         established           42   Forwarded: a packet of a known flow.
         ");
         insta::assert_snapshot!(print(&counters[5..6], Format::Json), @r#"
         [
-        {"reason":"not-frontend","packets":1234567,"text":"Passed: the destination is no frontend."}
+        {"reason":"not-frontend","packets":1234567,"text":"Passed: the destination is not a frontend."}
         ]
         "#);
     }

@@ -188,7 +188,7 @@ fn a_pin_that_cannot_be_followed_is_no_pin() {
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=60s select=random
     session: 192.0.2.1 is pinned to web-0 in default/web for 2h46m, expired; selects again
     selection: random: the pin's next draw is web-0 (10.244.0.1:8080)
-    verdict: forward (expired): the pin's timeout had passed; selected again. The destination becomes 10.244.0.1:8080.
+    verdict: forward (expired): the pin had expired; a pod was selected again. The destination becomes 10.244.0.1:8080.
     ");
 }
 
@@ -201,7 +201,7 @@ fn what_is_no_frontend_passes_and_what_has_no_pod_is_refused() {
     insta::assert_snapshot!(steps(&answer), @r"
     packet: TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:81
     filter: no frontend has this address and port: not looked at any further
-    verdict: pass (not-frontend): the destination is no frontend.
+    verdict: pass (not-frontend): the destination is not a frontend.
     ");
     let (question, situation) = ask(&catalog, "192.0.2.1", "10.96.0.53:53/udp", &[]);
     let answer = explain(&catalog, &question, &situation);
