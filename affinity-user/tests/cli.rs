@@ -70,24 +70,24 @@ fn json(args: &[&str]) -> serde_json::Value {
 fn explain_from_yaml_in_words() {
     let explain = |to| out(&["explain", "--source", SERVICES, "--from", "192.0.2.1", "--to", to]);
     insta::assert_snapshot!(explain("10.96.0.10:80"), @r"
-    packet      TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:80
-    filter      this may be a frontend
+    packet      TCP SYN from 192.0.2.1, new source port, to 10.96.0.10:80
+    filter      match: a frontend may have this address and port
     frontend    default/web: 2 of 3 pods ready, ClientIP affinity, timer=connection timeout=600s select=random
-    session     none of 192.0.2.1: it will be pinned
+    session     192.0.2.1 has no pin: it will be pinned
     selection   random: web-0 (10.244.0.10:8080) 50.0 %, web-1 (10.244.0.11:8080) 50.0 %
-    verdict     forward (created): a new client was pinned. The destination becomes that of one candidate.
+    verdict     forward (created): a new client was pinned. The destination becomes the address and port of one candidate.
     ");
     insta::assert_snapshot!(explain("10.96.0.11:6379"), @r"
-    packet      TCP SYN from 192.0.2.1, a new port, to 10.96.0.11:6379
-    filter      this may be a frontend
+    packet      TCP SYN from 192.0.2.1, new source port, to 10.96.0.11:6379
+    filter      match: a frontend may have this address and port
     frontend    default/cache: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=consistent
-    session     none of 192.0.2.1: it will be pinned
-    selection   consistent: every node chooses cache-0 (10.244.0.20:6379)
+    session     192.0.2.1 has no pin: it will be pinned
+    selection   consistent: every node selects cache-0 (10.244.0.20:6379)
     verdict     forward (created): a new client was pinned. The destination becomes 10.244.0.20:6379.
     ");
     insta::assert_snapshot!(explain("10.96.0.10:81"), @r"
-    packet    TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:81
-    filter    no frontend has this address and port: not looked at any further
+    packet    TCP SYN from 192.0.2.1, new source port, to 10.96.0.10:81
+    filter    no match: no frontend has this address and port
     verdict   pass (not-frontend): the destination is not a frontend.
     ");
 }

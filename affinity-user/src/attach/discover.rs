@@ -158,7 +158,7 @@ pub fn unserved<'d>(devices: &'d [Device], network: &Network) -> Vec<&'d Device>
 #[must_use]
 pub fn unserved_text(device: &str) -> String {
     format!(
-        "{device}: a default route leaves by it, but its frames have no Ethernet header: packets for services that come in \
+        "{device}: has a default route, but its frames have no Ethernet header: packets for services that arrive \
          by it are not handled"
     )
 }

@@ -88,7 +88,7 @@ pub struct Explanation<'a> {
     pub verdict: &'static str,
     /// The name of a [`Reason`].
     pub reason: &'static str,
-    /// The pin that the packet follows; null: none.
+    /// The pin that the packet uses; null: none.
     pub pinned: Option<SessionView<'a>>,
     /// The pods that it may reach.
     pub candidates: Vec<Candidate<'a>>,

@@ -70,12 +70,12 @@ fn a_new_client_may_reach_every_ready_pod() {
     let (question, situation) = ask(&catalog, "192.0.2.99", "10.96.0.10:80", &fixture::sessions_v4());
     let answer = explain(&catalog, &question, &situation);
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: TCP SYN from 192.0.2.99, a new port, to 10.96.0.10:80
-    filter: this may be a frontend
+    packet: TCP SYN from 192.0.2.99, new source port, to 10.96.0.10:80
+    filter: match: a frontend may have this address and port
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
-    session: none of 192.0.2.99: it will be pinned
+    session: 192.0.2.99 has no pin: it will be pinned
     selection: random: web-0 (10.244.0.1:8080) 50.0 %, web-1 (10.244.0.2:8080) 50.0 %
-    verdict: forward (created): a new client was pinned. The destination becomes that of one candidate.
+    verdict: forward (created): a new client was pinned. The destination becomes the address and port of one candidate.
     ");
 }
 
@@ -118,11 +118,11 @@ fn an_explanation_is_one_object() {
       "steps": [
         {
           "step": "packet",
-          "finds": "TCP SYN from 192.0.2.99, a new port, to 10.96.0.10:80"
+          "finds": "TCP SYN from 192.0.2.99, new source port, to 10.96.0.10:80"
         },
         {
           "step": "filter",
-          "finds": "this may be a frontend"
+          "finds": "match: a frontend may have this address and port"
         },
         {
           "step": "frontend",
@@ -130,7 +130,7 @@ fn an_explanation_is_one_object() {
         },
         {
           "step": "session",
-          "finds": "none of 192.0.2.99: it will be pinned"
+          "finds": "192.0.2.99 has no pin: it will be pinned"
         },
         {
           "step": "selection",
@@ -138,7 +138,7 @@ fn an_explanation_is_one_object() {
         },
         {
           "step": "verdict",
-          "finds": "forward (created): a new client was pinned. The destination becomes that of one candidate."
+          "finds": "forward (created): a new client was pinned. The destination becomes the address and port of one candidate."
         }
       ]
     }
@@ -151,11 +151,11 @@ fn a_pinned_client_reaches_its_pod() {
     let (question, situation) = ask(&catalog, "192.0.2.1", "10.96.0.10:443", &fixture::sessions_v4());
     let answer = explain(&catalog, &question, &situation);
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:443
-    filter: this may be a frontend
+    packet: TCP SYN from 192.0.2.1, new source port, to 10.96.0.10:443
+    filter: match: a frontend may have this address and port
     frontend: default/web: 1 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
-    session: 192.0.2.1 is pinned to web-0 in default/web for 16m40s, expires in 2h59m; the packet follows
-    selection: none: the pin names web-0 (10.244.0.1:8443)
+    session: 192.0.2.1 is pinned to web-0 in default/web for 16m40s, expires in 2h59m; this pin is used
+    selection: none: pinned to web-0 (10.244.0.1:8443)
     verdict: forward (pinned): a new connection followed its pin. The destination becomes 10.244.0.1:8443.
     ");
     assert_eq!((answer.verdict, answer.reason), ("forward", "pinned"));
@@ -183,11 +183,11 @@ fn a_pin_that_cannot_be_followed_is_no_pin() {
     let (question, situation) = ask(&catalog, "192.0.2.1", "10.96.0.10:80", &old);
     let answer = explain(&catalog, &question, &situation);
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:80
-    filter: this may be a frontend
+    packet: TCP SYN from 192.0.2.1, new source port, to 10.96.0.10:80
+    filter: match: a frontend may have this address and port
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=60s select=random
-    session: 192.0.2.1 is pinned to web-0 in default/web for 2h46m, expired; selects again
-    selection: random: the pin's next draw is web-0 (10.244.0.1:8080)
+    session: 192.0.2.1 is pinned to web-0 in default/web for 2h46m, expired; so a pod is selected again
+    selection: random, with the random number stored in the pin: web-0 (10.244.0.1:8080)
     verdict: forward (expired): the pin had expired; a pod was selected again. The destination becomes 10.244.0.1:8080.
     ");
 }
@@ -199,16 +199,16 @@ fn what_is_no_frontend_passes_and_what_has_no_pod_is_refused() {
     let answer = explain(&catalog, &question, &situation);
     assert_eq!((answer.verdict, answer.reason, answer.frontend.is_none()), ("pass", "not-frontend", true));
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: TCP SYN from 192.0.2.1, a new port, to 10.96.0.10:81
-    filter: no frontend has this address and port: not looked at any further
+    packet: TCP SYN from 192.0.2.1, new source port, to 10.96.0.10:81
+    filter: no match: no frontend has this address and port
     verdict: pass (not-frontend): the destination is not a frontend.
     ");
     let (question, situation) = ask(&catalog, "192.0.2.1", "10.96.0.53:53/udp", &[]);
     let answer = explain(&catalog, &question, &situation);
     assert_eq!((answer.verdict, answer.reason, answer.candidates.len()), ("reject", "no-endpoints", 0));
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: UDP datagram from 192.0.2.1, a new port, to 10.96.0.53:53
-    filter: this may be a frontend
+    packet: UDP datagram from 192.0.2.1, new source port, to 10.96.0.53:53
+    filter: match: a frontend may have this address and port
     frontend: kube-system/dns: 0 of 1 pods ready, ClientIP affinity, timer=alive timeout=unlimited select=consistent
     verdict: reject (no-endpoints): the service has no usable endpoint.
     ");
@@ -226,7 +226,7 @@ fn a_flow_keeps_its_pod_whatever_becomes_of_the_pin() {
     assert_eq!(answer.flow.as_ref().unwrap().backend.name, Some("web-0"));
     insta::assert_snapshot!(steps(&answer), @r"
     packet: TCP packet from 192.0.2.1:40000 to 10.96.0.10:80
-    filter: this may be a frontend
+    filter: match: a frontend may have this address and port
     flow: a connection to web-0 (10.244.0.1:8080), open for 16m40s
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
     verdict: forward (established): a packet of a known flow. The destination becomes 10.244.0.1:8080.
@@ -267,12 +267,12 @@ fn a_socket_follows_the_pin_of_its_namespace() {
     let answer = explain(&catalog, &question, &situation);
     assert_eq!((answer.verdict, answer.reason, answer.candidates.len()), ("forward", "created", 2));
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: TCP socket of netns:77, asking for 10.96.0.10:80
-    filter: this may be a frontend
+    packet: TCP socket of netns:77 that connects to 10.96.0.10:80
+    filter: match: a frontend may have this address and port
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
-    session: none of netns:77: it will be pinned
+    session: netns:77 has no pin: it will be pinned
     selection: random: web-0 (10.244.0.1:8080) 50.0 %, web-1 (10.244.0.2:8080) 50.0 %
-    verdict: forward (created): a new client was pinned. The destination becomes that of one candidate.
+    verdict: forward (created): a new client was pinned. The destination becomes the address and port of one candidate.
     ");
     let [key] = session_keys::<V6>(&catalog, &question)[..] else { panic!("one scope, one key") };
     assert_eq!(key, SessionKey::new(1, netns_client(77, 4), 128));
@@ -280,11 +280,11 @@ fn a_socket_follows_the_pin_of_its_namespace() {
     let answer = explain(&catalog, &question, &situation);
     assert_eq!(answer.pinned.as_ref().unwrap().client.to_string(), "netns:77");
     insta::assert_snapshot!(steps(&answer), @r"
-    packet: TCP socket of netns:77, asking for 10.96.0.10:80
-    filter: this may be a frontend
+    packet: TCP socket of netns:77 that connects to 10.96.0.10:80
+    filter: match: a frontend may have this address and port
     frontend: default/web: 2 of 2 pods ready, ClientIP affinity, timer=connection timeout=10800s select=random
-    session: netns:77 is pinned to web-1 in default/web for 16m40s, expires in 2h43m; the packet follows
-    selection: none: the pin names web-1 (10.244.0.2:8080)
+    session: netns:77 is pinned to web-1 in default/web for 16m40s, expires in 2h43m; this pin is used
+    selection: none: pinned to web-1 (10.244.0.2:8080)
     verdict: forward (pinned): a new connection followed its pin. The destination becomes 10.244.0.2:8080.
     ");
 }
@@ -310,7 +310,9 @@ fn a_pod_that_may_reach_itself_is_masqueraded_where_it_does() {
     let candidates: Vec<_> = answer.candidates.iter().map(|pod| (pod.name, pod.masquerade)).collect();
     assert_eq!(candidates, [(Some("web-0"), true), (Some("web-1"), false)]);
     assert!(!answer.masquerade, "not whichever is chosen");
-    assert!(steps(&answer).ends_with("The source becomes one of the node if that is the client itself."));
+    assert!(
+        steps(&answer).ends_with("The source becomes an address of the node if the chosen pod is the client itself.")
+    );
     catalog.observed.node.port_count = 0;
     let answer = explain(&catalog, &question, &situation);
     assert!(answer.candidates.iter().all(|pod| !pod.masquerade), "no port to masquerade with");

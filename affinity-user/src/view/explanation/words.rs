@@ -20,15 +20,17 @@ fn without_verdict(text: &str) -> &str {
 }
 
 /// The text if a socket asks for a frontend with source ranges.
-const LEFT_TO_PACKETS: &str = "the service has source ranges, and a socket has no source yet. Its packets are decided \
-                               about by their source, where they enter a device.";
+const LEFT_TO_PACKETS: &str = "the service has source ranges, and a socket has no source address yet. Its packets \
+                               are checked where they enter a device.";
 
 /// The address that the pod sees, if it is not the client's.
 fn source_text(candidates: &[Candidate<'_>]) -> &'static str {
     match candidates.iter().filter(|candidate| candidate.masquerade).count() {
         0 => "",
-        all if all == candidates.len() => " The source becomes one of the node, where the packet leaves for the pod.",
-        _ => " The source becomes one of the node if that is the client itself.",
+        all if all == candidates.len() => {
+            " The source becomes an address of the node where the packet leaves for the pod."
+        }
+        _ => " The source becomes an address of the node if the chosen pod is the client itself.",
     }
 }
 
@@ -47,9 +49,9 @@ where
         let mut steps = vec![Step { step: "packet", finds: self.packet_text() }];
         let mut step = |step, finds| steps.push(Step { step, finds });
         if !self.situation.in_filter {
-            step("filter", "no frontend has this address and port: not looked at any further".to_owned());
+            step("filter", "no match: no frontend has this address and port".to_owned());
         } else {
-            step("filter", "this may be a frontend".to_owned());
+            step("filter", "match: a frontend may have this address and port".to_owned());
             if let Some(found) = self.flow_text() {
                 step("flow", found);
             }
@@ -73,7 +75,7 @@ where
         if let Some(flow) = flow {
             let _ = match candidates.len() {
                 1 => write!(finds, " The destination becomes {}.", destination(flow)),
-                _ => write!(finds, " The destination becomes that of one candidate."),
+                _ => write!(finds, " The destination becomes the address and port of one candidate."),
             };
             finds += source_text(candidates);
         } else if self.is_left_to_packets() {
@@ -87,7 +89,7 @@ where
         let Question { from, from_port, to, protocol } = self.question;
         if self.question.is_socket() {
             let what = if *protocol == TCP { "TCP" } else { "UDP" };
-            return format!("{what} socket of {}, asking for {to}", self.client());
+            return format!("{what} socket of {} that connects to {to}", self.client());
         }
         let what = match *protocol {
             UDP => "UDP datagram",
@@ -98,7 +100,7 @@ where
         };
         match from_port {
             Some(port) => format!("{what} from {} to {to}", Endpoint { address: *from, port: *port }),
-            None => format!("{what} from {from}, a new port, to {to}"),
+            None => format!("{what} from {from}, new source port, to {to}"),
         }
     }
 
@@ -109,14 +111,14 @@ where
     /// `None` if the question has no port.
     fn flow_text(&self) -> Option<String> {
         self.question.from_port?;
-        let Some(flow) = &self.situation.flow else { return Some("none: this begins a connection".to_owned()) };
+        let Some(flow) = &self.situation.flow else { return Some("none: this packet opens a connection".to_owned()) };
         let view = FlowView::new(self.catalog, &self.question.key(), flow)?;
         let age = short_duration(view.created.age.as_secs());
         Some(format!("a connection to {} ({}), {} for {age}", view.backend, view.translated, view.state.name()))
     }
 
     fn frontend_text(&self) -> String {
-        let Some(frontend) = &self.frontend else { return "none with this address, port and protocol".to_owned() };
+        let Some(frontend) = &self.frontend else { return "none has this address, port and protocol".to_owned() };
         let ready = self.catalog.members(frontend.pool).filter(|&(_, ready)| ready).count();
         let all = self.catalog.members(frontend.pool).count();
         let service = self.catalog.service_name(frontend.service);
@@ -127,7 +129,7 @@ where
     fn session_text(&self, reason: Reason) -> String {
         let Some(frontend) = &self.frontend else { return String::new() };
         if frontend.flags & AFFINITY == 0 {
-            return "none is kept: the service has no affinity".to_owned();
+            return "not used: the service has no affinity".to_owned();
         }
         let mut text = String::new();
         for (key, session) in &self.situation.sessions {
@@ -143,16 +145,16 @@ where
         }
         #[expect(clippy::wildcard_enum_match_arm, reason = "only these reasons say something about pins")]
         let so = match reason {
-            Reason::Pinned => "the packet follows",
+            Reason::Pinned => "this pin is used",
             Reason::Created if self.situation.sessions.is_empty() => {
-                return format!("none of {}: it will be pinned", self.client());
+                return format!("{} has no pin: it will be pinned", self.client());
             }
-            Reason::Created => "but that pod does not serve here: pinned here by itself",
-            Reason::Expired => "selects again",
+            Reason::Created => "but that pod is not an endpoint of this frontend: the frontend gets its own pin",
+            Reason::Expired => "so a pod is selected again",
             Reason::BackendGone => "but that pod is gone",
             Reason::NotReady => "but that pod takes no new connections",
             Reason::NotMember => "but that pod has left the service",
-            _ => "not followed",
+            _ => "not used",
         };
         text + so
     }
@@ -167,13 +169,13 @@ where
             })
             .collect();
         let how = match (reason, Selection::from_byte(frontend.select)) {
-            (Reason::Pinned, _) => "none: the pin names",
-            (_, Selection::Consistent) => "consistent: every node chooses",
+            (Reason::Pinned, _) => "none: pinned to",
+            (_, Selection::Consistent) => "consistent: every node selects",
             (Reason::Created | Reason::Selected, Selection::Random) => "random:",
-            (Reason::Created | Reason::Selected, Selection::Least) => "least: the less loaded of two:",
+            (Reason::Created | Reason::Selected, Selection::Least) => "least (the less loaded of two random pods):",
             // The pin contains the next draw, so that two processors agree.
-            (_, Selection::Random) => "random: the pin's next draw is",
-            (_, Selection::Least) => "least: by the pin's next draw,",
+            (_, Selection::Random) => "random, with the random number stored in the pin:",
+            (_, Selection::Least) => "least, with the random number stored in the pin:",
         };
         format!("{how} {}", texts.join(", "))
     }
