@@ -54,7 +54,7 @@ const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 0xaff);
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// Its frames are not in the format that the programs read.
-    #[error("{0}: its frames have no Ethernet header")]
+    #[error("{0}: cannot be attached: its frames have no Ethernet header")]
     NotEthernet(String),
     /// The driver rejected XDP programs.
     #[error("{device}: {hook}: {note} ({source}; {card})")]
@@ -71,7 +71,7 @@ pub enum AttachError {
         source: io::Error,
     },
     /// The policy allows only native XDP.
-    #[error("{0}: use --xdp auto, which takes TC there")]
+    #[error("{0}: use --xdp auto, which uses TC there")]
     NativeOnly(Box<Self>),
     /// The kernel refused.
     #[error("{device}: {hook}: {source}")]
@@ -103,14 +103,14 @@ pub enum AttachError {
     },
     /// The directory is not a cgroup of version 2, and none is mounted in it.
     #[error(
-        "{} is no cgroup of version 2, and {}/unified is none either: name one with --cgroup; where the node has version 1 \
-         alone, use --socket off",
+        "neither {} nor {}/unified is a cgroup of version 2: name one with --cgroup; if the node has only version 1, use \
+         --socket off",
         .0.display(),
         .0.display()
     )]
     NotVersion2(PathBuf),
     /// There is no cgroup to attach to.
-    #[error("the root of cgroup version 2 cannot be seen: mount it, or name a cgroup with --cgroup")]
+    #[error("the root of cgroup version 2 is not visible: mount it, or name a cgroup with --cgroup")]
     NoCgroup,
     /// A pin could not be created or read.
     #[error(transparent)]

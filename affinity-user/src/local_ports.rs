@@ -81,7 +81,7 @@ impl FromStr for Ports {
 }
 
 fn port(text: &str) -> Result<u16, io::Error> {
-    text.parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("{text:?} is no port")))
+    text.parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("{text:?} is not a port")))
 }
 
 /// The ports of the node's own addresses that affinity uses.
@@ -148,7 +148,7 @@ impl LocalPorts {
     pub(crate) fn parse(range: &str, reserved: &str) -> io::Result<Self> {
         let mut ends = range.split_whitespace().map(port);
         let (Some(first), Some(last)) = (ends.next(), ends.next()) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{range:?} is no range of ports")));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{range:?} is not a range of ports")));
         };
         Ok(Self { range: first?..=last?, reserved: reserved.parse()? })
     }

@@ -990,7 +990,7 @@ fn devices_without_an_ethernet_header_are_refused_by_name() -> Result<()> {
     wire.inside(async || {
         let device = device("raw0").await?;
         let error = attach::attach(&pins.0, &device, attach::Options::default()).unwrap_err();
-        assert_eq!(error.to_string(), "raw0: its frames have no Ethernet header");
+        assert_eq!(error.to_string(), "raw0: cannot be attached: its frames have no Ethernet header");
         Ok(())
     })
 }

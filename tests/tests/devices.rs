@@ -92,7 +92,7 @@ fn devices_of_every_kind_get_the_role_that_they_deserve() -> Result<()> {
         ensure!(is_attached("near")?, "a default route that has gone took its device along");
 
         let said = lab.affinity(&["check"])?;
-        for line in ["br-pods: internal, a bridge of pods or guests", "lo (its packets have their route already)"] {
+        for line in ["br-pods: internal, bridge of pods or guests", "lo (loopback: its packets are already routed)"] {
             ensure!(said.contains(line), "{line:?} is not in\n{said}");
         }
         Ok(())

@@ -238,6 +238,6 @@ fn the_reason_for_tc_is_logged_and_kept() -> Result<()> {
     insist("lone")?;
     let note = field(&lab, "lone", "note")?;
     // Before Linux 6.3 the kernel does not report which devices can send frames.
-    ensure!(note.contains("answers are lost") == xdp_features().is_ok(), "{note}");
+    ensure!(note.contains("packets that XDP sends are lost") == xdp_features().is_ok(), "{note}");
     Ok(())
 }

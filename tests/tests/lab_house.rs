@@ -405,7 +405,7 @@ fn a_default_route_by_a_device_without_ethernet_frames_is_said() -> Result<()> {
     lab.node().ip(
         "tuntap add dev raw0 mode tun\nlink set raw0 up\naddr add 172.31.0.1/24 dev raw0\nroute add default dev raw0\n",
     )?;
-    let line = "raw0: a default route leaves by it, but its frames have no Ethernet header";
+    let line = "raw0: has a default route, but its frames have no Ethernet header";
     ensure!(lab.affinity(&["check"])?.contains(line));
     let agent = lab.agent(&Hook::Tc.args())?;
     ensure!(agent.log().iter().any(|said| said.contains(line)), "{:?}", agent.log());

@@ -90,15 +90,15 @@ impl fmt::Display for Note {
         f.write_str(match self {
             Self::NoDriverSupport => "the driver has no XDP",
             Self::GuestOffloads => {
-                "no XDP: the host merges frames for this virtio device, which cannot switch that off"
+                "no XDP: the host merges frames (LRO) for this virtio device, and the device cannot turn that off"
             }
             Self::Mtu => "no XDP: the MTU is too large for the driver",
-            Self::Queues => "no XDP: the driver needs queues that are in use (ethtool -L)",
-            Self::LargeReceive => "no XDP: the card merges packets (ethtool -K DEVICE lro off)",
+            Self::Queues => "no XDP: the driver has too few free queues: use fewer channels (ethtool -L)",
+            Self::LargeReceive => "no XDP: the card merges packets: turn LRO off (ethtool -K DEVICE lro off)",
             Self::OtherProgram => "no XDP: another XDP program is attached",
-            Self::StripsTags => "no XDP: the card strips VLAN tags, and a VLAN is on it (ethtool -K DEVICE rxvlan off)",
-            Self::NotGeneric => "no XDP: generic XDP cannot tell partial checksums",
-            Self::AnswersLost => "XDP's answers are lost: the other end does not poll (ethtool -K OTHER-END gro on)",
+            Self::StripsTags => "no XDP: the card strips VLAN tags, which its VLAN device needs (ethtool -K DEVICE rxvlan off)",
+            Self::NotGeneric => "no XDP: generic XDP cannot detect partial checksums",
+            Self::AnswersLost => "packets that XDP sends are lost, because the peer does not poll: turn on its GRO (ethtool -K PEER gro on)",
             Self::Refused(errno) => {
                 return write!(f, "no XDP: {}", io::Error::from_raw_os_error(i32::from(*errno)));
             }

@@ -77,7 +77,7 @@ impl fmt::Display for SocketPolicy {
 
 /// Not the name of a policy.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is none of auto, on, off")]
+#[error("{0:?} is not one of auto, on, off")]
 pub struct UnknownSocketPolicy(String);
 
 impl FromStr for SocketPolicy {
@@ -337,7 +337,7 @@ mod tests {
         let with = version_2(&hybrid).map_err(|error| error.to_string());
         fs::remove_dir_all(&hybrid).unwrap();
         assert_eq!(with, Ok(hybrid.join("unified")));
-        assert!(without.unwrap_err().contains("is no cgroup of version 2"));
+        assert!(without.unwrap_err().contains("is a cgroup of version 2"));
         assert!(version_2(Path::new("/nowhere")).is_err());
     }
 }

@@ -79,18 +79,18 @@ impl Why {
 impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::DefaultRoute => "a default route leaves by it",
-            Self::Address(address) => return write!(f, "carries the address {address}"),
-            Self::PodSide => "leads to another network namespace",
-            Self::Bridge => "a bridge of pods or guests",
-            Self::Tap => "leads to a guest",
+            Self::DefaultRoute => "has a default route",
+            Self::Address(address) => return write!(f, "has the address {address}"),
+            Self::PodSide => "its peer is in another network namespace",
+            Self::Bridge => "bridge of pods or guests",
+            Self::Tap => "tap device of a guest",
             // The route was chosen when the packets were sent, and the stack keeps it: even translated, they would end here.
             // See https://elixir.bootlin.com/linux/v6.18/source/drivers/net/loopback.c#L69
-            Self::Loopback => "its packets have their route already",
+            Self::Loopback => "loopback: its packets are already routed",
             Self::NotEthernet => "its frames have no Ethernet header",
-            Self::Tunnel => "a tunnel: packets are translated before they enter it",
-            Self::Inward => "no frame comes in by it",
-            Self::BothEndsHere => "its other end is in this network namespace, too",
+            Self::Tunnel => "tunnel: packets are translated before they enter it",
+            Self::Inward => "receives no frames",
+            Self::BothEndsHere => "its peer is in this network namespace",
             Self::Unused => "no default route, no address",
         })
     }
@@ -301,34 +301,34 @@ mod tests {
 
     #[test]
     fn devices_that_lead_out_of_the_node() {
-        assert_eq!(one(case(2, "").default_route()), "external: a default route leaves by it");
-        assert_eq!(one(case(2, "").address(NODE)), "external: carries the address 192.0.2.1");
-        assert_eq!(one(case(2, "").address(("2001:db8::1", 128))), "external: carries the address 2001:db8::1");
+        assert_eq!(one(case(2, "").default_route()), "external: has a default route");
+        assert_eq!(one(case(2, "").address(NODE)), "external: has the address 192.0.2.1");
+        assert_eq!(one(case(2, "").address(("2001:db8::1", 128))), "external: has the address 2001:db8::1");
         assert_eq!(one(case(2, "")), "-: no default route, no address");
         for kind in ["bond", "vlan", "macvlan", "team", "openvswitch", "virt_wifi"] {
-            assert_eq!(one(case(2, kind).address(NODE)), "external: carries the address 192.0.2.1", "{kind}");
+            assert_eq!(one(case(2, kind).address(NODE)), "external: has the address 192.0.2.1", "{kind}");
         }
         // A node that is itself a container.
         let inner = case(2, "veth").end(OtherEnd::Elsewhere);
-        assert_eq!(one(inner.default_route().address(GATEWAY)), "external: a default route leaves by it");
+        assert_eq!(one(inner.default_route().address(GATEWAY)), "external: has a default route");
         let inner = case(2, "veth").end(OtherEnd::Elsewhere);
-        assert_eq!(one(inner.address(GATEWAY).address(NODE)), "external: carries the address 192.0.2.1");
+        assert_eq!(one(inner.address(GATEWAY).address(NODE)), "external: has the address 192.0.2.1");
         // A network over a tunnel.
-        assert_eq!(one(case(2, "vxlan").default_route()), "external: a default route leaves by it");
+        assert_eq!(one(case(2, "vxlan").default_route()), "external: has a default route");
     }
 
     #[test]
     fn devices_that_lead_to_pods() {
         for kind in ["veth", "netkit"] {
             let pod = || case(9, kind).end(OtherEnd::Elsewhere);
-            assert_eq!(one(pod()), "internal: leads to another network namespace");
-            assert_eq!(one(pod().port_of(3)), "internal: leads to another network namespace");
-            assert_eq!(one(pod().address(GATEWAY)), "internal: leads to another network namespace");
-            assert_eq!(one(pod().address(("fd00:244::1", 128))), "internal: leads to another network namespace");
+            assert_eq!(one(pod()), "internal: its peer is in another network namespace");
+            assert_eq!(one(pod().port_of(3)), "internal: its peer is in another network namespace");
+            assert_eq!(one(pod().address(GATEWAY)), "internal: its peer is in another network namespace");
+            assert_eq!(one(pod().address(("fd00:244::1", 128))), "internal: its peer is in another network namespace");
         }
-        assert_eq!(one(case(3, "bridge").address(BRIDGE)), "internal: a bridge of pods or guests");
-        assert_eq!(one(case(3, "bridge")), "internal: a bridge of pods or guests");
-        assert_eq!(one(case(4, "tun")), "internal: leads to a guest");
+        assert_eq!(one(case(3, "bridge").address(BRIDGE)), "internal: bridge of pods or guests");
+        assert_eq!(one(case(3, "bridge")), "internal: bridge of pods or guests");
+        assert_eq!(one(case(4, "tun")), "internal: tap device of a guest");
     }
 
     #[test]
@@ -340,24 +340,24 @@ mod tests {
             case(5, "vxlan").port_of(3),
             case(6, "tun").port_of(3),
         ];
-        assert_eq!(found(inside)[0], "internal: a bridge of pods or guests");
+        assert_eq!(found(inside)[0], "internal: bridge of pods or guests");
         for kind in ["", "bond", "vlan"] {
             let external = [bridge(), case(4, kind).port_of(3)];
             assert_eq!(
                 found(external),
-                ["external: carries the address 192.0.2.1", "-: no default route, no address"],
+                ["external: has the address 192.0.2.1", "-: no default route, no address"],
                 "{kind}"
             );
         }
         // Frames only pass through it.
         assert_eq!(found([case(3, "bridge"), case(4, "").port_of(3)])[0], "-: no default route, no address");
-        assert_eq!(one(bridge().default_route()), "external: a default route leaves by it");
+        assert_eq!(one(bridge().default_route()), "external: has a default route");
     }
 
     #[test]
     fn devices_that_no_packet_for_a_frontend_enters_by() {
         let loopback = case(1, "").framing(Framing::Loopback).address(("192.0.2.9", 32));
-        assert!(one(loopback).starts_with("-: its packets have their route already"));
+        assert!(one(loopback).starts_with("-: loopback: its packets are already routed"));
         for kind in ["wireguard", "ipip", "gre", "sit", "tun", "ppp"] {
             let tunnel = case(7, kind).framing(Framing::Other).address(NODE).default_route();
             assert_eq!(one(tunnel), "-: its frames have no Ethernet header", "{kind}");
@@ -369,24 +369,23 @@ mod tests {
         network.default_routes.insert(7);
         assert_eq!(unserved(&devices, &network), [&devices[1]]);
         for kind in TUNNELS {
-            assert_eq!(one(case(7, kind).address(NODE)), "-: a tunnel: packets are translated before they enter it");
+            assert_eq!(one(case(7, kind).address(NODE)), "-: tunnel: packets are translated before they enter it");
         }
         for kind in INWARD {
-            assert_eq!(one(case(7, kind).address(NODE).default_route()), "-: no frame comes in by it", "{kind}");
+            assert_eq!(one(case(7, kind).address(NODE).default_route()), "-: receives no frames", "{kind}");
         }
     }
 
     #[test]
     fn at_most_one_end_of_a_pair_in_this_namespace_is_used() {
         let (first, second) = (|| case(5, "veth").end(OtherEnd::Here(6)), || case(6, "veth").end(OtherEnd::Here(5)));
-        let (both_here, address) =
-            ("-: its other end is in this network namespace, too", "external: carries the address 192.0.2.1");
+        let (both_here, address) = ("-: its peer is in this network namespace", "external: has the address 192.0.2.1");
         assert_eq!(found([first(), second()]), [both_here, both_here]);
         assert_eq!(found([first(), second().address(NODE)]), [both_here, address]);
         assert_eq!(found([first().address(NODE), second().address(NODE)]), [address, both_here]);
         assert_eq!(
             found([first().address(NODE), second().default_route()]),
-            [both_here, "external: a default route leaves by it"]
+            [both_here, "external: has a default route"]
         );
         // The device below a VLAN is not its other end.
         let vlan = case(6, "vlan").end(OtherEnd::Here(5)).address(NODE);

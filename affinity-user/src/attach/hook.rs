@@ -136,7 +136,7 @@ impl fmt::Display for XdpPolicy {
 
 /// Not the name of a policy.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is none of auto, native, generic, off")]
+#[error("{0:?} is not one of auto, native, generic, off")]
 pub struct UnknownPolicy(String);
 
 impl FromStr for XdpPolicy {

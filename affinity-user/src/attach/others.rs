@@ -43,7 +43,7 @@ pub fn programs(pins: &PinDir, devices: &BTreeMap<u32, String>) -> Vec<String> {
     let of_xdp = xdp_programs().unwrap_or_default();
     for (index, device) in devices {
         if let Some(id) = of_xdp.get(index).filter(|id| !ours.contains(id)) {
-            lines.push(format!("{device}: another XDP program ({}) sees packets first", called(id)));
+            lines.push(format!("{device}: another XDP program ({}) handles packets first", called(id)));
         }
         for (attach_type, side) in [(BPF_TCX_INGRESS, "ingress"), (BPF_TCX_EGRESS, "egress")] {
             let programs = sys::tcx_programs(*index, attach_type as u32).unwrap_or_default();

@@ -460,15 +460,15 @@ mod tests {
         (gone)       9   -          -                        clsact-egress   -
         ");
         insta::assert_snapshot!(print(&devices, Format::Wide), @r"
-        DEVICE   INDEX   ROLE       INGRESS                  EGRESS          PROGRAMS   WHY                                  NOTE
-        eth2         2   external   xdp-native,tcx-ingress   tcx-egress      70,71,72   a default route leaves by it         -
-        eth5         5   internal   tcx-ingress              tcx-egress      71,72      leads to another network namespace   no XDP: the MTU is too large for the driver
-        (gone)       9   -          -                        clsact-egress   72         -                                    -
+        DEVICE   INDEX   ROLE       INGRESS                  EGRESS          PROGRAMS   WHY                                        NOTE
+        eth2         2   external   xdp-native,tcx-ingress   tcx-egress      70,71,72   has a default route                        -
+        eth5         5   internal   tcx-ingress              tcx-egress      71,72      its peer is in another network namespace   no XDP: the MTU is too large for the driver
+        (gone)       9   -          -                        clsact-egress   72         -                                          -
         ");
         insta::assert_snapshot!(print(&devices, Format::Json), @r#"
         [
-        {"device":"eth2","ifindex":2,"role":"external","ingress":["xdp-native","tcx-ingress"],"egress":"tcx-egress","programs":[70,71,72],"why":"a default route leaves by it","note":null},
-        {"device":"eth5","ifindex":5,"role":"internal","ingress":["tcx-ingress"],"egress":"tcx-egress","programs":[71,72],"why":"leads to another network namespace","note":"no XDP: the MTU is too large for the driver"},
+        {"device":"eth2","ifindex":2,"role":"external","ingress":["xdp-native","tcx-ingress"],"egress":"tcx-egress","programs":[70,71,72],"why":"has a default route","note":null},
+        {"device":"eth5","ifindex":5,"role":"internal","ingress":["tcx-ingress"],"egress":"tcx-egress","programs":[71,72],"why":"its peer is in another network namespace","note":"no XDP: the MTU is too large for the driver"},
         {"device":null,"ifindex":9,"role":null,"ingress":[],"egress":"clsact-egress","programs":[72],"why":null,"note":null}
         ]
         "#);

@@ -67,7 +67,7 @@ pub(super) fn read(name: &ObjectName, slice: &EndpointSlice, node: &Node, report
         "IPv4" => Family::V4,
         "IPv6" => Family::V6,
         other => {
-            report.warning("addressType", format!("{other:?} is none of IPv4, IPv6; the slice is ignored"));
+            report.warning("addressType", format!("{other:?} is not one of IPv4, IPv6; the slice is ignored"));
             return None;
         }
     };
@@ -308,7 +308,7 @@ fn address(endpoint: &ApiEndpoint, family: Family, index: usize, report: &mut Re
         Some(ip) if Family::of(ip) != family => report.error(field, format!("{ip} is not of the slice's addressType")),
         Some(ip) if !is_endpoint(ip) => report.error(field, format!("{ip} cannot be the address of an endpoint")),
         Some(ip) => return Some(ip),
-        None => report.error(field, format!("{text:?} is no IP address; the endpoint is ignored")),
+        None => report.error(field, format!("{text:?} is not an IP address; the endpoint is ignored")),
     }
     None
 }
@@ -360,7 +360,7 @@ fn ports(slice: &EndpointSlice, report: &mut Report<'_>) -> Vec<SlicePort> {
             Some("UDP") => Protocol::Udp,
             Some("SCTP") => Protocol::Sctp,
             Some(other) => {
-                report.error(field("protocol"), format!("{other:?} is none of TCP, UDP, SCTP; the port is ignored"));
+                report.error(field("protocol"), format!("{other:?} is not one of TCP, UDP, SCTP; the port is ignored"));
                 continue;
             }
         };

@@ -58,7 +58,7 @@ pub(super) fn is_local(policy: Option<&str>, field: &str, report: &mut Report<'_
         None | Some("" | "Cluster") => false,
         Some("Local") => true,
         Some(other) => {
-            report.error(format!("spec.{field}"), format!("{other:?} is none of Cluster, Local; Cluster is used"));
+            report.error(format!("spec.{field}"), format!("{other:?} is not one of Cluster, Local; Cluster is used"));
             false
         }
     }
@@ -128,7 +128,7 @@ fn health_check(spec: &ApiSpec, report: &mut Report<'_>) -> Option<u16> {
     let port = spec.health_check_node_port.filter(|port| *port != 0)?;
     let number = u16::try_from(port).ok();
     if number.is_none() {
-        report.error("spec.healthCheckNodePort", format!("{port} is no port from 1 to 65535; it is not served"));
+        report.error("spec.healthCheckNodePort", format!("{port} is not a port from 1 to 65535; it is not served"));
     }
     number
 }

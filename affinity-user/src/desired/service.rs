@@ -114,7 +114,7 @@ pub(super) fn read(name: &ObjectName, service: &Service, report: &mut Report<'_>
         return None;
     }
     if !is_dns_label(&name.name) || !is_dns_label(&name.namespace) {
-        report.error("metadata.name", "no DNS label (a-z, 0-9, '-', at most 63)");
+        report.error("metadata.name", "not a DNS label (a-z, 0-9, '-', at most 63)");
         return None;
     }
     let cluster_ips = addresses(spec, report);
@@ -166,7 +166,7 @@ pub(super) fn parse_addresses<'a>(
             Some(ip) if !is_frontend(ip) => report.error(field, format!("{ip} cannot be the address of a service")),
             Some(ip) if addresses.contains(&ip) => report.warning(field, format!("{ip} is given twice")),
             Some(ip) => addresses.push(ip),
-            None => report.error(field, format!("{text:?} is no IP address")),
+            None => report.error(field, format!("{text:?} is not an IP address")),
         }
     }
     addresses
@@ -210,23 +210,23 @@ fn port(index: usize, port: &ServicePort, on_nodes: bool, report: &mut Report<'_
         Some("UDP") => Protocol::Udp,
         Some("SCTP") => Protocol::Sctp,
         Some(other) => {
-            report.error(field("protocol"), format!("{other:?} is none of TCP, UDP, SCTP; the port is left out"));
+            report.error(field("protocol"), format!("{other:?} is not one of TCP, UDP, SCTP; the port is left out"));
             return None;
         }
     };
     let number = u16::try_from(port.port).ok().filter(|number| *number > 0);
     if number.is_none() {
-        report.error(field("port"), format!("{} is no port from 1 to 65535; the port is left out", port.port));
+        report.error(field("port"), format!("{} is not a port from 1 to 65535; the port is left out", port.port));
     }
     let name = port.name.clone().filter(|name| !name.is_empty());
     if name.as_ref().is_some_and(|name| !is_dns_label(name)) {
-        report.error(field("name"), "no DNS label (a-z, 0-9, '-', at most 63); the port is left out");
+        report.error(field("name"), "not a DNS label (a-z, 0-9, '-', at most 63); the port is left out");
         return None;
     }
     let node_port = port.node_port.filter(|number| on_nodes && *number != 0);
     let given = node_port.map(|number| u16::try_from(number).ok().filter(|number| *number > 0).ok_or(number));
     if let Some(Err(number)) = given {
-        report.error(field("nodePort"), format!("{number} is no port from 1 to 65535; there is no node port"));
+        report.error(field("nodePort"), format!("{number} is not a port from 1 to 65535; there is no node port"));
     }
     Some(Port { name, number: number?, protocol, node_port: given.and_then(Result::ok) })
 }
@@ -250,7 +250,7 @@ fn affinity(
         }
         None | Some("None" | "") => {}
         Some(other) => {
-            let message = format!("{other:?} is none of ClientIP, None; None is used");
+            let message = format!("{other:?} is not one of ClientIP, None; None is used");
             report.error("spec.sessionAffinity", message);
         }
     }
@@ -315,7 +315,7 @@ impl fmt::Display for Services {
 
 /// A name that selects no services.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is none of affinity, labelled, all")]
+#[error("{0:?} is not one of affinity, labelled, all")]
 pub struct UnknownServices(String);
 
 impl FromStr for Services {

@@ -449,17 +449,17 @@ fn what_is_wrong_is_named() {
     insta::assert_snapshot!(problems.join("\n"), @r#"
     error: document 8: EndpointSlice default/s: endpoints[0].addresses[0]: 10.1.0.1 is not of the slice's addressType
     error: document 8: EndpointSlice default/s: endpoints[1].addresses[0]: 127.0.0.1 is not of the slice's addressType
-    error: document 8: EndpointSlice default/s: endpoints[2].addresses[0]: "10.1.0.300" is no IP address; the endpoint is ignored
+    error: document 8: EndpointSlice default/s: endpoints[2].addresses[0]: "10.1.0.300" is not an IP address; the endpoint is ignored
     error: document 8: EndpointSlice default/s: endpoints[3].addresses[0]: 10.1.0.4 is not of the slice's addressType
     error: document 9: EndpointSlice default/t: endpoints[0].addresses[0]: 127.0.0.1 cannot be the address of an endpoint
     error: document 9: EndpointSlice default/t: endpoints[1].addresses[0]: 0.0.0.0 cannot be the address of an endpoint
     error: document 9: EndpointSlice default/t: endpoints[2].addresses[0]: 169.254.0.1 cannot be the address of an endpoint
-    error: document 9: EndpointSlice default/t: endpoints[3].addresses[0]: "10.1.0.300" is no IP address; the endpoint is ignored
+    error: document 9: EndpointSlice default/t: endpoints[3].addresses[0]: "10.1.0.300" is not an IP address; the endpoint is ignored
     error: document 9: EndpointSlice default/t: ports[0].port: not within 1 to 65535; the port is ignored
     error: document 9: EndpointSlice default/t: ports[1].port: not within 1 to 65535; the port is ignored
-    warning: document 10: EndpointSlice default/u: addressType: "FQDN" is none of IPv4, IPv6; the slice is ignored
+    warning: document 10: EndpointSlice default/u: addressType: "FQDN" is not one of IPv4, IPv6; the slice is ignored
     info: document 11: EndpointSlice default/v: metadata.labels: kubernetes.io/service-name is missing; the slice serves no service
-    error: document 4: Service default/Upper: metadata.name: no DNS label (a-z, 0-9, '-', at most 63)
+    error: document 4: Service default/Upper: metadata.name: not a DNS label (a-z, 0-9, '-', at most 63)
     warning: document 3: Service default/both: spec.clusterIP: "10.0.0.2" differs from spec.clusterIPs[0], "10.0.0.3"; that one is used
     warning: document 3: Service default/both: spec.clusterIPs[1]: 10.0.0.3 is given twice
     error: document 3: Service default/both: spec.clusterIPs[2]: 127.0.0.1 cannot be the address of a service
@@ -467,9 +467,9 @@ fn what_is_wrong_is_named() {
     warning: document 7: Service default/none: metadata.annotations[affinity.dev/selekt]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
     warning: document 7: Service default/none: metadata.annotations[affinity.dev/timer]: has no effect without spec.sessionAffinity: ClientIP
     warning: document 6: Service default/typo: metadata.annotations[affinity.dev/tiemout]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
-    warning: document 6: Service default/typo: metadata.annotations[affinity.dev/timer]: "connect" is none of connection, packet, absolute, alive; connection is used
-    error: document 2: Service default/v6: spec.clusterIP: "fd00::x" is no IP address
-    error: document 1: Service default/web: spec.externalIPs[1]: "x" is no IP address
+    warning: document 6: Service default/typo: metadata.annotations[affinity.dev/timer]: "connect" is not one of connection, packet, absolute, alive; connection is used
+    error: document 2: Service default/v6: spec.clusterIP: "fd00::x" is not an IP address
+    error: document 1: Service default/web: spec.externalIPs[1]: "x" is not an IP address
     error: document 1: Service default/web: spec.externalIPs[3]: 127.0.0.1 cannot be the address of a service
     info: document 1: Service default/web: spec.externalIPs: 2001:db8::1 is left out: the service has no cluster IP of its family
     warning: document 1: Service default/web: spec.ports[0].nodePort: missing: nothing gives this port a node port; state one
@@ -477,13 +477,13 @@ fn what_is_wrong_is_named() {
     warning: document 1: Service default/web: spec.ports[4].nodePort: missing: nothing gives this port a node port; state one
     warning: document 1: Service default/web: spec.ports[5].nodePort: missing: nothing gives this port a node port; state one
     warning: document 1: Service default/web: spec.ports[6].nodePort: missing: nothing gives this port a node port; state one
-    error: document 1: Service default/web: spec.ports[1].port: 0 is no port from 1 to 65535; the port is left out
-    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is none of TCP, UDP, SCTP; the port is left out
+    error: document 1: Service default/web: spec.ports[1].port: 0 is not a port from 1 to 65535; the port is left out
+    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is not one of TCP, UDP, SCTP; the port is left out
     error: document 1: Service default/web: spec.ports[4]: has the name, number or node port of spec.ports[3]; it is ignored
     warning: document 1: Service default/web: spec.ports[5].name: missing: a service with several ports must name them
-    error: document 1: Service default/web: spec.ports[6].name: no DNS label (a-z, 0-9, '-', at most 63); the port is left out
-    error: document 1: Service default/web: spec.sessionAffinity: "ClientIp" is none of ClientIP, None; None is used
-    error: document 1: Service default/web: spec.internalTrafficPolicy: "local" is none of Cluster, Local; Cluster is used
+    error: document 1: Service default/web: spec.ports[6].name: not a DNS label (a-z, 0-9, '-', at most 63); the port is left out
+    error: document 1: Service default/web: spec.sessionAffinity: "ClientIp" is not one of ClientIP, None; None is used
+    error: document 1: Service default/web: spec.internalTrafficPolicy: "local" is not one of Cluster, Local; Cluster is used
     "#);
 }
 
@@ -772,12 +772,12 @@ fn ranges_have_one_family_each_and_invalid_ones_admit_no_client() {
     insta::assert_snapshot!(of("[198.51.100.0, 'fd00::x/8']"), @r#"
     203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
     [2001:db8::5]:80/TCP -> default/web:80/TCP/v6 masqueraded, in ranges
-    error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[0]: "198.51.100.0" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
-    error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[1]: "fd00::x/8" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
+    error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[0]: "198.51.100.0" is not a network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
+    error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[1]: "fd00::x/8" is not a network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8
     "#);
     insta::assert_snapshot!(of("[]"), @"");
     // A range of length zero admits every client of its family, whatever other ranges there are.
-    insta::assert_snapshot!(of("[0.0.0.0/0, 198.51.100.0/24, 198.51.100.0]"), @r#"error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[2]: "198.51.100.0" is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8"#);
+    insta::assert_snapshot!(of("[0.0.0.0/0, 198.51.100.0/24, 198.51.100.0]"), @r#"error: case.yaml: Service default/web: spec.loadBalancerSourceRanges[2]: "198.51.100.0" is not a network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8"#);
     insta::assert_snapshot!(of("[198.51.100.0/24, '::/0', 'fd00::/8']"), @r"
     203.0.113.2:80/TCP -> default/web:80/TCP/v4 masqueraded, in ranges
     ranges of default/web: 198.51.100.0/24

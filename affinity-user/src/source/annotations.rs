@@ -82,7 +82,7 @@ fn timer(value: &str) -> Result<Timer, String> {
         "packet" => Ok(Timer::Packet),
         "absolute" => Ok(Timer::Absolute),
         "alive" => Ok(Timer::Alive),
-        _ => Err(format!("{value:?} is none of connection, packet, absolute, alive; connection is used")),
+        _ => Err(format!("{value:?} is not one of connection, packet, absolute, alive; connection is used")),
     }
 }
 
@@ -91,20 +91,20 @@ fn selection(value: &str) -> Result<Selection, String> {
         "random" => Ok(Selection::Random),
         "consistent" => Ok(Selection::Consistent),
         "least" => Ok(Selection::Least),
-        _ => Err(format!("{value:?} is none of random, consistent, least; random is used")),
+        _ => Err(format!("{value:?} is not one of random, consistent, least; random is used")),
     }
 }
 
 fn prefix(value: &str, bits: u8) -> Result<u8, String> {
     let number = value.strip_prefix('/').unwrap_or(value).parse().ok().filter(|number| *number <= bits);
-    number.ok_or_else(|| format!("{value:?} is no prefix length from 0 to {bits}; {bits} is used"))
+    number.ok_or_else(|| format!("{value:?} is not a prefix length from 0 to {bits}; {bits} is used"))
 }
 
 fn label(value: &str) -> Result<String, String> {
     if is_dns_label(value) {
         return Ok(value.to_owned());
     }
-    Err(format!("{value:?} is no DNS label (a-z, 0-9, '-', at most 63); the service is in no group"))
+    Err(format!("{value:?} is not a DNS label (a-z, 0-9, '-', at most 63); the service is in no group"))
 }
 
 /// Whether a name is a DNS label (RFC 1123).
@@ -119,7 +119,7 @@ fn timeout_ns(value: &str) -> Result<u64, String> {
         return Ok(TIMEOUT_UNLIMITED);
     }
     duration_s(value).and_then(|seconds| seconds.checked_mul(SECOND_NS)).filter(|ns| *ns > 0).ok_or_else(|| {
-        format!("{value:?} is no duration such as 90s, 30m, 48h, 7d, and not unlimited; timeoutSeconds is used")
+        format!("{value:?} is not a duration such as 90s, 30m, 48h, 7d, and not unlimited; timeoutSeconds is used")
     })
 }
 
@@ -206,12 +206,12 @@ mod tests {
             .map(|result| result.expect_err("not valid"))
             .join("\n"),
             @r#"
-        "conection" is none of connection, packet, absolute, alive; connection is used
-        "" is none of random, consistent, least; random is used
-        "33" is no prefix length from 0 to 32; 32 is used
-        "129" is no prefix length from 0 to 128; 128 is used
-        "Shop" is no DNS label (a-z, 0-9, '-', at most 63); the service is in no group
-        "soon" is no duration such as 90s, 30m, 48h, 7d, and not unlimited; timeoutSeconds is used
+        "conection" is not one of connection, packet, absolute, alive; connection is used
+        "" is not one of random, consistent, least; random is used
+        "33" is not a prefix length from 0 to 32; 32 is used
+        "129" is not a prefix length from 0 to 128; 128 is used
+        "Shop" is not a DNS label (a-z, 0-9, '-', at most 63); the service is in no group
+        "soon" is not a duration such as 90s, 30m, 48h, 7d, and not unlimited; timeoutSeconds is used
         unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
         "#
         );

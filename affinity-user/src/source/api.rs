@@ -396,7 +396,7 @@ pub(crate) fn parse_address(text: &str) -> Option<IpAddr> {
 
 /// Text that is not a network.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{0:?} is no network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8")]
+#[error("{0:?} is not a network: expected ADDRESS/LENGTH, such as 10.0.0.0/8 or fd00::/8")]
 pub(crate) struct NetworkError(String);
 
 /// Reads a network as Kubernetes does: bits after the prefix may be set and are cleared here, numbers may begin with zeros, and

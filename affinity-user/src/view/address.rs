@@ -124,7 +124,7 @@ impl FromStr for Client {
     /// Parses an address, or a CIDR as listings print it. An IPv4-mapped address means the IPv4 address.
     fn from_str(text: &str) -> Result<Self, String> {
         let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
-        let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is no IP address"))?;
+        let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is not an IP address"))?;
         let longest = if address.is_ipv4() { V4::BITS } else { V6::BITS };
         let prefix: u8 = match prefix {
             None => longest,
@@ -132,7 +132,7 @@ impl FromStr for Client {
                 .parse()
                 .ok()
                 .filter(|&bits| bits <= longest)
-                .ok_or_else(|| format!("`/{prefix}` is no prefix length from 0 to {longest}"))?,
+                .ok_or_else(|| format!("`/{prefix}` is not a prefix length from 0 to {longest}"))?,
         };
         // `::ffff:0:0/96` is all of IPv4; a shorter prefix is an IPv6 network.
         let in_v4 = prefix.checked_sub(V6::BITS - V4::BITS);
