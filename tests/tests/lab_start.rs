@@ -159,7 +159,7 @@ fn a_program_that_the_kernel_refuses_is_named_in_one_line() -> Result<()> {
     let lab = lab()?;
     let error = lab.confined_agent(&["BPF", "NET_ADMIN"], &Hook::Tc.args()).unwrap_err().to_string();
     let line = error.lines().rfind(|line| line.starts_with("error: ")).with_context(|| error.clone())?;
-    ensure!(line.contains("this kernel refuses the program") && line.len() < LINE_MOST, "{line}");
+    ensure!(line.contains("this kernel rejects the program") && line.len() < LINE_MOST, "{line}");
     ensure!(line.contains(".verifier.log"), "no file is named: {line}");
     ensure!(!lab.pin_dir().exists(), "something is pinned");
     Ok(())
@@ -239,7 +239,7 @@ fn check_loads_the_programs_and_leaves_nothing_behind() -> Result<()> {
         Ok(of_programs.map(|finding| format!("{} {}", finding["state"], finding["found"])).collect())
     };
     let said = programs(&lab.affinity_json(&["check"])?)?;
-    ensure!(said.contains("this kernel takes all of them"), "{said}");
+    ensure!(said.contains("this kernel accepts all of them"), "{said}");
     ensure!(!lab.pin_dir().exists(), "something is pinned");
     let reachable = lab.client().http_get(Family::V4.client(1), web().frontend(Family::V4, "http"), "/").is_ok();
     ensure!(!reachable, "something is attached");

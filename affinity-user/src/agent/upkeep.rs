@@ -106,7 +106,7 @@ pub(super) async fn all_or_nothing<T>(
     if outcome.is_err()
         && let Err(error) = undo(pins, &before)
     {
-        warn!("{error}: something that this start has attached may still be there; `affinity detach` takes it away");
+        warn!("{error}: something that this start has attached may still be there; `affinity detach` removes it");
     }
     outcome
 }

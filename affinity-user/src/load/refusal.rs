@@ -49,7 +49,7 @@ impl Refusal {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "this kernel refuses the program {}: {}", self.program, self.reason)?;
+        write!(f, "this kernel rejects the program {}: {}", self.program, self.reason)?;
         match &self.log {
             Some(log) => write!(f, " (the verifier's log: {})", log.display()),
             None => Ok(()),

@@ -49,7 +49,7 @@ pub enum OpenError {
     /// The pinned maps have another version.
     #[error(
         "no dataplane of this version at {0}, but one of map layout {1}: `affinity run` or `affinity attach` replaces it, \
-         `affinity detach` takes it away"
+         `affinity detach` removes it"
     )]
     OtherLayout(String, String),
     /// The directory is not accessible.

@@ -39,18 +39,18 @@ pub(super) fn programs(permissions: &Finding) -> Vec<Finding> {
     }
     let size = PROGRAMS.len().div_ceil(1024);
     if permissions.state == State::Missing {
-        let found = format!("built in, {size} KiB; whether this kernel takes them cannot be tried without permissions");
+        let found = format!("built in, {size} KiB; without permissions they cannot be loaded to test this kernel");
         return vec![Finding::ok(PROGRAMS_CHECK, found)];
     }
     let refusals = match load::trial(&load::Options::default()) {
         Ok(refusals) => refusals,
         Err(error) => {
             let advice = "see the other findings: permissions, memory";
-            return vec![Finding::missing(PROGRAMS_CHECK, format!("cannot be tried: {error}"), advice)];
+            return vec![Finding::missing(PROGRAMS_CHECK, format!("cannot be loaded: {error}"), advice)];
         }
     };
     if refusals.is_empty() {
-        return vec![Finding::ok(PROGRAMS_CHECK, format!("this kernel takes all of them, {size} KiB"))];
+        return vec![Finding::ok(PROGRAMS_CHECK, format!("this kernel accepts all of them, {size} KiB"))];
     }
     refusals.iter().map(refused).collect()
 }
@@ -59,8 +59,8 @@ pub(super) fn programs(permissions: &Finding) -> Vec<Finding> {
 fn refused(refusal: &Refusal) -> Finding {
     let Refusal { program, reason, log } = refusal;
     let log = log.as_ref().map_or_else(String::new, |log| format!("; the verifier's log: {}", log.display()));
-    let advice = format!("use a kernel that the README names as tried{log}");
-    let found = format!("this kernel refuses {program}: {reason}");
+    let advice = format!("use a kernel from the README's list of tested kernels{log}");
+    let found = format!("this kernel rejects {program}: {reason}");
     if names::SOCKET_PROGRAMS.contains(program) {
         return Finding::limited("programs", found, advice);
     }
@@ -113,11 +113,11 @@ pub(super) fn pin_directory(pin_dir: &Path) -> Finding {
 
 pub(super) fn jit() -> Finding {
     if load::jit_is_off() {
-        return Finding::missing("jit", "off: programs that call each other are refused", JIT_ADVICE);
+        return Finding::missing("jit", "off: the kernel rejects programs with function calls", JIT_ADVICE);
     }
     match read("/proc/sys/net/core/bpf_jit_enable") {
         Some(_) => Finding::ok("jit", "on"),
-        None => Finding::ok("jit", "not readable here; loading the programs tells"),
+        None => Finding::ok("jit", "the setting is not readable; if the programs load, it is on"),
     }
 }
 
@@ -135,10 +135,10 @@ pub(super) fn tc() -> Finding {
     match sys::tcx_programs(LOOPBACK, BPF_TCX_INGRESS as u32) {
         Ok(_) => Finding::ok("tc", "tcx links will be used"),
         Err(error) if error.source.raw_os_error() == Some(libc::EINVAL) => {
-            let advice = "a kernel with tcx has links that no other program can remove (Linux 6.6)";
+            let advice = "use Linux 6.6 or later: other programs cannot remove tcx links";
             Finding::limited("tc", "this kernel has no tcx: clsact filters will be used", advice)
         }
-        Err(error) => Finding::ok("tc", format!("tcx links or clsact filters: cannot be told ({error})")),
+        Err(error) => Finding::ok("tc", format!("tcx links or clsact filters: cannot be determined ({error})")),
     }
 }
 
@@ -155,7 +155,7 @@ pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     let unserved: Vec<_> = attach::unserved(&devices, &network)
         .iter()
         .map(|device| {
-            let advice = "let clients reach the node by a device with Ethernet frames";
+            let advice = "let clients reach the node through a device with Ethernet frames";
             Finding::limited("device", attach::unserved_text(&device.name), advice)
         })
         .collect();
@@ -170,8 +170,12 @@ pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     findings.extend(vlans(&devices, &roles));
     let number = roles.values().filter(|found| found.role.is_some()).count();
     if number == 0 {
-        let advice = "name those that clients' packets enter by with --device";
-        findings.push(Finding::limited("device", "none leads out of this namespace or to pods", advice));
+        let advice = "name the devices that receive clients' packets with --device";
+        findings.push(Finding::limited(
+            "device",
+            "none found: no device with a default route, an address or a pod",
+            advice,
+        ));
     }
     if number > DEVICES_NAMED {
         findings.push(Finding::ok("device", format!("and {} more", number - DEVICES_NAMED)));
@@ -182,7 +186,7 @@ pub(super) fn devices(pin_dir: &Path) -> Vec<Finding> {
     });
     let others: Vec<_> = others.take(DEVICES_NAMED).collect();
     if !others.is_empty() {
-        findings.push(Finding::ok("device", format!("left alone unless named: {}", others.join("; "))));
+        findings.push(Finding::ok("device", format!("not attached unless named with --device: {}", others.join("; "))));
     }
     findings.extend(unserved);
     let found = devices.iter().filter(|device| roles.get(&device.index).is_some_and(|found| found.role.is_some()));
@@ -198,10 +202,10 @@ fn others_on(pin_dir: &Path, devices: &BTreeMap<u32, String>) -> Vec<Finding> {
     let mut findings: Vec<_> =
         programs.into_iter().take(DEVICES_NAMED).map(|line| Finding::ok("others", line)).collect();
     if more > 0 {
-        findings.push(Finding::ok("others", format!("and {more} more programs of others")));
+        findings.push(Finding::ok("others", format!("and {more} more programs")));
     }
     findings.extend(attach::others::kube_proxy().map(|way| {
-        let found = format!("kube-proxy's rules ({way}): they handle the services that affinity does not");
+        let found = format!("kube-proxy's rules ({way}): they handle the services that affinity does not handle");
         Finding::ok("others", found)
     }));
     findings
@@ -234,17 +238,18 @@ pub(super) fn xdp(device: &str) -> Finding {
         .and_then(|devices| devices.get(&index).copied().ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV)));
     match features {
         Ok(XdpFeatures { native: true, multi_buffer: true, .. }) => {
-            Finding::ok("xdp", format!("{device} ({driver}): native, jumbo frames too"))
+            Finding::ok("xdp", format!("{device} ({driver}): native, also with jumbo frames"))
         }
-        Ok(XdpFeatures { native: true, multi_buffer: false, .. }) => {
-            Finding::ok("xdp", format!("{device} ({driver}): native, at an MTU that fits one buffer"))
-        }
+        Ok(XdpFeatures { native: true, multi_buffer: false, .. }) => Finding::ok(
+            "xdp",
+            format!("{device} ({driver}): native, if a frame fits into one buffer (no jumbo frames)"),
+        ),
         Ok(XdpFeatures { native: false, .. }) => {
             let found = format!("{device} ({driver}): the driver has no native XDP");
             Finding::limited("xdp", found, "TC will be used, which costs more per packet")
         }
         Err(error) => {
-            let found = format!("{device} ({driver}): this kernel does not tell ({error})");
+            let found = format!("{device} ({driver}): cannot query native XDP support ({error})");
             Finding::limited("xdp", found, "`--xdp auto` tries native, then TC")
         }
     }
@@ -262,7 +267,7 @@ pub(super) fn memory(sizes: &Sizes) -> Finding {
     let free = available().unwrap_or(info.freeram as u64 * unit).min(memory.limit.unwrap_or(u64::MAX));
     let Some(cost) = cost_of(sizes) else { return Finding::ok("memory", format!("{sizes}")) };
     let found = format!(
-        "{} sessions and {} connections a family: {} MiB of {memory}",
+        "{} sessions and {} connections for each IP family: {} MiB of {memory}",
         sizes.sessions,
         sizes.flows / 2,
         mib(cost),
@@ -290,19 +295,20 @@ pub(super) fn cgroup() -> Finding {
     });
     match mounted {
         Some(path) => Finding::ok("cgroup", format!("version 2 at {path}")),
-        None => Finding::ok("cgroup", "no version 2"),
+        None => Finding::ok("cgroup", "version 2 is not mounted"),
     }
 }
 
 pub(super) fn sockets() -> Finding {
     let Some(root) = attach::cgroup::root() else {
-        let found = "the root of cgroup version 2 cannot be seen: connections of the node itself are not translated";
+        let found = "the root of cgroup version 2 is not visible: connections of the node itself are not translated";
         return Finding::limited("sockets", found, "mount it: mount -t cgroup2 none /sys/fs/cgroup");
     };
     let root = root.display();
     if !attach::cgroup::in_node_namespace().unwrap_or(false) {
-        let found = format!("`--socket auto` does nothing here: not the node's network namespace; cgroup root {root}");
-        return Finding::limited("sockets", found, "run it in the host's network, or say --socket on");
+        let found =
+            format!("`--socket auto` has no effect: this is not the node's network namespace; cgroup root {root}");
+        return Finding::limited("sockets", found, "run affinity in the host's network namespace, or use --socket on");
     }
     Finding::ok("sockets", format!("translated at connect(), for all processes below {root}"))
 }
@@ -311,13 +317,16 @@ pub(super) fn sockets() -> Finding {
 pub(super) fn local_ports(pin_dir: &Path) -> Finding {
     match LocalPorts::read() {
         Ok(local) => ports_found(&local, &used_ports(pin_dir).unwrap_or_default()),
-        Err(error) => Finding::ok("ports", format!("which the node's own connections get cannot be told: {error}")),
+        Err(error) => Finding::ok("ports", format!("cannot read which ports the node's own connections get: {error}")),
     }
 }
 
 fn ports_found(local: &LocalPorts, used: &UsedPorts) -> Finding {
     match local.overlap(used) {
-        None => Finding::ok("ports", format!("affinity uses none of those for the node's own connections: {local}")),
+        None => Finding::ok(
+            "ports",
+            format!("affinity uses no port that Linux assigns to the node's own connections: {local}"),
+        ),
         Some(overlap) => {
             let advice = format!("start with --reserve-ports, or {}", local.command(&overlap));
             Finding::limited("ports", local.describe(&overlap), advice)
@@ -346,20 +355,20 @@ pub(super) fn clock() -> Finding {
     let source = read("/sys/devices/system/clocksource/clocksource0/current_clocksource");
     let source = source.unwrap_or_else(|| "unknown".to_owned());
     // The programs read jiffies; only the agent reads this clock.
-    Finding::ok("clock", format!("{source}; the programs read the timer tick, which costs nothing"))
+    Finding::ok("clock", format!("{source}; the programs read jiffies instead of this clock"))
 }
 
 /// There may be one that is not visible from here, or one of another version.
 fn no_dataplane(pins: &PinDir) -> Finding {
     if let Some(why) = pins::hidden() {
-        return Finding::limited("dataplane", "cannot be seen from here", why);
+        return Finding::limited("dataplane", "not visible here", why);
     }
     let others: Vec<_> = pins.other_layouts().unwrap_or_default().iter().map(PinDir::layout).collect();
     if others.is_empty() {
         return Finding::ok("dataplane", "none yet");
     }
     let found = format!("one of another version (map layout {})", others.join(", "));
-    Finding::limited("dataplane", found, "`affinity run` replaces it, `affinity detach` takes it away")
+    Finding::limited("dataplane", found, "`affinity run` replaces it, `affinity detach` removes it")
 }
 
 pub(super) fn dataplane(pin_dir: &Path) -> Finding {
@@ -367,7 +376,7 @@ pub(super) fn dataplane(pin_dir: &Path) -> Finding {
     match pins.exists() {
         Ok(false) => return no_dataplane(&pins),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            return Finding::ok("dataplane", "cannot be seen without root");
+            return Finding::ok("dataplane", "not visible without root");
         }
         _ => {}
     }
@@ -378,8 +387,16 @@ pub(super) fn dataplane(pin_dir: &Path) -> Finding {
             devices.dedup();
             Finding::ok("dataplane", format!("running on {} devices, {} MiB", devices.len(), mib(bytes)))
         }
-        (Err(error), _) => Finding::missing("dataplane", error.to_string(), "affinity detach, then attach again"),
-        (_, Err(error)) => Finding::missing("dataplane", error.to_string(), "affinity detach, then attach again"),
+        (Err(error), _) => Finding::missing(
+            "dataplane",
+            error.to_string(),
+            "remove it with `affinity detach`, then start affinity again",
+        ),
+        (_, Err(error)) => Finding::missing(
+            "dataplane",
+            error.to_string(),
+            "remove it with `affinity detach`, then start affinity again",
+        ),
     }
 }
 
