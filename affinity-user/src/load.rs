@@ -87,15 +87,15 @@ pub enum LoadError {
     #[error("the kernel programs cannot be read: {0}")]
     Object(#[from] aya_obj::ParseError),
     /// The maps cannot be created.
-    #[error("the maps cannot be made: {0}")]
+    #[error("the maps cannot be created: {0}")]
     Maps(#[from] EbpfError),
     /// The kernel refused to create a map.
     #[error(transparent)]
     Creation(#[from] CreationError),
     /// A pinned map has another layout.
     #[error(
-        "map {name} is pinned at {path} as {pinned}, and this version needs {needed}: take the old dataplane away with \
-         `affinity detach` (it forgets all pins and connections), or use another --pin-dir"
+        "map {name} is pinned at {path} as {pinned}, but this version needs {needed}: remove the old dataplane with \
+         `affinity detach` (it deletes all pins and connections), or use another --pin-dir"
     )]
     Layout {
         /// The map.
@@ -120,7 +120,7 @@ pub enum LoadError {
     #[error("the kernel's BPF JIT is off, and the programs need it: {JIT_ADVICE}")]
     NoJit,
     /// The object lacks a program or map that it should have.
-    #[error("the kernel programs lack {0}")]
+    #[error("the compiled kernel programs have no {0}")]
     Missing(&'static str),
     /// The clock could not be measured.
     #[error(transparent)]
@@ -296,7 +296,7 @@ fn share_maps(older: &PinDir, pins: &PinDir, options: &Options) -> Result<(), Lo
 /// Removes what a load that failed has pinned.
 fn roll_back(pins: &PinDir, before: &Pinned) {
     if let Err(error) = pins.roll_back(before) {
-        warn!("{error}: what this start has pinned may still be there");
+        warn!("after a failed start, pins could not be removed: {error}");
     }
 }
 

@@ -189,7 +189,7 @@ impl LocalPorts {
         let parts = [part(&overlap.node_ports, "node ports"), part(&overlap.masquerade, "masquerade ports")];
         let parts = parts.into_iter().flatten().collect::<Vec<_>>().join(" and ");
         format!(
-            "Linux may give ports that affinity uses to the node's own connections: {parts} are in \
+            "Linux may assign ports of affinity to the node's own connections: {parts} are in \
              net.ipv4.ip_local_port_range ({first}-{last}) and not reserved"
         )
     }
@@ -253,7 +253,7 @@ mod tests {
     fn what_overlaps_is_said_with_the_command_that_reserves_it() {
         let local = local("20000 60999", "8080,30443");
         let overlap = local.overlap(&used("443,30080,30443", 1024..=20_015)).expect("an overlap");
-        insta::assert_snapshot!(local.describe(&overlap), @"Linux may give ports that affinity uses to the node's own connections: node ports 30080 and masquerade ports 20000-20015 are in net.ipv4.ip_local_port_range (20000-60999) and not reserved");
+        insta::assert_snapshot!(local.describe(&overlap), @"Linux may assign ports of affinity to the node's own connections: node ports 30080 and masquerade ports 20000-20015 are in net.ipv4.ip_local_port_range (20000-60999) and not reserved");
         insta::assert_snapshot!(local.command(&overlap), @"run `sysctl -w net.ipv4.ip_local_reserved_ports=8080,20000-20015,30080,30443`");
         assert_eq!(local.with(&overlap).to_string(), "20000-60999 without 8080,20000-20015,30080,30443");
         assert_eq!(local.with(&overlap).overlap(&used("443,30080,30443", 1024..=20_015)), None);

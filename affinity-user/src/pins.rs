@@ -29,7 +29,7 @@ pub enum PinError {
     Mount(io::Error),
     /// A directory on another filesystem.
     #[error(
-        "{0} is not on a BPF filesystem: choose a directory under {BPF_MOUNT}, or `mount -t bpf bpf DIR` one that holds it"
+        "{0} is not on a BPF filesystem: choose a directory under {BPF_MOUNT}, or mount a BPF filesystem: mount -t bpf bpf DIR"
     )]
     NotBpf(PathBuf),
     /// A file operation failed.
@@ -151,7 +151,7 @@ impl PinDir {
                 return Err(PinError::NotBpf(self.root.clone()));
             }
             if let Some(netns) = sys_of_netns() {
-                warn!("{}; what is pinned here ends with this process", hidden_by(&netns));
+                warn!("{}; pins that are created here are removed when this process exits", hidden_by(&netns));
             }
             mount("bpf", BPF_MOUNT, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
                 .map_err(|error| PinError::Mount(error.into()))?;
@@ -326,7 +326,7 @@ pub(crate) fn hidden() -> Option<String> {
 
 fn hidden_by(netns: &str) -> String {
     format!(
-        "`ip netns exec {netns}` has mounted another /sys, which hides the node's BPF filesystem: use `nsenter \
+        "`ip netns exec {netns}` has mounted its own /sys, which hides the node's BPF filesystem: use `nsenter \
          --net=/run/netns/{netns}` instead"
     )
 }

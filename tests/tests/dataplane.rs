@@ -416,7 +416,7 @@ fn a_size_that_holds_too_little_is_refused_and_changes_nothing() -> Result<()> {
     store.apply(&Op::PutBackend(100, Backend { generation: 1, ..Backend::default() }))?;
     let (observed, ids) = (store.observe()?, pins.ids()?);
     let error = pins.load(Sizes { backends: 64, ..SIZES }).unwrap_err().to_string();
-    assert_eq!(error, "backends: its entries do not fit into 64: choose a larger size");
+    assert_eq!(error, "map backends: its entries do not fit into the new size of 64: choose a larger size");
     assert_eq!((pins.store()?.observe()?, pins.ids()?), (observed, ids));
     assert_eq!(fs::read_dir(pins.0.maps())?.count(), names::MAPS.len(), "nothing is left behind");
     Ok(())

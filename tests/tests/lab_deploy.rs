@@ -57,7 +57,7 @@ fn tables_that_do_not_fit_are_refused_with_the_reason_and_advice() -> Result<()>
     let refused = lab.limited_agent(&limit, &[Hook::Tc.args().as_slice(), &sizes].concat());
     let error = format!("{:#}", refused.err().context("the agent runs")?);
     for part in [
-        "cannot be made: Cannot allocate memory",
+        "cannot be created: Cannot allocate memory",
         "(os error 12)",
         "the cgroup's memory limit of 120 MiB",
         "lower --max-sessions",

@@ -10,13 +10,13 @@ pub enum Unsuitable {
     /// Readers of a pin rely on loads that are not reordered with each other, which x86-64 guarantees. On other machines BPF
     /// programs can request that (`BPF_LOAD_ACQ`) from Linux 6.15 on:
     /// <https://elixir.bootlin.com/linux/v6.15/source/include/uapi/linux/bpf.h>.
-    #[error("this machine is {0}: affinity supports x86-64 alone")]
+    #[error("this machine is {0}: affinity supports only x86-64")]
     Machine(String),
     /// The programs prepare new connections in per-CPU memory. With PREEMPT_RT the scheduler may switch to another packet in
     /// the middle of that. Until Linux 6.17, `local_bh_disable` took a per-CPU lock that prevented this; since 6.18 (and
     /// 6.12.57) it only prevents migration:
     /// <https://elixir.bootlin.com/linux/v6.18/source/kernel/softirq.c> (`CONFIG_PREEMPT_RT_NEEDS_BH_LOCK`).
-    #[error("this kernel is built with PREEMPT_RT, where one packet can interrupt another on the same processor")]
+    #[error("this kernel is built with PREEMPT_RT, where one packet can preempt another on the same CPU")]
     Realtime,
 }
 
@@ -26,7 +26,7 @@ impl Unsuitable {
     pub const fn advice(&self) -> &'static str {
         match self {
             Self::Machine(_) => "use an x86-64 machine",
-            Self::Realtime => "boot a kernel without PREEMPT_RT (`uname -v` names it)",
+            Self::Realtime => "boot a kernel without PREEMPT_RT (see `uname -v`)",
         }
     }
 }

@@ -92,7 +92,7 @@ fn write_log(program: &str, log: &str) -> io::Result<PathBuf> {
 
 /// The kernel refused to create a map.
 #[derive(Debug, thiserror::Error)]
-#[error("map {name} ({} MiB) cannot be made: {source}: {advice}", mib(*bytes))]
+#[error("map {name} ({} MiB) cannot be created: {source}: {advice}", mib(*bytes))]
 pub struct CreationError {
     /// The map.
     name: String,
@@ -121,15 +121,12 @@ impl fmt::Display for Advice {
         match self {
             Self::Smaller { bytes, memory } => write!(
                 f,
-                "all tables together take {} MiB of {memory}: lower --max-sessions and --max-flows, or allow it more \
-                 memory (`affinity check` says what sizes take)",
+                "all tables together need {} MiB of {memory}: lower --max-sessions and --max-flows, or raise the memory \
+                 limit (`affinity check` shows the memory that the tables need)",
                 mib(*bytes)
             ),
-            Self::Fewer => f.write_str("this kernel makes no map of that size: lower the --max option for it"),
-            Self::Rights => f.write_str(
-                "run it as root or with CAP_BPF; before Linux 5.11 the limit of locked memory counts too (`ulimit -l \
-                 unlimited`)",
-            ),
+            Self::Fewer => f.write_str("this kernel supports no map of that size: lower its --max-* option"),
+            Self::Rights => f.write_str("run affinity as root or with CAP_BPF"),
             Self::Report => f.write_str("see the kernel's log, and report it with the output of `affinity check`"),
         }
     }
@@ -198,7 +195,7 @@ mod tests {
         let text = refused("flows_v6", libc::ENOMEM);
         assert!(text.starts_with("map flows_v6 ("), "{text}");
         for part in
-            ["MiB) cannot be made", "(os error 12)", "all tables together take", "--max-sessions and --max-flows"]
+            ["MiB) cannot be created", "(os error 12)", "all tables together need", "--max-sessions and --max-flows"]
         {
             assert!(text.contains(part), "{part}: {text}");
         }

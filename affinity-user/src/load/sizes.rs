@@ -176,7 +176,7 @@ impl fmt::Display for Sizes {
         let Self { sessions, flows, frontends, members, backends, slots, names, usage, events_bytes } = self;
         write!(
             f,
-            "{sessions} sessions and {flows} flow records a family, {frontends} frontends a family, {backends} \
+            "per IP family {sessions} sessions, {flows} flow records and {frontends} frontends; in all {backends} \
              backends, {members} members, {slots} slots, {names} names, {usage} usage counts, {} KiB of events",
             events_bytes / 1024
         )

@@ -48,12 +48,14 @@ pub enum OpenError {
     Hidden(String, String),
     /// The pinned maps have another version.
     #[error(
-        "no dataplane of this version at {0}, but one of map layout {1}: `affinity run` or `affinity attach` replaces it, \
+        "the dataplane at {0} is of another version (map layout {1}): `affinity run` or `affinity attach` replaces it, \
          `affinity detach` removes it"
     )]
     OtherLayout(String, String),
     /// The directory is not accessible.
-    #[error("{0}: permission denied: affinity needs root, or CAP_BPF and CAP_NET_ADMIN and access to this directory")]
+    #[error(
+        "{0}: permission denied: run affinity as root, or with CAP_BPF, CAP_NET_ADMIN and access to this directory"
+    )]
     NotAllowed(String),
     /// A map or program is missing or has another layout.
     #[error(transparent)]

@@ -23,7 +23,7 @@ pub enum CarryError {
     #[error(transparent)]
     Sys(#[from] SysError),
     /// The configuration needs more than the new size.
-    #[error("{map}: its entries do not fit into {max_entries}: choose a larger size")]
+    #[error("map {map}: its entries do not fit into the new size of {max_entries}: choose a larger size")]
     Full {
         /// The map.
         map: String,
