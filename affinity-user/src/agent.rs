@@ -116,12 +116,10 @@ pub enum AgentError {
     #[error("--metrics {0}: {1}")]
     Http(SocketAddr, io::Error),
     /// `attach` without device names found no device.
-    #[error(
-        "no device was found that packets for frontends could enter by: name it with --device; `ip link` lists all"
-    )]
+    #[error("no device found that receives clients' packets: name one with --device; `ip link` lists all devices")]
     NothingFound,
     /// `attach` was given a device that does not exist.
-    #[error("--device {0}: there is no such device")]
+    #[error("--device {0}: no such device: `ip link` lists all devices")]
     NoDevice(String),
     /// `detach` was given a device that nothing is attached to.
     #[error("{0}: nothing is attached to it")]
@@ -254,18 +252,18 @@ fn attach_once(
 fn replace_other_layouts(pins: &PinDir) -> Result<(), AgentError> {
     for attach::Replaced { layout, adopted, detached, keeps_maps } in attach::replace_other_layouts(pins)? {
         warn!(
-            "a dataplane of another version (map layout {layout}) is replaced: {} run the programs of this version, {} \
-             taken off; its pins and connections are {}",
+            "replaced a dataplane of another version (map layout {layout}): {} updated to the programs of this version, \
+             {} detached; its pins and connections are {}",
             count(adopted, "attachment"),
             count(detached, "attachment"),
-            if keeps_maps { "kept" } else { "forgotten" },
+            if keeps_maps { "kept" } else { "lost" },
         );
     }
     Ok(())
 }
 
 const fn outcome_of_unreadable(is_attached: bool) -> &'static str {
-    if is_attached { "the dataplane stays as it is" } else { "nothing is attached" }
+    if is_attached { "the dataplane does not change" } else { "nothing is attached" }
 }
 
 /// What [`detach`] has detached.
@@ -319,16 +317,16 @@ fn no_netlink(error: io::Error) -> AgentError {
 fn log_loaded(loaded: &Loaded, options: &Options) {
     let Loaded { pins, resized, dropped, upgraded, ticks, .. } = loaded;
     let (sizes, memory) = (&options.load.sizes, Memory::of_this_process());
-    info!("tables take {} MiB of {memory} (--max-sessions and --max-flows decide): {sizes}", mib(loaded.cost()));
-    info!(tick_ns = ticks.tick_ns, "programs loaded, pinned at {}", pins.root().display());
+    info!("tables take {} MiB of {memory} (set by --max-sessions and --max-flows): {sizes}", mib(loaded.cost()));
+    info!(tick_ns = ticks.tick_ns, "programs loaded and pinned at {}", pins.root().display());
     if !resized.is_empty() {
-        info!("carried over to another size: {}", resized.join(", "));
+        info!("copied to tables of another size: {}", resized.join(", "));
     }
     for (name, dropped) in dropped {
-        warn!("{name}: {dropped} entries were dropped, because the new size has no room for them");
+        warn!("{name}: {dropped} entries did not fit into the new size and were dropped");
     }
     if *upgraded > 0 {
-        info!("{} run the new programs", count(*upgraded, "attachment"));
+        info!("{} updated to the new programs", count(*upgraded, "attachment"));
     }
 }
 
@@ -508,7 +506,7 @@ impl Agent {
                 snapshot = self.feed.snapshots.recv() => {
                     let snapshot = snapshot.ok_or_else(source_ended)?;
                     match &snapshot.unreadable {
-                        Some(why) => warn!("{why}: until it can be read, the dataplane stays as it is"),
+                        Some(why) => warn!("{why}: until the source can be read, the dataplane does not change"),
                         None => {
                             self.publisher.take(&snapshot);
                             self.publish(&mut retry)?;
@@ -518,7 +516,7 @@ impl Agent {
                 () = sleep_until(retry.at()), if retry.is_due() => self.publish(&mut retry)?,
                 changed = self.devices.changed() => {
                     if let Err(error) = changed {
-                        warn!("{error}; listening again");
+                        warn!("{error}; subscribing to device changes again");
                         self.devices = Devices::new().map_err(no_netlink)?;
                     }
                     self.reconcile(&mut retry).await?;
@@ -541,7 +539,7 @@ impl Agent {
             }
         }
         self.attaching.stop();
-        info!("stopping; the dataplane stays in place unless told otherwise");
+        info!("stopping; the dataplane stays attached, unless --detach-on-exit is set");
         Ok(())
     }
 
@@ -561,7 +559,7 @@ impl Agent {
             }
             Err(error) => {
                 let after = retry.failed();
-                error!("{error}; trying again in {after:?}");
+                error!("publishing failed: {error}; trying again in {after:?}");
                 // Backends may have gone before the step that failed.
                 self.socket_destroyer.backends_left();
             }
@@ -610,7 +608,7 @@ impl Agent {
     /// Publishes the status: in the maps, and over HTTP.
     fn tell(&mut self) -> Result<(), AgentError> {
         if self.sweeping.has_ended() {
-            return Err(AgentError::System("sweep", io::Error::other("its thread has ended")));
+            return Err(AgentError::System("sweep", io::Error::other("its thread has ended unexpectedly")));
         }
         self.vitals.attached(self.attaching.summary().number);
         if self.is_ready
@@ -629,7 +627,7 @@ impl Agent {
         let repaired = self.upkeep.repair();
         match &repaired {
             Ok(names) if names.is_empty() => {}
-            Ok(names) => warn!("pins had been removed, and are there again: {}", names.join(", ")),
+            Ok(names) => warn!("pins had been removed; restored them: {}", names.join(", ")),
             Err(_) => {}
         }
         let sockets = self.sockets.repair();
@@ -670,7 +668,7 @@ impl Agent {
 /// none if nothing in the source can be read while a dataplane is attached.
 async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Result<Option<Snapshot>, AgentError> {
     let Ok(first) = timeout(FIRST_SNAPSHOT, feed.snapshots.recv()).await else {
-        warn!("waiting for {}; until it answers, the dataplane stays as it is", options.source);
+        warn!("waiting for {}; until it answers, the dataplane does not change", options.source);
         return Ok(None);
     };
     let first = first.ok_or_else(source_ended)?;
@@ -678,7 +676,7 @@ async fn first_snapshot(feed: &mut Feed, options: &Options, pins: &PinDir) -> Re
     if !attach::is_attached(pins)? {
         return Err(AgentError::Unreadable { why: why.clone(), outcome: outcome_of_unreadable(false) });
     }
-    warn!("{why}: until it can be read, the dataplane stays as it is");
+    warn!("{why}: until the source can be read, the dataplane does not change");
     Ok(None)
 }
 
@@ -695,7 +693,7 @@ async fn attach_first(attacher: &mut Attacher, devices: &mut Devices) -> Result<
         warn!("--device {pattern}: no such device yet; it will be attached when it appears");
     }
     if attacher.finds_none(&device_snapshot) {
-        warn!("no device yet that packets for frontends could enter by; it will be attached when it appears");
+        warn!("no device found yet that receives clients' packets; it will be attached when it appears");
     }
     attacher.reconcile_all(&device_snapshot)?.map_or(Ok(()), |failure| Err(failure.into()))
 }
@@ -715,7 +713,7 @@ fn named(service: &str) -> Option<ObjectName> {
 }
 
 fn source_ended() -> AgentError {
-    AgentError::System("source", io::Error::other("its thread has ended"))
+    AgentError::System("source", io::Error::other("its thread has ended unexpectedly"))
 }
 
 fn every(period: Duration) -> tokio::time::Interval {

@@ -62,9 +62,9 @@ impl End {
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
-            Self::Unused => "it has no connection any more",
-            Self::Silent => "it does not answer any more; its clients are told by RST",
-            Self::Idle => "it has sent nothing for long (--linger)",
+            Self::Unused => "it has no open connection",
+            Self::Silent => "it does not answer, so its connections are reset",
+            Self::Idle => "it has sent no packet for the time of --linger",
         }
     }
 }

@@ -973,7 +973,7 @@ fn attach_loads_and_pins_everything_and_detach_removes_it() -> Result<()> {
 
         options.devices.push("nowhere0".to_owned());
         let missing = agent::attach(&options).unwrap_err().to_string();
-        assert_eq!(missing, "--device nowhere0: there is no such device");
+        assert_eq!(missing, "--device nowhere0: no such device: `ip link` lists all devices");
         Ok(())
     });
     fs::remove_file(source)?;

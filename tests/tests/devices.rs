@@ -106,6 +106,6 @@ fn where_nothing_can_be_found_attach_says_so() -> Result<()> {
     lab.node().ip(&format!("link del {WIRE}\n"))?;
     let source = lab.source().display().to_string();
     let error = lab.affinity(&["attach", "--source", &source]).unwrap_err().to_string();
-    ensure!(error.contains("no device was found"), "{error}");
+    ensure!(error.contains("no device found that receives clients' packets"), "{error}");
     Ok(())
 }

@@ -159,13 +159,13 @@ fn file_being_written_breaks_nothing() -> Result<()> {
         load.wait_for(200)?;
         written.write_all(rest.as_bytes())?;
         drop(written);
-        eventually("the log says that it waits no longer", SYNC_PATIENCE, || Ok(says("no longer: ")))?;
+        eventually("the log says that it waits no longer", SYNC_PATIENCE, || Ok(says("resolved: ")))?;
         load.wait_for(50)?;
-        ensure!(!says("withdraws"), "{:#?}", agent.log());
+        ensure!(!says("has removed all of its objects"), "{:#?}", agent.log());
         load.stop()?.undisturbed()?;
 
         fs::write(&file, "")?;
-        let warning = "WARN the source withdraws all that it gave: 1 Service and 2 EndpointSlices";
+        let warning = "WARN the source has removed all of its objects: 1 Service and 2 EndpointSlices";
         eventually("the log counts what is withdrawn", SYNC_PATIENCE, || Ok(says(warning)))?;
         lab.settle_deleted(&web)?;
         assert_not_served(lab, &web);

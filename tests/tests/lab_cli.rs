@@ -151,11 +151,14 @@ fn warns_when_all_clients_have_node_addresses() -> Result<()> {
         let told = || Ok::<_, anyhow::Error>(lab.affinity_json(&["get", "services"])?[0]["clientsAreNodes"] == true);
         eventually("all clients look like nodes", PATIENCE, told)?;
         let table = lab.affinity(&["get", "services"])?;
-        assert!(table.contains(&format!("{}: all clients look like nodes", web.full_name())), "{table}");
+        assert!(
+            table.contains(&format!("{}: all clients have addresses of cluster nodes", web.full_name())),
+            "{table}"
+        );
         assert!(lab.affinity(&["dump", "service_conditions"])?.contains(&web.full_name()));
         routes[0].dial(lab, 3, 1)?;
         eventually("one client is none", PATIENCE, || Ok(!told()?))?;
-        assert!(!lab.affinity(&["get", "services"])?.contains("look like nodes"));
+        assert!(!lab.affinity(&["get", "services"])?.contains("have addresses of cluster nodes"));
         Ok(())
     })
 }

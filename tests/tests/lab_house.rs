@@ -73,7 +73,10 @@ fn an_agent_keeps_others_away_whatever_the_spelling_of_the_pin_directory() -> Re
             for args in [&["detach"][..], &["attach", "--source", &source, "--device", WIRE, "--socket", "off"]] {
                 let output = spelled(lab, spelling, args)?.output()?;
                 let error = String::from_utf8_lossy(&output.stderr).into_owned();
-                ensure!(output.status.code() == Some(1) && error.contains("is at work here"), "{spelling}: {error}");
+                ensure!(
+                    output.status.code() == Some(1) && error.contains("an affinity agent already runs here"),
+                    "{spelling}: {error}"
+                );
             }
         }
         ensure!(is_served(lab), "no longer served");
@@ -217,7 +220,7 @@ fn a_dataplane_of_another_version_serves_until_the_source_answers() -> Result<()
     api.vanish();
     let mut second = lab.agent_unready(&args)?;
     eventually("the new agent waits", Duration::from_secs(30), || {
-        Ok(second.log().iter().any(|line| line.contains("until it answers, the dataplane stays as it is")))
+        Ok(second.log().iter().any(|line| line.contains("until it answers, the dataplane does not change")))
     })?;
     // Time in which nothing may happen.
     std::thread::sleep(Duration::from_secs(2));
@@ -280,7 +283,7 @@ fn removed_pins_and_links_are_restored() -> Result<()> {
             sys::link_detach(sys::obj_get(&first.path)?.as_fd())?;
             eventually("it is attached again", REPAIR_PATIENCE, || Ok(attachments(&pins)?.len() == expected))?;
             assert_eq!(fresh_clients(lab, 0)?, before, "{hook:?}: the pins of clients");
-            for said in ["there again", "attached again"] {
+            for said in ["restored them", "attaching it again"] {
                 ensure!(agent.log().iter().any(|line| line.contains(said)), "{said}: {:?}", agent.log());
             }
 
@@ -304,7 +307,7 @@ fn a_removed_filter_is_restored() -> Result<()> {
         ensure!(removed.success(), "tc: {removed}");
         ensure!(!is_served(lab), "the filter is still there");
         eventually("it is there again", REPAIR_PATIENCE, || Ok(is_served(lab)))?;
-        ensure!(agent.log().iter().any(|line| line.contains("clsact-ingress had been taken off")), "{:?}", agent.log());
+        ensure!(agent.log().iter().any(|line| line.contains("clsact-ingress had been detached")), "{:?}", agent.log());
         Ok(())
     })
 }

@@ -107,7 +107,7 @@ fn an_agent_that_starts_while_the_api_is_away_keeps_everything() -> Result<()> {
         agent.kill()?;
         agent.restart_unready()?;
         eventually("the new agent waits", PATIENCE, || {
-            Ok(agent.log().iter().any(|line| line.contains("until it answers, the dataplane stays as it is")))
+            Ok(agent.log().iter().any(|line| line.contains("until it answers, the dataplane does not change")))
         })?;
         assert_eq!(dial_all(lab, &web)?, before, "known clients, while the new agent waits");
         assert_eq!(lab.sessions(&web, None)?.len(), sessions);

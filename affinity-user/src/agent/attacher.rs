@@ -194,7 +194,7 @@ impl Attacher {
                 let failure = self.attach(device, snapshot.roles.get(&device.index));
                 progress.failure = progress.failure.or(failure.filter(|_| self.is_named(device)));
             } else if self.attached.remove(&device.index).is_some() {
-                info!("{}: renamed, and no longer meant: detaching", device.name);
+                info!("{}: renamed, and no longer selected: detaching", device.name);
                 attach::detach(&self.pins, Some(device.index))?;
             }
         }
@@ -258,7 +258,7 @@ impl Attacher {
         for (index, AttachedState { name, hooks, .. }) in &self.attached {
             let there = attach::hooks_of(&self.pins, *index)?;
             if let Some(missing) = hooks.iter().find(|hook| !there.contains(hook)) {
-                warn!("{name}: {missing} had been taken off; it is attached again");
+                warn!("{name}: {missing} had been detached; attaching it again");
                 self.lost.insert(*index);
             }
         }
@@ -272,7 +272,7 @@ impl Attacher {
         self.lost.retain(|index| present.contains(index));
         let gone = self.attached.extract_if(.., |index, _| !present.contains(index));
         for (_, AttachedState { name, .. }) in gone {
-            info!("{name}: has gone");
+            info!("{name}: device removed");
         }
         attach::prune(&self.pins, present)?;
         Ok(())
@@ -316,16 +316,16 @@ impl Attacher {
             warn!("{line}");
         }
         if lines.len() > NAMED {
-            warn!("and {} more programs of others", lines.len() - NAMED);
+            warn!("and {} more programs", lines.len() - NAMED);
         }
         let Some(way) = attach::others::kube_proxy() else { return };
         if services == Services::All {
             warn!(
-                "kube-proxy's rules ({way}) are here too, and all services are handled: remove them once they are not needed by \
-                 them (`kube-proxy --cleanup`)"
+                "kube-proxy's rules ({way}) are present, although affinity handles all services: remove them once no connection \
+                 needs them (`kube-proxy --cleanup`)"
             );
         } else {
-            info!("kube-proxy's rules ({way}) are here too: they handle the services that affinity does not");
+            info!("kube-proxy's rules ({way}) are present: they handle the services that affinity does not handle");
         }
     }
 
@@ -335,9 +335,9 @@ impl Attacher {
         let mut names: Vec<_> = first.map(|held| format!("{}: {}", held.name, ways(&held.hooks))).collect();
         names.extend((self.attached.len() > NAMED).then(|| "...".to_owned()));
         let lost = self.lost.first().map(|index| {
-            let why = self.failed.get(index).map_or("being attached again", String::as_str);
+            let why = self.failed.get(index).map_or("attaching them again", String::as_str);
             let name = device_name(*index).unwrap_or_else(|| format!("device {index}"));
-            format!("{name}: its programs were taken off: {why}")
+            format!("{name}: its programs were detached: {why}")
         });
         Summary { number: self.attached.len(), names: names.join(", "), lost }
     }

@@ -15,7 +15,7 @@ const DIRECTORY: &str = "/run/affinity";
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another process has it.
-    #[error("{pins}: an affinity agent is at work here (process {pid}): stop it first, or use another --pin-dir")]
+    #[error("{pins}: an affinity agent already runs here (process {pid}): stop it first, or use another --pin-dir")]
     Taken {
         /// The pin directory.
         pins: String,

@@ -58,7 +58,7 @@ pub(super) fn serve(health: NodeHealth, vitals: &Arc<Vitals>) {
     for address in health.addresses() {
         let on_taken = move |error| {
             warn!(
-                "--node-health {address}: {error}; trying again every {} s. If kube-proxy answers there, let it, and say \
+                "--node-health {address}: {error}; trying again every {} s. If kube-proxy listens there, use \
                  --node-health off",
                 TRY_AGAIN.as_secs()
             );

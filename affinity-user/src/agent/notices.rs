@@ -14,9 +14,9 @@ use crate::{
 };
 
 /// The text for such a service, in Events and listings.
-pub(crate) const CLIENTS_ARE_NODES: &str = "all clients look like nodes of the cluster, so something before them masquerades \
-                                            and all who come through one node share a pin; externalTrafficPolicy: Local \
-                                            keeps the addresses of clients of node ports and load balancers";
+pub(crate) const CLIENTS_ARE_NODES: &str = "all clients have addresses of cluster nodes: a proxy or NAT in front masquerades \
+                                            them, and all clients behind one node share a pin; externalTrafficPolicy: \
+                                            Local keeps client addresses for node ports and load balancers";
 /// How often to check the conditions.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long a service must be without endpoints before it is reported.
@@ -83,7 +83,7 @@ impl EventRecorder {
         let since = |name: &ObjectName| self.empty_since.get(name).copied().unwrap_or(now);
         self.empty_since = empty.into_iter().map(|name| (name.clone(), since(name))).collect();
         let long = self.empty_since.iter().filter(|(_, since)| now.duration_since(**since) >= EMPTY_FOR);
-        let message = "no endpoint is ready: connections are refused";
+        let message = "no endpoint is ready: connections are rejected";
         let notice = |service: &ObjectName| Notice {
             service: service.clone(),
             reason: "NoEndpoints",
@@ -98,8 +98,8 @@ impl EventRecorder {
             return;
         }
         let message = format!(
-            "node {node}: its table of pins is full, so clients lose theirs before time and may meet another pod; raise \
-             --max-sessions"
+            "node {node}: the session table is full: pins are evicted before they expire, and their clients may reach another \
+             pod; raise --max-sessions"
         );
         let notice = Notice { service: service.clone(), reason: "PinsEvicted", message };
         if self.notices.send(notice) {

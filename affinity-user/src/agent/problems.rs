@@ -35,7 +35,7 @@ impl Problems {
         self.current.retain(|problem| {
             let holds = now.contains(problem);
             if !holds {
-                info!("no longer: {problem}");
+                info!("resolved: {problem}");
             }
             holds
         });
@@ -60,7 +60,7 @@ impl PortGuard {
     pub(super) fn look(&mut self, desired: &Desired) {
         let problem = match LocalPorts::read() {
             Ok(local) => local.overlap(&used(desired)).and_then(|overlap| self.settle(&local, &overlap)),
-            Err(error) => Some(format!("which ports the node's own connections get cannot be told: {error}")),
+            Err(error) => Some(format!("cannot read which ports the node's own connections get: {error}")),
         };
         let problem = problem.map(|message| Problem::new(Severity::Warning, None, message));
         self.problems.update(&problem);
@@ -74,7 +74,7 @@ impl PortGuard {
         }
         if !local.can_spare(overlap) {
             return Some(format!(
-                "{found}; reserving them would leave less than half of that range: widen it, or choose other \
+                "{found}; they are not reserved, because that would leave less than half of the range: widen it, or choose other \
                  --masquerade-ports"
             ));
         }
@@ -83,7 +83,7 @@ impl PortGuard {
                 info!("reserved in net.ipv4.ip_local_reserved_ports: {}", overlap.ports());
                 None
             }
-            Err(error) => Some(format!("{found}; they cannot be reserved from here ({error}): on the node, {command}")),
+            Err(error) => Some(format!("{found}; the agent cannot reserve them ({error}): on the node, {command}")),
         }
     }
 }
@@ -112,7 +112,7 @@ impl Given {
         let before = *self;
         *self = Self { services: snapshot.services.len(), slices: snapshot.slices.len() };
         if let Some(all) = before.withdrawn_by(*self) {
-            warn!("the source withdraws all that it gave: {all}");
+            warn!("the source has removed all of its objects: {all}");
         }
     }
 
@@ -131,7 +131,7 @@ pub(super) fn compare_with_former(observed: &Observed, frontends_desired: usize,
     if frontends > 0 && frontends_desired == 0 && !is_partial {
         let members = count(observed.members.len(), "member");
         warn!(
-            "the source gives no service: all that is in the maps is withdrawn, {} and {members}",
+            "the source has no services: removing all of them from the maps, {} and {members}",
             count(frontends, "frontend")
         );
     }

@@ -296,7 +296,7 @@ impl Publisher {
         }
         for (index, name, record, end) in &over {
             let BackendName { address, pod } = name;
-            info!("backend {address} {pod} lingers no longer: {}", end.text());
+            info!("backend {address} {pod} has finished lingering: {}", end.text());
             let usage = UsageKey { of: UsageOf::Backend as u32, id: *index };
             for step in [Op::PutBackend(*index, *record), Op::RemoveUsage(usage)] {
                 self.store.apply(&step)?;

@@ -111,7 +111,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: Limits)
             Err(error) if is_the_clients(&error) => {}
             Err(error) => {
                 if !is_failing {
-                    warn!("no HTTP client can be let in: {error}");
+                    warn!("cannot accept HTTP connections: {error}");
                 }
                 is_failing = true;
                 sleep(AFTER_FAILURE).await;

@@ -53,13 +53,15 @@ pub(super) fn reconcile(
         SocketPolicy::On => attach(pins, options, loaded).map(Some),
         SocketPolicy::Auto => {
             if !options.may_attach() {
-                info!("sockets: not translated, because this is not the node's own network namespace");
+                info!("sockets: not translated at connect(), because this is not the node's own network namespace");
                 return take_off(pins, store);
             }
             match attach(pins, options, loaded) {
                 Ok(cgroup) => Ok(Some(cgroup)),
                 Err(error) => {
-                    warn!("sockets: not translated: {error}; connections of pods are translated on their devices");
+                    warn!(
+                        "sockets: not translated at connect(): {error}; connections of pods are translated on their devices"
+                    );
                     take_off(pins, store)
                 }
             }
@@ -73,14 +75,14 @@ fn attach(pins: &PinDir, options: &SocketOptions, loaded: &Loaded) -> Result<Pat
     }
     let cgroup = options.cgroup.clone().or_else(cgroup::root).ok_or(AttachError::NoCgroup)?;
     let cgroup = cgroup::attach(pins, &cgroup)?;
-    info!("sockets: translated for processes of {}", cgroup.display());
+    info!("sockets: translated at connect() for the processes of {}", cgroup.display());
     Ok(cgroup)
 }
 
 /// Removes the entries of sockets too, because no program sees any longer when sockets close.
 fn take_off(pins: &PinDir, store: &KernelStore) -> Result<Option<PathBuf>, AgentError> {
     if !cgroup::detach(pins)?.is_empty() {
-        info!("sockets: no longer translated; connections that were stay where they are");
+        info!("sockets: no longer translated at connect(); open connections keep their pods");
     }
     store.forget_sockets()?;
     Ok(None)
@@ -111,7 +113,7 @@ impl Sockets {
         let repair = || -> Result<(), AttachError> {
             if attached(&self.pins)? < SOCKET_PROGRAMS.len() {
                 cgroup::attach(&self.pins, cgroup)?;
-                warn!("sockets: programs had been taken off, and are attached again to {}", cgroup.display());
+                warn!("sockets: programs had been detached; attached them again to {}", cgroup.display());
             }
             Ok(())
         };

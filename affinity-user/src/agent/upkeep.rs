@@ -64,14 +64,15 @@ impl Upkeep {
                     Ok(id) if id == *ours => {}
                     _ => {
                         return Err(format!(
-                            "{} is not what this agent has pinned there: another dataplane was loaded; restart the agent",
+                            "{} was replaced by another process, which has loaded its own dataplane: restart the agent",
                             path.display()
                         ));
                     }
                 },
                 Err(error) if error.is_not_found() => {
                     self.pins.create().map_err(|error| error.to_string())?;
-                    sys::obj_pin(fd.as_fd(), path).map_err(|error| format!("a pin is gone: {error}"))?;
+                    sys::obj_pin(fd.as_fd(), path)
+                        .map_err(|error| format!("a pin was removed and cannot be restored: {error}"))?;
                     let name = path.file_name().unwrap_or_default();
                     repaired.push(name.to_string_lossy().into_owned());
                 }
@@ -106,7 +107,7 @@ pub(super) async fn all_or_nothing<T>(
     if outcome.is_err()
         && let Err(error) = undo(pins, &before)
     {
-        warn!("{error}: something that this start has attached may still be there; `affinity detach` removes it");
+        warn!("after a failed start, programs could not be detached: {error}; remove them with `affinity detach`");
     }
     outcome
 }

@@ -118,7 +118,7 @@ impl Vitals {
         if pending_ns == 0 || since < LATE_AFTER {
             return Ok(());
         }
-        Err(format!("what the source said {} s ago is not published yet", since.as_secs()))
+        Err(format!("a change of the source is not published after {} s", since.as_secs()))
     }
 
     /// A step has failed.
@@ -173,7 +173,7 @@ impl Vitals {
         if ticked_ns == 0 || since < STUCK_AFTER {
             return self.is_whole();
         }
-        Err(format!("the agent's loop has not come round for {} s", since.as_secs()))
+        Err(format!("the agent's main loop has not run for {} s", since.as_secs()))
     }
 
     /// Whether packets are handled as the source says.
@@ -182,7 +182,7 @@ impl Vitals {
     /// What is missing, in one line.
     pub fn is_ready(&self) -> Result<(), String> {
         if !self.is_published.load(Relaxed) {
-            return Err("nothing is published yet: the source has not answered, or a step fails".to_owned());
+            return Err("nothing is published yet: the source has not answered, or publishing fails".to_owned());
         }
         if self.devices.load(Relaxed) == 0 {
             return Err("no device is attached".to_owned());
@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(vitals.is_healthy(later(100)), Ok(()), "it has not begun");
         vitals.tick();
         assert_eq!(vitals.is_healthy(later(1)), Ok(()));
-        assert_eq!(vitals.is_healthy(later(20)), Err("the agent's loop has not come round for 20 s".to_owned()));
+        assert_eq!(vitals.is_healthy(later(20)), Err("the agent's main loop has not run for 20 s".to_owned()));
     }
 
     #[test]
@@ -232,7 +232,7 @@ mod tests {
         vitals.pending(at(0));
         vitals.pending(at(50));
         assert_eq!(vitals.is_in_step(at(59)), Ok(()));
-        assert_eq!(vitals.is_in_step(at(61)), Err("what the source said 61 s ago is not published yet".to_owned()));
+        assert_eq!(vitals.is_in_step(at(61)), Err("a change of the source is not published after 61 s".to_owned()));
         vitals.published(1);
         assert_eq!(vitals.is_in_step(at(1_000)), Ok(()));
         vitals.tick();

@@ -114,7 +114,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
             }
         });
     })?;
-    outcome.await.unwrap_or_else(|_| Err(io::Error::other("its thread has ended").into()))?;
+    outcome.await.unwrap_or_else(|_| Err(io::Error::other("its thread has ended unexpectedly").into()))?;
     let notices = options.events.then(|| Notices::new(queue));
     Ok(Feed { snapshots, view, nodes, notices })
 }
