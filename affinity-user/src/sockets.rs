@@ -84,8 +84,8 @@ fn follow(pin_dir: &Path, wakes: &Receiver<()>) {
         while wakes.try_recv().is_ok() {}
         match close_lost(pin_dir) {
             Ok(0) => {}
-            Ok(closed) => info!("sockets: closed {closed} whose pods have gone"),
-            Err(error) => error!("sockets of pods that have gone: {error}"),
+            Ok(closed) => info!("sockets: closed {closed} connections to pods that are gone"),
+            Err(error) => error!("cannot close sockets of pods that are gone: {error}"),
         }
     }
 }

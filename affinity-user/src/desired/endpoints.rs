@@ -60,7 +60,7 @@ pub(super) fn service_of(name: &ObjectName, slice: &EndpointSlice) -> Option<Obj
 /// Reads a slice; `None` if nothing in it can be used.
 pub(super) fn read(name: &ObjectName, slice: &EndpointSlice, node: &Node, report: &mut Report<'_>) -> Option<Slice> {
     if service_of(name, slice).is_none() {
-        report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice serves no service"));
+        report.info("metadata.labels", format!("{SERVICE_NAME} is missing; the slice is ignored"));
         return None;
     }
     let family = match slice.address_type.as_str() {

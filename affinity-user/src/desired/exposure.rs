@@ -71,7 +71,7 @@ fn report_missing_node_ports(spec: &ApiSpec, report: &mut Report<'_>) {
     let without = spec.ports.iter().flatten().enumerate().filter(|(_, port)| port.node_port.unwrap_or(0) == 0);
     for (index, _) in without {
         let field = format!("spec.ports[{index}].nodePort");
-        report.warning(field, "missing: nothing gives this port a node port; state one");
+        report.warning(field, "missing: set one, because affinity does not assign node ports");
     }
 }
 
@@ -95,7 +95,7 @@ fn of_its_families(
     addresses.retain(|address| {
         let is_of = cluster_ips.iter().any(|ip| Family::of(*ip) == Family::of(*address));
         if !is_of {
-            report.info(field, format!("{address} is left out: the service has no cluster IP of its family"));
+            report.info(field, format!("{address} is ignored: the service has no cluster IP of its family"));
         }
         is_of
     });

@@ -114,7 +114,7 @@ pub(super) fn decide<'a>(
         }
         if let Some(port) = left_out.first() {
             let message = format!("endpoints do not serve port {port} itself, and SCTP's ports cannot be translated");
-            report.warning(format!("spec.ports[{index}]"), format!("{message}; frontends with that port are left out"));
+            report.warning(format!("spec.ports[{index}]"), format!("{message}; frontends with that port are ignored"));
         }
     }
     if let Some(port) = spec.external.health_check {
@@ -133,7 +133,7 @@ fn no_such_port(port: &Port, listed: &str) -> String {
         None => "without a name".to_owned(),
     };
     format!(
-        "has no endpoints: no EndpointSlice of this service has a {} port {wanted}, as this port is; they have {listed}",
+        "has no endpoints: no EndpointSlice of this service has a {} port {wanted}, like this port; the slices have {listed}",
         port.protocol.name()
     )
 }

@@ -150,7 +150,7 @@ fn addresses(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
         _ => single.map(|ip| ("spec.clusterIP".to_owned(), ip)).collect(),
     };
     if listed.is_empty() {
-        report.error("spec.clusterIP", "missing: nothing gives this service an address; state one");
+        report.error("spec.clusterIP", "missing: set one, because affinity does not assign addresses");
     }
     parse_addresses(listed, report)
 }
@@ -164,7 +164,7 @@ pub(super) fn parse_addresses<'a>(
     for (field, text) in listed {
         match parse_address(text) {
             Some(ip) if !is_frontend(ip) => report.error(field, format!("{ip} cannot be the address of a service")),
-            Some(ip) if addresses.contains(&ip) => report.warning(field, format!("{ip} is given twice")),
+            Some(ip) if addresses.contains(&ip) => report.warning(field, format!("{ip} is listed twice")),
             Some(ip) => addresses.push(ip),
             None => report.error(field, format!("{text:?} is not an IP address")),
         }
@@ -195,7 +195,7 @@ fn ports(spec: &ApiSpec, report: &mut Report<'_>) -> Vec<(usize, Port)> {
         match ports.iter().find(|(_, other)| twin(other)) {
             Some((first, _)) => report.error(
                 format!("spec.ports[{index}]"),
-                format!("has the name, number or node port of spec.ports[{first}]; it is ignored"),
+                format!("has the same name, number or node port as spec.ports[{first}]; it is ignored"),
             ),
             None => ports.push((index, port)),
         }
@@ -210,17 +210,17 @@ fn port(index: usize, port: &ServicePort, on_nodes: bool, report: &mut Report<'_
         Some("UDP") => Protocol::Udp,
         Some("SCTP") => Protocol::Sctp,
         Some(other) => {
-            report.error(field("protocol"), format!("{other:?} is not one of TCP, UDP, SCTP; the port is left out"));
+            report.error(field("protocol"), format!("{other:?} is not one of TCP, UDP, SCTP; the port is ignored"));
             return None;
         }
     };
     let number = u16::try_from(port.port).ok().filter(|number| *number > 0);
     if number.is_none() {
-        report.error(field("port"), format!("{} is not a port from 1 to 65535; the port is left out", port.port));
+        report.error(field("port"), format!("{} is not a port from 1 to 65535; the port is ignored", port.port));
     }
     let name = port.name.clone().filter(|name| !name.is_empty());
     if name.as_ref().is_some_and(|name| !is_dns_label(name)) {
-        report.error(field("name"), "not a DNS label (a-z, 0-9, '-', at most 63); the port is left out");
+        report.error(field("name"), "not a DNS label (a-z, 0-9, '-', at most 63); the port is ignored");
         return None;
     }
     let node_port = port.node_port.filter(|number| on_nodes && *number != 0);

@@ -380,10 +380,11 @@ impl DesiredState {
             if winner == seniority {
                 won.push(claim);
             } else if !claim.is_node_port() {
-                let message = format!("{} is taken by service {}; this one does not get it", claim.address, winner.2);
+                let message =
+                    format!("{} is taken by service {}; this service does not get it", claim.address, winner.2);
                 report.error(format!("spec.ports[{}]", claim.index), message);
             } else if reported.insert((claim.index, &winner.2)) {
-                let message = format!("taken by service {}; this one does not get it", winner.2);
+                let message = format!("taken by service {}; this service does not get it", winner.2);
                 let (address, field) = (claim.address, format!("spec.ports[{}].nodePort", claim.index));
                 report.error(field, format!("{}/{} is {message}", address.port, address.protocol.name()));
             }
@@ -588,7 +589,7 @@ fn disagreement(spec: &ServiceSpec, (first_name, first): (&ObjectName, &ServiceS
     .collect();
     let (group, differing) = (spec.scope.name(), differing.join(", "));
     (!differing.is_empty())
-        .then(|| format!("in group {group}, not as in service {first_name}: {differing}; each service keeps its own"))
+        .then(|| format!("in group {group}, these annotations differ from service {first_name}: {differing}; each service keeps its own values"))
 }
 
 #[cfg(test)]

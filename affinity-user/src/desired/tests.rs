@@ -328,7 +328,7 @@ fn annotations_and_groups() {
     union default/shop
       10.1.0.1 ready
       10.1.0.2 ready
-    warning: case.yaml, document 3: Service default/c: metadata.annotations: in group default/shop, not as in service default/b: timer, timeout; each service keeps its own
+    warning: case.yaml, document 3: Service default/c: metadata.annotations: in group default/shop, these annotations differ from service default/b: timer, timeout; each service keeps its own values
     ");
 }
 
@@ -359,17 +359,17 @@ fn a_clash_is_won_by_the_older_service_and_then_by_name() {
     insta::assert_snapshot!(case(&(dated("a", "2025-01-02T00:00:00Z") + &dated("b", "2025-01-01T00:00:00Z"))), @r"
     10.0.0.1:80/TCP -> default/b:80/TCP/v4
     default/b:80/TCP/v4 Random
-    error: case.yaml, document 1: Service default/a: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/b; this one does not get it
+    error: case.yaml, document 1: Service default/a: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/b; this service does not get it
     ");
     insta::assert_snapshot!(case(&(dated("a", "null") + &dated("b", "2025-01-01T00:00:00Z"))), @r"
     10.0.0.1:80/TCP -> default/b:80/TCP/v4
     default/b:80/TCP/v4 Random
-    error: case.yaml, document 1: Service default/a: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/b; this one does not get it
+    error: case.yaml, document 1: Service default/a: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/b; this service does not get it
     ");
     insta::assert_snapshot!(case(&(dated("b", "null") + &dated("a", "null"))), @r"
     10.0.0.1:80/TCP -> default/a:80/TCP/v4
     default/a:80/TCP/v4 Random
-    error: case.yaml, document 1: Service default/b: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/a; this one does not get it
+    error: case.yaml, document 1: Service default/b: spec.ports[0]: 10.0.0.1:80/TCP is taken by service default/a; this service does not get it
     ");
 }
 
@@ -416,7 +416,7 @@ fn services_without_frontends() {
         + &slice("a", "nobody", &[":80"], &["10.1.0.1"]);
     insta::assert_snapshot!(case(&yaml), @r"
     error: case.yaml, document 4: Service default/empty: spec.ports: missing: the service has no port
-    error: case.yaml, document 3: Service default/unassigned: spec.clusterIP: missing: nothing gives this service an address; state one
+    error: case.yaml, document 3: Service default/unassigned: spec.clusterIP: missing: set one, because affinity does not assign addresses
     ");
 }
 
@@ -458,30 +458,30 @@ fn what_is_wrong_is_named() {
     error: document 9: EndpointSlice default/t: ports[0].port: not within 1 to 65535; the port is ignored
     error: document 9: EndpointSlice default/t: ports[1].port: not within 1 to 65535; the port is ignored
     warning: document 10: EndpointSlice default/u: addressType: "FQDN" is not one of IPv4, IPv6; the slice is ignored
-    info: document 11: EndpointSlice default/v: metadata.labels: kubernetes.io/service-name is missing; the slice serves no service
+    info: document 11: EndpointSlice default/v: metadata.labels: kubernetes.io/service-name is missing; the slice is ignored
     error: document 4: Service default/Upper: metadata.name: not a DNS label (a-z, 0-9, '-', at most 63)
     warning: document 3: Service default/both: spec.clusterIP: "10.0.0.2" differs from spec.clusterIPs[0], "10.0.0.3"; that one is used
-    warning: document 3: Service default/both: spec.clusterIPs[1]: 10.0.0.3 is given twice
+    warning: document 3: Service default/both: spec.clusterIPs[1]: 10.0.0.3 is listed twice
     error: document 3: Service default/both: spec.clusterIPs[2]: 127.0.0.1 cannot be the address of a service
     warning: document 5: Service default/long: spec.sessionAffinityConfig.clientIP.timeoutSeconds: 86401 is not within 1 to 86400; 10800 is used (for longer: annotation affinity.dev/timeout)
-    warning: document 7: Service default/none: metadata.annotations[affinity.dev/selekt]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
+    warning: document 7: Service default/none: metadata.annotations[affinity.dev/selekt]: unknown annotation; known annotations are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
     warning: document 7: Service default/none: metadata.annotations[affinity.dev/timer]: has no effect without spec.sessionAffinity: ClientIP
-    warning: document 6: Service default/typo: metadata.annotations[affinity.dev/tiemout]: unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
+    warning: document 6: Service default/typo: metadata.annotations[affinity.dev/tiemout]: unknown annotation; known annotations are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
     warning: document 6: Service default/typo: metadata.annotations[affinity.dev/timer]: "connect" is not one of connection, packet, absolute, alive; connection is used
     error: document 2: Service default/v6: spec.clusterIP: "fd00::x" is not an IP address
     error: document 1: Service default/web: spec.externalIPs[1]: "x" is not an IP address
     error: document 1: Service default/web: spec.externalIPs[3]: 127.0.0.1 cannot be the address of a service
-    info: document 1: Service default/web: spec.externalIPs: 2001:db8::1 is left out: the service has no cluster IP of its family
-    warning: document 1: Service default/web: spec.ports[0].nodePort: missing: nothing gives this port a node port; state one
-    warning: document 1: Service default/web: spec.ports[3].nodePort: missing: nothing gives this port a node port; state one
-    warning: document 1: Service default/web: spec.ports[4].nodePort: missing: nothing gives this port a node port; state one
-    warning: document 1: Service default/web: spec.ports[5].nodePort: missing: nothing gives this port a node port; state one
-    warning: document 1: Service default/web: spec.ports[6].nodePort: missing: nothing gives this port a node port; state one
-    error: document 1: Service default/web: spec.ports[1].port: 0 is not a port from 1 to 65535; the port is left out
-    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is not one of TCP, UDP, SCTP; the port is left out
-    error: document 1: Service default/web: spec.ports[4]: has the name, number or node port of spec.ports[3]; it is ignored
+    info: document 1: Service default/web: spec.externalIPs: 2001:db8::1 is ignored: the service has no cluster IP of its family
+    warning: document 1: Service default/web: spec.ports[0].nodePort: missing: set one, because affinity does not assign node ports
+    warning: document 1: Service default/web: spec.ports[3].nodePort: missing: set one, because affinity does not assign node ports
+    warning: document 1: Service default/web: spec.ports[4].nodePort: missing: set one, because affinity does not assign node ports
+    warning: document 1: Service default/web: spec.ports[5].nodePort: missing: set one, because affinity does not assign node ports
+    warning: document 1: Service default/web: spec.ports[6].nodePort: missing: set one, because affinity does not assign node ports
+    error: document 1: Service default/web: spec.ports[1].port: 0 is not a port from 1 to 65535; the port is ignored
+    error: document 1: Service default/web: spec.ports[2].protocol: "tcp" is not one of TCP, UDP, SCTP; the port is ignored
+    error: document 1: Service default/web: spec.ports[4]: has the same name, number or node port as spec.ports[3]; it is ignored
     warning: document 1: Service default/web: spec.ports[5].name: missing: a service with several ports must name them
-    error: document 1: Service default/web: spec.ports[6].name: not a DNS label (a-z, 0-9, '-', at most 63); the port is left out
+    error: document 1: Service default/web: spec.ports[6].name: not a DNS label (a-z, 0-9, '-', at most 63); the port is ignored
     error: document 1: Service default/web: spec.sessionAffinity: "ClientIp" is not one of ClientIP, None; None is used
     error: document 1: Service default/web: spec.internalTrafficPolicy: "local" is not one of Cluster, Local; Cluster is used
     "#);
@@ -723,7 +723,7 @@ fn sctp_where_no_port_changes() {
     10.0.0.1:80/SCTP -> default/web:80/SCTP/v4, external default/web:80/SCTP/v4 masqueraded
     default/web:80/SCTP/v4 Random
       10.1.0.1  port 80 ready local
-    warning: case.yaml, document 1: Service default/web: spec.ports[0]: endpoints do not serve port 30080 itself, and SCTP's ports cannot be translated; frontends with that port are left out
+    warning: case.yaml, document 1: Service default/web: spec.ports[0]: endpoints do not serve port 30080 itself, and SCTP's ports cannot be translated; frontends with that port are ignored
     ");
 }
 
@@ -749,7 +749,7 @@ fn a_node_port_goes_to_the_older_service() {
     default/a:80/TCP/v4 Random
     default/b:80/TCP/v4 Random
     default/c:80/UDP/v4 Random
-    error: case.yaml, document 1: Service default/a: spec.ports[0].nodePort: 30080/TCP is taken by service default/b; this one does not get it
+    error: case.yaml, document 1: Service default/a: spec.ports[0].nodePort: 30080/TCP is taken by service default/b; this service does not get it
     ");
 }
 
@@ -845,8 +845,8 @@ fn a_port_that_no_slice_has_says_so() {
         + "---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: web}\n";
     insta::assert_snapshot!(case(&yaml).lines().filter(|line| line.contains(": ")).collect::<Vec<_>>().join("\n"), @r#"
     warning: case.yaml: 1 of kind Endpoints ignored: write the addresses as EndpointSlices
-    warning: case.yaml, document 4: Service default/bare: spec.ports[0]: has no endpoints: no EndpointSlice of this service has a TCP port without a name, as this port is; they have no port
-    warning: case.yaml, document 1: Service default/web: spec.ports[0]: has no endpoints: no EndpointSlice of this service has a TCP port named "http", as this port is; they have "web" (8080/TCP), 53/TCP without a name
+    warning: case.yaml, document 4: Service default/bare: spec.ports[0]: has no endpoints: no EndpointSlice of this service has a TCP port without a name, like this port; the slices have no port
+    warning: case.yaml, document 1: Service default/web: spec.ports[0]: has no endpoints: no EndpointSlice of this service has a TCP port named "http", like this port; the slices have "web" (8080/TCP), 53/TCP without a name
     "#);
 }
 

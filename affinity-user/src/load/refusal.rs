@@ -200,7 +200,7 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(!text.contains("(0 MiB)"), "{text}");
-        assert!(refused("slots", libc::E2BIG).contains("(os error 7): this kernel makes no map of that size"));
+        assert!(refused("slots", libc::E2BIG).contains("(os error 7): this kernel supports no map of that size"));
         assert!(refused("slots", libc::EPERM).contains("(os error 1): run affinity as root or with CAP_BPF"));
         assert!(refused("slots", libc::EIO).contains("(os error 5): see the kernel's log"));
     }

@@ -152,7 +152,9 @@ impl<'a> Numbering<'a> {
             let all = self.state_index.capacity.backends;
             self.report(
                 &name.service,
-                format!("{left_out} endpoints of {name} left out: all {all} backends are in use; raise --max-backends"),
+                format!(
+                    "{left_out} endpoints of {name} are not used: all {all} backends are in use; raise --max-backends"
+                ),
             );
         }
     }
@@ -188,7 +190,7 @@ impl<'a> Numbering<'a> {
         let all = self.state_index.capacity.slots;
         self.report(
             &name.service,
-            format!("no room for {count} slots of {name} among {all}; {outcome}; raise --max-slots"),
+            format!("no room for {count} slots of {name} (of {all} slots); {outcome}; raise --max-slots"),
         );
         let kept = own.into_iter().next()?;
         self.target.slots.insert(kept.first, kept.held.to_vec());
@@ -252,12 +254,14 @@ impl<'a> Numbering<'a> {
         let Desired { node_addresses, pod_networks, ranges, .. } = self.desired;
         let left_out = node_addresses.iter().filter(|address| !self.range(NODE, &IpNet::from(**address))).count();
         if left_out > 0 {
-            let message = format!("no room for {left_out} of {} addresses of this node", node_addresses.len());
+            let message =
+                format!("ranges table full: {left_out} of {} addresses of this node are ignored", node_addresses.len());
             self.problems.push(Problem::new(Severity::Error, None, message));
         }
         let left_out = pod_networks.iter().filter(|network| !self.range(PODS, network)).count();
         if left_out > 0 {
-            let message = format!("no room for {left_out} of {} networks of pods", pod_networks.len());
+            let message =
+                format!("ranges table full: {left_out} of {} networks of pods are ignored", pod_networks.len());
             self.problems.push(Problem::new(Severity::Error, None, message));
         }
         for (service, ranges) in ranges {
@@ -265,8 +269,9 @@ impl<'a> Numbering<'a> {
             let left_out = ranges.iter().filter(|range| !self.range(scope, range)).count();
             if left_out > 0 {
                 let all = self.state_index.capacity.ranges;
-                let message =
-                    format!("no room among {all} for {left_out} of its source ranges: clients there are kept out");
+                let message = format!(
+                    "ranges table full ({all}): {left_out} source ranges of the service are ignored, clients in them are dropped"
+                );
                 self.report(service, message);
             }
         }

@@ -70,7 +70,13 @@ impl Annotations {
             "client-prefix-v6" => self.prefix_v6 = Some(prefix(value, 128)?),
             "group" => self.group = Some(label(value)?),
             "timeout" => self.timeout_ns = Some(timeout_ns(value)?),
-            _ => return Err(format!("unknown annotation; known are {}{}", PREFIX, KEYS.join(&format!(", {PREFIX}")))),
+            _ => {
+                return Err(format!(
+                    "unknown annotation; known annotations are {}{}",
+                    PREFIX,
+                    KEYS.join(&format!(", {PREFIX}"))
+                ));
+            }
         }
         Ok(())
     }
@@ -212,7 +218,7 @@ mod tests {
         "129" is not a prefix length from 0 to 128; 128 is used
         "Shop" is not a DNS label (a-z, 0-9, '-', at most 63); the service is in no group
         "soon" is not a duration such as 90s, 30m, 48h, 7d, and not unlimited; timeoutSeconds is used
-        unknown annotation; known are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
+        unknown annotation; known annotations are affinity.dev/timer, affinity.dev/select, affinity.dev/client-prefix-v4, affinity.dev/client-prefix-v6, affinity.dev/group, affinity.dev/timeout
         "#
         );
     }

@@ -100,7 +100,7 @@ impl Reader {
                 self.read_files(files, writing);
             }
             Err(error) => {
-                let before = if self.listed { "; what it gave before stays in use" } else { "" };
+                let before = if self.listed { "; the objects that were read before stay in use" } else { "" };
                 let message = format!("cannot be read ({error}){before}");
                 snapshot.problems.push(Problem::new(Severity::Error, Some(whole(&self.path)), message));
             }
@@ -210,12 +210,13 @@ impl Content {
             (false, _) => return None,
             (true, true) => (
                 Severity::Warning,
-                "is being written, and was never read: until its writer has closed it, no service that is missing \
-                 elsewhere is taken down",
+                "is being written, and was never read: until the file is closed, services that are in no other file are \
+                 not removed",
             ),
-            (true, false) => {
-                (Severity::Info, "is being written; what it gave before stays in use until its writer has closed it")
-            }
+            (true, false) => (
+                Severity::Info,
+                "is being written; the objects that were read before stay in use until the file is closed",
+            ),
         };
         Some(Problem::new(severity, Some(whole(file)), message))
     }
@@ -224,7 +225,8 @@ impl Content {
     fn keep(&mut self, file: &Path, former: Option<Self>) {
         let Some(former) = former.filter(|former| !former.unknown) else {
             self.unknown = true;
-            let message = "never read as a whole: until it is good, no service that is missing elsewhere is taken down";
+            let message =
+                "never read completely: until it is valid, services that are in no other file are not removed";
             self.problems.push(Problem::new(Severity::Warning, Some(whole(file)), message));
             return;
         };
@@ -235,7 +237,8 @@ impl Content {
         if !self.kept.is_empty() {
             let names: Vec<String> =
                 self.kept.iter().map(|entry| format!("{} {}", entry.loaded.kind(), entry.name)).collect();
-            let message = format!("stays in use as last read, until the file is good or gone: {}", names.join(", "));
+            let message =
+                format!("stays in use as last read, until the file is valid or removed: {}", names.join(", "));
             self.problems.push(Problem::new(Severity::Warning, Some(whole(file)), message));
         }
     }
@@ -275,7 +278,7 @@ fn insert(snapshot: &mut Snapshot, entry: &Entry, fresh: bool) {
         Loaded::Node(_) => None,
     };
     if let (Some(first), true) = (first, fresh) {
-        let message = format!("given twice; the one in {first} is used, this one is ignored");
+        let message = format!("defined twice; the one in {first} is used, this one is ignored");
         let problem = Problem::new(Severity::Error, Some(origin.clone()), message);
         snapshot.problems.push(problem.of(loaded.kind(), name));
     }

@@ -68,7 +68,7 @@ pub enum Error {
     #[error("{0}: {1}")]
     Kubeconfig(String, KubeconfigError),
     /// No API is configured.
-    #[error("no cluster: give --kubeconfig, set KUBECONFIG, or run this in a pod ({0})")]
+    #[error("no cluster: use --kubeconfig, set KUBECONFIG, or run affinity in a pod ({0})")]
     NotInCluster(InClusterError),
     /// The configuration cannot be used; usually because of a certificate.
     #[error("the cluster's API: {0}")]

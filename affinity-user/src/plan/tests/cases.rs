@@ -416,7 +416,7 @@ fn ranges_that_do_not_fit_are_counted_and_follow_when_there_is_room() {
     assert_eq!(take(&["192.0.2.0/30"]), (3, String::new()));
     let (count, problems) = take(&["192.0.2.0/30", "192.0.2.4/30", "192.0.2.8/30"]);
     assert_eq!(count, 4);
-    insta::assert_snapshot!(problems, @"Service default/s1: no room among 4 for 1 of its source ranges: clients there are kept out");
+    insta::assert_snapshot!(problems, @"Service default/s1: ranges table full (4): 1 source ranges of the service are ignored, clients in them are dropped");
     // The old ranges are removed at the end of a plan: the next plan can use their space.
     assert_eq!(take(&["192.0.2.16/30"]).0, 2);
     assert_eq!(take(&["192.0.2.16/30"]), (3, String::new()));
@@ -471,7 +471,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
 
     let few_slots = Capacity { backends: 64, slots: 5, ranges: 64 };
     let (steps, problems) = plan(&Observed::default(), &world.desired(), few_slots);
-    insta::assert_snapshot!(lines(problems), @"Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published; raise --max-slots");
+    insta::assert_snapshot!(lines(problems), @"Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 (of 5 slots); it is not published; raise --max-slots");
     let mut observed = Observed::default();
     steps.iter().for_each(|step| observed.apply(step));
     assert_eq!(observed.frontends_v4.len(), 3);
@@ -480,8 +480,8 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(4, Ready, true)]]);
     let (steps, problems) = plan(&observed, &world.desired(), few_slots);
     insta::assert_snapshot!(lines(problems), @r"
-    Service default/s2: no room for 1 slots of default/s2:a/TCP/v4 among 5; its former members stay in use; raise --max-slots
-    Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 among 5; it is not published; raise --max-slots
+    Service default/s2: no room for 1 slots of default/s2:a/TCP/v4 (of 5 slots); its former members stay in use; raise --max-slots
+    Service default/s2: no room for 1 slots of default/s2:b/UDP/v4 (of 5 slots); it is not published; raise --max-slots
     ");
     insta::assert_snapshot!(steps.iter().map(tell).collect::<Vec<_>>().join("\n"), @r"
     name default/p4
@@ -495,7 +495,7 @@ fn what_does_not_fit_is_named_and_the_rest_goes_on() {
     let world = World::of(&[&[(1, Ready, true), (2, Ready, true)], &[(2, Ready, true), (3, Ready, true)]]);
     let (_, problems) = plan(&Observed::default(), &world.desired(), few_backends);
     insta::assert_snapshot!(lines(problems), @r"
-    Service default/s2: 1 endpoints of default/s2:a/TCP/v4 left out: all 2 backends are in use; raise --max-backends
-    Service default/s2: 1 endpoints of default/s2:b/UDP/v4 left out: all 2 backends are in use; raise --max-backends
+    Service default/s2: 1 endpoints of default/s2:a/TCP/v4 are not used: all 2 backends are in use; raise --max-backends
+    Service default/s2: 1 endpoints of default/s2:b/UDP/v4 are not used: all 2 backends are in use; raise --max-backends
     ");
 }

@@ -159,10 +159,10 @@ fn a_bad_document_spoils_no_other() {
     warning: a.yaml, document 8: Service default/y: spec.sessionAfinity: unknown field; it is ignored
     error: a.yaml, document 9: not an object: expected a mapping with apiVersion, kind and metadata
     error: a.yaml, document 10: not valid YAML: duplicate mapping key `kind` is not allowed here at line 38, column 1
-    warning: a.yaml: never read as a whole: until it is good, no service that is missing elsewhere is taken down
+    warning: a.yaml: never read completely: until it is valid, services that are in no other file are not removed
     error: b.json: not valid JSON: EOF while parsing a value at line 1 column 14
-    warning: b.json: never read as a whole: until it is good, no service that is missing elsewhere is taken down
-    error: c.yaml: Service default/a: given twice; the one in a.yaml, document 1 is used, this one is ignored
+    warning: b.json: never read completely: until it is valid, services that are in no other file are not removed
+    error: c.yaml: Service default/a: defined twice; the one in a.yaml, document 1 is used, this one is ignored
     "#);
 }
 
@@ -180,7 +180,7 @@ fn a_damaged_file_keeps_what_it_gave() {
     service default/b 10.0.0.2
     service default/c 10.0.0.3
     error: a.yaml, document 2: not valid YAML: null is not allowed here at line 10, column 1
-    warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/b
+    warning: a.yaml: stays in use as last read, until the file is valid or removed: Service default/b
     ");
     scratch.write("a.yaml", "{");
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
@@ -188,7 +188,7 @@ fn a_damaged_file_keeps_what_it_gave() {
     service default/b 10.0.0.2
     service default/c 10.0.0.3
     error: a.yaml: not valid YAML: unclosed bracket '{' at line 1, column 1
-    warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/a, Service default/b
+    warning: a.yaml: stays in use as last read, until the file is valid or removed: Service default/a, Service default/b
     ");
 
     // An object that moved to another file is present, and is not a duplicate.
@@ -197,7 +197,7 @@ fn a_damaged_file_keeps_what_it_gave() {
     service default/a 10.0.0.11
     service default/b 10.0.0.22
     error: a.yaml: not valid YAML: unclosed bracket '{' at line 1, column 1
-    warning: a.yaml: stays in use as last read, until the file is good or gone: Service default/a, Service default/b
+    warning: a.yaml: stays in use as last read, until the file is valid or removed: Service default/a, Service default/b
     ");
 
     scratch.write("a.yaml", &service("a", "10.0.0.31"));
@@ -226,15 +226,15 @@ fn a_path_that_cannot_be_read_changes_nothing() {
     partial
     service default/a 10.0.0.1
     error: inner/b.yaml: cannot be read: No such file or directory (os error 2)
-    warning: inner/b.yaml: never read as a whole: until it is good, no service that is missing elsewhere is taken down
+    warning: inner/b.yaml: never read completely: until it is valid, services that are in no other file are not removed
     ");
     fs::remove_dir_all(&inner).expect("removed");
     insta::assert_snapshot!(scratch.show(&reader.read()), @r"
     partial
     service default/a 10.0.0.1
-    error: inner: cannot be read (No such file or directory (os error 2)); what it gave before stays in use
+    error: inner: cannot be read (No such file or directory (os error 2)); the objects that were read before stay in use
     error: inner/b.yaml: cannot be read: No such file or directory (os error 2)
-    warning: inner/b.yaml: never read as a whole: until it is good, no service that is missing elsewhere is taken down
+    warning: inner/b.yaml: never read completely: until it is valid, services that are in no other file are not removed
     ");
 }
 
@@ -368,7 +368,7 @@ async fn file_that_was_open_before_the_start_is_read_once_closed() {
     insta::assert_snapshot!(scratch.show(&first), @r"
     partial
     service default/a 10.0.0.1
-    warning: b.yaml: is being written, and was never read: until its writer has closed it, no service that is missing elsewhere is taken down
+    warning: b.yaml: is being written, and was never read: until the file is closed, services that are in no other file are not removed
     ");
     file.write_all(service("b", "10.0.0.2").as_bytes()).expect("written");
     drop(file);
@@ -404,7 +404,7 @@ fn reading_once_takes_no_file_that_is_being_written() {
     let file = fs::File::options().append(true).open(scratch.0.join("a.yaml")).expect("open");
     insta::assert_snapshot!(scratch.read(), @r"
     partial
-    warning: a.yaml: is being written, and was never read: until its writer has closed it, no service that is missing elsewhere is taken down
+    warning: a.yaml: is being written, and was never read: until the file is closed, services that are in no other file are not removed
     ");
     drop(file);
     insta::assert_snapshot!(scratch.read(), @"service default/a 10.0.0.1");

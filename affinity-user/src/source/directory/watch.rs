@@ -152,7 +152,8 @@ impl Watches {
                 let _ = events.send(event);
             }
         });
-        let watcher = watcher.inspect_err(|error| warn!(%error, "no notifications of changed files; polling")).ok();
+        let watcher =
+            watcher.inspect_err(|error| warn!(%error, "cannot watch for changed files; polling instead")).ok();
         let (directories, unwatched) = Default::default();
         Self { watcher, directories, unwatched, places: Places::default(), writing: Writing::default() }
     }
@@ -188,7 +189,7 @@ impl Watches {
             match watcher.watch(directory, RecursiveMode::NonRecursive) {
                 Ok(()) => _ = self.directories.insert(directory.clone(), identity),
                 Err(error) if self.unwatched.insert(directory.clone()) => {
-                    warn!(%error, directory = %directory.display(), "cannot be watched; polling");
+                    warn!(%error, directory = %directory.display(), "cannot be watched; polling instead");
                 }
                 Err(_) => {}
             }

@@ -135,7 +135,7 @@ impl Cluster {
 
     fn without_node(&self) -> Problem {
         let reason = self.node_refused.borrow().clone();
-        let reason = reason.as_deref().unwrap_or("the cluster has no such node; its name is set by --node-name");
+        let reason = reason.as_deref().unwrap_or("not found in the cluster; set the name with --node-name");
         Problem::new(Severity::Warning, None, format!("node {}: {reason}", self.node_name))
     }
 
@@ -151,7 +151,7 @@ impl Cluster {
                     NODES_EVERY / 2 + spread
                 }
                 Err((message, _)) => {
-                    warn!("whether clients look like nodes cannot be told: Nodes: {message}");
+                    warn!("cannot check whether clients have addresses of nodes: Nodes: {message}");
                     NODES_EVERY / 4
                 }
             };

@@ -85,7 +85,7 @@ pub(super) struct Undecodable {
 impl Undecodable {
     /// The problem to report to its owner.
     pub(super) fn problem(&self, kind: &str) -> Problem {
-        let message = format!("{}; the object cannot be read, and what was known of it before stays", self.message);
+        let message = format!("{}; the object cannot be read, and its last valid state stays in use", self.message);
         Problem::new(Severity::Error, None, message).of(kind, &self.name).field(self.field.clone())
     }
 }

@@ -58,7 +58,7 @@ impl Poster<'_> {
             let share = hash32(self.cluster.node_name()) % 256;
             sleep(SPREAD * share / 256).await;
             if !self.post(&notice).await {
-                warn!("this node may not post Kubernetes Events: allow it, or say --no-kubernetes-events");
+                warn!("no permission to post Kubernetes Events: grant it, or use --no-kubernetes-events");
                 return std::future::pending().await;
             }
         }

@@ -104,8 +104,8 @@ impl<K: Watched> Reflector<'_, K> {
         let pause = backoff.next(if let End::Failed(error) = end { Some(error) } else { None });
         match end {
             End::Over if is_first => return Duration::ZERO,
-            End::Over => debug!("{kind}s: the watch has ended; going on in {pause:?}"),
-            End::Gone => debug!("{kind}s: the API no longer knows where the watch stood; listing again in {pause:?}"),
+            End::Over => debug!("{kind}s: the watch has ended; watching again in {pause:?}"),
+            End::Gone => debug!("{kind}s: the resource version has expired; listing again in {pause:?}"),
             End::Silent => warn!("{kind}s: no answer from the cluster's API; trying again in {pause:?}"),
             End::Failed(error) => match self.do_without {
                 Some(do_without) if is_refused(error) => {

@@ -360,7 +360,7 @@ fn a_socket_knows_no_source_ranges() {
     let situation = Situation::<V6>::untouched(&catalog, &question);
     let answer = explain(&catalog, &question, &situation);
     assert_eq!((answer.verdict, answer.reason, answer.candidates.len()), ("pass", "not-in-ranges", 0));
-    assert!(steps(&answer).contains("a socket has no source yet"));
+    assert!(steps(&answer).contains("a socket has no source address yet"));
 }
 
 #[test]
