@@ -101,8 +101,12 @@ impl Bounds {
 /// None are known: the text is written to memory.
 pub fn exposition(vitals: Arc<Vitals>, tables: Option<Tables>, bounds: &Mutex<Bounds>) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("affinity");
-    registry.register("build", "What this is a build of", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
-    registry.register("sync_duration_seconds", "From a snapshot's arrival until it is published", vitals.sync.clone());
+    registry.register("build", "Version of the agent, as a label", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+    registry.register(
+        "sync_duration_seconds",
+        "Time from the arrival of a snapshot of the source until it is published in the maps",
+        vitals.sync.clone(),
+    );
     let (totals, census) = vitals.sweep();
     if let Some(tables) = tables {
         registry.register_collector(Box::new(Named::new(tables, census, bounds)));
@@ -161,15 +165,19 @@ impl Collector for Agent {
         let started = self.vitals.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         writer.gauge(
             "agent_start_time_seconds",
-            "When the agent was started, since the epoch",
+            "Start time of the agent since the Unix epoch in seconds",
             started.as_secs_f64(),
         )?;
-        writer.counter("sync_steps", "Steps taken to publish", self.vitals.steps())?;
-        writer.counter("sync_failures", "Attempts to publish that failed", self.vitals.failures())?;
+        writer.counter("sync_steps", "Changes of maps that were applied to publish snapshots", self.vitals.steps())?;
+        writer.counter(
+            "sync_failures",
+            "Failed attempts to publish a snapshot; they are repeated",
+            self.vitals.failures(),
+        )?;
         let Totals { passes, expired, flows, evicted: _, filter_bits: _ } = self.totals;
-        writer.counter("sweep_passes", "Whole passes over sessions and flows", passes)?;
-        writer.counter("sweep_expired_sessions", "Sessions removed because they had expired", expired)?;
-        writer.counter("sweep_removed_flows", "Flow records removed because they were over", flows)
+        writer.counter("sweep_passes", "Complete passes of the sweep over sessions and flows", passes)?;
+        writer.counter("sweep_expired_sessions", "Expired sessions that the sweep removed", expired)?;
+        writer.counter("sweep_removed_flows", "Flow records of ended connections that the sweep removed", flows)
     }
 }
 
@@ -269,50 +277,46 @@ impl Collector for Named {
         let packets = REASONS.iter().zip(&tables.packets).filter(|(reason, _)| !NEVER_COUNTED.contains(reason));
         writer.counters(
             "packets",
-            "Packets by what became of them and why",
+            "Packets by reason of their verdict",
             packets.map(|(reason, &count)| ([("reason", reason.name())], count)),
         )?;
-        writer.counters(
-            "service_connections",
-            "New connections to a service, by what decided them",
-            by_reason(services),
-        )?;
-        writer.counters(
-            "backend_connections",
-            "New connections given to a backend, by what decided them",
-            by_reason(backends),
-        )?;
+        writer.counters("service_connections", "New connections to a service, by reason", by_reason(services))?;
+        writer.counters("backend_connections", "New connections to a backend, by reason", by_reason(backends))?;
         if census.is_some() {
             writer.gauges(
                 "service_sessions",
-                "Live pins that connections to a service made, as of the last sweep",
+                "Unexpired pins that connections to the service created, as of the last sweep",
                 services.iter().map(|(labels, of)| (labels.as_slice(), of.sessions)),
             )?;
             writer.gauges(
                 "backend_sessions",
-                "Live pins to a backend, as of the last sweep",
+                "Unexpired pins to the backend, as of the last sweep",
                 backends.iter().map(|(labels, of)| (labels.as_slice(), of.sessions)),
             )?;
         }
         writer.counters(
             "service_evicted_sessions",
-            "Pins that the kernel dropped from a full table; of a group, under its first service",
+            "Pins that the kernel evicted from a full table; pins of a group count for its first service",
             services.iter().map(|(labels, of)| (labels.as_slice(), of.evicted)),
         )?;
         let mut entries = tables.fill();
         entries.extend(census.iter().flat_map(|census| &census.entries));
-        writer.gauges("map_entries", "Entries of a map", entries.into_iter().map(|(map, n)| ([("map", map)], n)))?;
+        writer.gauges(
+            "map_entries",
+            "Number of entries in a map",
+            entries.into_iter().map(|(map, n)| ([("map", map)], n)),
+        )?;
         let capacities = tables.capacities.iter().map(|&(map, entries)| ([("map", map)], entries));
-        writer.gauges("map_capacity", "Entries that a map has room for", capacities)?;
+        writer.gauges("map_capacity", "Maximum number of entries in a map", capacities)?;
         writer.gauge(
             "lingering_backends",
-            "Backends that have left every service and keep their connections",
+            "Backends that have left all services and keep their open connections",
             tables.lingering() as f64,
         )?;
         let attachments = tables.attachments.iter().map(|(&hook, &number)| ([("hook", hook)], number));
-        writer.gauges("attachments", "Devices with a program at a hook", attachments)?;
+        writer.gauges("attachments", "Devices with a program attached to the hook", attachments)?;
         tables.view_age.map_or(Ok(()), |age| {
-            writer.gauge("view_age_seconds", "How old the view of the source is", age.as_secs_f64())
+            writer.gauge("view_age_seconds", "Age of the agent's view of the source", age.as_secs_f64())
         })
     }
 }
