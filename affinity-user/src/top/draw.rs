@@ -134,7 +134,7 @@ fn header(state: &State, area: Rect, buffer: &mut Buffer) {
 fn pace(state: &State) -> String {
     let wanted_s = state.interval.as_secs_f64();
     match state.sampled_every_s() {
-        Some(every_s) if every_s > 2.0 * wanted_s && every_s > 1.0 => format!("every {every_s:.0}s, as it takes long"),
+        Some(every_s) if every_s > 2.0 * wanted_s && every_s > 1.0 => format!("every {every_s:.0}s: reading is slow"),
         _ => format!("every {wanted_s}s"),
     }
 }
@@ -174,7 +174,7 @@ fn footer(state: &State, area: Rect, buffer: &mut Buffer) {
     }
     let width = usize::from(area.width);
     let (text, style) = match (&state.message, state.mode()) {
-        (_, Mode::Filter) => (format!("/{}▁   Enter keeps it, Esc drops it", state.filter()), Style::new()),
+        (_, Mode::Filter) => (format!("/{}▁   Enter keeps the filter, Esc clears it", state.filter()), Style::new()),
         (Some(message), _) if message.bad => (message.text.clone(), Style::new().fg(Color::Red)),
         (Some(message), _) => (message.text.clone(), Style::new().fg(Color::Green)),
         (None, _) => (hints(state), Style::new().add_modifier(Modifier::DIM)),

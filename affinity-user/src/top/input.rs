@@ -4,16 +4,16 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 /// Keys and their actions, as lines of the help.
 pub const HELP: &[(&str, &str)] = &[
-    ("arrows, j k", "move; PgUp PgDn Home End too"),
+    ("arrows, j k", "move; also PgUp PgDn Home End"),
     ("Enter, right", "open the service; from a pod, its clients"),
     ("Esc, left", "back; drop the filter"),
     ("Tab", "from pods to clients, and back"),
     ("/", "filter: names; or clients, pods, reasons"),
     ("s", "sort by the next column"),
-    ("r", "turn the order round"),
+    ("r", "reverse the order"),
     ("u", "unpin the selected client"),
     ("U", "unpin all clients of the service"),
-    ("p, space", "pause, and go on"),
+    ("p, space", "pause or continue"),
     ("?", "this help"),
     ("q, Ctrl-C", "quit"),
 ];

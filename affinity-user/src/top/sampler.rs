@@ -156,7 +156,7 @@ impl Sampler {
                 let removed = store.unpin(key, monotonic_ns())?;
                 store.forget_datagrams(&[*key].into())?;
                 self.scan_due = Instant::now();
-                let what = if removed { "unpinned" } else { "was not pinned any more:" };
+                let what = if removed { "unpinned" } else { "already unpinned:" };
                 Ok(format!("{what} {client} of {service}"))
             }
             Target::Service { id, service, .. } => {

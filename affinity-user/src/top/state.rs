@@ -115,7 +115,7 @@ impl State {
         {
             let before = self.before.as_ref().and_then(|before| before.services.get(&id));
             let name = before.map_or("the service", |service| &service.name);
-            self.say(format!("{name} has gone"), true);
+            self.say(format!("{name} was removed"), true);
             self.screen = Screen::Services;
         }
         self.set_pods();

@@ -213,7 +213,7 @@ fn a_service_that_goes_leaves_its_screen() {
     scene.sample.services.remove(&1);
     scene.later(&mut state, 1);
     assert_eq!(state.screen, Screen::Services);
-    assert_eq!(state.message.as_ref().map(|message| message.text.as_str()), Some("shop/front has gone"));
+    assert_eq!(state.message.as_ref().map(|message| message.text.as_str()), Some("shop/front was removed"));
 }
 
 #[test]

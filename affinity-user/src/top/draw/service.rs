@@ -104,14 +104,14 @@ fn pods_title(state: &State) -> String {
         title += &format!(", {} draining", row.draining);
     }
     if let Some(mean) = state.mean() {
-        title += &format!(", {:.0} pins each in the mean", mean);
+        title += &format!(", {:.0} pins each on average", mean);
     }
     title
 }
 
 fn clients_title(state: &State) -> String {
     if state.service().is_some_and(|service| !service.affinity) {
-        return "no clients: the service keeps no pins".to_owned();
+        return "no clients: the service has no affinity".to_owned();
     }
     let Some(found) = &state.found else { return "clients".to_owned() };
     let mut title = number_of(found.matching, "client");
@@ -120,7 +120,7 @@ fn clients_title(state: &State) -> String {
         title += &format!(" like `{filter}`");
     }
     if found.matching > LIMIT as u64 {
-        title += &format!(", there are more than the {LIMIT} listed: / finds others");
+        title += &format!(", only {LIMIT} are listed: use / to filter");
     }
     if !found.complete {
         title += &format!(", {} sessions read so far", count(found.read));

@@ -250,7 +250,7 @@ fn a_filter_being_typed() {
 
 
 
-    /shop/c▁   Enter keeps it, Esc drops it
+    /shop/c▁   Enter keeps the filter, Esc clears it
     ");
     press(&mut state, "art-");
     insta::assert_snapshot!(frame(&mut state, 80, 10), @r"
@@ -263,7 +263,7 @@ fn a_filter_being_typed() {
 
 
 
-    /shop/cart-▁   Enter keeps it, Esc drops it
+    /shop/cart-▁   Enter keeps the filter, Esc clears it
     ");
 }
 
@@ -292,7 +292,7 @@ fn long_names_keep_both_ends() {
     affinity top > a-namespace-with-a-very-long-name/a… every 1s
       ClientIP timer=connection timeout=10800s select=random  1…
       - connections/s  - pinned/s  - moved/s  - refused/s
-    ── 2 pods, 50 pins each in the mean ────────────────────────
+    ── 2 pods, 50 pins each on average ─────────────────────────
       POD                 CONN/S  PINS▾            HOT SPOT
     ▸ recommend…b6-x7k2p       -     90  ████████  1.8x the mean
       web-1                    -      9  ▊
@@ -310,7 +310,7 @@ fn a_service_with_a_hot_spot_at_80x24() {
     affinity top > shop/front                                               every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.1:80/TCP
       65.5 connections/s  4.0 pinned/s  1.0 moved/s  0 refused/s
-    ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────
+    ── 3 pods, 1390 pins each on average ───────────────────────────────────────────
       POD      ADDRESS      STATE  CONN/S  PINS▾                       HOT SPOT
     ▸ front-1  10.244.1.11  ready    44.0   2400  ███████████████████  1.7x the mean
       front-0  10.244.1.10  ready    21.5    900  ███████▏
@@ -342,7 +342,7 @@ fn a_service_at_120x40() {
     affinity top > shop/front                                                                                       every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.1:80/TCP
       65.5 connections/s  4.0 pinned/s  1.0 moved/s  0 refused/s
-    ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────────────────────────────────────────────
+    ── 3 pods, 1390 pins each on average ───────────────────────────────────────────────────────────────────────────────────
       POD      ADDRESS      STATE  CONN/S  PINS▾                                            HOT SPOT
       front-1  10.244.1.11  ready    44.0   2400  ████████████████████████████████████████  1.7x the mean
       front-0  10.244.1.10  ready    21.5    900  ███████████████
@@ -387,7 +387,7 @@ fn a_service_at_40x10_shows_the_list_with_the_cursor() {
     let (_, mut state) = front();
     insta::assert_snapshot!(frame(&mut state, 40, 10), @r"
     affinity top > shop/front       every 1s
-    ── 3 pods, 1390 pins each in the mean ──
+    ── 3 pods, 1390 pins each on average ───
       POD      PINS▾
     ▸ front-1   2400  ██████████████████████
       front-0    900  ████████▎
@@ -425,7 +425,7 @@ fn a_service_without_affinity_and_one_with_a_draining_pod() {
     ▸ static-0  10.244.3.10  ready       0      0
 
 
-    ── no clients: the service keeps no pins ───────────────────────────────────────
+    ── no clients: the service has no affinity ─────────────────────────────────────
       CLIENT  POD  AGE  IDLE▾  EXPIRES  REASON
 
 
@@ -438,7 +438,7 @@ fn a_service_without_affinity_and_one_with_a_draining_pod() {
     affinity top > shop/cart                                                every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.2:80/TCP
       4.0 connections/s  0 pinned/s  0.5 moved/s  2.0 refused/s
-    ── 2 pods, 1 draining, 12 pins each in the mean ────────────────────────────────
+    ── 2 pods, 1 draining, 12 pins each on average ─────────────────────────────────
       POD     ADDRESS      STATE     CONN/S  PINS▾                          HOT SPOT
     ▸ cart-0  10.244.2.10  ready        4.0     12  ██████████████████████
       cart-1  10.244.2.11  draining       0      9  ████████████████▌
@@ -462,12 +462,12 @@ fn more_clients_than_are_listed() {
     affinity top > shop/front                                               every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.1:80/TCP
       65.5 connections/s  4.0 pinned/s  1.0 moved/s  0 refused/s
-    ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────
+    ── 3 pods, 1390 pins each on average ───────────────────────────────────────────
       POD      ADDRESS      STATE  CONN/S  PINS▾                       HOT SPOT
     ▸ front-1  10.244.1.11  ready    44.0   2400  ███████████████████  1.7x the mean
       front-0  10.244.1.10  ready    21.5    900  ███████▏
       front-2  10.244.1.12  ready       0    870  ██████▉
-    ── 250k clients, there are more than the 1000 listed: / finds others ───────────
+    ── 250k clients, only 1000 are listed: use / to filter ─────────────────────────
       CLIENT                        POD      AGE    IDLE▾  EXPIRES  REASON
       198.18.0.0                    front-0  10m2s  2s     2h59m    created
       198.18.0.1                    front-1  10m3s  3s     never    backend-gone
@@ -496,7 +496,7 @@ fn clients_of_a_pass_that_goes_on() {
     affinity top > shop/front                                               every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.1:80/TCP
       65.5 connections/s  4.0 pinned/s  1.0 moved/s  0 refused/s
-    ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────
+    ── 3 pods, 1390 pins each on average ───────────────────────────────────────────
       POD      ADDRESS      STATE  CONN/S  PINS▾                       HOT SPOT
       front-1  10.244.1.11  ready    44.0   2400  ███████████████████  1.7x the mean
       front-0  10.244.1.10  ready    21.5    900  ███████▏
@@ -519,16 +519,16 @@ fn the_help() {
     affinity top  4 services  8 pods  4195 pins  69.5 connections/s         every 1s
       SERVICE          READY  PINS▾  CONN/S  MOVED/S  REFUSED/S  HOT SPOT
     ▸ ┌ help ────────────────────────────────────────────────────────────────────┐
-      │ arrows, j k   move; PgUp PgDn Home End too                               │
+      │ arrows, j k   move; also PgUp PgDn Home End                              │
       │ Enter, right  open the service; from a pod, its clients                  │
       │ Esc, left     back; drop the filter                                      │
       │ Tab           from pods to clients, and back                             │
       │ /             filter: names; or clients, pods, reasons                   │
       │ s             sort by the next column                                    │
-      │ r             turn the order round                                       │
+      │ r             reverse the order                                          │
       │ u             unpin the selected client                                  │
       │ U             unpin all clients of the service                           │
-      │ p, space      pause, and go on                                           │
+      │ p, space      pause or continue                                          │
       │ ?             this help                                                  │
       │ q, Ctrl-C     quit                                                       │
       │                                                                          │
@@ -543,8 +543,8 @@ fn the_help() {
     ");
     insta::assert_snapshot!(frame(&mut state, 40, 10), @r"
     a┌ help ──────────────────────────────┐s
-     │ arrows, j k   move; PgUp PgDn Home │
-    ▸│               End too              │
+     │ arrows, j k   move; also PgUp PgDn │
+    ▸│               Home End             │
      │ Enter, right  open the service;    │
      │               from a pod, its      │
      │               clients              │
@@ -563,7 +563,7 @@ fn questions() {
     affinity top > shop/front                                               every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.1:80/TCP
       65.5 connections/s  4.0 pinned/s  1.0 moved/s  0 refused/s
-    ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────
+    ── 3 pods, 1390 pins each on average ───────────────────────────────────────────
       ┌ unpin ───────────────────────────────────────────────────────────────────┐
       │ Unpin 2001:db8:c:200:feed:beef:0:2 from its pod of shop/front? Its next  │an
       │ connection selects again; open connections stay.                         │
@@ -651,7 +651,7 @@ fn without_keys_everything_is_shown() {
     affinity top > shop/front                                                                   every 1s
       ClientIP timer=connection timeout=10800s select=random  10.96.0.1:80/TCP
       43.0 connections/s  3.0 pinned/s  0 moved/s  0 refused/s
-    ── 3 pods, 1390 pins each in the mean ──────────────────────────────────────────────────────────────
+    ── 3 pods, 1390 pins each on average ───────────────────────────────────────────────────────────────
       POD      ADDRESS      STATE  CONN/S  PINS▾                                           HOT SPOT
       front-1  10.244.1.11  ready       0   2400  ███████████████████████████████████████  1.7x the mean
       front-0  10.244.1.10  ready    43.0    900  ██████████████▋
