@@ -57,7 +57,7 @@ pub(crate) fn run(duration: Duration) -> Result<()> {
     let log = String::from_utf8_lossy(&log);
     if !status.success() {
         bail!(
-            "the fuzz target failed ({status}):\n{log}\nIts input is in {}. Copy it to tests/fuzz/cases under a name \
+            "the fuzz target failed ({status}):\n{log}\nThe input is in {}. Copy it to tests/fuzz/cases under a name \
              that says what it shows: `cargo test --package affinity-fuzz` replays it",
             crashes.display()
         );

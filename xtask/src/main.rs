@@ -50,30 +50,30 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
-    /// Formatting, lints, documentation and the rules of the source tree
+    /// Check formatting, lints, documentation and the rules of the source tree
     Check,
-    /// All that must hold: check, unit and property tests, kernel tests (root), on Debian 12's kernel too, a minute of fuzzing
+    /// Run all that must pass: check, unit and property tests, kernel tests (root; also on Debian 12's kernel), fuzzing
     Test(TestArgs),
-    /// Show affinity at work in a lab of network namespaces (root, under a minute)
+    /// Run the demo in a lab of network namespaces (root, under a minute)
     Demo {
-        /// Given to the demo: `--keep` leaves the lab up, `--help` tells more
+        /// Arguments of the demo: `--keep` leaves the lab up, `--help` lists all
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure on this machine (root): `packet`, nanoseconds per packet; `connect`, clients beside kube-proxy's rules;
-    /// `sync`, a cluster of 10,000 services
+    /// Measure on this machine (root): `packet`, nanoseconds per packet; `connect`, clients compared with kube-proxy's
+    /// rules; `sync`, a cluster of 10,000 services
     Bench {
-        /// What to measure
+        /// Benchmark to run
         name: String,
-        /// Given to the benchmark: `--json` writes JSON, `--help` tells more
+        /// Arguments of the benchmark: `--json` writes JSON, `--help` lists all
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Make what is given out: a static binary, a tarball of it, and the image where a container engine runs
+    /// Build the release: a static binary, a tarball of it, and the image if a container engine runs
     Package,
-    /// Feed mutated frames and states to the parser and the pipeline
+    /// Fuzz the parser and the pipeline with mutated frames and states
     Fuzz {
-        /// How long, in seconds
+        /// Duration in seconds
         #[arg(long, default_value_t = 60, value_name = "SECONDS")]
         seconds: u64,
     },
@@ -83,26 +83,26 @@ enum Task {
 #[derive(Args)]
 #[command(group(ArgGroup::new("chosen").args(["suite", "nic"])))]
 struct TestArgs {
-    /// In place of that: the kernel tests and the demonstration in a guest with this kernel of Debian's
+    /// Run only the kernel tests and the demo, in a guest with this Debian kernel
     #[arg(long, value_enum, value_name = "KERNEL")]
     kernel: Option<Release>,
-    /// The same on each of these kernels
+    /// As --kernel, for each of these kernels
     #[arg(long, conflicts_with = "kernel")]
     kernels: bool,
-    /// Network cards of this model in a guest: native XDP where their driver has it, on the kernel 6.12 unless told otherwise
+    /// Test network cards of this model in a guest, with native XDP if their driver has it [default kernel: 6.12]
     #[arg(long, value_enum, value_name = "MODEL", conflicts_with_all = ["kernels", "brief", "suite"])]
     nic: Option<Model>,
-    /// In guests only the few tests that `cargo xtask test` runs there
+    /// Run only the few tests that `cargo xtask test` runs in a guest
     #[arg(long)]
     brief: bool,
-    /// Only these suites of kernel tests, here or in guests: files and directories in tests/tests, and `lib`; in guests
-    /// `demo` is the demonstration
+    /// Run only these suites of kernel tests: files and directories in tests/tests, and `lib`; in guests
+    /// also `demo`
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "brief")]
     suite: Vec<String>,
-    /// Repeat these suites for so many minutes, to find rare failures
+    /// Repeat these suites for this many minutes, to find rare failures
     #[arg(long, value_name = "MINUTES", requires = "suite", conflicts_with_all = ["kernel", "kernels"])]
     minutes: Option<u64>,
-    /// Given to the programs of these suites, or to that of the cards, such as a part of tests' names
+    /// Arguments of the test programs, for example a part of the tests' names
     #[arg(last = true, requires = "chosen")]
     arguments: Vec<String>,
 }

@@ -71,7 +71,7 @@ impl Laboratory {
     /// # Errors
     /// If something is missing and cannot be installed.
     pub(crate) fn open() -> Result<Self> {
-        ensure!(cfg!(target_arch = "x86_64"), "guests are x86-64 machines, and this machine is another");
+        ensure!(cfg!(target_arch = "x86_64"), "guests need an x86-64 machine");
         ensure!(is_root()?, "guests share this machine's files: run as root");
         setup::run(setup::Purpose::Emulate)?;
         let mirror = Mirror::of_this_machine()?;
@@ -253,7 +253,7 @@ fn test_binaries() -> Result<Vec<(String, String)>> {
     let messages = output(&mut build)?;
     let mut binaries = parse_artifacts(&messages)?;
     binaries.sort();
-    ensure!(!binaries.is_empty(), "affinity-tests has no tests");
+    ensure!(!binaries.is_empty(), "affinity-tests has no test binaries");
     Ok(binaries)
 }
 

@@ -85,7 +85,7 @@ pub(crate) fn run(purpose: Purpose) -> Result<()> {
     let may_install = is_root()? && find_command("apt-get");
     if missing.iter().any(|item| matches!(item, Item::Packages(_))) && !may_install {
         let commands: Vec<_> = missing.iter().map(|item| format!("    {item}")).collect();
-        bail!("this needs root and apt-get. Please run, in this directory:\n{}", commands.join("\n"));
+        bail!("setup needs root and apt-get. Run these commands in this directory:\n{}", commands.join("\n"));
     }
     if missing.is_empty() {
         return Ok(());
@@ -98,7 +98,7 @@ pub(crate) fn run(purpose: Purpose) -> Result<()> {
         item.install()?;
     }
     if let Some(item) = find_missing(purpose)?.first() {
-        bail!("this was done, and something is still missing: {item}");
+        bail!("setup has finished, but this is still missing: {item}");
     }
     Ok(())
 }
@@ -308,7 +308,7 @@ pub(crate) fn promtool() -> Result<Option<PathBuf>> {
     }
     let packages = fs::read_dir(&unpacked)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
     let package = packages.iter().find(|path| path.extension().is_some_and(|extension| extension == "deb"));
-    let package = package.with_context(|| format!("apt-get has put no package into {}", unpacked.display()))?;
+    let package = package.with_context(|| format!("apt-get has downloaded no package into {}", unpacked.display()))?;
     run_command(command("dpkg-deb").arg("--extract").arg(package).arg(&unpacked))?;
     fs::remove_file(package)?;
     ensure!(tools.join("promtool").is_file(), "the package {PACKAGE} has no promtool");

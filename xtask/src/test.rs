@@ -47,7 +47,7 @@ fn rendered() -> Result<()> {
             let tests = ["test", "--package", "affinity-tests", "--test", "deploy", "--", "--ignored", tool];
             run_command(&mut cargo(tests))?;
         } else {
-            println!("NOT RUN: {tool} is not here, and so deploy/ was not checked with it");
+            println!("NOT RUN: the checks of deploy/ with {tool}, because it is not installed");
         }
     }
     Ok(())
@@ -70,7 +70,7 @@ pub(crate) fn kernel_tests_for(time: Duration, steps: &mut Steps, only: &[String
 /// # Arguments
 /// `only` names the suites to run; empty: all. Their programs get `arguments`.
 pub(crate) fn kernel_tests(steps: &mut Steps, only: &[String], arguments: &[String]) -> Result<()> {
-    ensure!(is_root()?, "the kernel tests make network namespaces and load programs: run as root");
+    ensure!(is_root()?, "the kernel tests create network namespaces and load programs: run as root");
     let all = suites()?;
     let unknown: Vec<_> = only.iter().filter(|name| !all.contains(*name)).map(String::as_str).collect();
     ensure!(unknown.is_empty(), "there is no suite {} in tests/tests", unknown.join(", "));
@@ -116,7 +116,7 @@ fn suites() -> Result<BTreeSet<String>> {
 /// Whether Prometheus' own tool accepts the metrics of a real agent.
 fn promtool() -> Result<()> {
     let Some(tools) = setup::promtool()? else {
-        println!("NOT RUN: promtool is not here, and so the metrics were not checked with it");
+        println!("NOT RUN: the check of metrics with promtool, because it is not installed");
         return Ok(());
     };
     let path = env::var_os("PATH").unwrap_or_default();

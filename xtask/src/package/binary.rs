@@ -45,7 +45,7 @@ fn rustflags() -> Result<[String; 4]> {
 /// Checks that it is static and has the right version, and prints its size.
 pub(super) fn check(binary: &Path) -> Result<()> {
     let bytes = fs::read(binary).with_context(|| binary.display().to_string())?;
-    ensure!(is_static(&bytes)?, "{}: it asks for a dynamic linker", binary.display());
+    ensure!(is_static(&bytes)?, "{}: not static, it needs a dynamic linker", binary.display());
     let version = output(command(binary).arg("--version"))?;
     ensure!(version.trim_end() == format!("affinity {VERSION}"), "--version: {version}");
     println!("{}: static, {:.1} MB, {}", binary.display(), bytes.len() as f64 / 1e6, version.trim_end());
@@ -60,9 +60,9 @@ pub(super) fn check(binary: &Path) -> Result<()> {
 /// Whether a 64-bit little-endian ELF file runs without an interpreter.
 fn is_static(elf: &[u8]) -> Result<bool> {
     const INTERPRETER: u32 = 3;
-    ensure!(elf.starts_with(b"\x7fELF\x02\x01"), "no ELF file of 64 bits");
+    ensure!(elf.starts_with(b"\x7fELF\x02\x01"), "not a 64-bit ELF file");
     let number = |at: usize, length: usize| -> Result<usize> {
-        let bytes = elf.get(at..at + length).context("the file is cut off")?;
+        let bytes = elf.get(at..at + length).context("the file is truncated")?;
         Ok(bytes.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte)))
     };
     let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);

@@ -31,7 +31,7 @@ pub(super) fn build(stage: &Path) -> Result<()> {
             Err(error) => refusals.push(reason(engine, &error)),
         }
     }
-    println!("NOT BUILT: the image {tag}, because there is no container engine: {}", refusals.join("; "));
+    println!("NOT BUILT: the image {tag}, because no container engine runs: {}", refusals.join("; "));
     Ok(())
 }
 
@@ -41,5 +41,5 @@ fn reason(engine: &str, error: &anyhow::Error) -> String {
     if is_missing.is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
         return format!("no {engine}");
     }
-    format!("{engine} does not answer")
+    format!("{engine} does not respond")
 }

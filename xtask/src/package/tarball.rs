@@ -35,5 +35,5 @@ fn epoch() -> Result<String> {
         return Ok(epoch);
     }
     let epoch = output(command("git").args(["-c", "safe.directory=*", "log", "-1", "--format=%ct"]));
-    Ok(epoch.context("outside of git, set SOURCE_DATE_EPOCH")?.trim_end().to_owned())
+    Ok(epoch.context("not in a git repository: set SOURCE_DATE_EPOCH")?.trim_end().to_owned())
 }

@@ -56,7 +56,7 @@ fn crates() -> Result<BTreeSet<(String, String)>> {
             crates.insert((name.join(" "), licence.trim_end_matches(" (*)").to_owned()));
         }
     }
-    ensure!(!crates.is_empty(), "cargo names no crate");
+    ensure!(!crates.is_empty(), "cargo lists no crate");
     Ok(crates)
 }
 

@@ -257,13 +257,13 @@ impl<'a> Guest<'a> {
             if let Some(status) = ended {
                 let said = fs::read_to_string(results.join("qemu.log")).unwrap_or_default();
                 ensure!(status.success(), "QEMU ended with {status}: {}", said.trim_end());
-                ensure!(results.join("finished").exists(), "the guest ended before its programs had");
+                ensure!(results.join("finished").exists(), "the guest ended before its programs");
                 return Ok(());
             }
-            ensure!(started.elapsed() < self.limit, "the guest was not done within {} s", self.limit.as_secs());
+            ensure!(started.elapsed() < self.limit, "the guest did not finish within {} s", self.limit.as_secs());
             let booted = results.join(BOOTED).exists();
-            ensure!(booted || started.elapsed() < BOOT, "the guest has not booted within {} s", BOOT.as_secs());
-            ensure!(!booted || heard.elapsed() < SILENCE, "the guest was silent for {} s", SILENCE.as_secs());
+            ensure!(booted || started.elapsed() < BOOT, "the guest did not boot within {} s", BOOT.as_secs());
+            ensure!(!booted || heard.elapsed() < SILENCE, "no output from the guest for {} s", SILENCE.as_secs());
             thread::sleep(Duration::from_millis(50));
         }
     }

@@ -108,7 +108,7 @@ impl Kernel {
         let age = age.map(|made| SystemTime::now().duration_since(made).unwrap_or_default());
         if age.is_none_or(|age| age > FRESH) {
             match fetch(release, qemu_dir, mirror, busybox, &dir) {
-                Err(error) if age.is_some() => println!("qemu: going on with an old {}: {error:#}", release.name()),
+                Err(error) if age.is_some() => println!("qemu: using an old {}: {error:#}", release.name()),
                 fetched => fetched.with_context(|| format!("the kernel of Debian's {}", release.suite()))?,
             }
         }
@@ -189,7 +189,7 @@ fn kernel_packages(depends: impl Fn(&str) -> Result<Vec<String>>) -> Result<Vec<
 fn only_name(dir: &Path) -> Result<String> {
     let names = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
     ensure!(names.len() == 1, "{} has {} entries, and not one", dir.display(), names.len());
-    names[0].to_str().map(str::to_owned).context("a name that is no text")
+    names[0].to_str().map(str::to_owned).context("a name that is not UTF-8")
 }
 
 /// Moves the modules that are kept, and copies the lists of built-in modules. Decompresses them, which would be slow in the

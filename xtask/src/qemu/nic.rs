@@ -81,7 +81,7 @@ impl Cable {
     /// # Errors
     /// If `ip` fails.
     pub(crate) fn lay() -> Result<Self> {
-        ensure!(fs::exists("/dev/net/tun")?, "/dev/net/tun is missing: QEMU's cards need taps");
+        ensure!(fs::exists("/dev/net/tun")?, "/dev/net/tun is missing: QEMU's network cards need tap devices");
         remove_stale()?;
         let cable = Self { namespace: format!("{PREFIX}{}", std::process::id()) };
         let name = &cable.namespace;

@@ -34,7 +34,7 @@ impl Mirror {
         let release = fs::read_to_string("/etc/os-release").context("/etc/os-release")?;
         ensure!(
             os_release(&release, "ID") == Some("debian"),
-            "this is not Debian, so apt has no mirror that the kernels' packages could come from"
+            "this machine does not run Debian, so apt has no mirror with the kernel packages"
         );
         let codename = os_release(&release, "VERSION_CODENAME").context("/etc/os-release has no VERSION_CODENAME")?;
         let mut sources = Vec::new();
