@@ -429,8 +429,8 @@ impl Agent {
         let store = KernelStore::open(&options.pin_dir)?;
         let consumer = Consumer::new(&store.events)?;
         let filter = Arc::<FilterPlans>::default();
-        let (filter_plans, told) = (Arc::clone(&filter), Arc::clone(&vitals));
-        let mut publisher = Publisher::new(store, options.desired(), options.limits, filter_plans, told);
+        let (filter_plans, publisher_vitals) = (Arc::clone(&filter), Arc::clone(&vitals));
+        let mut publisher = Publisher::new(store, options.desired(), options.limits, filter_plans, publisher_vitals);
         let mut devices = Devices::new().map_err(no_netlink)?;
         publisher.learn(seen(&devices, &options.node).await?);
         let mut ports = PortGuard::new(options.reserve_ports);

@@ -161,7 +161,7 @@ Examples:
   affinity top --service default/web --interval 500ms
   affinity top --once
 
-Keys: arrows and Enter look closer, Esc goes back, / filters, s sorts, u unpins, ? lists all, q quits.")]
+Keys: arrows move, Enter opens, Esc goes back, / filters, s sorts, u unpins, ? lists all keys, q quits.")]
     Top(top::TopArgs),
     /// Write every map, or one, as sorted text with names
     #[command(after_help = "\

@@ -340,7 +340,7 @@ pub struct Desired {
     /// Pods that a slice reports as terminating: once no slice lists them, they are dead.
     pub terminating: BTreeSet<BackendName>,
     /// Whether another service proxy handles the other services, and everything that is unknown here.
-    pub beside: bool,
+    pub coexists: bool,
     /// Shadow mode: decide and count, but let every packet pass.
     pub shadow: bool,
     /// Present if only a part of the source was read: the plan then keeps everything else that the store holds.

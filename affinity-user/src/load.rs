@@ -272,7 +272,7 @@ fn prepare(pins: &PinDir, before: &Pinned, options: &Options) -> Result<Prepared
     let plans = plan(pins, options)?;
     let ticks = measure_clock(options)?;
     let since_ns = sys::monotonic_ns().saturating_sub(REFRESH_NS);
-    let loaded = load_beside(pins, options, &plans, ticks)?;
+    let loaded = load_new_programs(pins, options, &plans, ticks)?;
     if let Some(older) = &older {
         copy_older_flows(older, pins)?;
     }
@@ -448,7 +448,7 @@ struct Beside {
 }
 
 /// Loads the programs with the maps that they will use, next to what runs. They handle no packets yet.
-fn load_beside(
+fn load_new_programs(
     pins: &PinDir,
     options: &Options,
     plans: &BTreeMap<&'static str, Plan>,

@@ -132,7 +132,7 @@ pub struct Sweeper {
     orphans: BTreeMap<u32, u64>,
     nodes: NodeAddresses,
     /// Services that currently have a condition.
-    remarked: BTreeSet<u32>,
+    clients_are_nodes: BTreeSet<u32>,
 }
 
 /// The stage of a pass. Flows come first because sessions need their connection counts.
@@ -203,7 +203,7 @@ impl Sweeper {
             orphaned: ORPHANED_SESSION,
             orphans: BTreeMap::new(),
             nodes,
-            remarked: BTreeSet::new(),
+            clients_are_nodes: BTreeSet::new(),
             store,
         })
     }
@@ -366,7 +366,7 @@ impl Sweeper {
         self.census.by_backend = mem::take(&mut self.pass.loads);
         self.census.entries = mem::take(&mut self.pass.entries);
         self.met = Met { began_ns: self.pass.began_ns, ids: mem::take(&mut self.pass.met) };
-        self.remark()?;
+        self.store_conditions()?;
         self.need_published()?;
         self.totals.filter_bits += u64::from(self.filter.finish(&self.store.filter));
         self.totals.passes += 1;
@@ -375,14 +375,14 @@ impl Sweeper {
     }
 
     /// Stores the condition that all clients look like nodes, for as many services as fit.
-    fn remark(&mut self) -> Result<(), StoreError> {
+    fn store_conditions(&mut self) -> Result<(), StoreError> {
         let room = self.store.service_conditions.info().max_entries as usize;
-        self.remarked = self.pass.clients.look_like_nodes(&self.nodes).into_iter().take(room).collect();
+        self.clients_are_nodes = self.pass.clients.look_like_nodes(&self.nodes).into_iter().take(room).collect();
         let written = self.store.service_conditions.iter().collect::<Result<BTreeMap<u32, u32>, _>>()?;
-        for service in written.keys().filter(|service| !self.remarked.contains(service)) {
+        for service in written.keys().filter(|service| !self.clients_are_nodes.contains(service)) {
             self.store.service_conditions.remove(service)?;
         }
-        for service in self.remarked.iter().filter(|service| !written.contains_key(service)) {
+        for service in self.clients_are_nodes.iter().filter(|service| !written.contains_key(service)) {
             self.store.service_conditions.put(service, &CLIENTS_ARE_NODES)?;
         }
         Ok(())
@@ -466,7 +466,7 @@ impl Sweeper {
     /// The names of services for which all clients looked like nodes in the last complete pass.
     #[must_use]
     pub fn clients_are_nodes(&self) -> Vec<String> {
-        self.names(&self.remarked)
+        self.names(&self.clients_are_nodes)
     }
 
     fn names(&self, services: &BTreeSet<u32>) -> Vec<String> {

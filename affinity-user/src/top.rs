@@ -119,7 +119,7 @@ fn work(sampler: &mut Sampler, state: &mut State) {
         }
     }
     match sampler.go_on_unpinning() {
-        Ok(Some(told)) => state.say(told, false),
+        Ok(Some(message)) => state.say(message, false),
         Ok(None) => {}
         Err(error) => state.say(error.to_string(), true),
     }
@@ -163,7 +163,7 @@ fn carry_out(effect: Option<Effect>, sampler: &mut Sampler, state: &mut State) -
         None => {}
         Some(Effect::Quit) => return false,
         Some(Effect::Unpin(target)) => match sampler.unpin(&target) {
-            Ok(told) => state.say(told, false),
+            Ok(message) => state.say(message, false),
             Err(error) => state.say(error.to_string(), true),
         },
     }

@@ -56,13 +56,13 @@ impl HealthChecks {
     /// # Errors
     /// The system's error if no thread can be started.
     pub(super) fn start(node: NodeHealth, vitals: Arc<Vitals>) -> io::Result<Self> {
-        let (answers, told) = watch::channel(Answers::new());
+        let (answers, changes) = watch::channel(Answers::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let servers = Servers { current: Arc::default(), vitals, running: BTreeMap::new(), taken: Arc::default() };
         threads::spawn("health", move || {
             runtime.block_on(async {
                 node_health::serve(node, &servers.vitals);
-                servers.follow(told).await;
+                servers.follow(changes).await;
             });
         })?;
         Ok(Self { answers })
@@ -104,9 +104,9 @@ struct Servers {
 
 impl Servers {
     /// Follows changes until the channel closes.
-    async fn follow(mut self, mut told: watch::Receiver<Answers>) {
-        while told.changed().await.is_ok() {
-            let answers = told.borrow_and_update().clone();
+    async fn follow(mut self, mut changes: watch::Receiver<Answers>) {
+        while changes.changed().await.is_ok() {
+            let answers = changes.borrow_and_update().clone();
             self.running.retain(|at, server| {
                 let stays = answers.contains_key(at);
                 if !stays {

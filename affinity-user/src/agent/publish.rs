@@ -356,7 +356,7 @@ pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
 pub(super) struct StatusWriter {
     table: Table<u32, Status>,
     view: View,
-    told: Status,
+    written: Status,
 }
 
 impl StatusWriter {
@@ -371,9 +371,9 @@ impl StatusWriter {
             Source::Directory { .. } => SourceKind::Directory,
             Source::Kubernetes(_) => SourceKind::Kubernetes,
         };
-        let told = Status { started_ns: monotonic_ns(), source: kind as u32, ..former };
-        table.put(&0, &told)?;
-        Ok(Self { table, view, told })
+        let written = Status { started_ns: monotonic_ns(), source: kind as u32, ..former };
+        table.put(&0, &written)?;
+        Ok(Self { table, view, written })
     }
 
     /// Writes how current the view is. Call it only once a snapshot is published: before that, the tables do not have the view.
@@ -381,10 +381,10 @@ impl StatusWriter {
     /// # Errors
     /// [`StoreError`].
     pub(super) fn tell(&mut self) -> Result<(), StoreError> {
-        let status = Status { current_ns: self.view.current_ns().unwrap_or(self.told.current_ns), ..self.told };
-        if status != self.told {
+        let status = Status { current_ns: self.view.current_ns().unwrap_or(self.written.current_ns), ..self.written };
+        if status != self.written {
             self.table.put(&0, &status)?;
-            self.told = status;
+            self.written = status;
         }
         Ok(())
     }

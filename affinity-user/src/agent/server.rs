@@ -250,8 +250,8 @@ pub(super) mod tests {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let at = taken.local_addr().expect("its number");
         let router = Router::new().route("/", get(|| async { "ok\n" }));
-        let (told, hears) = std::sync::mpsc::channel();
-        tokio::spawn(serve_at(at, router, Limits::default(), move |error| told.send(error).expect("it is awaited")));
+        let (errors, hears) = std::sync::mpsc::channel();
+        tokio::spawn(serve_at(at, router, Limits::default(), move |error| errors.send(error).expect("it is awaited")));
         while hears.try_recv().map_err(|error| assert_eq!(error, std::sync::mpsc::TryRecvError::Empty)).is_err() {
             yield_now().await;
         }

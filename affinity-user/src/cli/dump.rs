@@ -49,7 +49,7 @@ impl DumpArgs {
         let options = DumpOptions { times: self.times, slots: self.slots };
         if let Some(source) = &self.source {
             let source = self.cluster.source(source, global)?;
-            let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
+            let catalog = source::catalog(&source::read(&source, self.node.facts_without_node(global)?)?)?;
             let dump = Dump::new(&catalog, options);
             return self.print(|map| Ok(dump.small(map).unwrap_or_default()));
         }

@@ -53,7 +53,7 @@ impl EventsArgs {
                 }
             }
             printer.flush()?;
-            source.tell_missed();
+            source.report_missed();
             if !self.follow {
                 return printer.finish();
             }
@@ -122,7 +122,7 @@ impl Printer {
 struct Source {
     reading: Reading,
     events: EventReader,
-    told_missed: u64,
+    reported_missed: u64,
     checked: Instant,
 }
 
@@ -130,7 +130,7 @@ impl Source {
     fn open(pin_dir: &Path) -> Result<Self, Error> {
         let reading = Reading::open(pin_dir)?;
         let events = EventReader::from_oldest(&reading.store.events)?;
-        Ok(Self { reading, events, told_missed: 0, checked: Instant::now() })
+        Ok(Self { reading, events, reported_missed: 0, checked: Instant::now() })
     }
 
     /// The next event; `None` if there is no new one. The catalog is read again for services and pods that it does not know.
@@ -142,11 +142,11 @@ impl Source {
         Ok(Some(event))
     }
 
-    fn tell_missed(&mut self) {
+    fn report_missed(&mut self) {
         let missed = self.events.missed();
-        if missed > self.told_missed {
-            eprintln!("warning: {} events were overwritten before they could be read", missed - self.told_missed);
-            self.told_missed = missed;
+        if missed > self.reported_missed {
+            eprintln!("warning: {} events were overwritten before they could be read", missed - self.reported_missed);
+            self.reported_missed = missed;
         }
     }
 

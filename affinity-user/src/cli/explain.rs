@@ -159,7 +159,7 @@ impl ExplainArgs {
         let dataplane = match &self.source {
             Some(source) => {
                 let source = self.cluster.source(source, global)?;
-                let catalog = source::catalog(&source::read(&source, self.node.told(global)?)?)?;
+                let catalog = source::catalog(&source::read(&source, self.node.facts_without_node(global)?)?)?;
                 let node = KnownNamespace { name: Some(NODE.to_owned()), addresses: Vec::new() };
                 Dataplane::Source(Box::new(catalog.with_namespaces(BTreeMap::from([(NODE_OF_SOURCE, node)]))))
             }

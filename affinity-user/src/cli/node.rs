@@ -15,19 +15,19 @@ use crate::{
 /// Facts of the node that decide about frontends and masquerading.
 #[derive(Args, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct NodeArgs {
-    /// Node ports and health checks are served at the node's addresses in these networks. Without it, node ports at all
-    /// addresses of the node except link-local ones
+    /// Serve node ports and health checks at the node's addresses in these networks [default: node ports at all addresses
+    /// except link-local ones, health checks at all addresses]
     #[arg(long = "nodeport-addresses", value_name = "CIDR", value_delimiter = ',', value_parser = parse_network)]
     node_port_networks: Vec<IpNet>,
-    /// A network of pods; once for each. Clients outside of these networks are external. Without it, the podCIDRs of the
-    /// node's Node object
+    /// A network of pods; repeat the option for each. Clients outside of these networks are external [default: the podCIDRs
+    /// of the node's Node object]
     #[arg(long = "pod-cidr", value_name = "CIDR", value_parser = parse_network)]
     pod_networks: Vec<IpNet>,
-    /// The source address of masqueraded connections, once for each family. Without it, the InternalIP of the node's Node
-    /// object; else the first global address of a device with a default route; else the first global address
+    /// Source address of masqueraded connections; one for each IP family [default: the InternalIP of the node's Node
+    /// object; else the first global address of a device with a default route; else the first global address]
     #[arg(long = "node-address", value_name = "IP")]
     addresses: Vec<IpAddr>,
-    /// The source ports of masqueraded connections; the node's own processes should use others [default: 1024-29999]
+    /// Source ports of masqueraded connections; the node's own processes should use others [default: 1024-29999]
     #[arg(long, value_name = "FIRST-LAST", value_parser = parse_ports)]
     masquerade_ports: Option<RangeInclusive<u16>>,
 }
@@ -61,7 +61,7 @@ impl NodeArgs {
     }
 
     /// The same if the node cannot be examined: it has the given addresses.
-    pub(crate) fn told(&self, global: &Global) -> Result<NodeFacts, Error> {
+    pub(crate) fn facts_without_node(&self, global: &Global) -> Result<NodeFacts, Error> {
         Ok(NodeFacts { addresses: self.addresses.clone(), ..self.facts(global)? })
     }
 }

@@ -113,7 +113,7 @@ impl PinArgs {
         if members.iter().all(|(_, member)| member.is_err()) {
             return members.into_iter().find_map(|(_, member)| member.err()).map_or(Ok(()), Err);
         }
-        let mut told = BTreeSet::new();
+        let mut lines = BTreeSet::new();
         for (key, backend) in members.into_iter().filter_map(|(key, member)| Some((key, member.ok()?))) {
             if key.client.address().is_ipv4() {
                 self.put::<V4>(&reading, id, policy, key.client, backend)?;
@@ -122,9 +122,9 @@ impl PinArgs {
             }
             let client = reading.catalog.client(key.client.address(), id);
             let pod = reading.catalog.backend_now(backend);
-            told.insert(format!("pinned {client} to {pod} for {}", self.service));
+            lines.insert(format!("pinned {client} to {pod} for {}", self.service));
         }
-        for line in told {
+        for line in lines {
             writeln!(io::stdout(), "{line}")?;
         }
         Ok(())

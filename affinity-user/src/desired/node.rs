@@ -88,12 +88,12 @@ impl Masquerade {
 
 impl Node {
     /// Combines the facts with what the API says.
-    pub(super) fn new(facts: &NodeFacts, told: Option<&api::Node>) -> Self {
-        let labels = told.and_then(|node| node.metadata.labels.as_ref());
-        let internal = internal_addresses(told);
+    pub(super) fn new(facts: &NodeFacts, api_node: Option<&api::Node>) -> Self {
+        let labels = api_node.and_then(|node| node.metadata.labels.as_ref());
+        let internal = internal_addresses(api_node);
         let own = if facts.addresses.is_empty() { &internal } else { &facts.addresses };
         let pod_networks = match &facts.pod_networks[..] {
-            [] => told_networks(told),
+            [] => pod_cidrs(api_node),
             given => given.iter().copied().collect(),
         };
         let node_port_addresses = node_port_addresses(own, &facts.node_port_networks);
@@ -152,14 +152,14 @@ pub(crate) fn is_global(ip: IpAddr) -> bool {
     !(is_link_local || ip.is_loopback() || ip.is_unspecified() || ip.is_multicast())
 }
 
-fn internal_addresses(told: Option<&api::Node>) -> Vec<IpAddr> {
-    let addresses = told.and_then(|node| node.status.as_ref()?.addresses.as_ref());
+fn internal_addresses(api_node: Option<&api::Node>) -> Vec<IpAddr> {
+    let addresses = api_node.and_then(|node| node.status.as_ref()?.addresses.as_ref());
     let internal = addresses.into_iter().flatten().filter(|address| address.type_ == "InternalIP");
     internal.filter_map(|address| parse_address(&address.address)).collect()
 }
 
-fn told_networks(told: Option<&api::Node>) -> BTreeSet<IpNet> {
-    let Some(spec) = told.and_then(|node| node.spec.as_ref()) else { return BTreeSet::new() };
+fn pod_cidrs(api_node: Option<&api::Node>) -> BTreeSet<IpNet> {
+    let Some(spec) = api_node.and_then(|node| node.spec.as_ref()) else { return BTreeSet::new() };
     let listed = spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr);
     listed.filter_map(|network| parse_network(network).ok()).collect()
 }
@@ -168,7 +168,7 @@ fn told_networks(told: Option<&api::Node>) -> BTreeSet<IpNet> {
 mod tests {
     use super::*;
 
-    fn told() -> api::Node {
+    fn api_node() -> api::Node {
         serde_json::from_str(
             r#"{"metadata": {"name": "a", "labels": {"topology.kubernetes.io/zone": "z"}},
                 "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd01:1::/64"]},
@@ -206,9 +206,9 @@ mod tests {
         let seen = ips(&["192.0.2.1", "fe80::1", "2001:db8::1", "127.0.0.1", "169.254.0.1", "10.0.0.1"]);
         let seen = NodeFacts { addresses: seen, ..NodeFacts::default() };
         insta::assert_snapshot!(text(&Node::new(&NodeFacts::default(), None)), @"zone -; node ports at 127.0.0.1 ::1; pods ; masquerade - - 1024..=29999");
-        insta::assert_snapshot!(text(&Node::new(&NodeFacts::default(), Some(&told()))), @"zone z; node ports at 127.0.0.1 192.0.2.9 ::1 fd00::9; pods 10.244.1.0/24 fd01:1::/64; masquerade 192.0.2.9 fd00::9 1024..=29999");
+        insta::assert_snapshot!(text(&Node::new(&NodeFacts::default(), Some(&api_node()))), @"zone z; node ports at 127.0.0.1 192.0.2.9 ::1 fd00::9; pods 10.244.1.0/24 fd01:1::/64; masquerade 192.0.2.9 fd00::9 1024..=29999");
         insta::assert_snapshot!(text(&Node::new(&seen, None)), @"zone -; node ports at 10.0.0.1 127.0.0.1 192.0.2.1 ::1 2001:db8::1; pods ; masquerade 192.0.2.1 2001:db8::1 1024..=29999");
-        insta::assert_snapshot!(text(&Node::new(&seen, Some(&told()))), @"zone z; node ports at 10.0.0.1 127.0.0.1 192.0.2.1 ::1 2001:db8::1; pods 10.244.1.0/24 fd01:1::/64; masquerade 192.0.2.9 fd00::9 1024..=29999");
+        insta::assert_snapshot!(text(&Node::new(&seen, Some(&api_node()))), @"zone z; node ports at 10.0.0.1 127.0.0.1 192.0.2.1 ::1 2001:db8::1; pods 10.244.1.0/24 fd01:1::/64; masquerade 192.0.2.9 fd00::9 1024..=29999");
         let given = NodeFacts {
             node_port_networks: networks(&["192.0.2.0/24", "::1/128", "fe80::/10"]),
             pod_networks: networks(&["10.244.0.0/16"]),
@@ -216,6 +216,6 @@ mod tests {
             masquerade_ports: 2000..=3000,
             ..seen
         };
-        insta::assert_snapshot!(text(&Node::new(&given, Some(&told()))), @"zone z; node ports at 192.0.2.1 ::1 fe80::1; pods 10.244.0.0/16; masquerade 10.0.0.1 fd00::9 2000..=3000");
+        insta::assert_snapshot!(text(&Node::new(&given, Some(&api_node()))), @"zone z; node ports at 192.0.2.1 ::1 fe80::1; pods 10.244.0.0/16; masquerade 10.0.0.1 fd00::9 2000..=3000");
     }
 }

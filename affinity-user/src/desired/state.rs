@@ -78,7 +78,7 @@ pub struct DesiredState {
     options: Options,
     node: Node,
     /// The Node object of the last snapshot.
-    told: Option<Arc<ApiNode>>,
+    api_node: Option<Arc<ApiNode>>,
     slices: BTreeMap<ObjectName, KnownSlice>,
     services: BTreeMap<ObjectName, KnownService>,
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
@@ -106,7 +106,7 @@ impl DesiredState {
 
     fn on(node: Node, options: Options) -> Self {
         let desired = Desired {
-            beside: options.services != Services::All,
+            coexists: options.services != Services::All,
             shadow: options.shadow,
             pod_networks: node.pod_networks.clone(),
             node_addresses: node.addresses.clone(),
@@ -117,7 +117,7 @@ impl DesiredState {
         Self {
             options,
             node,
-            told: None,
+            api_node: None,
             slices: BTreeMap::new(),
             services: BTreeMap::new(),
             slices_of: BTreeMap::new(),
@@ -153,7 +153,7 @@ impl DesiredState {
     /// everything was decided again.
     pub fn learn(&mut self, node: NodeFacts) -> bool {
         self.options.node = node;
-        let is_news = Node::new(&self.options.node, self.told.as_deref()) != self.node;
+        let is_news = Node::new(&self.options.node, self.api_node.as_deref()) != self.node;
         if is_news {
             self.update(&self.snapshot());
         }
@@ -167,7 +167,7 @@ impl DesiredState {
         Snapshot {
             services: Arc::new(services.collect()),
             slices: Arc::new(slices.collect()),
-            node: self.told.clone().map(|object| Sourced { origin: None, object }),
+            node: self.api_node.clone().map(|object| Sourced { origin: None, object }),
             problems: Vec::new(),
             partial: self.desired.known.is_some(),
             unreadable: None,
@@ -177,12 +177,12 @@ impl DesiredState {
     /// Decides for a snapshot. Returns what has changed, or `None` if everything has to be planned for: after the first
     /// snapshot, if only a part of the source was read, or if the node has changed.
     pub fn update(&mut self, snapshot: &Snapshot) -> Option<Change> {
-        let told = snapshot.node.as_ref().map(|node| Arc::clone(&node.object));
-        let node = Node::new(&self.options.node, told.as_deref());
+        let api_node = snapshot.node.as_ref().map(|node| Arc::clone(&node.object));
+        let node = Node::new(&self.options.node, api_node.as_deref());
         if node != self.node {
             *self = Self::on(node, self.options.clone());
         }
-        self.told = told;
+        self.api_node = api_node;
         let is_first = self.services.is_empty();
         let was_partial = self.desired.known.is_some();
         let mut touched = Touched::default();
@@ -431,8 +431,8 @@ impl DesiredState {
     /// The part of the desired state that was touched.
     fn change(&self, touched: Touched) -> Change {
         let Touched { services, scopes, backends } = touched;
-        let Desired { beside, shadow, .. } = self.desired;
-        let mut desired = Desired { beside, shadow, ..Desired::default() };
+        let Desired { coexists, shadow, .. } = self.desired;
+        let mut desired = Desired { coexists, shadow, ..Desired::default() };
         for name in &services {
             let spec = self.services.get(name).and_then(|known| known.spec.as_ref());
             for Claim { address, .. } in spec.into_iter().flat_map(|spec| claims(spec, &self.node)) {

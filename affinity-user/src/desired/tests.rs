@@ -397,9 +397,10 @@ fn services_are_ours_or_anothers() {
         let ours: BTreeSet<_> =
             desired.frontends.values().map(|frontend| &*frontend.internal.pool.service.name).collect();
         let others: Vec<_> = desired.others.iter().map(|backend| backend.address.to_string()).collect();
-        (ours.into_iter().collect::<Vec<_>>().join(" "), others.join(" "), desired.beside, problems.len())
+        (ours.into_iter().collect::<Vec<_>>().join(" "), others.join(" "), desired.coexists, problems.len())
     };
-    let expect = |ours: &str, others: &str, beside, problems| (ours.to_owned(), others.to_owned(), beside, problems);
+    let expect =
+        |ours: &str, others: &str, coexists, problems| (ours.to_owned(), others.to_owned(), coexists, problems);
     let name = DEFAULT_PROXY_NAME;
     assert_eq!(ask(Services::Affinity, name), expect("a-pinned c-ours", "10.1.0.2 10.1.0.4", true, 0));
     assert_eq!(ask(Services::Labelled, name), expect("c-ours", "10.1.0.1 10.1.0.2 10.1.0.4", true, 0));

@@ -256,7 +256,7 @@ fn metrics_of_the_agent_need_no_dataplane() {
 }
 
 #[test]
-fn who_came_first_stays_and_the_rest_is_summed() {
+fn the_first_series_stay_and_the_rest_is_summed() {
     let mut admitted = Admitted::new(2);
     admitted.update(["b", "c", "d"]);
     let sums = admitted.sum([("b", [1, 10]), ("c", [2, 20]), ("d", [4, 40]), ("e", [8, 80])]);

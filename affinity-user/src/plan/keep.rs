@@ -73,12 +73,12 @@ impl Keeper<'_> {
         }
         if !self.known.with_slices.contains(&name.service) {
             self.members(&name, frontend.pool);
-            self.silence(ip, key, &name, frontend);
+            self.copy_drop_rule(ip, key, &name, frontend);
         }
     }
 
     /// Copies whether packets are dropped, because that is decided from endpoints.
-    fn silence<A: Address>(&mut self, ip: IpAddr, key: &FrontendKey<A>, name: &PoolName, record: &Frontend) {
+    fn copy_drop_rule<A: Address>(&mut self, ip: IpAddr, key: &FrontendKey<A>, name: &PoolName, record: &Frontend) {
         let address = FrontendAddress { ip, port: key.port.get(), protocol: name.protocol };
         let Some(frontend) = self.desired.frontends.get_mut(&address) else { return };
         let route = if key.scope == SCOPE_EXTERNAL { frontend.external.as_mut() } else { Some(&mut frontend.internal) };

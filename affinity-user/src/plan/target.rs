@@ -94,7 +94,7 @@ impl<'a> Numbering<'a> {
     /// The flags that all frontends of this node have.
     fn node_flags(&self) -> u8 {
         let flag = |is_set, flag| if is_set { flag } else { 0 };
-        flag(self.desired.beside, COEXIST) | flag(self.desired.shadow, SHADOW)
+        flag(self.desired.coexists, COEXIST) | flag(self.desired.shadow, SHADOW)
     }
 
     fn id(&mut self, kind: NameKind, name: &str) -> u32 {

@@ -96,7 +96,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
     let view = View::default();
     let (queue, notices) = mpsc::channel(events::QUEUE);
     let nodes = NodeAddresses::default();
-    let (cluster, written, told) = (Cluster::new(options.node_name.clone()), view.clone(), nodes.clone());
+    let (cluster, written, node_addresses) = (Cluster::new(options.node_name.clone()), view.clone(), nodes.clone());
     let (started, outcome) = oneshot::channel();
     threads::spawn("source", move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -108,7 +108,7 @@ pub async fn watch(options: &Options) -> Result<Feed, Error> {
             match client_of(config) {
                 Ok(client) => {
                     drop(started.send(Ok(())));
-                    run(&client, &cluster, &sender, (&written, &told), notices).await;
+                    run(&client, &cluster, &sender, (&written, &node_addresses), notices).await;
                 }
                 Err(error) => drop(started.send(Err(error))),
             }

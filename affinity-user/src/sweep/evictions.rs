@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(evictions.update(1, &quiet(600, 0, 200)), 0);
         assert_eq!(evictions.update(1, &quiet(700, 50, 250)), 0);
         assert_eq!(evictions.update(1, &quiet(1000, 50, 256)), 294);
-        assert_eq!(evictions.update(1, &quiet(1000, 50, 256)), 0, "each is told once");
+        assert_eq!(evictions.update(1, &quiet(1000, 50, 256)), 0, "each is reported once");
         assert_eq!(evictions.update(1, &quiet(1010, 60, 256)), 0);
         assert_eq!(evictions.update(1, &quiet(5, 0, 5)), 0, "the counters began again");
         assert_eq!(evictions.update(1, &quiet(15, 0, 5)), 10);
@@ -109,7 +109,7 @@ mod tests {
         #[test]
         fn evictions_are_never_overreported(steps in vec(prop_oneof![Just(Step::Create), Just(Step::Remove), Just(Step::Evict),
                 Just(Step::Begin), Just(Step::End)], 0..200), seen in any::<u64>()) {
-            let (mut counts, mut live, mut evicted, mut told) = (Counts::default(), 0u64, 0u64, 0);
+            let (mut counts, mut live, mut evicted, mut reported) = (Counts::default(), 0u64, 0u64, 0);
             let mut evictions = Evictions::default();
             let mut pass: Option<(Counts, u64, u64)> = None;
             for (at, step) in steps.into_iter().enumerate() {
@@ -124,12 +124,12 @@ mod tests {
                         let least = live.saturating_sub(created_meanwhile);
                         let most = most + created_meanwhile;
                         let met = least + (seen >> (at % 64)) % (most - least + 1);
-                        told += evictions.update(1, &Found { before, after: counts, live: met });
+                        reported += evictions.update(1, &Found { before, after: counts, live: met });
                     },
                     Step::Remove | Step::Evict => {}
                 }
             }
-            prop_assert!(told <= evicted, "{told} of {evicted}");
+            prop_assert!(reported <= evicted, "{reported} of {evicted}");
         }
     }
 }

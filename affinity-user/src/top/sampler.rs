@@ -161,9 +161,9 @@ impl Sampler {
             }
             Target::Service { id, service, .. } => {
                 let unpin = Unpin::new(store, catalog, *id, service.clone());
-                let told = unpin.told();
+                let progress = unpin.progress();
                 self.unpin = Some(unpin);
-                Ok(told)
+                Ok(progress)
             }
         }
     }
@@ -175,13 +175,13 @@ impl Sampler {
     pub fn go_on_unpinning(&mut self) -> Result<Option<String>, TopError> {
         let Some(mut unpin) = self.unpin.take() else { return Ok(None) };
         let more = unpin.step(&self.dataplane.store)?;
-        let told = unpin.told();
+        let progress = unpin.progress();
         if more {
             self.unpin = Some(unpin);
         } else {
             self.scan_due = Instant::now();
         }
-        Ok(Some(told))
+        Ok(Some(progress))
     }
 
     /// Whether there is a slice to process soon.

@@ -89,7 +89,7 @@ impl Unpin {
     }
 
     /// The message about the progress.
-    pub(super) fn told(&self) -> String {
+    pub(super) fn progress(&self) -> String {
         let count = self.unpinned.len();
         let clients = if count == 1 { "client" } else { "clients" };
         format!("unpinned {count} {clients} of {}", self.service)

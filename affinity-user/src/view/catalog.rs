@@ -115,7 +115,9 @@ impl Catalog {
         }
         let status = store.status.get(&0)?.unwrap_or_default();
         let service_conditions = store.service_conditions.iter().collect::<Result<_, _>>()?;
-        Ok(Self::new(observed, store.usage_sums()?, Clock::now()).with_status(&status).with_remarks(service_conditions))
+        Ok(Self::new(observed, store.usage_sums()?, Clock::now())
+            .with_status(&status)
+            .with_service_conditions(service_conditions))
     }
 
     /// From one reading of the maps; `usage` is summed over CPUs.
@@ -163,7 +165,7 @@ impl Catalog {
 
     /// Adds the conditions of services that the agent has found.
     #[must_use]
-    pub fn with_remarks(self, service_conditions: BTreeMap<u32, u32>) -> Self {
+    pub fn with_service_conditions(self, service_conditions: BTreeMap<u32, u32>) -> Self {
         Self { service_conditions, ..self }
     }
 

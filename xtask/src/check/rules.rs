@@ -20,10 +20,10 @@ const OBJECT_MAGIC: [&[u8]; 4] = [b"\x7fELF", b"!<arch>\n", b"BC\xc0\xde", b"\0a
 pub(super) fn check(files: &[File]) -> Result<()> {
     let breaches: Vec<_> = files.iter().flat_map(|file| breaches_in(&file.path, &file.content)).collect();
     if breaches.is_empty() {
-        println!("{} files keep the rules", files.len());
+        println!("{} files follow the rules", files.len());
         return Ok(());
     }
-    bail!("{} breaches of the rules:\n{}", breaches.len(), breaches.join("\n"));
+    bail!("{} violations of the rules:\n{}", breaches.len(), breaches.join("\n"));
 }
 
 /// The violations in one file, as `path:line: what is wrong`.

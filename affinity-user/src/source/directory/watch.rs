@@ -53,9 +53,9 @@ pub fn watch(path: &Path, node_name: &str) -> io::Result<Feed> {
     let (sender, snapshots) = mpsc::channel(1);
     let view = View::default();
     let nodes = NodeAddresses::default();
-    let (path, written, told) = (path.to_owned(), view.clone(), nodes.clone());
+    let (path, written, node_addresses) = (path.to_owned(), view.clone(), nodes.clone());
     let reader = Reader::new(&path, node_name);
-    threads::spawn("source", move || run(&path, reader, &sender, &written, &told))?;
+    threads::spawn("source", move || run(&path, reader, &sender, &written, &node_addresses))?;
     Ok(Feed { snapshots, view, nodes, notices: None })
 }
 

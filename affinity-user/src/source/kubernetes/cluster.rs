@@ -71,20 +71,20 @@ impl Cluster {
 
     /// Keeps everything in sync with the API, and updates the view; never returns.
     pub(super) async fn reflect(&self, client: &Client, view: &View) {
-        let told = |differs: bool| self.told(differs, view);
+        let on_event = |differs: bool| self.on_event(differs, view);
         let without_node = |message: String| self.refuse_node(message, view);
-        let services = reflector(client, &self.services, &told);
-        let slices = reflector(client, &self.slices, &told);
+        let services = reflector(client, &self.services, &on_event);
+        let slices = reflector(client, &self.slices, &on_event);
         let node = Reflector {
             fields: self.this_node(),
             do_without: Some(&without_node),
-            ..reflector(client, &self.nodes, &told)
+            ..reflector(client, &self.nodes, &on_event)
         };
         let seed = hash32(&self.node_name);
         tokio::join!(services.run(seed), slices.run(seed), node.run(seed));
     }
 
-    fn told(&self, differs: bool, view: &View) {
+    fn on_event(&self, differs: bool, view: &View) {
         if let Some(current_ns) = self.current_ns() {
             view.is_current_at(current_ns);
         }
@@ -97,7 +97,7 @@ impl Cluster {
     fn refuse_node(&self, message: String, view: &View) {
         if self.nodes.borrow().current_ns().is_none() && self.node_refused.borrow().is_none() {
             *self.node_refused.borrow_mut() = Some(message);
-            self.told(true, view);
+            self.on_event(true, view);
         }
     }
 
@@ -179,9 +179,9 @@ impl Cluster {
 fn reflector<'a, K: Watched>(
     client: &Client,
     cache: &'a RefCell<ObjectCache<K>>,
-    told: &'a dyn Fn(bool),
+    on_event: &'a dyn Fn(bool),
 ) -> Reflector<'a, K> {
-    Reflector { client: client.clone(), fields: String::new(), cache, told, do_without: None }
+    Reflector { client: client.clone(), fields: String::new(), cache, on_event, do_without: None }
 }
 
 /// All objects of a kind; or the error, and whether the API does not permit reading them.

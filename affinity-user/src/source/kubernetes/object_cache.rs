@@ -261,26 +261,26 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_told_and_stays_as_it_was() {
+    fn an_unreadable_object_is_reported_and_stays_as_it_was() {
         let bad = |name: &str, version: u64| {
             let json = format!(
                 r#"{{"metadata": {{"name": "{name}", "namespace": "a", "resourceVersion": "{version}"}}, "spec": 1}}"#
             );
             decode::object::<Service>(serde_json::from_str(&json).expect("an object")).1
         };
-        let told = |cache: &ObjectCache<Service>| -> Vec<_> {
+        let problems = |cache: &ObjectCache<Service>| -> Vec<_> {
             cache.problems().filter_map(|problem| Some(problem.object?.name.name.to_string())).collect()
         };
         let mut cache = cache(vec![service("x", 3, "1"), service("y", 5, "1")], "10");
         assert!(!cache.put(bad("x", 9), 2), "older than the list");
         assert!(cache.put(bad("x", 11), 2) && cache.put(bad("z", 12), 2));
-        assert_eq!((shown(&cache), told(&cache)), ("x=1 y=1".to_owned(), ["x", "z"].map(str::to_owned).to_vec()));
+        assert_eq!((shown(&cache), problems(&cache)), ("x=1 y=1".to_owned(), ["x", "z"].map(str::to_owned).to_vec()));
         let list = vec![bad("x", 11), Ok(service("y", 5, "1")), bad("z", 12)];
         assert!(!cache.replace(list, Some("20"), 3), "as it was");
         assert!(cache.put(Ok(service("x", 21, "1")), 4), "it can be read again");
         assert!(cache.remove(bad("z", 22), 4), "its last state counts for nothing");
         assert!(!cache.put(bad("z", 21), 4), "deleted since");
-        assert_eq!((shown(&cache), told(&cache)), ("x=1 y=1".to_owned(), vec![]));
+        assert_eq!((shown(&cache), problems(&cache)), ("x=1 y=1".to_owned(), vec![]));
         assert!(cache.remove(bad("y", 23), 4));
         assert_eq!(shown(&cache), "x=1");
     }

@@ -43,7 +43,7 @@ pub(super) struct Reflector<'a, K> {
     pub(super) fields: String,
     pub(super) cache: &'a RefCell<ObjectCache<K>>,
     /// Called after each event with whether anything differs.
-    pub(super) told: &'a dyn Fn(bool),
+    pub(super) on_event: &'a dyn Fn(bool),
     /// Called with the reason if the API does not permit reading this kind. `None`: the kind is required.
     pub(super) do_without: Option<&'a dyn Fn(String)>,
 }
@@ -123,7 +123,7 @@ impl<K: Watched> Reflector<'_, K> {
         let begun_ns = monotonic_ns();
         let (items, version) = list(&self.client, &self.fields).await?;
         let differs = self.cache.borrow_mut().replace(items, Some(&version), begun_ns);
-        (self.told)(differs);
+        (self.on_event)(differs);
         Ok(version)
     }
 
@@ -185,7 +185,7 @@ impl<K: Watched> Reflector<'_, K> {
             WatchEvent::Error(status) => return Err(failed(Error::Api(status))),
         };
         drop(cache);
-        (self.told)(differs);
+        (self.on_event)(differs);
         Ok(version)
     }
 }
