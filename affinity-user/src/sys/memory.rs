@@ -16,7 +16,7 @@ impl Map {
     /// Maps the values of an array created with `BPF_F_MMAPABLE` into memory, to read and write.
     ///
     /// # Errors
-    /// [`SysError`] if the map is not of that kind.
+    /// [`SysError`](super::SysError) if the map is not of that kind.
     pub fn words(&self) -> Result<Words> {
         let stride = (self.info().value_size as usize).next_multiple_of(8);
         let len = stride * self.info().max_entries as usize;
@@ -30,7 +30,7 @@ impl Map {
     /// Maps a ring buffer into memory, to read it.
     ///
     /// # Errors
-    /// [`SysError`] if the map is no ring buffer.
+    /// [`SysError`](super::SysError) if the map is no ring buffer.
     pub fn ring(&self) -> Result<Ring> {
         if self.info().kind != BPF_MAP_TYPE_RINGBUF as u32 {
             return Err(self.error("mmap", io::Error::other("not a ring buffer")));
@@ -46,7 +46,7 @@ impl Map {
     /// Maps the page with the consumer's position of a ring buffer into memory.
     ///
     /// # Errors
-    /// [`SysError`] if the map is no ring buffer.
+    /// [`SysError`](super::SysError) if the map is no ring buffer.
     pub fn ring_consumer(&self) -> Result<RingConsumer> {
         if self.info().kind != BPF_MAP_TYPE_RINGBUF as u32 {
             return Err(self.error("mmap", io::Error::other("not a ring buffer")));

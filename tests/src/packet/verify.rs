@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(verify_checksums(&frame.build()).unwrap(), Verified::Network);
         let frame = Frame::udp(source, destination).ipv4_fragment(185, true);
         assert_eq!(verify_checksums(&frame.build()).unwrap(), Verified::Network);
-        let arp = [[0xff; 12].as_slice(), &[0x08, 0x06, 0, 1]].concat();
+        let arp = [[0xff; 12].as_slice(), &[0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1], &[0; 20]].concat();
         assert_eq!(verify_checksums(&arp).unwrap(), Verified::Nothing);
     }
 }
