@@ -10,6 +10,7 @@ use anyhow::Result;
 
 use crate::{
     run::{cargo, run as run_command, target_dir},
+    setup,
     steps::Steps,
 };
 
@@ -25,6 +26,12 @@ pub(crate) fn run(steps: &mut Steps) -> Result<()> {
     let files = files::read()?;
     steps.step("source rules", || rules::check(&files))?;
     steps.step("tests that are named", || named::check(&files))?;
+    steps.step("dependencies", || {
+        setup::install_cargo_deny()?;
+        let deny =
+            ["deny", "--workspace", "--locked", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"];
+        run_command(&mut cargo(deny))
+    })?;
     steps.step("lints", || {
         run_command(
             cargo(["clippy", "--workspace", "--exclude", "affinity-ebpf", "--all-targets"])

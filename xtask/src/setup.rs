@@ -1,8 +1,8 @@
 //! `cargo xtask setup`: everything that building and testing need in addition to cargo.
 //!
 //! Only the presence of a tool matters, not its origin: commands are looked up on PATH, and libraries by one of their files.
-//! Only missing tools are installed: system packages by apt-get, as root; parts of the toolchain by rustup; bpf-linker by
-//! cargo. If packages may not be installed, nothing is installed: the commands to run are printed instead.
+//! Only missing tools are installed: system packages by apt-get, as root; parts of the toolchain by rustup; bpf-linker and
+//! cargo-deny by cargo. If packages may not be installed, nothing is installed: the commands to run are printed instead.
 
 use std::{
     env, fmt, fs,
@@ -12,9 +12,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::run::{command, is_root, output, run as run_command, target_dir};
+use crate::run::{cargo, command, is_root, output, run as run_command, target_dir};
 
 const BPF_LINKER_VERSION: &str = "0.13.0";
+
+const CARGO_DENY_VERSION: &str = "0.20.2";
 
 /// The LLVM of the pinned rustc. bpf-linker reads its bitcode.
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
@@ -281,6 +283,18 @@ fn linker_arguments() -> [&'static str; 9] {
 fn linker_version() -> Option<String> {
     let version = output(command("bpf-linker").arg("--version")).ok()?;
     version.trim_end().strip_prefix("bpf-linker ").map(str::to_owned)
+}
+
+/// Installs cargo-deny, which only checks need.
+pub(crate) fn install_cargo_deny() -> Result<()> {
+    let version = output(&mut cargo(["deny", "--version"])).unwrap_or_default();
+    if version.trim_end().strip_prefix("cargo-deny ") == Some(CARGO_DENY_VERSION) {
+        return Ok(());
+    }
+    println!("setup: building cargo-deny {CARGO_DENY_VERSION} (about a minute)");
+    // Not optimised: optimising its last crate alone takes as long as all the rest.
+    let install = ["install", "--locked", "--force", "--debug", "--config", "profile.dev.debug=false"];
+    run_command(cargo(install).args(["cargo-deny", "--version", CARGO_DENY_VERSION]))
 }
 
 /// The directory with `promtool`, which checks metrics; none if it is not there and cannot be downloaded. Debian's package is
