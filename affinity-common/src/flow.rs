@@ -3,8 +3,8 @@
 use crate::{
     abi::{
         Address, BACKEND_LOCAL, BackendRef, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW,
-        Flow, FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member, MemberKey, Reason, SHADOW,
-        SessionKey, Timer,
+        Flow, FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, Member, MemberKey, Reason, SHADOW, SessionKey,
+        Timer,
     },
     frontend,
     global::GlobalFunctions,
@@ -64,7 +64,7 @@ pub fn admit<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
 fn may_go_on<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, flow: &T::Entry<Flow<A>>) -> bool {
     let key = MemberKey { pool: flow.read(Flow::POOL), backend: flow.read(Flow::BACKEND) };
     let (generation, port) = (flow.read(Flow::GENERATION), flow.read(Flow::NEW_DPORT));
-    let is_served = tables.is_member(&key, &Member { generation, port, state: MEMBER_READY, pad: 0 });
+    let is_served = tables.is_member(&key, &Member::ready(generation, port));
     is_served && (flow.read(Flow::SCOPE) == 0 || follows_pin(tables, headers, flow))
 }
 

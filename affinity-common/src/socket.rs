@@ -21,8 +21,8 @@ use bytemuck::Zeroable;
 
 use crate::{
     abi::{
-        Address, BackendRef, Direction, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port, RANGES, Reason,
-        SHADOW, SessionKey, Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
+        Address, BackendRef, Direction, Frontend, FrontendKey, Member, MemberKey, Port, RANGES, Reason, SHADOW,
+        SessionKey, Socket, SocketKey, SocketRole, Timer, V4, V6, filter_bit, netns_client,
     },
     flow::REFRESH_NS,
     frontend,
@@ -218,7 +218,7 @@ fn frontend_of_connection<T: SocketTables>(tables: &T, caller: &Caller, peer: &P
 fn is_ready<T: SocketTables>(tables: &T, entry: &T::Entry<Socket>) -> bool {
     let BackendRef { index, generation } = backend_of(entry);
     let key = MemberKey { pool: entry.read(Socket::POOL), backend: index };
-    let ready = Member { generation, port: entry.read(Socket::PEER_PORT), state: MEMBER_READY, pad: 0 };
+    let ready = Member::ready(generation, entry.read(Socket::PEER_PORT));
     tables.is_member(&key, &ready) && (entry.read(Socket::SCOPE) == 0 || follows_pin(tables, entry))
 }
 

@@ -19,7 +19,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{MEMBER_READY, Member, MemberKey, Socket, SocketKey, SocketRole},
+    abi::{Member, MemberKey, Socket, SocketKey, SocketRole},
     headers::TCP,
 };
 use netlink_packet_sock_diag::{
@@ -135,7 +135,7 @@ fn is_kept(store: &KernelStore, key: &SocketKey, socket: &Socket) -> Result<bool
     if !store.follows_pool(key.protocol, frontend, frontend_port)? {
         return Ok(store.is_alive(backend));
     }
-    let ready = Member { generation: backend.generation, port: socket.peer_port, state: MEMBER_READY, pad: 0 };
+    let ready = Member::ready(backend.generation, socket.peer_port);
     Ok(store.members.get(&MemberKey { pool, backend: backend.index })? == Some(ready))
 }
 

@@ -20,8 +20,8 @@ use std::{
 use affinity_common::{
     abi::{
         BACKEND_LINGERING, Backend, BackendRef, Direction, Edit, Event, EventKind, FILTER_BITS, FLOW_ANSWERED,
-        FLOW_OPEN, FLOW_RESET, Flow, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, NameKey,
-        NameKind, Port, Reason, Session, SessionKey, Timer, UsageKey, UsageOf, V4, V6, filter_bit,
+        FLOW_OPEN, FLOW_RESET, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, NameKey, NameKind, Port,
+        Reason, Session, SessionKey, Timer, UsageKey, UsageOf, V4, V6, filter_bit,
     },
     names,
 };
@@ -199,7 +199,7 @@ fn frontend() -> Frontend {
 fn publish() -> Vec<Op> {
     let key = FrontendKey::new(SERVICE, HTTP, TCP);
     let address = affinity_common::abi::Address::to_mapped(POD);
-    let member = Member { generation: 1, port: SERVED, state: MEMBER_READY, pad: 0 };
+    let member = Member::ready(1, SERVED);
     vec![
         Op::PutName(NameKey { kind: NameKind::Service as u32, id: 1 }, "default/web".to_owned()),
         Op::PutUsage(UsageKey { of: UsageOf::Service as u32, id: 1 }),
@@ -1033,7 +1033,7 @@ fn no_client_moves_while_maps_change_their_size_under_its_traffic() -> Result<()
         let address = affinity_common::abi::Address::to_mapped(V4([10, 244, 0, pod]));
         let backend = u32::from(pod);
         store.apply(&Op::PutBackend(backend, Backend { address, generation: 1, flags: 0 }))?;
-        let member = Member { generation: 1, port: SERVED, state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(1, SERVED);
         store.apply(&Op::PutMember(MemberKey { pool: 2, backend }, member))?;
     }
     store.apply(&Op::WriteSlots { first: 16, backends: pods.map(u32::from).to_vec() })?;

@@ -61,6 +61,15 @@ pub struct Member {
     pub pad: u8,
 }
 
+impl Member {
+    /// A backend that takes new connections at a port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ready(generation: u32, port: Port) -> Self {
+        Self { generation, port, state: MEMBER_READY, pad: 0 }
+    }
+}
+
 /// [`Member::state`]: takes new connections.
 pub const MEMBER_READY: u8 = 1;
 /// [`Member::state`]: keeps its open connections; takes no new ones, and pins to it are not followed.

@@ -5,8 +5,8 @@ use std::vec::Vec;
 
 use crate::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, Backend, Direction, Edit, Frontend, FrontendKey, MASQUERADE, MEMBER_READY,
-        Member, MemberKey, NODE, Node, Port, RangeKey, Reason, V4, filter_bit,
+        AFFINITY, Address, BACKEND_LOCAL, Backend, Direction, Edit, Frontend, FrontendKey, MASQUERADE, Member,
+        MemberKey, NODE, Node, Port, RangeKey, Reason, V4, filter_bit,
     },
     headers::{ACK, FIN, Headers, RST, SYN, TCP, UDP},
     model::Model,
@@ -41,7 +41,7 @@ impl Site {
         let mut model = Model::new(64);
         model.now_ns.set(1_000_000_000_000_000);
         model.backends.insert(0, Backend { address: mapped(POD.0), generation: 1, flags: BACKEND_LOCAL });
-        let member = Member { generation: 1, port: Port::new(POD.1), state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(1, Port::new(POD.1));
         model.members.insert(MemberKey { pool: 1, backend: 0 }, member);
         model.slots.insert(0, 0);
         let port_first = Port::new(SNAT_PORT);

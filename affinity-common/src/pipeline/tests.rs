@@ -8,8 +8,8 @@ use bytemuck::Pod;
 use super::*;
 use crate::{
     abi::{
-        AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Event, FlowScratch, Foreign, FragmentKey, FrontendKey,
-        MEMBER_READY, Member, MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
+        AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Event, FlowScratch, Foreign, FragmentKey, FrontendKey, Member,
+        MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     headers::{ACK, SYN, TCP},
     model::Model,
@@ -178,7 +178,7 @@ fn failing(sessions: Sessions, flows: u32) -> Failing {
     for pod in [0, 1] {
         let address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 0, pod as u8];
         model.backends.insert(pod, Backend { address, generation: 1, flags: BACKEND_LOCAL });
-        let member = Member { generation: 1, port: Port::new(8080), state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(1, Port::new(8080));
         model.members.insert(MemberKey { pool: 1, backend: pod }, member);
         model.slots.insert(pod, pod);
     }

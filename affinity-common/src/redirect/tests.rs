@@ -7,8 +7,8 @@ use bytemuck::Zeroable;
 use super::*;
 use crate::{
     abi::{
-        Backend, Direction, Edit, FLOW_ANSWERED, FLOW_OPEN, Frontend, FrontendKey, MASQUERADE, MEMBER_READY, Member,
-        MemberKey, Node, Port, filter_bit,
+        Backend, Direction, Edit, FLOW_ANSWERED, FLOW_OPEN, Frontend, FrontendKey, MASQUERADE, Member, MemberKey, Node,
+        Port, filter_bit,
     },
     headers::{ACK, FIN, Headers, SYN, TCP},
     model::Model,
@@ -104,7 +104,7 @@ fn world<A: Sited>(remote: bool) -> Model {
     model.now_ns.set(1);
     let flags = u32::from(!remote);
     model.backends.insert(0, Backend { address: A::POD.to_mapped(), generation: 1, flags });
-    let member = Member { generation: 1, port: Port::new(8080), state: MEMBER_READY, pad: 0 };
+    let member = Member::ready(1, Port::new(8080));
     model.members.insert(MemberKey { pool: 1, backend: 0 }, member);
     model.slots.insert(0, 0);
     model.node = Node { port_first: Port::new(NODE_PORT), port_count: 1, ..Node::default() };

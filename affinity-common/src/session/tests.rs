@@ -7,8 +7,8 @@ use std::{collections::BTreeSet, vec::Vec};
 use crate::{
     abi::{
         AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Direction, Event, EventKind, Frontend, FrontendKey,
-        MEMBER_DRAINING, MEMBER_READY, Member, MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey,
-        TIMEOUT_UNLIMITED, Timer, UsageKey, UsageOf, V4, filter_bit,
+        MEMBER_DRAINING, Member, MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey, TIMEOUT_UNLIMITED,
+        Timer, UsageKey, UsageOf, V4, filter_bit,
     },
     headers::{ACK, FIN, RST, SYN, TCP, UDP},
     model::Model,
@@ -94,7 +94,7 @@ impl Cluster {
 
     fn join(&mut self, pool: u32, pod: u32) {
         let generation = self.0.backends[&pod].generation;
-        let member = Member { generation, port: Port::new(POD_PORT), state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(generation, Port::new(POD_PORT));
         self.0.members.insert(MemberKey { pool, backend: pod }, member);
     }
 

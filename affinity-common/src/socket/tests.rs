@@ -59,7 +59,7 @@ impl Node {
         let address = pod_address(pool, pod);
         self.0.slots.insert(pool * PODS + pod, backend);
         self.0.backends.insert(backend, Backend { address: address.0, generation: 1, flags: 0 });
-        let member = Member { generation: 1, port: POD_PORT, state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(1, POD_PORT);
         self.0.members.insert(MemberKey { pool, backend }, member);
         for protocol in [TCP, UDP] {
             let bit = if pool == 1 {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{AFFINITY, Flow, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port, Reason, V4},
+    abi::{AFFINITY, Flow, Frontend, FrontendKey, Member, MemberKey, Port, Reason, V4},
     headers::TCP,
     pipeline::Verdict,
 };
@@ -65,7 +65,7 @@ impl Service {
 
     fn publish(&self, kernel: &Kernel) -> Result<()> {
         let key = MemberKey { pool: self.frontend.pool, backend: self.pod };
-        let member = Member { generation: GENERATION, port: Port::new(self.port), state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(GENERATION, Port::new(self.port));
         kernel.store.members.put(&key, &member)?;
         Ok(kernel.store.v4.frontends.put(&self.key(), &self.frontend)?)
     }

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Backend, Direction, Flow, FlowKey, Frontend, FrontendKey, MEMBER_READY, Member, MemberKey, Port,
-        Selection, Session, SessionKey, Timer, V4, V6, filter_bit,
+        AFFINITY, Backend, Direction, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Port, Selection,
+        Session, SessionKey, Timer, V4, V6, filter_bit,
     },
     headers::TCP,
     model::Model,
@@ -56,7 +56,7 @@ pub(crate) fn site(sizes: Sizes, change: impl Fn(&mut Frontend)) -> Result<Kerne
         };
         model.backends.insert(index, Backend { address, generation: GENERATION, flags: 0 });
         let (pool, _) = POOLS[index as usize % 2];
-        let member = Member { generation: GENERATION, port: Port::new(8080), state: MEMBER_READY, pad: 0 };
+        let member = Member::ready(GENERATION, Port::new(8080));
         model.members.insert(MemberKey { pool, backend: index }, member);
         model.slots.insert(pool % 2 * PODS + index / 2, index);
     }

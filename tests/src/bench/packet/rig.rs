@@ -2,8 +2,8 @@
 
 use affinity_common::{
     abi::{
-        AFFINITY, Address, BACKEND_LOCAL, Backend, CONFIG_MAGIC, Config, Direction, Frontend, FrontendKey,
-        MEMBER_READY, Member, MemberKey, Node, Port, Reason, V4, V6, filter_bit,
+        AFFINITY, Address, BACKEND_LOCAL, Backend, CONFIG_MAGIC, Config, Direction, Frontend, FrontendKey, Member,
+        MemberKey, Node, Port, Reason, V4, V6, filter_bit,
     },
     headers::{ACK, TCP},
     names,
@@ -312,7 +312,7 @@ fn publish_service<A: Published>(ebpf: &mut Ebpf, number: u32, service: Service)
         array::<[u64; 3]>(ebpf, names::BACKENDS)?.set(index, backend, 0)?;
         array::<u32>(ebpf, names::SLOTS)?.set(index, index, 0)?;
         let key: [u64; 1] = must_cast(MemberKey { pool: scope, backend: index });
-        let member: [u64; 1] = must_cast(Member { generation: 1, port: target, state: MEMBER_READY, pad: 0 });
+        let member: [u64; 1] = must_cast(Member::ready(1, target));
         table::<[u64; 1], [u64; 1]>(ebpf, names::MEMBERS)?.insert(key, member, 0)?;
         set_filter(ebpf, Direction::RevDnat, filter_bit(address, target, TCP))?;
     }
