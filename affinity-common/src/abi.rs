@@ -34,7 +34,7 @@ pub use event::{Event, EventKind};
 pub use fields::Field;
 pub use flow::{
     Direction, Edit, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE,
-    FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, NO_BACKEND,
+    FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, NO_BACKEND, timeout_ns, timeout_s,
 };
 pub use frontend::{
     AFFINITY, COEXIST, DROP_IF_NO_LOCAL, FILTER_BITS, FILTER_WORDS, Frontend, FrontendKey, MASQUERADE, NODE, Node,
@@ -55,6 +55,9 @@ pub const VERSION: u32 = 5;
 /// The oldest layout with records that are equal to those of this one, or can be converted. An upgrade takes over those of its
 /// maps that have the same names.
 pub const OLDEST_READABLE: u32 = 3;
+
+/// A second, in nanoseconds.
+pub const SECOND_NS: u64 = 1_000_000_000;
 
 /// An IPv4 or IPv6 address in network byte order: the type parameter of everything that exists once per family.
 pub trait Address: Copy + Eq + Ord + Debug + Pod + sealed::Sealed + 'static {

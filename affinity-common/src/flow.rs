@@ -4,7 +4,7 @@ use crate::{
     abi::{
         Address, BACKEND_LOCAL, BackendRef, FLOW_EXACT, FLOW_FOREIGN, FLOW_OPEN, FLOW_REMOTE, FLOW_RESET, FLOW_SHADOW,
         Flow, FlowKey, FlowScratch, Frontend, FrontendKey, MASQUERADE, Member, MemberKey, Reason, SHADOW, SessionKey,
-        Timer,
+        Timer, timeout_ns, timeout_s,
     },
     frontend,
     global::GlobalFunctions,
@@ -85,7 +85,7 @@ fn follows_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>,
     let follower = Follower {
         to: backend_of(flow),
         timer: Timer::from_byte(flow.read(Flow::TIMER)),
-        timeout_ns: Flow::<A>::timeout_ns(flow.read(Flow::TIMEOUT_S)),
+        timeout_ns: timeout_ns(flow.read(Flow::TIMEOUT_S)),
         created_ns: flow.read(Flow::CREATED_NS),
         last_used_ns: flow.read(Flow::LAST_USED_NS),
     };
@@ -171,7 +171,7 @@ fn renew_pin<A: Address, T: FamilyTables<A>>(tables: &T, headers: &Headers<A>, f
     if flow.read(Flow::SCOPE) == 0 || !packets_restart(timer, headers.key.protocol) {
         return;
     }
-    let timeout_ns = Flow::<A>::timeout_ns(flow.read(Flow::TIMEOUT_S));
+    let timeout_ns = timeout_ns(flow.read(Flow::TIMEOUT_S));
     session::renew(tables, &pin_key(headers, flow), flow.read(Flow::BACKEND), (timer, timeout_ns), now_ns);
 }
 
@@ -364,7 +364,7 @@ fn fill_flow<A: Address>(scratch: &mut FlowScratch<A>, headers: &Headers<A>, fro
         backend: chosen.backend,
         pool: frontend.pool,
         scope: resolved.scope,
-        timeout_s: Flow::<A>::seconds(frontend.timeout_ns),
+        timeout_s: timeout_s(frontend.timeout_ns),
         state: state::first(key.protocol, *flags) | shadow,
         timer: frontend.timer,
         prefix: frontend.prefix,

@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
-    abi::{Address, V4, V6},
+    abi::{Address, SECOND_NS, V4, V6},
     checksum,
     headers::{ACK, FIN, Headers, RST, SYN, TCP},
     packet::Packet,
@@ -50,7 +50,6 @@ impl Bucket {
 /// The [`crate::abi::Config::rejection_interval_ns`] for a number of rejections per second; zero means no limit in both.
 #[must_use]
 pub fn rejection_interval_ns(per_second: u32) -> u64 {
-    const SECOND_NS: u64 = 1_000_000_000;
     SECOND_NS.checked_div(u64::from(per_second)).unwrap_or(0)
 }
 
@@ -216,8 +215,6 @@ fn pseudo_header_sum<A: Address>(headers: &Headers<A>, protocol: u8, len: usize)
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SECOND_NS: u64 = 1_000_000_000;
 
     /// The number of rejections that a bucket grants in a row at one time, and the bucket afterwards.
     fn drain(mut bucket: Bucket, now_ns: u64, interval_ns: u64) -> (u32, Bucket) {

@@ -65,7 +65,7 @@ const PACKET_PROGRAMS: [&str; 8] = [
 ];
 
 /// The entries of the tail-call tables: table, index, program.
-const STAGES: [(&str, u32, &str); 3] = [
+const TAIL_CALLS: [(&str, u32, &str); 3] = [
     (names::XDP_TAIL_CALLS, TAIL_XDP_REDIRECT, names::XDP_REDIRECT),
     (names::TC_TAIL_CALLS, TAIL_TC_REDIRECT, names::TC_REDIRECT),
     (names::TC_TAIL_CALLS, TAIL_TC_REPLY, names::TC_REPLY),
@@ -555,7 +555,7 @@ fn switch(
             pins.unpin(&program)?;
         }
     }
-    set_stages(pins, programs)?;
+    fill_tail_calls(pins, programs)?;
     // Continue even if one attachment was not upgraded: the others use the new maps already.
     let upgraded = attach::upgrade(pins);
     for (&name, plan) in plans {
@@ -570,12 +570,12 @@ fn switch(
 }
 
 /// Fills the tail-call tables.
-fn set_stages(pins: &PinDir, programs: &Programs) -> Result<(), LoadError> {
-    for (stages, place, name) in STAGES {
-        let stages = Map::open(&pins.map(stages))?;
+fn fill_tail_calls(pins: &PinDir, programs: &Programs) -> Result<(), LoadError> {
+    for (table, index, name) in TAIL_CALLS {
+        let table = Map::open(&pins.map(table))?;
         match programs.get(name) {
-            Some(program) => stages.update(&place.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any)?,
-            None => stages.delete(&place.to_ne_bytes())?,
+            Some(program) => table.update(&index.to_ne_bytes(), &program.as_raw_fd().to_ne_bytes(), Write::Any)?,
+            None => table.delete(&index.to_ne_bytes())?,
         };
     }
     Ok(())

@@ -2,7 +2,7 @@
 
 use bytemuck::Zeroable;
 
-use super::{Address, BackendRef, Port};
+use super::{Address, BackendRef, Port, SECOND_NS};
 
 /// The translation that a record of a flow describes. A connection has the first two, and the last two if its source is
 /// masqueraded as well.
@@ -146,7 +146,7 @@ pub struct Flow<A> {
     pub pool: u32,
     /// Scope of the pin that this flow belongs to; zero: none.
     pub scope: u32,
-    /// The pin's timeout when the flow began, seconds: see [`Flow::timeout_ns`].
+    /// The pin's timeout when the flow began, seconds: see [`timeout_ns`].
     pub timeout_s: u32,
     /// The state of the connection, the same in both directions: see [`crate::state`]. Bits are only added, atomically, to the
     /// word that consists of this and the next three fields.
@@ -159,24 +159,20 @@ pub struct Flow<A> {
     pub flags: u8,
 }
 
-impl<A> Flow<A> {
-    /// A pin's timeout as [`Flow::timeout_s`] stores it: rounded up, and at most 136 years, even if it never ends.
-    #[inline(always)]
-    #[must_use]
-    pub const fn seconds(timeout_ns: u64) -> u32 {
-        let seconds = timeout_ns.div_ceil(SECOND_NS);
-        if seconds < u32::MAX as u64 { seconds as u32 } else { u32::MAX }
-    }
-
-    /// The inverse of [`Flow::seconds`].
-    #[inline(always)]
-    #[must_use]
-    pub const fn timeout_ns(timeout_s: u32) -> u64 {
-        timeout_s as u64 * SECOND_NS
-    }
+/// A pin's timeout as [`Flow::timeout_s`] stores it: rounded up, and at most 136 years, even if it never ends.
+#[inline(always)]
+#[must_use]
+pub const fn timeout_s(timeout_ns: u64) -> u32 {
+    let seconds = timeout_ns.div_ceil(SECOND_NS);
+    if seconds < u32::MAX as u64 { seconds as u32 } else { u32::MAX }
 }
 
-const SECOND_NS: u64 = 1_000_000_000;
+/// The inverse of [`timeout_s`].
+#[inline(always)]
+#[must_use]
+pub const fn timeout_ns(timeout_s: u32) -> u64 {
+    timeout_s as u64 * SECOND_NS
+}
 
 /// Key of `fragments_v4` and `fragments_v6`: a fragmented IP packet (RFC 791; RFC 8200, section 4.5), before translation. The value
 /// is the [`FlowKey`] of its first fragment.

@@ -7,8 +7,8 @@ use std::{collections::BTreeSet, vec::Vec};
 use crate::{
     abi::{
         AFFINITY, BACKEND_LOCAL, Backend, BackendRef, Direction, Event, EventKind, Frontend, FrontendKey,
-        MEMBER_DRAINING, Member, MemberKey, Port, Reason, SHARED, Selection, Session, SessionKey, TIMEOUT_UNLIMITED,
-        Timer, UsageKey, UsageOf, V4, filter_bit,
+        MEMBER_DRAINING, Member, MemberKey, Port, Reason, SECOND_NS, SHARED, Selection, Session, SessionKey,
+        TIMEOUT_UNLIMITED, Timer, UsageKey, UsageOf, V4, filter_bit,
     },
     headers::{ACK, FIN, RST, SYN, TCP, UDP},
     model::Model,
@@ -17,7 +17,6 @@ use crate::{
     testing::{Ends, Shape},
 };
 
-const SECOND_NS: u64 = 1_000_000_000;
 const TIMEOUT_S: u64 = 60;
 /// Pods 0 to 7 are members of the first service's pool.
 const PODS: u32 = 8;

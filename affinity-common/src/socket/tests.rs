@@ -4,12 +4,11 @@ use std::vec::Vec;
 
 use super::*;
 use crate::{
-    abi::{AFFINITY, Backend, Member, Selection, Session, UsageKey, UsageOf},
+    abi::{AFFINITY, Backend, Member, SECOND_NS, Selection, Session, UsageKey, UsageOf},
     headers::{TCP, UDP},
     model::Model,
 };
 
-const SECOND_NS: u64 = 1_000_000_000;
 const SERVICE: u32 = 1;
 const GROUP: u32 = 100;
 const PODS: u32 = 4;

@@ -8,7 +8,7 @@ use std::{
     str::FromStr,
 };
 
-use affinity_common::abi::Selection;
+use affinity_common::abi::{SECOND_NS, Selection};
 use ipnet::IpNet;
 
 use super::{Affinity, BackendName, Family, Member, Options, Pool, Protocol, Report, Scope, exposure};
@@ -16,7 +16,7 @@ use crate::{
     hash::hash32,
     source::{
         ObjectName,
-        annotations::{self, Annotations, PREFIX, SECOND_NS, is_dns_label},
+        annotations::{self, Annotations, PREFIX, is_dns_label},
         api::{Service, ServicePort, ServiceSpec as ApiSpec, label},
         parse_address,
     },

@@ -11,15 +11,12 @@
 
 use std::collections::BTreeMap;
 
-use affinity_common::abi::{Selection, TIMEOUT_UNLIMITED, Timer};
+use affinity_common::abi::{SECOND_NS, Selection, TIMEOUT_UNLIMITED, Timer};
 
 /// The prefix of all our annotations.
 pub const PREFIX: &str = "affinity.dev/";
 
 const KEYS: [&str; 6] = ["timer", "select", "client-prefix-v4", "client-prefix-v6", "group", "timeout"];
-
-/// Nanoseconds per second.
-pub const SECOND_NS: u64 = 1_000_000_000;
 
 /// The annotations of a service.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{BackendRef, Frontend, Reason, Selection, Session, TIMEOUT_UNLIMITED, Timer},
+    abi::{BackendRef, Frontend, Reason, SECOND_NS, Selection, Session, TIMEOUT_UNLIMITED, Timer},
     pipeline::Verdict,
 };
 use affinity_tests::{
@@ -22,7 +22,7 @@ use affinity_user::{load::Sizes, sys::monotonic_ns};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::site::{GENERATION, SECOND_NS, SIZES, TIMEOUT_NS, destination, service, session_key, site};
+use crate::site::{GENERATION, SIZES, TIMEOUT_NS, destination, service, session_key, site};
 
 const CLIENTS: u32 = 10_000;
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use affinity_common::{
-    abi::{AFFINITY, Flow, Frontend, FrontendKey, Member, MemberKey, Port, Reason, V4},
+    abi::{AFFINITY, Flow, Frontend, FrontendKey, Member, MemberKey, Port, Reason, V4, timeout_s},
     headers::TCP,
     pipeline::Verdict,
 };
@@ -138,7 +138,7 @@ fn connect_all(kernel: &Kernel, hook: Hook, service: &Service) -> Result<u64> {
     ensure!(dropped <= DROPPED_MOST, "{dropped} of {CONNECTIONS} were dropped");
     let other = |flow: &Flow<V4>| {
         let Frontend { timeout_ns, pool, .. } = service.frontend;
-        (flow.timeout_s, flow.pool) != (Flow::<V4>::seconds(timeout_ns), pool)
+        (flow.timeout_s, flow.pool) != (timeout_s(timeout_ns), pool)
     };
     strayed += state.flows_v4.values().filter(|flow| other(flow)).count() as u64;
     strayed += state.sessions_v4.keys().filter(|key| key.scope != service.frontend.group).count() as u64;

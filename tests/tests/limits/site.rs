@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use affinity_common::{
     abi::{
-        AFFINITY, Backend, Direction, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Port, Selection,
-        Session, SessionKey, Timer, V4, V6, filter_bit,
+        AFFINITY, Backend, Direction, Flow, FlowKey, Frontend, FrontendKey, Member, MemberKey, Port, SECOND_NS,
+        Selection, Session, SessionKey, Timer, V4, V6, filter_bit,
     },
     headers::TCP,
     model::Model,
@@ -20,8 +20,6 @@ use affinity_tests::{
 use affinity_user::{load::Sizes, sys::monotonic_ns};
 use anyhow::{Context, Result, ensure};
 
-/// One second.
-pub(crate) const SECOND_NS: u64 = 1_000_000_000;
 /// The service's timeout.
 pub(crate) const TIMEOUT_NS: u64 = 20 * SECOND_NS;
 /// Pods of the service; their indices are below this.

@@ -7,8 +7,8 @@ use affinity_common::{
     abi::{
         Backend, BackendRef, DROP_IF_NO_LOCAL, Direction, FLOW_ANSWERED, FLOW_EXACT, FLOW_FIN_CLIENT, FLOW_FIN_SERVER,
         FLOW_OPEN, FLOW_RESET, FLOW_SHADOW, Flow, FlowKey, Foreign, Frontend, FrontendKey, MASQUERADE, MEMBER_DRAINING,
-        MEMBER_READY, MOVES, Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SPLIT_SCOPE, Session,
-        SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit,
+        MEMBER_READY, MOVES, Member, MemberKey, NODE, Node, PODS, Port, RANGES, RangeKey, Reason, SECOND_NS,
+        SPLIT_SCOPE, Session, SessionKey, TIMEOUT_UNLIMITED, UsageKey, UsageOf, V4, V6, filter_bit, timeout_s,
     },
     headers::{TCP, UDP},
     model::Model,
@@ -21,7 +21,6 @@ use affinity_tests::{
 
 use affinity_tests::dice::Dice;
 
-const SECOND_NS: u64 = 1_000_000_000;
 const TIMEOUTS_NS: [u64; 5] = [SECOND_NS, 10 * SECOND_NS, 10_800 * SECOND_NS, TIMEOUT_UNLIMITED, 0];
 /// Flags of frontends in addition to those of a plain one.
 const OF_A_PROXY: [u8; 8] = [0, 0, 0, MASQUERADE, MASQUERADE, SPLIT_SCOPE, RANGES, DROP_IF_NO_LOCAL];
@@ -348,7 +347,7 @@ impl World {
             backend: BackendRef { index: backend, generation: self.generation(dice, backend) },
             pool: frontend.pool,
             scope: dice.pick(&[0, frontend.group, frontend.group, frontend.own]),
-            timeout_s: Flow::<A>::seconds(frontend.timeout_ns),
+            timeout_s: timeout_s(frontend.timeout_ns),
             state: dice.pick(&STATES),
             timer: frontend.timer,
             prefix: frontend.prefix,

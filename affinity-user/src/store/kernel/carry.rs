@@ -5,7 +5,7 @@
 //! [`carry_late`] copies, after the switch, what changed meanwhile.
 
 use affinity_common::{
-    abi::{Flow, Session, Socket, V4, V6},
+    abi::{Flow, Session, Socket, V4, V6, timeout_s},
     names,
 };
 use aya_obj::generated::bpf_map_type;
@@ -163,6 +163,6 @@ fn converted(flow: &[u8]) -> Vec<u8> {
     let (times, rest) = flow.split_at(TIMEOUT_NS);
     let (timeout_ns, rest) = rest.split_at(8);
     let (rest, end) = rest.split_at(rest.len() - END);
-    let seconds = Flow::<V4>::seconds(bytemuck::pod_read_unaligned(timeout_ns));
+    let seconds = timeout_s(bytemuck::pod_read_unaligned(timeout_ns));
     [times, &rest[..rest.len() - SERVICE], &seconds.to_ne_bytes(), end].concat()
 }
