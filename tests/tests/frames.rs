@@ -73,7 +73,7 @@ fn generic_xdp_on_request_passes_partial_checksums() -> Result<()> {
             }
             ensure!(field(lab, WIRE, "ingress")? == tc_hooks()?[0]);
             ensure!(field(lab, WIRE, "note")?.contains("generic XDP"), "{}", field(lab, WIRE, "note")?);
-            ensure!(said(&agent.log(), &[WIRE, "attached: tc", "generic XDP cannot tell partial checksums"]));
+            ensure!(said(&agent.log(), &[WIRE, "attached: tc", "generic XDP cannot detect partial checksums"]));
             let redirected = lab.count("redirected")?;
             ensure!((redirected > 0) != more.is_empty(), "{redirected} packets were redirected");
             Ok(())
