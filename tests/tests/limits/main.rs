@@ -11,7 +11,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use affinity_common::abi::{Frontend, Reason, Selection, TIMEOUT_UNLIMITED, Timer};
+use affinity_common::abi::{Frontend, Reason, SECOND_NS, Selection, TIMEOUT_UNLIMITED, Timer};
 use affinity_tests::{
     kernel::{Hook, Kernel},
     lab::Family,
@@ -20,9 +20,7 @@ use affinity_tests::{
 use affinity_user::load::Sizes;
 use anyhow::{Result, ensure};
 
-use crate::site::{
-    GROUP, SECOND_NS, SIZES, TIMEOUT_NS, age, answer, is_now, plain_service, send, service, session, site,
-};
+use crate::site::{GROUP, SIZES, TIMEOUT_NS, age, answer, is_now, plain_service, send, service, session, site};
 
 #[test]
 fn sixty_five_thousand_clients_stay_where_they_are() -> Result<()> {
