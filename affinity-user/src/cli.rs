@@ -163,7 +163,7 @@ Examples:
 
 Keys: arrows move, Enter opens, Esc goes back, / filters, s sorts, u unpins, ? lists all keys, q quits.")]
     Top(top::TopArgs),
-    /// Write every map, or one, as sorted text with names
+    /// Print all maps, or one, as sorted text with names instead of ids
     #[command(after_help = "\
 Examples:
   affinity dump
