@@ -346,26 +346,31 @@ impl Tables for Model {
     }
 }
 
+/// Tables of user space: what is a global function of the kernel programs is an ordinary call.
+pub trait DirectCalls: Tables {}
+
+impl DirectCalls for Model {}
+
+impl<A: Address, T: FamilyTables<A> + DirectCalls> GlobalFunctions<A> for T {
+    fn open_connection(&self, headers: &Headers<A>) -> Opened {
+        pipeline::open(self, headers)
+    }
+
+    fn note_change(&self, headers: &Headers<A>) {
+        flow::note_change(self, headers);
+    }
+
+    fn note_leaving(&self, headers: &Headers<A>) {
+        foreign::note_leaving(self, headers);
+    }
+
+    fn is_free(&self, replies: &FlowKey<A>) -> bool {
+        snat::is_free(self, replies)
+    }
+}
+
 macro_rules! family {
     ($address:ty, $frontends:ident, $ranges:ident, $sessions:ident, $flows:ident, $foreign:ident, $fragments:ident, $flow_scratch:ident) => {
-        impl GlobalFunctions<$address> for Model {
-            fn open_connection(&self, headers: &Headers<$address>) -> Opened {
-                pipeline::open(self, headers)
-            }
-
-            fn note_change(&self, headers: &Headers<$address>) {
-                flow::note_change(self, headers);
-            }
-
-            fn note_leaving(&self, headers: &Headers<$address>) {
-                foreign::note_leaving(self, headers);
-            }
-
-            fn is_free(&self, replies: &FlowKey<$address>) -> bool {
-                snat::is_free(self, replies)
-            }
-        }
-
         impl FamilyTables<$address> for Model {
             fn frontend(&self, key: &FrontendKey<$address>) -> Result<Option<Frontend>, Unstable> {
                 Ok(self.$frontends.get(key).copied())

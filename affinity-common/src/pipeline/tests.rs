@@ -12,7 +12,7 @@ use crate::{
         MemberKey, Node, Port, Session, SessionKey, UsageKey, UsageOf, V4, V6,
     },
     headers::{ACK, SYN, TCP},
-    model::Model,
+    model::{DirectCalls, Model},
     rewrite,
     tables::{FamilyTables, NotStored, Unstable},
     testing::{Ends, Shape},
@@ -94,23 +94,7 @@ impl Tables for Failing {
     }
 }
 
-impl<A: Address> GlobalFunctions<A> for Failing
-where
-    Model: FamilyTables<A>,
-{
-    fn open_connection(&self, headers: &Headers<A>) -> Opened {
-        open(self, headers)
-    }
-    fn note_change(&self, headers: &Headers<A>) {
-        flow::note_change(self, headers);
-    }
-    fn note_leaving(&self, headers: &Headers<A>) {
-        foreign::note_leaving(self, headers);
-    }
-    fn is_free(&self, replies: &FlowKey<A>) -> bool {
-        snat::is_free(self, replies)
-    }
-}
+impl DirectCalls for Failing {}
 
 impl<A: Address> FamilyTables<A> for Failing
 where

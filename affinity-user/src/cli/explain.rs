@@ -8,9 +8,9 @@ use std::{
 
 use affinity_common::{
     abi::{V4, V6, netns_client},
-    global::GlobalFunctions,
     headers::{SCTP, TCP, UDP},
     model::Model,
+    tables::FamilyTables,
 };
 use clap::Args;
 
@@ -143,7 +143,7 @@ impl Dataplane {
     /// a pin.
     fn explain<A: Family + FrontendTables>(&self, questions: &[Question]) -> Result<Option<Explanation<'_>>, Error>
     where
-        Model: GlobalFunctions<A>,
+        Model: FamilyTables<A>,
     {
         let mut asked = Vec::new();
         for question in questions {

@@ -19,7 +19,6 @@ use affinity_common::{
         AFFINITY, Address, BackendRef, Direction, FLOW_SHADOW, Flow, Frontend, MASQUERADE, MemberKey, RANGES, Reason,
         SHADOW, Selection, filter_bit,
     },
-    global::GlobalFunctions,
     headers::{ACK, Headers, SYN, UDP},
     model::Model,
     pipeline::{self, Decision},
@@ -108,7 +107,7 @@ pub fn explain<'a, A: FrontendTables>(
     situation: &Situation<A>,
 ) -> Explanation<'a>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     Case { catalog, question, situation, frontend: question.frontend::<A>(catalog) }.explain()
 }
@@ -125,7 +124,7 @@ struct Case<'a, 'q, A: Address> {
 
 impl<'a, A: FrontendTables> Case<'a, '_, A>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     fn explain(&self) -> Explanation<'a> {
         let (would, decided, flow) = self.decide();

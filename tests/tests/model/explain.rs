@@ -9,11 +9,11 @@ use std::{
 
 use affinity_common::{
     abi::{Direction, Flow, FlowKey, Port, REASONS, Reason, V4, V6},
-    global::GlobalFunctions,
     headers::TCP,
     model::Model,
     pipeline::Verdict,
     state,
+    tables::FamilyTables,
 };
 use affinity_tests::{
     dice::Dice,
@@ -123,7 +123,7 @@ fn ask<A: FrontendTables + StoreFamily>(
     coverage: &mut Coverage,
 ) -> Result<()>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     let situation = Situation::<A>::of_kernel(&kernel.store, catalog, question)?;
     let said = explain(catalog, question, &situation);

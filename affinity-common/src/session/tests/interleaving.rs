@@ -7,12 +7,9 @@ use bytemuck::Pod;
 
 use super::*;
 use crate::{
-    abi::{BackendRef, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Node},
-    flow, foreign,
-    global::{GlobalFunctions, Opened},
-    headers::Headers,
-    model::Shared,
-    pipeline, snat,
+    abi::{Address, BackendRef, Field, Flow, FlowKey, FlowScratch, Foreign, FragmentKey, Node},
+    model::{DirectCalls, Shared},
+    pipeline,
     tables::{Entry, FamilyTables, NotStored, Pin, Unstable},
 };
 
@@ -206,25 +203,9 @@ impl<'a, 'b> Tables for &'a Interrupted<'b> {
     }
 }
 
-impl<A: crate::abi::Address> GlobalFunctions<A> for &Interrupted<'_>
-where
-    Model: FamilyTables<A>,
-{
-    fn open_connection(&self, headers: &Headers<A>) -> Opened {
-        pipeline::open(self, headers)
-    }
-    fn note_change(&self, headers: &Headers<A>) {
-        flow::note_change(self, headers);
-    }
-    fn note_leaving(&self, headers: &Headers<A>) {
-        foreign::note_leaving(self, headers);
-    }
-    fn is_free(&self, replies: &FlowKey<A>) -> bool {
-        snat::is_free(self, replies)
-    }
-}
+impl DirectCalls for &Interrupted<'_> {}
 
-impl<A: crate::abi::Address> FamilyTables<A> for &Interrupted<'_>
+impl<A: Address> FamilyTables<A> for &Interrupted<'_>
 where
     Model: FamilyTables<A>,
 {

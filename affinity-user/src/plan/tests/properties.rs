@@ -11,7 +11,6 @@ use affinity_common::{
         AFFINITY, BACKEND_LINGERING, BACKEND_TERMINATING, Backend, Frontend, FrontendKey, MEMBER_READY, Member,
         MemberKey, NameKey, NameKind, PODS, RANGES, RangeKey, Reason, SCOPE_ANY, SPLIT_SCOPE, SessionKey, V4, V6,
     },
-    global::GlobalFunctions,
     headers::{ACK, SYN, UDP},
     model::Model,
     tables::{Entry, FamilyTables, Tables},
@@ -311,7 +310,7 @@ fn connect<A: TestAddress>(
     sport: u16,
 ) -> Option<Pin>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     let fate = send(model, key, client, sport, SYN);
     assert_eq!(fate.to.is_none(), frontend.slot_count == 0, "{fate:?}");
@@ -343,7 +342,7 @@ struct Residents<A: TestAddress> {
 
 impl<A: TestAddress> Residents<A>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     /// Lets each client connect to each frontend twice: after the second time, its pins are stable.
     fn arrive(model: &Model, sport: u16, frontends: &Frontends<A>) -> Self {
@@ -426,7 +425,7 @@ struct Newcomers<A: TestAddress> {
 
 impl<A: TestAddress> Newcomers<A>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     fn new() -> Self {
         Self { clients: CLIENTS + 1..CLIENTS + 1, sport: NEW_PORT + 1, pins: Pins::new() }

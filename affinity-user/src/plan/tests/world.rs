@@ -8,7 +8,6 @@ use std::{
 
 use affinity_common::{
     abi::{Address, Direction, Flow, FlowKey, Frontend, FrontendKey, Port, RangeKey, Reason},
-    global::GlobalFunctions,
     headers::Headers,
     model::Model,
     pipeline::{Decision, from_backend, to_frontend},
@@ -306,7 +305,7 @@ pub(super) struct Fate {
 /// Sends a packet of `client` to a frontend. A reply, if one is possible, must be translated back.
 pub(super) fn send<A: TestAddress>(model: &Model, frontend: &FrontendKey<A>, client: u8, sport: u16, flags: u8) -> Fate
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     let mut headers = headers(frontend, client, sport, flags);
     let outcome = to_frontend(model, &mut headers, || 0);

@@ -4,9 +4,9 @@ use std::fmt::Write;
 
 use affinity_common::{
     abi::{AFFINITY, Flow, Reason, Selection},
-    global::GlobalFunctions,
     headers::{SCTP, TCP, UDP},
     model::Model,
+    tables::FamilyTables,
 };
 
 use super::{Candidate, Case, Step, destination};
@@ -36,7 +36,7 @@ fn source_text(candidates: &[Candidate<'_>]) -> &'static str {
 
 impl<A: FrontendTables> Case<'_, '_, A>
 where
-    Model: GlobalFunctions<A>,
+    Model: FamilyTables<A>,
 {
     /// `decided` is the decision without shadow mode; `reason` is the one that is counted for the packet.
     pub(super) fn steps(
