@@ -23,10 +23,7 @@ pub fn patience(usual: Duration) -> Duration {
 /// # Panics
 /// As [`patience`].
 pub fn timeout_s(usual: u32) -> u32 {
-    // A float that is too large becomes the largest integer.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "seconds, and not negative")]
-    let seconds = (f64::from(usual) * factor()).ceil() as u32;
-    seconds.max(1)
+    whole(f64::from(usual) * factor()).max(1)
 }
 
 /// A number of things that usually take a known time: fewer on a slow machine.
@@ -34,10 +31,13 @@ pub fn timeout_s(usual: u32) -> u32 {
 /// # Panics
 /// As [`patience`].
 pub fn fewer(usual: u32) -> u32 {
-    // A float that is too large becomes the largest integer.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a number, and not negative")]
-    let number = (f64::from(usual) / factor()).ceil() as u32;
-    number
+    whole(f64::from(usual) / factor())
+}
+
+/// Rounded up. A float that is too large becomes the largest integer.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a whole number, and not negative")]
+fn whole(number: f64) -> u32 {
+    number.ceil() as u32
 }
 
 fn factor() -> f64 {
