@@ -45,7 +45,7 @@ pub struct Headers<A> {
 
 /// In [`Headers`]: the packet is a first fragment.
 pub(crate) const FIRST_FRAGMENT: u16 = 1 << 15;
-/// In [`Headers`]: the frame arrived on a lower device first, whose programs have seen it.
+/// In [`Headers`]: programs on a lower device have seen the frame.
 const SEEN_BELOW: u16 = 1 << 14;
 
 impl<A> Headers<A> {

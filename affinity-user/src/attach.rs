@@ -634,7 +634,7 @@ fn set_filter(pins: &PinDir, device: &str, hook: Hook, new: bool) -> Result<(), 
         }
         let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
         match program.attach_with_options(device, clsact_side(hook), TcAttachOptions::Netlink(options)) {
-            // Of a dataplane that has lost its pins: nobody else uses this handle.
+            // Left by a dataplane that has lost its pins: no other program uses this handle.
             Err(ProgramError::TcError(TcError::NetlinkError(error))) if error.raw_os_error() == Some(libc::EEXIST) => {
                 program.attach_to_link(filter(device, hook)?)
             }

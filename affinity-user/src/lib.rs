@@ -24,7 +24,7 @@ mod threads;
 pub mod top;
 pub mod view;
 
-/// The objects that `build.rs` has built; empty if it was told to skip them.
+/// The objects that `build.rs` has built; empty if it skipped them.
 pub mod objects {
     /// The programs and maps of the dataplane.
     pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/affinity"));

@@ -42,7 +42,7 @@ pub mod tcp_flags {
     pub const ACK: u8 = 0x10;
     /// The urgent pointer is valid.
     pub const URG: u8 = 0x20;
-    /// The sender was told of congestion.
+    /// The sender learned of congestion (RFC 3168).
     pub const ECE: u8 = 0x40;
     /// The sender has reduced its congestion window.
     pub const CWR: u8 = 0x80;

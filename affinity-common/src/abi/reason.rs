@@ -47,7 +47,7 @@ reasons! {
     NotIp = 0, "not-ip", "Passed: neither IPv4 nor IPv6.";
     Truncated = 1, "truncated", "Passed: the frame is shorter than its headers.";
     Malformed = 2, "malformed", "Passed: a header is invalid, for example its length.";
-    Fragment = 3, "fragment", "Passed: an IP fragment whose first fragment was not translated, or has not arrived yet.";
+    Fragment = 3, "fragment", "Passed: an IP fragment; the first one of its packet was not translated, or has not arrived yet.";
     OtherProtocol = 4, "other-protocol", "Passed: not TCP, UDP or SCTP, and not an ICMP error about a known flow.";
     NotFrontend = 5, "not-frontend", "Passed: the destination is not a frontend.";
     NotReply = 6, "not-reply", "Passed: not a reply of a known flow.";
@@ -79,7 +79,7 @@ reasons! {
     PortsExhausted = 32, "ports-exhausted", "Rejected: the node has no free source port for another connection to the pod.";
     Masqueraded = 33, "masqueraded", "Forwarded: a packet of a known flow leaves with the node's address as its source.";
     Returned = 34, "returned", "Forwarded: a reply to the node's address goes back to its client.";
-    LaterFragment = 35, "later-fragment", "Forwarded: a later fragment of a packet whose first fragment was translated.";
+    LaterFragment = 35, "later-fragment", "Forwarded: a later fragment; the first one of its packet was translated.";
     TableFull = 36, "table-full", "Not a packet: the session table was full, and the kernel evicted pins.";
     Redirected = 37, "redirected", "Forwarded: redirected to the pod or to the client, without this node's network stack.";
     OtherHost = 38, "other-host", "Passed: XDP received a frame for the MAC address of another host.";

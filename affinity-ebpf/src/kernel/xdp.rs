@@ -121,7 +121,7 @@ impl FibLookup for XdpFrame {
     type Hop = FibResult;
 
     /// Frames of several buffers go to the stack, because not every device can send them. So does the first packet of a
-    /// connection whose reply could not be redirected (no neighbour entry): conntrack marks a reply without its SYN as
+    /// connection if its reply could not be redirected (no neighbour entry): conntrack marks a reply without its SYN as
     /// INVALID.
     #[inline(always)]
     fn fib_lookup<A: Address>(&self, key: &FibKey<A>) -> FibResult {

@@ -75,7 +75,7 @@ pub(crate) struct AttachArgs {
     /// namespace and cgroup version 2 is mounted. on: always, or an error. off: never
     #[arg(long, value_name = "MODE", default_value_t = SocketPolicy::Auto, value_parser = socket_policy())]
     socket: SocketPolicy,
-    /// Cgroup (version 2) whose processes get their sockets translated [default: the root cgroup, all processes]
+    /// Cgroup (version 2): connections of the processes in it are translated [default: the root cgroup, all processes]
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
     /// Attach TC programs as clsact filters even if the kernel has tcx links

@@ -507,7 +507,7 @@ mod tests {
         not-ip                 0   Passed: neither IPv4 nor IPv6.
         truncated              0   Passed: the frame is shorter than its headers.
         malformed              0   Passed: a header is invalid, for example its length.
-        fragment               0   Passed: an IP fragment whose first fragment was not translated, or has not arrived yet.
+        fragment               0   Passed: an IP fragment; the first one of its packet was not translated, or has not arrived yet.
         other-protocol         0   Passed: not TCP, UDP or SCTP, and not an ICMP error about a known flow.
         not-frontend     1234567   Passed: the destination is not a frontend.
         not-reply              0   Passed: not a reply of a known flow.

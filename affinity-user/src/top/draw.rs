@@ -229,20 +229,20 @@ fn help(width: usize) -> Vec<String> {
     let words = format!(
         "PINS are live pins by pod; a pod counts in each of its services. A HOT SPOT has more than {HOT_FACTOR} times the \
          mean of its service's ready pods, and exceeds it by more than {HOT_DEVIATIONS} standard deviations of a fair \
-         draw. PINNED are new pins, MOVED are pins whose pod could not be used."
+         draw. PINNED are new pins, MOVED are pins that had to change pods."
     );
     keys.chain([String::new()]).chain(wrap(&words, width, 0)).collect()
 }
 
 fn question(target: &Target, width: usize) -> Vec<String> {
-    let (what, whose) = match target {
+    let (what, pronoun) = match target {
         Target::Client { client, service, .. } => (format!("Unpin {client} from its pod of {service}?"), "Its"),
         Target::Service { service, group: None, .. } => (format!("Unpin all clients of {service}?"), "Their"),
         Target::Service { service, group: Some(group), .. } => {
             (format!("Unpin all clients of {service}, and of all services in the group {group}?"), "Their")
         }
     };
-    let mut lines = wrap(&format!("{what} {whose} next connection selects again; open connections stay."), width, 0);
+    let mut lines = wrap(&format!("{what} {pronoun} next connection selects again; open connections stay."), width, 0);
     lines.extend([String::new(), "y  yes    any other key  no".to_owned()]);
     lines
 }

@@ -535,7 +535,7 @@ fn the_help() {
       │ PINS are live pins by pod; a pod counts in each of its services. A HOT   │
     ──│ SPOT has more than 1.5 times the mean of its service's ready pods, and   │──
       │ exceeds it by more than 5 standard deviations of a fair draw. PINNED are │
-      │ new pins, MOVED are pins whose pod could not be used.                    │n…
+      │ new pins, MOVED are pins that had to change pods.                        │n…
       └──────────────────────────────────────────────────────────────────────────┘
 
 

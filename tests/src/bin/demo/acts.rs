@@ -39,7 +39,7 @@ pub(crate) const ACTS: &[Act] = &[
     Act { name: "explain", title: "Nor is what the next packet would meet", tell: explain },
     Act { name: "expiry", title: "A pin that is not used ends, and the next choice is free", tell: expiry },
     Act { name: "fail-over", title: "A pod dies: its clients go elsewhere at once", tell: fail_over },
-    Act { name: "chart", title: "Three thousand clients: an even spread, and nobody moves", tell: chart },
+    Act { name: "chart", title: "Three thousand clients: an even spread, and no client moves", tell: chart },
     Act { name: "restart", title: "The agent is killed, and nobody notices", tell: restart },
     Act { name: "refusal", title: "A service without endpoints says so at once", tell: refusal },
 ];
@@ -156,7 +156,7 @@ fn fail_over(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
     let mut kept = scene.clients().connect(Protocol::Tcp, client(), SocketAddr::from(HTTP))?;
     let victim = kept.ask("/")?;
     let index = (0..POD_COUNT).find(|index| pod_name(*index) == victim).context("a pod of the lab")?;
-    stage.say(&format!("{} has a connection open to {victim}. Now {victim} is told to end:", client()));
+    stage.say(&format!("{} has a connection open to {victim}. Now {victim} is terminating:", client()));
     let endpoint = format!(
         "  - addresses: [{}]\n    conditions: {{ready: true}}\n    nodeName: node-a\n    \
          targetRef: {{kind: Pod, namespace: default, name: {victim}}}\n",
@@ -182,7 +182,7 @@ fn fail_over(scene: &mut Scene, stage: &Stage) -> Result<Finding> {
     scene.lab.return_pod(index)?;
     scene.publish(before, |scene| Ok(scene.candidates()?.contains(&victim)))?;
     let after = scene.ask_once(client(), HTTP)?;
-    stage.say(&format!("{victim} comes back, and nobody moves for it: {after}"));
+    stage.say(&format!("{victim} comes back, and no client moves to it: {after}"));
     Ok(Finding {
         holds: answer != victim
             && error != "answered"
