@@ -45,7 +45,7 @@ use self::{
     health::HealthChecks,
     notices::{EventRecorder, LOOK_EVERY},
     problems::PortGuard,
-    publish::{Publisher, StatusWriter, TELL_EVERY, count},
+    publish::{Publisher, STATUS_EVERY, StatusWriter, count},
     sockets::Sockets,
     sweeping::{Findings, Sweeping},
     upkeep::{Upkeep, all_or_nothing},
@@ -238,7 +238,7 @@ fn attach_once(
     publisher.publish()?;
     PortGuard::new(options.reserve_ports).look(publisher.desired());
     replace_other_layouts(pins)?;
-    StatusWriter::new(pins, &options.source, view)?.tell()?;
+    StatusWriter::new(pins, &options.source, view)?.write()?;
     let failure = attacher.reconcile_all(device_snapshot)?;
     attacher.tell_of_others(options.services);
     sockets::reconcile(pins, &options.sockets, &loaded, &KernelStore::open(&options.pin_dir)?)?;
@@ -494,7 +494,7 @@ impl Agent {
     async fn run(&mut self, mut signals: Signals) -> Result<(), AgentError> {
         let mut consume = every(CONSUME_EVERY);
         let mut look = every(DEVICES_EVERY);
-        let mut tell = every(TELL_EVERY);
+        let mut publish_status = every(STATUS_EVERY);
         let mut upkeep = every(UPKEEP_EVERY);
         let mut notice = every(LOOK_EVERY);
         let mut linger = every(sweep::LOOK_EVERY);
@@ -522,7 +522,7 @@ impl Agent {
                     self.reconcile(&mut retry).await?;
                 }
                 _ = look.tick() => self.reconcile(&mut retry).await?,
-                _ = tell.tick() => self.tell()?,
+                _ = publish_status.tick() => self.publish_status()?,
                 _ = upkeep.tick() => self.keep_whole(),
                 _ = notice.tick(), if self.is_ready => self.notice(),
                 _ = linger.tick(), if self.is_ready => self.end_lingering(&mut retry)?,
@@ -606,13 +606,13 @@ impl Agent {
     }
 
     /// Publishes the status: in the maps, and over HTTP.
-    fn tell(&mut self) -> Result<(), AgentError> {
+    fn publish_status(&mut self) -> Result<(), AgentError> {
         if self.sweeping.has_ended() {
             return Err(AgentError::System("sweep", io::Error::other("its thread has ended unexpectedly")));
         }
         self.vitals.attached(self.attaching.summary().number);
         if self.is_ready
-            && let Err(error) = self.status_writer.tell()
+            && let Err(error) = self.status_writer.write()
         {
             error!("{error}");
         }

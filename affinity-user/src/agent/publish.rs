@@ -350,7 +350,7 @@ pub(super) fn count(number: usize, noun: &str) -> String {
 }
 
 /// How often the status record is written, at most.
-pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
+pub(super) const STATUS_EVERY: Duration = Duration::from_secs(1);
 
 /// Writes the status record, in the `status` map.
 pub(super) struct StatusWriter {
@@ -380,7 +380,7 @@ impl StatusWriter {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub(super) fn tell(&mut self) -> Result<(), StoreError> {
+    pub(super) fn write(&mut self) -> Result<(), StoreError> {
         let status = Status { current_ns: self.view.current_ns().unwrap_or(self.written.current_ns), ..self.written };
         if status != self.written {
             self.table.put(&0, &status)?;
